@@ -1,0 +1,184 @@
+"""Keyframe selection: every frame embedded once, against the published procedure.
+
+    python benchmarks/keyframes.py [--quick] [--threads N]
+
+Both sides choose from the same frames with the same encoder, a ViT-B/32 with random weights, and must choose
+the same keyframes. The published procedure, written here as it was published, encodes both pictures of every
+pair that it compares and starts anew whenever the threshold falls; ours embeds all frames in batches and
+compares numbers. Quality scores are left out of both. Random weights put all cosines close to 1, so the
+thresholds of the second shot are placed between the cosines measured, such that they fall exactly ten times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import open_clip
+import torch
+
+from storymem.memory import EmbedFrames, KeyframeSelector, embed_in_batches
+from storymem.scorers.clip import ClipScorer
+
+NO_BANK = np.zeros((0, 0), dtype=np.float32)
+FALLS = 10
+REPEATS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Seconds of both sides in one run, and how often each ran the encoder."""
+
+    shot: str
+    frames: int
+    threshold_falls: int
+    keyframes: int
+    published_seconds: float
+    published_encoded: int
+    ours_seconds: float
+    ours_encoded: int
+    ratio: float
+    target: float
+    threads: int
+
+
+class CountedEncoder:
+    """A CLIP image encoder on uint8 frames that counts the pictures it was given."""
+
+    def __init__(self) -> None:
+        config = open_clip.get_model_config("ViT-B-32-quickgelu")
+        self.scorer = ClipScorer.from_config(config, seed=0)
+        self.count = 0
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        self.count += len(frames)
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+        return self.scorer.embed_images(pixels).numpy()
+
+
+def select_as_published(frames: np.ndarray, embed: EmbedFrames, selector: KeyframeSelector) -> list[int]:
+    """The published procedure, without quality scores and with an empty bank."""
+
+    def similarity(one: int, other: int) -> float:
+        first, second = embed(frames[one : one + 1])[0], embed(frames[other : other + 1])[0]
+        return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))
+
+    threshold = selector.similarity_threshold
+    while True:
+        chosen = [0]
+        for frame in range(2, len(frames)):
+            if similarity(chosen[-1], frame) < threshold:
+                chosen.append(frame)
+        if len(chosen) <= selector.max_keyframes:
+            return chosen
+        threshold -= selector.threshold_step
+
+
+def static_shot(count: int) -> np.ndarray:
+    """One picture with a little film grain."""
+    rng = np.random.default_rng(0)
+    grain = rng.integers(-3, 4, (count, 480, 832, 1))
+    return np.clip(_picture(rng) + grain, 0, 255).astype(np.uint8)
+
+
+def changing_shot(count: int, looks: int = 6) -> np.ndarray:
+    """Several pictures one after the other, each held for an equal part of the shot."""
+    rng = np.random.default_rng(1)
+    pictures = np.stack([_picture(rng) for _ in range(looks)])
+    return pictures[np.arange(count) * looks // count].astype(np.uint8)
+
+
+def _picture(rng: np.random.Generator) -> np.ndarray:
+    tiles = rng.integers(0, 256, (15, 26, 3))
+    return tiles.repeat(32, axis=0).repeat(32, axis=1)
+
+
+def falling_selector(embeddings: np.ndarray) -> KeyframeSelector:
+    """A selector whose threshold falls exactly ``FALLS`` times on a shot with these embeddings."""
+
+    def chosen_at(threshold: float) -> int:
+        once = KeyframeSelector(similarity_threshold=threshold, max_keyframes=len(embeddings))
+        return len(once.select(embeddings, bank=NO_BANK).selected)
+
+    cosines = np.unique((embeddings @ embeddings.T).round(6))
+    highest = max(threshold for threshold in cosines if chosen_at(threshold) <= 3)
+    step = float((cosines[cosines < 0.9999].max() - highest) / FALLS)
+    start = float(highest) + (FALLS - 0.5) * step
+    return KeyframeSelector(similarity_threshold=start, threshold_step=step)
+
+
+def measure(name: str, frames: np.ndarray, selector: KeyframeSelector, target: float) -> Result:
+    """Run ours, the published procedure, and ours again; ours is the median of its runs."""
+    encoder = CountedEncoder()
+    encoder(frames[:1])
+
+    def ours() -> tuple[int, ...]:
+        selection = selector.select(embed_in_batches(frames, encoder), bank=NO_BANK)
+        falls.append(selection.threshold_steps)
+        return selection.selected
+
+    falls: list[int] = []
+    encoder.count = 0
+    before = [_timed(ours) for _ in range(REPEATS)]
+    ours_encoded = encoder.count // REPEATS
+    encoder.count = 0
+    published_seconds, published = _timed(lambda: tuple(select_as_published(frames, encoder, selector)))
+    published_encoded = encoder.count
+    after = [_timed(ours) for _ in range(REPEATS)]
+    if any(chosen != published for _, chosen in before + after):
+        raise SystemExit(f"{name}: the two sides disagree: {before[0][1]} and {published}")
+    ours_seconds = statistics.median(seconds for seconds, _ in before + after)
+    return Result(
+        shot=name,
+        frames=len(frames),
+        threshold_falls=falls[0],
+        keyframes=len(published),
+        published_seconds=round(published_seconds, 3),
+        published_encoded=published_encoded,
+        ours_seconds=round(ours_seconds, 3),
+        ours_encoded=ours_encoded,
+        ratio=round(published_seconds / ours_seconds, 2),
+        target=target,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _timed(run: Callable[[], tuple[int, ...]]) -> tuple[float, tuple[int, ...]]:
+    start = time.perf_counter()
+    chosen = run()
+    return time.perf_counter() - start, chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="21 frames instead of 81")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    count = 21 if arguments.quick else 81
+    changing = changing_shot(count)
+    falling = falling_selector(embed_in_batches(changing, CountedEncoder()))
+    results = [
+        measure("static", static_shot(count), KeyframeSelector(), target=2.0),
+        measure("changing", changing, falling, target=15.0),
+    ]
+    print("shot      falls  published          ours             ratio  target")
+    for result in results:
+        print(
+            f"{result.shot:<9} {result.threshold_falls:>5}"
+            f"  {result.published_seconds:>7.2f} s / {result.published_encoded:<5}"
+            f"  {result.ours_seconds:>6.2f} s / {result.ours_encoded:<4}  {result.ratio:>5.1f}  >=
+        {result.target:g}" )
+    print("seconds / pictures encoded; 832x480, ViT-B/32 with random weights, same keyframes on both sides")
+    for result in results:
+        print(json.dumps({"benchmark": "keyframes", **asdict(result)}))
+
+
+if __name__ == "__main__":
+    main()

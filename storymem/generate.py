@@ -1,0 +1,121 @@
+"""From a composed configuration to a film: the settings of ``generate.yaml`` and what is built from them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic.dataclasses import dataclass
+
+from storymem.config import STRICT, build_settings
+from storymem.modes import FirstShot, mode_of
+from storymem.story import Story, load_story
+from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings
+
+if TYPE_CHECKING:
+    from storymem.film import Film
+    from storymem.storyteller import Storyteller
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MemorySettings:
+    """The memory: policies as ``_target_`` nodes, and how reference pictures are brought to size."""
+
+    recall: dict[str, Any]
+    selector: dict[str, Any]
+    reference_fit: Literal["cover", "contain"] = "cover"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScorerSettings:
+    """The scorers of the shot loop, as ``_target_`` nodes."""
+
+    clip: dict[str, Any]
+    quality: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GenerateSettings:
+    """Everything ``scripts/generate.py`` can be told; see :class:`storymem.storyteller.Storyteller`."""
+
+    story: str
+    model: ModelSettings
+    sampler: SamplerSettings
+    memory: MemorySettings
+    scorer: ScorerSettings
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    output: str | None = None
+    continuity: Continuity = "mi2v"
+    first_shot: FirstShot = "auto"
+    seed: int = 0
+    resume: str = "auto"
+    dry_run: bool = False
+
+
+# What has no say in what the film looks like, and so may differ when a film is gone on with.
+_BESIDES = ("story", "output", "resume", "dry_run", "runtime")
+
+
+def generate(config: Mapping[str, Any]) -> Film | None:
+    """Make the film that a composed configuration (plain containers) describes; None for a dry run.
+
+    The story and the settings are checked first, before torch is imported.
+    """
+    settings = build_settings(GenerateSettings, config)
+    story = load_story(settings.story)
+    folder = Path(settings.output or Path("films") / story.slug)
+    if settings.dry_run:
+        from storymem.plan import make_plan
+
+        print(make_plan(story, settings, folder))
+        return None
+    from storymem.wan.sources import check_weights
+
+    check_weights(
+        settings.model, text_to_video=uses_text_to_video(story, settings), continuity=settings.continuity
+    )
+    from storymem.progress import Progress, film_table
+
+    teller = build_storyteller(settings, config)
+    film = teller.tell(story, folder, resume=settings.resume, progress=Progress())
+    print(film_table(film), file=sys.stderr)
+    print(film.video)
+    return film
+
+
+def uses_text_to_video(story: Story, settings: GenerateSettings) -> bool:
+    """Whether the film's first shot needs the text-to-video model."""
+    first = story.shots[0]
+    return mode_of(first, story, continuity=settings.continuity, first_shot=settings.first_shot) == "t2v"
+
+
+def build_storyteller(settings: GenerateSettings, config: Mapping[str, Any]) -> Storyteller:
+    """The shot loop with all its parts; ``config`` is what the film's manifest will say it was made with."""
+    from hydra.utils import instantiate
+
+    from storymem.storyteller import Storyteller
+    from storymem.wan.runtime import check_runtime
+    from storymem.wan.shots import WanShotGenerator
+
+    device = check_runtime(settings.runtime)
+    return Storyteller(
+        generator=WanShotGenerator(
+            model=settings.model,
+            sampler=settings.sampler,
+            runtime=settings.runtime,
+            continuity=settings.continuity,
+        ),
+        embedder=instantiate(settings.scorer.clip),
+        quality=instantiate(settings.scorer.quality),
+        selector=instantiate(settings.memory.selector),
+        recall=instantiate(settings.memory.recall),
+        continuity=settings.continuity,
+        first_shot=settings.first_shot,
+        reference_fit=settings.memory.reference_fit,
+        seed=settings.seed,
+        scorer_device=device,
+        config={key: value for key, value in config.items() if key not in _BESIDES},
+    )

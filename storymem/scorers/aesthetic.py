@@ -1,0 +1,194 @@
+"""LAION aesthetic score: a small head on the image embedding of OpenAI's CLIP ViT-L/14."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from storymem.scorers.checkpoint import load_strictly, read_checkpoint
+from storymem.scorers.clip import ClipScorer
+from storymem.scorers.inputs import check_frames, check_prompts
+from storymem.weights import Weights, locate
+
+_DIM = 768  # embedding of CLIP ViT-L/14
+_LAION = "https://github.com/LAION-AI/aesthetic-predictor/raw/main"
+_V2_AUTHOR = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main"
+_FILES = {"v1": "sa_0_4_vit_l_14_linear.pth", "v2": "sac+logos+ava1-l14-linearMSE.pth"}
+_URLS = {"v1": f"{_LAION}/{_FILES['v1']}", "v2": f"{_V2_AUTHOR}/{_FILES['v2']}"}
+_LICENCES = {"v1": "MIT", "v2": "Apache-2.0"}
+_SIZES_GB = {"v1": 0.000004, "v2": 0.0037}
+
+
+class LinearsHead(nn.Module):
+    """V2: linear layers without activations between them, as published; dropout is inactive."""
+
+    def __init__(self, dim: int = _DIM, widths: Sequence[int] = (1024, 128, 64, 16)) -> None:
+        super().__init__()
+        sizes = [dim, *widths, 1]
+        linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+        first, second, third, *rest = linears
+        # Dropout sits after each of the first three linears, which gives the published indices 0, 2, 4, 6, 7.
+        self.layers = nn.Sequential(
+            first, nn.Dropout(0.2), second, nn.Dropout(0.2), third, nn.Dropout(0.1), *rest
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def _head(version: str, dim: int = _DIM) -> nn.Module:
+    if version not in _FILES:
+        raise ValueError(f"unknown version {version!r}; write one of {', '.join(_FILES)}")
+    return nn.Linear(dim, 1) if version == "v1" else LinearsHead(dim)
+
+
+class AestheticScorer:
+    """Aesthetic score of pictures, about 0..10; VBench and ST-Bench report a tenth of it.
+
+    Args:
+        clip: gives the embeddings; OpenAI's ViT-L/14 with the preprocessing ``"published_aesthetic"``.
+        head: [N, D] unit-length embeddings to [N, 1]; stays in float32 on the CPU, where it costs nothing.
+        name: for a film's manifest.
+        threshold: a frame that scores less is of low quality.
+
+    Raises:
+        ValueError: if ``clip`` preprocesses pictures in another way than the head was trained with.
+    """
+
+    def __init__(self, clip: ClipScorer, head: nn.Module, *, name: str, threshold: float) -> None:
+        if clip.preprocessing != "published_aesthetic":
+            raise ValueError(
+                f"the aesthetic head needs preprocessing 'published_aesthetic'; got {clip.preprocessing!r}"
+            )
+        self.clip = clip
+        self.head = head.float().cpu().eval().requires_grad_(False)
+        self.name = name
+        self.threshold = threshold
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        version: str = "v1",
+        source: str | None = None,
+        clip_source: str | None = None,
+        *,
+        threshold: float = 4.5,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        batch_size: int = 16,
+    ) -> Self:
+        """Load a published head and its CLIP.
+
+        Args:
+            version: ``"v1"``, one linear layer, the one VBench uses; ``"v2"``, trained on more ratings.
+            source: file of the head, or the folder or hub repository that holds it under its published name; by
+                default in ``~/.cache/storymem``.
+            clip_source: file, folder or hub repository of OpenAI's ViT-L/14; by default timm's hub repository.
+            threshold: see the class. 4.5 is ours, half a point below what LAION calls plain; nothing published sets it.
+            device, dtype, batch_size: of the CLIP model; see `ClipScorer`.
+
+        Raises:
+            MissingWeights: if the head or CLIP is not on this machine.
+            CheckpointError: if a file holds something else.
+        """
+        head = _head(version)
+        path = locate(head_weights(version, source))
+        load_strictly(head, read_checkpoint(path), path)
+        clip = ClipScorer.from_pretrained(
+            "ViT-L-14-quickgelu",
+            "openai",
+            clip_source,
+            preprocessing="published_aesthetic",
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+        )
+        return cls(clip, head, name=f"laion-{version}", threshold=threshold)
+
+    @classmethod
+    def from_config(
+        cls,
+        clip: Mapping[str, Any],
+        *,
+        version: str = "v1",
+        seed: int = 0,
+        threshold: float = 0.0,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        batch_size: int = 16,
+    ) -> Self:
+        """An untrained head on an untrained CLIP of any size, scores around 5; for tests and trials only.
+
+        Args:
+            clip: open_clip's model configuration; see `ClipScorer.from_config`.
+            version, threshold, device, dtype, batch_size: see `from_pretrained`.
+            seed: of the random weights; the global random state is left as it was.
+        """
+        embedder = ClipScorer.from_config(
+            clip,
+            seed=seed,
+            preprocessing="published_aesthetic",
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = _head(version, embedder.dim)
+        last = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
+        nn.init.constant_(last.bias, 5.0)
+        return cls(embedder, head, name=f"untrained laion-{version}", threshold=threshold)
+
+    @property
+    def device(self) -> torch.device:
+        """Where CLIP runs."""
+        return self.clip.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type CLIP computes in."""
+        return self.clip.dtype
+
+    @torch.no_grad()
+    def score(self, frames: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
+        """Scores of pictures.
+
+        Args:
+            frames: [N, 3, H, W], float in 0..1, RGB, of any size.
+            prompts: accepted, checked and not used: this score looks at the picture only.
+
+        Returns:
+            [N] float32 on the CPU, about 0..10.
+
+        Raises:
+            ValueError: for anything else; see `check_frames`.
+        """
+        check_prompts(prompts, len(check_frames(frames)))
+        return self.head(self.clip.embed_images(frames)).squeeze(-1)
+
+    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Self:
+        """Move CLIP, for example ``to("cpu")`` between shots; returns the scorer itself."""
+        self.clip.to(device, dtype)
+        return self
+
+    def free(self) -> None:
+        """Drop CLIP's weights for good and give accelerator memory back."""
+        self.clip.free()
+
+
+def head_weights(version: str, source: str | None = None) -> Weights:
+    """Where the head of ``version`` lies; its default place is ``~/.cache/storymem``."""
+    file = _FILES[version]
+    return Weights(
+        name=f"LAION aesthetic head {version}",
+        source=source or str(Path("~/.cache/storymem") / file),
+        file=file,
+        size_gb=_SIZES_GB[version],
+        licence=_LICENCES[version],
+        url=_URLS[version],
+    )

@@ -1,0 +1,179 @@
+"""The ViCLIP network (InternVid, arXiv 2307.06942), with the parameter names of the published checkpoints."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from einops import rearrange
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from storymem.config import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ViclipConfig:
+    """Sizes of a ViCLIP network; the defaults are those of L/14.
+
+    Args:
+        resolution: side of the square input in pixels.
+        patch: side of a patch in pixels.
+        width, layers, heads: of the vision tower.
+        output_dim: length of the embeddings.
+        num_frames: frames of a clip.
+        text_width, text_layers, text_heads: of the text tower.
+        context_length: tokens of a text, start and end included.
+        vocab_size: rows of the token embedding.
+    """
+
+    resolution: int = 224
+    patch: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    output_dim: int = 768
+    num_frames: int = 8
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    context_length: int = 32
+    vocab_size: int = 49408
+
+
+VICLIP_L_14 = ViclipConfig()
+VICLIP_B_16 = ViclipConfig(
+    patch=16, width=768, layers=12, heads=12, output_dim=512, text_width=512, text_heads=8
+)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention under the parameter names of ``nn.MultiheadAttention``."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = rearrange(projected, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(rearrange(mixed, "b h n d -> b n (h d)"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attn = SelfAttention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)
+            )
+        )
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
+        x = x + self.attn(self.ln_1(x), causal=causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks on [B, N, width]."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
+
+    def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, causal=causal)
+        return x
+
+
+class VisionEncoder(nn.Module):
+    """Joint space-time attention over all patches of a clip and one class token.
+
+    Every token is kept: the original drops nine in ten at random unless it is told that this is a test.
+    """
+
+    def __init__(self, config: ViclipConfig) -> None:
+        super().__init__()
+        width, scale = config.width, config.width**-0.5
+        self.patch, self.num_frames = config.patch, config.num_frames
+        self.conv1 = nn.Conv3d(
+            3, width, (1, config.patch, config.patch), (1, config.patch, config.patch), bias=False
+        )
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        patches = (config.resolution // config.patch) ** 2
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + patches, width))
+        self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, config.num_frames, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, config.layers, config.heads)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, config.output_dim))
+
+    def forward(self, video: Tensor) -> Tensor:
+        """[B, T, 3, H, W], normalised, T = ``num_frames`` or 1 -> [B, output_dim], not normalised."""
+        batch, frames = video.shape[:2]
+        # The kernel spans one frame, so the 3-D convolution is a 2-D one over frames, and much faster.
+        patches = F.conv2d(video.flatten(0, 1), self.conv1.weight[:, :, 0], stride=self.patch)
+        x = rearrange(patches, "(b t) c h w -> b t (h w) c", b=batch)
+        x = x + self.positional_embedding[1:] + self._time(frames)[:, :, None]
+        first = (self.class_embedding + self.positional_embedding[0]).expand(batch, 1, -1)
+        x = torch.cat([first, rearrange(x, "b t n c -> b (t n) c")], dim=1)
+        x = self.transformer(self.ln_pre(x))
+        return self.ln_post(x[:, 0]) @ self.proj
+
+    def _time(self, frames: int) -> Tensor:
+        """Temporal embedding [1, T, width]; a single frame gets the mean of all."""
+        if frames == self.num_frames:
+            return self.temporal_positional_embedding
+        if frames == 1:
+            return self.temporal_positional_embedding.mean(dim=1, keepdim=True)
+        raise ValueError(f"ViCLIP takes clips of {self.num_frames} frames or of 1; got {frames}")
+
+
+class TextEncoder(nn.Module):
+    """CLIP's text tower with a shorter context."""
+
+    def __init__(self, config: ViclipConfig) -> None:
+        super().__init__()
+        width = config.text_width
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
+        self.transformer = Transformer(width, config.text_layers, config.text_heads)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.output_dim))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[N, context_length] token ids -> [N, output_dim], read at the end-of-text token, the largest id."""
+        x = self.token_embedding(ids) + self.positional_embedding
+        x = self.ln_final(self.transformer(x, causal=True))
+        return x[torch.arange(len(x), device=x.device), ids.argmax(dim=-1)] @ self.text_projection
+
+
+class Viclip(nn.Module):
+    """Both towers. ``temp``, the training temperature, is part of the checkpoint; scores do not use it."""
+
+    def __init__(self, config: ViclipConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.temp = nn.Parameter(torch.tensor(1 / 100.0))
+        self.vision_encoder = VisionEncoder(config)
+        self.text_encoder = TextEncoder(config)

@@ -1,0 +1,262 @@
+"""The file under a story: its text, its syntax, and nodes that know their line.
+
+YAML is composed into nodes and never constructed, so every value keeps its place in the file; JSON is read as
+the YAML it nearly is. Whatever is wrong becomes a line that says where, what was expected and what to write.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import yaml
+
+STORY_SUFFIXES = (".yaml", ".yml", ".json")
+
+_KINDS = {
+    "int": "a number",
+    "float": "a number",
+    "bool": "true or false",
+    "timestamp": "a date",
+    "null": "empty",
+}
+
+# What a fault of syntax most often is: a piece of the parser's message, what is expected, what to do.
+_QUOTE = "put the whole text in double quotes"
+_LOOK = "look for a missing comma, colon, bracket or quote here or just above"
+_SYNTAX = (
+    ("mapping values are not", 'no ": " inside text without quotes', _QUOTE),
+    ("'\\t'", "spaces at the start of lines", "replace the tab by spaces"),
+    ("cannot start any token", "quotes around text that begins with this sign", _QUOTE),
+    ("alphabetic or numeric character", "quotes around text that begins with * or &", _QUOTE),
+    ("end of stream", "a closing quote", "close the quote that opens on this line"),
+    ("unknown escape", "\\\\ for a backslash inside double quotes", "write \\\\, or use single quotes"),
+    ("found undefined alias", "quotes around text that begins with *", _QUOTE),
+    ("<block end>", "one entry a line, in one column", "look for a wrong indent or quote here or above"),
+    ("expected ','", "a comma between entries", _LOOK),
+    ("could not find expected ':'", "key: value", _LOOK),
+    ("found another document", "one story in a file", "remove the line ---"),
+)
+
+
+class StoryError(ValueError):
+    """A story that cannot be read; ``problems`` holds what was found, one line each, in the file's order."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class StoryFile:
+    """One story file. A fault of content is noted and reading goes on, so that all are found at once.
+
+    Raises:
+        StoryError: if the file cannot be read, or its syntax is broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problems: list[tuple[int, str]] = []
+        text = _read_text(path)
+        self._text = _blank_comments(text) if path.suffix.lower() == ".json" else text
+        try:
+            root = yaml.compose(self._text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            raise _syntax_error(path, text, error) from None
+        if root is None:
+            raise _refusal(
+                path, 1, "the file is empty", "a story", "write at least title, overview and scenes"
+            )
+        self.root: yaml.Node = root
+
+    def note(self, node: yaml.Node, where: str, wrong: str, expected: str, cure: str) -> None:
+        """Remember a problem of ``where``, such as "shot 3 (scene 2, shot 1)", that stands at ``node``."""
+        line = node.start_mark.line + 1
+        self.problems.append((line, f"{self.path}:{line}: {where}: {wrong}; expected {expected}; {cure}"))
+
+    def raise_if_faulty(self) -> None:
+        """Raise StoryError with everything noted, in the order of the file's lines."""
+        if self.problems:
+            raise StoryError([problem for _, problem in sorted(self.problems, key=lambda found: found[0])])
+
+    def mapping(
+        self,
+        node: yaml.Node,
+        where: str,
+        keys: tuple[str, ...],
+        required: tuple[str, ...],
+        example: str,
+    ) -> dict[str, yaml.Node]:
+        """The entries of a mapping by key; faults are noted, and a misspelt key does not count as missing."""
+        if not isinstance(node, yaml.MappingNode):
+            wrong = f"{self.excerpt(node)} stands here alone"
+            self.note(node, where, wrong, f"a mapping of {listing(keys)}", f"write {example}")
+            return {}
+        entries: dict[str, yaml.Node] = {}
+        lines: dict[str, int] = {}
+        misspelt = set()
+        for key_node, value in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else self.excerpt(key_node)
+            if key in lines:
+                wrong = f"{shorten(key)} stands here again, first on line {lines[key]}"
+                self.note(key_node, where, wrong, "each key once", "remove one of the two")
+            elif key in keys:
+                entries[key] = value
+            else:
+                near = nearest(key, keys)
+                misspelt.add(near)
+                cure = f"write {near} instead" if near else "remove it"
+                if kind(value) == "null" and node.flow_style and not near:
+                    cure = "put text that holds a comma in double quotes"
+                self.note(key_node, where, f"unknown key {shorten(key)}", listing(keys), cure)
+            lines.setdefault(key, key_node.start_mark.line + 1)
+        for key in required:
+            if key not in entries and key not in misspelt:
+                self.note(node, where, f"{key} is missing", listing(required), f"write {key}: ...")
+        return entries
+
+    def items(self, node: yaml.Node | None, where: str, key: str, at_least: int = 0) -> list[yaml.Node]:
+        """The items of a list; an absent key is an empty list."""
+        if node is None:
+            return []
+        if not isinstance(node, yaml.SequenceNode):
+            cure = f"write {key}: [...] instead"
+            if kind(node) == "str":
+                cure = f"write {key}: [{self.excerpt(node)}] instead"
+            elif kind(node) == "null" and not at_least:
+                cure = "leave the key out"
+            self.note(node, where, f"{key} is {self.excerpt(node)}", "a list", cure)
+            return []
+        if len(node.value) < at_least:
+            self.note(node, where, f"{key} is empty", "at least one", f"write {key}: [...]")
+        return list(node.value)
+
+    def string(
+        self, node: yaml.Node | None, where: str, key: str, item: bool = False, empty: bool = False
+    ) -> str | None:
+        """Text, white space collapsed; None if absent or faulty. ``item``: it stands in the list ``key``."""
+        if node is None:
+            return None
+        prefix = "write " if item else f"write {key}: "
+        found = kind(node)
+        if found != "str":
+            meant = '"..."' if found == "null" else quoted(self.excerpt(node).strip("\"'"))
+            wrong = f"{key} is read as {_KINDS.get(found, f'a {found}')}"
+            self.note(node, where, wrong, "text", f"{prefix}{meant} instead")
+            return None
+        # PyYAML leaves the two halves of JSON's escaped surrogate pairs apart.
+        text = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = " ".join(text.split())
+        if not text and not empty:
+            self.note(node, where, f"{key} is empty", "text", f'{prefix}"..."')
+            return None
+        return text
+
+    def integer(self, node: yaml.Node | None, where: str, key: str) -> int | None:
+        """A whole number from 0, in plain decimal digits; None if absent or faulty."""
+        if node is None:
+            return None
+        if kind(node) == "int" and re.fullmatch(r"0|[1-9][0-9]{0,17}", node.value):
+            return int(node.value)
+        digits = re.search(r"[0-9]+", node.value) if isinstance(node, yaml.ScalarNode) else None
+        cure = (
+            f"write {key}: {int(digits[0][:18])} instead" if digits else f"write a number or leave {key} out"
+        )
+        self.note(node, where, f"{key} is {self.excerpt(node)}", "a whole number from 0", cure)
+        return None
+
+    def excerpt(self, node: yaml.Node) -> str:
+        """The beginning of what stands in the file, for messages."""
+        raw = self._text[node.start_mark.index : node.end_mark.index]
+        return shorten(" ".join(raw.split())) or "empty"
+
+
+def kind(node: yaml.Node) -> str:
+    """The short name of a node's YAML type: str, int, bool, null, mapping, list, ..."""
+    if isinstance(node, yaml.ScalarNode):
+        return str(node.tag).rsplit(":", 1)[-1]
+    return "mapping" if isinstance(node, yaml.MappingNode) else "list"
+
+
+def nearest(word: str, known: Collection[str]) -> str | None:
+    """The one of ``known`` that ``word`` most likely was meant to be, or None if none is near."""
+    by_lower = {one.lower(): one for one in sorted(known)}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return by_lower[near[0]] if near else None
+
+
+def nearest_file(path: Path, suffixes: Collection[str]) -> Path | None:
+    """The file beside ``path`` with one of the ``suffixes`` whose name is nearest to its name."""
+    beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    names = {one.stem: one.name for one in beside if one.suffix.lower() in suffixes}
+    near = nearest(path.stem, names)
+    return None if near is None else path.with_name(names[near])
+
+
+def listing(words: Collection[str]) -> str:
+    return ", ".join(words)
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def quoted(text: str) -> str:
+    return '"' + shorten(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _refusal(path: Path, line: int | None, wrong: str, expected: str, cure: str) -> StoryError:
+    place = f"{path}" if line is None else f"{path}:{line}"
+    return StoryError([f"{place}: {wrong}; expected {expected}; {cure}"])
+
+
+def _read_text(path: Path) -> str:
+    """The file's text, or a StoryError that says why there is none."""
+    if path.is_dir():
+        raise _refusal(
+            path, None, "this is a folder", "a story file", "write the path of a file in it instead"
+        )
+    if not path.exists():
+        near = nearest_file(path, STORY_SUFFIXES)
+        cure = f"write {near} instead" if near else "check the path"
+        raise _refusal(path, None, "the file does not exist", "a story file", cure)
+    if path.suffix.lower() not in STORY_SUFFIXES:
+        expected = f"a name that ends in {listing(STORY_SUFFIXES)}"
+        raise _refusal(path, None, "this is not named as a story", expected, "rename it if it is a story")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        wrong = f"the file cannot be read ({error.strerror})"
+        raise _refusal(path, None, wrong, "a readable file", "check its permissions") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _refusal(path, line, "the file is not UTF-8 text", "UTF-8", "save the file as UTF-8") from None
+
+
+def _blank_comments(text: str) -> str:
+    """JSON with comments and tabs replaced by blanks: what is left is YAML, line for line."""
+    token = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/|\t', re.DOTALL)
+    return token.sub(lambda found: found[0] if found[0][0] == '"' else re.sub(r"[^\n]", " ", found[0]), text)
+
+
+def _syntax_error(path: Path, text: str, error: yaml.YAMLError) -> StoryError:
+    """The parser's complaint in words a writer of stories understands."""
+    language = "JSON" if path.suffix.lower() == ".json" else "YAML"
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return _refusal(path, line, "an invisible control character stands here", "plain text", "remove it")
+    assert isinstance(error, yaml.MarkedYAMLError), error
+    problem = error.problem or error.context or ""
+    mark = error.problem_mark
+    # What was never closed is told where it was opened.
+    if mark is None or any(piece in problem for piece in ("end of stream", "stream end", "expected ':'")):
+        mark = error.context_mark or mark
+    default = (f"{language} as in examples/the_keeper.yaml", "look at this line and the one above")
+    expected, cure = next((rest for piece, *rest in _SYNTAX if piece in problem), default)
+    return _refusal(
+        path, mark.line + 1 if mark else 1, f"this is not valid {language} ({problem})", expected, cure
+    )

@@ -1,0 +1,1 @@
+"""Wan2.2 with memory: rotary embedding, conditioning, pipeline, sampler, adapters, loading."""

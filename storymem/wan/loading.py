@@ -1,0 +1,161 @@
+"""The one door through which Wan enters: settings in, ready pipelines out.
+
+Published weights, the small trained models and networks with random weights all come this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+
+from storymem.wan.lora import load_memory_lora
+from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.runtime import place
+from storymem.wan.schedule import wan_scheduler
+from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings
+from storymem.wan.sources import adapter_weights, check_weights
+from storymem.weights import locate
+
+T = TypeVar("T", bound=torch.nn.Module)
+
+
+def load_pipeline(
+    model: ModelSettings,
+    *,
+    runtime: RuntimeSettings | None = None,
+    continuity: Continuity = "none",
+    shift: float = 4.0,
+    text_encoder: bool = True,
+    experts: bool = True,
+) -> WanMemoryToVideoPipeline:
+    """A ready memory-to-video pipeline.
+
+    Args:
+        model: which networks.
+        runtime: where they run; None: on the best device, without offloading.
+        continuity: which adapter is loaded, where there is one for each kind.
+        shift: of the sampler's noise levels.
+        text_encoder: whether to load the text encoder; without it, pass ``prompt_embeds``.
+        experts: whether to load the transformers and their adapter; without them the pipeline can only encode.
+
+    Raises:
+        MissingWeights: before anything is loaded.
+        ValueError: for weights or a machine that do not fit the settings.
+    """
+    check_weights(model, text_to_video=False, continuity=continuity)
+    scheduler = wan_scheduler(shift)
+    if model.weights is None:
+        pipe = _random_pipeline(model, scheduler, text_encoder=text_encoder, experts=experts)
+    else:
+        left_out: dict[str, Any] = {} if text_encoder else {"text_encoder": None, "tokenizer": None}
+        if not experts:
+            left_out |= {"transformer": None, "transformer_2": None}
+        pipe = WanMemoryToVideoPipeline.from_pretrained(
+            locate(model.weights),
+            scheduler=scheduler,
+            torch_dtype=_dtypes(model),
+            rope_stride=model.rope_stride,
+            boundary_ratio=model.boundary,
+            **left_out,
+        )
+    if experts and model.adapter is not None:
+        load_memory_lora(
+            pipe,
+            locate(adapter_weights(model.adapter, continuity)),
+            alpha=model.adapter.alpha,
+            use_rslora=model.adapter.use_rslora,
+            weight=model.adapter.weight,
+        )
+    place(pipe, runtime or RuntimeSettings())
+    return pipe
+
+
+def load_text_to_video(
+    model: ModelSettings,
+    *,
+    vae: AutoencoderKLWan,
+    runtime: RuntimeSettings | None = None,
+    shift: float = 12.0,
+) -> WanPipeline:
+    """The text-to-video pipeline of the first shot, without a text encoder; it shares ``vae``."""
+    assert model.has_text_to_video
+    check_weights(model, text_to_video=True)
+    if model.weights is None:
+        experts = [
+            _seeded(
+                model.seed + 10 + k,
+                model.dtype,
+                lambda: WanTransformer3DModel(**model.network.transformer, in_channels=16),
+            )
+            for k in range(2)
+        ]
+    else:
+        assert model.text_to_video is not None
+        folder = locate(model.text_to_video)
+        experts = [
+            WanTransformer3DModel.from_pretrained(folder / name, torch_dtype=getattr(torch, model.dtype))
+            for name in ("transformer", "transformer_2")
+        ]
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=wan_scheduler(shift),
+        transformer=experts[0],
+        transformer_2=experts[1],
+        boundary_ratio=model.text_to_video_boundary,
+    )
+    place(pipe, runtime or RuntimeSettings())
+    return pipe
+
+
+def _dtypes(model: ModelSettings) -> dict[str, torch.dtype]:
+    return {"default": getattr(torch, model.dtype), "vae": getattr(torch, model.vae_dtype)}
+
+
+def _random_pipeline(
+    model: ModelSettings, scheduler: Any, *, text_encoder: bool, experts: bool
+) -> WanMemoryToVideoPipeline:
+    """Networks of the configured shape with random weights; each part has its own seed, so parts can be left out."""
+    from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+
+    network, seed = model.network, model.seed
+
+    def expert(k: int) -> WanTransformer3DModel | None:
+        if not experts:
+            return None
+        return _seeded(
+            seed + k, model.dtype, lambda: WanTransformer3DModel(**network.transformer, in_channels=36)
+        )
+
+    def text() -> UMT5EncoderModel:
+        return _seeded(seed + 3, model.dtype, lambda: UMT5EncoderModel(UMT5Config(**network.text_encoder)))
+
+    return WanMemoryToVideoPipeline(
+        tokenizer=ByT5Tokenizer()
+        if text_encoder
+        else None,  # the one tokenizer that needs no vocabulary file
+        text_encoder=text() if text_encoder else None,
+        vae=_seeded(seed + 2, model.vae_dtype, lambda: AutoencoderKLWan(**network.vae)),
+        scheduler=scheduler,
+        transformer=expert(0),
+        transformer_2=expert(1),
+        boundary_ratio=model.boundary,
+        rope_stride=model.rope_stride,
+    )
+
+
+def _seeded(seed: int, dtype: str, build: Callable[[], T]) -> T:
+    """A network with random weights; what diffusers would keep in float32 when loading stays in float32."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = build().eval()
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in chain(network.named_parameters(), network.named_buffers()):
+        if tensor.is_floating_point() and not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(getattr(torch, dtype))
+    return network

@@ -1,0 +1,196 @@
+"""From a request for one shot to its frames: Wan with memory, seen from the loop that tells a story."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import WanPipeline
+from PIL import Image
+from torch import Tensor
+
+from storymem.wan.loading import load_pipeline, load_text_to_video
+from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.runtime import check_runtime, release_memory
+from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
+from storymem.wan.sources import check_weights
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShotRequest:
+    """Everything one shot is made from.
+
+    Args:
+        prompt: must be among those given to :meth:`WanShotGenerator.prepare`.
+        negative_prompt: likewise; None: the sampler's.
+        frames: F = 4n + 1.
+        seed: of the noise.
+        memory: normalised one-frame latents [16, 1, h, w] of the keyframes, oldest first.
+        given: uint8 [n, H, W, 3], the frames that the shot begins with: 0 (M2V), 1 (MI2V) or 5 (MM2V).
+    """
+
+    prompt: str
+    negative_prompt: str | None
+    frames: int
+    seed: int
+    memory: Sequence[Tensor]
+    given: np.ndarray
+
+
+class WanShotGenerator:
+    """Makes shots with Wan; loads what is needed when it is needed and frees what is not.
+
+    Text encoder: loaded, all prompts of a film encoded, freed. Text-to-video experts: loaded for the first shot,
+    freed after it. Memory-to-video experts: loaded for the second shot and kept.
+
+    Args:
+        model: which networks.
+        sampler: steps, guidance, shift, negative prompt.
+        runtime: where they run.
+        continuity: which adapter is used, where there is one for each kind.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelSettings,
+        sampler: SamplerSettings,
+        runtime: RuntimeSettings,
+        continuity: Continuity = "none",
+    ) -> None:
+        self.model, self.sampler, self.runtime = model, sampler, runtime
+        self.continuity = continuity
+        self._embeds: dict[str, Tensor] = {}
+        self._pipe: WanMemoryToVideoPipeline | None = None
+
+    @property
+    def video(self) -> VideoSettings:
+        """Size, length and rate of the shots."""
+        return self.model.video
+
+    def check(self, *, text_to_video: bool) -> None:
+        """Raise for missing weights or a machine that cannot run the settings; loads nothing.
+
+        Args:
+            text_to_video: whether :meth:`first` will be called.
+        """
+        check_runtime(self.runtime)
+        check_weights(self.model, text_to_video=text_to_video, continuity=self.continuity)
+
+    def prepare(self, prompts: Iterable[str], negative_prompts: Iterable[str | None]) -> None:
+        """Encode each distinct text once and free the text encoder.
+
+        One at a time, so that a text's embedding does not depend on what else is encoded.
+        """
+        texts = set(prompts)
+        if self._uses_guidance:
+            texts |= {self.sampler.negative_prompt if text is None else text for text in negative_prompts}
+        texts -= self._embeds.keys()
+        if not texts:
+            return
+        pipe = self._load(text_encoder=True, experts=False)
+        for text in sorted(texts):
+            embeds, _ = pipe.encode_prompt(
+                text,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.model.network.text_tokens,
+            )
+            self._embeds[text] = embeds.cpu()
+        pipe.remove_all_hooks()
+        del pipe
+        release_memory()
+
+    def generate(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray:
+        """The frames of a shot by memory-to-video, uint8 [F, H, W, 3], given frames included."""
+        pictures = [Image.fromarray(frame) for frame in request.given]
+        return self._run(
+            self._memory_to_video(),
+            request,
+            on_step,
+            memory=list(request.memory) or None,
+            first_frame=pictures[0] if len(pictures) == 1 else None,
+            motion_frames=pictures if len(pictures) > 1 else None,
+        )
+
+    def first(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray:
+        """The frames of a film's first shot from text alone, uint8 [F, H, W, 3].
+
+        By the text-to-video networks, or by those with memory where the model has no others.
+        """
+        if not self.model.has_text_to_video:
+            return self.generate(request, on_step)
+        pipe = load_text_to_video(
+            self.model,
+            vae=self._load(text_encoder=False, experts=False).vae,
+            runtime=self.runtime,
+            shift=self.sampler.text_to_video_shift,
+        )
+        frames = self._run(pipe, request, on_step)
+        pipe.remove_all_hooks()
+        del pipe
+        release_memory()
+        return frames
+
+    def encode_keyframes(self, frames: Sequence[np.ndarray]) -> list[Tensor]:
+        """Normalised latents [16, 1, h, w] of pictures, uint8 [H, W, 3], each encoded alone."""
+        if not frames:
+            return []
+        return list(self._memory_to_video().encode_memory([Image.fromarray(frame) for frame in frames]))
+
+    @property
+    def _uses_guidance(self) -> bool:
+        return self.sampler.guidance > 1
+
+    def _memory_to_video(self) -> WanMemoryToVideoPipeline:
+        if self._pipe is None:
+            self._pipe = self._load(text_encoder=False, experts=True)
+        return self._pipe
+
+    def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
+        return load_pipeline(
+            self.model,
+            runtime=self.runtime,
+            continuity=self.continuity,
+            shift=self.sampler.shift,
+            text_encoder=text_encoder,
+            experts=experts,
+        )
+
+    def _run(
+        self,
+        pipe: WanMemoryToVideoPipeline | WanPipeline,
+        request: ShotRequest,
+        on_step: OnStep | None,
+        **conditions: Any,
+    ) -> np.ndarray:
+        video, sampler = self.model.video, self.sampler
+        negative = sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
+
+        def stepped(_pipe: Any, step: int, _timestep: Any, _tensors: dict) -> dict:
+            if on_step is not None:
+                on_step(step + 1, sampler.steps)
+            return {}
+
+        pipe.set_progress_bar_config(disable=True)
+        (videos,) = pipe(
+            prompt_embeds=self._embeds[request.prompt],
+            negative_prompt_embeds=self._embeds[negative] if self._uses_guidance else None,
+            height=video.height,
+            width=video.width,
+            num_frames=request.frames,
+            num_inference_steps=sampler.steps,
+            guidance_scale=sampler.guidance,
+            guidance_scale_2=sampler.guidance_low,
+            # Noise from the CPU's generator is the same on every device.
+            generator=torch.Generator().manual_seed(request.seed),
+            output_type="np",
+            return_dict=False,
+            callback_on_step_end=stepped,
+            **conditions,
+        )
+        return (videos[0] * 255).round().astype(np.uint8)

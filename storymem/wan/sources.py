@@ -1,0 +1,47 @@
+"""Which published files a model needs; loads none of them, and no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from storymem.wan.settings import AdapterSettings, Continuity, ModelSettings
+from storymem.weights import MissingWeights, Weights, locate
+
+
+def required_weights(model: ModelSettings, *, text_to_video: bool, continuity: Continuity) -> list[Weights]:
+    """All that ``model`` loads for one film; empty for networks built from their configuration."""
+    wanted = [model.weights]
+    if text_to_video and model.has_text_to_video:
+        wanted.append(model.text_to_video)
+    if model.adapter is not None:
+        wanted.append(adapter_weights(model.adapter, continuity))
+    return [weights for weights in wanted if weights is not None]
+
+
+def check_weights(model: ModelSettings, *, text_to_video: bool, continuity: Continuity = "none") -> None:
+    """Raise one :class:`MissingWeights` that lists all that ``model`` needs and this machine lacks."""
+    missing = []
+    for weights in required_weights(model, text_to_video=text_to_video, continuity=continuity):
+        try:
+            locate(weights)
+        except MissingWeights as error:
+            missing.append(str(error))
+    if missing:
+        raise MissingWeights("\n".join(missing))
+
+
+def adapter_weights(adapter: AdapterSettings, continuity: Continuity) -> Weights:
+    """The adapter's files for one kind of continuity: its own sub-folder where there is one for each."""
+    folder = adapter.folders.get(continuity)
+    if folder is None:
+        return adapter.weights
+    found = adapter.weights
+    if found.is_local:
+        return Weights(name=found.name, source=str(Path(found.source) / folder), licence=found.licence)
+    return Weights(
+        name=f"{found.name} ({folder})",
+        source=found.source,
+        file=f"{folder}/*",
+        size_gb=found.size_gb,
+        licence=found.licence,
+    )

@@ -1,0 +1,140 @@
+"""Where published weights lie on this machine; nothing here ever opens a network connection.
+
+Large files are fetched by the user, once, with the command that the error message prints: a 100 GB download must
+never begin as the side effect of a typing mistake.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic.dataclasses import dataclass
+
+from storymem.config import STRICT
+
+
+class MissingWeights(FileNotFoundError):
+    """Weights that were asked for are not on this machine; the message says how to get them."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Weights:
+    """One set of published weights.
+
+    Args:
+        name: what it is, for messages ("ViCLIP-L/14").
+        source: a local file or folder, or a Hugging Face repository id ("owner/name").
+        file: a file (or glob pattern) inside the repository; ``None`` means the whole repository.
+        size_gb: size of the download in gigabytes (10^9 bytes), for messages.
+        licence: one line on the licence of the weights, for messages; empty if nothing need be said.
+        url: where the file is published, for what is on no hub; the download then goes to ``source``.
+    """
+
+    name: str
+    source: str
+    file: str | None = None
+    size_gb: float = 0.0
+    licence: str = ""
+    url: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether ``source`` is a path: one that exists, or one that cannot be a repository id."""
+        written = Path(self.source).expanduser()
+        return written.exists() or self.source.startswith((".", "/", "~")) or self.source.count("/") != 1
+
+    @property
+    def download_command(self) -> str:
+        """The shell command that puts these weights into the local Hugging Face cache (or, by ``url``, in place)."""
+        if self.url and self.is_local:
+            target = Path(self.source).expanduser()
+            target = target / self.file if self.file is not None and target.is_dir() else target
+            return f'curl --create-dirs -L -o "{target}" "{self.url}"'
+        if self.file is None:
+            return f"hf download {self.source}"
+        flag = "--include " if "*" in self.file else ""
+        quote = '"' if "*" in self.file else ""
+        return f"hf download {self.source} {flag}{quote}{self.file}{quote}"
+
+
+def locate(weights: Weights) -> Path:
+    """The local path of ``weights``: a file if ``weights.file`` names one, else a folder.
+
+    Looks at ``source`` as a path first, then in the local Hugging Face cache.
+
+    Raises:
+        MissingWeights: with the file's name, size, licence note and the exact download command.
+    """
+    if weights.is_local:
+        return _locate_on_disk(weights)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = None if weights.file is None else [weights.file]
+    try:
+        folder = Path(snapshot_download(weights.source, allow_patterns=patterns, local_files_only=True))
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        raise _missing(weights, "is not in the local Hugging Face cache") from None
+    if weights.file is None:
+        _check_shards(weights, folder)
+        return folder
+    if "*" in weights.file:
+        if not any(folder.glob(weights.file)):
+            raise _missing(weights, f"has no {weights.file} in the local Hugging Face cache")
+        return folder / _fixed_part(weights.file)
+    if not (folder / weights.file).is_file():
+        raise _missing(weights, f"has no {weights.file} in the local Hugging Face cache")
+    return folder / weights.file
+
+
+def _locate_on_disk(weights: Weights) -> Path:
+    path = Path(weights.source).expanduser()
+    if not path.exists():
+        raise _missing(weights, "does not exist")
+    if path.is_file():
+        return path
+    if weights.file is None:
+        _check_shards(weights, path)
+        return path
+    if "*" in weights.file:
+        # A folder downloaded whole, or only the part of it that is needed.
+        return path / _fixed_part(weights.file) if any(path.glob(weights.file)) else path
+    if (path / weights.file).exists():
+        return path / weights.file
+    # A folder downloaded or copied flat: the file's own name is enough.
+    if (path / Path(weights.file).name).is_file():
+        return path / Path(weights.file).name
+    raise _missing(weights, f"holds no {weights.file}")
+
+
+def _fixed_part(pattern: str) -> Path:
+    """The folders of a glob pattern before its first wildcard: "a/b*/c" -> "a"."""
+    parts = Path(pattern).parts
+    return Path(*parts[: next(i for i, part in enumerate(parts) if "*" in part)])
+
+
+def _check_shards(weights: Weights, folder: Path) -> None:
+    """Raise if an index names shards that are not there: the sign of a download that was broken off."""
+    for index in folder.glob("**/*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        absent = sorted(shard for shard in shards if not (index.parent / shard).exists())
+        if absent:
+            raise _missing(weights, f"is incomplete: {index.parent.name}/ lacks {', '.join(absent)}")
+
+
+def _missing(weights: Weights, what: str) -> MissingWeights:
+    lines = [f"{weights.name}: {weights.source} {what}."]
+    if weights.file is not None:
+        lines.append(f"  file:     {weights.file}")
+    if weights.size_gb:
+        small = weights.size_gb < 0.1
+        lines.append(f"  size:     {weights.size_gb * (1000 if small else 1):g} {'MB' if small else 'GB'}")
+    if weights.licence:
+        lines.append(f"  licence:  {weights.licence}")
+    if weights.is_local and not weights.url:
+        lines.append("  Give the path of an existing file or folder, or a Hugging Face repository id.")
+    else:
+        lines.append(f"  download: {weights.download_command}")
+        lines.append("  or give the path of a local copy.")
+    return MissingWeights("\n".join(lines))

@@ -1,0 +1,112 @@
+"""Agreement with the original implementations, case by case.
+
+``STORYMEM_REFERENCE=/some/folder pytest tests/test_reference.py`` runs every case of the same formats found below
+that folder, with the same tolerances; by default the vectors in ``tests/reference`` are used.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from storymem.wan.lora import load_memory_lora
+from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.schedule import wan_scheduler
+from tests.references import ROOT, cases, label
+
+WAN_CASES = cases("wan", "case.json")
+TOLERANCES = {"condition": 1e-6, "latents_final": 1e-4, "video": 1e-3}
+
+
+def test_cases_are_found() -> None:
+    assert any(ROOT.iterdir()), f"no reference cases below {ROOT}"
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def build_pipeline(folder: Path, case: dict) -> WanMemoryToVideoPipeline:
+    vae = next(parent / "vae" for parent in folder.parents if (parent / "vae").is_dir())
+    pipe = WanMemoryToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=AutoencoderKLWan.from_pretrained(vae),
+        scheduler=wan_scheduler(shift=case["shift"]),
+        transformer=WanTransformer3DModel.from_pretrained(folder / "transformer"),
+        transformer_2=WanTransformer3DModel.from_pretrained(folder / "transformer_2"),
+        boundary_ratio=case["boundary"],
+    )
+    if case["lora_rank"]:
+        load_memory_lora(pipe, folder, alpha=case["lora_alpha"], use_rslora=case["use_rslora"])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(folder: Path, **changes: object) -> dict[str, torch.Tensor]:
+    """Run a case through the public call and collect what the reference file holds."""
+    case = json.loads((folder / "case.json").read_text())
+    given = load_file(folder / "tensors.safetensors")
+    pipe = build_pipeline(folder, case)
+    seen: dict[str, torch.Tensor] = {"timesteps": torch.empty(0)}
+
+    def watch(_pipe: object, _step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        seen["timesteps"] = torch.cat([seen["timesteps"], timestep.float().view(1)])
+        seen["latents_final"], seen["condition"] = tensors["latents"][0], tensors["condition"][0]
+        return {}
+
+    def pictures(name: str) -> list[Image.Image]:
+        return [Image.fromarray(frame.numpy()) for frame in given[name]]
+
+    arguments = {
+        "prompt_embeds": given["prompt_embeds"][None],
+        "negative_prompt_embeds": given["negative_prompt_embeds"][None],
+        "height": case["height"],
+        "width": case["width"],
+        "num_frames": case["num_frames"],
+        "num_inference_steps": case["steps"],
+        "guidance_scale": case["guidance_scale"],
+        "generator": torch.Generator().manual_seed(case["seed"]),
+        "memory": pictures("memory_frames") if case["memory"] else None,
+        "first_frame": Image.fromarray(given["first_frame"].numpy()) if case["first_frame"] else None,
+        "motion_frames": pictures("motion_frames") if case["motion_frames"] else None,
+        "rope_stride": case["rope_stride"],
+        "output_type": "pt",
+        "callback_on_step_end": watch,
+        "callback_on_step_end_tensor_inputs": ["latents", "condition"],
+    }
+    frames = pipe(**(arguments | changes)).frames[0]
+    return seen | {"video": frames.permute(1, 0, 2, 3) * 2 - 1}
+
+
+@pytest.mark.parametrize("folder", WAN_CASES, ids=label)
+def test_memory_to_video_agrees(folder: Path) -> None:
+    theirs = load_file(folder / "tensors.safetensors")
+    ours = generate(folder)
+    assert ours["timesteps"].tolist() == theirs["timesteps"].tolist()
+    for name, tolerance in TOLERANCES.items():
+        error = relative_error(ours[name], theirs[name])
+        assert error <= tolerance, f"{name} is off by {error:.2e}, allowed {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("folder", WAN_CASES[:1], ids=label)
+def test_the_cases_see_a_wrong_rope_stride(folder: Path) -> None:
+    case = json.loads((folder / "case.json").read_text())
+    theirs = load_file(folder / "tensors.safetensors")["latents_final"]
+    ours = generate(folder, rope_stride=case["rope_stride"] + 1)["latents_final"]
+    assert relative_error(ours, theirs) > 1e-3
+
+
+@pytest.mark.parametrize("folder", WAN_CASES[:1], ids=label)
+def test_noise_is_that_of_a_cpu_generator(folder: Path) -> None:
+    case = json.loads((folder / "case.json").read_text())
+    noise = load_file(folder / "tensors.safetensors")["noise"]
+    drawn = torch.randn(noise.shape, generator=torch.Generator().manual_seed(case["seed"]))
+    np.testing.assert_array_equal(drawn.numpy(), noise.numpy())
