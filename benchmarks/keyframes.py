@@ -105,11 +105,15 @@ def falling_selector(embeddings: np.ndarray) -> KeyframeSelector:
         once = KeyframeSelector(similarity_threshold=threshold, max_keyframes=len(embeddings))
         return len(once.select(embeddings, bank=NO_BANK).selected)
 
-    cosines = np.unique((embeddings @ embeddings.T).round(6))
-    highest = max(threshold for threshold in cosines if chosen_at(threshold) <= 3)
-    step = float((cosines[cosines < 0.9999].max() - highest) / FALLS)
-    start = float(highest) + (FALLS - 0.5) * step
-    return KeyframeSelector(similarity_threshold=start, threshold_step=step)
+    cosines = np.unique((embeddings @ embeddings.T).astype(float).round(6))
+    cosines = cosines[cosines < 0.9999]
+    enough = [chosen_at(threshold) <= 3 for threshold in (cosines[:-1] + cosines[1:]) / 2]
+    last = int(np.flatnonzero(enough)[-1])
+    # Every threshold above this cosine chooses more than three frames, and one just below it does not.
+    boundary = cosines[last + 1]
+    step = min((cosines[-1] - boundary) / FALLS, cosines[last + 1] - cosines[last])
+    start = float(boundary + (FALLS - 0.5) * step)
+    return KeyframeSelector(similarity_threshold=start, threshold_step=float(step))
 
 
 def measure(name: str, frames: np.ndarray, selector: KeyframeSelector, target: float) -> Result:
@@ -170,11 +174,12 @@ def main() -> None:
     ]
     print("shot      falls  published          ours             ratio  target")
     for result in results:
+        published = f"{result.published_seconds:.2f} s / {result.published_encoded}"
+        ours = f"{result.ours_seconds:.2f} s / {result.ours_encoded}"
         print(
-            f"{result.shot:<9} {result.threshold_falls:>5}"
-            f"  {result.published_seconds:>7.2f} s / {result.published_encoded:<5}"
-            f"  {result.ours_seconds:>6.2f} s / {result.ours_encoded:<4}  {result.ratio:>5.1f}  >=
-        {result.target:g}" )
+            f"{result.shot:<9} {result.threshold_falls:>5}  {published:<17}  {ours:<15}  {result.ratio:>5.1f}"
+            f"  >= {result.target:g}"
+        )
     print("seconds / pictures encoded; 832x480, ViT-B/32 with random weights, same keyframes on both sides")
     for result in results:
         print(json.dumps({"benchmark": "keyframes", **asdict(result)}))

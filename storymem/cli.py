@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -61,6 +62,8 @@ def run_script(main: Callable[[Any], None], *, config_name: str, positional: str
 def hydra_arguments(arguments: Sequence[str], positional: str | None) -> list[str]:
     """The command line with its one positional argument written as a Hydra override.
 
+    An argument with ``=`` is an override, unless a file of that name exists.
+
     Raises:
         SystemExit: with status 2, for a second positional argument.
     """
@@ -70,7 +73,7 @@ def hydra_arguments(arguments: Sequence[str], positional: str | None) -> list[st
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument.startswith("-") or before in _FLAGS_WITH_VALUE:
             flags.append(argument)
-        elif positional is None or "=" in argument or argument.startswith("~"):
+        elif positional is None or _is_override(argument):
             overrides.append(argument)
         else:
             found.append(argument)
@@ -79,9 +82,14 @@ def hydra_arguments(arguments: Sequence[str], positional: str | None) -> list[st
     return [*flags, *overrides, *(f"{positional}={_quoted(value)}" for value in found)]
 
 
+def _is_override(argument: str) -> bool:
+    return ("=" in argument or argument.startswith("~")) and not Path(argument).is_file()
+
+
 def _quoted(value: str) -> str:
     """A path as a Hydra value: quoted, so that spaces, commas and brackets stay themselves."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # Hydra takes backslashes literally, except those right before a quote.
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
 
 
 def _is_the_users(error: Exception) -> bool:

@@ -47,8 +47,8 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def _describe(cls: type, problem: Any) -> str:
-    # "Weights" and the like: pydantic puts the name of a union's member into the path.
-    path = [str(part) for part in problem["loc"] if not str(part)[:1].isupper()]
+    # "[key]" marks that the fault is in a dictionary's key, which stands before it.
+    path = [str(part) for part in problem["loc"] if part != "[key]"]
     where = ".".join(path) or "(top level)"
     if problem["type"] == "unexpected_keyword_argument":
         return f"{where}: unknown key{nearest(path[-1], _fields_at(cls, path[:-1]))}"

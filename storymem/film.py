@@ -139,7 +139,7 @@ class Film:
             )
         except FileNotFoundError:
             raise FilmError(f"{folder} holds no film: there is no {MANIFEST}") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise FilmError(
                 f"{path} is damaged ({error}): put it back from a copy, or delete it to begin again"
             ) from None
@@ -243,31 +243,35 @@ def film_folder(folder: str | Path, needed_bytes: int) -> Iterator[Path]:
         FilmError: if one of these is not so.
     """
     folder = Path(folder)
+    lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
         write_atomically(folder / ".writable", b"")
         (folder / ".writable").unlink()
+    except Timeout:  # before OSError, of which it is one
+        raise FilmError(
+            f"another process is making the film in {folder}: wait for it or choose another output"
+        ) from None
     except OSError as error:
+        lock.release()
         raise FilmError(
             f"the film's folder {folder} cannot be written ({error.strerror}): choose another output"
         ) from None
+    try:
+        _check_room(folder, needed_bytes)
+        yield folder
+    finally:
+        lock.release()
+
+
+def _check_room(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise FilmError(
             f"the disk of {folder} has {free / 1e9:.1f} GB free and the film needs about {needed_bytes / 1e9:.1f} GB: "
             "make room or choose another output"
         )
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FilmError(
-            f"another process is making the film in {folder}: wait for it or choose another output"
-        ) from None
-    try:
-        yield folder
-    finally:
-        lock.release()
 
 
 def estimated_bytes(frames: int, height: int, width: int) -> int:

@@ -49,8 +49,8 @@ def fit_image(image: np.ndarray, height: int, width: int, how: Literal["cover", 
     """
     picture, size = Image.fromarray(image), (width, height)
     if how == "cover":
-        return np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
-    return np.asarray(ImageOps.pad(picture, size, Image.Resampling.LANCZOS, color=(128, 128, 128)))
+        return np.array(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
+    return np.array(ImageOps.pad(picture, size, Image.Resampling.LANCZOS, color=(128, 128, 128)))
 
 
 def encode_png(image: np.ndarray) -> bytes:

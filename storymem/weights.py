@@ -1,7 +1,7 @@
 """Where published weights lie on this machine; nothing here ever opens a network connection.
 
-Large files are fetched by the user, once, with the command that the error message prints: a 100 GB download must
-never begin as the side effect of a typing mistake.
+Large files are fetched by the user, once, with the command that the error message prints: a 100 GB download
+must never begin as the side effect of a typing mistake.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Weights:
 
     @property
     def download_command(self) -> str:
-        """The shell command that puts these weights into the local Hugging Face cache (or, by ``url``, in place)."""
+        """The shell command that puts these weights into the local Hugging Face cache or in their place."""
         if self.url and self.is_local:
             target = Path(self.source).expanduser()
             target = target / self.file if self.file is not None and target.is_dir() else target
@@ -82,6 +82,7 @@ def locate(weights: Weights) -> Path:
     if "*" in weights.file:
         if not any(folder.glob(weights.file)):
             raise _missing(weights, f"has no {weights.file} in the local Hugging Face cache")
+        _check_shards(weights, folder, weights.file)
         return folder / _fixed_part(weights.file)
     if not (folder / weights.file).is_file():
         raise _missing(weights, f"has no {weights.file} in the local Hugging Face cache")
@@ -99,7 +100,11 @@ def _locate_on_disk(weights: Weights) -> Path:
         return path
     if "*" in weights.file:
         # A folder downloaded whole, or only the part of it that is needed.
-        return path / _fixed_part(weights.file) if any(path.glob(weights.file)) else path
+        for pattern in (weights.file, Path(weights.file).name):
+            if any(path.glob(pattern)):
+                _check_shards(weights, path, pattern)
+                return path / _fixed_part(pattern)
+        raise _missing(weights, f"holds no {weights.file}")
     if (path / weights.file).exists():
         return path / weights.file
     # A folder downloaded or copied flat: the file's own name is enough.
@@ -114,9 +119,11 @@ def _fixed_part(pattern: str) -> Path:
     return Path(*parts[: next(i for i, part in enumerate(parts) if "*" in part)])
 
 
-def _check_shards(weights: Weights, folder: Path) -> None:
+def _check_shards(weights: Weights, folder: Path, pattern: str = "**/*") -> None:
     """Raise if an index names shards that are not there: the sign of a download that was broken off."""
-    for index in folder.glob("**/*.safetensors.index.json"):
+    for index in sorted(folder.glob(pattern)):
+        if not index.name.endswith(".safetensors.index.json"):
+            continue
         shards = set(json.loads(index.read_text())["weight_map"].values())
         absent = sorted(shard for shard in shards if not (index.parent / shard).exists())
         if absent:

@@ -1,8 +1,8 @@
 """Agreement of ViCLIP and HPSv3 with the original implementations, case by case.
 
-Cases are found below ``STORYMEM_REFERENCE`` (default: ``tests/reference``) by what files hold, not by what they are
-called: ``X_weights.safetensors``, ``X_io.safetensors`` and a JSON of sizes; and, each where present, the files on frame
-sampling, preprocessing, resizing and the prompt. All sizes are read from the JSON.
+Cases are found below ``STORYMEM_REFERENCE`` (default: ``tests/reference``) by what files hold, not by what
+they are called: ``X_weights.safetensors``, ``X_io.safetensors`` and a JSON of sizes; and, each where present,
+the files on frame sampling, preprocessing, resizing and the prompt. All sizes are read from the JSON.
 """
 
 from __future__ import annotations

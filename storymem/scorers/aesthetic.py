@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from storymem.scorers.checkpoint import load_strictly, read_checkpoint
 from storymem.scorers.clip import ClipScorer
-from storymem.scorers.inputs import check_frames, check_prompts
+from storymem.scorers.inputs import check_prompts
 from storymem.weights import Weights, locate
 
 _DIM = 768  # embedding of CLIP ViT-L/14
@@ -21,6 +21,7 @@ _V2_AUTHOR = "https://github.com/christophschuhmann/improved-aesthetic-predictor
 _FILES = {"v1": "sa_0_4_vit_l_14_linear.pth", "v2": "sac+logos+ava1-l14-linearMSE.pth"}
 _URLS = {"v1": f"{_LAION}/{_FILES['v1']}", "v2": f"{_V2_AUTHOR}/{_FILES['v2']}"}
 _LICENCES = {"v1": "MIT", "v2": "Apache-2.0"}
+_HEAD_FILE = "aesthetic_head.safetensors"
 _SIZES_GB = {"v1": 0.000004, "v2": 0.0037}
 
 
@@ -86,10 +87,10 @@ class AestheticScorer:
 
         Args:
             version: ``"v1"``, one linear layer, the one VBench uses; ``"v2"``, trained on more ratings.
-            source: file of the head, or the folder or hub repository that holds it under its published name; by
-                default in ``~/.cache/storymem``.
-            clip_source: file, folder or hub repository of OpenAI's ViT-L/14; by default timm's hub repository.
-            threshold: see the class. 4.5 is ours, half a point below what LAION calls plain; nothing published sets it.
+            source: file of the head, or the folder or hub repository that holds it under its published name;
+                by default in ``~/.cache/storymem``.
+            clip_source: file, folder or hub repository of OpenAI's ViT-L/14; by default timm's.
+            threshold: see the class. 4.5 is our choice; nothing published sets it.
             device, dtype, batch_size: of the CLIP model; see `ClipScorer`.
 
         Raises:
@@ -109,6 +110,37 @@ class AestheticScorer:
             batch_size=batch_size,
         )
         return cls(clip, head, name=f"laion-{version}", threshold=threshold)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        version: str = "v1",
+        threshold: float,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        batch_size: int = 16,
+    ) -> Self:
+        """Load a head and a CLIP of any size from one folder.
+
+        Args:
+            folder: as `ClipScorer.from_folder` takes it, and the head in ``aesthetic_head.safetensors``.
+            version: the kind of head.
+            threshold: see the class.
+            device, dtype, batch_size: of the CLIP model; see `ClipScorer`.
+
+        Raises:
+            MissingWeights: if the folder lacks a file.
+            CheckpointError: if the files do not fit each other.
+        """
+        clip = ClipScorer.from_folder(
+            folder, preprocessing="published_aesthetic", device=device, dtype=dtype, batch_size=batch_size
+        )
+        head = _head(version, clip.dim)
+        path = locate(Weights(name=f"aesthetic head in {folder}", source=str(folder), file=_HEAD_FILE))
+        load_strictly(head, read_checkpoint(path), path)
+        return cls(clip, head, name=f"laion-style {version}", threshold=threshold)
 
     @classmethod
     def from_config(
@@ -168,8 +200,9 @@ class AestheticScorer:
         Raises:
             ValueError: for anything else; see `check_frames`.
         """
-        check_prompts(prompts, len(check_frames(frames)))
-        return self.head(self.clip.embed_images(frames)).squeeze(-1)
+        embeddings = self.clip.embed_images(frames)
+        check_prompts(prompts, len(embeddings))
+        return self.head(embeddings).squeeze(-1)
 
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Self:
         """Move CLIP, for example ``to("cpu")`` between shots; returns the scorer itself."""

@@ -14,11 +14,11 @@ _LISTED = 8  # names written out in a message before "and N more"
 
 
 class CheckpointError(ValueError):
-    """A file's tensors are not those of the network; the message lists what is missing, unexpected or misshapen."""
+    """A file's tensors are not those of the network; the message lists what is missing or misshapen."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a .safetensors file or of a torch pickle (read with ``weights_only=True``), on the CPU."""
+    """The content of a .safetensors file or of a torch pickle (``weights_only=True``), on the CPU."""
     if path.suffix == ".safetensors":
         return load_file(path)
     content = torch.load(path, map_location="cpu", weights_only=True)

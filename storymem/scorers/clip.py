@@ -76,12 +76,12 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         Args:
             model: open_clip's name of the architecture.
             pretrained: open_clip's tag for who trained the weights; it decides activation and normalisation.
-            source: a local file or folder, or a hub id; by default the hub repository that the tag stands for.
+            source: a local file or folder, or a hub id; by default the repository the tag stands for.
             preprocessing, device, dtype, batch_size: see the class.
 
         Raises:
-            ValueError: for unknown names, and for a model whose activation is not the one the weights were trained
-                with: OpenAI's weights load into the plain ``ViT-...`` names without complaint and are silently wrong.
+            ValueError: for unknown names, and for a model whose activation is not the one the weights were
+                trained with: OpenAI's load into the plain ``ViT-...`` names and are silently wrong there.
             MissingWeights: if the weights are not on this machine.
             CheckpointError: if the file holds another model.
         """
@@ -120,8 +120,8 @@ class ClipScorer(Scorer[open_clip.CLIP]):
     ) -> Self:
         """Load a model of any size from a folder in open_clip's own layout.
 
-        The folder holds ``open_clip_config.json`` (``{"model_cfg": ..., "preprocess_cfg": ...}``) and the state dict in
-        ``open_clip_model.safetensors``.
+        It holds ``open_clip_config.json``, which is ``{"model_cfg": ..., "preprocess_cfg": ...}``, and the state
+        dict in ``open_clip_model.safetensors``.
 
         Raises:
             MissingWeights: if the folder lacks one of the two files.
@@ -155,7 +155,8 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         """An untrained model of any size, the same for the same ``seed``; for tests and trials only.
 
         Args:
-            config: open_clip's model configuration: ``embed_dim``, ``quick_gelu``, ``vision_cfg``, ``text_cfg``.
+            config: of the model, as open_clip writes it: ``embed_dim``, ``quick_gelu``, ``vision_cfg``,
+                ``text_cfg``.
             seed: of the random weights; the global random state is left as it was.
             preprocessing, device, dtype, batch_size: see the class.
         """
@@ -179,7 +180,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         return self._in_batches(check_frames(frames), self._encode_images, self.dim)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of texts, [N, D] float32 on the CPU, of unit length; longer texts than the context are cut."""
+        """Embeddings of texts, [N, D] float32 on the CPU, of unit length; long texts are cut."""
         ids = self.tokenizer(check_texts(texts))
         return self._in_batches(ids, lambda batch: _unit(self.network.encode_text(batch)), self.dim)
 

@@ -37,16 +37,18 @@ _PREPROCESSINGS = ("published_selector", "published_hpsv3")
 
 
 class Hpsv3Scorer(Scorer[Hpsv3Network]):
-    """Human preference score of pictures, given a prompt or none; unbounded, about 10 for the best generators.
+    """Human preference score of pictures, given a prompt or none; unbounded, about 10 for good generators.
 
     Args:
         network: the network.
         tokenizer: that of Qwen2-VL; the reward token is added to it.
-        threshold: a frame that scores less is of low quality; 3.0 as published with StoryMem, for empty prompts.
-        preprocessing: ``"published_selector"`` (frames are first reduced as StoryMem's selector does, so that 480x832
-            is scored at 364x616; the threshold belongs to it) or ``"published_hpsv3"`` (as the scorer alone does).
-        max_batch_pixels: bound on the pixels, after resizing, that go through the network at once (at least one
-            picture does).
+        threshold: a frame that scores less is of low quality; 3.0 as published with StoryMem, for empty
+            prompts.
+        preprocessing: ``"published_selector"`` (frames are first reduced as StoryMem's selector does, so that
+            480x832 is scored at 364x616; the threshold belongs to it) or ``"published_hpsv3"`` (as the scorer
+            alone does).
+        max_batch_pixels: bound on the pixels, after resizing, that go through the network at once (at least
+            one picture does).
         device, dtype, batch_size: see `Scorer`. The head computes in float32 whatever ``dtype`` is.
 
     Raises:
@@ -179,7 +181,8 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
 
         Args:
             frames: [N, 3, H, W], float in 0..1, RGB, of any size.
-            prompts: what each picture should show; ``None`` is an empty prompt for each, as the keyframe filter asks.
+            prompts: what each picture should show; ``None`` is an empty prompt for each, as the keyframe
+                filter asks.
 
         Returns:
             [N] float32 on the CPU, unbounded, higher is better.
@@ -235,7 +238,7 @@ def _with_reward_token(tokenizer: PreTrainedTokenizerBase, config: Hpsv3Config) 
         found = tokenizer.convert_tokens_to_ids(token)
         if found != number:
             raise ValueError(
-                f"the tokenizer gives {token} the id {found}, the network expects {number}; use the tokenizer of"
-                " Qwen/Qwen2-VL-7B-Instruct, without added tokens"
+                f"the tokenizer gives {token} the id {found}, the network expects {number};"
+                " use the tokenizer of Qwen/Qwen2-VL-7B-Instruct, without added tokens"
             )
     return tokenizer

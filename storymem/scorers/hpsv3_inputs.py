@@ -1,4 +1,4 @@
-"""What HPSv3 is shown: the published prompt around the user's, and pictures resized to about 256 visual tokens."""
+"""What HPSv3 is shown: the published text around the prompt, and pictures of about 256 visual tokens."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 _RESERVED = (REWARD_TOKEN, IMAGE_TOKEN, "<|video_pad|>")
 
 PIXELS = 256 * 28 * 28  # the size pictures are brought to, up to rounding
-_SELECTOR_MIN_PIXELS = (
-    48 * 28 * 28
-)  # the published selector leaves frames between this and PIXELS as they are
+_SELECTOR_MIN_PIXELS = 48 * 28 * 28  # the published selector enlarges smaller frames only
 
 
 def assemble_prompt(prompt: str, visual_tokens: int = 1) -> str:
@@ -53,9 +51,9 @@ def resized_size(
 ) -> tuple[int, int]:
     """Height and width as multiples of ``factor`` within the bounds on their product.
 
-    Both sides are rounded to multiples; if their product is out of bounds, the original sides are scaled to the bound
-    and rounded down (too large) or up (too small). Rounding up may exceed the bound, so the rule is not idempotent:
-    480x832 becomes 336x588, and that 364x616.
+    Both sides are rounded to multiples; if their product is out of bounds, the original sides are scaled to
+    the bound and rounded down (too large) or up (too small). Rounding up may exceed the bound, so the rule is
+    not idempotent: 480x832 becomes 336x588, and that 364x616.
 
     Raises:
         ValueError: if one side is more than 200 times the other.
@@ -119,7 +117,8 @@ class PixelPatcher:
             pictures: uint8 [N, 3, H, W] on the CPU, N > 0.
 
         Returns:
-            float32 [patches of all pictures, 3 * temporal_patch * patch * patch] and the patch grid [N, 3] of each.
+            float32 [patches of all pictures, 3 * temporal_patch * patch * patch] and the patch grid [N, 3] of
+            each.
         """
         height, width = self.size(*pictures.shape[-2:])
         resized = [

@@ -146,7 +146,7 @@ class Hpsv3Network(nn.Module):
         at_reward = input_ids == self.config.reward_token
         if not bool((at_reward.sum(dim=1) == 1).all()):
             raise ValueError("every input must hold the reward token exactly once")
-        # The original never hands position ids to the decoder, so that all three rotary axes count 0, 1, 2, ...
+        # The original never hands position ids to the decoder, so all three rotary axes count 0, 1, 2, ...
         # instead of Qwen2-VL's rows and columns of the image. The weights were trained that way.
         batch, length = input_ids.shape
         positions = torch.arange(length, device=input_ids.device).expand(3, batch, length)
@@ -225,7 +225,8 @@ def load_network_in_4_bits(path: Path, config: Hpsv3Config, device: torch.device
 def cast_backbone(network: Hpsv3Network, dtype: torch.dtype) -> Hpsv3Network:
     """Bring the backbone's weights to ``dtype`` and the head's to float32, in place.
 
-    Buffers keep their type: rotary frequencies rounded to bfloat16 are off by radians at the end of the prompt.
+    Buffers keep their type: rotary frequencies rounded to bfloat16 are off by radians at the end of the
+    prompt.
     """
     for parameter in network.model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""The one check of what enters a scorer: a picture in another range or axes order gets a plausible, wrong score."""
+"""The one check of what enters a scorer: a picture in a wrong range or axes order gets a plausible score."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_frames(frames: Tensor) -> Tensor:
 
 
 def check_clips(clips: Tensor) -> Tensor:
-    """Return ``clips`` as float32 [B, T, 3, H, W] in 0..1 on the device they came from; B may be 0, T may not.
+    """Return ``clips`` as float32 [B, T, 3, H, W] in 0..1 on the device they came from; B may be 0, not T.
 
     Raises:
         ValueError: as `check_frames`, and for clips without frames.

@@ -1,7 +1,8 @@
 """The published ways from a picture in 0..1 to the pixels a CLIP-like network sees, as operations on tensors.
 
-All take float32 [N, 3, H, W] in 0..1 on any device and the network's input size (height, width), and return float32
-[N, 3, height, width] before mean and std. They differ in ways that move scores, so they are named and chosen, never mixed.
+All take float32 [N, 3, H, W] in 0..1 on any device and the network's input size (height, width), and return
+float32 [N, 3, height, width] before mean and std. They differ in ways that move scores, so they are named and
+chosen, never mixed.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ Preprocessing = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
 def squash(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear to exactly ``size`` without antialias, aspect ratio ignored, nothing cropped (published selector)."""
+    """Bilinear to exactly ``size`` without antialias, nothing cropped (the published selector)."""
     return F.interpolate(frames, size=size, mode="bilinear", align_corners=False)
 
 
 def squash_in_bytes(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """`squash` whose result is rounded to 1/255, as an 8-bit image library leaves it (InternVid's training)."""
+    """`squash`, then rounded to 1/255 as an 8-bit image library does (InternVid's training)."""
     return to_bytes(squash(to_bytes(frames), size) / 255.0) / 255.0
 
 
 def crop_in_bytes(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """VBench's transform: 8-bit bicubic of the short side without antialias, then the centre is cut out.
 
-    The long side is truncated to an integer, the resized picture is clamped and rounded to 0..255, and the crop's
-    offset is rounded half to even, all as torchvision does with uint8 tensors.
+    The long side is truncated to an integer, the resized picture is clamped and rounded to 0..255, and the
+    crop's offset is rounded half to even, all as torchvision does with uint8 tensors.
     """
     height, width = frames.shape[-2:]
     short = min(height, width)

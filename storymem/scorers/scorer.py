@@ -90,7 +90,7 @@ class Scorer(Generic[Network]):
 
     @torch.no_grad()
     def _in_batches(self, rows: Tensor, run: Callable[[Tensor], Tensor], width: int) -> Tensor:
-        """``run`` over ``rows`` batch by batch on the device: float32 on the CPU, [0, width] where there are no rows."""
+        """``run`` over ``rows`` batch by batch on the device: float32 on the CPU; [0, width] without rows."""
         results = [
             run(batch.to(self.device)).float().cpu() for batch in rows.split(self.batch_size) if len(batch)
         ]

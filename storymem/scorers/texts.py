@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 class ClipTokenizer:
     """open_clip's byte-pair tokenizer at a fixed context length.
 
-    A text beyond the context keeps its first tokens and the end-of-text token, in CLIP and in ViCLIP. What is cut no
-    longer counts in any score, so it is counted here: `texts_truncated` of `texts_seen`.
+    A text beyond the context keeps its first tokens and the end-of-text token, in CLIP and in ViCLIP. What is
+    cut no longer counts in any score, so it is counted here: `texts_truncated` of `texts_seen`.
     """
 
     def __init__(self, context_length: int) -> None:
@@ -30,7 +30,7 @@ class ClipTokenizer:
         return [len(self._tokenizer.encode(text)) + 2 for text in texts]
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Token ids, int64 [N, context_length], padded with 0; truncation is counted and logged as a warning."""
+        """Token ids, int64 [N, context_length], padded with 0; truncation is counted and warned of."""
         truncated = sum(count > self.context_length for count in self.token_counts(texts))
         self.texts_seen += len(texts)
         self.texts_truncated += truncated

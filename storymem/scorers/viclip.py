@@ -42,8 +42,8 @@ _SIZES_GB = {"L-14": 1.71, "B-16": 0.6}
 def middle_frames(length: int, count: int) -> list[int]:
     """VBench's choice of ``count`` frames out of ``length``: the middle of each of equally long intervals.
 
-    Intervals end at floor(i * length / n) with n = min(count, length); if the video is shorter than ``count``,
-    the last frame is repeated.
+    Intervals end at floor(i * length / n) with n = min(count, length); if the video is shorter than
+    ``count``, the last frame is repeated.
     """
     _check_length(length, 1)
     intervals = min(count, length)
@@ -53,7 +53,7 @@ def middle_frames(length: int, count: int) -> list[int]:
 
 
 def strided_frames(length: int, count: int) -> list[int]:
-    """InternVid's choice: the first ``count`` frames at stride length // count; shorter videos are refused."""
+    """InternVid's choice: the first ``count`` frames at stride length // count, of no fewer frames."""
     _check_length(length, count)
     return [i * (length // count) for i in range(count)]
 
@@ -86,8 +86,8 @@ PROFILES = {
 class ViclipScorer(Scorer[Viclip]):
     """Clip and text embeddings of ViCLIP.
 
-    ``tokenizer.texts_truncated`` of ``tokenizer.texts_seen`` counts the texts that were longer than the context
-    of 32 tokens and so were cut: to be said beside any result.
+    ``tokenizer.texts_truncated`` of ``tokenizer.texts_seen`` counts the texts that were longer than the
+    context of 32 tokens and so were cut: to be said beside any result.
 
     Args:
         network: the network.
@@ -127,8 +127,9 @@ class ViclipScorer(Scorer[Viclip]):
 
         Args:
             size: of the network.
-            source: a hub id, a folder or a file, in either public layout: ``.safetensors`` (flat), or ``.pth`` with
-                the tensors under the key ``model``. By default OpenGVLab's hub repository of that size.
+            source: a hub id, a folder or a file, in either public layout: ``.safetensors`` (flat), or
+                ``.pth`` with the tensors under the key ``model``. By default OpenGVLab's hub repository of
+                that size.
             profile, device, dtype, batch_size: see the class.
 
         Raises:
@@ -212,21 +213,21 @@ class ViclipScorer(Scorer[Viclip]):
         """Embeddings of clips.
 
         Args:
-            clips: [B, T, 3, H, W], float in 0..1, RGB, of any size and length; `frame_indices` chooses the frames. A
-                clip of one frame is that frame repeated, as in VBench.
+            clips: [B, T, 3, H, W], float in 0..1, RGB, of any size and length; `frame_indices` chooses the
+                frames. A clip of one frame is that frame repeated, as in VBench.
 
         Returns:
             [B, D] float32 on the CPU, of unit length.
 
         Raises:
-            ValueError: for anything else; see `check_clips`. Profile ``internvid`` refuses clips of fewer frames than
-                the network takes.
+            ValueError: for anything else; see `check_clips`. Profile ``internvid`` refuses clips of fewer
+                frames than the network takes.
         """
         clips = check_clips(clips)
         return self._in_batches(clips[:, self.frame_indices(clips.shape[1])], self._encode_clips, self.dim)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of texts, [N, D] float32 on the CPU, of unit length; longer texts than the context are cut."""
+        """Embeddings of texts, [N, D] float32 on the CPU, of unit length; long texts are cut."""
         ids = self.tokenizer(check_texts(texts))
         return self._in_batches(ids, lambda batch: _unit(self.network.text_encoder(batch)), self.dim)
 
@@ -243,7 +244,7 @@ def _unit(features: Tensor) -> Tensor:
 
 def _load(config: ViclipConfig, path: Path) -> Viclip:
     tensors = read_checkpoint(path)
-    # The .pth files keep the state dict beside the training state; no tensor of the network is called "model".
+    # The .pth files keep the tensors one level down; no tensor of the network itself is called "model".
     tensors = tensors.get("model", tensors)
     with torch.device("meta"):
         network = Viclip(config)

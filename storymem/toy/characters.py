@@ -10,6 +10,9 @@ from .attributes import HEIGHT, WIDTH, Look
 from .draw import Array, Colour, box, coverage, disc, ellipse, mix, paint, rgb, tint, wedge
 from .places import BASE, LIGHTS, ZOOM
 
+Window = tuple[slice, slice]  # rows and columns of the picture
+WHOLE = (slice(0, HEIGHT), slice(0, WIDTH))
+
 BODY = 10.0  # half the height of a round body, in world units
 
 BODY_RGB = {
@@ -98,7 +101,7 @@ def _eyes(shape: str, eyes: str, u: Array, v: Array, facing: Array) -> list[tupl
     return [(black, band), (rgb(120, 130, 160), glint)]
 
 
-def _window(framing: str, pose: Pose, camera: Array) -> tuple[slice, slice]:
+def _window(framing: str, pose: Pose, camera: Array) -> Window:
     """Rows and columns that hold the character in every frame (shadow and hat included)."""
     zoom, base = ZOOM[framing], BASE[framing]
     middle = WIDTH / 2 + (pose.x - camera) * zoom
@@ -126,9 +129,13 @@ def _pixels(rows: slice, columns: slice) -> tuple[Array, Array]:
     return x, y
 
 
-def paint_character(canvas: Array, framing: str, time: str, look: Look, pose: Pose, camera: Array) -> None:
-    """One character over the canvas [3, F, H, W], in place."""
+def paint_character(
+    canvas: Array, framing: str, time: str, look: Look, pose: Pose, camera: Array, crop: Window = WHOLE
+) -> None:
+    """One character over the canvas [3, F, h, w], in place; the canvas is the part `crop` of the picture."""
     rows, columns = _window(framing, pose, camera)
+    rows = slice(max(rows.start, crop[0].start), min(rows.stop, crop[0].stop))
+    columns = slice(max(columns.start, crop[1].start), min(columns.stop, crop[1].stop))
     if rows.start >= rows.stop or columns.start >= columns.stop:
         return
     zoom, base, light = ZOOM[framing], BASE[framing], LIGHTS[time].people
@@ -140,7 +147,8 @@ def paint_character(canvas: Array, framing: str, time: str, look: Look, pose: Po
     cos, sin = (f(pose.roll).astype(np.float32).reshape(-1, 1, 1) for f in (np.cos, np.sin))
     u, v = cos * across - sin * up, sin * across + cos * up
     facing = pose.facing.astype(np.float32).reshape(-1, 1, 1)
-    patch = canvas[:, :, rows, columns]
+    top, left = crop[0].start, crop[1].start
+    patch = canvas[:, :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
 
     colour = BODY_RGB[look.colour]
     dark = mix(colour, (0.08, 0.04, 0.12), 0.55)

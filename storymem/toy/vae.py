@@ -18,8 +18,8 @@ from .world import HELD_OUT, ToyShot, render_layers, story
 ARCHITECTURE = {
     "z_dim": 16,
     "base_dim": 16,
-    "decoder_base_dim": 32,
-    "dim_mult": [1, 2, 2],
+    "decoder_base_dim": 20,
+    "dim_mult": [1, 2, 4],
     "num_res_blocks": 1,
     "temperal_downsample": [True, True],
     # As in Wan2.2's small VAE, pixels are first folded 2x2: the costly full-size layers fall away.
@@ -97,7 +97,7 @@ def reconstruct(vae: AutoencoderKLWan, video: Tensor, *, sample: bool) -> tuple[
 
 def clip_plan(progress: float) -> tuple[int, int]:
     """Batch and frames: single frames first (the causal VAE treats them alone), then longer and longer clips."""
-    for until, batch, frames in ((0.2, 24, 1), (0.6, 8, 5), (0.9, 6, 9), (1.1, 4, 17)):
+    for until, batch, frames in ((0.12, 8, 1), (0.6, 4, 5), (0.9, 3, 9), (1.1, 2, 17)):
         if progress < until:
             return batch, frames
     raise AssertionError(progress)

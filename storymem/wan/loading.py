@@ -6,7 +6,6 @@ Published weights, the small trained models and networks with random weights all
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -155,7 +154,7 @@ def _seeded(seed: int, dtype: str, build: Callable[[], T]) -> T:
         torch.manual_seed(seed)
         network = build().eval()
     kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
-    for name, tensor in chain(network.named_parameters(), network.named_buffers()):
-        if tensor.is_floating_point() and not kept & set(name.split(".")):
-            tensor.data = tensor.data.to(getattr(torch, dtype))
+    for name, weight in network.named_parameters():  # buffers hold tables, such as those of RoPE
+        if not kept & set(name.split(".")):
+            weight.data = weight.data.to(getattr(torch, dtype))
     return network

@@ -59,7 +59,7 @@ class ExpertAdapter:
     info: AdapterInfo
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The weights under diffusers' names, ``blocks.0.attn1.to_q.lora_A.weight``, cast if ``dtype`` is given."""
+        """The weights under diffusers' names, ``blocks.0.attn1.to_q.lora_A.weight``, cast if asked."""
         names = {linear.a: f"{name}.lora_A.weight" for name, linear in self.keys.items()}
         names |= {linear.b: f"{name}.lora_B.weight" for name, linear in self.keys.items()}
         return {

@@ -10,11 +10,17 @@ comfyui      memory_{high,low}_noise.safetensors      diffusion_model.blocks.0.s
 ===========  =======================================  ======================================================
 
 ``storymem``, ``released`` and ``diffusers`` keep A and B as trained and state alpha and rsLoRA in the
-metadata. Each file of ``storymem`` is read by diffusers too: ``transformer.load_lora_adapter(folder,
-weight_name=..., prefix=None)``; of ``diffusers``, ``pipe.load_lora_weights(folder)`` reads the high-noise
-half, and ``pipe.transformer_2.load_lora_adapter(folder, prefix="transformer_2")`` the other. A reader of
-``released`` that looks at no metadata must be told alpha and rsLoRA, unless they are the published 128 and
-true. ComfyUI knows alpha / rank alone, so there alpha is written such that alpha / rank is the true scale.
+metadata. A reader of ``released`` that looks at no metadata must be told both, unless they are the published
+128 and true. ComfyUI knows alpha / rank alone, so there alpha is written such that this is the true scale.
+
+diffusers reads two of these without us. Of ``storymem``, each expert's file::
+
+    pipe.transformer.load_lora_adapter(folder, prefix=None, weight_name="high_noise.safetensors")
+
+of ``diffusers``, the high-noise half with ``pipe.load_lora_weights(folder)``, and the other with::
+
+    name = "pytorch_lora_weights.safetensors"
+    pipe.transformer_2.load_lora_adapter(folder, prefix="transformer_2", weight_name=name)
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,19 @@ _NAMED: dict[Expert, re.Pattern[str]] = {
     "high_noise": re.compile(r"(?<![a-z])high(?:[-_ ]?noise)?(?![a-z])"),
     "low_noise": re.compile(r"(?<![a-z])low(?:[-_ ]?noise)?(?![a-z])"),
 }
+
+# Raised by torch on a pickle with forbidden content (the first) or on a damaged one (all of them).
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +99,11 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         # Files of the zip format can be mapped, so that only the tensors that are used are read.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except _UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path} was refused: a .pth adapter may hold tensors and nothing else ({reason}). "
-            "Convert it to .safetensors where it can be trusted, or ask for that format."
+            f"{path} was refused: it is damaged or holds more than tensors ({reason}). "
+            "Use the .safetensors file in its place."
         ) from error
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()

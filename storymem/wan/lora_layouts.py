@@ -61,7 +61,7 @@ class ParsedKey:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearKeys:
-    """The keys of one adapted linear in a file: A [rank, in], B [out, rank], and alpha, a scalar or absent."""
+    """The keys of one adapted linear in a file: A [rank, in], B [out, rank] and alpha, a scalar or absent."""
 
     a: str
     b: str
@@ -151,7 +151,7 @@ def match_keys(
         first = found.setdefault((read.linear, read.part), read)
         if first is not read:
             twice.append(f"{first.key} and {read.key}")
-    missing = _missing_keys(found, linears, ours)
+    missing = _missing_keys(found, linears, ours, f"{component}." if component else "")
     misshapen = _misshapen_keys(found, linears, shapes)
     problems = {"missing": missing, "unexpected": unexpected, "given twice": twice, "misshapen": misshapen}
     if any(problems.values()):
@@ -169,11 +169,14 @@ def match_keys(
 
 
 def _missing_keys(
-    found: Mapping[tuple[str, Part], ParsedKey], linears: Iterable[str], ours: Sequence[ParsedKey]
+    found: Mapping[tuple[str, Part], ParsedKey],
+    linears: Iterable[str],
+    ours: Sequence[ParsedKey],
+    usual_prefix: str,
 ) -> list[str]:
     """The absent keys, spelled as the rest of the file is, so that they can be searched for in it."""
     sample = next((read for read in ours if read.part == "A"), None)
-    prefix = "" if sample is None else sample.prefix
+    prefix = usual_prefix if sample is None else sample.prefix
     original = sample is not None and sample.written != sample.linear
     names = (
         ("lora_down", "lora_up")

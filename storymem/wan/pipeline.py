@@ -151,16 +151,29 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         Raises:
             ValueError: for wrong sizes, counts or combinations, before anything is computed.
         """
-        self._check_shot(height, width, num_frames, memory, first_frame, motion_frames, latents)
+        stride = self.config.rope_stride if rope_stride is None else rope_stride
+        image = torch.zeros(1, 3, 16, 16)  # a stand-in: prepare_latents builds the true condition
+        self._check_shot(height, width, num_frames, first_frame, motion_frames)
+        self._check_memory(memory, height, width, stride)
+        self.check_inputs(
+            *(prompt, negative_prompt, image, height, width, prompt_embeds, negative_prompt_embeds, None),
+            *(list(callback_on_step_end_tensor_inputs), guidance_scale_2),
+        )
+        if output_type not in ("latent", "np", "pt", "pil"):
+            raise ValueError(f"output_type must be latent, np, pt or pil, not {output_type!r}")
+        texts = [prompt] if isinstance(prompt, str) else prompt_embeds if prompt is None else prompt
+        assert texts is not None, "check_inputs asks for one of the two"
+        slots = (0 if memory is None else len(memory)) + latent_frames(num_frames)
+        self._check_noise(len(texts) * num_videos_per_prompt, slots, height, width, latents, generator)
         self._call = _Call(
             memory=self._memory_latents(memory),
             given=self._given_frames(first_frame, motion_frames),
-            rope_stride=self.config.rope_stride if rope_stride is None else rope_stride,
+            rope_stride=stride,
         )
         try:
             with self._memory_rope(self._call.memory_frames, self._call.rope_stride):
                 (denoised,) = super().__call__(
-                    image=torch.zeros(1, 3, height, width),  # prepare_latents builds the true condition
+                    image=image,
                     prompt=prompt,
                     negative_prompt=negative_prompt,
                     height=height,
@@ -264,51 +277,63 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         height: int,
         width: int,
         num_frames: int,
-        memory: Memory | None,
         first_frame: Image.Image | None,
         motion_frames: Sequence[Image.Image] | None,
-        latents: Tensor | None,
     ) -> None:
-        if height % 16 or width % 16:
-            raise ValueError(f"height and width must be multiples of 16, not {height} and {width}")
-        slots = latent_frames(num_frames)
-        if first_frame is not None and motion_frames:
+        if height < 16 or width < 16 or height % 16 or width % 16:
+            raise ValueError(f"height and width must be positive multiples of 16, not {height} and {width}")
+        if num_frames < 1:
+            raise ValueError(f"a shot has 4n + 1 frames, not {num_frames}")
+        latent_frames(num_frames)
+        if first_frame is not None and motion_frames is not None:
             raise ValueError(
                 "first_frame (MI2V) and motion_frames (MM2V) exclude each other: give one of them"
             )
-        if motion_frames is not None and len(motion_frames) != MOTION_FRAMES:
-            raise ValueError(
-                f"motion_frames must be exactly {MOTION_FRAMES} pictures, not {len(motion_frames)}"
-            )
-        given = list(motion_frames or ([first_frame] if first_frame is not None else []))
+        given = {} if first_frame is None else {"first_frame": first_frame}
+        if motion_frames is not None:
+            if len(motion_frames) != MOTION_FRAMES:
+                raise ValueError(
+                    f"motion_frames must be exactly {MOTION_FRAMES} pictures, not {len(motion_frames)}"
+                )
+            given = {f"motion_frames[{number}]": frame for number, frame in enumerate(motion_frames)}
         if len(given) >= num_frames:
             raise ValueError(f"a shot of {num_frames} frames has no room after {len(given)} given frames")
-        for name, picture in [("first_frame" if first_frame else "motion_frames", frame) for frame in given]:
+        for name, picture in given.items():
             _check_picture(name, picture, height, width)
-        self._check_memory(memory, height, width)
-        if latents is not None:
-            count = 0 if memory is None else len(memory)
-            expected = (self.vae.config.z_dim, count + slots, height // 8, width // 8)
-            if tuple(latents.shape[1:]) != expected:
-                raise ValueError(
-                    f"latents must be [B, {', '.join(map(str, expected))}] (memory slots first), "
-                    f"not {list(latents.shape)}"
-                )
 
-    def _check_memory(self, memory: Memory | None, height: int, width: int) -> None:
-        if memory is None:
-            return
+    def _check_memory(self, memory: Memory | None, height: int, width: int, stride: int) -> None:
+        if memory is not None and not isinstance(memory, Sequence | Tensor):
+            raise ValueError(
+                f"memory must be a list of PIL images or of latents, not one {type(memory).__name__}"
+            )
+        frames = [] if memory is None else list(memory)
         expected = [self.vae.config.z_dim, 1, height // 8, width // 8]
-        for number, frame in enumerate(memory):
-            if isinstance(frame, Tensor):
-                if list(frame.shape) != expected:
-                    raise ValueError(
-                        f"memory[{number}] must be latents of shape {expected}, not {list(frame.shape)}"
-                    )
-            else:
+        for number, frame in enumerate(frames):
+            if not isinstance(frame, Tensor):
                 _check_picture(f"memory[{number}]", frame, height, width)
-        if len({isinstance(frame, Tensor) for frame in memory}) > 1:
+            elif list(frame.shape) != expected:
+                raise ValueError(
+                    f"memory[{number}] must be latents of shape {expected}, not {list(frame.shape)}"
+                )
+        if len({isinstance(frame, Tensor) for frame in frames}) > 1:
             raise ValueError("memory must be all pictures or all latents, not a mixture")
+        for expert in self.experts.values():
+            install_memory_rope(expert).check_reach(len(frames), stride)
+
+    def _check_noise(
+        self,
+        batch: int,
+        slots: int,
+        height: int,
+        width: int,
+        latents: Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> None:
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one for each video")
+        expected = [batch, self.vae.config.z_dim, slots, height // 8, width // 8]
+        if latents is not None and list(latents.shape) != expected:
+            raise ValueError(f"latents must be {expected} (memory slots first), not {list(latents.shape)}")
 
 
 def _check_picture(name: str, picture: Any, height: int, width: int) -> None:

@@ -48,19 +48,24 @@ class MemoryRotaryPosEmbed(WanRotaryPosEmbed):
         cos, sin = super().forward(hidden_states)
         if self.memory_frames == 0:
             return cos, sin
+        self.check_reach(self.memory_frames, self.stride)
         slots = hidden_states.shape[2] // self.patch_size[0]
         positions = temporal_positions(self.memory_frames, slots - self.memory_frames, self.stride)
-        if -positions[0] >= self.max_seq_len:
-            raise ValueError(
-                f"{self.memory_frames} memory frames at RoPE stride {self.stride} reach position {positions[0]}; "
-                f"this model's table ends at {self.max_seq_len - 1}: use fewer frames or a smaller stride"
-            )
         index = torch.tensor(positions, device=hidden_states.device)
         # Wan's table holds positions 0, 1, ...: cos(-x) = cos(x) and sin(-x) = -sin(x) give the negative ones.
         rows = index.abs()
         time_cos = self.freqs_cos[rows, : self.t_dim]
         time_sin = self.freqs_sin[rows, : self.t_dim] * index.sign().unsqueeze(1)
         return self._with_time(cos, time_cos, slots), self._with_time(sin, time_sin, slots)
+
+    def check_reach(self, memory_frames: int, stride: int) -> None:
+        """Raise ``ValueError`` if the oldest memory slot would lie outside this model's table of positions."""
+        first = temporal_positions(memory_frames, 1, stride)[0]
+        if -first >= self.max_seq_len:
+            raise ValueError(
+                f"{memory_frames} memory frames at RoPE stride {stride} reach position {first}; "
+                f"this model's table ends at {self.max_seq_len - 1}: use fewer frames or a smaller stride"
+            )
 
     def _with_time(self, table: Tensor, time: Tensor, slots: int) -> Tensor:
         """``table`` [1, slots * n, 1, D] with its temporal channels replaced by ``time`` [slots, t_dim]."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from storymem.scorers.aesthetic import AestheticScorer, LinearsHead
 from storymem.scorers.checkpoint import CheckpointError, load_strictly
 from storymem.weights import MissingWeights
-from tests.scorers.tiny import aesthetic, clip, pictures
+from tests.scorers.tiny import CLIP_CONFIG, aesthetic, clip, pictures
 
 
 def test_v1_is_a_linear_of_the_unit_embedding() -> None:
@@ -73,6 +75,18 @@ def test_heads_load_from_published_pickles(tmp_path: Path) -> None:
             AestheticScorer.from_pretrained(
                 version, str(tmp_path / f"{version}.pth"), str(tmp_path / "no-clip")
             )
+
+
+def test_folder_with_clip_and_head_loads(tmp_path: Path) -> None:
+    scorer, frames = aesthetic(seed=3), pictures(2, 3, 48, 80)
+    save_file(scorer.clip.network.state_dict(), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP_CONFIG}))
+    with pytest.raises(MissingWeights, match=r"holds no aesthetic_head\.safetensors"):
+        AestheticScorer.from_folder(tmp_path, threshold=5.0)
+    save_file(scorer.head.state_dict(), tmp_path / "aesthetic_head.safetensors")
+    assert torch.equal(
+        AestheticScorer.from_folder(tmp_path, threshold=5.0).score(frames), scorer.score(frames)
+    )
 
 
 def test_wrong_head_is_refused(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_folder_that_says_its_activation_is_believed(tmp_path: Path) -> None:
 
 
 def test_the_trap_is_one() -> None:
-    """The two activations give different embeddings from the same weights, which is why the names are checked."""
+    """The two activations give different embeddings from the same weights: why the names are checked."""
     quick = clip()
     plain = ClipScorer.from_config(CLIP_CONFIG | {"quick_gelu": False})
     plain.network.load_state_dict(quick.network.state_dict(), strict=True)

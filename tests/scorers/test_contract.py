@@ -1,4 +1,4 @@
-"""What every scorer promises: what it takes, what it gives, in which type, and that it can be moved and freed."""
+"""What every scorer promises: what it takes and gives, in which type, and that it can be moved and freed."""
 
 from __future__ import annotations
 

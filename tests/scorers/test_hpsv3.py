@@ -152,7 +152,7 @@ def published(scorer: Hpsv3Scorer) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a small checkpoint and its tokenizer, and a small network in place of the published one."""
+    """A folder with a small checkpoint and its tokenizer; the small network stands in for the real one."""
     monkeypatch.setattr(hpsv3_module, "PUBLISHED", HPSV3_CONFIG)
     save_file(published(hpsv3(seed=7)), tmp_path / "HPSv3.safetensors")
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")

@@ -1,0 +1,162 @@
+"""Speed of each scorer at its true size with random weights, and what batching is worth to ViCLIP.
+
+    python -m benchmarks.scorers            # a few minutes on a laptop's CPU
+    python -m benchmarks.scorers --quick    # half a minute, less steady
+
+Networks have their true sizes. HPSv3 (7 billion parameters) is measured at its true width with one and with two layers of
+each tower, and the rest of its layers are added by calculation, so that it fits into any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import open_clip
+import torch
+
+from storymem.scorers.aesthetic import AestheticScorer
+from storymem.scorers.clip import ClipScorer
+from storymem.scorers.hpsv3_inputs import PixelPatcher, selector_size, visual_tokens
+from storymem.scorers.hpsv3_network import PUBLISHED, Hpsv3Network, cast_backbone
+from storymem.scorers.scorer import resolve_device, resolve_dtype
+from storymem.scorers.viclip import ViclipScorer
+from storymem.scorers.viclip_network import VICLIP_B_16, VICLIP_L_14
+
+FRAME = (480, 832)  # height and width of a published shot
+PROMPT_TOKENS = 600  # HPSv3's text around the picture, about (its tokenizer is not at hand here)
+
+
+def seconds(run: Callable[[], object], rounds: int) -> float:
+    """Median wall-clock time of a call, after one call to warm up."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def frames(count: int) -> torch.Tensor:
+    return torch.rand(count, 3, *FRAME, generator=torch.Generator().manual_seed(0))
+
+
+def measure_clip(quick: bool, place: dict) -> dict[str, float]:
+    batch = 8 if quick else 32
+    scorer = ClipScorer.from_config(
+        open_clip.get_model_config("ViT-B-32-quickgelu"), batch_size=batch, **place
+    )
+    pictures = frames(batch)
+    return {"CLIP ViT-B/32": batch / seconds(lambda: scorer.embed_images(pictures), 1 if quick else 3)}
+
+
+def measure_aesthetic(quick: bool, place: dict) -> dict[str, float]:
+    batch = 2 if quick else 8
+    config = open_clip.get_model_config("ViT-L-14-quickgelu")
+    scorer = AestheticScorer.from_config(config, batch_size=batch, **place)
+    pictures = frames(batch)
+    return {"LAION V1 on CLIP ViT-L/14": batch / seconds(lambda: scorer.score(pictures), 1 if quick else 3)}
+
+
+def measure_viclip(quick: bool, place: dict) -> tuple[dict[str, float], dict[str, float]]:
+    """Frames per second, and how much faster one call for all clips is than one call for each."""
+    rates, ratios = {}, {}
+    count = 2 if quick else 4
+    sizes = {"B/16": VICLIP_B_16} if quick else {"B/16": VICLIP_B_16, "L/14": VICLIP_L_14}
+    clips = frames(8 * count).reshape(count, 8, 3, *FRAME)
+    for name, config in sizes.items():
+        scorer = ViclipScorer.from_config(config, batch_size=count, **place)
+        one_by_one, at_once = [], []
+        for _ in range(1 if quick else 3):  # in turns, so that a busy machine slows both
+            one_by_one.append(seconds(lambda: [scorer.embed_clips(clip[None]) for clip in clips], 1))  # noqa: B023
+            at_once.append(seconds(lambda: scorer.embed_clips(clips), 1))  # noqa: B023
+        rates[f"ViCLIP {name}, called once a clip"] = 8 * count / min(one_by_one)
+        rates[f"ViCLIP {name}, {count} clips at once"] = 8 * count / min(at_once)
+        ratios[f"ViCLIP {name}, {count} clips at once against once a clip"] = min(one_by_one) / min(at_once)
+    return rates, ratios
+
+
+@torch.no_grad()
+def hpsv3_seconds(layers: int, vision_depth: int, batch: int, rounds: int, place: dict) -> float:
+    """Time of a batch through HPSv3 at true width with few layers, from uint8 frames to scores."""
+    device, dtype = resolve_device(place["device"]), resolve_dtype(place["dtype"])
+    # A short token table: looking up rows costs nothing, 150,000 of them cost memory.
+    config = replace(
+        PUBLISHED,
+        layers=layers,
+        vision_depth=vision_depth,
+        vocab_size=1024,
+        image_token=1001,
+        video_token=1002,
+        vision_start=1003,
+        vision_end=1004,
+        reward_token=1005,
+    )
+    network = cast_backbone(Hpsv3Network(config), dtype).eval().to(device)
+    patcher = PixelPatcher()
+    pictures = (torch.rand(batch, 3, *selector_size(*FRAME)) * 255).to(torch.uint8)
+
+    def run() -> torch.Tensor:
+        patches, grids = patcher(pictures)
+        tokens = visual_tokens(grids[0].tolist(), config.merge)
+        row = [*[7] * (PROMPT_TOKENS // 2), *[1001] * tokens, *[7] * (PROMPT_TOKENS // 2), 1005]
+        ids = torch.tensor([row] * batch, device=device)
+        return network(ids, torch.ones_like(ids), patches.to(device), grids.to(device)).cpu()
+
+    return seconds(run, rounds)
+
+
+def measure_hpsv3(quick: bool, place: dict) -> dict[str, float]:
+    batch, rounds = (1, 1) if quick else (2, 2)
+    base = hpsv3_seconds(1, 1, batch, rounds, place)
+    per_layer = hpsv3_seconds(2, 1, batch, rounds, place) - base
+    per_block = hpsv3_seconds(1, 2, batch, rounds, place) - base
+    rest = (PUBLISHED.layers - 1) * per_layer + (PUBLISHED.vision_depth - 1) * per_block
+    return {"HPSv3 (calculated from 1 and 2 layers at true width)": batch / (base + rest)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller batches, no ViCLIP L/14")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    place = {"device": arguments.device, "dtype": arguments.dtype}
+
+    print(f"{FRAME[1]}x{FRAME[0]} frames, {arguments.dtype} on {resolve_device(arguments.device)},", end=" ")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, random weights")
+    rates = measure_clip(arguments.quick, place) | measure_aesthetic(arguments.quick, place)
+    viclip_rates, ratios = measure_viclip(arguments.quick, place)
+    rates |= viclip_rates | measure_hpsv3(arguments.quick, place)
+    for name, rate in rates.items():
+        print(f"{name:55s} {rate:8.2f} frames/s")
+    for name, ratio in ratios.items():
+        print(f"{name:55s} {ratio:8.2f} times as fast")
+    if arguments.json:
+        record = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": platform.platform(),
+            "device": str(resolve_device(arguments.device)),
+            "dtype": arguments.dtype,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "frames_per_second": rates,
+            "times_as_fast": ratios,
+        }
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from storymem.wan.pipeline import WanMemoryToVideoPipeline
+    from storymem.wan.settings import ModelSettings
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Networks this small run slower on several threads; parallel test runs do too."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> ModelSettings:
+    """Settings of a model that makes a shot in a fraction of a second; see ``tests/wan/tiny.py``."""
+    from tests.wan import tiny
+
+    return tiny.settings()
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model: ModelSettings) -> WanMemoryToVideoPipeline:
+    """A pipeline to call; tests that change a pipeline build their own."""
+    from storymem.wan.loading import load_pipeline
+    from tests.wan import tiny
+
+    return load_pipeline(tiny_model, runtime=tiny.CPU)

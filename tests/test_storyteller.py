@@ -1,0 +1,250 @@
+"""The shot loop: what each shot is given, what it leaves, and how a film is gone on with or made again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from storymem.film import Film, FilmError
+from storymem.memory import KeyframeSelector, MemoryBank, SinkAndRecent
+from storymem.scorers.aesthetic import AestheticScorer
+from storymem.scorers.quality import NoQuality
+from storymem.storyteller import parse_resume
+from storymem.video import read_video
+from tests.stories import CLIP, FOUR_SHOTS, MODEL, all_frames, picture, story, storyteller
+
+
+def test_a_story_becomes_a_film(tmp_path: Path) -> None:
+    teller, told = storyteller("mi2v"), story(tmp_path, FOUR_SHOTS)
+    film = teller.tell(told, tmp_path / "film")
+    assert film.video is not None
+    assert [shot.mode for shot in film.shots] == ["t2v", "mi2v", "m2v", "mi2v"]
+    assert [shot.frames for shot in film.shots] == [9, 8, 9, 8]
+    assert [shot.seed for shot in film.shots] == [0, 1, 99, 3]
+    joined = read_video(film.video)
+    parts = [read_video(film.folder / shot.file) for shot in film.shots]
+    np.testing.assert_array_equal(joined, np.concatenate(parts))
+    reread = Film.open(film.folder)
+    assert reread.shots == film.shots
+    assert reread.story == film.story
+    assert reread.config == film.config
+
+
+@pytest.mark.parametrize(("continuity", "given"), [("none", 0), ("mi2v", 1), ("mm2v", 5)])
+def test_a_continued_shot_begins_with_the_end_of_the_one_before(
+    tmp_path: Path, continuity: str, given: int
+) -> None:
+    teller, told = storyteller(continuity), story(tmp_path, FOUR_SHOTS)
+    film = teller.tell(told, tmp_path / "film")
+    asked = teller.generator.requests
+    assert [len(request.given) for request in asked] == [0, given, 0, given]
+    if given:
+        np.testing.assert_array_equal(asked[1].given, film.last_frames(0, given))
+        assert film.shots[1].repeated == given
+        assert len(read_video(film.folder / film.shots[1].file)) == MODEL.video.frames - given
+
+
+def test_memory_is_what_the_shots_before_left(tmp_path: Path) -> None:
+    teller = storyteller(recall=SinkAndRecent(capacity=3, sink=1))
+    film = teller.tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
+    left = [tuple(keyframe.id for keyframe in shot.keyframes) for shot in film.shots]
+    assert all(len(ids) == 2 for ids in left)
+    assert film.shots[0].memory == ()
+    assert film.shots[1].memory == left[0]
+    assert film.shots[2].memory == (left[0][0], *left[1])
+    assert film.shots[3].memory == (left[0][0], *left[2])
+    assert [len(request.memory) for request in teller.generator.requests] == [0, 2, 3, 3]
+
+
+def test_every_text_is_encoded_before_the_first_shot_and_every_keyframe_once(tmp_path: Path) -> None:
+    teller = storyteller()
+    film = teller.tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
+    assert len(teller.generator.encoded_texts) == 4
+    recalled = {id for shot in film.shots for id in shot.memory}
+    assert teller.generator.encoded_keyframes == len(recalled)
+    kept = MemoryBank.load(film.folder)
+    assert {keyframe.id for keyframe in kept if keyframe.latent is not None} == recalled
+
+
+def test_frames_are_embedded_once_in_batches_and_scored_lazily(tmp_path: Path) -> None:
+    teller = storyteller()
+    seen: list[int] = []
+    inner = teller.embedder.embed_images
+    teller.embedder.embed_images = lambda frames: (seen.append(len(frames)), inner(frames))[1]
+
+    quality = CountingAesthetic.from_config(CLIP, threshold=-1000.0)
+    film = replace(teller, quality=quality).tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
+    assert seen == [shot.frames for shot in film.shots]
+    assert quality.calls == [1] * len(quality.calls)
+    assert len(quality.calls) <= sum(shot.frames for shot in film.shots)
+    assert all(keyframe.quality is not None for shot in film.shots for keyframe in shot.keyframes)
+
+
+class CountingAesthetic(AestheticScorer):
+    """The real scorer, which also writes down how many frames it is asked for at a time."""
+
+    def score(self, frames: torch.Tensor, prompts: Sequence[str] | None = None) -> torch.Tensor:
+        self.calls = [*getattr(self, "calls", []), len(frames)]
+        return super().score(frames, prompts)
+
+
+def test_bad_frames_are_not_remembered(tmp_path: Path) -> None:
+    strict = AestheticScorer.from_config(CLIP, threshold=1000.0)
+    film = storyteller(quality=strict).tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
+    assert all(shot.keyframes == () and shot.memory == () for shot in film.shots)
+
+
+def test_without_a_filter_no_score_is_noted(tmp_path: Path) -> None:
+    film = storyteller(quality=NoQuality()).tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
+    assert {keyframe.quality for shot in film.shots for keyframe in shot.keyframes} == {None}
+
+
+def test_references_are_the_first_memory(tmp_path: Path) -> None:
+    picture(tmp_path / "red.png", (255, 0, 0), size=(96, 32))
+    picture(tmp_path / "green.png", (0, 255, 0))
+    picture(tmp_path / "blue.png", (0, 0, 255))
+    text = FOUR_SHOTS.replace(
+        "scenes:",
+        "characters:\n  - {name: Dog, references: [red.png, green.png]}\nscenes:",
+        1,
+    ).replace("seed: 99}", "seed: 99, references: [blue.png]}")
+    teller = storyteller()
+    film = teller.tell(story(tmp_path, text), tmp_path / "film")
+    assert film.shots[0].mode == "m2v"  # first_shot=auto
+    assert film.shots[0].memory == ("ref_dog_1", "ref_dog_2")
+    assert film.shots[1].memory[:2] == ("ref_dog_1", "ref_dog_2")
+    assert "ref_blue_1" not in film.shots[1].memory
+    assert "ref_blue_1" in film.shots[2].memory
+    assert "ref_blue_1" in film.shots[3].memory
+    bank = MemoryBank.load(film.folder)
+    assert bank["ref_dog_1"].image.shape == (32, 48, 3)
+    assert bank["ref_dog_1"].character == "Dog"
+    assert bank["ref_dog_1"].source == "red.png"
+    assert (bank["ref_blue_1"].image == (0, 0, 255)).all()
+
+
+def test_first_shot_by_text_ignores_references_only_if_told_so(tmp_path: Path) -> None:
+    picture(tmp_path / "red.png", (255, 0, 0))
+    text = FOUR_SHOTS.replace("scenes:", "characters:\n  - {name: Dog, references: [red.png]}\nscenes:", 1)
+    film = storyteller(first_shot="t2v").tell(story(tmp_path, text), tmp_path / "film")
+    assert film.shots[0].mode == "t2v"
+    assert film.shots[0].memory == ()
+    assert film.shots[1].memory[0] == "ref_dog_1"
+
+
+def test_first_shot_by_text_has_networks_of_its_own_unless_the_model_has_none(tmp_path: Path) -> None:
+    told = story(tmp_path, FOUR_SHOTS)
+    own = storyteller().tell(told, tmp_path / "own")
+    shared = storyteller(model=replace(MODEL, has_text_to_video=False)).tell(told, tmp_path / "shared")
+    assert own.shots[0].mode == shared.shots[0].mode == "t2v"
+    assert (read_video(own.folder / own.shots[0].file) != read_video(shared.folder / shared.shots[0].file)).any()
+
+
+def test_the_same_command_again_makes_nothing(tmp_path: Path) -> None:
+    told = story(tmp_path, FOUR_SHOTS)
+    before = storyteller().tell(told, tmp_path / "film")
+    stamp = before.video.stat().st_mtime_ns
+    teller = storyteller()
+    after = teller.tell(told, tmp_path / "film")
+    assert teller.generator.requests == []
+    assert teller.generator.encoded_texts == []
+    assert after.video.stat().st_mtime_ns == stamp
+
+
+def test_a_changed_story_or_config_is_refused_with_what_changed(tmp_path: Path) -> None:
+    storyteller().tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
+    changed = story(tmp_path, FOUR_SHOTS.replace("on a wall", "on a roof"))
+    with pytest.raises(FilmError, match=r"scenes\[2\].shots\[1\].prompt: 'A cat sits on a wall.' before"):
+        storyteller().tell(changed, tmp_path / "film")
+    with pytest.raises(FilmError, match="seed: 0 before, 5 now"):
+        storyteller(seed=5).tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
+
+
+def test_a_repainted_reference_is_a_changed_story(tmp_path: Path) -> None:
+    text = FOUR_SHOTS.replace("scenes:", "characters:\n  - {name: Dog, references: [red.png]}\nscenes:", 1)
+    picture(tmp_path / "red.png", (255, 0, 0))
+    storyteller().tell(story(tmp_path, text), tmp_path / "film")
+    picture(tmp_path / "red.png", (200, 0, 0))
+    with pytest.raises(FilmError, match=r"reference_sha256\.red\.png"):
+        storyteller().tell(story(tmp_path, text), tmp_path / "film")
+
+
+def test_from_shot_makes_later_shots_again_without_stale_memory(tmp_path: Path) -> None:
+    """The re-rolled film equals one that was told with the new story from the beginning."""
+    told = story(tmp_path / "a", FOUR_SHOTS)
+    changed = story(tmp_path / "b", FOUR_SHOTS.replace("on a wall", "on a roof"))
+    storyteller().tell(told, tmp_path / "film")
+    again = storyteller()
+    film = again.tell(changed, tmp_path / "film", resume="from_shot:3")
+    assert len(again.generator.requests) == 2
+    afresh = storyteller().tell(changed, tmp_path / "afresh")
+    assert all_frames(film.folder) == all_frames(afresh.folder)
+    assert film.shots[2].memory == afresh.shots[2].memory
+
+
+def test_from_shot_with_another_seed_gives_another_shot(tmp_path: Path) -> None:
+    told = story(tmp_path, FOUR_SHOTS)
+    first = storyteller().tell(told, tmp_path / "film")
+    before = [read_video(first.folder / shot.file) for shot in first.shots]
+    film = storyteller(seed=50).tell(told, tmp_path / "film", resume="from_shot:4")
+    after = [read_video(film.folder / shot.file) for shot in film.shots]
+    assert [(a == b).all() for a, b in zip(before, after, strict=True)] == [True, True, True, False]
+    assert film.shots[3].seed == 53
+    assert film.shots[2].config_hash != film.shots[3].config_hash == film.config_hash
+
+
+def test_from_shot_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
+    told = story(tmp_path / "a", FOUR_SHOTS)
+    with pytest.raises(FilmError, match="holds no film yet"):
+        storyteller().tell(told, tmp_path / "film", resume="from_shot:2")
+    storyteller().tell(told, tmp_path / "film")
+    earlier = story(tmp_path / "b", FOUR_SHOTS.replace("a tree", "a bush"))
+    with pytest.raises(FilmError, match=r"shot 2 \(scene 1, shot 2\) has changed too.*\n.*a tree"):
+        storyteller().tell(earlier, tmp_path / "film", resume="from_shot:3")
+    larger = replace(MODEL, video=replace(MODEL.video, width=64))
+    with pytest.raises(FilmError, match="from_shot:1"):
+        storyteller(model=larger).tell(told, tmp_path / "film", resume="from_shot:3")
+    again = storyteller(model=larger).tell(told, tmp_path / "film", resume="from_shot:1")
+    assert read_video(again.video).shape[2] == 64
+
+
+@pytest.mark.parametrize("resume", ["from_shot:0", "from_shot:5", "from_shot:x", "never", "from_shot"])
+def test_resume_is_checked(resume: str) -> None:
+    with pytest.raises(FilmError, match="write auto, or from_shot:N with N from 1 to 4"):
+        parse_resume(resume, 4)
+
+
+def test_memory_edited_by_hand_is_what_later_shots_see(tmp_path: Path) -> None:
+    told = story(tmp_path, FOUR_SHOTS)
+    film = storyteller().tell(told, tmp_path / "film")
+    unwanted = film.shots[0].keyframes[0].id
+    bank = MemoryBank.load(film.folder)
+    MemoryBank([keyframe for keyframe in bank if keyframe.id != unwanted]).save(film.folder)
+    Image.new("RGB", (48, 32), (9, 9, 9)).save(film.folder / "keyframes" / f"{film.shots[1].keyframes[0].id}.png")
+    teller = storyteller()
+    film = teller.tell(told, tmp_path / "film", resume="from_shot:3")
+    assert unwanted not in film.shots[2].memory
+    repainted = MemoryBank.load(film.folder)[film.shots[1].keyframes[0].id]
+    assert (repainted.image == 9).all()
+    assert repainted.latent is not None
+
+
+def test_shots_too_short_are_told_before_anything_is_made(tmp_path: Path) -> None:
+    text = FOUR_SHOTS.replace("cut: false, negative", "cut: false, frames: 5, negative")
+    with pytest.raises(FilmError, match=r"shot 4 \(scene 2, shot 2\) has 5 frames.*mm2v.*at least 9"):
+        storyteller("mm2v").tell(story(tmp_path, text), tmp_path / "film")
+    assert not (tmp_path / "film").exists()
+    assert storyteller("mi2v").tell(story(tmp_path, text), tmp_path / "ok").shots[3].frames == 4
+
+
+def test_selection_of_a_static_shot_keeps_one_keyframe(tmp_path: Path) -> None:
+    """With the published thresholds an untrained model's shots show nothing new after the first."""
+    film = storyteller(selector=KeyframeSelector()).tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
+    assert [len(shot.keyframes) for shot in film.shots] == [1, 0, 0, 0]
+    assert all(shot.memory == ("s000_f000",) for shot in film.shots[1:])

@@ -1,0 +1,76 @@
+"""The embedded model ``model=tiny`` made smaller still, and what tests ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+
+from storymem.config import build_settings
+from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.settings import ModelSettings, RuntimeSettings
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+HEIGHT, WIDTH, FRAMES, STEPS = 32, 48, 9, 4
+SLOTS, LATENT = 3, (HEIGHT // 8, WIDTH // 8)
+CPU = RuntimeSettings(device="cpu")
+
+
+def settings(**changes: Any) -> ModelSettings:
+    """``configs/model/tiny.yaml`` at 48x32 pixels and 9 frames, with one-layer networks."""
+    values = yaml.safe_load((CONFIGS / "model" / "tiny.yaml").read_text())["model"]
+    values["video"] = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "fps": 8}
+    values["network"]["transformer"] |= {"num_layers": 1, "num_attention_heads": 2, "ffn_dim": 96}
+    values["network"]["text_encoder"]["num_layers"] = 1
+    values["network"]["text_tokens"] = 16
+    return build_settings(ModelSettings, values | changes)
+
+
+def pictures(count: int, seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)) -> list[Image.Image]:
+    """Random pictures, no two alike."""
+    random = np.random.default_rng(seed)
+    return [
+        Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(count)
+    ]
+
+
+def generate(pipe: WanMemoryToVideoPipeline, **changes: Any) -> Tensor:
+    """One small shot through the public call; latents unless ``output_type`` is given."""
+    arguments: dict[str, Any] = {
+        "prompt": "a fox",
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_frames": FRAMES,
+        "num_inference_steps": STEPS,
+        "max_sequence_length": 16,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(0),
+    }
+    pipe.set_progress_bar_config(disable=True)
+    arguments |= changes
+    if "prompt_embeds" in changes:
+        del arguments["prompt"]
+    return pipe(**arguments).frames
+
+
+@contextmanager
+def counting(*modules: nn.Module) -> Iterator[dict[str, int]]:
+    """How often each module (by class name) runs forward inside the block."""
+    calls = {type(module).__name__: 0 for module in modules}
+
+    def count(module: nn.Module, *_: object) -> None:
+        calls[type(module).__name__] += 1
+
+    handles = [module.register_forward_pre_hook(count) for module in modules]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
