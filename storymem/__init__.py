@@ -24,11 +24,15 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)
 
+# To load a saved WanUniPCScheduler, diffusers looks for its base class in the module that holds it.
+_FOR_DIFFUSERS = {"SchedulerMixin": "diffusers"}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    home = _HOMES.get(name) or _FOR_DIFFUSERS.get(name)
+    if home is None:
         raise AttributeError(f"module 'storymem' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:

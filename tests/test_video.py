@@ -113,13 +113,17 @@ def test_a_frame_that_does_not_exist_is_refused(clip: Path) -> None:
         read_video(clip, [-1])
 
 
-def test_a_cut_file_is_read_as_far_as_it_goes(tmp_path: Path, clip: Path) -> None:
+def test_a_cut_file_is_read_as_far_as_it_goes(
+    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     content = faststart(clip, tmp_path / "fast.mp4")
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(content[: len(content) * 3 // 4])
     with av.open(str(cut)) as container:
         assert container.streams.video[0].frames == 23, "the header should lie for this test"
     assert probe(cut).frames < 23
+    # decord may hang on such a file, so it must not see it.
+    monkeypatch.setitem(sys.modules, "decord", object())  # type: ignore[arg-type]
     np.testing.assert_array_equal(read_video(cut, [0, 1]), decoded_by_ffmpeg(clip)[:2])
     with pytest.raises(ValueError, match=r"cut\.mp4"):
         read_video(cut, [22])
@@ -130,6 +134,7 @@ def test_damage_inside_a_file_is_told_and_does_not_hang(tmp_path: Path, clip: Pa
     content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
     damaged = tmp_path / "damaged.mp4"
     damaged.write_bytes(content)
+    np.testing.assert_array_equal(read_video(damaged, [1, 0]), decoded_by_ffmpeg(clip)[[1, 0]])
     with pytest.raises(ValueError, match=r"damaged\.mp4"):
         read_video(damaged)
     with pytest.raises(ValueError, match=r"damaged\.mp4 is damaged: only \d+ frames"):

@@ -60,7 +60,7 @@ class Keyframe:
             )
         if self.latent is not None and (self.latent.ndim != 4 or self.latent.shape[1] != 1):
             raise ValueError(f"keyframe {self.id}: latent must be [C, 1, h, w], is {list(self.latent.shape)}")
-        object.__setattr__(self, "image", self.image)
+        object.__setattr__(self, "image", self.image.copy())
         object.__setattr__(self, "embedding", self.embedding.copy())
 
     @classmethod

@@ -120,8 +120,8 @@ class ClipScorer(Scorer[open_clip.CLIP]):
     ) -> Self:
         """Load a model of any size from a folder in open_clip's own layout.
 
-        It holds ``open_clip_config.json``, which is ``{"model_cfg": ..., "preprocess_cfg": ...}``, and the state
-        dict in ``open_clip_model.safetensors``.
+        It holds ``open_clip_config.json``, that is ``{"model_cfg": ..., "preprocess_cfg": ...}``, and the
+        state dict in ``open_clip_model.safetensors``.
 
         Raises:
             MissingWeights: if the folder lacks one of the two files.

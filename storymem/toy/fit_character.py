@@ -16,7 +16,9 @@ from .places import BASE, LIGHTS, ZOOM
 HALF_WIDTH = {"round": 0.95, "square": 0.87, "tall": 0.59, "pointed": 0.95}  # of a body without its outline
 COLOUR_NEAR = 0.16
 SURE = 0.75
+GOOD = 0.014  # an upright fit with a smaller mean error is taken without trying others
 Mask = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Scene:
 
     observed: Array  # [3, H, W]
     place: Array
+    empty: Array  # the same without landmark and flag
     framing: str
     time: str
     camera: float
@@ -43,23 +46,24 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A fitted character: the look with unsure parts unknown, where it stands, and the mean error around it."""
+    """A fitted character: the look with unsure parts unknown and in full, where it stands, the mean error around it."""
 
     look: Look
+    best: Look
     at: Placement
     error: float
 
 
-def fit_characters(observed: Array, place: Array, framing: str, time: str, camera: float) -> list[Fit]:
+def fit_characters(scene: Scene) -> list[Fit]:
     """Everybody in the frame from left to right."""
-    scene = Scene(observed=observed, place=place, framing=framing, time=time, camera=camera)
     fits = [_fit_body(scene, colour, mask) for colour, mask in _bodies(scene)]
     return sorted((fit for fit in fits if fit is not None), key=lambda fit: fit.at.x)
 
 
 def _bodies(scene: Scene) -> list[tuple[str, Mask]]:
     """Blobs of a body colour that differ from the place and are big enough to be a body: colour and pixels."""
-    foreground = np.abs(scene.observed - scene.place).max(axis=0) > 0.07
+    behind = [np.abs(scene.observed - picture).max(axis=0) for picture in (scene.place, scene.empty)]
+    foreground = np.minimum(*behind) > 0.07
     light = LIGHTS[scene.time].people
     palette = np.array([tint(BODY_RGB[c], light) for c in BODY_COLOURS], dtype=np.float32)
     # Bodies are shaded: compare with the best of a few brightnesses.
@@ -106,9 +110,9 @@ def _fit_body(scene: Scene, colour: str, mask: Mask) -> Fit | None:
     """The look and pose behind a blob of body colour."""
     guesses = _shape_guesses(scene, mask, rolls=np.zeros(1))
     fit = _best_look(scene, colour, guesses)
-    if fit is None or fit.error > 0.03:
+    if fit is None or fit.error > GOOD:
         turned = _shape_guesses(scene, mask, rolls=np.arange(16) * (np.pi / 8))
-        other = _best_look(scene, colour, turned[:16])
+        other = _best_look(scene, colour, turned)
         if other is not None and (fit is None or other.error < 0.85 * fit.error):
             fit = other
     return None if fit is None else _doubt(scene, fit)
@@ -120,8 +124,8 @@ def _grid() -> tuple[Array, Array]:
     return x, y
 
 
-def _shape_guesses(scene: Scene, mask: Mask, rolls: npt.NDArray[np.float64]) -> list[tuple[str, Placement]]:
-    """Shapes and poses by how well their outline covers the blob, best first; each shape at most six times."""
+def _shape_guesses(scene: Scene, mask: Mask, rolls: Floats) -> list[tuple[str, Placement]]:
+    """Shapes and poses by how well their outline covers the blob, best first."""
     zoom, base = ZOOM[scene.framing], BASE[scene.framing]
     filled = _filled(mask)
     area = float(filled.sum())
@@ -131,16 +135,21 @@ def _shape_guesses(scene: Scene, mask: Mask, rolls: npt.NDArray[np.float64]) -> 
         sizes = {1.0, estimate, max(0.57, 0.93 * estimate), min(1.02, 1.07 * estimate)}
         guesses = []
         for size in sizes:
-            for middle, centre in _centres(shape, mask, size * BODY * zoom):
-                overlap = _overlaps(shape, filled, middle, centre, size * BODY * zoom, rolls)
+            unit = size * BODY * zoom
+            for middle, centre in _centres(shape, mask, filled, unit, rolls):
+                overlap = _overlaps(shape, filled, middle, centre, unit, rolls)
                 x = (middle - WIDTH / 2) / zoom + scene.camera
-                lift = max((base - size * BODY * zoom - centre) / zoom, 0.0)
+                lift = np.maximum((base - unit - centre) / zoom, 0.0)
                 guesses += [
-                    (float(score), shape, Placement(x=x, lift=lift, size=size, roll=float(roll), facing=0.0))
-                    for roll, score in zip(rolls, overlap, strict=True)
+                    (score, shape, Placement(x=x[i], lift=lift[i], size=size, roll=rolls[i], facing=0.0))
+                    for i, score in enumerate(overlap.tolist())
                 ]
         guesses.sort(key=lambda guess: -guess[0])
-        ranked += guesses[: 2 if len(rolls) == 1 else 6]
+        best_size = guesses[0][2].size
+        if len(rolls) == 1:
+            ranked += guesses[:2]
+        else:  # a turned circle looks the same at every roll: its hat and eyes must tell
+            ranked += [g for g in guesses if g[2].size == best_size][: len(rolls) if shape == "round" else 5]
     ranked.sort(key=lambda guess: -guess[0])
     return [(shape, at) for _, shape, at in ranked]
 
@@ -148,31 +157,42 @@ def _shape_guesses(scene: Scene, mask: Mask, rolls: npt.NDArray[np.float64]) -> 
 @lru_cache(maxsize=8)
 def body_area(shape: str) -> float:
     """The area of a body's inside in squared body units."""
+    return float(_inside(shape).mean() * 9)
+
+
+@lru_cache(maxsize=8)
+def body_middle(shape: str) -> float:
+    """How high the middle of a body's area lies above its centre of rotation, in body units."""
+    heights = np.linspace(-1.5, 1.5, 300, dtype=np.float32)
+    return float((_inside(shape).sum(axis=1) * heights).sum() / _inside(shape).sum())
+
+
+def _inside(shape: str) -> Mask:
     u, v = np.meshgrid(np.linspace(-1.5, 1.5, 300, dtype=np.float32), np.linspace(-1.5, 1.5, 300, dtype=np.float32))
-    return float((body_distance(shape, u, v) < -0.05).mean() * 9)
+    return body_distance(shape, u, v) < -0.05
 
 
-def _centres(shape: str, mask: Mask, unit: float) -> list[tuple[float, float]]:
-    """Where a body of this size may have its middle (column, row): from the blob's ends, cut off or not."""
-    rows, columns = np.nonzero(mask)
-    left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
+def _centres(shape: str, mask: Mask, filled: Mask, unit: float, rolls: Floats) -> list[tuple[Floats, Floats]]:
+    """Where a body of this size may turn about (columns, rows, one for each roll): from the middle of the blob's
+    area, and for upright bodies also from its ends, one of which may be cut off by the picture's edge."""
+    rows, columns = np.nonzero(filled)
+    away = unit * body_middle(shape)
+    middles = columns.mean() + 0.5 - away * np.sin(rolls)
+    centres = [(middles, rows.mean() + 0.5 + away * np.cos(rolls))]
+    if len(rolls) > 1:
+        return centres
+    columns = np.flatnonzero(mask.any(axis=0))
+    left, right, bottom = columns[0], columns[-1] + 1, rows.max() + 1
     half = HALF_WIDTH[shape] * unit
-    middles = [0.5 * (left + right)]
-    if left == 0:
-        middles = [right - half]
-    elif right == WIDTH:
-        middles = [left + half]
-    centres = [0.5 * (top + bottom)]
-    if bottom < HEIGHT:
-        centres.append(bottom - 0.95 * unit)
-    return [(float(middle), float(centre)) for middle in middles for centre in centres]
+    middle = right - half if left == 0 else left + half if right == WIDTH else 0.5 * (left + right)
+    return [*centres, (np.array([middle]), np.array([bottom - 0.95 * unit]))]
 
 
-def _overlaps(shape: str, filled: Mask, middle: float, centre: float, unit: float, rolls: Array) -> Array:
+def _overlaps(shape: str, filled: Mask, middle: Floats, centre: Floats, unit: float, rolls: Floats) -> Floats:
     """Intersection over union of the blob and the outline at each roll."""
     x, y = _grid()
     cos, sin = np.cos(rolls).reshape(-1, 1, 1), np.sin(rolls).reshape(-1, 1, 1)
-    across, up = (x - middle) / unit, (centre - y) / unit
+    across, up = (x - middle.reshape(-1, 1, 1)) / unit, (centre.reshape(-1, 1, 1) - y) / unit
     inside = body_distance(shape, cos * across - sin * up, sin * across + cos * up) < -0.05
     return (inside & filled).sum(axis=(1, 2)) / np.maximum((inside | filled).sum(axis=(1, 2)), 1)
 
@@ -216,14 +236,15 @@ def _best_look(scene: Scene, colour: str, guesses: list[tuple[str, Placement]]) 
     where = _around(scene, replace(guesses[0][1], roll=1.0 if any(at.roll for _, at in guesses) else 0.0))
     ranked: list[tuple[float, Look, Placement]] = []
     for shape in dict.fromkeys(shape for shape, _ in guesses):
-        places = [replace(at, facing=f) for s, at in guesses if s == shape for f in (-1.0, 1.0)]
+        places = [at for s, at in guesses if s == shape]
         for hat in HATS:
             look = Look(shape=shape, colour=colour, hat=hat, eyes="big eyes")
             errors = _errors(scene, look, places, where)
             best = int(errors.argmin())
             ranked.append((float(errors[best]), look, places[best]))
     ranked.sort(key=lambda item: item[0])
-    finals = [_refine(scene, *_best_eyes(scene, look, at, where), where) for _, look, at in ranked[:2]]
+    hopeful = [item for item in ranked[:3] if item[0] < 1.3 * ranked[0][0]]
+    finals = [_refine(scene, *_best_eyes(scene, look, at, where), where) for _, look, at in hopeful]
     return min(finals, key=lambda fit: fit.error)
 
 
@@ -252,7 +273,8 @@ def _refine(scene: Scene, look: Look, at: Placement, where: Window) -> Fit:
     look, at = _best_eyes(scene, look, at, where)
     hats = [(float(_errors(scene, replace(look, hat=hat), [at], where)[0]), hat) for hat in HATS]
     error, hat = min(hats)
-    return Fit(look=replace(look, hat=hat), at=at, error=error)
+    look = replace(look, hat=hat)
+    return Fit(look=look, best=look, at=at, error=error)
 
 
 def _doubt(scene: Scene, fit: Fit) -> Fit:
@@ -266,6 +288,14 @@ def _doubt(scene: Scene, fit: Fit) -> Fit:
         sure = all(_explains(scene.observed, best, other) for other in drawn)
         known[name] = getattr(fit.look, name) if sure else UNKNOWN
     return replace(fit, look=Look(**known))
+
+
+def covered(scene: Scene, fits: list[Fit]) -> Mask:
+    """The pixels that the fitted characters cover."""
+    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    for fit in fits:
+        mask |= np.abs(draw(scene, fit.best, [fit.at])[:, 0] - scene.place).max(axis=0) > 0.03
+    return mask
 
 
 def _explains(observed: Array, best: Array, rival: Array) -> bool:

@@ -16,15 +16,15 @@ import numpy.typing as npt
 
 from .attributes import FRAMINGS, HEIGHT, PLACES, PROP_COLOURS, SIDES, TIMES, UNKNOWN, WIDTH, Scenery, Seen
 from .draw import Array
-from .fit_character import fit_characters
+from .fit_character import Mask, Scene, covered, fit_characters
 from .motion import PAN
 from .places import paint_place, view
 
-MAJORITY = 0.62  # of the pixels in which two drawings differ: so many must be nearer to the one read
+NEAR = 0.04  # how near, in 0..1, a pixel of the place must be to count as explained
 SURE = 0.75  # a colour is read if its rival explains at most this share of the pixels it explains
 ENOUGH = 10  # pixels that must look like a landmark or flag of the colour read
-CLOSE = 0.11  # how near, in 0..1, a pixel must be to count as explained
-CLIP = 0.25  # errors beyond this are someone standing in front
+CLOSE = 0.11  # the same for landmark and flag
+CLIP = 0.1  # errors beyond this are someone standing in front
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +71,11 @@ def _small(pictures: Array) -> Array:
 
 
 def clearly(observed: Array, best: Array, rival: Array) -> bool:
-    """Whether `best` is the nearer one in most of the pixels where the two pictures differ."""
-    where = np.abs(best - rival).max(axis=0) > 0.06
-    ours = np.abs(observed - best).mean(axis=0)[where]
-    theirs = np.abs(observed - rival).mean(axis=0)[where]
-    return bool(where.sum() >= 4 and (ours < theirs).mean() > MAJORITY and np.median(ours) < CLOSE)
+    """Whether, where the two pictures differ, `best` explains a fair part of the frame and far more than `rival`."""
+    where = np.abs(best - rival).max(axis=0) > 2 * NEAR
+    ours = (np.abs(observed - best).max(axis=0) < NEAR)[where].sum()
+    theirs = (np.abs(observed - rival).max(axis=0) < NEAR)[where].sum()
+    return bool(ours > 0.25 * where.sum() and ours > 2 * theirs)
 
 
 def _error(observed: Array, picture: Array) -> float:
@@ -108,8 +108,8 @@ def _fit_camera(observed: Array, place: str, time: str, framing: str, camera: fl
     return camera
 
 
-def fit_scenery(observed: Array, backdrop: Backdrop) -> tuple[Scenery, dict[str, str]]:
-    """Landmark, side and flag: by how many pixels look like each colour where that colour would show."""
+def fit_scenery(observed: Array, backdrop: Backdrop, free: Mask) -> tuple[Scenery, dict[str, str]]:
+    """Landmark, side and flag: by how many free pixels look like each colour where it would show."""
 
     def draw(scenery: Scenery) -> Array:
         return _empty(backdrop.place, backdrop.time, backdrop.framing, backdrop.camera, scenery)
@@ -118,7 +118,7 @@ def fit_scenery(observed: Array, backdrop: Backdrop) -> tuple[Scenery, dict[str,
         """Pixels explained by each colour of a part, for scenery on that side."""
         plain = Scenery(landmark="white", side=side, flag="white")
         drawings = {c: draw(replace(plain, **{part: c})) for c in PROP_COLOURS}
-        where = np.abs(drawings["red"] - drawings["blue"]).max(axis=0) > 0.1
+        where = free & (np.abs(drawings["red"] - drawings["blue"]).max(axis=0) > 0.1)
         beyond = np.abs(observed - backdrop.picture).max(axis=0)
         gaps = [np.abs(observed - drawing).max(axis=0) for drawing in drawings.values()]
         return [int(((gap < CLOSE) & (gap < 0.7 * beyond) & where).sum()) for gap in gaps]
@@ -147,14 +147,22 @@ def read_attributes(frame: npt.NDArray[np.uint8]) -> Seen:
         )
     observed = planar(frame)
     backdrop, found = fit_backdrop(observed)
-    scenery, things = fit_scenery(observed, backdrop)
-    place = _empty(backdrop.place, backdrop.time, backdrop.framing, backdrop.camera, _shown(scenery, things))
-    fits = fit_characters(observed, place, backdrop.framing, backdrop.time, backdrop.camera)
+    scenery, things = fit_scenery(observed, backdrop, np.ones((HEIGHT, WIDTH), dtype=bool))
+    place = backdrop.picture
+    if things["side"] != UNKNOWN:
+        place = _empty(backdrop.place, backdrop.time, backdrop.framing, backdrop.camera, scenery)
+    scene = Scene(
+        observed=observed,
+        place=place,
+        empty=backdrop.picture,
+        framing=backdrop.framing,
+        time=backdrop.time,
+        camera=backdrop.camera,
+    )
+    fits = fit_characters(scene)
+    # A hat in front of the flag must not be taken for it: look again beside the people.
+    _, things = fit_scenery(observed, backdrop, ~covered(scene, fits))
     return Seen(**found, **things, looks=tuple(fit.look for fit in fits))
-
-
-def _shown(scenery: Scenery, found: dict[str, str]) -> Scenery | None:
-    return None if found["side"] == UNKNOWN else scenery
 
 
 def vote(values: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ Published weights, the small trained models and networks with random weights all
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from storymem.wan.schedule import wan_scheduler
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings
 from storymem.wan.sources import adapter_weights, check_weights
 from storymem.weights import locate
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=torch.nn.Module)
 
@@ -62,13 +65,7 @@ def load_pipeline(
             **left_out,
         )
     if experts and model.adapter is not None:
-        load_memory_lora(
-            pipe,
-            locate(adapter_weights(model.adapter, continuity)),
-            alpha=model.adapter.alpha,
-            use_rslora=model.adapter.use_rslora,
-            weight=model.adapter.weight,
-        )
+        _load_adapter(pipe, model, continuity)
     place(pipe, runtime or RuntimeSettings())
     return pipe
 
@@ -110,6 +107,28 @@ def load_text_to_video(
     )
     place(pipe, runtime or RuntimeSettings())
     return pipe
+
+
+def _load_adapter(pipe: WanMemoryToVideoPipeline, model: ModelSettings, continuity: Continuity) -> None:
+    """Load the memory adapter and refuse one that was trained for another function than the pipeline computes."""
+    assert model.adapter is not None
+    folder = locate(adapter_weights(model.adapter, continuity))
+    info = load_memory_lora(
+        pipe,
+        folder,
+        alpha=model.adapter.alpha,
+        use_rslora=model.adapter.use_rslora,
+        weight=model.adapter.weight,
+    )
+    if info.memory_attention != "joint":
+        raise ValueError(f"the adapter in {folder} was trained for {info.memory_attention} memory attention, not joint")
+    if info.rope_stride != model.rope_stride:
+        logger.warning(
+            "the adapter in %s was trained with RoPE stride %d and is used with %d (model.rope_stride)",
+            folder,
+            info.rope_stride,
+            model.rope_stride,
+        )
 
 
 def _dtypes(model: ModelSettings) -> dict[str, torch.dtype]:

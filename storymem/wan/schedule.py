@@ -24,6 +24,10 @@ class WanUniPCScheduler(UniPCMultistepScheduler):
     the same in both. Build it with :func:`wan_scheduler`.
     """
 
+    # Saved pipelines note where each part's class is found, and diffusers takes "wan" in a module's path for its
+    # own `diffusers.pipelines.wan`; under the package's name the class is found again.
+    __module__ = "storymem"
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,

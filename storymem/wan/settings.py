@@ -60,15 +60,15 @@ class AdapterSettings:
     Args:
         weights: where it lies; a local folder or a hub repository.
         folders: for each ``continuity`` the sub-folder that holds its two files; empty if ``weights`` is that folder.
-        alpha: used only if the file does not say it.
-        use_rslora: used only if the file does not say it.
+        alpha: for files that do not say it; None: the published 128.
+        use_rslora: for files that do not say it; None: the published true.
         weight: strength of the adapter; 1.0 as trained.
     """
 
     weights: Weights
     folders: dict[Continuity, str] = field(default_factory=dict)
-    alpha: float = 128.0
-    use_rslora: bool = True
+    alpha: float | None = None
+    use_rslora: bool | None = None
     weight: float = 1.0
 
 

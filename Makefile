@@ -1,0 +1,36 @@
+# `make film` and `make test` need Python 3.11 or newer and nothing else: they set up what they use.
+PYTHON ?= python3
+VENV ?= .venv
+STORY ?= examples/the_keeper.yaml
+ARGS ?=
+RUN = $(VENV)/bin/python
+
+.PHONY: film test test-slow lint bench clean
+
+film: $(VENV)/.ready  ## the example story as a film, on the embedded model
+	$(RUN) scripts/generate.py $(STORY) $(ARGS)
+
+test: $(VENV)/.ready  ## the tests, under three minutes on two cores
+	$(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.ready  ## the tests that take longer
+	$(RUN) -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.ready  ## style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(VENV)/.ready  ## every figure of speed, as ratios in one run
+	$(RUN) -m benchmarks.keyframes $(ARGS)
+	$(RUN) -m benchmarks.film $(ARGS)
+	$(RUN) -m benchmarks.scorers $(ARGS)
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) films build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,88 @@
+"""Where the wall time of a film goes: everything outside denoising and decoding is overhead.
+
+    python -m benchmarks.film [--quick]
+
+Tells the example story on ``model=tiny`` from loading the networks to the joined film.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compose import composed
+
+STORY = Path(__file__).parents[1] / "examples" / "the_keeper.yaml"
+
+
+class Stopwatch:
+    """Adds up the wall time of the calls it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timing(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        return timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two steps a shot in place of eight")
+    arguments = parser.parse_args()
+    overrides = [f"story={STORY}", "model=tiny", *(["sampler.steps=2"] if arguments.quick else [])]
+
+    import torch
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers.schedulers import UniPCMultistepScheduler
+
+    from storymem.config import build_settings
+    from storymem.generate import GenerateSettings, build_storyteller
+    from storymem.story import load_story
+
+    denoising, decoding = Stopwatch(), Stopwatch()
+    WanTransformer3DModel.forward = denoising.timing(WanTransformer3DModel.forward)
+    UniPCMultistepScheduler.step = denoising.timing(UniPCMultistepScheduler.step)
+    AutoencoderKLWan.decode = decoding.timing(AutoencoderKLWan.decode)
+
+    config = composed("generate", overrides)
+    settings = build_settings(GenerateSettings, config)
+    story = load_story(settings.story)
+    teller = build_storyteller(settings, config)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        film = teller.tell(story, Path(folder) / "film")
+        whole = time.perf_counter() - started
+    stages = {name: sum(shot.seconds[name] for shot in film.shots) for name in film.shots[0].seconds}
+    row = {
+        "benchmark": "film",
+        "shots": len(film.shots),
+        "steps": settings.sampler.steps,
+        "threads": torch.get_num_threads(),
+        "seconds": round(whole, 2),
+        "denoising": round(denoising.seconds / whole, 3),
+        "decoding": round(decoding.seconds / whole, 3),
+        "overhead": round(1 - (denoising.seconds + decoding.seconds) / whole, 3),
+        "stages": {name: round(seconds, 2) for name, seconds in stages.items()},
+    }
+    print(f"film of {row['shots']} shots, {row['steps']} steps, {row['threads']} threads: {whole:.1f} s")
+    for name, target in (("denoising", ""), ("decoding", ""), ("overhead", "  (target: at most 15 %)")):
+        print(f"  {name:10} {100 * row[name]:5.1f} %{target}")
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

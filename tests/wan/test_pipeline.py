@@ -1,0 +1,407 @@
+"""The public call: what it accepts, what it refuses, and that it agrees with diffusers where diffusers can do it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
+from PIL import Image
+from torch import Tensor
+
+from storymem.wan.loading import load_pipeline
+from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.schedule import WanUniPCScheduler
+from storymem.wan.settings import ModelSettings
+from tests.wan.tiny import (
+    CPU,
+    FRAMES,
+    HEIGHT,
+    LATENT,
+    SLOTS,
+    STEPS,
+    WIDTH,
+    counting,
+    generate,
+    pictures,
+    settings,
+)
+
+SHOT = (1, 16, SLOTS, *LATENT)
+
+
+def stock(pipe: WanMemoryToVideoPipeline, kind: type = WanImageToVideoPipeline) -> WanImageToVideoPipeline:
+    """diffusers' own pipeline around the same networks."""
+    plain = kind(**pipe.components, boundary_ratio=pipe.config.boundary_ratio)
+    plain.set_progress_bar_config(disable=True)
+    return plain
+
+
+def stock_latents(pipe: WanImageToVideoPipeline, image: Image.Image) -> Tensor:
+    return pipe(
+        image=image,
+        prompt="a fox",
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=FRAMES,
+        num_inference_steps=STEPS,
+        guidance_scale=3.5,
+        max_sequence_length=16,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).frames
+
+
+def networks(pipe: WanMemoryToVideoPipeline) -> list[torch.nn.Module]:
+    return [pipe.transformer, pipe.transformer_2, pipe.text_encoder, pipe.vae.encoder, pipe.vae.decoder]
+
+
+# Agreement with diffusers
+
+
+def test_a_first_frame_without_memory_is_diffusers_image_to_video(pipe: WanMemoryToVideoPipeline) -> None:
+    (frame,) = pictures(1)
+    theirs = stock_latents(stock(pipe), frame)
+    ours = generate(pipe, first_frame=frame)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_without_memory_and_frames_it_is_text_to_video_on_an_unbelieved_blank_video(
+    pipe: WanMemoryToVideoPipeline,
+) -> None:
+    class Blank(WanImageToVideoPipeline):
+        def prepare_latents(self, image: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            latents, condition = super().prepare_latents(torch.zeros_like(image), *args, **kwargs)
+            condition[:, :4] = 0
+            return latents, condition
+
+    theirs = stock_latents(stock(pipe, Blank), pictures(1)[0])
+    torch.testing.assert_close(generate(pipe), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_videos_are_decoded_as_by_diffusers(pipe: WanMemoryToVideoPipeline) -> None:
+    latents = generate(pipe)
+    video = pipe.vae.decode(
+        latents * torch.tensor(pipe.vae.config.latents_std).view(1, -1, 1, 1, 1)
+        + torch.tensor(pipe.vae.config.latents_mean).view(1, -1, 1, 1, 1)
+    ).sample
+    expected = (video.clamp(-1, 1) / 2 + 0.5).permute(0, 2, 1, 3, 4)
+    torch.testing.assert_close(generate(pipe, output_type="pt"), expected, rtol=1e-4, atol=1e-5)
+
+
+# Saving and loading
+
+
+def test_a_saved_pipeline_comes_back_the_same(tmp_path: Path) -> None:
+    pipe = load_pipeline(settings(rope_stride=3, boundary=0.7), runtime=CPU, shift=6.0)
+    pipe.save_pretrained(tmp_path)
+    again = WanMemoryToVideoPipeline.from_pretrained(tmp_path)
+
+    assert again.config.rope_stride == 3
+    assert again.config.boundary_ratio == 0.7
+    assert type(again.scheduler) is WanUniPCScheduler
+    assert again.scheduler.config.flow_shift == 6.0
+    memory = pictures(2)
+    ours, theirs = (generate(p, memory=memory, output_type="np") for p in (pipe, again))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_saved_index_names_our_scheduler(pipe: WanMemoryToVideoPipeline, tmp_path: Path) -> None:
+    pipe.save_config(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["storymem", "WanUniPCScheduler"]
+    assert index["_class_name"] == "WanMemoryToVideoPipeline"
+
+
+def test_a_stock_image_to_video_folder_loads(pipe: WanMemoryToVideoPipeline, tmp_path: Path) -> None:
+    plain = stock(pipe)
+    plain.register_modules(scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=4.0))
+    plain.save_pretrained(tmp_path)
+    loaded = WanMemoryToVideoPipeline.from_pretrained(tmp_path, scheduler=pipe.scheduler, rope_stride=2)
+    memory = pictures(2)
+    torch.testing.assert_close(
+        generate(loaded, memory=memory), generate(pipe, memory=memory, rope_stride=2), rtol=0, atol=0
+    )
+
+
+def test_a_network_of_another_task_is_refused(pipe: WanMemoryToVideoPipeline) -> None:
+    from diffusers import WanTransformer3DModel
+
+    config = dict(pipe.transformer.config) | {"in_channels": 16}
+    with pytest.raises(ValueError, match="transformer_2 has 16 input channels.*36"):
+        WanMemoryToVideoPipeline(
+            **pipe.components | {"transformer_2": WanTransformer3DModel.from_config(config)}
+        )
+    with pytest.raises(ValueError, match="TI2V-5B"):
+        WanMemoryToVideoPipeline(**pipe.components, expand_timesteps=True)
+
+
+# Every bad argument is told before any network runs
+
+FRAME = pictures(1)[0]
+OTHER_SIZE = pictures(1, size=(64, 32))[0]
+ONE = torch.zeros(16, 1, *LATENT)
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "memory of another size": ({"memory": [FRAME, OTHER_SIZE]}, r"memory\[1\] is 64x32 pixels.*48x32"),
+    "memory that is no picture": ({"memory": [np.zeros((32, 48, 3), np.uint8)]}, r"memory\[0\].*ndarray"),
+    "memory as paths": ({"memory": ["a.png"]}, r"memory\[0\] must be a PIL image, not str"),
+    "one picture as memory": ({"memory": FRAME}, "memory must be a list"),
+    "an array as memory": ({"memory": np.zeros((2, 32, 48, 3), np.uint8)}, "memory must be a list"),
+    "memory of both kinds": ({"memory": [FRAME, ONE]}, "not a mixture"),
+    "latents of another size": ({"memory": [ONE[..., 1:]]}, r"memory\[0\].*\[16, 1, 4, 6\]"),
+    "latents of two frames": ({"memory": [ONE.expand(16, 2, 4, 6)]}, r"memory\[0\].*latents of shape"),
+    "one frame's latents": ({"memory": ONE}, r"memory\[0\] must be latents of shape"),
+    "4n + 2 frames": ({"num_frames": 10}, "nearest are 9 and 13"),
+    "no frames": ({"num_frames": 0}, r"4n \+ 1 frames, not 0"),
+    "fewer than no frames": ({"num_frames": -3}, r"4n \+ 1 frames, not -3"),
+    "two kinds of given frames": ({"first_frame": FRAME, "motion_frames": pictures(5)}, "exclude each other"),
+    "4 motion frames": ({"motion_frames": pictures(4)}, "exactly 5 pictures, not 4"),
+    "6 motion frames": ({"motion_frames": pictures(6)}, "exactly 5 pictures, not 6"),
+    "0 motion frames": ({"motion_frames": []}, "exactly 5 pictures, not 0"),
+    "motion frames as an array": (
+        {"motion_frames": np.zeros((5, 32, 48, 3), np.uint8)},
+        r"motion_frames\[0\] must be a PIL image",
+    ),
+    "one motion frame of another size": ({"motion_frames": [*pictures(4), OTHER_SIZE]}, r"motion_frames\[4\]"),
+    "first frame of another size": ({"first_frame": OTHER_SIZE}, "first_frame is 64x32 pixels"),
+    "first frame as an array": ({"first_frame": np.zeros((32, 48, 3), np.uint8)}, "first_frame.*ndarray"),
+    "no room after the given frames": ({"motion_frames": pictures(5), "num_frames": 5}, "no room after 5"),
+    "no room after the first frame": ({"first_frame": FRAME, "num_frames": 1}, "no room after 1"),
+    "a height of 40": ({"height": 40}, "multiples of 16, not 40 and 48"),
+    "a width of 0": ({"width": 0}, "positive multiples of 16"),
+    "a negative height": ({"height": -16}, "positive multiples of 16"),
+    "noise without the memory's slots": (
+        {"memory": [FRAME], "latents": torch.zeros(1, 16, SLOTS, *LATENT)},
+        r"\[1, 16, 4, 4, 6\] \(memory slots first\), not \[1, 16, 3, 4, 6\]",
+    ),
+    "noise of another batch": ({"latents": torch.zeros(2, 16, SLOTS, *LATENT)}, r"\[1, 16, 3, 4, 6\]"),
+    "too many generators": ({"generator": [torch.Generator()] * 2}, "2 generators for a batch of 1"),
+    "a stride of 0": ({"memory": [FRAME], "rope_stride": 0}, "stride.*1 or more, not 0"),
+    "a stride beyond the table": ({"memory": [FRAME] * 2, "rope_stride": 512}, "reach position -1024"),
+    "a tensor that callbacks cannot see": ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+    "two prompts at once": ({"prompt_embeds": torch.zeros(1, 16, 32), "prompt": "a"}, "prompt_embeds"),
+    "no prompt": ({"prompt": None}, "prompt"),
+    "an unknown output": ({"output_type": "mp4"}, "latent, np, pt or pil, not 'mp4'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_arguments_are_refused_before_anything_is_computed(
+    pipe: WanMemoryToVideoPipeline, name: str
+) -> None:
+    arguments, message = REFUSED[name]
+    call = {"prompt": "a fox", "height": HEIGHT, "width": WIDTH, "num_frames": FRAMES} | arguments
+    with counting(*networks(pipe)) as calls, pytest.raises(ValueError, match=message):
+        pipe(**call)
+    assert not any(calls.values()), f"computed before the error: {calls}"
+
+
+def test_all_networks_are_counted_in_a_call_that_is_accepted(tiny_model: ModelSettings) -> None:
+    pipe = load_pipeline(tiny_model, runtime=CPU)
+    with counting(*networks(pipe)) as calls:
+        generate(pipe, output_type="np")
+    assert all(calls.values()), calls
+
+
+# Memory
+
+
+@pytest.mark.parametrize("given", ["m2v", "mi2v", "mm2v"])
+@pytest.mark.parametrize("frames", [0, 3])
+def test_every_mode_makes_a_shot(pipe: WanMemoryToVideoPipeline, given: str, frames: int) -> None:
+    conditions: dict[str, Any] = {
+        "m2v": {},
+        "mi2v": {"first_frame": FRAME},
+        "mm2v": {"motion_frames": pictures(5, seed=1)},
+    }[given]
+    shot = generate(pipe, memory=pictures(frames, seed=2), **conditions)
+    assert shot.shape == SHOT
+    assert torch.isfinite(shot).all()
+    assert not torch.equal(shot, generate(pipe)) or (frames == 0 and given == "m2v")
+
+
+def test_pictures_and_their_latents_are_the_same_memory(pipe: WanMemoryToVideoPipeline) -> None:
+    memory = pictures(3)
+    latents = pipe.encode_memory(memory)
+    assert latents.shape == (3, 16, 1, *LATENT)
+    expected = generate(pipe, memory=memory)
+    assert torch.equal(generate(pipe, memory=latents), expected)
+    assert torch.equal(generate(pipe, memory=list(latents)), expected)
+
+
+def test_content_order_and_number_of_memory_frames_matter(pipe: WanMemoryToVideoPipeline) -> None:
+    one, two, three = pictures(3)
+    shots = [
+        generate(pipe, memory=memory) for memory in ([one, two], [two, one], [one, three], [one], [one, one])
+    ]
+    for number, shot in enumerate(shots):
+        for other in shots[:number]:
+            assert (shot - other).norm() / other.norm() > 1e-4
+
+
+def test_an_empty_memory_is_no_memory(pipe: WanMemoryToVideoPipeline) -> None:
+    assert torch.equal(generate(pipe, memory=[]), generate(pipe))
+
+
+def test_the_stride_of_a_call_and_of_the_pipeline(tiny_model: ModelSettings) -> None:
+    memory = pictures(2)
+    pipes = [load_pipeline(settings(rope_stride=stride), runtime=CPU) for stride in (5, 1)]
+    five, one = (generate(pipe, memory=memory) for pipe in pipes)
+    assert (five - one).norm() / one.norm() > 1e-4
+    assert torch.equal(generate(pipes[0], memory=memory, rope_stride=1), one)
+    assert torch.equal(generate(pipes[0], memory=memory), five), "a call's stride must not stay"
+
+
+def test_the_condition_holds_memory_first_then_the_given_frames(pipe: WanMemoryToVideoPipeline) -> None:
+    memory, first = pictures(2), pictures(1, seed=5)[0]
+    seen: list[Tensor] = []
+    generate(
+        pipe,
+        memory=memory,
+        first_frame=first,
+        callback_on_step_end=lambda _p, _i, _t, tensors: seen.append(tensors["condition"]) or {},
+        callback_on_step_end_tensor_inputs=["condition"],
+    )
+    assert len(seen) == STEPS
+    condition = seen[0]
+    assert condition.shape == (1, 20, 2 + SLOTS, *LATENT)
+    assert condition[0, 0, :, 0, 0].tolist() == [1, 1, 1, 0, 0]
+    torch.testing.assert_close(condition[0, 4:, :2], pipe.encode_memory(memory)[:, :, 0].transpose(0, 1))
+    torch.testing.assert_close(condition[0, 4:, 2], pipe.encode_memory([first])[0, :, 0])
+
+
+def test_memory_slots_are_never_decoded(pipe: WanMemoryToVideoPipeline) -> None:
+    decoded = []
+    handle = pipe.vae.decoder.register_forward_hook(lambda _m, _i, out: decoded.append(out.shape[2]))
+    try:
+        video = generate(pipe, memory=pictures(4), output_type="np")
+    finally:
+        handle.remove()
+    assert sum(decoded) == FRAMES
+    assert video.shape == (1, FRAMES, HEIGHT, WIDTH, 3)
+
+
+def test_the_blank_video_is_encoded_once_per_size(tiny_model: ModelSettings) -> None:
+    pipe = load_pipeline(tiny_model, runtime=CPU)
+    frames: list[int] = []
+    pipe.vae.encoder.register_forward_pre_hook(lambda _m, inputs: frames.append(inputs[0].shape[2]))
+
+    def encoded(**changes: Any) -> int:
+        frames.clear()
+        generate(pipe, **changes)
+        return sum(frames)
+
+    latents = torch.zeros(2, 16, 1, *LATENT)
+    assert encoded() == FRAMES
+    assert encoded(prompt="another") == 0
+    assert encoded(memory=latents) == 0
+    assert encoded(memory=pictures(3)) == 3
+    assert encoded(num_frames=5) == 5
+    assert encoded(num_frames=5, width=32) == 5
+    assert encoded() == 0
+    assert encoded(first_frame=FRAME) == FRAMES
+
+
+# What is inherited goes on working
+
+
+def test_output_types_show_the_same_frames(pipe: WanMemoryToVideoPipeline) -> None:
+    tensor = generate(pipe, output_type="pt")
+    array = generate(pipe, output_type="np")
+    (images,) = generate(pipe, output_type="pil")
+    assert tensor.shape == (1, FRAMES, 3, HEIGHT, WIDTH)
+    np.testing.assert_array_equal(tensor.permute(0, 1, 3, 4, 2).numpy(), array)
+    assert [image.size for image in images] == [(WIDTH, HEIGHT)] * FRAMES
+    np.testing.assert_array_equal(np.stack(images), (array[0] * 255).round().astype(np.uint8))
+
+
+def test_a_tuple_is_returned_if_asked(pipe: WanMemoryToVideoPipeline) -> None:
+    result = pipe(
+        prompt_embeds=torch.zeros(1, 16, 32),
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=1,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        output_type="latent",
+        return_dict=False,
+    )
+    assert isinstance(result, tuple)
+    assert result[0].shape == (1, 16, 1, *LATENT)
+
+
+def test_each_video_of_a_prompt_has_its_own_generator(pipe: WanMemoryToVideoPipeline) -> None:
+    memory = pictures(2)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    both = generate(pipe, memory=memory, num_videos_per_prompt=2, generator=generators)
+    assert both.shape == (2, *SHOT[1:])
+    for seed, shot in zip((3, 4), both, strict=True):
+        alone = generate(pipe, memory=memory, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(shot, alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_of_a_batch_are_made_as_alone(pipe: WanMemoryToVideoPipeline) -> None:
+    memory, prompts = pictures(2), ["a fox", "two owls"]
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    both = generate(pipe, prompt=prompts, memory=memory, generator=generators)
+    for seed, prompt, shot in zip((3, 4), prompts, both, strict=True):
+        alone = generate(
+            pipe, prompt=prompt, memory=memory, generator=torch.Generator().manual_seed(seed)
+        )
+        torch.testing.assert_close(shot, alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_given_noise_is_what_the_generator_would_draw(pipe: WanMemoryToVideoPipeline) -> None:
+    memory = pictures(2)
+    noise = torch.randn(1, 16, 2 + SLOTS, *LATENT, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(generate(pipe, memory=memory, latents=noise), generate(pipe, memory=memory))
+
+
+def latents_of_steps(pipe: WanMemoryToVideoPipeline, **changes: Any) -> tuple[list[float], list[Tensor]]:
+    timesteps: list[float] = []
+    latents: list[Tensor] = []
+
+    def watch(_pipe: object, _step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
+        timesteps.append(float(timestep))
+        latents.append(tensors["latents"])
+        return {}
+
+    generate(pipe, callback_on_step_end=watch, **changes)
+    return timesteps, latents
+
+
+def test_the_second_guidance_is_that_of_the_low_noise_expert(pipe: WanMemoryToVideoPipeline) -> None:
+    timesteps, same = latents_of_steps(pipe, guidance_scale=3.0)
+    _, other = latents_of_steps(pipe, guidance_scale=3.0, guidance_scale_2=6.0)
+    low = [timestep < 900 for timestep in timesteps]
+    assert low == [False, False, True, True]
+    assert [not torch.equal(a, b) for a, b in zip(same, other, strict=True)] == low
+
+
+def test_callbacks_can_change_the_latents(pipe: WanMemoryToVideoPipeline) -> None:
+    def clear(_pipe: object, step: int, _timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == STEPS - 1 else {}
+
+    assert not generate(pipe, memory=pictures(1), callback_on_step_end=clear).any()
+
+
+def test_memory_is_forgotten_after_a_call_and_after_a_failure(pipe: WanMemoryToVideoPipeline) -> None:
+    before = generate(pipe)
+    generate(pipe, memory=pictures(3))
+    assert torch.equal(generate(pipe), before)
+
+    class StopError(Exception):
+        pass
+
+    def fail(*_: object) -> dict:
+        assert pipe.transformer.rope.memory_frames == 3
+        raise StopError
+
+    with pytest.raises(StopError):
+        generate(pipe, memory=pictures(3), callback_on_step_end=fail)
+    assert [expert.rope.memory_frames for expert in pipe.experts.values()] == [0, 0]
+    assert torch.equal(generate(pipe), before)
