@@ -49,9 +49,7 @@ def run_script(main: Callable[[Any], None], *, config_name: str, positional: str
             print("\nstopped; the same command goes on from here", file=sys.stderr)
             sys.exit(130)
 
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # faults keep their traceback, and mistakes in the composition reach us
-    )
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # faults keep their traceback, and mistakes in the composition reach us
     sys.argv[1:] = hydra_arguments(sys.argv[1:], positional)
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()

@@ -34,9 +34,7 @@ def build_settings(cls: type[T], values: Mapping[str, Any]) -> T:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
         lines = [_describe(cls, problem) for problem in error.errors()]
-        raise ConfigError(
-            "the configuration is not valid:\n" + "\n".join(f"  {line}" for line in lines)
-        ) from None
+        raise ConfigError("the configuration is not valid:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -59,14 +57,14 @@ def _describe(cls: type, problem: Any) -> str:
     return f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, not {problem.get('input')!r}"
 
 
-def _fields_at(cls: type, path: list[str]) -> list[str]:
+def _fields_at(cls: Any, path: list[str]) -> list[str]:
     """Names of the settings at ``path`` below the settings class ``cls``."""
     for key in path:
         cls = _settings_class(typing.get_type_hints(cls)[key])
     return [field.name for field in dataclasses.fields(cls)]
 
 
-def _settings_class(annotation: Any) -> type:
+def _settings_class(annotation: Any) -> Any:
     """The settings class in ``X`` or ``X | None``."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return next(member for member in typing.get_args(annotation) if dataclasses.is_dataclass(member))

@@ -126,9 +126,7 @@ class Film:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["schema"] != SCHEMA:
-                raise FilmError(
-                    f"{path}: schema {manifest['schema']} is not known; this version reads {SCHEMA}"
-                )
+                raise FilmError(f"{path}: schema {manifest['schema']} is not known; this version reads {SCHEMA}")
             shots = [ShotRecord.from_dict(shot) for shot in manifest["shots"]]
             return cls(
                 Path(folder),
@@ -218,9 +216,7 @@ class Film:
         """The last ``count`` (up to 5) frames of a finished shot as they were generated, uint8 [count, H, W, 3]."""
         assert 1 <= count <= END_FRAMES
         end = self._end_folder(self.shots[shot].file)
-        return np.stack(
-            [read_image(end / f"{number}.png") for number in range(END_FRAMES - count + 1, END_FRAMES + 1)]
-        )
+        return np.stack([read_image(end / f"{number}.png") for number in range(END_FRAMES - count + 1, END_FRAMES + 1)])
 
     def join(self) -> Path:
         """Join all shots into ``film.mp4`` and note it in the manifest."""

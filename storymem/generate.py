@@ -74,9 +74,7 @@ def generate(config: Mapping[str, Any]) -> Film | None:
         return None
     from storymem.wan.sources import check_weights
 
-    check_weights(
-        settings.model, text_to_video=uses_text_to_video(story, settings), continuity=settings.continuity
-    )
+    check_weights(settings.model, text_to_video=uses_text_to_video(story, settings), continuity=settings.continuity)
     from storymem.progress import Progress, film_table
 
     teller = build_storyteller(settings, config)

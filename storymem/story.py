@@ -114,9 +114,7 @@ class Story:
             "title": self.title,
             "overview": self.overview,
             "style": self.style,
-            "characters": [
-                {"name": one.name, "references": self._written(one.references)} for one in self.characters
-            ],
+            "characters": [{"name": one.name, "references": self._written(one.references)} for one in self.characters],
             "scenes": [
                 {"number": scene.number, "shots": [self._shot_dict(shot) for shot in scene.shots]}
                 for scene in self.scenes
@@ -137,8 +135,7 @@ class Story:
     def _written(self, paths: tuple[Path, ...]) -> list[str]:
         folder = None if self.source is None else self.source.parent
         return [
-            (path.relative_to(folder) if folder and path.is_relative_to(folder) else path).as_posix()
-            for path in paths
+            (path.relative_to(folder) if folder and path.is_relative_to(folder) else path).as_posix() for path in paths
         ]
 
 
@@ -169,9 +166,7 @@ class _Reader(StoryFile):
     def read(self) -> Story:
         keys = _BENCH_STORY_KEYS if self._is_bench() else _STORY_KEYS
         title, overview = keys[:2]
-        entries = self.mapping(
-            self.root, "story", keys, required=(title, overview, "scenes"), example=f"{title}: ..."
-        )
+        entries = self.mapping(self.root, "story", keys, required=(title, overview, "scenes"), example=f"{title}: ...")
         characters = self.characters(entries.get("characters"))
         return Story(
             title=self.string(entries.get(title), "story", title) or "",
@@ -253,9 +248,7 @@ class _Reader(StoryFile):
         cuts = self.items(entries.get("cut"), where, "cut")
         if cuts and prompts and len(cuts) != len(prompts):
             wrong = f"cut has {len(cuts)} entries and video_prompts has {len(prompts)}"
-            self.note(
-                entries["cut"], where, wrong, "as many of each", "write one true or false for each prompt"
-            )
+            self.note(entries["cut"], where, wrong, "as many of each", "write one true or false for each prompt")
         shots = []
         for place, prompt in enumerate(prompts):
             label = _label(start + place, number, place + 1)
@@ -297,9 +290,7 @@ class _Reader(StoryFile):
             return True
         if index == 0 and not cut:
             wrong = "the first shot of a film has nothing to continue"
-            self.note(
-                node, where, wrong, "a cut", "write true instead" if strings else "write cut: true instead"
-            )
+            self.note(node, where, wrong, "a cut", "write true instead" if strings else "write cut: true instead")
         return cut
 
     def cast(self, node: yaml.Node | None, where: str) -> tuple[str, ...]:
@@ -309,14 +300,10 @@ class _Reader(StoryFile):
             if name is None:
                 continue
             if name in found:
-                self.note(
-                    item, where, f"{name} is listed twice", "each character once", "remove one of the two"
-                )
+                self.note(item, where, f"{name} is listed twice", "each character once", "remove one of the two")
             elif self._names is not None and name not in self._names:
                 near = nearest(name, self._names)
-                cure = (
-                    f"write {near} instead" if near else f"add - {{name: {name}}} to the story's characters"
-                )
+                cure = f"write {near} instead" if near else f"add - {{name: {name}}} to the story's characters"
                 known = listing(sorted(self._names)) or "none, for the story lists no characters"
                 self.note(item, where, f"{name} is not a character of this story", known, cure)
             found.append(name)
@@ -353,9 +340,7 @@ def _label(index: int, scene: int, number: int) -> str:
 
 def _example(node: yaml.Node, key: str) -> str:
     """The list item to write, where text stands alone in place of a mapping."""
-    return (
-        f"- {{{key}: {quoted(node.value)}}}" if isinstance(node, yaml.ScalarNode) else f'- {{{key}: "..."}}'
-    )
+    return f"- {{{key}: {quoted(node.value)}}}" if isinstance(node, yaml.ScalarNode) else f'- {{{key}: "..."}}'
 
 
 def _picture_fault(path: Path) -> tuple[str, str] | None:

@@ -66,9 +66,7 @@ class StoryFile:
         except yaml.YAMLError as error:
             raise _syntax_error(path, text, error) from None
         if root is None:
-            raise _refusal(
-                path, 1, "the file is empty", "a story", "write at least title, overview and scenes"
-            )
+            raise _refusal(path, 1, "the file is empty", "a story", "write at least title, overview and scenes")
         self.root: yaml.Node = root
 
     def note(self, node: yaml.Node, where: str, wrong: str, expected: str, cure: str) -> None:
@@ -161,9 +159,7 @@ class StoryFile:
         if kind(node) == "int" and re.fullmatch(r"0|[1-9][0-9]{0,17}", node.value):
             return int(node.value)
         digits = re.search(r"[0-9]+", node.value) if isinstance(node, yaml.ScalarNode) else None
-        cure = (
-            f"write {key}: {int(digits[0][:18])} instead" if digits else f"write a number or leave {key} out"
-        )
+        cure = f"write {key}: {int(digits[0][:18])} instead" if digits else f"write a number or leave {key} out"
         self.note(node, where, f"{key} is {self.excerpt(node)}", "a whole number from 0", cure)
         return None
 
@@ -215,9 +211,7 @@ def _refusal(path: Path, line: int | None, wrong: str, expected: str, cure: str)
 def _read_text(path: Path) -> str:
     """The file's text, or a StoryError that says why there is none."""
     if path.is_dir():
-        raise _refusal(
-            path, None, "this is a folder", "a story file", "write the path of a file in it instead"
-        )
+        raise _refusal(path, None, "this is a folder", "a story file", "write the path of a file in it instead")
     if not path.exists():
         near = nearest_file(path, STORY_SUFFIXES)
         cure = f"write {near} instead" if near else "check the path"
@@ -257,6 +251,4 @@ def _syntax_error(path: Path, text: str, error: yaml.YAMLError) -> StoryError:
         mark = error.context_mark or mark
     default = (f"{language} as in examples/the_keeper.yaml", "look at this line and the one above")
     expected, cure = next((rest for piece, *rest in _SYNTAX if piece in problem), default)
-    return _refusal(
-        path, mark.line + 1 if mark else 1, f"this is not valid {language} ({problem})", expected, cure
-    )
+    return _refusal(path, mark.line + 1 if mark else 1, f"this is not valid {language} ({problem})", expected, cure)

@@ -99,9 +99,7 @@ class Storyteller:
     scorer_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    def tell(
-        self, story: Story, folder: str | Path, *, resume: str = "auto", progress: Progress | None = None
-    ) -> Film:
+    def tell(self, story: Story, folder: str | Path, *, resume: str = "auto", progress: Progress | None = None) -> Film:
         """Make the film of ``story`` in ``folder``, or go on with it.
 
         Args:
@@ -194,9 +192,7 @@ class Storyteller:
                 )
         sizes = [config.get("model", {}).get("video") for config in (film.config, self.config)]
         if start > 0 and sizes[0] != sizes[1]:
-            raise FilmError(
-                "size, length or rate of the shots have changed: use resume=from_shot:1 or another output"
-            )
+            raise FilmError("size, length or rate of the shots have changed: use resume=from_shot:1 or another output")
 
     def _restore(self, story: Story, film: Film) -> MemoryBank:
         """The memory as it was when the last finished shot was saved; for a new film, the story's references."""
@@ -226,9 +222,7 @@ class Storyteller:
             frames=self.frames_of(shot),
             seed=self.seed + shot.index if shot.seed is None else shot.seed,
             memory=[keyframe.latent for keyframe in memory if keyframe.latent is not None],
-            given=film.last_frames(shot.index - 1, repeated)
-            if repeated
-            else _no_frames(self.generator.video),
+            given=film.last_frames(shot.index - 1, repeated) if repeated else _no_frames(self.generator.video),
         )
         clock.lap("recall")
         frames = (self.generator.first if mode == "t2v" else self.generator.generate)(request, progress.step)
@@ -251,8 +245,7 @@ class Storyteller:
             file=file,
             memory=tuple(keyframe.id for keyframe in memory),
             keyframes=tuple(
-                KeyframeRecord(id=k.id, frame=k.frame, quality=k.quality, similarity=k.similarity)
-                for k in keyframes
+                KeyframeRecord(id=k.id, frame=k.frame, quality=k.quality, similarity=k.similarity) for k in keyframes
             ),
             config_hash=film.config_hash,
             seconds=clock.seconds,

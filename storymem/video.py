@@ -104,9 +104,7 @@ def iter_frames(path: str | Path) -> Iterator[np.ndarray]:
         yield frame.to_ndarray(format="rgb24")
 
 
-def write_video(
-    path: str | Path, frames: Iterable[np.ndarray], fps: float | Fraction, *, crf: int = 16
-) -> None:
+def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float | Fraction, *, crf: int = 16) -> None:
     """Write frames as H.264 (yuv420p, BT.601) in one step: the file is complete or not there.
 
     The same frames give the same bytes, run after run and whatever the number of cores.
@@ -135,8 +133,7 @@ def write_video(
         for frame in chain([first], remaining):
             if frame.dtype != np.uint8 or frame.shape != (height, width, 3):
                 raise ValueError(
-                    f"{path}: frames must all be uint8 [{height}, {width}, 3], one is "
-                    f"{frame.dtype} {list(frame.shape)}"
+                    f"{path}: frames must all be uint8 [{height}, {width}, 3], one is {frame.dtype} {list(frame.shape)}"
                 )
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             container.mux(stream.encode(picture))
@@ -193,9 +190,7 @@ def _decoded(path: str | Path) -> Iterator[av.VideoFrame]:
                 yield frame
                 count += 1
         except av.FFmpegError as error:
-            raise ValueError(
-                f"{path} is damaged: only {count} frames can be decoded ({error.strerror})"
-            ) from error
+            raise ValueError(f"{path} is damaged: only {count} frames can be decoded ({error.strerror})") from error
 
 
 def _read_with_pyav(path: str | Path, wanted: list[int]) -> np.ndarray:
@@ -250,8 +245,7 @@ def _common_delay(paths: Sequence[str | Path]) -> int:
         for name, value in formats[-1].items():
             if value != formats[0][name]:
                 raise ValueError(
-                    f"{path} cannot be joined to {paths[0]}: the {name} differs "
-                    f"({value!r}, not {formats[0][name]!r})"
+                    f"{path} cannot be joined to {paths[0]}: the {name} differs ({value!r}, not {formats[0][name]!r})"
                 )
     return max(delays)
 
@@ -272,9 +266,7 @@ def _ticks_per_frame(stream: VideoStream) -> Fraction:
     return 1 / (stream.average_rate * stream.time_base)
 
 
-def _append(
-    part: InputContainer, film: OutputContainer, stream: VideoStream, *, start: int, delay: int
-) -> int:
+def _append(part: InputContainer, film: OutputContainer, stream: VideoStream, *, start: int, delay: int) -> int:
     """Copy a part's packets so that it begins at frame ``start``; return its number of frames.
 
     Packets come in decoding order, so the decoding times simply count up, ``delay`` frames early.

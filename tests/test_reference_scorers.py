@@ -68,9 +68,7 @@ def io_of(weights: Path) -> dict[str, torch.Tensor]:
 VICLIP = tensor_files("*_weights.safetensors", lambda names: "vision_encoder.conv1.weight" in names)
 HPSV3 = tensor_files("*_weights.safetensors", lambda names: "rm_head.0.weight" in names)
 CLIP_PIXELS = tensor_files("*.safetensors", lambda names: any(name.endswith("_clip_uint8") for name in names))
-IMAGE_PIXELS = tensor_files(
-    "*.safetensors", lambda names: any(name.endswith("_image_uint8") for name in names)
-)
+IMAGE_PIXELS = tensor_files("*.safetensors", lambda names: any(name.endswith("_image_uint8") for name in names))
 SAMPLINGS = json_files("indices", "num_frames")
 RESIZINGS = json_files("factor", "table")
 PROMPTS = json_files("chat_prefix", "instruction", "suffix")
@@ -85,9 +83,7 @@ def test_own_cases_are_found() -> None:
     own = Path(__file__).parent / "reference"
     if own == ROOT:
         assert all((VICLIP, HPSV3, CLIP_PIXELS, IMAGE_PIXELS, SAMPLINGS, RESIZINGS, PROMPTS))
-    assert all(
-        weights.with_name(weights.name.replace("_weights.", "_io.")).exists() for weights in VICLIP + HPSV3
-    )
+    assert all(weights.with_name(weights.name.replace("_weights.", "_io.")).exists() for weights in VICLIP + HPSV3)
 
 
 # --- ViCLIP
@@ -243,13 +239,9 @@ def test_hpsv3_preprocessing_agrees(path: Path) -> None:
         pixels, grid = patcher(picture.permute(2, 0, 1)[None])
         assert grid[0].tolist() == tensors[f"{name}_grid_thw"].tolist()
         assert len(pixels) == visual_tokens(grid[0].tolist(), patcher.merge) * patcher.merge**2
-        (key,) = (
-            key for key in tensors if re.fullmatch(rf"{name}_pixel_values_every_\d+(st|nd|rd|th)_row", key)
-        )
+        (key,) = (key for key in tensors if re.fullmatch(rf"{name}_pixel_values_every_\d+(st|nd|rd|th)_row", key))
         assert gap(pixels[:: int(re.findall(r"\d+", key)[-1])], tensors[key]) <= 1e-5
-        assert (
-            gap(torch.stack([pixels.mean(), pixels.std()]), tensors[f"{name}_pixel_values_mean_std"]) <= 1e-5
-        )
+        assert gap(torch.stack([pixels.mean(), pixels.std()]), tensors[f"{name}_pixel_values_mean_std"]) <= 1e-5
 
 
 @pytest.mark.parametrize("path", PROMPTS, ids=label)

@@ -75,9 +75,7 @@ def sentences(text: str) -> list[str]:
 def test_a_shot_lists_exactly_the_characters_its_prompt_names(path: Path) -> None:
     story = load_story(path)
     for shot in story.shots:
-        named = {
-            one.name for one in story.characters if re.search(rf"\b{re.escape(one.name)}\b", shot.prompt)
-        }
+        named = {one.name for one in story.characters if re.search(rf"\b{re.escape(one.name)}\b", shot.prompt)}
         assert named == set(shot.characters), shot.label
     listed = Counter(name for shot in story.shots for name in shot.characters)
     assert all(listed[character.name] >= 2 for character in story.characters)

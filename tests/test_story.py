@@ -97,9 +97,7 @@ scenes:
 """
     path = write(tmp_path, text)
     tam = tmp_path / "tam.png"
-    climbs = Shot(
-        prompt="Tam climbs.", cut=True, scene=1, number=1, characters=("Tam",), frames=49, seed=0, index=0
-    )
+    climbs = Shot(prompt="Tam climbs.", cut=True, scene=1, number=1, characters=("Tam",), frames=49, seed=0, index=0)
     opens = Shot(
         prompt="Tam opens the door and looks out.",
         cut=False,
@@ -222,9 +220,7 @@ def test_json_that_circulates_is_read_alike(tmp_path: Path) -> None:
     assert loose.to_dict() == strict.to_dict()
 
 
-@pytest.mark.parametrize(
-    "prompt", ["a // b /* c */", "emoji 🦭 ok", 'she says: "no", #1', "C:\\dir é", "comma, }]"]
-)
+@pytest.mark.parametrize("prompt", ["a // b /* c */", "emoji 🦭 ok", 'she says: "no", #1', "C:\\dir é", "comma, }]"])
 def test_json_strings_survive(tmp_path: Path, prompt: str) -> None:
     content = json.loads(json.dumps(BENCH))
     content["scenes"][0]["video_prompts"][0] = prompt
@@ -257,10 +253,8 @@ def test_faults_in_json_are_all_told_with_their_lines(tmp_path: Path) -> None:
         "write one true or false for each prompt",
         "s.json:6: shot 1 (scene 1, shot 1): the first shot of a film has nothing to continue; "
         "expected a cut; write true instead",
-        "s.json:6: shot 2 (scene 1, shot 2): video_prompts is read as a number; expected text; "
-        'write "7" instead',
-        's.json:6: shot 2 (scene 1, shot 2): cut is "maybe"; expected true or false without quotes; '
-        "write true instead",
+        's.json:6: shot 2 (scene 1, shot 2): video_prompts is read as a number; expected text; write "7" instead',
+        's.json:6: shot 2 (scene 1, shot 2): cut is "maybe"; expected true or false without quotes; write true instead',
         "s.json:8: scene 2: unknown key video_prompt; expected scene_num, video_prompts, "
         "first_frame_prompt, cut; write video_prompts instead",
         "s.json:8: scene 2: scene_num 1 comes after scene_num 1; expected numbers that rise; "
@@ -292,8 +286,7 @@ scenes:
 """
     assert problems(tmp_path, text) == [
         'story.yaml:1: story: title is read as a number; expected text; write title: "1984" instead',
-        "story.yaml:5: character 1: unknown key reference; expected name, references; "
-        "write references instead",
+        "story.yaml:5: character 1: unknown key reference; expected name, references; write references instead",
         'story.yaml:9: shot 1 (scene 1, shot 1): cut is "yes"; expected true or false without quotes; '
         "write cut: true instead",
         'story.yaml:10: shot 2 (scene 1, shot 2): prompt is empty; expected text; write prompt: "..."',
@@ -471,9 +464,7 @@ def test_a_story_without_characters_can_list_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scenes", ["", "[]", "{}", "a"])
 def test_a_story_needs_scenes(tmp_path: Path, scenes: str) -> None:
-    assert problem(tmp_path, f"title: A\noverview: B\nscenes: {scenes}\n").startswith(
-        "story.yaml:3: story: scenes is "
-    )
+    assert problem(tmp_path, f"title: A\noverview: B\nscenes: {scenes}\n").startswith("story.yaml:3: story: scenes is ")
 
 
 # Reference images
@@ -585,16 +576,13 @@ def test_a_file_that_is_no_story_is_told(tmp_path: Path, content: bytes, told: s
 def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
     text = HEAD + "      - prompt: Tam climbs.\n        frames: 80\n"
     windows = b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
-    assert problem(tmp_path, windows).startswith(
-        f"story.yaml:{SHOT_LINE + 1}: shot 1 (scene 1, shot 1): frames"
-    )
+    assert problem(tmp_path, windows).startswith(f"story.yaml:{SHOT_LINE + 1}: shot 1 (scene 1, shot 1): frames")
 
 
 def test_a_path_that_is_no_file_is_told(tmp_path: Path) -> None:
     write(tmp_path, HEAD, "keeper.yaml")
     cases = {
-        tmp_path
-        / "keeper.yml": f"the file does not exist; expected a story file; write {tmp_path}/keeper.yaml",
+        tmp_path / "keeper.yml": f"the file does not exist; expected a story file; write {tmp_path}/keeper.yaml",
         tmp_path / "gone" / "a.yaml": "the file does not exist; expected a story file; check the path",
         tmp_path: "this is a folder; expected a story file; write the path of a file in it instead",
         write(tmp_path, HEAD, "keeper.txt"): "expected a name that ends in .yaml, .yml, .json; rename it",

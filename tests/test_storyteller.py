@@ -37,9 +37,7 @@ def test_a_story_becomes_a_film(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("continuity", "given"), [("none", 0), ("mi2v", 1), ("mm2v", 5)])
-def test_a_continued_shot_begins_with_the_end_of_the_one_before(
-    tmp_path: Path, continuity: str, given: int
-) -> None:
+def test_a_continued_shot_begins_with_the_end_of_the_one_before(tmp_path: Path, continuity: str, given: int) -> None:
     teller, told = storyteller(continuity), story(tmp_path, FOUR_SHOTS)
     film = teller.tell(told, tmp_path / "film")
     asked = teller.generator.requests

@@ -113,9 +113,7 @@ def test_a_frame_that_does_not_exist_is_refused(clip: Path) -> None:
         read_video(clip, [-1])
 
 
-def test_a_cut_file_is_read_as_far_as_it_goes(
-    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cut_file_is_read_as_far_as_it_goes(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = faststart(clip, tmp_path / "fast.mp4")
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(content[: len(content) * 3 // 4])
@@ -159,9 +157,7 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
         ([np.zeros((46, 70, 3), np.uint8), np.zeros((48, 70, 3), np.uint8)], "must all be uint8"),
     ],
 )
-def test_frames_that_cannot_be_written_leave_nothing_behind(
-    tmp_path: Path, frames: object, message: str
-) -> None:
+def test_frames_that_cannot_be_written_leave_nothing_behind(tmp_path: Path, frames: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         write_video(tmp_path / "bad.mp4", frames, 16)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
@@ -201,9 +197,7 @@ def test_a_joined_film_is_exactly_its_parts(tmp_path: Path, fps: float) -> None:
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path, clip: Path) -> None:
     write_video(tmp_path / "larger.mp4", moving(5, height=48), 16)
     write_video(tmp_path / "faster.mp4", moving(5), 24)
-    with pytest.raises(
-        ValueError, match=r"larger\.mp4 cannot be joined .* size differs \('70x48', not '70x46'\)"
-    ):
+    with pytest.raises(ValueError, match=r"larger\.mp4 cannot be joined .* size differs \('70x48', not '70x46'\)"):
         join_videos([clip, tmp_path / "larger.mp4"], tmp_path / "film.mp4")
     with pytest.raises(ValueError, match=r"faster\.mp4 .* frame rate differs"):
         join_videos([clip, tmp_path / "faster.mp4"], tmp_path / "film.mp4")

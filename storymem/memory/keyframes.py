@@ -55,9 +55,7 @@ class Keyframe:
         if self.image.dtype != np.uint8 or self.image.ndim != 3 or self.image.shape[-1] != 3:
             raise ValueError(f"keyframe {self.id}: image must be uint8 [H, W, 3], is {_describe(self.image)}")
         if self.embedding.dtype != np.float32 or self.embedding.ndim != 1:
-            raise ValueError(
-                f"keyframe {self.id}: embedding must be float32 [D], is {_describe(self.embedding)}"
-            )
+            raise ValueError(f"keyframe {self.id}: embedding must be float32 [D], is {_describe(self.embedding)}")
         if self.latent is not None and (self.latent.ndim != 4 or self.latent.shape[1] != 1):
             raise ValueError(f"keyframe {self.id}: latent must be [C, 1, h, w], is {list(self.latent.shape)}")
         object.__setattr__(self, "image", self.image.copy())
@@ -128,9 +126,7 @@ def normalised(embeddings: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     if not np.all(np.isfinite(lengths) & (lengths > 0)):
         bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-        raise ValueError(
-            f"embeddings of rows {bad.tolist()} are zero or not finite: check the encoder's weights"
-        )
+        raise ValueError(f"embeddings of rows {bad.tolist()} are zero or not finite: check the encoder's weights")
     return rows / lengths
 
 

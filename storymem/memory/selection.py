@@ -143,9 +143,7 @@ class KeyframeSelector:
             similarity=similarity,
         )
 
-    def _scan(
-        self, cosines: list[list[float]], first: int, threshold: float, good: _QualityFilter
-    ) -> list[int]:
+    def _scan(self, cosines: list[list[float]], first: int, threshold: float, good: _QualityFilter) -> list[int]:
         """One pass over the shot at one threshold; ``cosines`` is the [N, N] Gram matrix."""
         chosen = [first]
         for frame in range(max(first + 1, self.first_scanned_frame), len(cosines)):
@@ -158,17 +156,17 @@ class KeyframeSelector:
 class UniformSelector:
     """Keyframes at even distances, whatever they show: the ablation without semantic selection.
 
-    The shot is cut into ``count`` stretches of equal length, and of each the first frame whose quality passes
+    The shot is cut into ``max_keyframes`` stretches of equal length, and of each the first frame whose quality passes
     is kept. The bank is not consulted, because that comparison is semantic too; the cosines are still
-    reported. The paper does not say how frames are taken in its ablation: ``count=1`` is its plainest reading
-    (the first frame of every shot), ``count=3`` remembers as much as the semantic selection may.
+    reported. The paper does not say how frames are taken in its ablation: ``max_keyframes=1`` is its plainest reading
+    (the first frame of every shot), ``max_keyframes=3`` remembers as much as the semantic selection may.
     """
 
-    count: int = 3
+    max_keyframes: int = 3
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"count={self.count}: must be at least 1")
+        if self.max_keyframes < 1:
+            raise ValueError(f"max_keyframes={self.max_keyframes}: must be at least 1")
 
     def select(
         self,
@@ -181,7 +179,7 @@ class UniformSelector:
         """See :meth:`SelectionPolicy.select`."""
         frames = _frames(embeddings)
         good = _QualityFilter(quality, quality_threshold)
-        starts = [number * len(frames) // self.count for number in range(self.count + 1)]
+        starts = [number * len(frames) // self.max_keyframes for number in range(self.max_keyframes + 1)]
         stretches = [range(start, stop) for start, stop in pairwise(starts)]
         found = [next((frame for frame in stretch if good.passes(frame)), None) for stretch in stretches]
         selected = [frame for frame in found if frame is not None]
@@ -202,9 +200,7 @@ class _QualityFilter:
 
     def __init__(self, score: Callable[[int], float] | None, threshold: float | None) -> None:
         if (score is None) != (threshold is None):
-            raise ValueError(
-                "quality and quality_threshold belong together: give both, or neither for no filter"
-            )
+            raise ValueError("quality and quality_threshold belong together: give both, or neither for no filter")
         self._score = score
         self._threshold = threshold
         self.scores: dict[int, float] = {}

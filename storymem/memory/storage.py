@@ -106,9 +106,7 @@ def _read_keyframe(folder: Path, entry: dict[str, Any], embed: EmbedFrames | Non
             f"{path} was added or replaced by hand (its sha256 in {MANIFEST} is missing or differs), "
             "and there is no encoder to embed it: load with embed=..., or put the saved picture back"
         )
-    return Keyframe(
-        id=entry["id"], image=image, embedding=embed_in_batches(image[None], embed)[0], **provenance
-    )
+    return Keyframe(id=entry["id"], image=image, embedding=embed_in_batches(image[None], embed)[0], **provenance)
 
 
 def _read_manifest(folder: Path) -> list[dict[str, Any]]:
@@ -121,12 +119,9 @@ def _read_manifest(folder: Path) -> list[dict[str, Any]]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("keyframes"), list):
         raise ValueError(f'{path} must hold {{"schema": {SCHEMA}, "keyframes": [...]}}')
     if manifest.get("schema") != SCHEMA:
-        raise ValueError(
-            f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}: update storymem"
-        )
+        raise ValueError(f"{path} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}: update storymem")
     entries = [
-        _checked(entry, f"{path}, keyframe {number}")
-        for number, entry in enumerate(manifest["keyframes"], start=1)
+        _checked(entry, f"{path}, keyframe {number}") for number, entry in enumerate(manifest["keyframes"], start=1)
     ]
     taken = {entry["id"] for entry in entries if "id" in entry}
     for entry in entries:

@@ -56,8 +56,16 @@ class Fit:
 
 def fit_characters(scene: Scene) -> list[Fit]:
     """Everybody in the frame from left to right."""
-    fits = [_fit_body(scene, colour, mask) for colour, mask in _bodies(scene)]
-    return sorted((fit for fit in fits if fit is not None), key=lambda fit: fit.at.x)
+    fits: list[Fit] = []
+    taken = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    for colour, mask in _bodies(scene):
+        if (mask & ~taken).sum() < 0.6 * mask.sum():
+            continue  # somebody's hat
+        fit = _fit_body(scene, colour, mask)
+        if fit is not None and len(fits) < 2:
+            fits.append(fit)
+            taken |= covered(scene, [fit])
+    return sorted(fits, key=lambda fit: fit.at.x)
 
 
 def _bodies(scene: Scene) -> list[tuple[str, Mask]]:
@@ -97,13 +105,13 @@ def _segments(used: npt.NDArray[np.bool_], gap: int = 2) -> list[slice]:
 
 
 def _without_overlaps(blobs: list[tuple[str, Mask]]) -> list[tuple[str, Mask]]:
-    """At most two bodies; of blobs over the same columns the largest stays."""
+    """Of blobs over the same columns the largest stays."""
     kept: list[tuple[str, Mask]] = []
     for colour, mask in blobs:
         columns = mask.any(axis=0)
         if all((columns & other.any(axis=0)).sum() < 0.4 * columns.sum() for _, other in kept):
             kept.append((colour, mask))
-    return kept[:2]
+    return kept[:3]
 
 
 def _fit_body(scene: Scene, colour: str, mask: Mask) -> Fit | None:
@@ -280,12 +288,14 @@ def _refine(scene: Scene, look: Look, at: Placement, where: Window) -> Fit:
 def _doubt(scene: Scene, fit: Fit) -> Fit:
     """The fit with every part unknown whose best rival explains the frame nearly as well."""
     values = {"shape": SHAPES, "colour": BODY_COLOURS, "hat": HATS, "eyes": EYES}
-    best = draw(scene, fit.look, [fit.at])[:, 0]
+    where = _around(scene, fit.at)
+    observed = scene.observed[:, where[0], where[1]]
+    best = draw(scene, fit.look, [fit.at], where)[:, 0]
     known = {}
     for name, options in values.items():
         rivals = [o for o in options if o != getattr(fit.look, name)]
-        drawn = [draw(scene, replace(fit.look, **{name: rival}), [fit.at])[:, 0] for rival in rivals]
-        sure = all(_explains(scene.observed, best, other) for other in drawn)
+        drawn = [draw(scene, replace(fit.look, **{name: rival}), [fit.at], where)[:, 0] for rival in rivals]
+        sure = all(_explains(observed, best, other) for other in drawn)
         known[name] = getattr(fit.look, name) if sure else UNKNOWN
     return replace(fit, look=Look(**known))
 

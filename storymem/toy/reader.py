@@ -114,16 +114,17 @@ def fit_scenery(observed: Array, backdrop: Backdrop, free: Mask) -> tuple[Scener
     def draw(scenery: Scenery) -> Array:
         return _empty(backdrop.place, backdrop.time, backdrop.framing, backdrop.camera, scenery)
 
-    def tally(part: str, side: str) -> list[int]:
-        """Pixels explained by each colour of a part, for scenery on that side."""
-        plain = Scenery(landmark="white", side=side, flag="white")
-        drawings = {c: draw(replace(plain, **{part: c})) for c in PROP_COLOURS}
-        where = free & (np.abs(drawings["red"] - drawings["blue"]).max(axis=0) > 0.1)
-        beyond = np.abs(observed - backdrop.picture).max(axis=0)
-        gaps = [np.abs(observed - drawing).max(axis=0) for drawing in drawings.values()]
-        return [int(((gap < CLOSE) & (gap < 0.7 * beyond) & where).sum()) for gap in gaps]
-
-    counts = {(part, side): tally(part, side) for side in SIDES for part in ("landmark", "flag")}
+    counts: dict[tuple[str, str], list[int]] = {}
+    beyond = np.abs(observed - backdrop.picture).max(axis=0)
+    for side in SIDES:
+        drawings = [draw(Scenery(landmark=c, side=side, flag=c)) for c in PROP_COLOURS]
+        only_flag = draw(Scenery(landmark=PROP_COLOURS[0], side=side, flag=PROP_COLOURS[-1]))
+        flag = np.abs(drawings[0] - only_flag).max(axis=0) > 0.1
+        landmark = ~flag & (np.abs(drawings[0] - drawings[-1]).max(axis=0) > 0.1)
+        gaps = [np.abs(observed - drawing).max(axis=0) for drawing in drawings]
+        explained = [(gap < CLOSE) & (gap < 0.7 * beyond) & free for gap in gaps]
+        counts["landmark", side] = [int((e & landmark).sum()) for e in explained]
+        counts["flag", side] = [int((e & flag).sum()) for e in explained]
     score = {side: max(counts["landmark", side]) + max(counts["flag", side]) for side in SIDES}
     side = max(SIDES, key=lambda s: score[s])
     found = {"side": side if score[side] - min(score.values()) >= ENOUGH else UNKNOWN}

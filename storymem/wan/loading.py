@@ -146,17 +146,13 @@ def _random_pipeline(
     def expert(k: int) -> WanTransformer3DModel | None:
         if not experts:
             return None
-        return _seeded(
-            seed + k, model.dtype, lambda: WanTransformer3DModel(**network.transformer, in_channels=36)
-        )
+        return _seeded(seed + k, model.dtype, lambda: WanTransformer3DModel(**network.transformer, in_channels=36))
 
     def text() -> UMT5EncoderModel:
         return _seeded(seed + 3, model.dtype, lambda: UMT5EncoderModel(UMT5Config(**network.text_encoder)))
 
     return WanMemoryToVideoPipeline(
-        tokenizer=ByT5Tokenizer()
-        if text_encoder
-        else None,  # the one tokenizer that needs no vocabulary file
+        tokenizer=ByT5Tokenizer() if text_encoder else None,  # the one tokenizer that needs no vocabulary file
         text_encoder=text() if text_encoder else None,
         vae=_seeded(seed + 2, model.vae_dtype, lambda: AutoencoderKLWan(**network.vae)),
         scheduler=scheduler,

@@ -62,9 +62,7 @@ class ExpertAdapter:
         """The weights under diffusers' names, ``blocks.0.attn1.to_q.lora_A.weight``, cast if asked."""
         names = {linear.a: f"{name}.lora_A.weight" for name, linear in self.keys.items()}
         names |= {linear.b: f"{name}.lora_B.weight" for name, linear in self.keys.items()}
-        return {
-            names[key]: tensor.to(dtype or tensor.dtype) for key, tensor in self.file.tensors(names).items()
-        }
+        return {names[key]: tensor.to(dtype or tensor.dtype) for key, tensor in self.file.tensors(names).items()}
 
 
 def load_memory_lora(
@@ -104,9 +102,7 @@ def load_memory_lora(
     transformers = experts_of(pipe)
     for expert, transformer in transformers.items():
         _check_can_load(transformer, COMPONENTS[expert], adapter_name)
-    adapters = read_memory_lora(
-        transformers, folder_or_repo, subfolder=subfolder, alpha=alpha, use_rslora=use_rslora
-    )
+    adapters = read_memory_lora(transformers, folder_or_repo, subfolder=subfolder, alpha=alpha, use_rslora=use_rslora)
     for expert, adapter in adapters.items():
         _inject(pipe, transformers[expert], adapter, adapter_name, weight)
     return next(iter(adapters.values())).info
@@ -156,9 +152,7 @@ def _read_expert(
     component = COMPONENTS[expert] if shared or len(components) > 1 else None
     keys = match_keys(file.shapes, adapted_linears(transformer), where=str(path), component=component)
     of_expert = component or next(iter(components))
-    scale = resolve_scale(
-        file, keys, prefix=f"{of_expert}." if of_expert else "", alpha=alpha, use_rslora=use_rslora
-    )
+    scale = resolve_scale(file, keys, prefix=f"{of_expert}." if of_expert else "", alpha=alpha, use_rslora=use_rslora)
     config = peft_config({name: k.rank for name, k in keys.items()}, scale.alphas, scale.use_rslora)
     info = replace(
         AdapterInfo.from_file(file) or AdapterInfo(),
@@ -175,9 +169,7 @@ def _check_one_adapter(adapters: Mapping[Expert, ExpertAdapter]) -> None:
         values = {adapter.file.path: getattr(adapter.info, entry) for adapter in adapters.values()}
         if len(set(values.values())) > 1:
             says = ", ".join(f"{path.name} says {value!r}" for path, value in values.items())
-            raise ValueError(
-                f"the experts' files belong to different adapters: {entry} is not the same: {says}"
-            )
+            raise ValueError(f"the experts' files belong to different adapters: {entry} is not the same: {says}")
 
 
 def _check_can_load(transformer: Any, component: str, adapter_name: str) -> None:

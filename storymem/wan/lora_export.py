@@ -175,9 +175,7 @@ def write_memory_lora(
     ]
 
 
-def _in_layout(
-    layout: Layout, state: Mapping[str, Tensor], info: AdapterInfo, component: str
-) -> dict[str, Tensor]:
+def _in_layout(layout: Layout, state: Mapping[str, Tensor], info: AdapterInfo, component: str) -> dict[str, Tensor]:
     """The tensors of one expert under the names of ``layout``."""
     if layout == "storymem":
         return dict(state)
@@ -198,9 +196,7 @@ def _in_layout(
     return written
 
 
-def _peft_metadata(
-    layout: Layout, state: Mapping[str, Tensor], info: AdapterInfo, component: str
-) -> dict[str, Any]:
+def _peft_metadata(layout: Layout, state: Mapping[str, Tensor], info: AdapterInfo, component: str) -> dict[str, Any]:
     """PEFT's configuration where diffusers reads the file; its names would not fit the original Wan names."""
     if layout not in ("storymem", "diffusers"):
         return {}

@@ -90,9 +90,7 @@ def open_adapter_file(path: Path) -> AdapterFile:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             return AdapterFile(path=path, shapes=shapes, metadata=file.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}); it may be a broken download"
-        ) from error
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); it may be a broken download") from error
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
@@ -105,9 +103,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             f"{path} was refused: it is damaged or holds more than tensors ({reason}). "
             "Use the .safetensors file in its place."
         ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    ):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{path} does not hold a state dict (key -> tensor), but a {type(state).__name__}")
     return state
 
@@ -144,16 +140,12 @@ def find_adapter_files(source: Path, experts: Sequence[Expert], weights: Weights
         for folder in (source / COMPONENTS[expert], source / expert):
             candidates = candidates or _lora_files(folder)
         if not candidates:
-            candidates = [
-                path for path in here if not any(name.search(path.stem.lower()) for name in _NAMED.values())
-            ]
+            candidates = [path for path in here if not any(name.search(path.stem.lower()) for name in _NAMED.values())]
         if not candidates:
             raise _missing(source, expert, here, weights)
         if len(candidates) > 1:
             names = ", ".join(str(path.relative_to(source)) for path in candidates)
-            raise ValueError(
-                f"{source} holds more than one adapter file for the {expert} expert: {names}; keep one"
-            )
+            raise ValueError(f"{source} holds more than one adapter file for the {expert} expert: {names}; keep one")
         found[expert] = candidates[0]
     return found
 
@@ -161,9 +153,7 @@ def find_adapter_files(source: Path, experts: Sequence[Expert], weights: Weights
 def _lora_files(folder: Path) -> list[Path]:
     """Adapter files right in ``folder``; a ``.pth`` whose ``.safetensors`` twin is there is left out."""
     safe = sorted(folder.glob("*.safetensors"))
-    return safe + sorted(
-        path for path in folder.glob("*.pth") if path.with_suffix(".safetensors") not in safe
-    )
+    return safe + sorted(path for path in folder.glob("*.pth") if path.with_suffix(".safetensors") not in safe)
 
 
 def _missing(source: Path, expert: Expert, here: Sequence[Path], weights: Weights) -> MissingWeights:
@@ -171,12 +161,8 @@ def _missing(source: Path, expert: Expert, here: Sequence[Path], weights: Weight
     lines = [f"{weights.name}: {source} holds {holds}, so nothing for the {expert} expert."]
     inside = sorted(path.name for path in source.glob("*/") if path.is_dir() and _lora_files(path))
     if inside:
-        lines.append(
-            f"  Sub-folders with adapters, of which one can be chosen as subfolder=: {', '.join(inside)}"
-        )
-    lines.append(
-        f"  wanted: backbone_{expert}.safetensors or .pth, or pytorch_lora_weights.safetensors for both"
-    )
+        lines.append(f"  Sub-folders with adapters, of which one can be chosen as subfolder=: {', '.join(inside)}")
+    lines.append(f"  wanted: backbone_{expert}.safetensors or .pth, or pytorch_lora_weights.safetensors for both")
     if not weights.is_local:
         lines.append(f"  download: {weights.download_command}")
     return MissingWeights("\n".join(lines))

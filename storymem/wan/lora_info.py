@@ -84,9 +84,7 @@ class AdapterInfo:
         values = json_object(file.metadata[INFO_METADATA], where)
         version = values.pop("version", None)
         if version != _INFO_VERSION:
-            raise ValueError(
-                f"{where} has version {version}; this release of storymem reads version {_INFO_VERSION}"
-            )
+            raise ValueError(f"{where} has version {version}; this release of storymem reads version {_INFO_VERSION}")
         unknown = sorted(values.keys() - {known.name for known in fields(cls)})
         if unknown:
             raise ValueError(f"{where} has unknown entries: {', '.join(unknown)}")
@@ -118,24 +116,18 @@ def resolve_scale(
     """
     stated = _stated_scale(file, keys, prefix)
     if stated is not None:
-        differs = alpha is not None and not all(
-            math.isclose(a, alpha, rel_tol=1e-6) for a in stated.alphas.values()
-        )
+        differs = alpha is not None and not all(math.isclose(a, alpha, rel_tol=1e-6) for a in stated.alphas.values())
         if differs or use_rslora not in (None, stated.use_rslora):
             asked = f"alpha={alpha}, use_rslora={use_rslora}"
             says = f"alpha={most_common(stated.alphas.values()):g}, use_rslora={stated.use_rslora}"
-            raise ValueError(
-                f"{file.path} states {says}, but {asked} was asked for; leave these arguments out"
-            )
+            raise ValueError(f"{file.path} states {says}, but {asked} was asked for; leave these arguments out")
         return stated
     if any(linear.a.startswith("diffusion_model.") or ".lora_down." in linear.a for linear in keys.values()):
         alphas = {name: float(linear.rank) if alpha is None else alpha for name, linear in keys.items()}
         return LoraScale(alphas=alphas, use_rslora=bool(use_rslora))
     released = all(linear.a.startswith("base_model.model.") for linear in keys.values())
     if not released and (alpha is None or use_rslora is None):
-        logger.warning(
-            "%s does not state alpha and rsLoRA; the published ones fill in: 128 and true", file.path
-        )
+        logger.warning("%s does not state alpha and rsLoRA; the published ones fill in: 128 and true", file.path)
     return LoraScale(
         alphas=dict.fromkeys(keys, PUBLISHED_ALPHA if alpha is None else float(alpha)),
         use_rslora=PUBLISHED_USE_RSLORA if use_rslora is None else use_rslora,
@@ -148,9 +140,7 @@ def _stated_scale(file: AdapterFile, keys: Mapping[str, LinearKeys], prefix: str
     if written:
         numbers = file.tensors(written.values())
         alphas = {name: float(linear.rank) for name, linear in keys.items()}
-        return LoraScale(
-            alphas=alphas | {n: numbers[key].item() for n, key in written.items()}, use_rslora=False
-        )
+        return LoraScale(alphas=alphas | {n: numbers[key].item() for n, key in written.items()}, use_rslora=False)
     config = file.peft_config(prefix)
     if config is not None and "lora_alpha" in config:
         special = config.get("alpha_pattern") or {}

@@ -138,9 +138,7 @@ def match_keys(
     """
     parsed = [parse_key(key) for key in shapes]
     unexpected = [key for key, read in zip(shapes, parsed, strict=True) if read is None]
-    ours = [
-        read for read in parsed if read is not None and (component is None or read.component == component)
-    ]
+    ours = [read for read in parsed if read is not None and (component is None or read.component == component)]
     unexpected += [read.key for read in ours if read.linear not in linears]
     if component is not None:
         unexpected += [read.key for read in parsed if read is not None and read.component is None]
@@ -178,11 +176,7 @@ def _missing_keys(
     sample = next((read for read in ours if read.part == "A"), None)
     prefix = usual_prefix if sample is None else sample.prefix
     original = sample is not None and sample.written != sample.linear
-    names = (
-        ("lora_down", "lora_up")
-        if sample is not None and ".lora_down." in sample.key
-        else ("lora_A", "lora_B")
-    )
+    names = ("lora_down", "lora_up") if sample is not None and ".lora_down." in sample.key else ("lora_A", "lora_B")
     parts: tuple[tuple[Part, str], ...] = (("A", names[0]), ("B", names[1]))
     return [
         f"{prefix}{original_name(linear) if original else linear}.{name}.weight"

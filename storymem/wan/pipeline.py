@@ -286,15 +286,11 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             raise ValueError(f"a shot has 4n + 1 frames, not {num_frames}")
         latent_frames(num_frames)
         if first_frame is not None and motion_frames is not None:
-            raise ValueError(
-                "first_frame (MI2V) and motion_frames (MM2V) exclude each other: give one of them"
-            )
+            raise ValueError("first_frame (MI2V) and motion_frames (MM2V) exclude each other: give one of them")
         given = {} if first_frame is None else {"first_frame": first_frame}
         if motion_frames is not None:
             if len(motion_frames) != MOTION_FRAMES:
-                raise ValueError(
-                    f"motion_frames must be exactly {MOTION_FRAMES} pictures, not {len(motion_frames)}"
-                )
+                raise ValueError(f"motion_frames must be exactly {MOTION_FRAMES} pictures, not {len(motion_frames)}")
             given = {f"motion_frames[{number}]": frame for number, frame in enumerate(motion_frames)}
         if len(given) >= num_frames:
             raise ValueError(f"a shot of {num_frames} frames has no room after {len(given)} given frames")
@@ -303,18 +299,14 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     def _check_memory(self, memory: Memory | None, height: int, width: int, stride: int) -> None:
         if memory is not None and not isinstance(memory, Sequence | Tensor):
-            raise ValueError(
-                f"memory must be a list of PIL images or of latents, not one {type(memory).__name__}"
-            )
+            raise ValueError(f"memory must be a list of PIL images or of latents, not one {type(memory).__name__}")
         frames = [] if memory is None else list(memory)
         expected = [self.vae.config.z_dim, 1, height // 8, width // 8]
         for number, frame in enumerate(frames):
             if not isinstance(frame, Tensor):
                 _check_picture(f"memory[{number}]", frame, height, width)
             elif list(frame.shape) != expected:
-                raise ValueError(
-                    f"memory[{number}] must be latents of shape {expected}, not {list(frame.shape)}"
-                )
+                raise ValueError(f"memory[{number}] must be latents of shape {expected}, not {list(frame.shape)}")
         if len({isinstance(frame, Tensor) for frame in frames}) > 1:
             raise ValueError("memory must be all pictures or all latents, not a mixture")
         for expert in self.experts.values():

@@ -142,9 +142,7 @@ class SamplerSettings:
         if self.guidance < 1 or (self.guidance_low is not None and self.guidance_low < 1):
             raise ValueError("guidance must be 1 (none) or more")
         if self.guidance == 1 and (self.guidance_low or 1) > 1:
-            raise ValueError(
-                "guidance_low needs guidance above 1: without it no negative prompt is run at all"
-            )
+            raise ValueError("guidance_low needs guidance above 1: without it no negative prompt is run at all")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

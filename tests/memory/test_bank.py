@@ -190,9 +190,7 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def test_killed_at_any_moment_the_folder_still_holds_a_bank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_at_any_moment_the_folder_still_holds_a_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Die before and in the middle of each file in turn, while shot 2 is replaced and shot 3 added."""
     before, after = filled(), filled()
     after.forget_from(2)
@@ -343,9 +341,7 @@ def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, content: str, m
         ("keyframes/s000_f012.safetensors", b"half", r"s000_f012\.safetensors is corrupt"),
     ],
 )
-def test_missing_and_corrupt_files_are_named(
-    tmp_path: Path, file: str, content: bytes | None, message: str
-) -> None:
+def test_missing_and_corrupt_files_are_named(tmp_path: Path, file: str, content: bytes | None, message: str) -> None:
     filled().save(tmp_path)
     if content is None:
         (tmp_path / file).unlink()

@@ -45,9 +45,7 @@ def ids(recalled: list[Keyframe]) -> str:
         (13, 0, 3, ""),
     ],
 )
-def test_the_sink_stays_and_the_newest_fill_the_rest(
-    count: int, capacity: int, sink: int, expected: str
-) -> None:
+def test_the_sink_stays_and_the_newest_fill_the_rest(count: int, capacity: int, sink: int, expected: str) -> None:
     bank = MemoryBank(keyframes(count), policy=SinkAndRecent(capacity=capacity, sink=sink))
     assert ids(bank.recall()) == expected
     assert len(bank) == count, "recalling forgets nothing"

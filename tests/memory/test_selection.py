@@ -14,9 +14,7 @@ from storymem.memory import KeyframeSelector, Selection, UniformSelector, embed_
 from tests.references import ROOT
 
 CASES = [
-    case
-    for path in sorted((ROOT / "keyframes").rglob("cases.json"))
-    for case in json.loads(path.read_text())["cases"]
+    case for path in sorted((ROOT / "keyframes").rglob("cases.json")) for case in json.loads(path.read_text())["cases"]
 ]
 NOTHING = np.zeros((0, 0), dtype=np.float32)
 
@@ -98,9 +96,7 @@ def test_the_length_of_embeddings_does_not_matter() -> None:
 def test_quality_is_asked_lazily_and_once() -> None:
     scores = Scores(1, 5, 5, 1, 5, 5, 5, 5)
     embeddings = on_circle(0, 0, 5, 60, 65, 65, 125, 190)
-    selection = KeyframeSelector(max_keyframes=2).select(
-        embeddings, bank=NOTHING, quality=scores, quality_threshold=3
-    )
+    selection = KeyframeSelector(max_keyframes=2).select(embeddings, bank=NOTHING, quality=scores, quality_threshold=3)
     assert selection.threshold_steps > 10
     # 0 fails, 1 is the first keyframe, 2 and 5 look like the keyframe before them and are never asked about.
     assert scores.asked == {0: 1, 1: 1, 3: 1, 4: 1, 6: 1, 7: 1}
@@ -109,9 +105,7 @@ def test_quality_is_asked_lazily_and_once() -> None:
 
 def test_a_static_shot_asks_for_one_score() -> None:
     scores = Scores(*[5.0] * 40)
-    selection = KeyframeSelector().select(
-        on_circle(*[0] * 40), bank=NOTHING, quality=scores, quality_threshold=3
-    )
+    selection = KeyframeSelector().select(on_circle(*[0] * 40), bank=NOTHING, quality=scores, quality_threshold=3)
     assert selection.selected == (0,)
     assert scores.asked == {0: 1}
 
@@ -180,11 +174,9 @@ def test_frames_without_direction_are_refused() -> None:
     ("count", "frames", "selected"),
     [(3, 81, (0, 27, 54)), (1, 81, (0,)), (4, 10, (0, 2, 5, 7)), (3, 2, (0, 1))],
 )
-def test_uniform_selection_ignores_what_frames_show(
-    count: int, frames: int, selected: tuple[int, ...]
-) -> None:
+def test_uniform_selection_ignores_what_frames_show(count: int, frames: int, selected: tuple[int, ...]) -> None:
     static = on_circle(*[0] * frames)
-    selection = UniformSelector(count=count).select(static, bank=static[:1])
+    selection = UniformSelector(max_keyframes=count).select(static, bank=static[:1])
     assert selection.kept == selection.selected == selected
     assert selection.similarity == pytest.approx(dict.fromkeys(selected, 1.0))
     assert selection.final_threshold is None
@@ -192,9 +184,7 @@ def test_uniform_selection_ignores_what_frames_show(
 
 def test_uniform_selection_takes_the_first_good_frame_of_each_stretch() -> None:
     scores = Scores(1, 5, 5, 1, 1, 1, 1, 1, 5)
-    selection = UniformSelector(count=3).select(
-        on_circle(*range(9)), bank=NOTHING, quality=scores, quality_threshold=3
-    )
+    selection = UniformSelector(max_keyframes=3).select(on_circle(*range(9)), bank=NOTHING, quality=scores, quality_threshold=3)
     assert selection.kept == (1, 8)
     assert scores.asked == dict.fromkeys([0, 1, 3, 4, 5, 6, 7, 8], 1)
 

@@ -63,9 +63,7 @@ def expert(seed: int) -> WanTransformer3DModel:
 
 
 def pipeline(transformer: nn.Module | None, transformer_2: nn.Module | None) -> WanImageToVideoPipeline:
-    others = dict.fromkeys(
-        ["tokenizer", "text_encoder", "vae", "scheduler", "image_processor", "image_encoder"]
-    )
+    others = dict.fromkeys(["tokenizer", "text_encoder", "vae", "scheduler", "image_processor", "image_encoder"])
     return WanImageToVideoPipeline(**others, transformer=transformer, transformer_2=transformer_2)
 
 
@@ -84,9 +82,7 @@ def outputs(pipe: WanImageToVideoPipeline) -> Tensor:
     return torch.stack([x(latents, torch.tensor([500.0]), text, return_dict=False)[0] for x in experts])
 
 
-def released_state(
-    seed: int, rank: int = 4, blocks: int = 2, dim: int = 24, ffn: int = 40
-) -> dict[str, Tensor]:
+def released_state(seed: int, rank: int = 4, blocks: int = 2, dim: int = 24, ffn: int = 40) -> dict[str, Tensor]:
     """An adapter under the released files' keys, for the tiny transformer."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
@@ -100,9 +96,7 @@ def released_state(
     return state
 
 
-def write_pair(
-    folder: Path, high: dict[str, Tensor], low: dict[str, Tensor], stem: str = "backbone_"
-) -> Path:
+def write_pair(folder: Path, high: dict[str, Tensor], low: dict[str, Tensor], stem: str = "backbone_") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(high, folder / f"{stem}high_noise.safetensors")
     save_file(low, folder / f"{stem}low_noise.safetensors")
@@ -154,9 +148,7 @@ def test_released_files_take_the_published_scale_unless_told_otherwise(
     assert close(outputs(pipe), outputs(merged_by_hand(plain(), released, scale)))
 
 
-def test_a_zero_weight_leaves_the_transformers_as_they_were(
-    pipe: WanImageToVideoPipeline, released: Path
-) -> None:
+def test_a_zero_weight_leaves_the_transformers_as_they_were(pipe: WanImageToVideoPipeline, released: Path) -> None:
     load_memory_lora(pipe, released, weight=0.0)
     assert torch.equal(outputs(pipe), outputs(plain()))
 
@@ -245,9 +237,7 @@ def test_diffusers_own_loader_reads_our_layout_to_the_same_output(
     assert close(outputs(theirs), outputs(pipe))
 
 
-def test_comfyui_alpha_over_rank_is_the_scale(
-    pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path
-) -> None:
+def test_comfyui_alpha_over_rank_is_the_scale(pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
     load_memory_lora(pipe, released, alpha=5)
     high, low = save_memory_lora(pipe, tmp_path / "out", layout="comfyui")
     state, theirs = load_file(high), load_file(released / "backbone_high_noise.safetensors")
@@ -284,9 +274,7 @@ def test_keys_with_peft_adapter_name_or_without_prefix(
     assert torch.equal(outputs(pipe), outputs(other))
 
 
-def test_folders_saved_by_peft_and_by_diffusers(
-    pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path
-) -> None:
+def test_folders_saved_by_peft_and_by_diffusers(pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
     load_memory_lora(pipe, released, alpha=5)
     for name in ("transformer", "transformer_2"):
         getattr(pipe, name).save_lora_adapter(tmp_path / "diffusers" / name, adapter_name="memory")
@@ -320,9 +308,7 @@ def test_peft_alpha_pattern_is_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", cases("wan", "backbone_high_noise.safetensors"), ids=lambda case: case.name)
 def test_reference_weights_load_into_reference_experts(case: Path) -> None:
     settings = json.loads((case / "case.json").read_text())
-    pipe = pipeline(
-        *(WanTransformer3DModel.from_pretrained(case / n) for n in ("transformer", "transformer_2"))
-    )
+    pipe = pipeline(*(WanTransformer3DModel.from_pretrained(case / n) for n in ("transformer", "transformer_2")))
     info = load_memory_lora(pipe, case, alpha=settings["lora_alpha"], use_rslora=settings["use_rslora"])
     assert info.rank == settings["lora_rank"]
     root = math.sqrt(settings["lora_rank"]) if settings["use_rslora"] else settings["lora_rank"]
@@ -361,9 +347,7 @@ def test_every_adapted_linear_of_both_a14b_experts_is_matched_and_none_left_over
     assert len(matched) == len(linears) == 40 * 10
     assert sorted(key for keys in matched.values() for key in (keys.a, keys.b)) == sorted(shapes)
     assert all(keys.rank == 128 for keys in matched.values())
-    inside_blocks = {
-        n for n, m in a14b.named_modules() if isinstance(m, nn.Linear) and n.startswith("blocks.")
-    }
+    inside_blocks = {n for n, m in a14b.named_modules() if isinstance(m, nn.Linear) and n.startswith("blocks.")}
     assert matched.keys() == inside_blocks
 
 
@@ -421,16 +405,12 @@ def test_all_key_mistakes_are_listed_at_once(pipe: WanImageToVideoPipeline, tmp_
     assert "misshapen (2)" in message
     assert "blocks.0.ffn.0.lora_A.weight is [4, 25], not [rank, 24]" in message
     assert "blocks.1.ffn.2.lora_B.weight is [24, 3], not [24, 4]" in message
-    assert not getattr(pipe.transformer, "peft_config", {}), (
-        "the good expert must not have been touched either"
-    )
+    assert not getattr(pipe.transformer, "peft_config", {}), "the good expert must not have been touched either"
 
 
 def test_long_lists_are_counted_but_not_printed_in_full(a14b: WanTransformer3DModel) -> None:
     shapes = {key.replace("blocks.", "layers."): shape for key, shape in a14b_shapes().items()}
-    with pytest.raises(
-        ValueError, match=r"(?s)missing \(800\).*792 more.*unexpected \(800\).*792 more"
-    ) as error:
+    with pytest.raises(ValueError, match=r"(?s)missing \(800\).*792 more.*unexpected \(800\).*792 more") as error:
         match_keys(shapes, adapted_linears(a14b), where="strange.safetensors")
     assert len(str(error.value).splitlines()) < 30
 
@@ -438,9 +418,7 @@ def test_long_lists_are_counted_but_not_printed_in_full(a14b: WanTransformer3DMo
 def test_other_kinds_of_adapter_are_refused_rather_than_half_loaded(
     pipe: WanImageToVideoPipeline, tmp_path: Path
 ) -> None:
-    dora = released_state(3) | {
-        "base_model.model.blocks.0.ffn.0.lora_magnitude_vector.weight": torch.ones(40)
-    }
+    dora = released_state(3) | {"base_model.model.blocks.0.ffn.0.lora_magnitude_vector.weight": torch.ones(40)}
     with pytest.raises(ValueError, match="lora_magnitude_vector"):
         load_memory_lora(pipe, write_pair(tmp_path, dora, released_state(4)))
 
@@ -465,9 +443,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
-def test_pickle_with_code_is_refused_and_does_not_run(
-    pipe: WanImageToVideoPipeline, tmp_path: Path, save
-) -> None:
+def test_pickle_with_code_is_refused_and_does_not_run(pipe: WanImageToVideoPipeline, tmp_path: Path, save) -> None:
     save({"a": Payload(tmp_path / "trace")}, tmp_path / "backbone_high_noise.pth")
     torch.save(released_state(4), tmp_path / "backbone_low_noise.pth")
     with pytest.raises(ValueError, match=r"backbone_high_noise\.pth was refused"):
@@ -475,9 +451,7 @@ def test_pickle_with_code_is_refused_and_does_not_run(
     assert not (tmp_path / "trace").exists()
 
 
-def test_pth_that_is_no_state_dict_and_broken_safetensors(
-    pipe: WanImageToVideoPipeline, tmp_path: Path
-) -> None:
+def test_pth_that_is_no_state_dict_and_broken_safetensors(pipe: WanImageToVideoPipeline, tmp_path: Path) -> None:
     torch.save([torch.zeros(2)], tmp_path / "backbone_high_noise.pth")
     (tmp_path / "backbone_low_noise.safetensors").write_bytes(b"<html>not found</html>")
     with pytest.raises(ValueError, match="does not hold a state dict"):
@@ -500,14 +474,10 @@ def test_missing_weights_name_what_is_missing_and_what_is_there(
     pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(
-        MissingWeights, match=r"(?s)4\.9 GB.*hf download Kevin-thu/StoryMem .*Wan2\.2-MI2V-A14B"
-    ):
+    with pytest.raises(MissingWeights, match=r"(?s)4\.9 GB.*hf download Kevin-thu/StoryMem .*Wan2\.2-MI2V-A14B"):
         load_memory_lora(pipe, "Kevin-thu/StoryMem", subfolder="Wan2.2-MI2V-A14B")
     (released / "backbone_low_noise.safetensors").unlink()
-    with pytest.raises(
-        MissingWeights, match=r"backbone_high_noise\.safetensors, so nothing for the low_noise"
-    ):
+    with pytest.raises(MissingWeights, match=r"backbone_high_noise\.safetensors, so nothing for the low_noise"):
         load_memory_lora(pipe, released)
     with pytest.raises(MissingWeights, match=r"chosen as subfolder=: adapter"):
         load_memory_lora(pipe, released.parent)
@@ -646,9 +616,7 @@ def test_stacks_with_an_adapter_that_diffusers_loaded(
     if memory_first:
         load_memory_lora(pipe, released, alpha=4)
     pipe.load_lora_weights(tmp_path / "lightning.safetensors", adapter_name="lightning")
-    pipe.load_lora_weights(
-        tmp_path / "lightning.safetensors", adapter_name="lightning", load_into_transformer_2=True
-    )
+    pipe.load_lora_weights(tmp_path / "lightning.safetensors", adapter_name="lightning", load_into_transformer_2=True)
     if not memory_first:
         load_memory_lora(pipe, released, alpha=4)
         assert set(pipe.get_active_adapters()) == {"lightning", "memory"}
@@ -675,9 +643,7 @@ def test_fuse_unfuse_and_unload(pipe: WanImageToVideoPipeline, released: Path, s
 
 
 @pytest.mark.parametrize("name", ["memory", "wan2.2", ""])
-def test_adapter_names_that_cannot_be_are_refused(
-    pipe: WanImageToVideoPipeline, released: Path, name: str
-) -> None:
+def test_adapter_names_that_cannot_be_are_refused(pipe: WanImageToVideoPipeline, released: Path, name: str) -> None:
     load_memory_lora(pipe, released)
     with pytest.raises(ValueError, match="adapter_name"):
         load_memory_lora(pipe, released, adapter_name=name)

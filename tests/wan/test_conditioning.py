@@ -1,0 +1,133 @@
+"""The condition: which slots are believed, and which latents stand in them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from storymem.wan.conditioning import (
+    blank_padded,
+    condition_mask,
+    decode_video,
+    denormalise_latents,
+    encode_frames,
+    encode_video,
+    latent_frames,
+    memory_condition,
+    normalise_latents,
+)
+from storymem.wan.pipeline import WanMemoryToVideoPipeline
+
+
+@pytest.fixture(scope="module")
+def vae(pipe: WanMemoryToVideoPipeline) -> AutoencoderKLWan:
+    return pipe.vae
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize(("frames", "slots"), [(0, 0), (1, 1), (5, 2), (17, 5), (81, 21)])
+def test_latent_frames(frames: int, slots: int) -> None:
+    assert latent_frames(frames) == slots
+
+
+@pytest.mark.parametrize("frames", [1, 5, 17])
+def test_latent_frames_are_those_of_the_vae(vae: AutoencoderKLWan, frames: int) -> None:
+    assert encode_video(vae, torch.zeros(1, 3, frames, 16, 16)).shape == (1, 16, latent_frames(frames), 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("frames", "below", "above"), [(82, 81, 85), (80, 77, 81), (84, 81, 85), (2, 1, 5), (4, 1, 5), (-1, 1, 5)]
+)
+def test_other_counts_are_refused_with_the_nearest(frames: int, below: int, above: int) -> None:
+    with pytest.raises(ValueError, match=rf"4n \+ 1 frames, not {frames}: the nearest are {below} and {above}"):
+        latent_frames(frames)
+
+
+@pytest.mark.parametrize(
+    ("given", "believed"),
+    [(0, [1, 1, 1, 0, 0, 0, 0]), (1, [1, 1, 1, 1, 0, 0, 0]), (2, [1, 1, 1, 1, 1, 0, 0])],
+    ids=["m2v", "mi2v", "mm2v"],
+)
+def test_the_mask_of_each_mode(given: int, believed: list[int]) -> None:
+    mask = condition_mask(3, 4, given, 2, 3)
+    assert mask.shape == (1, 4, 7, 2, 3)
+    expected = torch.tensor(believed, dtype=torch.float32).view(1, 1, 7, 1, 1).expand(1, 4, 7, 2, 3)
+    assert torch.equal(mask, expected)
+
+
+def test_the_mask_without_memory_is_that_of_image_to_video() -> None:
+    assert not condition_mask(0, 3, 0, 2, 2).any()
+    assert condition_mask(0, 3, 1, 2, 2)[0, :, :, 0, 0].tolist() == [[1, 0, 0]] * 4
+
+
+def test_the_condition_is_mask_then_memory_then_video() -> None:
+    memory, video = random(2, 16, 3, 2, 2), random(2, 16, 4, 2, 2, seed=1)
+    condition = memory_condition(memory, video, given_slots=1)
+    assert condition.shape == (2, 20, 7, 2, 2)
+    assert torch.equal(condition[:, :4], condition_mask(3, 4, 1, 2, 2).expand(2, -1, -1, -1, -1))
+    assert torch.equal(condition[:, 4:, :3], memory)
+    assert torch.equal(condition[:, 4:, 3:], video)
+
+
+def test_the_condition_without_memory_is_as_long_as_the_video() -> None:
+    video = random(1, 16, 4, 2, 2)
+    condition = memory_condition(None, video, given_slots=0)
+    assert torch.equal(condition[:, 4:], video)
+    assert not condition[:, :4].any()
+
+
+def test_the_condition_takes_the_videos_dtype() -> None:
+    condition = memory_condition(random(1, 16, 1, 2, 2), random(1, 16, 2, 2, 2).bfloat16(), given_slots=0)
+    assert condition.dtype == torch.bfloat16
+
+
+def test_blank_is_zero_and_given_frames_come_first() -> None:
+    given = random(3, 5, 16, 32)
+    video = blank_padded(given, 9, 16, 32)
+    assert video.shape == (1, 3, 9, 16, 32)
+    assert torch.equal(video[0, :, :5], given)
+    assert not video[:, :, 5:].any()
+    assert not blank_padded(None, 9, 16, 32).any()
+
+
+def test_each_memory_frame_is_encoded_alone(vae: AutoencoderKLWan) -> None:
+    frames = random(3, 3, 16, 32)
+    together = encode_frames(vae, frames)
+    assert together.shape == (3, 16, 1, 2, 4)
+    for number in range(3):
+        alone = vae.encode(frames[number][None, :, None]).latent_dist.mode()
+        torch.testing.assert_close(together[number][None], normalise_latents(alone, vae))
+    as_video = encode_video(vae, torch.stack([frames[0]] * 5, dim=1)[None])
+    assert as_video.shape[2] == 2
+    assert not torch.allclose(as_video[0, :, 1:], together[0], atol=1e-3), "a video's later slots differ"
+
+
+def test_normalised_latents_follow_the_published_statistics(vae: AutoencoderKLWan) -> None:
+    mean = torch.tensor(vae.config.latents_mean).view(1, 16, 1, 1, 1)
+    std = torch.tensor(vae.config.latents_std).view(1, 16, 1, 1, 1)
+    latents = mean + 2 * std * torch.ones(1, 16, 2, 3, 4)
+    torch.testing.assert_close(normalise_latents(latents, vae), torch.full_like(latents, 2.0))
+    assert latents.std() > 0.1, "channels have means of their own"
+
+
+def test_denormalising_is_the_inverse(vae: AutoencoderKLWan) -> None:
+    latents = random(2, 16, 3, 2, 2)
+    torch.testing.assert_close(denormalise_latents(normalise_latents(latents, vae), vae), latents)
+
+
+def test_a_video_is_decoded_from_normalised_latents(vae: AutoencoderKLWan) -> None:
+    raw = random(1, 16, 3, 2, 2)
+    with torch.no_grad():
+        expected = vae.decode(raw).sample
+    video = decode_video(vae, normalise_latents(raw, vae))
+    assert video.shape == (1, 3, 9, 16, 16)
+    torch.testing.assert_close(video, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frame_always_has_the_same_latents(vae: AutoencoderKLWan) -> None:
+    frames = random(1, 3, 16, 16)
+    assert torch.equal(encode_frames(vae, frames), encode_frames(vae, frames))
