@@ -57,9 +57,7 @@ def frames(count: int) -> torch.Tensor:
 
 def measure_clip(quick: bool, place: dict) -> dict[str, float]:
     batch = 4 if quick else 32
-    scorer = ClipScorer.from_config(
-        open_clip.get_model_config("ViT-B-32-quickgelu"), batch_size=batch, **place
-    )
+    scorer = ClipScorer.from_config(open_clip.get_model_config("ViT-B-32-quickgelu"), batch_size=batch, **place)
     pictures = frames(batch)
     return {"CLIP ViT-B/32": batch / seconds(lambda: scorer.embed_images(pictures), 1 if quick else 3)}
 
@@ -137,9 +135,7 @@ def measure_hpsv3(quick: bool, place: dict) -> dict[str, float]:
     def run() -> None:
         patches, grids = patcher(pictures)
         image = [ids["image_token"]] * visual_tokens(grids[0].tolist(), network.config.merge)
-        row = torch.tensor([*image, *[7] * PROMPT_TOKENS, ids["reward_token"]], device=device).expand(
-            batch, -1
-        )
+        row = torch.tensor([*image, *[7] * PROMPT_TOKENS, ids["reward_token"]], device=device).expand(batch, -1)
         network(row, torch.ones_like(row), patches.to(device), grids.to(device))
         missing.append((PUBLISHED.layers - 1) * layer.seconds + (PUBLISHED.vision_depth - 1) * block.seconds)
 
@@ -149,9 +145,7 @@ def measure_hpsv3(quick: bool, place: dict) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller batches, no ViCLIP L/14")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")

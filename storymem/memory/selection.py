@@ -40,6 +40,11 @@ class Selection:
 class SelectionPolicy(Protocol):
     """Chooses keyframes of a shot. Any class with this method can be a ``_target_`` in the configuration."""
 
+    @property
+    def max_keyframes(self) -> int:
+        """Most keyframes that one shot can leave."""
+        ...
+
     def select(
         self,
         embeddings: np.ndarray,

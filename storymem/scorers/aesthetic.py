@@ -34,9 +34,7 @@ class LinearsHead(nn.Module):
         linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         first, second, third, *rest = linears
         # Dropout sits after each of the first three linears, which gives the published indices 0, 2, 4, 6, 7.
-        self.layers = nn.Sequential(
-            first, nn.Dropout(0.2), second, nn.Dropout(0.2), third, nn.Dropout(0.1), *rest
-        )
+        self.layers = nn.Sequential(first, nn.Dropout(0.2), second, nn.Dropout(0.2), third, nn.Dropout(0.1), *rest)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)

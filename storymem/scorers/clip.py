@@ -12,12 +12,11 @@ import torch
 from accelerate import init_empty_weights
 from open_clip.factory import load_state_dict
 from torch import Tensor
-from torch.nn import functional as F
 
 from storymem.scorers.checkpoint import load_strictly
 from storymem.scorers.inputs import check_frames, check_texts
 from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_PREPROCESSINGS, CLIP_STD, normalise
-from storymem.scorers.scorer import Scorer
+from storymem.scorers.scorer import Scorer, unit
 from storymem.scorers.texts import ClipTokenizer
 from storymem.weights import Weights, locate
 
@@ -182,16 +181,12 @@ class ClipScorer(Scorer[open_clip.CLIP]):
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts, [N, D] float32 on the CPU, of unit length; long texts are cut."""
         ids = self.tokenizer(check_texts(texts))
-        return self._in_batches(ids, lambda batch: _unit(self.network.encode_text(batch)), self.dim)
+        return self._in_batches(ids, lambda batch: unit(self.network.encode_text(batch)), self.dim)
 
     def _encode_images(self, frames: Tensor) -> Tensor:
         pixels = CLIP_PREPROCESSINGS[self.preprocessing](frames, self.image_size)
         pixels = normalise(pixels, self.mean, self.std).to(self.dtype)
-        return _unit(self.network.encode_image(pixels))
-
-
-def _unit(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=-1)
+        return unit(self.network.encode_image(pixels))
 
 
 def _build(config: Mapping[str, Any]) -> open_clip.CLIP:

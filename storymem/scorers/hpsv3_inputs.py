@@ -98,9 +98,7 @@ class PixelPatcher:
         pixels: the number of pixels pictures are brought to, up to rounding.
     """
 
-    def __init__(
-        self, *, patch: int = 14, merge: int = 2, temporal_patch: int = 2, pixels: int = PIXELS
-    ) -> None:
+    def __init__(self, *, patch: int = 14, merge: int = 2, temporal_patch: int = 2, pixels: int = PIXELS) -> None:
         self.factor, self.merge, self.pixels = patch * merge, merge, pixels
         self._processor = Qwen2VLImageProcessor(
             do_resize=False, patch_size=patch, merge_size=merge, temporal_patch_size=temporal_patch

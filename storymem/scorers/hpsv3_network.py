@@ -135,9 +135,7 @@ class Hpsv3Network(nn.Module):
         Raises:
             ValueError: if a row has no reward token or several.
         """
-        return self.rm_head(
-            self.hidden_at_reward(input_ids, attention_mask, pixel_values, image_grid_thw).float()
-        )
+        return self.rm_head(self.hidden_at_reward(input_ids, attention_mask, pixel_values, image_grid_thw).float())
 
     def hidden_at_reward(
         self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor, image_grid_thw: Tensor
@@ -206,9 +204,7 @@ def load_network_in_4_bits(path: Path, config: Hpsv3Config, device: torch.device
     backbone = Qwen2VLModel.from_pretrained(
         None,
         config=config.qwen(),
-        state_dict={
-            name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")
-        },
+        state_dict={name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")},
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         ),

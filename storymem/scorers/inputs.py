@@ -23,9 +23,7 @@ def check_clips(clips: Tensor) -> Tensor:
     Raises:
         ValueError: as `check_frames`, and for clips without frames.
     """
-    clips = _check_pictures(
-        clips, what="clips", axes="[B, T, 3, H, W]", channels_first="permute(0, 1, 4, 2, 3)"
-    )
+    clips = _check_pictures(clips, what="clips", axes="[B, T, 3, H, W]", channels_first="permute(0, 1, 4, 2, 3)")
     if clips.shape[1] == 0:
         raise ValueError(f"clips have no frames: shape {list(clips.shape)}; write at least one frame a clip")
     return clips
@@ -72,9 +70,7 @@ def _check_pictures(pictures: Tensor, *, what: str, axes: str, channels_first: s
         hint = f"; the channels seem to be last: write {what}.{channels_first}" if shape[-1] == 3 else ""
         raise ValueError(f"{what} must have the axes {axes} with 3 RGB channels; got shape {shape}{hint}")
     if not pictures.is_floating_point():
-        raise ValueError(
-            f"{what} must be floating point in 0..1; got {pictures.dtype}: write {what}.float() / 255"
-        )
+        raise ValueError(f"{what} must be floating point in 0..1; got {pictures.dtype}: write {what}.float() / 255")
     if shape[-1] == 0 or shape[-2] == 0:
         raise ValueError(f"{what} have no pixels: shape {shape}")
     if pictures.numel() > 0:

@@ -26,9 +26,7 @@ class QualityScorer(Protocol):
         """[N, 3, H, W] float in 0..1 -> [N] float32 on the CPU."""
         ...
 
-    def to(
-        self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-    ) -> QualityScorer:
+    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> QualityScorer:
         """Move the weights, for example off the accelerator between shots."""
         ...
 
@@ -47,9 +45,7 @@ class NoQuality:
         """Zeros [N], after the same check of ``frames`` as every scorer makes."""
         return torch.zeros(len(check_frames(frames)))
 
-    def to(
-        self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-    ) -> NoQuality:
+    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> NoQuality:
         """Nothing to move."""
         return self
 

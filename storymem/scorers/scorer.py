@@ -7,6 +7,7 @@ from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -91,10 +92,13 @@ class Scorer(Generic[Network]):
     @torch.no_grad()
     def _in_batches(self, rows: Tensor, run: Callable[[Tensor], Tensor], width: int) -> Tensor:
         """``run`` over ``rows`` batch by batch on the device: float32 on the CPU; [0, width] without rows."""
-        results = [
-            run(batch.to(self.device)).float().cpu() for batch in rows.split(self.batch_size) if len(batch)
-        ]
+        results = [run(batch.to(self.device)).float().cpu() for batch in rows.split(self.batch_size) if len(batch)]
         return torch.cat(results) if results else torch.empty(0, width)
+
+
+def unit(features: Tensor) -> Tensor:
+    """Rows of unit length, in float32."""
+    return F.normalize(features.float(), dim=-1)
 
 
 def _return_memory(device: torch.device) -> None:

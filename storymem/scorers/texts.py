@@ -41,6 +41,4 @@ class ClipTokenizer:
                 len(texts),
                 self.context_length,
             )
-        return (
-            self._tokenizer(list(texts)) if texts else torch.zeros(0, self.context_length, dtype=torch.int64)
-        )
+        return self._tokenizer(list(texts)) if texts else torch.zeros(0, self.context_length, dtype=torch.int64)

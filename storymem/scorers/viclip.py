@@ -13,7 +13,6 @@ import torch
 from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from storymem.config import build_settings
 from storymem.scorers.checkpoint import load_strictly, read_checkpoint
@@ -28,7 +27,7 @@ from storymem.scorers.preprocessing import (
     normalise,
     squash_in_bytes,
 )
-from storymem.scorers.scorer import Scorer
+from storymem.scorers.scorer import Scorer, unit
 from storymem.scorers.texts import ClipTokenizer
 from storymem.scorers.viclip_network import VICLIP_B_16, VICLIP_L_14, Viclip, ViclipConfig
 from storymem.weights import Weights, locate
@@ -77,9 +76,7 @@ PROFILES = {
     # Comparable with published numbers.
     "vbench": FrameProfile(choose=middle_frames, preprocess=crop_in_bytes, mean=CLIP_MEAN, std=CLIP_STD),
     # How the network was trained.
-    "internvid": FrameProfile(
-        choose=strided_frames, preprocess=squash_in_bytes, mean=IMAGENET_MEAN, std=IMAGENET_STD
-    ),
+    "internvid": FrameProfile(choose=strided_frames, preprocess=squash_in_bytes, mean=IMAGENET_MEAN, std=IMAGENET_STD),
 }
 
 
@@ -229,17 +226,13 @@ class ViclipScorer(Scorer[Viclip]):
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of texts, [N, D] float32 on the CPU, of unit length; long texts are cut."""
         ids = self.tokenizer(check_texts(texts))
-        return self._in_batches(ids, lambda batch: _unit(self.network.text_encoder(batch)), self.dim)
+        return self._in_batches(ids, lambda batch: unit(self.network.text_encoder(batch)), self.dim)
 
     def _encode_clips(self, clips: Tensor) -> Tensor:
         profile, side = PROFILES[self.profile], self.config.resolution
         pixels = profile.preprocess(clips.flatten(0, 1), (side, side))
         pixels = normalise(pixels, profile.mean, profile.std).to(self.dtype)
-        return _unit(self.network.vision_encoder(rearrange(pixels, "(b t) c h w -> b t c h w", b=len(clips))))
-
-
-def _unit(features: Tensor) -> Tensor:
-    return F.normalize(features.float(), dim=-1)
+        return unit(self.network.vision_encoder(rearrange(pixels, "(b t) c h w -> b t c h w", b=len(clips))))
 
 
 def _load(config: ViclipConfig, path: Path) -> Viclip:

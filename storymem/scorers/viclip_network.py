@@ -43,9 +43,7 @@ class ViclipConfig:
 
 
 VICLIP_L_14 = ViclipConfig()
-VICLIP_B_16 = ViclipConfig(
-    patch=16, width=768, layers=12, heads=12, output_dim=512, text_width=512, text_heads=8
-)
+VICLIP_B_16 = ViclipConfig(patch=16, width=768, layers=12, heads=12, output_dim=512, text_width=512, text_heads=8)
 
 
 class QuickGELU(nn.Module):
@@ -81,9 +79,7 @@ class Block(nn.Module):
         self.attn = SelfAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width)
-            )
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
         )
         self.ln_2 = nn.LayerNorm(width)
 
@@ -115,9 +111,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         width, scale = config.width, config.width**-0.5
         self.patch, self.num_frames = config.patch, config.num_frames
-        self.conv1 = nn.Conv3d(
-            3, width, (1, config.patch, config.patch), (1, config.patch, config.patch), bias=False
-        )
+        self.conv1 = nn.Conv3d(3, width, (1, config.patch, config.patch), (1, config.patch, config.patch), bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         patches = (config.resolution // config.patch) ** 2
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + patches, width))

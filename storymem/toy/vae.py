@@ -30,7 +30,7 @@ ARCHITECTURE = {
     "latents_std": [1.0] * 16,
 }
 
-KL_WEIGHT = 3e-5
+KL_WEIGHT = 2e-3  # enough that a denoiser's small errors stay small when decoded
 FOREGROUND = 3.0  # characters are small in the picture but what the eye looks at
 
 

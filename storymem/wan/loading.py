@@ -79,7 +79,6 @@ def load_text_to_video(
 ) -> WanPipeline:
     """The text-to-video pipeline of the first shot, without a text encoder; it shares ``vae``."""
     assert model.has_text_to_video
-    check_weights(model, text_to_video=True)
     if model.weights is None:
         experts = [
             _seeded(

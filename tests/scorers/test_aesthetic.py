@@ -56,9 +56,7 @@ def test_prompts_are_not_used() -> None:
 
 
 def test_another_preprocessing_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="needs preprocessing 'published_aesthetic'; got 'published_selector'"
-    ):
+    with pytest.raises(ValueError, match="needs preprocessing 'published_aesthetic'; got 'published_selector'"):
         AestheticScorer(clip(), nn.Linear(32, 1), name="mine", threshold=5.0)
 
 
@@ -72,9 +70,7 @@ def test_heads_load_from_published_pickles(tmp_path: Path) -> None:
     for version, head in (("v1", nn.Linear(768, 1)), ("v2", LinearsHead())):
         torch.save(head.state_dict(), tmp_path / f"{version}.pth")
         with pytest.raises(MissingWeights, match="CLIP ViT-L-14-quickgelu"):
-            AestheticScorer.from_pretrained(
-                version, str(tmp_path / f"{version}.pth"), str(tmp_path / "no-clip")
-            )
+            AestheticScorer.from_pretrained(version, str(tmp_path / f"{version}.pth"), str(tmp_path / "no-clip"))
 
 
 def test_folder_with_clip_and_head_loads(tmp_path: Path) -> None:
@@ -84,16 +80,12 @@ def test_folder_with_clip_and_head_loads(tmp_path: Path) -> None:
     with pytest.raises(MissingWeights, match=r"holds no aesthetic_head\.safetensors"):
         AestheticScorer.from_folder(tmp_path, threshold=5.0)
     save_file(scorer.head.state_dict(), tmp_path / "aesthetic_head.safetensors")
-    assert torch.equal(
-        AestheticScorer.from_folder(tmp_path, threshold=5.0).score(frames), scorer.score(frames)
-    )
+    assert torch.equal(AestheticScorer.from_folder(tmp_path, threshold=5.0).score(frames), scorer.score(frames))
 
 
 def test_wrong_head_is_refused(tmp_path: Path) -> None:
     torch.save(LinearsHead().state_dict(), tmp_path / "head.pth")
-    with pytest.raises(
-        CheckpointError, match=r"missing: weight, bias\n  unexpected: layers.0.weight.* and 2 more"
-    ):
+    with pytest.raises(CheckpointError, match=r"missing: weight, bias\n  unexpected: layers.0.weight.* and 2 more"):
         AestheticScorer.from_pretrained("v1", str(tmp_path / "head.pth"))
 
 

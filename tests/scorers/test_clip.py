@@ -111,9 +111,7 @@ def test_missing_weights_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tm
 def write_folder(folder: Path, scorer: ClipScorer, **changes: torch.Tensor) -> dict[str, torch.Tensor]:
     tensors = {name: value.clone() for name, value in scorer.network.state_dict().items()} | changes
     save_file(tensors, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": CLIP_CONFIG, "preprocess_cfg": {}})
-    )
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP_CONFIG, "preprocess_cfg": {}}))
     return tensors
 
 
@@ -143,7 +141,5 @@ def test_loading_is_strict_and_lists_everything(tmp_path: Path) -> None:
 
 def test_another_models_file_is_refused(tmp_path: Path) -> None:
     save_file({"visual.proj": torch.zeros(2, 2)}, tmp_path / "mine.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"missing: positional_embedding, .* more\n  misshapen: visual.proj"
-    ):
+    with pytest.raises(CheckpointError, match=r"missing: positional_embedding, .* more\n  misshapen: visual.proj"):
         ClipScorer.from_pretrained(source=str(tmp_path / "mine.safetensors"))

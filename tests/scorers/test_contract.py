@@ -80,9 +80,7 @@ def test_single_frame_without_its_axis_is_refused(kind: str) -> None:
 
 def test_arrays_are_refused_with_what_to_write(kind: str) -> None:
     scorer = build(kind)
-    method = (
-        scorer.embed_images if kind == "clip" else scorer.embed_clips if kind == "viclip" else scorer.score
-    )
+    method = scorer.embed_images if kind == "clip" else scorer.embed_clips if kind == "viclip" else scorer.score
     with pytest.raises(ValueError, match="from_numpy"):
         method(pictures(2, 3, 40, 56).numpy())
 

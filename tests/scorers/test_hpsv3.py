@@ -160,9 +160,7 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(folder: Path, **arguments: object) -> Hpsv3Scorer:
-    return Hpsv3Scorer.from_pretrained(
-        str(folder), str(folder / "tokenizer"), **({"dtype": "float32"} | arguments)
-    )
+    return Hpsv3Scorer.from_pretrained(str(folder), str(folder / "tokenizer"), **({"dtype": "float32"} | arguments))
 
 
 def test_public_layout_loads(local: Path) -> None:
@@ -189,9 +187,7 @@ def test_loading_is_strict_and_lists_everything(local: Path) -> None:
     assert "misshapen: rm_head.5.bias is [3], should be [2]" in str(caught.value)
 
 
-def test_missing_weights_say_how_to_get_them(
-    local: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_weights_say_how_to_get_them(local: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(MissingWeights) as caught:
         Hpsv3Scorer.from_pretrained()
@@ -226,9 +222,7 @@ def test_tokenizer_folder_of_qwens_own_class_loads(local: Path) -> None:
 # --- 4 bits
 
 
-def test_four_bits_without_bitsandbytes_say_what_to_install(
-    local: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_four_bits_without_bitsandbytes_say_what_to_install(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"pip install 'storymem\[four-bit\]'"):
         load(local, four_bit=True)

@@ -31,9 +31,7 @@ def from_open_clip(state: dict[str, Tensor], config: ViclipConfig) -> dict[str, 
     for name, value in state.items():
         if name == "logit_scale":
             continue
-        tower, rest = (
-            ("vision", name.removeprefix("visual.")) if name.startswith("visual.") else ("text", name)
-        )
+        tower, rest = ("vision", name.removeprefix("visual.")) if name.startswith("visual.") else ("text", name)
         renamed[f"{tower}_encoder.{rest}"] = value
     renamed["vision_encoder.conv1.weight"] = renamed["vision_encoder.conv1.weight"][:, :, None]
     time = torch.zeros(1, config.num_frames, config.width)
@@ -52,9 +50,7 @@ def test_one_frame_agrees_with_open_clip() -> None:
         ours = Viclip(VICLIP_B_16)
     load_strictly(ours, from_open_clip(theirs.state_dict(), VICLIP_B_16), "open_clip", assign=True)
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(
-        ours.vision_encoder(images[:, None]), theirs.encode_image(images), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(ours.vision_encoder(images[:, None]), theirs.encode_image(images), atol=1e-5, rtol=1e-5)
     ids = open_clip.tokenize(["a cat runs in a field", "Night. 2 trains pass"], context_length=32)
     torch.testing.assert_close(ours.text_encoder(ids), theirs.encode_text(ids), atol=1e-5, rtol=1e-5)
 
@@ -63,9 +59,7 @@ def test_frame_order_matters_because_of_the_temporal_embedding_only() -> None:
     clips, scorer = pictures(2, 8, 3, 40, 56), viclip()
     assert (scorer.embed_clips(clips) - scorer.embed_clips(clips.flip(1))).abs().max() > 1e-3
     scorer.network.vision_encoder.temporal_positional_embedding.zero_()
-    torch.testing.assert_close(
-        scorer.embed_clips(clips), scorer.embed_clips(clips.flip(1)), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(scorer.embed_clips(clips), scorer.embed_clips(clips.flip(1)), atol=1e-5, rtol=0)
 
 
 def test_every_frame_counts() -> None:
@@ -91,9 +85,7 @@ def test_long_clips_are_sampled_as_if_only_those_frames_were_given() -> None:
     assert torch.equal(scorer.embed_clips(clips), scorer.embed_clips(chosen))
 
 
-@pytest.mark.parametrize(
-    ("config", "tensors", "millions"), [(VICLIP_L_14, 447, 427.59), (VICLIP_B_16, 303, 149.64)]
-)
+@pytest.mark.parametrize(("config", "tensors", "millions"), [(VICLIP_L_14, 447, 427.59), (VICLIP_B_16, 303, 149.64)])
 def test_true_sizes(config: ViclipConfig, tensors: int, millions: float) -> None:
     with torch.device("meta"):
         state = Viclip(config).state_dict()
@@ -136,9 +128,7 @@ def test_profiles_differ() -> None:
 
 def test_internvid_pixels_are_a_bilinear_squash_rounded_to_bytes() -> None:
     frames = pictures(2, 3, 100, 180)
-    theirs = tv.resize(
-        (frames * 255).to(torch.uint8), [224, 224], InterpolationMode.BILINEAR, antialias=False
-    )
+    theirs = tv.resize((frames * 255).to(torch.uint8), [224, 224], InterpolationMode.BILINEAR, antialias=False)
     errors = (squash_in_bytes(frames, (224, 224)) * 255 - theirs).abs()
     assert errors.max() <= 1.001
     assert (errors > 1e-3).float().mean() < 0.002
@@ -183,9 +173,7 @@ def test_loading_is_strict_and_lists_everything(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", ["L-14", "B-16"])
-def test_missing_weights_say_how_to_get_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: str
-) -> None:
+def test_missing_weights_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: str) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MissingWeights) as caught:
         ViclipScorer.from_pretrained(size)

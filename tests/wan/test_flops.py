@@ -72,11 +72,13 @@ def test_the_published_size_with_ten_memory_frames() -> None:
     assert flops.attention / 1e15 == pytest.approx(1.9, abs=0.05)
     # Below 2 * tokens * 14.3e9 weights = 1.38: cross-attention's k and v see 512 text tokens, not the video's.
     assert flops.linear / 1e15 == pytest.approx(1.18, abs=0.01)
+    two_layers = A14B | {"num_layers": 2}
     with torch.device("meta"):
-        network = WanTransformer3DModel(**A14B, in_channels=36)
+        network = WanTransformer3DModel(**two_layers, in_channels=36)
         inputs = torch.empty(1, 36, 31, 60, 104), torch.empty(1), torch.empty(1, 512, 4096)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(*inputs)
+    flops = forward_flops(two_layers, slots=31, height=60, width=104, text_tokens=512)
     assert flops.total == counter.get_total_flops()
 
 
