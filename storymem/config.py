@@ -38,8 +38,10 @@ def build_settings(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or what is known if nothing is near."""
+    """``"; did you mean 'x'?"``, or what is known if nothing is near; empty if nothing is known."""
     names = sorted(known)
+    if not names:
+        return ""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known are: {', '.join(names)}"
 

@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,7 @@ def estimated_bytes(frames: int, height: int, width: int) -> int:
     return int(2 * 0.15 * frames * pixels + (END_FRAMES + 3) * 3 * pixels)
 
 
+@cache
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that have a say in what a film looks like."""
     versions = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,15 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import load_file
 
+from storymem.memory import KeyframeSelector, Selection
 from storymem.wan.lora import load_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import wan_scheduler
-from tests.references import ROOT, cases, label
+from tests.references import ROOT, folders_with, json_files, label
 
-WAN_CASES = cases("wan", "case.json")
+WAN_CASES = folders_with("case.json")
+WITH_MEMORY = [folder for folder in WAN_CASES if json.loads((folder / "case.json").read_text())["memory"]]
+KEYFRAME_CASES = [case for path in json_files("cases", "dim") for case in json.loads(path.read_text())["cases"]]
 TOLERANCES = {"condition": 1e-6, "latents_final": 1e-4, "video": 1e-3}
 
 
@@ -96,7 +100,7 @@ def test_memory_to_video_agrees(folder: Path) -> None:
         assert error <= tolerance, f"{name} is off by {error:.2e}, allowed {tolerance:.0e}"
 
 
-@pytest.mark.parametrize("folder", WAN_CASES[:1], ids=label)
+@pytest.mark.parametrize("folder", WITH_MEMORY[:1], ids=label)
 def test_the_cases_see_a_wrong_rope_stride(folder: Path) -> None:
     case = json.loads((folder / "case.json").read_text())
     theirs = load_file(folder / "tensors.safetensors")["latents_final"]
@@ -110,3 +114,45 @@ def test_noise_is_that_of_a_cpu_generator(folder: Path) -> None:
     noise = load_file(folder / "tensors.safetensors")["noise"]
     drawn = torch.randn(noise.shape, generator=torch.Generator().manual_seed(case["seed"]))
     np.testing.assert_array_equal(drawn.numpy(), noise.numpy())
+
+
+def select_case(case: dict[str, Any], **changes: Any) -> Selection:
+    """Run a reference case with its own settings."""
+    given = case["inputs"]
+    selector = KeyframeSelector(
+        **{
+            "similarity_threshold": given["similarity_threshold"],
+            "threshold_step": given["step"],
+            "max_keyframes": given["max_keyframes"],
+            "bank_similarity_threshold": given["bank_similarity_threshold"],
+        }
+        | changes
+    )
+    embeddings = np.array(given["frame_embeddings"], dtype=np.float32)
+    return selector.select(
+        embeddings,
+        bank=np.array(given["bank_embeddings"], dtype=np.float32).reshape(-1, embeddings.shape[1]),
+        quality=given["quality"].__getitem__,
+        quality_threshold=given["quality_threshold"],
+    )
+
+
+@pytest.mark.parametrize("case", KEYFRAME_CASES, ids=lambda case: case["name"])
+def test_the_published_scan_is_reproduced(case: dict[str, Any]) -> None:
+    ours, theirs = select_case(case), case["outputs"]
+    assert list(ours.selected) == theirs["selected"]
+    assert list(ours.kept) == theirs["kept"]
+    assert list(ours.kept_slots) == theirs["kept_slots"]
+    assert ours.final_threshold == pytest.approx(theirs["final_threshold"], abs=1e-9)
+    assert ours.threshold_steps == theirs["threshold_steps"]
+    assert list(ours.candidates_per_pass) == theirs["candidates_per_pass"]
+
+
+@pytest.mark.parametrize("case", KEYFRAME_CASES, ids=lambda case: case["name"])
+def test_scanning_from_frame_1_mends_the_published_scan(case: dict[str, Any]) -> None:
+    ours = select_case(case, first_scanned_frame=1)
+    theirs = case["outputs_if_scan_started_right_after_first_keyframe"]
+    assert list(ours.selected) == theirs["selected"]
+    assert list(ours.kept) == theirs["kept"]
+    changed = ours.selected != select_case(case).selected
+    assert changed or not case["scan_from_index_2_changes_result"]

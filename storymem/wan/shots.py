@@ -82,6 +82,7 @@ class WanShotGenerator:
         check_runtime(self.runtime)
         check_weights(self.model, text_to_video=text_to_video, continuity=self.continuity)
 
+    @torch.no_grad()  # else the embeddings' graph would keep the text encoder alive
     def prepare(self, prompts: Iterable[str], negative_prompts: Iterable[str | None]) -> None:
         """Encode each distinct text once and free the text encoder.
 
