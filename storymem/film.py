@@ -2,6 +2,7 @@
 
     film.json              what was told, with what, and what came of it: the truth about which shots are finished
     film.mp4               all shots joined; continued shots do not repeat frames
+    storyboard.html        the film as a page: see :mod:`storymem.storyboard`
     shots/01_02.mp4        scene 1, shot 2
     shots/01_02_end/1.png  its last frames without loss, from which the next shot can go on
     memory.json, keyframes/  see :mod:`storymem.memory.storage`

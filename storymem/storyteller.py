@@ -39,6 +39,7 @@ from storymem.modes import GIVEN_FRAMES, FirstShot, Mode, mode_of
 from storymem.progress import Progress
 from storymem.scorers.quality import NoQuality, QualityScorer
 from storymem.story import Shot, Story
+from storymem.storyboard import write_storyboard
 from storymem.wan.settings import Continuity, VideoSettings
 from storymem.wan.shots import OnStep, ShotRequest
 
@@ -127,6 +128,7 @@ class Storyteller:
                 progress.end_shot(film.shots[-1])
             if film.video is None:
                 film.join()
+                write_storyboard(film)
             progress.end()
         return film
 
