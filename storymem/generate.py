@@ -106,8 +106,8 @@ def build_storyteller(settings: GenerateSettings, config: Mapping[str, Any]) -> 
             runtime=settings.runtime,
             continuity=settings.continuity,
         ),
-        embedder=instantiate(settings.scorer.clip),
-        quality=instantiate(settings.scorer.quality),
+        embedder=instantiate(_on_cpu(settings.scorer.clip)),
+        quality=instantiate(_on_cpu(settings.scorer.quality)),
         selector=instantiate(settings.memory.selector),
         recall=instantiate(settings.memory.recall),
         continuity=settings.continuity,
@@ -117,3 +117,8 @@ def build_storyteller(settings: GenerateSettings, config: Mapping[str, Any]) -> 
         scorer_device=device,
         config={key: value for key, value in config.items() if key not in _BESIDES},
     )
+
+
+def _on_cpu(scorer: Mapping[str, Any]) -> dict[str, Any]:
+    """A scorer's node with the CPU as its device: the loop moves it to the accelerator when its turn comes."""
+    return {**scorer, "device": "cpu"} if "device" in scorer else dict(scorer)

@@ -26,6 +26,7 @@ h2 { font-size: 1rem; margin: 2rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 0; }
 video { width: 100%; border-radius: .4rem; background: #000; image-rendering: auto; }
 .strip { display: flex; flex-wrap: wrap; gap: .5rem; align-items: end; }
+header video { max-width: 40rem; }
 figure { margin: 0; } figure img { height: 4rem; border-radius: .3rem; display: block; }
 figcaption, .how { font-size: .8rem; }
 h4 { font-size: .8rem; margin: .8rem 0 .2rem; }
