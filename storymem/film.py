@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -244,15 +245,14 @@ def film_folder(folder: str | Path, needed_bytes: int) -> Iterator[Path]:
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
         lock.acquire(timeout=0)
-        write_atomically(folder / ".writable", b"")
-        (folder / ".writable").unlink()
     except Timeout:  # before OSError, of which it is one
         raise FilmError(
             f"another process is making the film in {folder}: wait for it or choose another output"
         ) from None
     except OSError as error:
-        lock.release()
         raise FilmError(
             f"the film's folder {folder} cannot be written ({error.strerror}): choose another output"
         ) from None

@@ -37,7 +37,8 @@ def adapter_weights(adapter: AdapterSettings, continuity: Continuity) -> Weights
         return adapter.weights
     found = adapter.weights
     if found.is_local:
-        return Weights(name=found.name, source=str(Path(found.source).expanduser().absolute() / folder), licence=found.licence)
+        here = Path(found.source).expanduser().absolute()
+        return Weights(name=found.name, source=str(here / folder), licence=found.licence)
     return Weights(
         name=f"{found.name} ({folder})",
         source=found.source,

@@ -27,7 +27,7 @@ from storymem.wan.lora import (
 )
 from storymem.wan.lora_layouts import adapted_linears, match_keys
 from storymem.weights import MissingWeights
-from tests.references import cases
+from tests.references import folders_with
 
 LAYOUTS = ["storymem", "released", "diffusers", "comfyui"]
 TINY = {
@@ -305,7 +305,7 @@ def test_peft_alpha_pattern_is_followed(tmp_path: Path) -> None:
     assert first.attn2.to_q.scaling["memory"] == 4 / 4
 
 
-@pytest.mark.parametrize("case", cases("wan", "backbone_high_noise.safetensors"), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", folders_with("backbone_high_noise.safetensors"), ids=lambda case: case.name)
 def test_reference_weights_load_into_reference_experts(case: Path) -> None:
     settings = json.loads((case / "case.json").read_text())
     pipe = pipeline(*(WanTransformer3DModel.from_pretrained(case / n) for n in ("transformer", "transformer_2")))

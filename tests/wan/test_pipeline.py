@@ -131,7 +131,7 @@ def test_a_network_of_another_task_is_refused(pipe: WanMemoryToVideoPipeline) ->
     from diffusers import WanTransformer3DModel
 
     config = dict(pipe.transformer.config) | {"in_channels": 16}
-    with pytest.raises(ValueError, match="transformer_2 has 16 input channels.*36"):
+    with pytest.raises(ValueError, match=r"transformer_2 has 16 input channels.*36"):
         WanMemoryToVideoPipeline(**pipe.components | {"transformer_2": WanTransformer3DModel.from_config(config)})
     with pytest.raises(ValueError, match="TI2V-5B"):
         WanMemoryToVideoPipeline(**pipe.components, expand_timesteps=True)
@@ -265,6 +265,17 @@ def test_the_condition_holds_memory_first_then_the_given_frames(pipe: WanMemoryT
     assert condition[0, 0, :, 0, 0].tolist() == [1, 1, 1, 0, 0]
     torch.testing.assert_close(condition[0, 4:, :2], pipe.encode_memory(memory)[:, :, 0].transpose(0, 1))
     torch.testing.assert_close(condition[0, 4:, 2], pipe.encode_memory([first])[0, :, 0])
+
+
+def test_the_shot_is_what_follows_the_memory_slots(pipe: WanMemoryToVideoPipeline) -> None:
+    last: list[Tensor] = []
+    shot = generate(
+        pipe,
+        memory=pictures(2),
+        callback_on_step_end=lambda _p, _i, _t, tensors: last.append(tensors["latents"]) or {},
+    )
+    assert last[-1].shape == (1, 16, 2 + SLOTS, *LATENT)
+    assert torch.equal(shot, last[-1][:, :, 2:])
 
 
 def test_memory_slots_are_never_decoded(pipe: WanMemoryToVideoPipeline) -> None:

@@ -95,7 +95,7 @@ def test_a_query_sees_memory_at_its_distance_in_time() -> None:
 
 def test_memory_beyond_the_table_is_refused() -> None:
     rope(7, stride=9)(torch.empty(1, 36, 8, 2, 2))  # reaches -63, the last row
-    with pytest.raises(ValueError, match="8 memory frames at RoPE stride 8 reach position -64; .* ends at 63"):
+    with pytest.raises(ValueError, match=r"8 memory frames at RoPE stride 8 reach position -64; .* ends at 63"):
         rope(8, stride=8)(torch.empty(1, 36, 9, 2, 2))
 
 

@@ -13,12 +13,12 @@ from safetensors import safe_open
 
 import storymem
 from storymem.wan.schedule import WanUniPCScheduler, published_sigmas, wan_scheduler
-from tests.references import cases, label
+from tests.references import folders_with, label
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
-@pytest.mark.parametrize("folder", cases("wan", "case.json"), ids=label)
+@pytest.mark.parametrize("folder", folders_with("case.json"), ids=label)
 def test_timesteps_are_those_of_the_reference(folder: Path) -> None:
     case = json.loads((folder / "case.json").read_text())
     with safe_open(folder / "tensors.safetensors", "pt") as file:

@@ -27,7 +27,12 @@ def settings(**changes: Any) -> ModelSettings:
     """``configs/model/tiny.yaml`` at 48x32 pixels and 9 frames, with one-layer networks."""
     values = yaml.safe_load((CONFIGS / "model" / "tiny.yaml").read_text())["model"]
     values["video"] = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "fps": 8}
-    values["network"]["transformer"] |= {"num_layers": 1, "num_attention_heads": 2, "ffn_dim": 96}
+    values["network"]["transformer"] |= {
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "ffn_dim": 96,
+    }
     values["network"]["text_encoder"]["num_layers"] = 1
     values["network"]["text_tokens"] = 16
     return build_settings(ModelSettings, values | changes)

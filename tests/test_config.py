@@ -1,0 +1,162 @@
+"""Strict settings: every mistake is told with its full path, all of them at once."""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from storymem.config import ConfigError, build_settings, nearest
+from storymem.generate import GenerateSettings
+from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
+from storymem.weights import Weights
+
+VALUES: dict[str, Any] = {
+    "story": "story.yaml",
+    "model": {
+        "name": "tiny",
+        "video": {"height": 64, "width": 96, "frames": 17, "fps": 8},
+        "network": {"transformer": {"num_layers": 1}},
+    },
+    "sampler": {},
+    "memory": {"recall": {}, "selector": {}},
+    "scorer": {"clip": {}, "quality": {}},
+}
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """VALUES with ``a__b=value`` set at a.b."""
+    values = deepcopy(VALUES)
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[key] = value
+    return values
+
+
+def complaints(**changes: Any) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        build_settings(GenerateSettings, changed(**changes))
+    first, *lines = str(error.value).splitlines()
+    assert first == "the configuration is not valid:"
+    return [line.strip() for line in lines]
+
+
+def test_plain_values_become_nested_settings_with_their_defaults() -> None:
+    settings = build_settings(GenerateSettings, VALUES)
+    assert settings.model.video == VideoSettings(height=64, width=96, frames=17, fps=8)
+    assert settings.model.rope_stride == 5
+    assert (settings.sampler.steps, settings.sampler.guidance, settings.sampler.shift) == (40, 3.5, 4.0)
+    assert (settings.continuity, settings.first_shot, settings.seed, settings.output) == ("mi2v", "auto", 0, None)
+    assert settings.runtime == RuntimeSettings()
+
+
+def test_settings_are_frozen() -> None:
+    settings = build_settings(GenerateSettings, VALUES)
+    with pytest.raises(AttributeError):
+        settings.model.video.height = 32  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("sed", "sed: unknown key; did you mean 'seed'?"),
+        ("Seed", "Seed: unknown key; did you mean 'seed'?"),
+        ("model__rope_strid", "model.rope_strid: unknown key; did you mean 'rope_stride'?"),
+        ("model__video__heigth", "model.video.heigth: unknown key; did you mean 'height'?"),
+        ("sampler__guidance_lo", "sampler.guidance_lo: unknown key; did you mean 'guidance_low'?"),
+        ("model__video__Colour", "model.video.Colour: unknown key; known are: fps, frames, height, width"),
+    ],
+)
+def test_an_unknown_key_is_told_with_its_path_and_nearest_neighbour(path: str, line: str) -> None:
+    assert complaints(**{path: 1}) == [line]
+
+
+def test_unknown_keys_are_found_below_optional_settings() -> None:
+    weights = {"name": "a", "source": "b", "sizegb": 1}
+    assert complaints(model__weights=weights, model__has_text_to_video=False) == [
+        "model.weights.sizegb: unknown key; did you mean 'size_gb'?"
+    ]
+    lines = complaints(model__adapter={"weights": weights, "alfa": 1})
+    assert "model.adapter.alfa: unknown key; did you mean 'alpha'?" in lines
+    assert "model.adapter.weights.sizegb: unknown key; did you mean 'size_gb'?" in lines
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        ("seed", "abc", "seed: input should be a valid integer.*, not 'abc'"),
+        ("sampler__steps", 2.5, "sampler.steps: .*integer.*, not 2.5"),
+        ("model__name", 3, "model.name: input should be a valid string, not 3"),
+        ("model__video", "large", "model.video: .*VideoSettings, not 'large'"),
+        ("model__dtype", "float8", "model.dtype: input should be 'float32', 'bfloat16' or 'float16', not 'float8'"),
+        ("continuity", "i2v", "continuity: input should be 'none', 'mi2v' or 'mm2v', not 'i2v'"),
+        ("runtime__offload", "disk", "runtime.offload: input should be 'none', 'model' or 'group', not 'disk'"),
+        ("dry_run", "perhaps", "dry_run: .*boolean.*, not 'perhaps'"),
+    ],
+)
+def test_a_wrong_type_is_told_with_what_was_written(path: str, value: Any, line: str) -> None:
+    (told,) = complaints(**{path: value})
+    assert re.fullmatch(line, told), told
+
+
+def test_a_wrong_key_of_a_mapping_is_told_by_its_name() -> None:
+    adapter = {"weights": {"name": "a", "source": "b"}, "folders": {"i2v": "x"}}
+    assert complaints(model__adapter=adapter) == [
+        "model.adapter.folders.i2v: input should be 'none', 'mi2v' or 'mm2v', not 'i2v'"
+    ]
+
+
+def test_a_missing_key_is_told() -> None:
+    values = changed()
+    del values["story"], values["model"]["video"]["fps"]
+    with pytest.raises(ConfigError) as error:
+        build_settings(GenerateSettings, values)
+    assert "story: is missing" in str(error.value)
+    assert "model.video.fps: is missing" in str(error.value)
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    lines = complaints(sed=1, continuity="i2v", model__video__heigth=2, sampler__steps=0)
+    assert len(lines) == 4
+    assert {line.split(":")[0] for line in lines} == {"sed", "continuity", "model.video.heigth", "sampler"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        ("model__video__height", 60, "model.video: height must be a positive multiple of 16, not 60"),
+        ("model__video__width", 0, "model.video: width must be a positive multiple of 16, not 0"),
+        ("model__video__frames", 18, "model.video: frames must be 4n + 1 and at least 5, not 18"),
+        ("model__video__frames", 1, "model.video: frames must be 4n + 1 and at least 5, not 1"),
+        ("model__video__fps", 0, "model.video: fps must be 1 or more, not 0"),
+        ("model__rope_stride", 0, "model: rope_stride must be 1 or more, not 0"),
+        ("sampler__steps", 0, "sampler: steps must be 1 or more, not 0"),
+        ("sampler__guidance", 0.5, "sampler: guidance must be 1 (none) or more"),
+        ("sampler__guidance_low", 0.0, "sampler: guidance must be 1 (none) or more"),
+    ],
+)
+def test_values_that_cannot_work_are_told_where_they_stand(path: str, value: Any, line: str) -> None:
+    assert complaints(**{path: value}) == [line]
+
+
+def test_settings_that_contradict_each_other() -> None:
+    (line,) = complaints(sampler__guidance=1.0, sampler__guidance_low=3.0)
+    assert line.startswith("sampler: guidance_low needs guidance above 1")
+    (line,) = complaints(model__weights={"name": "a", "source": "b"})
+    assert line == "model: text_to_video names no weights: give them, or set has_text_to_video to false"
+
+
+@pytest.mark.parametrize("settings", [SamplerSettings, RuntimeSettings, ModelSettings, Weights])
+def test_settings_are_strict_wherever_they_are_built(settings: type) -> None:
+    with pytest.raises(ValueError, match="colour"):
+        settings(colour="red")
+
+
+def test_the_nearest_name_or_all_of_them() -> None:
+    assert nearest("stepss", ["steps", "shift"]) == "; did you mean 'steps'?"
+    assert nearest("colour", ["shift", "steps"]) == "; known are: shift, steps"

@@ -1,0 +1,58 @@
+"""How each shot is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from storymem.modes import GIVEN_FRAMES, mode_of
+from storymem.story import Character, Scene, Shot, Story
+
+
+def story(*, references: bool = False, shot_references: bool = False) -> Story:
+    pictures = (Path("a.png"),)
+    shots = tuple(
+        Shot(
+            prompt="A dog.",
+            cut=cut,
+            scene=1,
+            number=index + 1,
+            index=index,
+            references=pictures if shot_references and index == 0 else (),
+        )
+        for index, cut in enumerate([True, False, True])
+    )
+    dog = Character(name="Dog", references=pictures if references else ())
+    return Story(title="t", overview="o", characters=(dog,), scenes=(Scene(number=1, shots=shots),))
+
+
+def modes(story: Story, continuity: str = "mi2v", first_shot: str = "auto") -> list[str]:
+    return [mode_of(shot, story, continuity=continuity, first_shot=first_shot) for shot in story.shots]
+
+
+@pytest.mark.parametrize(
+    ("continuity", "expected"),
+    [("none", ["t2v", "m2v", "m2v"]), ("mi2v", ["t2v", "mi2v", "m2v"]), ("mm2v", ["t2v", "mm2v", "m2v"])],
+)
+def test_only_shots_that_continue_are_given_frames(continuity: str, expected: list[str]) -> None:
+    assert modes(story(), continuity) == expected
+
+
+@pytest.mark.parametrize(
+    ("first_shot", "references", "shot_references", "expected"),
+    [
+        ("auto", False, False, "t2v"),
+        ("auto", True, False, "m2v"),
+        ("auto", False, True, "m2v"),
+        ("t2v", True, True, "t2v"),
+        ("m2v", False, False, "m2v"),
+    ],
+)
+def test_the_first_shot(first_shot: str, references: bool, shot_references: bool, expected: str) -> None:
+    told = story(references=references, shot_references=shot_references)
+    assert modes(told, first_shot=first_shot) == [expected, "mi2v", "m2v"]
+
+
+def test_given_frames_are_those_of_the_paper() -> None:
+    assert GIVEN_FRAMES == {"t2v": 0, "m2v": 0, "mi2v": 1, "mm2v": 5}

@@ -1,0 +1,156 @@
+"""The plan of a film: what a dry run says, and that it only says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from storymem.film import Film, estimated_bytes
+from storymem.generate import generate
+from storymem.plan import make_plan
+from storymem.story import Story
+from storymem.wan.flops import forward_flops
+from tests.composing import composed, generate_settings
+from tests.stories import picture, story
+
+FIVE_SHOTS = """\
+title: Five
+overview: A long walk.
+scenes:
+  - shots:
+      - {prompt: "A dog walks out of a door."}
+      - {prompt: "The dog looks at a tree.", cut: false}
+      - {prompt: "The dog barks.", frames: 9}
+  - shots:
+      - {prompt: "A cat sits on a wall."}
+      - {prompt: "The cat jumps.", cut: false}
+"""
+# shot, scene.shot, mode, frames, memory, tokens, PFLOP per forward, PFLOP
+Row = list[str]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def five(tmp_path: Path) -> Story:
+    return story(tmp_path, FIVE_SHOTS)
+
+
+def rows(plan: str) -> list[Row]:
+    return [line.split() for line in plan.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
+
+
+def column(plan: str, number: int) -> list[str]:
+    return [row[number] for row in rows(plan)]
+
+
+def planned(told: Story, *overrides: str, folder: str = "film") -> str:
+    return make_plan(told, generate_settings(*overrides), Path(folder))
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    tmp_path: Path, five: Story, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(composed(f"story={five.source}", "dry_run=true", "output=out/film")) is None
+    said = capsys.readouterr().out
+    assert said.startswith("Five: 5 shots in 2 scenes, ")
+    assert "out/film" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["story.yaml"]
+
+
+def test_modes_and_frames(five: Story) -> None:
+    plan = planned(five, "model.video.frames=17")
+    assert column(plan, 1) == ["1.1", "1.2", "1.3", "2.1", "2.2"]
+    assert column(plan, 2) == ["t2v", "mi2v", "m2v", "m2v", "mi2v"]
+    assert column(plan, 3) == ["17", "16", "9", "17", "16"]
+    mm2v = planned(five, "model.video.frames=17", "continuity=mm2v", "first_shot=m2v")
+    assert column(mm2v, 2) == ["m2v", "mm2v", "m2v", "m2v", "mm2v"]
+    assert column(mm2v, 3) == ["17", "12", "9", "17", "12"]
+
+
+def test_memory_grows_to_its_capacity(five: Story) -> None:
+    assert column(planned(five), 4) == ["0", "3", "6", "9", "10"]
+    assert column(planned(five, "memory.recall.capacity=4"), 4) == ["0", "3", "4", "4", "4"]
+    assert column(planned(five, "memory.selector.max_keyframes=1"), 4) == ["0", "1", "2", "3", "4"]
+    assert column(planned(five, "memory=none"), 4) == ["0"] * 5
+
+
+def test_references_are_memory_from_the_beginning(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        picture(tmp_path / name, (9, 9, 9))
+    text = FIVE_SHOTS.replace("scenes:", "characters:\n  - {name: Dog, references: [a.png, b.png]}\nscenes:", 1)
+    told = story(tmp_path, text.replace("frames: 9", "references: [c.png]"))
+    plan = planned(told)
+    assert column(plan, 2)[0] == "m2v"
+    assert column(plan, 4) == ["2", "5", "9", "10", "10"]
+    assert column(planned(told, "first_shot=t2v"), 4) == ["0", "5", "9", "10", "10"]
+
+
+def test_tokens_and_operations_are_those_of_the_denoiser(five: Story) -> None:
+    settings = generate_settings("model.video.frames=17", "sampler.steps=4")
+    plan = make_plan(five, settings, Path("film"))
+    video = settings.model.video
+    per_slot = video.height // 16 * (video.width // 16)
+    assert column(plan, 5) == [str(slots * per_slot) for slots in (5, 3 + 5, 6 + 3, 9 + 5, 10 + 5)]
+    last = forward_flops(
+        settings.model.network.transformer,
+        slots=15,
+        height=video.height // 8,
+        width=video.width // 8,
+        text_tokens=settings.model.network.text_tokens,
+    )
+    assert float(rows(plan)[-1][6]) == pytest.approx(last.total / 1e15, rel=1e-2)
+    assert float(rows(plan)[-1][7]) == pytest.approx(8 * last.total / 1e15, rel=1e-2)
+    total = sum(float(value) for value in column(plan, 7))
+    (line,) = [line for line in plan.splitlines() if line.startswith("in all")]
+    assert float(line.split()[2]) == pytest.approx(total, rel=2e-2)
+    assert "8 forwards a shot (4 steps)" in line
+
+
+def test_without_guidance_there_is_half_the_work(five: Story) -> None:
+    assert "4 forwards a shot (4 steps)" in planned(five, "sampler.steps=4", "sampler.guidance=1")
+
+
+def test_disk_is_the_sum_of_the_shots(five: Story) -> None:
+    plan = planned(five, "model.video={height: 480, width: 832, frames: 81, fps: 16}")
+    expected = 4 * estimated_bytes(81, 480, 832) + estimated_bytes(9, 480, 832)
+    assert f"disk     at most {expected / 1e6:.0f} MB in film" in plan
+    assert f"{81 + 80 + 9 + 81 + 80} frames at 16 fps: 20.7 s of film" in plan
+
+
+def test_the_published_model_and_what_is_missing(five: Story) -> None:
+    plan = planned(five, "model=wan2.2-a14b", "continuity=mm2v")
+    assert column(plan, 5)[0] == "32760"
+    assert column(plan, 5)[-1] == "48360"
+    assert float(rows(plan)[-1][6]) == pytest.approx(3.1, abs=0.1)
+    missing = [line for line in plan.splitlines() if line.startswith("weights  MISSING")]
+    assert len(missing) == 3
+    for command in (
+        "hf download Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+        'hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --include "transformer*/*"',
+        'hf download Kevin-thu/StoryMem --include "Wan2.2-MM2V-A14B/*"',
+    ):
+        assert command in plan
+
+
+def test_weights_that_are_there_are_named(tmp_path: Path, five: Story) -> None:
+    (tmp_path / "i2v").mkdir()
+    plan = planned(five, "model.weights={name: mine, source: ./i2v}", "model.has_text_to_video=false", "first_shot=m2v")
+    assert "weights  mine: i2v" in plan
+    assert "MISSING" not in plan
+
+
+def test_random_weights_are_admitted(five: Story) -> None:
+    assert "weights  random, from seed 3: the film will be noise" in planned(five, "model=tiny", "model.seed=3")
+
+
+def test_a_film_that_is_begun_is_mentioned(tmp_path: Path, five: Story) -> None:
+    assert "finished" not in planned(five)
+    (tmp_path / "film").mkdir()
+    Film(tmp_path / "film", story=five.to_dict(), config={}).save()
+    assert "which holds 0 finished shots" in planned(five)

@@ -1,0 +1,118 @@
+"""What a person sees while a film is made."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from storymem.film import Film, KeyframeRecord, ShotRecord
+from storymem.progress import Progress, duration, film_table, format_table
+from storymem.story import Shot
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shot(index: int) -> Shot:
+    return Shot(prompt="A dog.", cut=True, scene=2, number=index + 1, index=index)
+
+
+def record(index: int, keyframes: int = 2, memory: int = 3) -> ShotRecord:
+    kept = tuple(KeyframeRecord(id=f"k{k}", frame=4 * k, quality=None, similarity=None) for k in range(keyframes))
+    return ShotRecord(
+        index=index,
+        scene=2,
+        number=index + 1,
+        prompt="A dog.",
+        mode="mi2v",
+        seed=0,
+        frames=16,
+        repeated=1,
+        file="shots/02_01.mp4",
+        memory=tuple(f"m{k}" for k in range(memory)),
+        keyframes=kept,
+        config_hash="0",
+        seconds={"generate": 10.0, "save": 2.5},
+    )
+
+
+def tell(progress: Progress, *, finished: int, total: int = 3) -> None:
+    progress.begin(total=total, finished=finished)
+    for index in range(finished, total):
+        progress.begin_shot(shot(index))
+        for step in range(1, 5):
+            progress.step(step, 4)
+        progress.end_shot(record(index))
+    progress.end()
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    tell(Progress(stream=stream), finished=1)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "1 of 3 shots are finished already"
+    assert lines[1].startswith(
+        "shot 2 of 3 (scene 2, shot 2; mi2v): 12.5 s, memory 3, kept 2 keyframes; about 0:00 left"
+    )
+    assert lines[2].startswith("shot 3 of 3 (scene 2, shot 3; mi2v)")
+    assert len(lines) == 3
+    assert "\r" not in stream.getvalue()
+
+
+def test_two_bars_in_a_terminal() -> None:
+    stream = Terminal()
+    tell(Progress(stream=stream), finished=1)
+    shown = stream.getvalue()
+    assert "shots:" in shown
+    assert "3/3" in shown
+    assert "shot 2 (scene 2, shot 2)" in shown
+    assert "kept" not in shown
+
+
+def test_the_steps_bar_shows_where_the_shot_is() -> None:
+    stream = Terminal()
+    progress = Progress(stream=stream)
+    progress.begin(total=1, finished=0)
+    progress.begin_shot(shot(0))
+    progress.step(3, 8)
+    assert progress._steps is not None
+    assert (progress._steps.n, progress._steps.total) == (3, 8)
+    progress.step(8, 8)
+    assert progress._steps.n == 8
+
+
+def test_a_film_that_is_finished_says_so() -> None:
+    stream = io.StringIO()
+    tell(Progress(stream=stream), finished=3)
+    assert stream.getvalue() == "3 of 3 shots are finished already\n"
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_disabled_progress_says_nothing(stream: type[io.StringIO]) -> None:
+    written = stream()
+    tell(Progress(enabled=False, stream=written), finished=1)
+    assert written.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (3599.7, "1:00:00"), (7325, "2:02:05")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_table_has_a_line_for_each_shot(tmp_path: Path) -> None:
+    film = Film(tmp_path, story={}, config={}, shots=[record(0), record(1, keyframes=0, memory=0)])
+    heading, rule, first, second = film_table(film).splitlines()
+    assert heading.split()[:6] == ["shot", "scene", "mode", "frames", "seconds", "memory"]
+    assert set(rule) == {"-"}
+    assert first.split() == ["1", "2.1", "mi2v", "16", "12.5", "3", "2", "(0,", "4)"]
+    assert second.split() == ["2", "2.2", "mi2v", "16", "12.5", "0", "0"]
+
+
+def test_columns_are_as_wide_as_their_widest_cell() -> None:
+    assert format_table([("a", "long"), ("wide", "b")]) == "   a  long\n----------\nwide     b"

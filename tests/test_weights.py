@@ -1,0 +1,187 @@
+"""Published weights are found where they lie; what is missing is told, and never fetched."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from storymem.weights import MissingWeights, Weights, locate
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hugging Face cache, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+def write(folder: Path, *files: str) -> Path:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def download(cache: Path, *files: str, repo: str = "owner/model") -> Path:
+    """Lay ``files`` into the cache as the hub's own client does; returns the snapshot."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True, exist_ok=True)
+    (root / "refs" / "main").write_text("0123abcd")
+    return write(root / "snapshots" / "0123abcd", *files)
+
+
+def index(folder: Path, *shards: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map = {f"weight.{number}": shard for number, shard in enumerate(shards)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def published(file: str | None = None, source: str = "owner/model") -> Weights:
+    return Weights(name="A model", source=source, file=file, size_gb=17, licence="Apache-2.0")
+
+
+def message(weights: Weights) -> str:
+    with pytest.raises(MissingWeights) as error:
+        locate(weights)
+    return str(error.value)
+
+
+# On disk
+
+
+def test_a_file_is_found(tmp_path: Path) -> None:
+    file = write(tmp_path, "here.safetensors") / "here.safetensors"
+    assert locate(published(source=str(file))) == file
+
+
+def test_a_folder_is_found_with_and_without_a_file(tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", "sub/a.safetensors")
+    assert locate(published(source=str(folder))) == folder
+    assert locate(published("sub/a.safetensors", source=str(folder))) == folder / "sub" / "a.safetensors"
+
+
+def test_a_folder_copied_flat_is_understood(tmp_path: Path) -> None:
+    folder = write(tmp_path / "flat", "a.safetensors")
+    assert locate(published("sub/a.safetensors", source=str(folder))) == folder / "a.safetensors"
+
+
+def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "weights", "a.bin")
+    assert locate(published(source="~/weights/a.bin")) == tmp_path / "weights" / "a.bin"
+
+
+def test_a_folder_named_like_a_repository_comes_first(tmp_path: Path) -> None:
+    write(tmp_path / "owner" / "model", "a.bin")
+    assert locate(published()).resolve() == (tmp_path / "owner" / "model").resolve()
+
+
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./absent", "~/absent", "absent", "a/b/c"])
+def test_what_cannot_be_a_repository_is_a_path(source: str) -> None:
+    text = message(published(source=source))
+    assert f"A model: {source} does not exist." in text
+    assert "Give the path of an existing file or folder" in text
+    assert "hf download" not in text
+
+
+def test_a_folder_without_the_file_says_so(tmp_path: Path) -> None:
+    text = message(published("model.safetensors", source=str(write(tmp_path / "folder", "other.bin"))))
+    assert "holds no model.safetensors" in text
+
+
+def test_a_pattern_gives_its_folder(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", "MI2V/a.bin", "MM2V/a.bin", "transformer/x.bin", "transformer_2/x.bin")
+    assert locate(published("MM2V/*", source=str(whole))) == whole / "MM2V"
+    assert locate(published("MM2V/*", source=str(whole / "MM2V"))) == whole / "MM2V", "only the part that is needed"
+    assert locate(published("transformer*/*", source=str(whole))) == whole
+
+
+def test_a_pattern_that_nothing_matches_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "holds no MM2V/*" in message(published("MM2V/*", source=str(tmp_path / "empty")))
+
+
+# In the hub's cache
+
+
+def test_a_repository_in_the_cache_is_found(cache: Path) -> None:
+    snapshot = download(cache, "model_index.json", "vae/a.safetensors")
+    assert locate(published()) == snapshot
+    assert locate(published("vae/a.safetensors")) == snapshot / "vae" / "a.safetensors"
+    assert locate(published("vae/*")) == snapshot / "vae"
+
+
+def test_a_repository_that_is_not_there_is_told_with_everything() -> None:
+    lines = message(published()).splitlines()
+    assert lines == [
+        "A model: owner/model is not in the local Hugging Face cache.",
+        "  size:     17 GB",
+        "  licence:  Apache-2.0",
+        "  download: hf download owner/model",
+        "  or give the path of a local copy.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        (None, "hf download owner/model"),
+        ("a/model.safetensors", "hf download owner/model a/model.safetensors"),
+        ("transformer*/*", 'hf download owner/model --include "transformer*/*"'),
+    ],
+)
+def test_the_download_command_is_exact(cache: Path, file: str | None, command: str) -> None:
+    text = message(published(file))
+    assert f"  download: {command}\n" in text
+    assert file is None or f"  file:     {file}\n" in text
+    if file is not None:
+        download(cache, "something/else.bin")
+        assert f"has no {file} in the local Hugging Face cache" in message(published(file))
+
+
+def test_small_sizes_are_told_in_megabytes() -> None:
+    assert "size:     4 MB" in message(Weights(name="a", source="owner/model", size_gb=0.004))
+    assert "size:" not in message(Weights(name="a", source="owner/model"))
+
+
+def test_what_is_on_no_hub_is_told_with_its_address(tmp_path: Path) -> None:
+    weights = Weights(name="a", source=str(tmp_path / "head.pth"), url="https://example.org/head.pth")
+    expected = f'curl --create-dirs -L -o "{tmp_path / "head.pth"}" "https://example.org/head.pth"'
+    assert f"download: {expected}" in message(weights)
+
+
+# Downloads that were broken off
+
+
+@pytest.mark.parametrize("file", [None, "transformer*/*"])
+def test_a_download_that_was_broken_off_is_noticed(cache: Path, tmp_path: Path, file: str | None) -> None:
+    for folder, source in ((download(cache, "model_index.json"), "owner/model"), (tmp_path / "copy", None)):
+        part = folder / "transformer"
+        index(part, "one.safetensors", "two.safetensors", "three.safetensors")
+        write(part, "one.safetensors")
+        weights = published(file, source=source or str(folder))
+        assert "is incomplete: transformer/ lacks three.safetensors, two.safetensors" in message(weights)
+        write(part, "two.safetensors", "three.safetensors")
+        assert locate(weights) == folder
+
+
+def test_parts_that_are_not_asked_for_may_be_incomplete(cache: Path) -> None:
+    snapshot = download(cache, "transformer/a.safetensors")
+    index(snapshot / "text_encoder", "absent.safetensors")
+    assert locate(published("transformer*/*")) == snapshot
+    assert "text_encoder/ lacks absent.safetensors" in message(published())
+
+
+def test_it_is_an_error_of_files() -> None:
+    with pytest.raises(FileNotFoundError):
+        locate(published())

@@ -1,0 +1,165 @@
+"""From a request to frames: each text encoded once, and the same shot from the same request."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.settings import ModelSettings, SamplerSettings
+from storymem.wan.shots import ShotRequest, WanShotGenerator
+from storymem.weights import MissingWeights
+from tests.wan.tiny import CPU, FRAMES, HEIGHT, WIDTH, generate, pictures, settings
+
+SAMPLER = SamplerSettings(steps=3, guidance=3.0, negative_prompt="blurred")
+
+
+def generator(model: ModelSettings, **changes: Any) -> WanShotGenerator:
+    arguments = {"model": model, "sampler": SAMPLER, "runtime": CPU} | changes
+    return WanShotGenerator(**arguments)
+
+
+def request(**changes: Any) -> ShotRequest:
+    empty = np.empty((0, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    shot = ShotRequest(prompt="a fox", negative_prompt=None, frames=FRAMES, seed=0, memory=[], given=empty)
+    return replace(shot, **changes)
+
+
+@pytest.fixture(scope="module")
+def ready(tiny_model: ModelSettings) -> WanShotGenerator:
+    made = generator(tiny_model)
+    made.prepare(["a fox", "an owl"], [None, "fog", ""])
+    return made
+
+
+def given(count: int) -> np.ndarray:
+    return np.stack([np.asarray(picture) for picture in pictures(count, seed=7)])
+
+
+def test_a_shot_is_what_the_pipeline_makes(ready: WanShotGenerator, pipe: WanMemoryToVideoPipeline) -> None:
+    memory = ready.encode_keyframes([np.asarray(picture) for picture in pictures(2)])
+    frames = ready.generate(request(memory=memory, given=given(1), seed=5))
+    expected = generate(
+        pipe,
+        prompt="a fox",
+        negative_prompt="blurred",
+        guidance_scale=3.0,
+        num_inference_steps=3,
+        memory=pictures(2),
+        first_frame=pictures(1, seed=7)[0],
+        generator=torch.Generator().manual_seed(5),
+        output_type="np",
+    )
+    assert frames.dtype == np.uint8
+    np.testing.assert_allclose(frames, expected[0] * 255, atol=0.51)
+
+
+def test_motion_frames_are_five_given_frames(ready: WanShotGenerator, pipe: WanMemoryToVideoPipeline) -> None:
+    frames = ready.generate(request(given=given(5)))
+    expected = generate(
+        pipe,
+        negative_prompt="blurred",
+        guidance_scale=3.0,
+        num_inference_steps=3,
+        motion_frames=pictures(5, seed=7),
+        output_type="np",
+    )
+    np.testing.assert_allclose(frames, expected[0] * 255, atol=0.51)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 1}, {"prompt": "an owl"}, {"negative_prompt": "fog"}, {"negative_prompt": ""}],
+    ids=str,
+)
+def test_everything_in_a_request_matters(ready: WanShotGenerator, changes: dict[str, Any]) -> None:
+    frames = ready.generate(request())
+    assert not np.array_equal(ready.generate(request(**changes)), frames)
+    np.testing.assert_array_equal(ready.generate(request()), frames)
+
+
+def test_a_shots_own_length(ready: WanShotGenerator) -> None:
+    assert ready.generate(request(frames=5)).shape == (5, HEIGHT, WIDTH, 3)
+
+
+def test_the_first_shot_has_networks_of_its_own(ready: WanShotGenerator) -> None:
+    assert not np.array_equal(ready.first(request()), ready.generate(request()))
+    np.testing.assert_array_equal(ready.first(request()), ready.first(request()))
+
+
+def test_without_text_to_video_the_memory_networks_make_the_first_shot() -> None:
+    alone = generator(settings(has_text_to_video=False))
+    alone.prepare(["a fox"], [None])
+    np.testing.assert_array_equal(alone.first(request()), alone.generate(request()))
+
+
+def test_steps_are_told(ready: WanShotGenerator) -> None:
+    for make in (ready.first, ready.generate):
+        told: list[tuple[int, int]] = []
+        make(request(), lambda step, total, told=told: told.append((step, total)))
+        assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+class Watched(WanShotGenerator):
+    """Notes the text encoders that are loaded, without keeping them alive."""
+
+    def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
+        self.loads = getattr(self, "loads", 0) + 1
+        pipe = super()._load(text_encoder=text_encoder, experts=experts)
+        self.encoder = weakref.ref(pipe.text_encoder.shared.weight)
+        return pipe
+
+
+def test_each_text_is_encoded_once(tiny_model: ModelSettings) -> None:
+    made = Watched(model=tiny_model, sampler=SAMPLER, runtime=CPU)
+    made.prepare(["a", "b", "a"], [None, "fog", None])
+    assert sorted(made._embeds) == ["a", "b", "blurred", "fog"]
+    made.prepare(["b", "a"], ["fog", None])
+    assert made.loads == 1, "known texts load nothing"
+    made.prepare(["c"], [None])
+    assert made.loads == 2
+
+
+def test_the_text_encoder_is_freed(tiny_model: ModelSettings) -> None:
+    made = Watched(model=tiny_model, sampler=SAMPLER, runtime=CPU)
+    made.prepare(["a"], [None])
+    gc.collect()
+    assert made.encoder() is None
+    assert not any(embeds.requires_grad for embeds in made._embeds.values())
+
+
+def test_a_texts_embedding_does_not_depend_on_the_others(ready: WanShotGenerator, tiny_model: ModelSettings) -> None:
+    alone = generator(tiny_model)
+    alone.prepare(["a fox"], [None])
+    assert torch.equal(alone._embeds["a fox"], ready._embeds["a fox"])
+
+
+def test_without_guidance_no_negative_prompt_is_encoded(tiny_model: ModelSettings) -> None:
+    made = generator(tiny_model, sampler=SamplerSettings(steps=2, guidance=1.0, negative_prompt="blurred"))
+    made.prepare(["a fox"], ["fog"])
+    assert list(made._embeds) == ["a fox"]
+    assert made.generate(request(negative_prompt="fog")).shape[0] == FRAMES
+
+
+def test_keyframes_are_encoded_alone(ready: WanShotGenerator, pipe: WanMemoryToVideoPipeline) -> None:
+    frames = [np.asarray(picture) for picture in pictures(3)]
+    latents = ready.encode_keyframes(frames)
+    assert [latent.shape for latent in latents] == [(16, 1, HEIGHT // 8, WIDTH // 8)] * 3
+    assert torch.equal(torch.stack(latents), pipe.encode_memory(pictures(3)))
+    assert ready.encode_keyframes([]) == []
+
+
+def test_missing_weights_are_told_by_check(tmp_path: Any) -> None:
+    model = settings(
+        weights={"name": "i2v", "source": str(tmp_path)}, text_to_video={"name": "t2v", "source": "./absent"}
+    )
+    made = generator(model)
+    made.check(text_to_video=False)
+    with pytest.raises(MissingWeights, match="t2v"):
+        made.check(text_to_video=True)
