@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, build_settings
-from storymem.modes import FirstShot, mode_of
+from storymem.modes import FirstShot, check_lengths, mode_of, parse_resume
 from storymem.story import Story, load_story
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings
 
@@ -67,6 +67,9 @@ def generate(config: Mapping[str, Any]) -> Film | None:
     settings = build_settings(GenerateSettings, config)
     story = load_story(settings.story)
     folder = Path(settings.output or Path("films") / story.slug)
+    frames, continuity, first_shot = settings.model.video.frames, settings.continuity, settings.first_shot
+    check_lengths(story, frames=frames, continuity=continuity, first_shot=first_shot)
+    parse_resume(settings.resume, len(story.shots))
     if settings.dry_run:
         from storymem.plan import make_plan
 
@@ -74,7 +77,7 @@ def generate(config: Mapping[str, Any]) -> Film | None:
         return None
     from storymem.wan.sources import check_weights
 
-    check_weights(settings.model, text_to_video=uses_text_to_video(story, settings), continuity=settings.continuity)
+    check_weights(settings.model, text_to_video=uses_text_to_video(story, settings), continuity=continuity)
     from storymem.progress import Progress, film_table
 
     teller = build_storyteller(settings, config)

@@ -1,4 +1,4 @@
-"""How each shot of a story is made; the rules that plan and loop share. Loads no torch."""
+"""How each shot of a story is made, and from which on; the rules that plan and loop share. Loads no torch."""
 
 from __future__ import annotations
 
@@ -26,3 +26,33 @@ def mode_of(shot: Shot, story: Story, *, continuity: Continuity, first_shot: Fir
         by_text = first_shot == "t2v" or (first_shot == "auto" and not has_references)
         return "t2v" if by_text else "m2v"
     return "m2v" if shot.cut or continuity == "none" else continuity
+
+
+def check_lengths(story: Story, *, frames: int, continuity: Continuity, first_shot: FirstShot) -> None:
+    """Raise ``ValueError`` for shots too short to be gone on from, or to show anything new.
+
+    Args:
+        story: what is told.
+        frames: length of shots that do not say their own.
+        continuity: as in :func:`mode_of`.
+        first_shot: as in :func:`mode_of`.
+    """
+    problems = []
+    for shot in story.shots:
+        mode = mode_of(shot, story, continuity=continuity, first_shot=first_shot)
+        least = max(GIVEN_FRAMES["mm2v"], GIVEN_FRAMES[mode] + 4)
+        length = shot.frames or frames
+        if length < least:
+            problems.append(f"{shot.label} has {length} frames; with continuity={continuity} it needs at least {least}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def parse_resume(resume: str, shots: int) -> int | None:
+    """``"auto"`` -> None; ``"from_shot:N"`` -> N - 1. ``ValueError`` for anything else."""
+    if resume == "auto":
+        return None
+    name, _, number = resume.partition(":")
+    if name == "from_shot" and number.isdigit() and 1 <= int(number) <= shots:
+        return int(number) - 1
+    raise ValueError(f"resume={resume}: write auto, or from_shot:N with N from 1 to {shots}")

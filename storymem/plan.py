@@ -15,6 +15,7 @@ from storymem.progress import format_table
 from storymem.story import Shot, Story
 from storymem.wan.conditioning import latent_frames
 from storymem.wan.flops import ForwardFlops, forward_flops
+from storymem.wan.runtime import check_runtime
 from storymem.wan.sources import required_weights
 from storymem.weights import MissingWeights, locate
 
@@ -57,6 +58,7 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> str:
         format_table(rows),
         "",
         f"in all   {total:.3g} PFLOP in the denoiser, {passes} forwards a shot ({settings.sampler.steps} steps)",
+        f"runtime  {check_runtime(settings.runtime)}, offload {settings.runtime.offload}",
         f"disk     at most {disk / 1e6:.0f} MB in {folder}{_state(folder)}",
         *_weights(settings, text_to_video=uses_text_to_video(story, settings)),
     ]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from storymem.film import (
-    END_FRAMES,
     Film,
     FilmError,
     KeyframeRecord,
@@ -35,7 +34,7 @@ from storymem.memory import (
     embed_in_batches,
     reference_id,
 )
-from storymem.modes import GIVEN_FRAMES, FirstShot, Mode, mode_of
+from storymem.modes import GIVEN_FRAMES, FirstShot, Mode, check_lengths, mode_of, parse_resume
 from storymem.progress import Progress
 from storymem.scorers.quality import NoQuality, QualityScorer
 from storymem.story import Shot, Story
@@ -111,7 +110,8 @@ class Storyteller:
             progress: is told of shots and steps.
 
         Raises:
-            FilmError: before anything is generated, if the folder cannot be used for this.
+            ValueError: before anything is generated, if a shot is too short or ``resume`` is not understood.
+            FilmError: likewise, if the folder cannot be used for this.
         """
         self.check_lengths(story)
         progress = progress or Progress(enabled=False)
@@ -146,14 +146,9 @@ class Storyteller:
         return sum(estimated_bytes(self.frames_of(shot), video.height, video.width) for shot in story.shots)
 
     def check_lengths(self, story: Story) -> None:
-        """Raise ``FilmError`` for shots too short to be gone on from, or to show anything new."""
-        for shot in story.shots:
-            least = GIVEN_FRAMES[self.mode_of(shot, story)] + END_FRAMES - 1
-            if self.frames_of(shot) < max(END_FRAMES, least):
-                raise FilmError(
-                    f"{shot.label} has {self.frames_of(shot)} frames; with continuity={self.continuity} it needs at "
-                    f"least {max(END_FRAMES, least)}"
-                )
+        """Raise ``ValueError`` for shots too short; see :func:`storymem.modes.check_lengths`."""
+        frames = self.generator.video.frames
+        check_lengths(story, frames=frames, continuity=self.continuity, first_shot=self.first_shot)
 
     def _open(self, story: Story, folder: Path, resume: str) -> Film:
         """The film in ``folder``, brought to the state from which it goes on."""
@@ -326,16 +321,6 @@ def as_tensor(frames: np.ndarray) -> Tensor:
 
 def _score_frame(quality: QualityScorer, frames: np.ndarray, frame: int) -> float:
     return quality.score(as_tensor(frames[frame : frame + 1])).item()
-
-
-def parse_resume(resume: str, shots: int) -> int | None:
-    """``"auto"`` -> None; ``"from_shot:N"`` -> N - 1. ``FilmError`` for anything else."""
-    if resume == "auto":
-        return None
-    name, _, number = resume.partition(":")
-    if name == "from_shot" and number.isdigit() and 1 <= int(number) <= shots:
-        return int(number) - 1
-    raise FilmError(f"resume={resume}: write auto, or from_shot:N with N from 1 to {shots}")
 
 
 def story_record(story: Story) -> dict[str, Any]:

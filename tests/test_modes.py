@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from storymem.modes import GIVEN_FRAMES, mode_of
+from storymem.modes import GIVEN_FRAMES, check_lengths, mode_of
 from storymem.story import Character, Scene, Shot, Story
 
 
@@ -56,3 +57,16 @@ def test_the_first_shot(first_shot: str, references: bool, shot_references: bool
 
 def test_given_frames_are_those_of_the_paper() -> None:
     assert GIVEN_FRAMES == {"t2v": 0, "m2v": 0, "mi2v": 1, "mm2v": 5}
+
+
+def test_every_shot_too_short_is_named() -> None:
+    """Two shots of five frames: enough after one given frame, too few after five."""
+    told = story()
+    short = replace(told, scenes=(replace(told.scenes[0], shots=tuple(replace(s, frames=5) for s in told.shots)),))
+    check_lengths(short, frames=9, continuity="mi2v", first_shot="auto")
+    with pytest.raises(ValueError, match=r"shot 2 \(scene 1, shot 2\) has 5 frames.*mm2v.*at least 9") as error:
+        check_lengths(short, frames=9, continuity="mm2v", first_shot="auto")
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(ValueError, match=r"(?s)shot 1 .*shot 2 .*shot 3 ") as error:
+        check_lengths(told, frames=1, continuity="none", first_shot="auto")
+    assert len(str(error.value).splitlines()) == 3

@@ -13,9 +13,9 @@ from PIL import Image
 
 from storymem.film import Film, FilmError
 from storymem.memory import KeyframeSelector, MemoryBank, SinkAndRecent
+from storymem.modes import parse_resume
 from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.quality import NoQuality
-from storymem.storyteller import parse_resume
 from storymem.video import read_video
 from tests.stories import CLIP, FOUR_SHOTS, MODEL, all_frames, picture, story, storyteller
 
@@ -214,7 +214,7 @@ def test_from_shot_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resume", ["from_shot:0", "from_shot:5", "from_shot:x", "never", "from_shot"])
 def test_resume_is_checked(resume: str) -> None:
-    with pytest.raises(FilmError, match="write auto, or from_shot:N with N from 1 to 4"):
+    with pytest.raises(ValueError, match="write auto, or from_shot:N with N from 1 to 4"):
         parse_resume(resume, 4)
 
 
@@ -235,7 +235,7 @@ def test_memory_edited_by_hand_is_what_later_shots_see(tmp_path: Path) -> None:
 
 def test_shots_too_short_are_told_before_anything_is_made(tmp_path: Path) -> None:
     text = FOUR_SHOTS.replace("cut: false, negative", "cut: false, frames: 5, negative")
-    with pytest.raises(FilmError, match=r"shot 4 \(scene 2, shot 2\) has 5 frames.*mm2v.*at least 9"):
+    with pytest.raises(ValueError, match=r"shot 4 \(scene 2, shot 2\) has 5 frames.*mm2v.*at least 9"):
         storyteller("mm2v").tell(story(tmp_path, text), tmp_path / "film")
     assert not (tmp_path / "film").exists()
     assert storyteller("mi2v").tell(story(tmp_path, text), tmp_path / "ok").shots[3].frames == 4
