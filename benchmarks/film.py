@@ -50,7 +50,8 @@ def main() -> None:
     from diffusers.schedulers import UniPCMultistepScheduler
 
     from storymem.config import build_settings
-    from storymem.generate import GenerateSettings, build_storyteller
+    from storymem.generate import build_storyteller
+    from storymem.settings import GenerateSettings
     from storymem.story import load_story
 
     denoising, decoding = Stopwatch(), Stopwatch()

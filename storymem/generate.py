@@ -1,58 +1,20 @@
-"""From a composed configuration to a film: the settings of ``generate.yaml`` and what is built from them."""
+"""From a composed configuration to a film: what is built from the settings of ``generate.yaml``, and run."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic.dataclasses import dataclass
-
-from storymem.config import STRICT, build_settings
-from storymem.modes import FirstShot, check_lengths, mode_of, parse_resume
-from storymem.story import Story, load_story
-from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings
+from storymem.config import build_settings
+from storymem.modes import check_lengths, parse_resume
+from storymem.settings import GenerateSettings, uses_text_to_video
+from storymem.story import load_story
 
 if TYPE_CHECKING:
     from storymem.film import Film
     from storymem.storyteller import Storyteller
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class MemorySettings:
-    """The memory: policies as ``_target_`` nodes, and how reference pictures are brought to size."""
-
-    recall: dict[str, Any]
-    selector: dict[str, Any]
-    reference_fit: Literal["cover", "contain"] = "cover"
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ScorerSettings:
-    """The scorers of the shot loop, as ``_target_`` nodes."""
-
-    clip: dict[str, Any]
-    quality: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class GenerateSettings:
-    """Everything ``scripts/generate.py`` can be told; see :class:`storymem.storyteller.Storyteller`."""
-
-    story: str
-    model: ModelSettings
-    sampler: SamplerSettings
-    memory: MemorySettings
-    scorer: ScorerSettings
-    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
-    output: str | None = None
-    continuity: Continuity = "mi2v"
-    first_shot: FirstShot = "auto"
-    seed: int = 0
-    resume: str = "auto"
-    dry_run: bool = False
 
 
 # What has no say in what the film looks like, and so may differ when a film is gone on with.
@@ -85,12 +47,6 @@ def generate(config: Mapping[str, Any]) -> Film | None:
     print(film_table(film), file=sys.stderr)
     print(film.video)
     return film
-
-
-def uses_text_to_video(story: Story, settings: GenerateSettings) -> bool:
-    """Whether the film's first shot needs the text-to-video model."""
-    first = story.shots[0]
-    return mode_of(first, story, continuity=settings.continuity, first_shot=settings.first_shot) == "t2v"
 
 
 def build_storyteller(settings: GenerateSettings, config: Mapping[str, Any]) -> Storyteller:

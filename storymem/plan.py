@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from storymem.film import Film, estimated_bytes
-from storymem.generate import GenerateSettings, uses_text_to_video
 from storymem.memory import Keyframe, RecallPolicy
 from storymem.modes import GIVEN_FRAMES, mode_of
 from storymem.progress import format_table
+from storymem.settings import GenerateSettings, uses_text_to_video
 from storymem.story import Shot, Story
 from storymem.wan.conditioning import latent_frames
 from storymem.wan.flops import ForwardFlops, forward_flops

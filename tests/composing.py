@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from storymem.cli import CONFIGS
 from storymem.config import build_settings
-from storymem.generate import GenerateSettings
+from storymem.settings import GenerateSettings
 
 
 def composed(*overrides: str, name: str = "generate") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from storymem.config import ConfigError, build_settings, nearest
-from storymem.generate import GenerateSettings
+from storymem.settings import GenerateSettings
 from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
 from storymem.weights import Weights
 

@@ -1,0 +1,144 @@
+"""Growth of grouping: time and peak memory at 1k, 10k and 100k clips, by exact search and by faiss.
+
+    python -m benchmarks.grouping [--quick] [--search exact faiss] [--threads N] [--device cuda]
+
+The embeddings are drawn: clusters of eight clips with cosines of about 0.86, 512 dimensions as of ViT-B/32, and one
+clip in fifty a near-duplicate of another. Each size runs in a process of its own, whose peak memory is told less what
+it holds before grouping begins. Growth is that of CPU seconds, which other work on the machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from math import log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from storymem.memory.keyframes import normalised
+from storymem.training.data_settings import GroupSettings
+from storymem.training.grouping import group_clips
+
+DIMENSIONS, CLUSTER = 512, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One size. ``found``: share of clips in a group with at least half of their cluster."""
+
+    clips: int
+    search: str
+    device: str
+    seconds: float
+    cpu_seconds: float
+    megabytes: float
+    embeddings_megabytes: float
+    groups: int
+    grouped: float
+    duplicates: int
+    found: float
+    threads: int
+
+
+def drawn_embeddings(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings float32 [count, 512] and the cluster of each, [count]."""
+    random = np.random.default_rng(0)
+    cluster = np.arange(count) // CLUSTER
+    centres = normalised(random.standard_normal((cluster[-1] + 1, DIMENSIONS), dtype=np.float32))
+    rows = centres[cluster] + 0.4 * normalised(random.standard_normal((count, DIMENSIONS), dtype=np.float32))
+    copies = np.arange(50, count, 50)
+    rows[copies] = rows[copies - 1] + 0.002
+    cluster[copies] = cluster[copies - 1]
+    return normalised(rows), cluster
+
+
+def measure(folder: Path, search: str, threads: int | None, device: str) -> Result:
+    """Group the clips whose embeddings and clusters lie in ``folder``, in this process."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+        if search == "faiss":
+            import faiss
+
+            faiss.omp_set_num_threads(threads)
+    embeddings, cluster = np.load(folder / "embeddings.npy"), np.load(folder / "cluster.npy")
+    count = len(embeddings)
+    ids = [f"clip{number:07d}" for number in range(count)]
+    settings = GroupSettings(search=search)  # type: ignore[arg-type]
+    group_clips(ids[:64], embeddings[:64], settings, device=device)  # libraries load what they need
+    before = psutil.Process().memory_info().rss / 1e6
+    start, cpu_start = time.perf_counter(), time.process_time()
+    grouping = group_clips(ids, embeddings, settings, device=device)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return Result(
+        clips=count,
+        search=search,
+        device=device,
+        seconds=round(seconds, 3),
+        cpu_seconds=round(cpu_seconds, 3),
+        megabytes=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - before, 1),
+        embeddings_megabytes=round(embeddings.nbytes / 1e6, 1),
+        groups=len(grouping.split),
+        grouped=round(len(grouping.group) / count, 4),
+        duplicates=len(grouping.duplicates),
+        found=round(_found(grouping.group, dict(zip(ids, cluster.tolist(), strict=True))), 4),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _found(group: dict[str, int], cluster: dict[str, int]) -> float:
+    """Share of all clips whose group holds at least half of their cluster."""
+    together: dict[tuple[int, int], int] = {}
+    for id, number in group.items():
+        key = number, cluster[id]
+        together[key] = together.get(key, 0) + 1
+    return sum(together.get((group.get(id, -1), cluster[id]), 0) >= CLUSTER // 2 for id in cluster) / len(cluster)
+
+
+def in_own_process(count: int, *arguments: Any) -> Result:
+    """Measure in a fresh process, so that neither another size nor the drawing counts."""
+    with tempfile.TemporaryDirectory() as name, multiprocessing.get_context("spawn").Pool(1) as pool:
+        embeddings, cluster = drawn_embeddings(count)
+        np.save(Path(name) / "embeddings.npy", embeddings)
+        np.save(Path(name) / "cluster.npy", cluster)
+        del embeddings, cluster
+        return pool.apply(measure, (Path(name), *arguments))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="1k and 10k clips only")
+    parser.add_argument("--search", nargs="+", default=["exact", "faiss"], choices=["exact", "faiss"])
+    parser.add_argument("--threads", type=int, help="threads (default: the libraries' own choice)")
+    parser.add_argument("--device", default="cpu", help="of exact search")
+    arguments = parser.parse_args()
+    sizes = [1_000, 10_000] if arguments.quick else [1_000, 10_000, 100_000]
+    print("search    clips   seconds  CPU sec.  growth  peak MB  embeddings MB  grouped  found")
+    results: list[Result] = []
+    for search in arguments.search:
+        before: Result | None = None
+        for count in sizes:
+            result = in_own_process(count, search, arguments.threads, arguments.device)
+            growth = "" if before is None else f"N^{log(result.cpu_seconds / before.cpu_seconds, 10):.2f}"
+            print(
+                f"{search:<7} {count:>7} {result.seconds:>9.2f} {result.cpu_seconds:>9.2f}  {growth:<6} "
+                f"{result.megabytes:>8.0f} {result.embeddings_megabytes:>14.0f}  "
+                f"{result.grouped:>7.1%}  {result.found:.1%}",
+                flush=True,
+            )
+            before = result
+            results.append(result)
+    for result in results:
+        print(json.dumps({"benchmark": "grouping", **asdict(result)}))
+
+
+if __name__ == "__main__":
+    main()

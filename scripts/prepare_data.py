@@ -1,0 +1,16 @@
+"""Turn captioned videos into a training set: ``python scripts/prepare_data.py videos=FOLDER output=FOLDER``."""
+
+from omegaconf import DictConfig, OmegaConf
+
+from storymem.cli import run_script
+from storymem.training.prepare import prepare
+
+
+def main(config: DictConfig) -> None:
+    cache = prepare(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+    if cache is not None:
+        print(cache.folder)
+
+
+if __name__ == "__main__":
+    run_script(main, config_name="prepare_data")

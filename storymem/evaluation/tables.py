@@ -1,0 +1,204 @@
+"""Results as files for programs (JSON, CSV) and as tables for people (Markdown, LaTeX)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from storymem.evaluation.metric import Column
+from storymem.evaluation.results import PUBLISHED, PUBLISHED_COLUMNS, PUBLISHED_NOTE, Results, Summary
+from storymem.evaluation.statistics import Comparison
+
+ABSENT = "–"
+COMPARED = ("difference", "relative", "higher / lower", "sign test p", "permutation p")
+"""Headings of what a `Comparison` says of a column."""
+
+
+def results_json(results: Results) -> str:
+    """Everything, with every story's values; shots are counted from 0."""
+    content = {
+        "benchmark": results.benchmark,
+        "metrics": results.metrics,
+        "statistics": asdict(results.statistics),
+        "texts": dict(zip(("read", "truncated"), results.texts, strict=True)),
+        "columns": {column.name: column.title for column in results.columns},
+        "systems": {
+            name: {
+                **results.systems[name],
+                "columns": {column: asdict(summary) for column, summary in results.summaries[name].items()},
+                "missing": results.missing(name),
+                "stories": [asdict(result) for result in stories],
+            }
+            for name, stories in results.stories.items()
+        },
+        "comparisons": [
+            {
+                "first": first,
+                "second": second,
+                "columns": {name: None if found is None else asdict(found) for name, found in columns.items()},
+            }
+            for (first, second), columns in results.comparisons.items()
+        ],
+        "published": {
+            "note": PUBLISHED_NOTE,
+            "rows": {name: dict(zip(PUBLISHED_COLUMNS, row, strict=True)) for name, row in PUBLISHED.items()},
+        },
+        "versions": results.versions,
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def csv_lines(results: Results) -> str:
+    """A line for each value of a film, a shot, a pair or a character; shots are counted from 1."""
+    written = io.StringIO()
+    writer = csv.writer(written, lineterminator="\n")
+    writer.writerow(["system", "story", "level", "item", "column", "value", "reason"])
+    for system, stories in results.stories.items():
+        for result in stories:
+            for level, item, column, value, reason in _values(result.scores, result.shots):
+                number = "" if value is None else f"{value:.6f}"
+                writer.writerow([system, result.title, level, item, column, number, reason or ""])
+    return written.getvalue()
+
+
+def _values(scores: dict[str, Any], shots: Any) -> Iterator[tuple[str, str, str, float | None, str | None]]:
+    for found in scores.values():
+        for column, value in found.columns.items():
+            yield "story", "", column, value, found.reasons.get(column)
+        for column, values in found.shots.items():
+            for shot, value in zip(shots, values, strict=True):
+                yield "shot", str(shot.index + 1), column, value, shot.missing
+        for column, pairs in found.pairs.items():
+            for i, j, value in pairs:
+                yield "pair", f"{i + 1}-{j + 1}", column, value, shots[i].missing or shots[j].missing
+        for name, value in found.details.get("characters", {}).items():
+            yield "character", name, "identity_consistency", value, None
+
+
+def number(value: float | None) -> str:
+    """Four digits, as the paper prints them: ``.5065``."""
+    if value is None:
+        return ABSENT
+    text = f"{value:.4f}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
+
+
+def mean_and_interval(summary: Summary) -> tuple[str, str]:
+    """The mean, and its interval as ``[.49, .52]``; without a mean, that of the complete stories in brackets."""
+    interval = "" if summary.interval is None else f"[{number(summary.interval[0])}, {number(summary.interval[1])}]"
+    if summary.mean is not None:
+        return number(summary.mean), interval
+    if summary.mean_of_complete is None:
+        return ABSENT, ""
+    return ABSENT, f"({number(summary.mean_of_complete)} of {summary.complete}/{summary.expected})"
+
+
+def percent(comparison: Comparison) -> str:
+    """The relative difference: ``+28.7 %``."""
+    return ABSENT if comparison.relative is None else f"{100 * comparison.relative:+.1f} %"
+
+
+# Markdown
+
+
+def markdown(results: Results) -> str:
+    """The table with the paper's rows beside it, comparisons, what is missing, and how it was measured."""
+    parts = [_markdown_table(results), "", *_notes(results)]
+    for (first, second), columns in results.comparisons.items():
+        parts += ["", f"**{second} against {first}**, story by story", "", *_comparison_rows(results, columns)]
+    for system in results.stories:
+        if missing := results.missing(system):
+            parts += ["", f"**Missing shots of {system}**", "", *(f"- {line}" for line in missing)]
+    return "\n".join(parts) + "\n"
+
+
+def _markdown_table(results: Results) -> str:
+    rows = [["", *(column.heading for column in results.columns)]]
+    rows += [["---", *("---:" for _ in results.columns)]]
+    for system, summaries in results.summaries.items():
+        cells = [" ".join(filter(None, mean_and_interval(summaries[column.name]))) for column in results.columns]
+        rows.append([f"**{system}**", *cells])
+    for name, row in PUBLISHED.items():
+        published = dict(zip(PUBLISHED_COLUMNS, row, strict=True))
+        rows.append([f"{name} †", *(number(published.get(column.name)) for column in results.columns)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _notes(results: Results) -> list[str]:
+    texts, cut = results.texts
+    settings = results.statistics
+    stories = len(results.benchmark["titles"])
+    notes = [
+        f"† {PUBLISHED_NOTE}.",
+        "",
+        f"Means over {stories} stories, with {100 * settings.level:g} % bootstrap intervals ({settings.resamples} "
+        f"resamples of the stories, seed {settings.seed}). Where a story lacks a value there is no mean; the one over "
+        "the other stories stands in brackets.",
+    ]
+    if texts:
+        notes.append(f"{cut} of {texts} texts are longer than the text encoder reads and were cut.")
+    for name, metric in results.metrics.items():
+        said = ", ".join(f"{key} {_short(value)}" for key, value in metric.items())
+        notes.append(f"- {name}: {said}")
+    return notes
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _comparison_rows(results: Results, columns: dict[str, Comparison | None]) -> list[str]:
+    rows = [f"| | {' | '.join(COMPARED)} |", "| --- " + "| ---: " * len(COMPARED) + "|"]
+    for column in results.columns:
+        found = columns[column.name]
+        if found is None:
+            rows.append(f"| {column.title} |" + f" {ABSENT} |" * 5)
+            continue
+        interval = f" [{number(found.interval[0])}, {number(found.interval[1])}]" if found.interval else ""
+        cells = [
+            f"{number(found.difference)}{interval}",
+            percent(found),
+            f"{found.wins} / {found.losses} of {found.stories}",
+            f"{found.sign_p:.4f}",
+            f"{found.permutation_p:.4f}",
+        ]
+        rows.append(f"| {column.title} | {' | '.join(cells)} |")
+    return rows
+
+
+# LaTeX
+
+
+def latex(results: Results) -> str:
+    """The table for a paper, with ``\\usepackage{booktabs}``; intervals stand under the means."""
+    lines = [
+        f"% {PUBLISHED_NOTE}",
+        f"\\begin{{tabular}}{{l{'c' * len(results.columns)}}}",
+        "\\toprule",
+        " & ".join(["", *(_escaped(column.heading) for column in results.columns)]) + " \\\\",
+        "\\midrule",
+    ]
+    for system, summaries in results.summaries.items():
+        cells = [mean_and_interval(summaries[column.name]) for column in results.columns]
+        lines.append(" & ".join([_escaped(system), *(mean for mean, _ in cells)]) + " \\\\")
+        lines.append(" & ".join(["", *(f"{{\\scriptsize {interval}}}" for _, interval in cells)]) + " \\\\")
+    lines.append("\\midrule")
+    for name, row in PUBLISHED.items():
+        lines.append(_published_row(name, row, results.columns))
+    lines += ["\\bottomrule", "\\end{tabular}", f"% $^\\dagger$ {PUBLISHED_NOTE}"]
+    return "\n".join(lines).replace(ABSENT, "--") + "\n"
+
+
+def _published_row(name: str, row: tuple[float, ...], columns: tuple[Column, ...]) -> str:
+    published = dict(zip(PUBLISHED_COLUMNS, row, strict=True))
+    cells = [number(published.get(column.name)) for column in columns]
+    return " & ".join([f"{_escaped(name)}$^\\dagger$", *cells]) + " \\\\"
+
+
+def _escaped(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in text)

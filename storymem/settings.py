@@ -1,0 +1,127 @@
+"""The settings of ``generate.yaml`` and ``train.yaml``: everything that the two scripts can be told. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, Literal
+
+from pydantic.dataclasses import dataclass
+
+from storymem.config import STRICT
+from storymem.modes import FirstShot, mode_of
+from storymem.story import Story
+from storymem.training.settings import (
+    AdapterTrainingSettings,
+    BatchSettings,
+    CheckpointSettings,
+    Conditioning,
+    LayoutName,
+    LogSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    ParallelSettings,
+    SampleSettings,
+    ValidationSettings,
+    WhichExpert,
+)
+from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MemorySettings:
+    """The memory: policies as ``_target_`` nodes, and how reference pictures are brought to size."""
+
+    recall: dict[str, Any]
+    selector: dict[str, Any]
+    reference_fit: Literal["cover", "contain"] = "cover"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScorerSettings:
+    """The scorers of the shot loop, as ``_target_`` nodes."""
+
+    clip: dict[str, Any]
+    quality: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GenerateSettings:
+    """Everything ``scripts/generate.py`` can be told; see :class:`storymem.storyteller.Storyteller`."""
+
+    story: str
+    model: ModelSettings
+    sampler: SamplerSettings
+    memory: MemorySettings
+    scorer: ScorerSettings
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    output: str | None = None
+    continuity: Continuity = "mi2v"
+    first_shot: FirstShot = "auto"
+    seed: int = 0
+    resume: str = "auto"
+    dry_run: bool = False
+
+
+def uses_text_to_video(story: Story, settings: GenerateSettings) -> bool:
+    """Whether the film's first shot needs the text-to-video model."""
+    first = story.shots[0]
+    return mode_of(first, story, continuity=settings.continuity, first_shot=settings.first_shot) == "t2v"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainSettings:
+    """Everything ``scripts/train.py`` can be told.
+
+    Args:
+        dataset: the output folder of ``prepare_data``, or a cache in it.
+        output: the run's folder.
+        model: the base; the adapter it may name is not loaded, see ``adapter.start``.
+        expert: which of the two trains; both take turns in one run.
+        conditioning: beyond memory, what a sample may be given of its target: nothing (m2v), its first frame (mi2v),
+            its first five frames (mm2v).
+        steps: of the optimizer; with both experts, of the two together.
+        seed: of everything random.
+        resume: "auto" goes on from the newest checkpoint in ``output``; "never" refuses a folder that holds a run.
+        export: in which layouts the finished adapter is written.
+        sampler: of the story that is told while training, as ``memory``, ``scorer``.
+        runtime: ``device`` alone; how networks lie on several is said by ``parallel``.
+    """
+
+    dataset: str
+    output: str
+    model: ModelSettings
+    sampler: SamplerSettings
+    memory: MemorySettings
+    scorer: ScorerSettings
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    expert: WhichExpert = "both"
+    conditioning: Conditioning = "m2v"
+    steps: int = 20000
+    seed: int = 0
+    resume: Literal["auto", "never"] = "auto"
+    export: tuple[LayoutName, ...] = ("storymem",)
+    adapter: AdapterTrainingSettings = field(default_factory=AdapterTrainingSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    samples: SampleSettings = field(default_factory=SampleSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be 1 or more, not {self.steps}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, not {self.seed}")
+        if self.model.dtype == "float16":
+            raise ValueError("model.dtype=float16 overflows in training: use bfloat16 or float32")
+        if self.runtime.offload != "none":
+            raise ValueError("runtime.offload is for generation; to save memory in training see parallel")
+        if not self.export or len(set(self.export)) < len(self.export):
+            raise ValueError("export must name one or more of storymem, released, diffusers, comfyui, each once")
+
+
+#: How the story is gone on with that is told while training.
+CONTINUITY: dict[Conditioning, Continuity] = {"m2v": "none", "mi2v": "mi2v", "mm2v": "mm2v"}

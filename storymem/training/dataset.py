@@ -1,0 +1,344 @@
+"""From a cache of latents to batches (paper section 3.3): a target clip, and frames of clips like it as its memory.
+
+Everything that is random in a sample follows from the run's seed, the step and the sample's place in the step, and
+from nothing else: not from the number of processes or of data workers, nor from where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from storymem.training.settings import GIVEN_FRAMES, BatchSettings, Conditioning
+from storymem.wan.conditioning import latent_frames, memory_condition
+
+Split = Literal["train", "valid"]
+_SPLIT_NUMBERS: dict[Split, int] = {"train": 0, "valid": 1}
+
+
+class Clip(Protocol):
+    """What is known of a clip without reading it; see :class:`storymem.training.cache.CachedClip`."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def bucket(self) -> tuple[int, int, int]: ...
+    @property
+    def keyframes(self) -> int: ...
+
+
+class Latents(Protocol):
+    """Where clips' latents come from; :class:`storymem.training.cache.LatentCache` is one."""
+
+    @property
+    def clips(self) -> Sequence[Clip]: ...
+    def video(self, index: int) -> Tensor: ...
+    def keyframes(self, index: int) -> Tensor: ...
+    def given(self, index: int, frames: int) -> Tensor: ...
+    def text(self, index: int) -> Tensor: ...
+    def empty_text(self) -> Tensor: ...
+    def groups(self, split: Split) -> dict[int, list[int]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePlan:
+    """One sample before anything is read.
+
+    Args:
+        clip: index of the target.
+        memory: (clip, keyframe) of each memory frame, in the order of the memory slots.
+        given: how many first frames of the target are given: 0, 1 or 5.
+        drop_text: whether the empty text stands in for the caption.
+        seed: of the noise and the noise level.
+    """
+
+    clip: int
+    memory: tuple[tuple[int, int], ...]
+    given: int
+    drop_text: bool
+    seed: int
+
+
+class SamplePlanner:
+    """Decides what each step trains on.
+
+    The first target of a step is drawn from all clips of the split. It decides the step's size (its bucket) and, with
+    a draw from 0..max_memory, the number of memory frames M: so every process has the same work. A group that cannot
+    give that many gives what it has. The other targets are drawn from the clips of that bucket that can have M memory
+    frames. Memory frames are keyframes of the group's other clips of the same height and width, in random order.
+
+    Args:
+        latents: the clips.
+        split: which of them.
+        seed: of all draws.
+        samples: of one step, over all processes.
+        max_memory: the most memory frames.
+        given_frames: how many first frames of the target a sample may be given.
+        given_probability: how often.
+        text_dropout: how often the text is left out.
+
+    Raises:
+        ValueError: if the split is empty, or no group can give ``max_memory`` frames.
+    """
+
+    def __init__(
+        self,
+        latents: Latents,
+        *,
+        split: Split = "train",
+        seed: int,
+        samples: int,
+        max_memory: int,
+        given_frames: int = 0,
+        given_probability: float = 0.0,
+        text_dropout: float = 0.0,
+    ) -> None:
+        self._clips, self._split, self._seed = latents.clips, split, seed
+        self.samples, self.max_memory = samples, max_memory
+        self._given_frames, self._given_probability = given_frames, given_probability
+        self._text_dropout = text_dropout
+        self._companions: dict[int, list[int]] = {}
+        for members in latents.groups(split).values():
+            by_size: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+            for index in members:
+                by_size[self._clips[index].bucket[1:]].append(index)
+            self._companions |= {index: alike for alike in by_size.values() for index in alike}
+        self._targets = np.array(sorted(self._companions), dtype=np.int64)
+        self._available = np.array([self._memory_of(int(index)) for index in self._targets], dtype=np.int64)
+        buckets = sorted({self._clips[int(index)].bucket for index in self._targets})
+        number = {bucket: position for position, bucket in enumerate(buckets)}
+        self._bucket_of = np.array([number[self._clips[int(i)].bucket] for i in self._targets], dtype=np.int64)
+        self._check()
+
+    def _memory_of(self, index: int) -> int:
+        """How many memory frames clip ``index`` can have."""
+        return sum(self._clips[other].keyframes for other in self._companions[index] if other != index)
+
+    def _check(self) -> None:
+        if not len(self._targets):
+            raise ValueError(
+                f"the cache has no {self._split} clips: prepare more data"
+                + ("" if self._split == "train" else ", or set validation.every=0")
+            )
+        most = int(self._available.max())
+        if self._split == "train" and most < self.max_memory:
+            largest = max(len(alike) for alike in self._companions.values())
+            reason = (
+                "all groups are of size one, so no clip has another to remember"
+                if largest == 1
+                else f"no clip has more than {most} keyframes in the other clips of its group and size"
+            )
+            raise ValueError(
+                f"batch.max_memory={self.max_memory}, but {reason}: set batch.max_memory={most} or less, or prepare "
+                "the data with larger groups (group.similarity, group.max_size) or more keyframes a clip"
+            )
+
+    def plan(self, step: int) -> tuple[SamplePlan, ...]:
+        """The samples of ``step`` (from 0), all of one size and one number of memory frames."""
+        random = np.random.default_rng([self._seed, _SPLIT_NUMBERS[self._split], step])
+        first = int(random.integers(len(self._targets)))
+        memory = min(int(random.integers(self.max_memory + 1)), int(self._available[first]))
+        fitting = np.flatnonzero((self._bucket_of == self._bucket_of[first]) & (self._available >= memory))
+        chosen = [first]
+        if self.samples > 1:
+            others = fitting[fitting != first]
+            pool = others if len(others) >= self.samples - 1 else fitting
+            repeat = len(pool) < self.samples - 1
+            chosen += random.choice(pool, self.samples - 1, replace=repeat).tolist()
+        return tuple(self._sample(int(self._targets[target]), memory, random) for target in chosen)
+
+    def _sample(self, clip: int, memory: int, random: np.random.Generator) -> SamplePlan:
+        frames = [
+            (other, keyframe)
+            for other in self._companions[clip]
+            if other != clip
+            for keyframe in range(self._clips[other].keyframes)
+        ]
+        order = random.permutation(len(frames))[:memory]
+        given, drop, seed = random.random(), random.random(), int(random.integers(2**62))
+        return SamplePlan(
+            clip=clip,
+            memory=tuple(frames[position] for position in order),
+            given=self._given_frames if given < self._given_probability else 0,
+            drop_text=drop < self._text_dropout,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Samples of one size and one number of memory frames; slots are memory first, then video.
+
+    Args:
+        x0: clean latents [B, 16, M + T, h, w].
+        noise: e, of the same shape.
+        u: [B] in 0..1, from which the noise level follows.
+        condition: mask and condition latents [B, 20, M + T, h, w].
+        text: prompt embeds [B, L, D].
+        memory_frames: M.
+        ids: of the target clips.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    u: Tensor
+    condition: Tensor
+    text: Tensor
+    memory_frames: int
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """For the data loader: pages that can be copied while the device computes."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changes: dict[str, Any] = {k: change(v) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **changes)
+
+
+class MemoryDataset(Dataset[Batch]):
+    """Plans in, batches out; a :class:`SamplePlan` stands for an index."""
+
+    def __init__(self, latents: Latents) -> None:
+        self.latents = latents
+
+    def __getitem__(self, plan: SamplePlan) -> Batch:
+        """The one sample that ``plan`` describes, as a batch of one."""
+        video = self.latents.video(plan.clip)[None]
+        memory = [self.latents.keyframes(clip)[keyframe] for clip, keyframe in plan.memory]
+        remembered = torch.cat(memory, dim=1)[None] if memory else None
+        given = self.latents.given(plan.clip, plan.given)[None]
+        x0 = video if remembered is None else torch.cat([remembered, video], dim=2)
+        generator = torch.Generator().manual_seed(plan.seed)
+        return Batch(
+            x0=x0,
+            noise=torch.randn(x0.shape, generator=generator),
+            u=torch.rand(1, generator=generator),
+            condition=memory_condition(remembered, given, latent_frames(plan.given)),
+            text=(self.latents.empty_text() if plan.drop_text else self.latents.text(plan.clip))[None],
+            memory_frames=len(memory),
+            ids=(self.latents.clips[plan.clip].id,),
+        )
+
+
+def collate(samples: Sequence[Batch]) -> Batch:
+    """Batches of one M as one batch."""
+    assert len({sample.memory_frames for sample in samples}) == 1, "a batch has one number of memory frames"
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(sample, name) for sample in samples])
+
+    return Batch(
+        x0=joined("x0"),
+        noise=joined("noise"),
+        u=joined("u"),
+        condition=joined("condition"),
+        text=joined("text"),
+        memory_frames=samples[0].memory_frames,
+        ids=tuple(id for sample in samples for id in sample.ids),
+    )
+
+
+class _Turns:
+    """Batch sampler of one process: its share of each step, cut into batches; it has no end."""
+
+    def __init__(self, planner: SamplePlanner, *, size: int, rank: int, world: int, start: int) -> None:
+        self._planner, self._size, self._rank, self._world, self._start = planner, size, rank, world, start
+
+    def __iter__(self) -> Iterator[list[SamplePlan]]:
+        share = self._planner.samples // self._world
+        step = self._start
+        while True:
+            mine = self._planner.plan(step)[self._rank * share : (self._rank + 1) * share]
+            for first in range(0, share, self._size):
+                yield list(mine[first : first + self._size])
+            step += 1
+
+
+def train_planner(
+    latents: Latents, batch: BatchSettings, *, conditioning: Conditioning, seed: int, world: int
+) -> SamplePlanner:
+    """The planner of a training run of ``world`` processes."""
+    return SamplePlanner(
+        latents,
+        seed=seed,
+        samples=batch.size * batch.accumulation * world,
+        max_memory=batch.max_memory,
+        given_frames=GIVEN_FRAMES[conditioning],
+        given_probability=batch.given_probability,
+        text_dropout=batch.text_dropout,
+    )
+
+
+def valid_planner(latents: Latents, batch: BatchSettings, *, conditioning: Conditioning, seed: int) -> SamplePlanner:
+    """One sample a step from held-out groups, always with its text."""
+    return SamplePlanner(
+        latents,
+        split="valid",
+        seed=seed,
+        samples=1,
+        max_memory=batch.max_memory,
+        given_frames=GIVEN_FRAMES[conditioning],
+        given_probability=batch.given_probability,
+    )
+
+
+def train_batches(
+    latents: Latents,
+    planner: SamplePlanner,
+    *,
+    size: int,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    start: int = 0,
+    pin_memory: bool = False,
+) -> Generator[Batch, None, None]:
+    """The batches of one process from step ``start`` on, without end: those of a step follow each other.
+
+    Close it to end the processes that read.
+
+    Args:
+        latents: where tensors are read.
+        planner: what each step trains on.
+        size: samples of a batch; divides the process's share of a step.
+        workers: processes that read; 0: this one.
+        rank: which process of the run this is.
+        world: how many there are.
+        start: the first step.
+        pin_memory: for an accelerator.
+    """
+    loader = DataLoader(
+        MemoryDataset(latents),
+        batch_sampler=_Turns(planner, size=size, rank=rank, world=world, start=start),
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals_to_the_run,
+        # Not one more draw from the global random state than without a loader.
+        generator=torch.Generator(),
+    )
+    yield from loader
+
+
+def _leave_signals_to_the_run(_worker: int) -> None:
+    """A stop often reaches the whole process group; workers go on until the training process ends them, or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,147 @@
+"""Flow matching over memory and video slots (paper section 3.3): pure functions, and the loss of a batch.
+
+Letters: x0 clean latents, e noise, s the noise level in 0..1, x = (1 - s) x0 + s e, and the velocity e - x0 that the
+network predicts. Slots are latent frames: the M of the memory, then the T of the video.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from storymem.training.dataset import Batch
+from storymem.training.settings import ObjectiveSettings
+from storymem.wan.rope import install_memory_rope
+
+ExpertName = Literal["high_noise", "low_noise"]
+TIMESTEPS = 1000
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """s = shift * u / (1 + (shift - 1) * u): uniform u in 0..1 to noise levels in 0..1, denser near 1 for shift > 1."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def unshifted(s: float, shift: float) -> float:
+    """u with ``shifted(u) == s``."""
+    return s / (shift - (shift - 1) * s)
+
+
+def noise_level(u: Tensor, *, expert: ExpertName, boundary: float, shift: float) -> Tensor:
+    """s of the shifted uniform, restricted to what an expert is used for.
+
+    Args:
+        u: [B], uniform in 0..1.
+        expert: the high-noise one sees s >= boundary, the low-noise one s < boundary.
+        boundary: between the two.
+        shift: see :func:`shifted`.
+    """
+    edge = unshifted(boundary, shift)
+    if expert == "high_noise":
+        return shifted(edge + (1 - edge) * u, shift).clamp(min=boundary)
+    below = torch.nextafter(torch.tensor(boundary), torch.tensor(0.0)).item()
+    return shifted(edge * u, shift).clamp(max=below)
+
+
+def noised(x0: Tensor, noise: Tensor, s: Tensor) -> Tensor:
+    """x = (1 - s) x0 + s e, for x0 and e [B, C, N, h, w] and s [B, N], the noise level of each slot."""
+    level = s[:, None, :, None, None].to(x0)
+    return (1 - level) * x0 + level * noise
+
+
+def velocity(x0: Tensor, noise: Tensor) -> Tensor:
+    """e - x0, the derivative of x by s: what the network predicts."""
+    return noise - x0
+
+
+def slot_losses(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each slot in float32: [B, C, N, h, w] twice -> [B, N]."""
+    return (prediction.float() - target.float()).square().mean(dim=(1, 3, 4))
+
+
+def slot_weights(memory_frames: int, slots: int, memory_weight: float) -> Tensor:
+    """Weights [M + T] of the slots' losses, adding up to 1: a video slot counts 1, a memory slot ``memory_weight``."""
+    weights = torch.ones(slots)
+    weights[:memory_frames] = memory_weight
+    return weights / weights.sum()
+
+
+def bin_sums(losses: Tensor, s: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Sum and number of ``losses`` [B] in each of ``bins`` equal bins of s [B] from 0 to 1: two times [bins]."""
+    index = (s * bins).long().clamp(0, bins - 1)
+    zeros = torch.zeros(bins, device=losses.device)
+    return zeros.index_add(0, index, losses), zeros.index_add(0, index, torch.ones_like(losses))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Of one batch.
+
+    Args:
+        total: the mean over samples, with a gradient.
+        sums: name -> (sum, number) of what is logged, detached; numbers or [bins]. Sums of several batches and
+            processes can be added.
+    """
+
+    total: Tensor
+    sums: dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryObjective:
+    """The loss of an expert on a batch, in the ``joint`` memory mode: memory slots are noise and denoised as well.
+
+    Args:
+        settings: noise levels and weights.
+        boundary: between the experts' noise levels.
+        rope_stride: S, the distance between memory slots on the temporal axis.
+    """
+
+    settings: ObjectiveSettings
+    boundary: float
+    rope_stride: int
+
+    def __call__(self, network: nn.Module, expert: ExpertName, batch: Batch) -> Losses:
+        """The loss of ``network``, a Wan transformer (wrapped or not), on a batch that lies on its device."""
+        s = noise_level(batch.u, expert=expert, boundary=self.boundary, shift=self.settings.shift)
+        slots = batch.x0.shape[2]
+        x = noised(batch.x0, batch.noise, s[:, None].expand(-1, slots))
+        prediction = self._predict(network, x, s, batch)
+        by_slot = slot_losses(prediction, velocity(batch.x0, batch.noise))
+        weights = slot_weights(batch.memory_frames, slots, self.settings.memory_weight).to(by_slot.device)
+        losses = by_slot @ weights
+        return Losses(total=losses.mean(), sums=self._sums(expert, losses.detach(), by_slot.detach(), s, batch))
+
+    def _predict(self, network: nn.Module, x: Tensor, s: Tensor, batch: Batch) -> Tensor:
+        transformer: Any = getattr(network, "module", network)  # without DistributedDataParallel around it
+        rope = install_memory_rope(transformer)
+        rope.memory_frames, rope.stride = batch.memory_frames, self.rope_stride
+        try:
+            (prediction,) = network(
+                torch.cat([x, batch.condition], dim=1).to(transformer.dtype),
+                s * TIMESTEPS,
+                batch.text.to(transformer.dtype),
+                return_dict=False,
+            )
+        finally:
+            rope.memory_frames = 0
+        return prediction
+
+    def _sums(
+        self, expert: ExpertName, losses: Tensor, by_slot: Tensor, s: Tensor, batch: Batch
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
+            return values.sum(), torch.tensor(float(values.numel()), device=values.device)
+
+        M = batch.memory_frames  # noqa: N806
+        return {
+            "loss": mean_of(losses),
+            f"loss_{expert}": mean_of(losses),
+            "loss_video": mean_of(by_slot[:, M:]),
+            "loss_memory": mean_of(by_slot[:, :M]),
+            "memory_frames": mean_of(torch.full_like(losses, M)),
+            "loss_by_level": bin_sums(losses, s, self.settings.bins),
+        }

@@ -1,0 +1,242 @@
+"""Settings of ``train.yaml``: the adapter, its data, its optimisation, and what is done beside; loads no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from storymem.config import STRICT
+
+Conditioning = Literal["m2v", "mi2v", "mm2v"]
+#: How many first frames of the target a sample may be given: none, its first frame, or its motion frames.
+GIVEN_FRAMES: dict[Conditioning, int] = {"m2v": 0, "mi2v": 1, "mm2v": 5}
+
+WhichExpert = Literal["high", "low", "both"]
+LayoutName = Literal["storymem", "released", "diffusers", "comfyui"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AdapterTrainingSettings:
+    """The LoRA that is trained, by default the published one.
+
+    Args:
+        rank: of the low-rank matrices.
+        alpha: W + scale * B @ A with scale = alpha / sqrt(rank) under rsLoRA, else alpha / rank.
+        use_rslora: which of the two.
+        dropout: on the input of the low-rank path.
+        start: an adapter to begin from (a folder in any layout, or a hub id on this machine); None begins at zero.
+    """
+
+    rank: int = 128
+    alpha: float = 128.0
+    use_rslora: bool = True
+    dropout: float = 0.05
+    start: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be 1 or more, not {self.rank}")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha must be above 0, not {self.alpha}")
+        _check_probability("dropout", self.dropout)
+        if self.dropout == 1:
+            raise ValueError("dropout=1 would drop the whole adapter; write less, for example 0.05")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BatchSettings:
+    """What a training step is made of (paper section 3.3).
+
+    Args:
+        size: samples that a process runs at once.
+        accumulation: how many such batches a process adds up in one step; so a step sees
+            ``size * accumulation * processes`` samples.
+        max_memory: the most memory frames M; each step draws its M from 0..max_memory.
+        given_probability: how often a sample is given its first frame (MI2V) or motion frames (MM2V); M2V never is.
+        text_dropout: how often the text is left out.
+        workers: processes that read the cache; 0 reads in the training process itself.
+    """
+
+    size: int = 1
+    accumulation: int = 1
+    max_memory: int = 10
+    given_probability: float = 0.5
+    text_dropout: float = 0.1
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        for name in ("max_memory", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        _check_probability("given_probability", self.given_probability)
+        _check_probability("text_dropout", self.text_dropout)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ObjectiveSettings:
+    """Flow matching.
+
+    Args:
+        shift: of the noise levels, s = shift * u / (1 + (shift - 1) * u) with u uniform; as the sampler's, 4.0.
+        memory_weight: weight of the loss of a memory slot against that of a video slot; 0 trains on the video alone.
+        bins: in how many equal bins of s from 0 to 1 the loss is told.
+    """
+
+    shift: float = 4.0
+    memory_weight: float = 1.0
+    bins: int = 10
+
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise ValueError(f"shift must be above 0, not {self.shift}")
+        if self.memory_weight < 0:
+            raise ValueError(f"memory_weight must be 0 or more, not {self.memory_weight}")
+        if self.bins < 1:
+            raise ValueError(f"bins must be 1 or more, not {self.bins}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerSettings:
+    """AdamW and what goes with it.
+
+    Args:
+        name: "adamw", or "adamw_8bit" (bitsandbytes, on an accelerator), whose state is a quarter in size.
+        lr: the learning rate after the warm-up.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        warmup_steps: over which the rate rises from 0.
+        schedule: what it does then, until the last step.
+        max_grad_norm: gradients are clipped to this norm; None: never.
+        ema_decay: of the moving average of the adapter, which is then what is validated, sampled and exported; it
+            follows faster in the first steps. None: no average is kept.
+    """
+
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    schedule: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
+    max_grad_norm: float | None = 1.0
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, not {self.lr}")
+        if self.weight_decay < 0 or self.warmup_steps < 0:
+            raise ValueError("weight_decay and warmup_steps must be 0 or more")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm must be above 0, or null for none, not {self.max_grad_norm}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1, or be null for none, not {self.ema_decay}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ParallelSettings:
+    """How the networks lie on the processes that ``torchrun`` or ``accelerate launch`` starts.
+
+    Args:
+        strategy: "ddp": every process holds the experts whole, and an idle expert lies in the CPU's memory; "fsdp":
+            every process holds a share of every expert (FSDP2).
+        gradient_checkpointing: compute each block again on the way back in place of keeping its activations.
+        alternate_every: with both experts in one run, after how many steps the other has its turn. A turn moves two
+            experts between CPU and accelerator, unless they are sharded.
+    """
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    gradient_checkpointing: bool = False
+    alternate_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.alternate_every < 1:
+            raise ValueError(f"alternate_every must be 1 or more, not {self.alternate_every}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointSettings:
+    """When the state of the run is saved, and how many states are kept.
+
+    Args:
+        every: steps between checkpoints; the last step and a stop by SIGTERM or SIGINT save too.
+        keep: how many checkpoints stay; older ones are removed.
+    """
+
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ValidationSettings:
+    """Loss on held-out groups, each time with the same noise and timesteps.
+
+    Args:
+        every: steps between validations; 0: none.
+        samples: how many.
+    """
+
+    every: int = 0
+    samples: int = 16
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every must be 0 (never) or more, not {self.every}")
+        if self.samples < 1:
+            raise ValueError(f"samples must be 1 or more, not {self.samples}; every=0 turns validation off")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SampleSettings:
+    """A fixed story, told with the adapter while it is trained.
+
+    Args:
+        every: steps between films; 0: none.
+        story: the story file.
+        seed: of the film, the same each time.
+        frames_per_shot: how many frames of each shot the contact sheet shows.
+    """
+
+    every: int = 0
+    story: str | None = None
+    seed: int = 0
+    frames_per_shot: int = 4
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every must be 0 (never) or more, not {self.every}")
+        if self.every and self.story is None:
+            raise ValueError("story must name a story file if every is above 0")
+        if self.frames_per_shot < 1:
+            raise ValueError(f"frames_per_shot must be 1 or more, not {self.frames_per_shot}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LogSettings:
+    """What is told of the run; its folder holds everything, with or without wandb.
+
+    Args:
+        every: steps between rows of ``metrics.jsonl``.
+        wandb: "offline" writes into the run's folder, to be sent with ``wandb sync``; "online" sends at once.
+        project: of wandb.
+    """
+
+    every: int = 10
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "storymem"
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be 1 or more, not {self.every}")
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie between 0 and 1, not {value}")

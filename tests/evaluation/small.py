@@ -1,0 +1,90 @@
+"""Small stories, films and metrics for tests of the evaluation: real classes, a few pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storymem.evaluation.films import FilmFiles, find_films
+from storymem.evaluation.metric import Metric, Screening
+from storymem.evaluation.metrics import AestheticQuality, Appearance, ViclipScores
+from storymem.story import Story, load_story
+from storymem.video import write_video
+from tests.scorers import tiny
+
+FRAMES, HEIGHT, WIDTH = 9, 32, 48
+
+THREE_SHOTS = """\
+title: The Red Boat
+overview: A fisherman rows out and comes home.
+characters: [{name: Ada}, {name: Ben}]
+scenes:
+  - shots:
+      - {prompt: "Ada pushes a red boat into the water.", characters: [Ada]}
+      - {prompt: "Ada rows out to sea.", characters: [Ada], cut: false}
+  - shots:
+      - {prompt: "Ben waits for Ada at the pier.", characters: [Ada, Ben]}
+"""
+TWO_SHOTS = """\
+title: A Cat
+overview: A cat on a wall.
+scenes:
+  - shots:
+      - {prompt: "A cat sits on a wall."}
+      - {prompt: "A dog runs by."}
+"""
+
+
+def stories(folder: Path) -> list[Story]:
+    """Two stories, with files in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "01_the_red_boat.yaml").write_text(THREE_SHOTS)
+    (folder / "02_a_cat.yaml").write_text(TWO_SHOTS)
+    return [load_story(path) for path in sorted(folder.glob("*.yaml"))]
+
+
+def frames(seed: int, count: int = FRAMES) -> np.ndarray:
+    """A shot that moves a little: one smooth picture, shifted from frame to frame."""
+    picture = (tiny.pictures(1, 3, HEIGHT, WIDTH + count, seed=seed)[0] * 255).round().byte().movedim(0, -1).numpy()
+    return np.stack([picture[:, shift : shift + WIDTH] for shift in range(count)])
+
+
+def write_films(folder: Path, told: Sequence[Story], *, seed: int = 0, lengths: Sequence[int] = ()) -> Path:
+    """Films as others write them: ``the_red_boat/01_02.mp4``."""
+    for number, story in enumerate(told):
+        for shot in story.shots:
+            length = lengths[shot.index] if shot.index < len(lengths) else FRAMES
+            place = folder / story.slug
+            place.mkdir(parents=True, exist_ok=True)
+            shown = frames(100 * number + shot.index + 1000 * seed, length)
+            write_video(place / f"{shot.scene:02d}_{shot.number:02d}.mp4", shown, 8)
+    return folder
+
+
+def metrics(batch_size: int = 8) -> dict[str, Metric]:
+    """All metrics that need no further library."""
+    return {
+        "aesthetic": AestheticQuality(tiny.aesthetic(batch_size=batch_size)),
+        "viclip": ViclipScores(tiny.viclip(batch_size=batch_size), top_pairs=2),
+        "identity": Appearance(tiny.clip(batch_size=batch_size), frames=4),
+    }
+
+
+def film(folder: Path, story: Story) -> FilmFiles:
+    """The film of one story."""
+    return find_films(folder, [story])[0]
+
+
+def screening(story: Story, lengths: Sequence[int | None]) -> Screening:
+    """A film of shots with these lengths."""
+    return Screening(story=story, lengths=tuple(lengths))
+
+
+def nodes() -> dict[str, Mapping[str, Any]]:
+    """The metrics of `configs/metrics/tiny.yaml`."""
+    from tests.composing import composed
+
+    return composed(name="eval_stbench")["metrics"]

@@ -1,0 +1,140 @@
+"""Every file of the evaluation's groups is composed and built, and does what its name says."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import OmegaConf
+
+from storymem.cli import CONFIGS
+from storymem.config import build_settings
+from storymem.evaluation.choosing import compose_with_method
+from storymem.evaluation.methods import StoryMem
+from storymem.evaluation.metric import Metric
+from storymem.evaluation.stbench import EvaluateSettings
+from storymem.settings import GenerateSettings
+from storymem.weights import MissingWeights
+from tests.composing import composed
+
+
+def files(group: str, pattern: str = "*.yaml") -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob(pattern))
+
+
+def evaluation(*overrides: str) -> EvaluateSettings:
+    return build_settings(EvaluateSettings, composed(*overrides, name="eval_stbench"))
+
+
+def test_the_defaults_are_complete() -> None:
+    settings = evaluation()
+    assert (settings.films, settings.method, settings.methods) == (None, None, ())
+    assert settings.stbench.stories == "st_bench/stories"
+    assert list(settings.metrics) == ["aesthetic", "viclip", "identity"]
+    assert set(composed(name="eval_stbench")) == set(EvaluateSettings.__dataclass_fields__) - {"method", "label"}
+
+
+@pytest.mark.parametrize("name", files("metrics"))
+def test_metrics(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each builds, or names the weights or the library it lacks."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for node in evaluation(f"metrics=[{name}]").metrics.values():
+        assert issubclass(get_object(node["_target_"]), Metric)
+        try:
+            assert instantiate(node).columns
+        except InstantiationException as error:
+            assert name != "tiny"
+            assert isinstance(error.__cause__, MissingWeights) or "pip install" in str(error.__cause__)  # noqa: PT017
+        with pytest.raises(InstantiationException, match="colour"):
+            instantiate({key: value for key, value in node.items() if not isinstance(value, dict)}, colour=1)
+
+
+def test_the_papers_columns_are_measured_as_the_paper_does() -> None:
+    metrics = evaluation("metrics=[stbench,identity-clip,cuts]").metrics
+    assert list(metrics) == ["aesthetic", "viclip", "identity", "cuts"]
+    assert metrics["aesthetic"]["scorer"]["version"] == "v1"
+    assert (metrics["viclip"]["scorer"]["size"], metrics["viclip"]["scorer"]["profile"]) == ("L-14", "vbench")
+    assert (metrics["viclip"]["top_pairs"], metrics["viclip"]["top_rule"]) == (10, "prompts")
+
+
+@pytest.mark.parametrize("name", files("method"))
+def test_methods(name: str) -> None:
+    method = instantiate(evaluation(f"method={name}", "runtime=cpu", "seed=4").method, _convert_="all")
+    assert isinstance(method, StoryMem)
+    assert method.name == name
+    assert (method.settings.seed, method.settings.model.name) == (4, "tiny")
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "ablation_no_selection": {"memory.selector._target_": "storymem.memory.UniformSelector"},
+    "ablation_no_filter": {"scorer.quality._target_": "storymem.scorers.quality.NoQuality"},
+    "ablation_no_sink": {"memory.recall.sink": 0, "memory.recall.capacity": 10},
+    "ablation_stride_1": {"model.rope_stride": 1},
+    "ablation_no_memory": {"memory.recall.sink": 0, "memory.recall.capacity": 0},
+    "ablation_memory_1": {"memory.recall.sink": 0, "memory.recall.capacity": 1},
+    "ablation_memory_3": {"memory.recall.sink": 1, "memory.recall.capacity": 3},
+    "ablation_memory_5": {"memory.recall.sink": 2, "memory.recall.capacity": 5},
+    "ablation_memory_10": {"memory.recall.sink": 3, "memory.recall.capacity": 10},
+}
+
+
+def flat(node: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {path: node}
+    return {k: v for key, value in node.items() for k, v in flat(value, f"{path}.{key}" if path else key).items()}
+
+
+@cache
+def of_model(model: str) -> dict[str, Any]:
+    return composed("story=s.yaml", f"model={model}")
+
+
+def test_every_ablation_is_known_here() -> None:
+    assert set(files("experiment", "ablation_*.yaml")) == CHANGES.keys()
+
+
+BEHIND_A_MODEL = ("ablation_no_selection", "ablation_no_filter", "ablation_stride_1")  # what a model's file says too
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [(name, "tiny") for name in CHANGES] + [(name, "wan2.2-a14b") for name in BEHIND_A_MODEL]
+)
+def test_ablations_change_what_they_say_and_nothing_else(name: str, model: str) -> None:
+    # In a comparison, with the settings of a film, and behind a method: all the same.
+    plain = of_model(model)
+    generated = composed("story=s.yaml", f"model={model}", f"+experiment={name}")
+    build_settings(GenerateSettings, generated)
+    compared = compose_with_method(name, [f"model={model}", "methods=[storymem]", "method=independent"])
+    of_method = compared["method"]["generate"]
+    before, after = flat(plain), flat(generated)
+    assert {key: after[key] for key in CHANGES[name]} == CHANGES[name]
+    changed = tuple(key.removesuffix("._target_") for key in CHANGES[name])  # with a target, all its settings change
+    others = {key for key in before.keys() | after.keys() if not key.startswith(changed)}
+    assert all(before[key] == after[key] for key in others)
+    assert all(flat(of_method[group]) == flat(generated[group]) for group in ("model", "memory", "sampler"))
+    assert of_method["scorer"]["quality"] == generated["scorer"]["quality"]
+    instantiate(of_method["memory"]["recall"])
+    instantiate(of_method["memory"]["selector"])
+    assert compared["method"]["name"] == "storymem"
+
+
+def test_unknown_methods_are_told_with_their_nearest_neighbour() -> None:
+    with pytest.raises(ValueError, match="no 'ablation_no_sinks'; did you mean 'ablation_no_sink'"):
+        compose_with_method("ablation_no_sinks", [])
+
+
+@pytest.mark.parametrize("name", files("hydra/launcher"))
+def test_launchers(name: str) -> None:
+    raw = OmegaConf.to_container(OmegaConf.load(CONFIGS / "hydra" / "launcher" / f"{name}.yaml"))
+    assert isinstance(raw, dict)
+    assert raw.pop("defaults") == [f"submitit_{name}"]
+    plugin = pytest.importorskip(
+        "hydra_plugins.hydra_submitit_launcher.config", reason="an extra: pip install 'storymem[cluster]'"
+    )
+    known = {"slurm": plugin.SlurmQueueConf, "local": plugin.LocalQueueConf}[name]
+    assert raw.keys() <= known.__dataclass_fields__.keys()

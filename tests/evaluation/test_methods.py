@@ -1,0 +1,120 @@
+"""Methods make films; what they make can be gone on with and is what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.utils import instantiate
+
+from storymem.evaluation.choosing import compose_with_method
+from storymem.evaluation.films import find_films
+from storymem.evaluation.methods import IndependentShots, StoryMem
+from storymem.evaluation.stbench import evaluate
+from storymem.film import Film
+from storymem.story import Story
+from storymem.video import read_video
+from tests.composing import composed
+from tests.evaluation import small
+
+SMALL = (
+    "runtime=cpu",
+    "model.video={height: 32, width: 48, frames: 9, fps: 8}",
+    "model.network.transformer={num_layers: 1, num_attention_heads: 2, attention_head_dim: 12, ffn_dim: 32}",
+    "model.network.vae.dim_mult=[1,1,2,2]",
+    "model.network.text_tokens=16",
+    "sampler.steps=1",
+    "sampler.guidance=1",
+)
+
+
+def method(name: str, *overrides: str) -> Any:
+    return instantiate(composed(f"method={name}", *SMALL, *overrides, name="eval_stbench")["method"], _convert_="all")
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Story:
+    return small.stories(tmp_path / "stories")[0]
+
+
+def test_independent_shots_know_nothing_of_each_other(story: Story, tmp_path: Path) -> None:
+    independent = method("independent")
+    assert isinstance(independent, IndependentShots)
+    independent.check(story)
+    independent.make(story, tmp_path / "film")
+    film = Film.open(tmp_path / "film")
+    assert [(shot.mode, shot.memory, shot.repeated) for shot in film.shots] == [("t2v", (), 0)] * 3
+    assert [shot.seed for shot in film.shots] == [0, 1, 2]
+    assert all(shot.path is not None for shot in find_films(tmp_path / "film", [story])[0].shots)
+    assert film.video is not None
+    # The last shot alone, as the first of a film with its seed, is the same shot.
+    alone = tmp_path / "alone" / "s.yaml"
+    alone.parent.mkdir()
+    alone.write_text(f'title: T\noverview: O.\nscenes: [{{shots: [{{prompt: "{story.shots[2].prompt}", seed: 2}}]}}]\n')
+    from storymem.story import load_story
+
+    method("independent").make(load_story(alone), tmp_path / "alone" / "film")
+    again = read_video(tmp_path / "alone" / "film" / "shots" / "01_01.mp4")
+    assert (again == read_video(tmp_path / "film" / "shots" / "02_01.mp4")).all()
+
+
+def test_a_broken_off_film_is_gone_on_with(story: Story, tmp_path: Path) -> None:
+    independent = method("independent")
+    independent.make(story, tmp_path)
+    film = Film.open(tmp_path)
+    whole = [read_video(tmp_path / shot.file) for shot in film.shots]
+    first = (tmp_path / film.shots[0].file).stat().st_mtime_ns
+    film.forget_from(1)
+    independent.free()
+    independent.make(story, tmp_path)
+    assert (tmp_path / film.shots[0].file).stat().st_mtime_ns == first
+    after = [read_video(tmp_path / shot.file) for shot in Film.open(tmp_path).shots]
+    assert all((a == b).all() for a, b in zip(whole, after, strict=True))
+    with pytest.raises(ValueError, match=r"other settings:\n  seed: 0 before, 5 now"):
+        method("independent", "seed=5").make(story, tmp_path)
+
+
+def test_storymem_is_the_loop_under_the_commands_settings(story: Story, tmp_path: Path) -> None:
+    loop = method("storymem", "continuity=none", "memory=uniform", "seed=3")
+    assert isinstance(loop, StoryMem)
+    assert loop.settings.memory.selector == {"_target_": "storymem.memory.UniformSelector", "max_keyframes": 3}
+    loop.check(story)
+    loop.make(story, tmp_path)
+    film = Film.open(tmp_path)
+    assert [shot.mode for shot in film.shots] == ["t2v", "m2v", "m2v"]
+    assert film.shots[0].seed == 3
+    assert len(film.shots[2].memory) == 6, "three keyframes of each shot before"
+
+
+def test_what_cannot_be_filmed_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "a.yaml").write_text(small.TWO_SHOTS)
+    run = composed(
+        f"stbench.stories={tmp_path}/s",
+        f"output={tmp_path}/out",
+        "model=wan2.2-a14b",
+        "runtime=cpu",
+        "method=independent",
+        name="eval_stbench",
+    )
+    with pytest.raises(FileNotFoundError, match="T2V-A14B"):
+        evaluate(run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_are_filmed_scored_and_compared(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "a.yaml").write_text(small.TWO_SHOTS)
+    overrides = [f"stbench.stories={tmp_path}/s", f"output={tmp_path}/out", *SMALL]
+    run = composed(*overrides, "methods=[storymem,ablation_no_memory]", name="eval_stbench")
+    results = evaluate(run, lambda name: compose_with_method(name, overrides))
+    assert results is not None
+    assert list(results.stories) == ["storymem", "ablation_no_memory"]
+    assert not any(results.missing(system) for system in results.stories)
+    assert len(Film.open(tmp_path / "out" / "films" / "storymem" / "a_cat").shots[1].memory) > 0
+    assert len(Film.open(tmp_path / "out" / "films" / "ablation_no_memory" / "a_cat").shots[1].memory) == 0
+    found = results.comparisons["storymem", "ablation_no_memory"]["aesthetic_quality"]
+    assert found is not None
+    assert found.stories == 1

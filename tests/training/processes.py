@@ -1,0 +1,171 @@
+"""What two gloo processes do for ``test_distributed``: ``python -m tests.training.processes FOLDER``.
+
+One interpreter imports everything and forks, which costs half of starting two.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from storymem.training.checkpoints import Checkpoints
+from storymem.training.experts import make_accelerator
+from storymem.training.settings import ParallelSettings
+from storymem.training.sharding import whole
+from storymem.training.trainer import NonFiniteLoss, StepReport, Stopped, Trainer
+from tests.training.tiny import ADAPTER, BATCH, CPU, OPTIMIZER, MemoryLatents, latents, method, run, trainer
+
+WORLD = 2
+STEPS = 3
+PLAIN = replace(ADAPTER, dropout=0.0)
+AVERAGED = replace(OPTIMIZER, ema_decay=0.5)
+VALIDATION = {"every": STEPS, "samples": 3}
+
+
+class Broken(MemoryLatents):
+    """One clip of the set holds a NaN, so that one process sees it and the other does not."""
+
+    def video(self, index: int) -> Tensor:
+        found = super().video(index)
+        return found * float("nan") if self.clips[index].id == "clip1_0" else found
+
+
+def gradients(parallel: ParallelSettings, accelerator: Accelerator, size: int) -> dict[str, Tensor]:
+    """Gradients of the first step."""
+    of = method("high_noise", adapter=PLAIN, parallel=parallel, accelerator=accelerator)
+    training = trainer(of, accelerator=accelerator, batch=replace(BATCH, size=size))
+    of.network(0)
+    accelerator.backward(of.loss(0, next(training._batches(0))).total)
+    found = {name: p.grad for name, p in of.parameters.items()}
+    return {name: whole(gradient).clone() for name, gradient in found.items() if gradient is not None}
+
+
+def trained(folder: Path, parallel: ParallelSettings, accelerator: Accelerator, size: int) -> Trainer:
+    """A run of both experts with checkpoints, to its end."""
+    of = method("high_noise", "low_noise", adapter=PLAIN, parallel=parallel, accelerator=accelerator)
+    training = trainer(
+        of,
+        accelerator=accelerator,
+        batch=replace(BATCH, size=size),
+        optimizer=AVERAGED,
+        steps=STEPS,
+        checkpoints=Checkpoints(folder, keep=2),
+        checkpoint_every=2,
+    )
+    training.run()
+    return training
+
+
+def gradients_of_two(folder: Path, accelerator: Accelerator) -> None:
+    for strategy in ("ddp", "fsdp"):
+        found = gradients(ParallelSettings(strategy=strategy), accelerator, size=2)
+        save_file(found, folder / f"gradients_{strategy}_{accelerator.process_index}.safetensors")
+
+
+def training_of_two(folder: Path, accelerator: Accelerator) -> None:
+    for strategy in ("ddp", "fsdp"):
+        training = trained(folder / strategy, ParallelSettings(strategy=strategy), accelerator, size=2)
+        parameters = training.whole_parameters()
+        save_file(parameters, folder / f"trained_{strategy}_{accelerator.process_index}.safetensors")
+        if strategy == "fsdp":
+            base = training.method.experts.transformers["high_noise"].blocks[0].attn1.to_q.base_layer.weight  # type: ignore[attr-defined]
+            assert isinstance(base, DTensor)
+            assert base.to_local().numel() * WORLD == base.numel()
+
+
+def nan_on_one(folder: Path, accelerator: Accelerator) -> None:
+    of = method("high_noise", accelerator=accelerator)
+    batch = replace(BATCH, size=1)
+    training = trainer(of, accelerator=accelerator, data=Broken(latents().clips), batch=batch, steps=50)
+    try:
+        training.run()
+    except NonFiniteLoss as error:
+        (folder / f"nan_{accelerator.process_index}").write_text(str(error))
+
+
+def signal_to_one(folder: Path, accelerator: Accelerator) -> None:
+    def send(trainer: Trainer, report: StepReport) -> None:
+        if report.step == 1 and accelerator.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    of = method("high_noise", accelerator=accelerator)
+    training = trainer(of, accelerator=accelerator, steps=50, callbacks=[send])
+    try:
+        training.run()
+    except Stopped as stopped:
+        (folder / f"stopped_{accelerator.process_index}").write_text(f"{training.step} {stopped.code}")
+
+
+def whole_run(folder: Path, accelerator: Accelerator) -> None:
+    """The way of ``scripts/train.py``: validation, a story told by sharded experts, export.
+
+    The last scenario: a finished run ends the process group.
+    """
+    from tests import stories
+
+    story = folder / f"story_{accelerator.process_index}.yaml"
+    story.write_text(stories.FOUR_SHOTS)
+    ready = run(
+        folder / "run",
+        steps=STEPS,
+        parallel={"strategy": "fsdp"},
+        batch=vars(replace(BATCH, size=1)),
+        adapter=vars(PLAIN),
+        validation=VALIDATION,
+        samples={"every": STEPS, "story": str(story)},
+    )
+    ready.trainer.run()
+    ready.finish()
+
+
+SCENARIOS: tuple[Callable[[Path, Accelerator], Any], ...] = (
+    gradients_of_two,
+    training_of_two,
+    nan_on_one,
+    signal_to_one,
+    whole_run,
+)
+
+
+def process(rank: int, port: int, folder: Path) -> None:
+    """One of the two."""
+    os.environ |= {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+    }
+    accelerator = make_accelerator(CPU)
+    assert accelerator.num_processes == WORLD
+    for scenario in SCENARIOS:
+        scenario(folder, accelerator)
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(WORLD):
+        child = os.fork()
+        if child == 0:
+            process(rank, port, Path(sys.argv[1]))
+            sys.stdout.flush()
+            os._exit(0)
+        children.append(child)
+    return max(os.waitpid(child, 0)[1] for child in children) != 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

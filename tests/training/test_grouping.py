@@ -1,0 +1,183 @@
+"""Grouping: what may stand in one group, what is dropped, and what stays the same when data is added."""
+
+import importlib.util
+import sys
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from storymem.memory.keyframes import normalised
+from storymem.training import grouping
+from storymem.training.data_settings import GroupSettings
+from storymem.training.grouping import Grouping, find_neighbours, group_clips, search_exact, search_faiss, split_groups
+
+SETTINGS = GroupSettings(similarity=0.75, near_duplicate=0.97, max_size=5)
+needs_faiss = pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss is optional")
+
+
+def clusters(count: int, size: int, *, spread: float = 0.4, dim: int = 32, seed: int = 0) -> np.ndarray:
+    """``count`` directions with ``size`` vectors around each, [count * size, dim]; cosines within about 0.86."""
+    random = np.random.default_rng(seed)
+    centres = normalised(random.standard_normal((count, dim))).repeat(size, axis=0)
+    return normalised(centres + spread * normalised(random.standard_normal(centres.shape)))
+
+
+def names(embeddings: np.ndarray) -> list[str]:
+    return [f"clip{number:05d}" for number in range(len(embeddings))]
+
+
+def members(result: Grouping) -> list[set[str]]:
+    found: dict[int, set[str]] = {}
+    for id, number in result.group.items():
+        found.setdefault(number, set()).add(id)
+    assert sorted(found) == list(range(len(result.split)))
+    return [found[number] for number in sorted(found)]
+
+
+def test_all_clips_of_a_group_are_alike_but_not_the_same() -> None:
+    embeddings = clusters(30, 7, spread=0.55)
+    embeddings = np.concatenate([embeddings, normalised(embeddings[::10] + 1e-3)])
+    ids = names(embeddings)
+    result = group_clips(ids, embeddings, SETTINGS)
+    row = {id: number for number, id in enumerate(ids)}
+    for group in members(result):
+        assert 2 <= len(group) <= SETTINGS.max_size
+        for one, other in combinations(group, 2):
+            assert 0.75 - 1e-6 <= embeddings[row[one]] @ embeddings[row[other]] < 0.97 + 1e-6
+    accounted = [*result.group, *result.duplicates, *result.alone]
+    assert sorted(accounted) == ids
+    assert len(result.group) > 120
+
+
+def test_clusters_far_apart_become_groups() -> None:
+    embeddings = clusters(12, 4)
+    result = group_clips(names(embeddings), embeddings, SETTINGS)
+    assert sorted(map(sorted, members(result))) == [
+        [f"clip{4 * cluster + k:05d}" for k in range(4)] for cluster in range(12)
+    ]
+
+
+def test_the_order_of_the_clips_does_not_matter() -> None:
+    embeddings = clusters(20, 6, spread=0.6)
+    ids = names(embeddings)
+    order = np.random.default_rng(1).permutation(len(ids))
+    one = group_clips(ids, embeddings, SETTINGS)
+    other = group_clips([ids[row] for row in order], embeddings[order], SETTINGS)
+    assert one == other
+
+
+def test_of_near_duplicates_one_is_kept_however_many_there_are() -> None:
+    settings = GroupSettings(neighbours=8)
+    base = clusters(1, 3)
+    copies = normalised(base[:1] + 1e-4 * np.random.default_rng(0).standard_normal((60, 32)))
+    embeddings = np.concatenate([base, copies])  # 61 the same, and more of them than neighbours
+    result = group_clips(names(embeddings), embeddings, settings)
+    assert len(result.duplicates) == 60
+    assert len(result.group) == 3, "the clips that the copies hid are found in the end"
+    assert not set(result.duplicates) & set(result.duplicates.values()), "what is kept is itself no copy"
+
+
+def test_a_clip_without_companions_is_left_out_unless_wanted() -> None:
+    embeddings = np.concatenate([clusters(2, 3), clusters(4, 1, seed=9)])
+    result = group_clips(names(embeddings), embeddings, SETTINGS)
+    assert result.alone == [f"clip{number:05d}" for number in range(6, 10)]
+    kept = group_clips(names(embeddings), embeddings, GroupSettings(min_size=1))
+    assert sorted(map(len, members(kept))) == [1, 1, 1, 1, 3, 3]
+    assert kept.alone == []
+
+
+def test_a_group_is_of_one_size() -> None:
+    embeddings = clusters(1, 6)
+    sizes = [(480, 832), (832, 480)] * 3
+    result = group_clips(names(embeddings), embeddings, SETTINGS, sizes=sizes)
+    groups = [{int(id[-1]) for id in group} for group in members(result)]
+    assert sorted(map(sorted, groups)) == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_groups_all_of_size_one_are_refused_with_the_similarities() -> None:
+    embeddings = np.eye(5, 8, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"all of size one: no two of 5 .* 0\.000 \(median\).* set group\.similarity"):
+        group_clips(names(embeddings), embeddings, SETTINGS)
+    with pytest.raises(ValueError, match="of 4 clips 3 are near-duplicates"):
+        group_clips(names(embeddings[:4]), embeddings[[0, 0, 0, 0]], SETTINGS)
+
+
+def test_groups_stay_when_data_is_added() -> None:
+    many = clusters(60, 4)
+    ids = names(many)
+    before = group_clips(ids[:160], many[:160], GroupSettings(valid_fraction=0.2))
+    after = group_clips(ids, many, GroupSettings(valid_fraction=0.2))
+    split_before = {id: before.split[number] for id, number in before.group.items()}
+    split_after = {id: after.split[number] for id, number in after.group.items()}
+    assert {id: split_after[id] for id in split_before} == split_before
+    assert 0.1 < after.split.count("valid") / len(after.split) < 0.3
+
+
+def test_some_group_is_held_out_and_some_is_not() -> None:
+    assert sorted(split_groups(["a", "b"], 0.001)) == ["train", "valid"]
+    assert sorted(split_groups(["a", "b"], 0.999)) == ["train", "valid"]
+    assert split_groups(["a"], 0.9) == ["train"]
+    assert split_groups(["a", "b", "c"], 0.0) == ["train"] * 3
+
+
+@pytest.mark.parametrize("count", [1, 7, 299])
+def test_exact_search_agrees_with_numpy(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouping, "_ROWS", 64)
+    monkeypatch.setattr(grouping, "_COLUMNS", 100)
+    embeddings = clusters(100, 3, spread=2.0)
+    columns, cosines = search_exact(embeddings, count)
+    all_cosines = embeddings @ embeddings.T
+    np.fill_diagonal(all_cosines, -2)
+    expected = np.sort(all_cosines, axis=1)[:, ::-1][:, :count]
+    assert np.allclose(cosines, expected, atol=1e-6)
+    assert np.allclose(np.take_along_axis(all_cosines, columns, axis=1), cosines, atol=1e-6)
+
+
+@needs_faiss
+def test_faiss_finds_what_exact_search_finds() -> None:
+    embeddings = clusters(400, 6)
+    columns, _ = search_faiss(embeddings, 5)
+    expected, _ = search_exact(embeddings, 5)
+    assert columns.shape == expected.shape
+    assert not (columns == np.arange(len(columns))[:, None]).any()
+    found = [len(set(row) & set(true)) / 5 for row, true in zip(columns.tolist(), expected.tolist(), strict=True)]
+    assert np.mean(found) > 0.95
+
+
+def test_pairs_are_symmetric_and_ordered() -> None:
+    found = find_neighbours(clusters(10, 5, spread=0.6), GroupSettings(neighbours=2, similarity=0.5))
+    pairs = {(row, column) for row in range(50) for column in found.of(row)[0].tolist()}
+    assert pairs == {(column, row) for row, column in pairs}
+    for row in range(50):
+        assert (np.diff(found.of(row)[1]) <= 0).all()
+
+
+def test_pairs_without_some_clips_are_the_pairs_of_the_others() -> None:
+    embeddings = clusters(10, 5, spread=0.6)
+    settings = GroupSettings(neighbours=20, similarity=0.5)
+    found, dropped = find_neighbours(embeddings, settings), [0, 7, 8, 49]
+    assert not found.full.any()
+    some, anew = found.without(dropped), find_neighbours(np.delete(embeddings, dropped, axis=0), settings)
+    assert np.array_equal(some.starts, anew.starts)
+    assert np.array_equal(some.columns, anew.columns)
+    assert np.allclose(some.cosines, anew.cosines, atol=1e-6)
+
+
+def test_faiss_that_is_asked_for_and_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match="pip install faiss-cpu"):
+        find_neighbours(clusters(2, 2), GroupSettings(search="faiss"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"similarity": 0.98}, "alike, but not the same"),
+        ({"min_size": 9, "max_size": 4}, "min_size=9 must lie between 1 and max_size=4"),
+        ({"valid_fraction": 1.0}, "at least 0 and below 1"),
+    ],
+)
+def test_settings_that_cannot_be_met(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GroupSettings(**changes)

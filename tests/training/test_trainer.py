@@ -1,0 +1,372 @@
+"""The loop: what it trains, what it saves, how it stops and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from storymem.config import ConfigError, build_settings
+from storymem.settings import TrainSettings
+from storymem.train import check_run_folder, check_sizes
+from storymem.training.checkpoints import Checkpoints
+from storymem.training.ema import MovingAverage
+from storymem.training.experts import add_adapter, check_only_adapters_train, check_parallel, make_accelerator
+from storymem.training.optimizers import check_optimizer
+from storymem.training.run_log import read_metrics
+from storymem.training.settings import OptimizerSettings, ParallelSettings
+from storymem.training.trainer import NonFiniteLoss, StepReport, Stopped, Trainer
+from storymem.wan.lora import AdapterInfo, write_memory_lora
+from tests import stories
+from tests.training.tiny import (
+    ADAPTER,
+    BATCH,
+    CPU,
+    OPTIMIZER,
+    MemoryLatents,
+    config,
+    expert,
+    latents,
+    method,
+    run,
+    trainer,
+)
+
+
+def test_the_loss_falls_on_a_set_seen_again_and_again() -> None:
+    of = method("high_noise", adapter=replace(ADAPTER, rank=32, alpha=32.0, dropout=0.0), width=48)
+    training = trainer(
+        of,
+        data=latents(groups=1, size=2, keyframes=1),
+        batch=replace(BATCH, size=4, max_memory=1),
+        steps=60,
+        optimizer=replace(OPTIMIZER, lr=3e-3),
+    )
+    # The same batches before and after, with noise that training does not see.
+    unseen = list(islice(training._batches(1000), 6))
+    before = [of.evaluate("high_noise", batch).total.item() for batch in unseen]
+    training.run()
+    after = [of.evaluate("high_noise", batch).total.item() for batch in unseen]
+    assert all(later < 0.9 * sooner for sooner, later in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_the_adapter_gets_gradients_and_optimizer_state(checkpointing: bool) -> None:
+    of = method("high_noise", parallel=ParallelSettings(gradient_checkpointing=checkpointing))
+    training = trainer(of, steps=1)
+    transformer = of.experts.transformers["high_noise"]
+    before = {name: p.detach().clone() for name, p in transformer.named_parameters()}
+    batch = next(training._batches(0))
+    network = of.network(0)
+    training.accelerator.backward(of.loss(0, batch).total)
+    with_gradient = {name for name, p in transformer.named_parameters() if p.grad is not None}
+    assert with_gradient == {name for name in before if ".lora_" in name}
+    assert len(with_gradient) == 2 * 10 * 2  # matrices, linears, blocks
+    # Checkpointing that cuts the graph loses the first block first. At the start only B has one: A is times B = 0.
+    first = transformer.blocks[0]
+    for linear in (first.attn1.to_q, first.attn2.to_k, first.ffn.net[2]):
+        assert linear.lora_B["memory"].weight.grad.abs().max() > 0
+    network.zero_grad()
+    training.run()
+    for name, parameter in transformer.named_parameters():
+        assert torch.equal(parameter, before[name]) == (".lora_" not in name), name
+    assert set(map(id, training.optimizer.state)) == set(map(id, of.parameters.values()))
+
+
+def test_checkpointing_and_accumulation_change_no_gradient() -> None:
+    adapter = replace(ADAPTER, dropout=0.0)
+
+    def trained(parallel: ParallelSettings, **changes: Any) -> dict[str, torch.Tensor]:
+        training = trainer(method("high_noise", adapter=adapter, parallel=parallel), batch=replace(BATCH, **changes))
+        training.run()
+        return training.whole_parameters()
+
+    plain = trained(ParallelSettings(), size=4)
+    for other in (
+        trained(ParallelSettings(gradient_checkpointing=True), size=4),
+        trained(ParallelSettings(), size=2, accumulation=2),
+    ):
+        for name, tensor in plain.items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_take_turns() -> None:
+    of = method("high_noise", "low_noise", parallel=ParallelSettings(alternate_every=2))
+    assert [of.turn(step) for step in range(6)] == [
+        *["high_noise"] * 2,
+        *["low_noise"] * 2,
+        *["high_noise"] * 2,
+    ]
+    start = {name: p.detach().clone() for name, p in of.parameters.items()}
+    training = trainer(of, steps=2, optimizer=replace(OPTIMIZER, ema_decay=0.5))
+    training.run()
+    assert training.average is not None
+    for name, parameter in of.parameters.items():
+        moved = name.startswith("high_noise") and ".lora_B" in name
+        assert torch.equal(parameter, start[name]) != moved or ".lora_A" in name
+        assert (training.average.updates[name] == 2) == name.startswith("high_noise")
+
+
+@pytest.mark.parametrize("which", ["high", "both"])
+def test_a_run_that_is_taken_up_gives_the_same_losses(tmp_path: Path, which: str) -> None:
+    """Dropout, warm-up, average and turns included; the second half is another process's for all that it knows."""
+    whole = run(tmp_path / "whole", expert=which)
+    whole.trainer.run()
+    whole.finish()
+
+    class Killed(Exception):
+        pass
+
+    def kill(trainer: Trainer, report: StepReport) -> None:
+        if report.step == 5:
+            raise Killed
+
+    first = run(tmp_path / "halves", expert=which)
+    first.trainer.callbacks.append(kill)
+    with pytest.raises(Killed):
+        first.trainer.run()
+    assert [row["step"] for row in read_metrics(tmp_path / "halves")] == [1, 2, 3, 4, 5]
+    second = run(tmp_path / "halves", expert=which)
+    assert second.trainer.step == 3
+    assert [row["step"] for row in read_metrics(tmp_path / "halves")] == [1, 2, 3]
+    second.trainer.run()
+    second.finish()
+
+    def told(folder: Path) -> list[dict[str, Any]]:
+        timed = ("seconds_", "samples_per_second", "memory_gb")
+        return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_metrics(tmp_path / folder)]
+
+    assert told(Path("halves")) == told(Path("whole"))
+    for file in sorted((tmp_path / "whole" / "storymem").iterdir()):
+        one, other = load_file(file), load_file(tmp_path / "halves" / "storymem" / file.name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_step_finish_saves_and_ends(tmp_path: Path, number: signal.Signals) -> None:
+    def send(trainer: Trainer, report: StepReport) -> None:
+        if report.step == 1:
+            # As a terminal or a cluster does it: to data workers too.
+            for process in [*(child.pid for child in multiprocessing.active_children()), os.getpid()]:
+                os.kill(process, number)
+
+    before = signal.getsignal(number)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    batch = replace(BATCH, workers=1)
+    training = trainer(method("high_noise"), batch=batch, checkpoints=checkpoints, callbacks=[send], steps=20)
+    with pytest.raises(Stopped) as stopped:
+        training.run()
+    # The signal came after step 1, so step 2 was the one to finish.
+    assert stopped.value.code == 128 + number
+    assert checkpoints.steps() == [2]
+    assert signal.getsignal(number) == before
+
+
+class Broken(MemoryLatents):
+    """One clip of the set holds a NaN."""
+
+    def video(self, index: int) -> torch.Tensor:
+        found = super().video(index)
+        return found * float("nan") if self.clips[index].id == "clip1_0" else found
+
+
+def test_nan_stops_the_run_names_the_clips_and_is_not_saved(tmp_path: Path) -> None:
+    data, checkpoints = Broken(latents().clips), Checkpoints(tmp_path, keep=9)
+    of = method("high_noise")
+    training = trainer(of, data=data, checkpoints=checkpoints, checkpoint_every=1, steps=50)
+    with pytest.raises(NonFiniteLoss, match=r"step (\d+): the loss is nan; .*clip1_0") as stopped:
+        training.run()
+    reached = int(str(stopped.value).split()[1].rstrip(":"))
+    assert checkpoints.steps() == list(range(1, reached))
+    assert all(parameter.isfinite().all() for parameter in of.parameters.values())
+
+
+def test_checkpoints_rotate_and_a_broken_one_never_shows(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (5, 10, 15):
+        with checkpoints.writing(step) as folder:
+            (folder / "content").write_text(str(step))
+    assert checkpoints.steps() == [10, 15]
+    with pytest.raises(FileNotFoundError), checkpoints.writing(20) as folder:
+        (folder / "absent" / "content").write_text("half")
+    assert checkpoints.steps() == [10, 15]
+    (tmp_path / ".step_00000025.partial").mkdir()  # left by a killed process
+    with checkpoints.writing(15) as folder:
+        (folder / "content").write_text("again")
+    assert (checkpoints.path(15) / "content").read_text() == "again"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000015"]
+
+
+def test_the_moving_average_follows_and_changes_places() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    average = MovingAverage({"p": parameter}, decay=0.9)
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    average.update(["p"])
+    assert average.values["p"].tolist() == pytest.approx([1 - 2 / 11] * 3)  # warm-up: (1 + 1) / (10 + 1)
+    for _ in range(500):
+        average.update(["p"])
+    assert average.values["p"].tolist() == pytest.approx([1.0] * 3)
+    with torch.no_grad():
+        parameter.fill_(5.0)
+    with average.in_place():
+        assert parameter.tolist() == pytest.approx([1.0] * 3)
+    assert parameter.tolist() == [5.0] * 3
+    assert average.values["p"].tolist() == pytest.approx([1.0] * 3)
+
+
+def test_the_run_folder_holds_everything(tmp_path: Path) -> None:
+    (tmp_path / "story.yaml").write_text(stories.FOUR_SHOTS)
+    samples = {"every": 2, "story": str(tmp_path / "story.yaml"), "frames_per_shot": 3}
+    validation = {"every": 2, "samples": 3}
+    ready = run(
+        tmp_path / "run",
+        steps=2,
+        samples=samples,
+        validation=validation,
+        conditioning="mi2v",
+        export=["storymem", "comfyui"],
+    )
+    ready.trainer.run()
+    ready.finish()
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "storymem", "comfyui"}
+    assert yaml.safe_load((folder / "config.yaml").read_text())["steps"] == 2
+    rows: dict[str, Any] = {}
+    for row in read_metrics(folder):
+        rows |= row
+    assert {"loss", "loss_by_level", "lr", "grad_norm", "samples_per_second", "memory_gb"} <= rows.keys()
+    assert {"valid_loss_high_noise", "valid_loss_low_noise"} <= rows.keys()
+    assert -1 <= rows["cross_shot"] <= 1
+    from storymem.images import read_image
+
+    assert read_image(folder / "samples" / "step_00000002.png").shape == (4 * 32, 3 * 48, 3)
+    assert len(list((folder / "samples" / "step_00000002" / "shots").glob("*.mp4"))) == 4
+
+
+def test_validation_is_the_same_each_time_and_moves_with_the_adapter(tmp_path: Path) -> None:
+    ready = run(tmp_path, validation={"every": 5, "samples": 3}, expert="low")
+    validation = ready.trainer.callbacks[1]
+    before, again = validation.losses(ready.trainer), validation.losses(ready.trainer)  # type: ignore[attr-defined]
+    assert before == again
+    ready.trainer.run()
+    assert validation.losses(ready.trainer) != before  # type: ignore[attr-defined]
+
+
+def test_wandb_offline_writes_into_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ready = run(tmp_path, expert="high", steps=1, log={"every": 1, "wandb": "offline"})
+    ready.trainer.run()
+    ready.finish()
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+
+
+def test_a_trainable_base_is_refused() -> None:
+    transformer = expert()
+    add_adapter(transformer, "high_noise", ADAPTER, seed=0)
+    check_only_adapters_train(transformer, "high_noise")
+    transformer.proj_out.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"base of the high_noise expert is trainable.*proj_out"):
+        check_only_adapters_train(transformer, "high_noise")
+
+
+def test_the_adapter_is_float32_on_a_bfloat16_base() -> None:
+    transformer = expert().to(torch.bfloat16)
+    add_adapter(transformer, "high_noise", ADAPTER, seed=0)
+    dtypes = {name: p.dtype for name, p in transformer.named_parameters() if p.requires_grad}
+    assert set(dtypes.values()) == {torch.float32}
+    assert transformer.dtype == torch.bfloat16
+
+
+def test_a_run_can_begin_from_an_adapter_of_its_own_rank(tmp_path: Path) -> None:
+    of = method("high_noise")
+    trainer(of).run()
+    trained = {name: p.detach().clone() for name, p in of.parameters.items()}
+    of.save(trained, tmp_path)
+    start = replace(ADAPTER, start=str(tmp_path))
+    for name, parameter in method("high_noise", adapter=start).parameters.items():
+        assert torch.equal(parameter, trained[name])
+    with pytest.raises(ValueError, match=r"has rank=4, and the settings say adapter.rank=8: write adapter.rank=4"):
+        method("high_noise", adapter=replace(start, rank=8))
+
+
+def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path) -> None:
+    state = {
+        "blocks.0.attn1.to_q.lora_A.weight": torch.zeros(8, 24),
+        "blocks.0.attn1.to_q.lora_B.weight": torch.zeros(24, 8),
+    }
+    folder = tmp_path / "checkpoints" / "step_00000003" / "adapter"
+    write_memory_lora({"high_noise": state}, folder, info=AdapterInfo(rank=8, alpha=4.0))
+    with pytest.raises(ValueError, match=r"rank=8, and the settings say adapter\.rank=4"):
+        run(tmp_path, expert="high")
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
+    ours = config(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(ours))))
+    check_run_folder(tmp_path, build_settings(TrainSettings, ours), ours)
+    longer = ours | {"steps": 99}
+    check_run_folder(tmp_path, build_settings(TrainSettings, longer), longer)
+    other = ours | {"seed": 1}
+    with pytest.raises(ValueError, match=r"seed: 0 before, 1 now"):
+        check_run_folder(tmp_path, build_settings(TrainSettings, other), other)
+    never = ours | {"resume": "never"}
+    with pytest.raises(ValueError, match="holds a run: choose another output"):
+        check_run_folder(tmp_path, build_settings(TrainSettings, never), never)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"adapter": {"rank": 0}}, "rank must be 1 or more"),
+        ({"batch": {"text_dropout": 1.5}}, "text_dropout must lie between 0 and 1"),
+        ({"batch": {"max_memori": 3}}, "did you mean 'max_memory'"),
+        ({"objective": {"shift": 0}}, "shift must be above 0"),
+        ({"optimizer": {"name": "adamv"}}, "optimizer.name"),
+        ({"samples": {"every": 5}}, "story must name a story file"),
+        ({"export": ["storymem", "storymem"]}, "each once"),
+        ({"runtime": {"offload": "group"}}, "see parallel"),
+    ],
+)
+def test_mistakes_in_settings_are_told(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        build_settings(TrainSettings, config(tmp_path, **change))
+
+
+def test_frames_that_are_not_4n_plus_1_are_refused(tmp_path: Path) -> None:
+    values = config(tmp_path)
+    values["model"]["video"]["frames"] = 10
+    with pytest.raises(ConfigError, match=r"model.video: frames must be 4n \+ 1"):
+        build_settings(TrainSettings, values)
+
+
+def test_a_cache_of_another_size_is_refused(tmp_path: Path) -> None:
+    values = config(tmp_path)
+    values["model"]["video"] |= {"height": 64}
+    settings = build_settings(TrainSettings, values)
+    with pytest.raises(ValueError, match=r"holds clips of 9x32x48 .* none of them of the model's 9x64x48"):
+        check_sizes(latents(), settings)
+
+
+def test_what_cannot_run_here_is_refused() -> None:
+    eight_bit = OptimizerSettings(name="adamw_8bit")
+    with pytest.raises(ValueError, match="needs an accelerator"):
+        check_optimizer(eight_bit, ParallelSettings(), CPU)
+    with pytest.raises(ValueError, match="does not know sharded parameters"):
+        check_optimizer(eight_bit, ParallelSettings(strategy="fsdp"), CPU)
+    with pytest.raises(ValueError, match="torchrun"):
+        check_parallel(ParallelSettings(strategy="fsdp"), make_accelerator(CPU))
