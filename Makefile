@@ -11,10 +11,10 @@ film: $(VENV)/.ready  ## the example story as a film, on the embedded model
 	$(RUN) scripts/generate.py $(STORY) $(ARGS)
 
 test: $(VENV)/.ready  ## the tests, under three minutes on two cores
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.ready  ## the tests that take longer
-	$(RUN) -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow $(ARGS)
 
 lint: $(VENV)/.ready  ## style and types
 	$(RUN) -m ruff check .
@@ -25,6 +25,10 @@ bench: $(VENV)/.ready  ## every figure of speed, as ratios in one run
 	$(RUN) -m benchmarks.keyframes $(ARGS)
 	$(RUN) -m benchmarks.film $(ARGS)
 	$(RUN) -m benchmarks.scorers $(ARGS)
+	$(RUN) -m benchmarks.loader $(ARGS)
+	$(RUN) -m benchmarks.grouping $(ARGS)
+	$(RUN) -m benchmarks.training $(ARGS)
+	$(RUN) -m benchmarks.scoring $(ARGS)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
