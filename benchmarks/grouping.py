@@ -49,8 +49,8 @@ class Result:
     threads: int
 
 
-def drawn_embeddings(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings float32 [count, 512] and the cluster of each, [count]."""
+def draw(count: int, folder: Path) -> None:
+    """Write embeddings, float32 [count, 512], and the cluster of each, [count]."""
     random = np.random.default_rng(0)
     cluster = np.arange(count) // CLUSTER
     centres = normalised(random.standard_normal((cluster[-1] + 1, DIMENSIONS), dtype=np.float32))
@@ -58,7 +58,8 @@ def drawn_embeddings(count: int) -> tuple[np.ndarray, np.ndarray]:
     copies = np.arange(50, count, 50)
     rows[copies] = rows[copies - 1] + 0.002
     cluster[copies] = cluster[copies - 1]
-    return normalised(rows), cluster
+    np.save(folder / "embeddings.npy", normalised(rows))
+    np.save(folder / "cluster.npy", cluster)
 
 
 def measure(folder: Path, search: str, threads: int | None, device: str) -> Result:
@@ -104,13 +105,13 @@ def _found(group: dict[str, int], cluster: dict[str, int]) -> float:
 
 
 def in_own_process(count: int, *arguments: Any) -> Result:
-    """Measure in a fresh process, so that neither another size nor the drawing counts."""
-    with tempfile.TemporaryDirectory() as name, multiprocessing.get_context("spawn").Pool(1) as pool:
-        embeddings, cluster = drawn_embeddings(count)
-        np.save(Path(name) / "embeddings.npy", embeddings)
-        np.save(Path(name) / "cluster.npy", cluster)
-        del embeddings, cluster
-        return pool.apply(measure, (Path(name), *arguments))
+    """Draw and measure, each in a fresh process: a child begins with its parent's peak memory."""
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as name:
+        with spawn.Pool(1) as pool:
+            pool.apply(draw, (count, Path(name)))
+        with spawn.Pool(1) as pool:
+            return pool.apply(measure, (Path(name), *arguments))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from storymem.cli import hydra_arguments, run_script
+from storymem.cli import CONFIGS, hydra_arguments, run_script
 
 ROOT = Path(__file__).parents[1]
 STORY = """\
@@ -59,8 +59,10 @@ def test_help_is_for_people(run: Callable[..., subprocess.CompletedProcess[str]]
     assert result.returncode == 0
     for text in ("python scripts/generate.py story.yaml", "model=wan2.2-a14b", "dry_run=true", "resume=from_shot:N"):
         assert text in result.stdout
-    (models,) = [line for line in result.stdout.splitlines() if line.startswith("model: ")]
-    assert {"tiny", "wan2.2-a14b"} <= set(models.removeprefix("model: ").split(", "))
+    shown = [line.strip() for line in result.stdout.splitlines()]
+    for group in ("model", "sampler", "memory", "scorer/clip", "scorer/quality", "runtime"):
+        choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+        assert f"{group}: {', '.join(choices)}" in shown
 
 
 def test_a_faulty_story_is_told_with_its_line(

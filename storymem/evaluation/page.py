@@ -39,6 +39,8 @@ svg .soft { fill: var(--soft); } svg .grid { stroke: var(--line); } svg .absent 
 .key i { display: inline-block; width: .75rem; height: .75rem; border-radius: 50%; margin: 0 .3rem 0 1rem; }
 details.story { border-top: 1px solid var(--line); padding: .5rem 0; }
 details.story > summary { cursor: pointer; display: flex; gap: 1rem; flex-wrap: wrap; align-items: baseline; }
+details.story > summary::before { content: '▸'; width: .6rem; }
+details.story[open] > summary::before { content: '▾'; }
 summary b { min-width: 16rem; } summary span { font-size: .82rem; color: var(--soft); }
 .sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .8rem; margin: .8rem 0; }
 .sheet img, .pair img { width: 100%; border-radius: .3rem; display: block; }

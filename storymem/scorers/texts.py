@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from open_clip import SimpleTokenizer
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+
+@cache  # reading the vocabulary takes longer than building a small model
+def _tokenizer(context_length: int) -> SimpleTokenizer:
+    return SimpleTokenizer(context_length=context_length)
 
 
 class ClipTokenizer:
@@ -23,7 +29,7 @@ class ClipTokenizer:
         self.context_length = context_length
         self.texts_seen = 0
         self.texts_truncated = 0
-        self._tokenizer = SimpleTokenizer(context_length=context_length)
+        self._tokenizer = _tokenizer(context_length)
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text before truncation, start and end of text included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def write_films(folder: Path, told: Sequence[Story], *, seed: int = 0, lengths: 
     return folder
 
 
+@cache  # a metric keeps nothing from one film to the next
 def metrics(batch_size: int = 8) -> dict[str, Metric]:
     """All metrics that need no further library."""
     return {

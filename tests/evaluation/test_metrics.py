@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from transformers import Dinov2Config, Dinov2Model
 from storymem.evaluation.dinov2 import Dinov2Embedder
 from storymem.evaluation.metric import Metric, Scores, as_pictures, weights_sha256
 from storymem.evaluation.metrics import AestheticQuality, Appearance, ViclipScores
+from storymem.scorers.clip import ClipScorer
 from storymem.scorers.viclip import ViclipScorer
 from storymem.story import Story, load_story
 from storymem.weights import MissingWeights
@@ -30,11 +33,21 @@ def story(tmp_path: Path) -> Story:
     return small.stories(tmp_path)[0]
 
 
+@cache
+def viclip() -> ViclipScorer:
+    return tiny.viclip()
+
+
+@cache
+def clip() -> ClipScorer:
+    return tiny.clip()
+
+
 def shots() -> list[np.ndarray]:
     return [small.frames(number, length) for number, length in enumerate(LENGTHS)]
 
 
-def scores(metric: Metric, story: Story, videos: list[np.ndarray | None]) -> Scores:
+def scores(metric: Metric, story: Story, videos: Sequence[np.ndarray | None]) -> Scores:
     screening = small.screening(story, [None if video is None else len(video) for video in videos])
     seen = [
         None if video is None else metric.see(shot, video, screening)
@@ -64,7 +77,7 @@ def test_aesthetic_quality_is_the_mean_over_frames_then_shots(story: Story) -> N
 
 
 def test_the_four_viclip_columns(story: Story) -> None:
-    scorer = tiny.viclip()
+    scorer = viclip()
     found = scores(ViclipScores(scorer, top_pairs=2), story, shots())
     texts = {text: scorer.embed_texts([text])[0] for text in (story.overview, *(s.prompt for s in story.shots))}
     clips = [clip_of(scorer, video) for video in shots()]
@@ -86,25 +99,25 @@ def test_the_four_viclip_columns(story: Story) -> None:
 
 
 def test_the_other_rule_takes_the_pairs_of_most_similar_shots(story: Story) -> None:
-    found = scores(ViclipScores(tiny.viclip(), top_pairs=2, top_rule="shots"), story, shots())
+    found = scores(ViclipScores(viclip(), top_pairs=2, top_rule="shots"), story, shots())
     values = sorted((value for *_, value in found.pairs["consistency_overall"] if value is not None), reverse=True)
     assert found.columns["consistency_top10"] == pytest.approx(sum(values[:2]) / 2)
     assert found.columns["consistency_top10"] >= found.columns["consistency_overall"]  # type: ignore[operator]
 
 
 def test_all_pairs_count_if_there_are_fewer_than_ten(story: Story) -> None:
-    found = scores(ViclipScores(tiny.viclip()), story, shots())
+    found = scores(ViclipScores(viclip()), story, shots())
     assert found.columns["consistency_top10"] == pytest.approx(found.columns["consistency_overall"])
 
 
 def test_cut_texts_are_counted(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(small.TWO_SHOTS.replace("A dog runs by.", "A dog " + "runs and " * 20 + "rests."))
-    found = scores(ViclipScores(tiny.viclip()), load_story(tmp_path / "s.yaml"), [small.frames(0), small.frames(1)])
+    found = scores(ViclipScores(viclip()), load_story(tmp_path / "s.yaml"), [small.frames(0), small.frames(1)])
     assert found.details == {"texts": 3, "texts_truncated": 1}
 
 
 def test_identity_and_steadiness_are_means_over_pairs_of_frames(story: Story) -> None:
-    embedder = tiny.clip()
+    embedder = clip()
     found = scores(Appearance(embedder, frames=3), story, shots())
     # The middles of three equal parts of 9, 17 and 12 frames.
     looked_at = [video[list(chosen)] for video, chosen in zip(shots(), [(1, 4, 7), (2, 7, 13), (1, 5, 9)], strict=True)]
@@ -119,7 +132,7 @@ def test_identity_and_steadiness_are_means_over_pairs_of_frames(story: Story) ->
 
 def test_a_still_shot_is_wholly_steady(story: Story) -> None:
     still = [np.repeat(small.frames(0)[:1], 9, axis=0)] * 3
-    found = scores(Appearance(tiny.clip(), frames=4), story, still)
+    found = scores(Appearance(clip(), frames=4), story, still)
     assert found.columns == pytest.approx({"identity_consistency": 1.0, "intra_shot_consistency": 1.0}, abs=1e-6)
 
 
@@ -133,8 +146,8 @@ def test_the_batch_size_does_not_matter(name: str, story: Story) -> None:
 
 def test_shots_of_several_sizes(story: Story) -> None:
     videos = [*shots()[:2], small.frames(7, 9)[:, :, :32]]
-    found = scores(ViclipScores(tiny.viclip()), story, videos)
-    alone = scores(ViclipScores(tiny.viclip()), story, shots())
+    found = scores(ViclipScores(viclip()), story, videos)
+    alone = scores(ViclipScores(viclip()), story, shots())
     assert found.pairs["consistency_overall"][0] == pytest.approx(alone.pairs["consistency_overall"][0], abs=1e-6)
     assert found.columns["prompt_following_global"] is None
     assert "differ in size" in found.reasons["prompt_following_global"]
@@ -159,13 +172,13 @@ def test_what_a_story_does_not_have_is_not_missing(tmp_path: Path) -> None:
     text = 'title: T\noverview: O.\nscenes: [{shots: [{prompt: "A dog."}]}]\n'
     (tmp_path / "one.yaml").write_text(text)
     story = load_story(tmp_path / "one.yaml")
-    identity = scores(Appearance(tiny.clip()), story, [small.frames(0)])
+    identity = scores(Appearance(clip()), story, [small.frames(0)])
     assert identity.undefined == ("identity_consistency",)
     assert identity.reasons == {"identity_consistency": "no character is listed in two shots"}
-    viclip = scores(ViclipScores(tiny.viclip()), story, [small.frames(0)])
-    assert viclip.undefined == ("consistency_overall", "consistency_top10")
-    assert viclip.columns["prompt_following_shot"] is not None
-    single = scores(Appearance(tiny.clip()), story, [small.frames(0, 1)])
+    following = scores(ViclipScores(viclip()), story, [small.frames(0)])
+    assert following.undefined == ("consistency_overall", "consistency_top10")
+    assert following.columns["prompt_following_shot"] is not None
+    single = scores(Appearance(clip()), story, [small.frames(0, 1)])
     assert single.reasons["intra_shot_consistency"] == "a shot has a single frame"
 
 
@@ -174,7 +187,7 @@ def test_settings_name_the_rules_and_the_weights() -> None:
     assert settings["viclip"]["top_rule"] == "prompts"
     assert settings["viclip"]["frame_profile"] == "vbench"
     assert len({found["weights_sha256"] for found in settings.values()}) == 3
-    assert ViclipScores(tiny.viclip(seed=1)).settings() != ViclipScores(tiny.viclip(seed=0)).settings()
+    assert ViclipScores(tiny.viclip(seed=1)).settings() != ViclipScores(viclip()).settings()
     scorer = tiny.aesthetic()
     before = AestheticQuality(scorer).settings()
     scorer.head.weight.data[0, 0] += 1  # type: ignore[union-attr, operator, index]
@@ -191,11 +204,11 @@ def test_weights_are_hashed_by_name_shape_and_value() -> None:
 
 def test_faulty_rules_are_refused() -> None:
     with pytest.raises(ValueError, match="write prompts or shots"):
-        ViclipScores(tiny.viclip(), top_rule="best")  # type: ignore[arg-type]
+        ViclipScores(viclip(), top_rule="best")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1"):
-        ViclipScores(tiny.viclip(), top_pairs=0)
+        ViclipScores(viclip(), top_pairs=0)
     with pytest.raises(ValueError, match="at least 2"):
-        Appearance(tiny.clip(), frames=1)
+        Appearance(clip(), frames=1)
 
 
 def test_dinov2_can_take_clips_place(tmp_path: Path, story: Story) -> None:

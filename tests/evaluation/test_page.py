@@ -87,6 +87,7 @@ def test_the_page_shows_what_is_in_the_results(page: Path) -> None:
     assert text.count("data:image/jpeg") >= 9
 
 
+@pytest.mark.slow
 def test_a_browser_opens_it_from_disk(page: Path, tmp_path: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:

@@ -163,6 +163,7 @@ def test_a_changed_model_or_size_makes_a_second_cache(folder: Path) -> None:
         LatentCache.open(folder / "set", fingerprint=cache_fingerprint(settings.model, settings.data))
 
 
+@pytest.mark.slow
 def test_workers_share_the_work_and_make_the_same_set(folder: Path) -> None:
     alone = prepare(config(folder, "group.max_size=2"))
     assert alone is not None

@@ -1,0 +1,195 @@
+"""Seconds to score a story, against a straight implementation that takes each definition at its word.
+
+    python -m benchmarks.scoring
+    python -m benchmarks.scoring --quick    # ViCLIP B/16 and CLIP B/32, three small shots
+
+Networks have their true sizes and random weights. Ours decodes each shot once, embeds each frame and clip once, in
+batches, and compares all pairs in one matrix product. The straight one decodes a shot whenever a definition mentions it
+and embeds both clips of every pair, one at a time. Both give the same columns; that is checked. The straight one
+takes so long that it is timed in parts, each once, and the sum is calculated: its aesthetic frames one at a time, one
+shot's prompt, one pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from torch import Tensor
+
+from storymem.evaluation.films import find_films
+from storymem.evaluation.metric import Metric, as_pictures
+from storymem.evaluation.metrics import AestheticQuality, ViclipScores
+from storymem.evaluation.scoring import StoryResult, score_film
+from storymem.scorers.aesthetic import AestheticScorer
+from storymem.scorers.scorer import resolve_device
+from storymem.scorers.viclip import ViclipScorer
+from storymem.scorers.viclip_network import VICLIP_B_16, VICLIP_L_14
+from storymem.story import Story, load_story
+from storymem.video import read_video, write_video
+
+
+def now() -> float:
+    """The clock, after the accelerator has caught up."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def make_story(folder: Path, shots: int, frames: int, height: int, width: int) -> Story:
+    """A story and its film, noise that a codec can hold, as others lay it out."""
+    lines = [f'      - {{prompt: "Shot number {number} of a walk along the river."}}' for number in range(shots)]
+    text = "\n".join(["title: Bench", "overview: A walk along a river.", "scenes:", "  - shots:", *lines])
+    (folder / "bench.yaml").write_text(text + "\n")
+    story = load_story(folder / "bench.yaml")
+    (folder / "films" / "bench").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for shot in story.shots:
+        noise = torch.rand(1, 3, 6, 8, generator=generator)
+        wide = torch.nn.functional.interpolate(noise, size=(height, width + frames), mode="bilinear")[0]
+        picture = (wide * 255).byte().movedim(0, -1).numpy()
+        film = np.stack([picture[:, shift : shift + width] for shift in range(frames)])
+        write_video(folder / "films" / "bench" / f"01_{shot.number:02d}.mp4", film, 16)
+    return story
+
+
+class Straight:
+    """Each definition at its word."""
+
+    def __init__(self, story: Story, files: list[Path], aesthetic: AestheticScorer, viclip: ViclipScorer) -> None:
+        self.story, self.files, self.aesthetic, self.viclip = story, files, aesthetic, viclip
+
+    def aesthetic_quality(self, shot: int) -> float:
+        frames = read_video(self.files[shot])
+        return float(np.mean([self.aesthetic.score(as_pictures(frame[None])).item() for frame in frames])) / 10
+
+    def clip(self, shot: int) -> Tensor:
+        return self.viclip.embed_clips(as_pictures(read_video(self.files[shot]))[None])[0]
+
+    def following(self, shot: int) -> float:
+        text = self.viclip.embed_texts([self.story.shots[shot].prompt])[0]
+        return float(self.clip(shot) @ text)
+
+    def whole_film(self) -> float:
+        frames = np.concatenate([read_video(file) for file in self.files])
+        clip = as_pictures(frames[self.viclip.frame_indices(len(frames))])
+        return float(self.viclip.embed_clips(clip[None])[0] @ self.viclip.embed_texts([self.story.overview])[0])
+
+    def pair(self, first: int, second: int) -> float:
+        return float(self.clip(first) @ self.clip(second))
+
+    def prompts_alike(self, first: int, second: int) -> float:
+        one, other = (self.viclip.embed_texts([self.story.shots[shot].prompt])[0] for shot in (first, second))
+        return float(one @ other)
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = now()
+    run()
+    return now() - start
+
+
+def straight_seconds(straight: Straight, result: StoryResult) -> dict[str, float]:
+    """Calculated from one of each part, of which the values are checked."""
+    shots = len(straight.files)
+    pairs = len(list(combinations(range(shots), 2)))
+    top = min(10, pairs)
+    scores = result.scores["viclip"]
+    checks = {
+        "aesthetic": (lambda: straight.aesthetic_quality(0), result.scores["aesthetic"].shots["aesthetic_quality"][0]),
+        "following": (lambda: straight.following(0), scores.shots["prompt_following_shot"][0]),
+        "whole film": (straight.whole_film, scores.columns["prompt_following_global"]),
+        "pair": (lambda: straight.pair(0, 1), scores.pairs["consistency_overall"][0][2]),
+    }
+    measured = {}
+    for name, (run, expected) in checks.items():
+        start = now()
+        found = run()
+        measured[name] = now() - start
+        assert expected is not None, name
+        assert abs(found - expected) < 1e-4, (name, found, expected)
+    alike = timed(lambda: straight.prompts_alike(0, 1))
+    return {
+        "aesthetic": shots * measured["aesthetic"],
+        "viclip": shots * measured["following"]
+        + measured["whole film"]
+        + (pairs + top) * measured["pair"]
+        + pairs * alike,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller networks, three small shots")
+    parser.add_argument("--shots", type=int, default=10)
+    parser.add_argument("--frames", type=int, default=81, help="of each shot")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.shots, arguments.frames = 3, 9
+    size = (96, 160) if arguments.quick else (480, 832)
+    clip_name = "ViT-B-32-quickgelu" if arguments.quick else "ViT-L-14-quickgelu"
+    viclip = ViclipScorer.from_config(VICLIP_B_16 if arguments.quick else VICLIP_L_14, device=arguments.device)
+    aesthetic = AestheticScorer.from_config(open_clip.get_model_config(clip_name), device=arguments.device)
+    metrics: dict[str, Metric] = {"aesthetic": AestheticQuality(aesthetic), "viclip": ViclipScores(viclip)}
+    with tempfile.TemporaryDirectory() as folder:
+        story = make_story(Path(folder), arguments.shots, arguments.frames, *size)
+        film = find_films(Path(folder) / "films", [story])[0]
+        files = [shot.path for shot in film.shots if shot.path is not None]
+        one = replace(film, shots=film.shots[:1])
+        score_film(replace(story, scenes=_first_shot(story)), one, metrics, "warm")  # once to warm up
+        ours: dict[str, float] = {}
+        found: dict[str, StoryResult] = {}
+        for name, metric in metrics.items():
+            start = now()
+            found[name], _ = score_film(story, film, {name: metric}, "bench")
+            ours[name] = now() - start
+        start = now()
+        result, _ = score_film(story, film, metrics, "bench")
+        ours["both, decoded once"] = now() - start
+        theirs = straight_seconds(Straight(story, files, aesthetic, viclip), result)
+    theirs["both, decoded once"] = sum(theirs.values())
+    _report(arguments, size, ours, theirs)
+
+
+def _first_shot(story: Story) -> tuple:
+    scene = story.scenes[0]
+    return (replace(scene, shots=scene.shots[:1]),)
+
+
+def _report(arguments: argparse.Namespace, size: tuple[int, int], ours: dict, theirs: dict) -> None:
+    print(f"{arguments.shots} shots of {arguments.frames} frames, {size[1]}x{size[0]}, random weights,", end=" ")
+    print(f"{resolve_device(arguments.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    ratios = {name: theirs[name] / ours[name] for name in ours}
+    for name, ratio in ratios.items():
+        print(f"{name:20s} {ours[name]:9.2f} s a story, straight {theirs[name]:9.2f} s: {ratio:5.2f} times as fast")
+    if arguments.json:
+        record = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": platform.platform(),
+            "device": str(resolve_device(arguments.device)),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "shots": arguments.shots,
+            "frames": arguments.frames,
+            "seconds": ours,
+            "straight_seconds": theirs,
+            "times_as_fast": ratios,
+        }
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
