@@ -38,7 +38,9 @@ def adapter_weights(adapter: AdapterSettings, continuity: Continuity) -> Weights
     found = adapter.weights
     if found.is_local:
         here = Path(found.source).expanduser().absolute()
-        return Weights(name=found.name, source=str(here / folder), licence=found.licence)
+        # An adapter of one's own is one folder for all kinds of continuity.
+        inside = here / folder if (here / folder).is_dir() or not any(here.glob("*.safetensors")) else here
+        return Weights(name=found.name, source=str(inside), licence=found.licence)
     return Weights(
         name=f"{found.name} ({folder})",
         source=found.source,

@@ -87,3 +87,12 @@ def test_a_local_adapter_is_never_taken_for_a_repository(tmp_path: Path, monkeyp
 def test_an_adapter_without_sub_folders_is_its_folder() -> None:
     weights = Weights(name="lora", source="owner/lora")
     assert adapter_weights(AdapterSettings(weights=weights), "mi2v") is weights
+
+
+def test_a_trained_adapter_in_place_of_the_released_one_needs_no_sub_folders(tmp_path: Path) -> None:
+    (tmp_path / "high_noise.safetensors").touch()
+    own = AdapterSettings(weights=Weights(name="mine", source=str(tmp_path)), folders=FOLDERS)
+    assert adapter_weights(own, "mm2v").source == str(tmp_path)
+    (tmp_path / "MM2V").mkdir()
+    assert adapter_weights(own, "mm2v").source == str(tmp_path / "MM2V")
+    assert adapter_weights(own, "mi2v").source == str(tmp_path)
