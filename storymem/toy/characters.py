@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .attributes import HEIGHT, WIDTH, Look
-from .draw import Array, Colour, box, coverage, disc, ellipse, mix, paint, rgb, tint, wedge
-from .places import BASE, LIGHTS, ZOOM
+from storymem.toy.attributes import HEIGHT, WIDTH, Look
+from storymem.toy.draw import Array, Colour, box, coverage, disc, ellipse, mix, paint, rgb, tint, wedge
+from storymem.toy.places import BASE, LIGHTS, ZOOM
 
 Window = tuple[slice, slice]  # rows and columns of the picture
 WHOLE = (slice(0, HEIGHT), slice(0, WIDTH))

@@ -5,10 +5,12 @@ Everything is vectorised over frames: coordinates have shape [F or 1, H, W], pic
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.floating[Any]]  # float32 wherever it matters for speed
 Colour = tuple[float, float, float]
 
 EDGE = 1.5  # width in pixels over which an edge fades
@@ -52,7 +54,9 @@ def ellipse(x: Array, y: Array, rx: Array | float, ry: Array | float) -> Array:
     return (scaled - 1) * np.minimum(rx, ry)
 
 
-def box(x: Array, y: Array, half_width: Array | float, half_height: Array | float, corner: Array | float = 0.0) -> Array:
+def box(
+    x: Array, y: Array, half_width: Array | float, half_height: Array | float, corner: Array | float = 0.0
+) -> Array:
     """Signed distance to a rectangle about the origin with rounded corners."""
     dx = np.abs(x) - half_width + corner
     dy = np.abs(y) - half_height + corner

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .attributes import BODY_COLOURS, EYES, HATS, HEIGHT, SHAPES, UNKNOWN, WIDTH, Look
-from .characters import BODY, BODY_RGB, WHOLE, Pose, Window, body_distance, paint_character
-from .draw import Array, tint
-from .places import BASE, LIGHTS, ZOOM
+from storymem.toy.attributes import BODY_COLOURS, EYES, HATS, HEIGHT, SHAPES, UNKNOWN, WIDTH, Look
+from storymem.toy.characters import BODY, BODY_RGB, WHOLE, Pose, Window, body_distance, paint_character
+from storymem.toy.draw import Array, tint
+from storymem.toy.places import BASE, LIGHTS, ZOOM
 
 HALF_WIDTH = {"round": 0.95, "square": 0.87, "tall": 0.59, "pointed": 0.95}  # of a body without its outline
 COLOUR_NEAR = 0.16
 SURE = 0.75
+SECOND = 0.4  # a second body covers at least this share of the pixels of the first
+NEEDED = 0.6  # and leaves at most this share of the error there would be without it
 GOOD = 0.014  # an upright fit with a smaller mean error is taken without trying others
 Mask = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +65,17 @@ def fit_characters(scene: Scene) -> list[Fit]:
         if (mask & ~taken).sum() < 0.6 * mask.sum():
             continue  # somebody's hat
         fit = _fit_body(scene, colour, mask)
-        if fit is not None and len(fits) < 2:
+        if fit is not None and len(fits) < 2 and (not fits or _is_needed(scene, fit)):
             fits.append(fit)
             taken |= covered(scene, [fit])
     return sorted(fits, key=lambda fit: fit.at.x)
+
+
+def _is_needed(scene: Scene, fit: Fit) -> bool:
+    """Whether the frame is explained much better with this character than without."""
+    rows, columns = _around(scene, fit.at)
+    bare = np.minimum(np.abs(scene.place - scene.observed)[:, rows, columns], 0.5).mean()
+    return bool(fit.error < NEEDED * bare)
 
 
 def _bodies(scene: Scene) -> list[tuple[str, Mask]]:
@@ -90,7 +100,7 @@ def _bodies(scene: Scene) -> list[tuple[str, Mask]]:
             if mask.sum() >= least:
                 blobs.append((colour, mask))
     blobs.sort(key=lambda blob: -int(blob[1].sum()))
-    return _without_overlaps(blobs)
+    return _without_overlaps([blob for blob in blobs if blob[1].sum() >= SECOND * blobs[0][1].sum()])
 
 
 def _segments(used: npt.NDArray[np.bool_], gap: int = 2) -> list[slice]:
@@ -273,7 +283,9 @@ def _refine(scene: Scene, look: Look, at: Placement, where: Window) -> Fit:
     for pixel in (1.5, 1.0, 0.5, 0.25):
         step = pixel / zoom
         moves = [at]
-        moves += [replace(at, x=at.x + dx, lift=max(at.lift + dy, 0.0)) for dx in (-step, 0, step) for dy in (-step, 0, step)]
+        moves += [
+            replace(at, x=at.x + dx, lift=max(at.lift + dy, 0.0)) for dx in (-step, 0, step) for dy in (-step, 0, step)
+        ]
         moves += [replace(at, size=at.size * s, lift=at.lift) for s in (1 - 0.04 * pixel, 1 + 0.04 * pixel)]
         moves += [replace(at, roll=at.roll + r) for r in (-0.12 * pixel, 0.12 * pixel)] if at.roll else []
         errors = _errors(scene, look, moves, where)

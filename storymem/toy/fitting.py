@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .muon import Muon
+from storymem.toy.muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,19 @@ class Run:
         return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
+def averaged(run: Run, model: nn.Module) -> nn.Module:
+    """The model with the averaged weights of a stage's newest checkpoint, whether the stage is done or not."""
+    state = run.load()
+    if state is None:
+        raise ValueError(
+            f"the stage {run.folder.name} has not been trained yet: there is no {run.folder}/checkpoint.pt"
+        )
+    model.load_state_dict(state["model"])
+    for parameter, value in zip(model.parameters(), state["ema"], strict=True):
+        parameter.data.copy_(value)
+    return model
+
+
 def fit(
     model: nn.Module,
     run: Run,
@@ -153,9 +166,7 @@ def _resume(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, ema: E
     return int(state["step"]), float(state["seconds"])
 
 
-def _save(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int, seconds: float
-) -> None:
+def _save(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int, seconds: float) -> None:
     run.save(
         {
             "model": model.state_dict(),

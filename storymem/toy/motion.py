@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .attributes import FRAMES, WIDTH
-from .characters import Pose
-from .draw import Array
-from .places import ZOOM
+from storymem.toy.attributes import FRAMES, WIDTH
+from storymem.toy.characters import Pose
+from storymem.toy.draw import Array
+from storymem.toy.places import ZOOM
 
 MEETING = 11.5  # how far from the middle two characters stop
 PAN = 4.0  # a pan runs from this far on one side of the middle to the other
@@ -99,11 +99,11 @@ def _walk(start: float, end: float, way: float, facing: float | None = None) -> 
     from_facing = way if facing is None else facing
     return Pose(
         x=np.float32(start) + np.float32(end - start) * t,
-        lift=np.float32(1.4) * np.abs(np.sin(4 * np.pi * t)).astype(np.float32),
+        lift=(1.4 * np.abs(np.sin(4 * np.pi * t)) * (t < 1)).astype(np.float32),
         size=zero + 1,
         facing=(from_facing + (way - from_facing) * np.clip(6 * t, 0, 1)).astype(np.float32),
         roll=zero,
-        stride=np.sin(4 * np.pi * t).astype(np.float32),
+        stride=(np.sin(4 * np.pi * t) * (t < 1)).astype(np.float32),
     )
 
 
@@ -113,11 +113,13 @@ def _stay(action: str, x: float, facing: float, framing: str) -> Pose:
     pose = {"lift": zero, "size": zero + 1, "facing": zero + np.float32(facing), "roll": zero}
     if action == "jumps":
         height = {"wide": 9.0, "medium": 7.5, "close": 5.5}[framing]
-        pose["lift"] = np.float32(height) * np.abs(np.sin(2 * np.pi * t)).astype(np.float32)
+        pose["lift"] = np.float32(height) * np.abs(np.sin(2 * np.pi * t)) * (t < 1)
     elif action == "spins":
         turn = t * t * (3 - 2 * t)
-        pose["roll"] = np.float32(2 * np.pi * facing) * turn
-        pose["lift"] = np.float32({"wide": 6.0, "medium": 5.0, "close": 3.5}[framing]) * np.sin(np.pi * turn) ** 2
+        pose["roll"] = np.float32(2 * np.pi * facing) * turn * (t < 1)
+        pose["lift"] = (
+            np.float32({"wide": 6.0, "medium": 5.0, "close": 3.5}[framing]) * np.sin(np.pi * turn) ** 2 * (t < 1)
+        )
     elif action == "grows":
         pose["size"] = np.float32(0.6) + np.float32(0.4) * t
     elif action == "waits":

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .attributes import HEIGHT, WIDTH, Scenery
-from .draw import Array, Colour, box, coverage, disc, ellipse, mix, paint, rgb, tint, wedge
+from storymem.toy.attributes import HEIGHT, WIDTH, Scenery
+from storymem.toy.draw import Array, Colour, box, coverage, disc, ellipse, mix, paint, rgb, tint, wedge
+
+Shape = Callable[..., Array]  # signed distance over two coordinate arrays
 
 FEET = -16.0  # where characters stand, in world units below the horizon
 LANDMARK_AT, FLAG_AT = 24.0, 31.0  # distance from the middle of the place
@@ -135,7 +137,7 @@ class Painter:
     def __init__(self, canvas: Array, look: View, light: Light) -> None:
         self.canvas, self.view, self.light = canvas, look, light
 
-    def far(self, colour: Colour, shape: Callable[[Array, Array], Array], at: tuple[float, float] = (0, 0)) -> None:
+    def far(self, colour: Colour, shape: Shape, at: tuple[float, float] = (0, 0)) -> None:
         """A shape on the far plane, given as a signed distance over coordinates about `at`."""
         distance = shape(self.view.far_x - at[0], self.view.far_y - at[1])
         paint(self.canvas, tint(colour, self.light.land), coverage(distance * self.view.far_zoom))
@@ -143,7 +145,7 @@ class Painter:
     def near(
         self,
         colour: Colour,
-        shape: Callable[[Array, Array], Array],
+        shape: Shape,
         at: tuple[float, float] = (0, 0),
         light: Colour | None = None,
     ) -> Array:
@@ -161,8 +163,8 @@ def paint_sky(canvas: Array, look: View, place: str, time: str) -> None:
     gradient = np.stack([np.float32(a) + np.float32(b - a) * share for a, b in zip(top, bottom, strict=True)])
     canvas[:] = gradient
     if time == "night" or place == "moon":
-        for column, row in STARS:
-            paint(canvas, rgb(250, 246, 225), 0.8 * coverage(disc(look.column - column, look.row - row, 0.5)))
+        for x, y in STARS:
+            paint(canvas, rgb(250, 246, 225), 0.8 * coverage(disc(look.column - x, look.row - y, 0.5)))
     column, height = light.sun_at
     row = look.horizon - height if light.sun_low else height
     glow = np.clip(1 - disc(look.column - column, look.row - row, light.sun_radius) / 9, 0, 1)

@@ -7,20 +7,19 @@ frame clearly better; otherwise it is "unknown".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from .attributes import FRAMINGS, HEIGHT, PLACES, PROP_COLOURS, SIDES, TIMES, UNKNOWN, WIDTH, Scenery, Seen
-from .draw import Array
-from .fit_character import Mask, Scene, covered, fit_characters
-from .motion import PAN
-from .places import paint_place, view
+from storymem.toy.attributes import FRAMINGS, HEIGHT, PLACES, PROP_COLOURS, SIDES, TIMES, UNKNOWN, WIDTH, Scenery, Seen
+from storymem.toy.draw import Array
+from storymem.toy.fit_character import Fit, Mask, Scene, covered, fit_characters
+from storymem.toy.motion import PAN
+from storymem.toy.places import paint_place, view
 
-NEAR = 0.04  # how near, in 0..1, a pixel of the place must be to count as explained
+NEAR = (0.04, 0.07)  # how near, in 0..1, a pixel of the place must be to be explained, in clean and grainy frames
 SURE = 0.75  # a colour is read if its rival explains at most this share of the pixels it explains
 ENOUGH = 10  # pixels that must look like a landmark or flag of the colour read
 CLOSE = 0.11  # the same for landmark and flag
@@ -72,9 +71,11 @@ def _small(pictures: Array) -> Array:
 
 def clearly(observed: Array, best: Array, rival: Array) -> bool:
     """Whether, where the two pictures differ, `best` explains a fair part of the frame and far more than `rival`."""
-    where = np.abs(best - rival).max(axis=0) > 2 * NEAR
-    ours = (np.abs(observed - best).max(axis=0) < NEAR)[where].sum()
-    theirs = (np.abs(observed - rival).max(axis=0) < NEAR)[where].sum()
+    gap = np.abs(observed - best).max(axis=0)
+    near = float(np.clip(1.5 * np.median(gap), *NEAR))
+    where = np.abs(best - rival).max(axis=0) > 2 * near
+    ours = (gap < near)[where].sum()
+    theirs = (np.abs(observed - rival).max(axis=0) < near)[where].sum()
     return bool(ours > 0.25 * where.sum() and ours > 2 * theirs)
 
 
@@ -142,6 +143,11 @@ def read_attributes(frame: npt.NDArray[np.uint8]) -> Seen:
 
     Looks run from left to right; a frame without anybody recognisable has none.
     """
+    return read_frame(frame)[0]
+
+
+def read_frame(frame: npt.NDArray[np.uint8]) -> tuple[Seen, list[Fit]]:
+    """The same, and the poses of everybody in the frame."""
     if frame.shape != (HEIGHT, WIDTH, 3) or frame.dtype != np.uint8:
         raise ValueError(
             f"read_attributes takes one frame, uint8 [{HEIGHT}, {WIDTH}, 3]; got {frame.dtype} {list(frame.shape)}"
@@ -163,23 +169,4 @@ def read_attributes(frame: npt.NDArray[np.uint8]) -> Seen:
     fits = fit_characters(scene)
     # A hat in front of the flag must not be taken for it: look again beside the people.
     _, things = fit_scenery(observed, backdrop, ~covered(scene, fits))
-    return Seen(**found, **things, looks=tuple(fit.look for fit in fits))
-
-
-def vote(values: Iterable[str]) -> str:
-    """The commonest value that is known, or unknown."""
-    known = [value for value in values if value != UNKNOWN]
-    return max(sorted(set(known)), key=known.count) if known else UNKNOWN
-
-
-def read_shot(frames: npt.NDArray[np.uint8], every: int = 4, read: Callable[..., Seen] = read_attributes) -> Seen:
-    """What a shot [F, 64, 96, 3] shows: each attribute by vote over every `every`-th frame."""
-    seen = [read(frame) for frame in frames[::every]]
-    crowd = max((len(s.looks) for s in seen), key=[len(s.looks) for s in seen].count)
-    full = [s.looks for s in seen if len(s.looks) == crowd]
-    looks = tuple(
-        replace(full[0][i], **{name: vote(getattr(look[i], name) for look in full) for name in vars(full[0][i])})
-        for i in range(crowd)
-    )
-    names = ("place", "time", "framing", "landmark", "side", "flag")
-    return Seen(**{name: vote(getattr(s, name) for s in seen) for name in names}, looks=looks)
+    return Seen(**found, **things, looks=tuple(fit.look for fit in fits)), fits

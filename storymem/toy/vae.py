@@ -12,8 +12,8 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from PIL import Image
 from torch import Tensor
 
-from .fitting import Run, Schedule, fit
-from .world import HELD_OUT, ToyShot, render_layers, story
+from storymem.toy.fitting import Run, Schedule, fit
+from storymem.toy.world import HELD_OUT, ToyShot, render_layers, story
 
 ARCHITECTURE = {
     "z_dim": 16,
@@ -79,7 +79,9 @@ def training_clips(step: int, batch: int, frames: int) -> tuple[Tensor, Tensor]:
 
 def reconstruct(vae: AutoencoderKLWan, video: Tensor, *, sample: bool) -> tuple[Tensor, Tensor]:
     """The video as decoded, unclamped so that gradients stay alive, and the mean KL per latent value."""
-    posterior = vae.encode(video.contiguous(memory_format=torch.channels_last_3d)).latent_dist
+    trains_encoder = vae.quant_conv.weight.requires_grad and torch.is_grad_enabled()
+    with torch.set_grad_enabled(trains_encoder):
+        posterior = vae.encode(video.contiguous(memory_format=torch.channels_last_3d)).latent_dist
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp() if sample else mean
     vae.clear_cache()
@@ -97,7 +99,7 @@ def reconstruct(vae: AutoencoderKLWan, video: Tensor, *, sample: bool) -> tuple[
 
 def clip_plan(progress: float) -> tuple[int, int]:
     """Batch and frames: single frames first (the causal VAE treats them alone), then longer and longer clips."""
-    for until, batch, frames in ((0.12, 8, 1), (0.6, 4, 5), (0.9, 3, 9), (1.1, 2, 17)):
+    for until, batch, frames in ((0.12, 8, 1), (0.32, 4, 5), (0.53, 3, 9), (1.1, 2, 17)):
         if progress < until:
             return batch, frames
     raise AssertionError(progress)
@@ -141,18 +143,27 @@ def picture(path: Path, *rows: npt.NDArray[np.uint8]) -> None:
     Image.fromarray(sheet.repeat(2, axis=0).repeat(2, axis=1)).save(path)
 
 
-def train_vae(run: Run, schedule: Schedule, *, held_out: int = 24) -> AutoencoderKLWan:
-    """Train (or go on training) the VAE; logs the held-out PSNR and draws true above decoded frames."""
+def train_vae(
+    run: Run, schedule: Schedule, vae: AutoencoderKLWan, *, only_decoder: bool = False, held_out: int = 24
+) -> None:
+    """Train (or go on training) the VAE; logs the held-out PSNR and draws true above decoded frames.
+
+    only_decoder: keep the encoder, so that latents computed with it stay valid while pictures get sharper.
+    """
     torch.manual_seed(0)
-    vae = build_vae()
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(not only_decoder)
     shots = held_out_shots(held_out)
+
+    def loss(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        return vae_loss(vae, step, 0.5 + 0.5 * progress if only_decoder else progress)
 
     def report(step: int) -> None:
         single, _ = psnr_of(vae, shots, 1)
         clip, decoded = psnr_of(vae, shots)
         run.log(step=step, held_out_psnr_frame=single, held_out_psnr_clip=clip)
         truth = np.stack([shot.frames for shot in shots])
-        picture(run.folder / f"decoded_{step:06d}.png", truth[:8, 8], decoded[:8, 8], truth[8:16, 16], decoded[8:16, 16])
+        rows = (truth[:8, 8], decoded[:8, 8], truth[-8:, 16], decoded[-8:, 16])
+        picture(run.folder / f"decoded_{step:06d}.png", *rows)
 
-    fit(vae, run, schedule, lambda step, progress: vae_loss(vae, step, progress), report=report)
-    return vae
+    fit(vae, run, schedule, loss, report=report)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .attributes import Character, Look, Scenery
-from .places import LANDMARKS
+from storymem.toy.attributes import Character, Look, Scenery
+from storymem.toy.places import LANDMARKS
 
 PLACE_WORDS = {
     "desert": ("in the desert",),

@@ -6,16 +6,15 @@ seeds from `HELD_OUT` on are kept out of training.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from .attributes import (
+from storymem.toy.attributes import (
     ACTIONS,
-    BODY_COLOURS,
-    FRAMES,
     FRAMINGS,
     HEIGHT,
     LOOKS,
@@ -31,11 +30,11 @@ from .attributes import (
     Scenery,
     Seen,
 )
-from .characters import Pose, paint_character, paint_shadow
-from .draw import Array, to_frames
-from .motion import State, act, camera_path, end_state, possible_actions, possible_pans, starting_state
-from .places import paint_place, view
-from .words import sentence
+from storymem.toy.characters import Pose, paint_character, paint_shadow
+from storymem.toy.draw import Array, to_frames
+from storymem.toy.motion import State, act, camera_path, end_state, possible_actions, possible_pans, starting_state
+from storymem.toy.places import paint_place, view
+from storymem.toy.words import sentence
 
 HELD_OUT = 1_000_000_000  # stories with these seeds and above are for measuring only
 
@@ -169,9 +168,9 @@ def _scenery(rng: np.random.Generator) -> Scenery:
 
 def _scene_lengths(rng: np.random.Generator, shots: int) -> list[int]:
     scenes = min(shots, int(rng.integers(2, 4)))
-    cuts = np.sort(rng.choice(np.arange(1, shots), size=scenes - 1, replace=False)) if scenes > 1 else []
-    edges = [0, *[int(c) for c in cuts], shots]
-    return [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    cuts = rng.choice(np.arange(1, shots), size=scenes - 1, replace=False) if scenes > 1 else np.zeros(0)
+    edges = [0, *sorted(int(cut) for cut in cuts), shots]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
 
 def _scene(
@@ -197,15 +196,21 @@ def _scene(
             pans = possible_pans(state.camera)
             pan = str(rng.choice(pans)) if rng.random() < 0.3 else "still"
         prompt = sentence(
-            rng, place=place, time=time, framing=framing, action=action, pan=pan, cast=cast, scenery=scenery, looks=looks
+            rng,
+            place=place,
+            time=time,
+            framing=framing,
+            action=action,
+            pan=pan,
+            cast=cast,
+            scenery=scenery,
+            looks=looks,
         )
         shots.append(_shot(rng, prompt, cut, place, time, framing, action, pan, cast, scenery, state))
     return tuple(shots)
 
 
-def _draw_shot(
-    rng: np.random.Generator, people: tuple[Character, ...]
-) -> tuple[str, str, str, tuple[Character, ...]]:
+def _draw_shot(rng: np.random.Generator, people: tuple[Character, ...]) -> tuple[str, str, str, tuple[Character, ...]]:
     """Framing, action, pan and cast of a shot after a cut."""
     together = len(people) > 1 and rng.random() < 0.25
     order = rng.permutation(len(people))
@@ -241,6 +246,3 @@ def _shot(
         poses=act(rng, action, framing, state),
         camera=camera_path(pan, state.camera),
     )
-
-
-assert len(LOOKS) > 400 and FRAMES == 17 and BODY_COLOURS

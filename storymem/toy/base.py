@@ -1,0 +1,144 @@
+"""The toy base model: two `WanTransformer3DModel` experts and the text encoder, trained from text and first frames.
+
+First one network learns all noise levels together with the text encoder; then each expert goes on from it in its own
+range. No memory is ever shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import T5Tokenizer, UMT5EncoderModel
+
+from storymem.toy.fitting import Run, Schedule, fit
+from storymem.toy.latents import LatentShots
+from storymem.toy.text import embed
+from storymem.wan.conditioning import condition_mask
+
+BOUNDARY = 0.9
+SHIFT = 3.0
+FIRST_FRAME, NO_TEXT, LOOKS = 0.5, 0.1, 0.5  # how often a sample has a first frame, no text, looks in its text
+RANGES = {"base": (0.0, 1.0), "high": (BOUNDARY, 1.0), "low": (0.0, BOUNDARY)}
+
+
+def build_transformer() -> WanTransformer3DModel:
+    """A fresh expert: 6 layers of width 192, 36 input channels as in Wan2.2-I2V-A14B."""
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=4,
+        attention_head_dim=48,
+        in_channels=36,
+        out_channels=16,
+        text_dim=128,
+        freq_dim=128,
+        ffn_dim=512,
+        num_layers=6,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=1024,
+    )
+
+
+class Denoiser(nn.Module):
+    """An expert and the text encoder, as one thing to train."""
+
+    def __init__(self, transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel) -> None:
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one step is made of: clean latents x0 and condition [B, 20, T, h, w], the texts, noise and levels [B]."""
+
+    x0: Tensor
+    condition: Tensor
+    texts: list[str]
+    noise: Tensor
+    levels: Tensor
+
+
+def shifted(u: Tensor, shift: float = SHIFT) -> Tensor:
+    """Wan's shift of noise levels: s = k u / (1 + (k - 1) u)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def unshifted(s: float, shift: float = SHIFT) -> float:
+    """The inverse of `shifted`."""
+    return s / (shift - (shift - 1) * s)
+
+
+def draw_batch(data: LatentShots, step: int, size: int, span: tuple[float, float], *, plain: bool = False) -> Batch:
+    """The batch of a step: it depends on the step alone. With `plain`: always text with looks, no first frame."""
+    rng = torch.Generator().manual_seed(1000 + step)
+    index = torch.randint(len(data.prompts), (size,), generator=rng)
+    chance = torch.rand(3, size, generator=rng)
+    given = (chance[0] < FIRST_FRAME) & (not plain)
+    x0 = data.shots[index].float()
+    latents = torch.where(given[:, None, None, None, None], data.firsts[index].float(), data.blank.float())
+    frames, height, width = x0.shape[2:]
+    masks = [condition_mask(0, frames, int(g), height, width) for g in given]
+    texts = []
+    for i, silent, looks in zip(index.tolist(), chance[1] < NO_TEXT, chance[2] < LOOKS, strict=True):
+        text = data.described[i] if looks or plain else data.prompts[i]
+        texts.append("" if silent and not plain else text)
+    low, high = (unshifted(s) for s in span)
+    levels = shifted(low + (high - low) * torch.rand(size, generator=rng))
+    noise = torch.randn(x0.shape, generator=rng)
+    return Batch(
+        x0=x0, condition=torch.cat([torch.cat(masks), latents], dim=1), texts=texts, noise=noise, levels=levels
+    )
+
+
+def flow_loss(model: Denoiser, tokenizer: T5Tokenizer, batch: Batch) -> Tensor:
+    """Mean squared error of the predicted velocity e - x0 at x = (1 - s) x0 + s e."""
+    s = batch.levels.view(-1, 1, 1, 1, 1)
+    noisy = (1 - s) * batch.x0 + s * batch.noise
+    # On CPUs the fused attention's backward pass takes ten times as long as the plain one at this size.
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        words = embed(tokenizer, model.text_encoder, batch.texts)
+        predicted = model.transformer(
+            torch.cat([noisy, batch.condition], dim=1), 1000 * batch.levels, words, return_dict=False
+        )[0]
+    return (predicted.float() - (batch.noise - batch.x0)).square().mean()
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: Denoiser, tokenizer: T5Tokenizer, data: LatentShots, span: tuple[float, float], batches: int = 4
+) -> float:
+    """The loss on held-out shots with fixed noise."""
+    losses = [flow_loss(model, tokenizer, draw_batch(data, -1 - k, 16, span)) for k in range(batches)]
+    return float(torch.stack(losses).mean())
+
+
+def train_denoiser(
+    run: Run,
+    schedule: Schedule,
+    model: Denoiser,
+    tokenizer: T5Tokenizer,
+    data: LatentShots,
+    held_out: LatentShots,
+    *,
+    expert: str,
+    size: int = 16,
+    draw: Callable[[Denoiser, int], None] | None = None,
+) -> None:
+    """Train on one range of noise levels: "base" (all, with the text encoder), "high" or "low" (without it)."""
+    span = RANGES[expert]
+    model.text_encoder.requires_grad_(expert == "base")
+
+    def loss(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        return flow_loss(model, tokenizer, draw_batch(data, step, size, span)), {}
+
+    def report(step: int) -> None:
+        run.log(step=step, held_out_loss=held_out_loss(model, tokenizer, held_out, span))
+        if draw is not None:
+            draw(model, step)
+
+    fit(model, run, schedule, loss, report=report)

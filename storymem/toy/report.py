@@ -1,0 +1,139 @@
+"""What the toy models reach on held-out stories, by the ordinary door: figures for the stage `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from PIL import Image
+
+from storymem.scorers.aesthetic import AestheticScorer
+from storymem.scorers.clip import ClipScorer
+from storymem.scorers.viclip import ViclipScorer
+from storymem.toy.attributes import FRAMES, HEIGHT, UNKNOWN, WIDTH, Look, Seen
+from storymem.toy.contrast import THRESHOLD, auroc, clip_top1, place_and_time_top1, quality_frames
+from storymem.toy.reader import read_attributes
+from storymem.toy.shot_reader import read_shot
+from storymem.toy.text import TEXT_TOKENS
+from storymem.toy.vae import psnr_of
+from storymem.toy.world import HELD_OUT, ToyShot, story
+from storymem.wan.pipeline import WanMemoryToVideoPipeline
+
+PLACE_PARTS = ("place", "time", "framing", "landmark", "side", "flag")
+LOOK_PARTS = ("shape", "colour", "hat", "eyes")
+STEPS, GUIDANCE = 20, 3.5
+
+
+def held_out_shots(count: int, *, looks: bool = False) -> list[ToyShot]:
+    """One shot of each of `count` held-out stories."""
+    return [story(HELD_OUT + i, looks=looks).shots[i % 8] for i in range(count)]
+
+
+def agreement(truth: Seen, read: Seen) -> list[tuple[str, bool]]:
+    """For every part that can be seen, its name and whether it was read right ("unknown" is not)."""
+    pairs = [(part, getattr(truth, part), getattr(read, part)) for part in PLACE_PARTS]
+    lost = Look(shape=UNKNOWN, colour=UNKNOWN, hat=UNKNOWN, eyes=UNKNOWN)
+    looks = read.looks if len(read.looks) == len(truth.looks) else (lost,) * len(truth.looks)
+    for true_look, look in zip(truth.looks, looks, strict=True):
+        pairs += [(part, getattr(true_look, part), getattr(look, part)) for part in LOOK_PARTS]
+    return [(part, true == value) for part, true, value in pairs if true != UNKNOWN]
+
+
+def shares(answers: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """The share of right answers of each part."""
+    answers = list(answers)
+    names = dict.fromkeys(name for name, _ in answers)
+    return {name: float(np.mean([right for part, right in answers if part == name])) for name in names}
+
+
+def measure_vae(vae: AutoencoderKLWan, count: int) -> dict[str, Any]:
+    """PSNR of whole shots, and attributes read from one decoded frame of each."""
+    shots = held_out_shots(count)
+    psnr, decoded = psnr_of(vae, shots)
+    rng = np.random.default_rng(0)
+    answers: list[tuple[str, bool]] = []
+    for shot, frames in zip(shots, decoded, strict=True):
+        at = int(rng.integers(FRAMES))
+        answers += agreement(shot.seen(at), read_attributes(frames[at]))
+    right = float(np.mean([right for _, right in answers]))
+    return {"shots": count, "psnr_db": psnr, "attributes_right": right, "by_part": shares(answers)}
+
+
+def generate(
+    pipe: WanMemoryToVideoPipeline, prompt: str, seed: int, *, steps: int, first: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
+    """A shot of the base model, uint8 [17, 64, 96, 3], from text and perhaps a first frame."""
+    result = pipe(
+        prompt,
+        negative_prompt="",
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=FRAMES,
+        num_inference_steps=steps,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(seed),
+        max_sequence_length=TEXT_TOKENS,
+        first_frame=None if first is None else Image.fromarray(first),
+    )
+    assert isinstance(result, WanPipelineOutput)
+    made = result.frames[0]
+    return (made * 255).round().astype(np.uint8)
+
+
+def measure_text_following(pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEPS) -> dict[str, Any]:
+    """Attributes read from shots generated from text with looks."""
+    answers: list[tuple[str, bool]] = []
+    for i, shot in enumerate(held_out_shots(count, looks=True)):
+        read = read_shot(generate(pipe, shot.prompt, i, steps=steps))
+        answers += agreement(shot.seen(FRAMES // 2), read.seen)
+        answers.append(("action", read.action == shot.action))
+    by_part = shares(answers)
+    asked = ("place", "time", "framing", "action")
+    return {
+        "shots": count,
+        "steps": steps,
+        "place_time_framing_action": float(np.mean([by_part[part] for part in asked])),
+        "looks": float(np.mean([by_part[part] for part in LOOK_PARTS])),
+        "by_part": by_part,
+    }
+
+
+def measure_joints(pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEPS) -> dict[str, Any]:
+    """Pixel steps across the joint of a shot with a first frame, relative to the steps inside the shot."""
+    ratios = []
+    for i, shot in enumerate(held_out_shots(count)):
+        made = generate(pipe, shot.prompt, i, steps=steps, first=shot.frames[0]).astype(np.float64)
+        inside = np.abs(np.diff(made[1:], axis=0)).mean()
+        across = np.abs(made[1] - shot.frames[0]).mean()
+        ratios.append(across / max(inside, 1e-6))
+    return {"shots": count, "joint_over_inside_median": float(np.median(ratios)), "mean": float(np.mean(ratios))}
+
+
+def measure_scorers(weights: Path, count: int) -> dict[str, Any]:
+    """CLIP's and ViCLIP's retrieval among held-out sentences; the quality head's AUROC."""
+    quality = AestheticScorer.from_folder(weights / "clip", threshold=THRESHOLD)
+    pictures, clean = quality_frames(count, HELD_OUT)
+    return {
+        "clip_place_and_time_top1": place_and_time_top1(ClipScorer.from_folder(weights / "clip"), count),
+        "viclip_place_time_action_top1": clip_top1(ViclipScorer.from_folder(weights / "viclip"), count),
+        "quality_auroc": auroc(quality.score(pictures), clean),
+    }
+
+
+def measure(weights: Path, *, count: int = 200, steps: int = STEPS, parts: Sequence[str] = ()) -> dict[str, Any]:
+    """All figures, or those of some parts ("vae", "text", "joints", "scorers"), of the models in a folder."""
+    pipe = WanMemoryToVideoPipeline.from_pretrained(weights, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    tasks = {
+        "vae": lambda: measure_vae(pipe.vae, count),
+        "text": lambda: measure_text_following(pipe, count, steps),
+        "joints": lambda: measure_joints(pipe, max(2, count // 4), steps),
+        "scorers": lambda: measure_scorers(weights, count),
+    }
+    return {name: tasks[name]() for name in parts or tasks}
