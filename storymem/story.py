@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ class Story:
             "title": self.title,
             "overview": self.overview,
             "style": self.style,
-            "characters": [{"name": one.name, "references": self._written(one.references)} for one in self.characters],
+            "characters": [{"name": one.name, "references": self.written(one.references)} for one in self.characters],
             "scenes": [
                 {"number": scene.number, "shots": [self._shot_dict(shot) for shot in scene.shots]}
                 for scene in self.scenes
@@ -129,10 +130,11 @@ class Story:
             "frames": shot.frames,
             "seed": shot.seed,
             "negative_prompt": shot.negative_prompt,
-            "references": self._written(shot.references),
+            "references": self.written(shot.references),
         }
 
-    def _written(self, paths: tuple[Path, ...]) -> list[str]:
+    def written(self, paths: Iterable[Path]) -> list[str]:
+        """Paths relative to the story's folder where they lie below it, with forward slashes."""
         folder = None if self.source is None else self.source.parent
         return [
             (path.relative_to(folder) if folder and path.is_relative_to(folder) else path).as_posix() for path in paths

@@ -197,7 +197,7 @@ class Storyteller:
         if film.shots:
             saved = MemoryBank.load(film.folder, embed=self._embed)
             saved.forget_from(len(film.shots))
-            if {k.source for k in saved if k.shot is None and k.source} == set(_sources(story)):
+            if {k.source for k in saved if k.shot is None and k.source} == set(story.written(story.references)):
                 return MemoryBank(saved, policy=self.recall)
             kept = [keyframe for keyframe in saved if keyframe.shot is not None]
         bank = MemoryBank(policy=self.recall)
@@ -300,7 +300,7 @@ class Storyteller:
         shot: int | None = None,
     ) -> None:
         video = self.generator.video
-        for path, source in zip(paths, _written(story, paths), strict=True):
+        for path, source in zip(paths, story.written(paths), strict=True):
             image = fit_image(read_image(path), video.height, video.width, self.reference_fit)
             self.embedder.to(self.scorer_device)
             keyframe = Keyframe(
@@ -328,19 +328,9 @@ def story_record(story: Story) -> dict[str, Any]:
     paths = [*story.references, *(path for shot in story.shots for path in shot.references)]
     digests = {
         source: hashlib.sha256(read_image(path).tobytes()).hexdigest()
-        for path, source in zip(paths, _written(story, paths), strict=True)
+        for path, source in zip(paths, story.written(paths), strict=True)
     }
     return story.to_dict() | {"reference_sha256": digests}
-
-
-def _sources(story: Story) -> list[str]:
-    return _written(story, story.references)
-
-
-def _written(story: Story, paths: Sequence[Path]) -> list[str]:
-    """Paths relative to the story's folder where they lie below it."""
-    folder = None if story.source is None else story.source.parent
-    return [(p.relative_to(folder) if folder and p.is_relative_to(folder) else p).as_posix() for p in paths]
 
 
 def _shots(told: Mapping[str, Any]) -> list[dict[str, Any]]:

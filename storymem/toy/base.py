@@ -19,6 +19,7 @@ from storymem.toy.fitting import Run, Schedule, fit
 from storymem.toy.latents import LatentShots
 from storymem.toy.text import embed
 from storymem.wan.conditioning import condition_mask
+from storymem.wan.schedule import shifted, unshifted
 
 BOUNDARY = 0.9
 SHIFT = 3.0
@@ -63,16 +64,6 @@ class Batch:
     levels: Tensor
 
 
-def shifted(u: Tensor, shift: float = SHIFT) -> Tensor:
-    """Wan's shift of noise levels: s = k u / (1 + (k - 1) u)."""
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def unshifted(s: float, shift: float = SHIFT) -> float:
-    """The inverse of `shifted`."""
-    return s / (shift - (shift - 1) * s)
-
-
 def draw_batch(data: LatentShots, step: int, size: int, span: tuple[float, float], *, plain: bool = False) -> Batch:
     """The batch of a step: it depends on the step alone. With `plain`: always text with looks, no first frame."""
     rng = torch.Generator().manual_seed(1000 + step)
@@ -87,8 +78,8 @@ def draw_batch(data: LatentShots, step: int, size: int, span: tuple[float, float
     for i, silent, looks in zip(index.tolist(), chance[1] < NO_TEXT, chance[2] < LOOKS, strict=True):
         text = data.described[i] if looks or plain else data.prompts[i]
         texts.append("" if silent and not plain else text)
-    low, high = (unshifted(s) for s in span)
-    levels = shifted(low + (high - low) * torch.rand(size, generator=rng))
+    low, high = (unshifted(s, SHIFT) for s in span)
+    levels = shifted(low + (high - low) * torch.rand(size, generator=rng), SHIFT)
     noise = torch.randn(x0.shape, generator=rng)
     return Batch(
         x0=x0, condition=torch.cat([torch.cat(masks), latents], dim=1), texts=texts, noise=noise, levels=levels

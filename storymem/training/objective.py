@@ -15,19 +15,10 @@ from torch import Tensor, nn
 from storymem.training.dataset import Batch
 from storymem.training.settings import ObjectiveSettings
 from storymem.wan.rope import install_memory_rope
+from storymem.wan.schedule import shifted, unshifted
 
 ExpertName = Literal["high_noise", "low_noise"]
 TIMESTEPS = 1000
-
-
-def shifted(u: Tensor, shift: float) -> Tensor:
-    """s = shift * u / (1 + (shift - 1) * u): uniform u in 0..1 to noise levels in 0..1, denser near 1 for shift > 1."""
-    return shift * u / (1 + (shift - 1) * u)
-
-
-def unshifted(s: float, shift: float) -> float:
-    """u with ``shifted(u) == s``."""
-    return s / (shift - (shift - 1) * s)
 
 
 def noise_level(u: Tensor, *, expert: ExpertName, boundary: float, shift: float) -> Tensor:
@@ -37,7 +28,7 @@ def noise_level(u: Tensor, *, expert: ExpertName, boundary: float, shift: float)
         u: [B], uniform in 0..1.
         expert: the high-noise one sees s >= boundary, the low-noise one s < boundary.
         boundary: between the two.
-        shift: see :func:`shifted`.
+        shift: see :func:`storymem.wan.schedule.shifted`.
     """
     edge = unshifted(boundary, shift)
     if expert == "high_noise":

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UniPCMultistepScheduler
+from torch import Tensor
 
 
 def published_sigmas(steps: int) -> np.ndarray:
@@ -14,6 +15,16 @@ def published_sigmas(steps: int) -> np.ndarray:
     if steps < 1:
         raise ValueError(f"the number of sampling steps must be 1 or more, not {steps}")
     return np.linspace(0.999, 0.0, steps + 1)[:-1]
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """s = shift * u / (1 + (shift - 1) * u): uniform u in 0..1 to noise levels in 0..1, denser near 1 for shift > 1."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def unshifted(s: float, shift: float) -> float:
+    """u with ``shifted(u) == s``."""
+    return s / (shift - (shift - 1) * s)
 
 
 class WanUniPCScheduler(UniPCMultistepScheduler):

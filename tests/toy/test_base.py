@@ -9,9 +9,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from storymem.toy.base import BOUNDARY, RANGES, Denoiser, build_transformer, draw_batch, flow_loss, shifted, unshifted
+from storymem.toy.base import BOUNDARY, RANGES, Denoiser, build_transformer, draw_batch, flow_loss
 from storymem.toy.latents import LatentShots
 from storymem.toy.text import seeded_text_encoder, train_tokenizer
+from storymem.wan.schedule import shifted, unshifted
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_the_shift_is_that_of_diffusers() -> None:
     levels = torch.linspace(1, 1 / 1000, 1000)
     foreign = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
     torch.testing.assert_close(shifted(levels, 3.0), foreign.sigmas, rtol=1e-5, atol=1e-6)
-    assert unshifted(float(shifted(torch.tensor(0.37)))) == pytest.approx(0.37)
+    assert unshifted(float(shifted(torch.tensor(0.37), 3.0)), 3.0) == pytest.approx(0.37)
 
 
 def test_a_step_always_draws_the_same_batch(data: LatentShots) -> None:
