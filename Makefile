@@ -1,11 +1,12 @@
 # `make film` and `make test` need Python 3.11 or newer and nothing else: they set up what they use.
 PYTHON ?= python3
 VENV ?= .venv
-STORY ?= examples/the_keeper.yaml
+quick ?=
+STORY ?= examples/ada_and_the_tent.yaml
 ARGS ?=
 RUN = $(VENV)/bin/python
 
-.PHONY: film test test-slow lint bench clean
+.PHONY: film test test-slow lint bench toy-report stbench-toy clean
 
 film: $(VENV)/.ready  ## the example story as a film, on the embedded model
 	$(RUN) scripts/generate.py $(STORY) $(ARGS)
@@ -29,6 +30,15 @@ bench: $(VENV)/.ready  ## every figure of speed, as ratios in one run
 	$(RUN) -m benchmarks.grouping $(ARGS)
 	$(RUN) -m benchmarks.training $(ARGS)
 	$(RUN) -m benchmarks.scoring $(ARGS)
+	$(RUN) -m benchmarks.acceleration $(ARGS)
+	$(RUN) scripts/benchmark.py
+
+toy-report: $(VENV)/.ready  ## what the embedded models reach on held-out stories
+	$(RUN) -m benchmarks.toy $(ARGS)
+
+stbench-toy: $(VENV)/.ready  ## the toy stories by five methods, scored (quick=true: six of them, by three)
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node=2 scripts/eval_stbench.py \
+	    experiment=stbench_toy$(if $(filter true,$(quick)),_quick) $(ARGS)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.compose import composed
 
 SHAPE = (5, 8, 12)  # latent frames, height and width of 17 frames of 96x64 pixels
-TEXT = (128, 32)  # tokens and width
+TEXT = (80, 128)  # tokens and width
 FIELDS = ("data", "forward_backward", "optimizer")
 
 

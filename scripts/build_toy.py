@@ -24,10 +24,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps of every stage, to see that it runs")
     parser.add_argument("--minutes", type=float, help="train a stage for so long, counted over all resumed runs")
     parser.add_argument("--steps", type=int, help="train a stage for so many steps")
+    parser.add_argument("--adapter", type=Path, help="the folder of a trained memory adapter, for the stage `adapter`")
+    parser.add_argument("--stories", type=int, default=400, help="of how many stories the stage `clips` writes clips")
     parser.add_argument("--threads", type=int, default=2, help="processor threads; one where others compute too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    recipe = Recipe(work=args.work, weights=args.weights, quick=args.quick, minutes=args.minutes, steps=args.steps)
+    recipe = Recipe(
+        work=args.work,
+        weights=args.weights,
+        quick=args.quick,
+        minutes=args.minutes,
+        steps=args.steps,
+        stories=args.stories,
+        adapter=args.adapter,
+    )
     for stage in STAGES if args.stage == "all" else (args.stage,):
         STAGES[stage](recipe)
 

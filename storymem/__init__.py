@@ -18,6 +18,7 @@ _HOMES = {
     "KeyframeSelector": "storymem.memory",
     "MemoryBank": "storymem.memory",
     "WanMemoryToVideoPipeline": "storymem.wan.pipeline",
+    "WanEulerScheduler": "storymem.wan.schedule",
     "WanUniPCScheduler": "storymem.wan.schedule",
     "load_memory_lora": "storymem.wan.lora",
 }

@@ -137,5 +137,7 @@ def _dotted_keys(node: Any, path: str = "") -> Iterator[str]:
 
 
 def _said(message: str) -> int:
-    print(message, file=sys.stderr)
+    # Processes that make one film find the same mistake; one on each machine says it.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(message, file=sys.stderr)
     return 2

@@ -11,16 +11,23 @@ from storymem.film import Film, estimated_bytes
 from storymem.memory import Keyframe, RecallPolicy
 from storymem.modes import GIVEN_FRAMES, mode_of
 from storymem.progress import format_table
+from storymem.scorers.sources import scorer_bytes, scorer_weights
 from storymem.settings import GenerateSettings, uses_text_to_video
 from storymem.story import Shot, Story
+from storymem.wan.acceleration import check_acceleration
 from storymem.wan.conditioning import latent_frames
-from storymem.wan.flops import ForwardFlops, forward_flops
+from storymem.wan.flops import ForwardFlops, cached_flops, forward_flops
+from storymem.wan.layout import Launch, find_layout
+from storymem.wan.memory_estimate import estimate_memory, memory_cache_bytes
+from storymem.wan.precision import check_precision
+from storymem.wan.presets import choose_runtime
 from storymem.wan.runtime import check_runtime
 from storymem.wan.sources import required_weights
-from storymem.weights import MissingWeights, locate
+from storymem.weights import MissingWeights, Weights, locate
 
 if TYPE_CHECKING:
     from storymem.memory import SelectionPolicy
+    from storymem.wan.settings import ModelSettings, RuntimeSettings
 
 
 def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> str:
@@ -36,13 +43,13 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> str:
     video = settings.model.video
     passes = settings.sampler.steps * (2 if settings.sampler.guidance > 1 else 1)
     rows = [("shot", "scene", "mode", "frames", "memory", "tokens", "PFLOP per forward", "PFLOP")]
-    total, frames, disk = 0.0, 0, 0
+    total, frames, disk, most_memory, longest = 0.0, 0, 0, 0, 0
     for shot in story.shots:
         mode = mode_of(shot, story, continuity=settings.continuity, first_shot=settings.first_shot)
         length, repeated = shot.frames or video.frames, GIVEN_FRAMES[mode]
         memory = 0 if mode == "t2v" else _most_recalled(story, shot, recall, selector.max_keyframes)
-        flops = _flops(settings, memory, length, text=mode == "t2v")
-        each, whole = flops.total / 1e15, flops.total * passes / 1e15
+        flops, operations = _flops(settings, memory, length, text=mode == "t2v")
+        each, whole = flops.total / 1e15, operations / 1e15
         rows.append(
             (
                 *(str(shot.index + 1), f"{shot.scene}.{shot.number}", mode, str(length - repeated)),
@@ -51,6 +58,8 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> str:
         )
         total, frames = total + whole, frames + length - repeated
         disk += estimated_bytes(length, video.height, video.width)
+        most_memory, longest = max(most_memory, memory), max(longest, length)
+    text_to_video = uses_text_to_video(story, settings)
     lines = [
         f"{story.title}: {len(story.shots)} shots in {len(story.scenes)} scenes, {video.width}x{video.height}, "
         f"{frames} frames at {video.fps} fps: {frames / video.fps:.1f} s of film",
@@ -58,9 +67,10 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> str:
         format_table(rows),
         "",
         f"in all   {total:.3g} PFLOP in the denoiser, {passes} forwards a shot ({settings.sampler.steps} steps)",
-        f"runtime  {check_runtime(settings.runtime)}, offload {settings.runtime.offload}",
+        *_runtime(settings, memory=most_memory, frames=longest),
         f"disk     at most {disk / 1e6:.0f} MB in {folder}{_state(folder)}",
-        *_weights(settings, text_to_video=uses_text_to_video(story, settings)),
+        *_weights(settings, text_to_video=text_to_video),
+        *_first_shot(settings, text_to_video=text_to_video),
     ]
     return "\n".join(lines)
 
@@ -84,16 +94,72 @@ def _most_recalled(story: Story, shot: Shot, recall: RecallPolicy, per_shot: int
     return len(recall.recall(bank, shot))
 
 
-def _flops(settings: GenerateSettings, memory: int, frames: int, *, text: bool) -> ForwardFlops:
-    video, network = settings.model.video, settings.model.network
-    return forward_flops(
-        network.transformer,
-        slots=memory + latent_frames(frames),
-        height=video.height // 8,
-        width=video.width // 8,
-        text_tokens=network.text_tokens,
-        in_channels=16 if text and settings.model.has_text_to_video else 36,
+def _flops(settings: GenerateSettings, memory: int, frames: int, *, text: bool) -> tuple[ForwardFlops, int]:
+    """Operations of one forward, and of all forwards of the shot."""
+    model, passes = settings.model, settings.sampler.steps * (2 if settings.sampler.guidance > 1 else 1)
+    size: dict[str, int] = {
+        "height": model.video.height // 8,
+        "width": model.video.width // 8,
+        "text_tokens": model.network.text_tokens,
+    }
+    transformer, slots = model.network.transformer, latent_frames(frames)
+    if model.memory_attention == "cached" and memory:
+        flops = cached_flops(transformer, memory_frames=memory, slots=slots, **size)
+        if settings.runtime.memory_cache == "recompute":
+            return flops.whole, passes * flops.whole.total
+        return flops.read, passes * flops.read.total + 2 * flops.prefill.total
+    channels = 16 if text and model.has_text_to_video else 36
+    each = forward_flops(transformer, slots=memory + slots, in_channels=channels, **size)
+    return each, passes * each.total
+
+
+def _memory_cache(model: ModelSettings, runtime: RuntimeSettings, memory: int) -> list[str]:
+    """What cached memory keeps between steps, and where."""
+    size = memory_cache_bytes(model, memory)
+    if not size:
+        return []
+    where = {"device": "kept on the device", "cpu": "kept in main memory", "recompute": "computed again in every step"}
+    return [
+        f"cached   keys and values of {memory} memory frames, {_gb(size)} an expert, are "
+        f"{where[runtime.memory_cache]} (runtime.memory_cache={runtime.memory_cache})"
+    ]
+
+
+def _runtime(settings: GenerateSettings, *, memory: int, frames: int) -> list[str]:
+    """Where and how the networks run, and the memory that their stages take at the most demanding shot."""
+    model, sampler, asked = settings.model, settings.sampler, settings.runtime
+    device = check_runtime(asked)
+    check_precision(model, asked, device)
+    layout = find_layout(asked, Launch.of_environment(), model=model, sampler=sampler)
+    scorers = scorer_bytes(settings.scorer.clip, settings.scorer.quality)
+    choice = choose_runtime(model, asked, sampler=sampler, scorers=scorers, layout=layout)
+    runtime = choice.runtime
+    estimate = estimate_memory(
+        model,
+        runtime,
+        sampler=sampler,
+        memory_frames=memory,
+        frames=frames,
+        scorers=scorers,
+        layout=layout,
     )
+    stages = [
+        f"{stage.name} {_gb(stage.total)} ({_gb(stage.weights)} weights)" for stage in estimate.stages if stage.total
+    ]
+    lines = [
+        f"runtime  {device}, offload {runtime.offload}, " + check_acceleration(model, sampler, runtime),
+        f"memory   {_gb(estimate.peak.total)} on the device at the peak, at {memory} memory frames, by calculation: "
+        + ", ".join(stages),
+        f"         {_gb(estimate.host)} of main memory",
+        *_memory_cache(model, runtime, memory),
+    ]
+    if choice.reason:
+        lines.append(f"machine  {'' if choice.fits else 'TOO SMALL: '}{choice.reason}")
+    return lines
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
 
 
 def _state(folder: Path) -> str:
@@ -103,13 +169,32 @@ def _state(folder: Path) -> str:
 
 
 def _weights(settings: GenerateSettings, *, text_to_video: bool) -> list[str]:
-    wanted = required_weights(settings.model, text_to_video=text_to_video, continuity=settings.continuity)
-    if not wanted:
-        return [f"weights  random, from seed {settings.model.seed}: the film will be noise"]
+    wanted = required_weights(
+        settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler
+    )
     lines = []
-    for weights in wanted:
-        try:
-            lines.append(f"weights  {weights.name}: {locate(weights)}")
-        except MissingWeights as error:
-            lines.append(f"weights  MISSING {error}")
-    return lines
+    if settings.model.weights is None:
+        lines.append(f"weights  random, from seed {settings.model.seed}: the film will be noise")
+    lines += [f"weights  {_whereabouts(weights)}" for weights in wanted]
+    scorers = (settings.scorer.clip, settings.scorer.quality)
+    return lines + [f"scorer   {_whereabouts(weights)}" for scorer in scorers for weights in scorer_weights(scorer)]
+
+
+def _whereabouts(weights: Weights) -> str:
+    try:
+        return f"{weights.name}: {locate(weights)}"
+    except MissingWeights as error:
+        return f"MISSING {error}"
+
+
+def _first_shot(settings: GenerateSettings, *, text_to_video: bool) -> list[str]:
+    """What a first shot by text-to-video costs, where it needs weights of its own."""
+    weights = settings.model.text_to_video
+    if not text_to_video or not settings.model.has_text_to_video or weights is None:
+        return []
+    size = f"{weights.size_gb:g} GB of " if weights.size_gb else ""
+    return [
+        f"first    first_shot=m2v needs no {weights.name}: {size}weights less to download and to read. The first shot "
+        "is then made by the networks with memory, from its text and the story's reference pictures; without pictures "
+        "from its text alone, for which they were not trained."
+    ]

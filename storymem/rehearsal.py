@@ -47,9 +47,10 @@ class TrainedShots(WanShotGenerator):
             tokenizer=None,
             text_encoder=None,
             vae=pipe.vae,
-            scheduler=wan_scheduler(self.sampler.shift),
+            scheduler=wan_scheduler(self.sampler.shift, self.sampler.scheduler),
             boundary_ratio=self.model.boundary,
             rope_stride=self.model.rope_stride,
+            memory_attention=self.model.memory_attention,
             **transformers,
         )
 

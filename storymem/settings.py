@@ -23,8 +23,9 @@ from storymem.training.settings import (
     SampleSettings,
     ValidationSettings,
     WhichExpert,
+    check_memory_weight,
 )
-from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings
+from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, check_speed
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -60,6 +61,9 @@ class GenerateSettings:
     seed: int = 0
     resume: str = "auto"
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        check_speed(self.model, self.sampler, self.runtime)
 
 
 def uses_text_to_video(story: Story, settings: GenerateSettings) -> bool:
@@ -117,8 +121,19 @@ class TrainSettings:
             raise ValueError(f"seed must be 0 or more, not {self.seed}")
         if self.model.dtype == "float16":
             raise ValueError("model.dtype=float16 overflows in training: use bfloat16 or float32")
-        if self.runtime.offload != "none":
+        check_memory_weight(self.objective, self.model.memory_attention)
+        if self.runtime.offload not in ("none", "auto"):
             raise ValueError("runtime.offload is for generation; to save memory in training see parallel")
+        for name in ("attention", "compile", "cache", "guidance_batch", "precision", "memory_cache"):
+            if getattr(self.runtime, name) != getattr(RuntimeSettings(), name):
+                raise ValueError(f"runtime.{name} is for generation; training does not read it")
+        if self.runtime.spread:
+            raise ValueError(
+                "runtime.context_parallel, guidance_parallel and shard_weights are for generation; in training several "
+                "processes are for the batch: see parallel"
+            )
+        if self.sampler.adapter is not None:
+            raise ValueError("sampler.adapter is for generation: an adapter in training is sampled without another")
         if not self.export or len(set(self.export)) < len(self.export):
             raise ValueError("export must name one or more of storymem, released, diffusers, comfyui, each once")
 

@@ -275,6 +275,7 @@ class Storyteller:
                 embedding=embeddings[frame],
                 quality=selection.quality.get(frame),
                 similarity=selection.similarity[frame],
+                character=shot.characters[0] if len(shot.characters) == 1 else None,
             )
             for frame in selection.kept
         ]

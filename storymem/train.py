@@ -222,6 +222,7 @@ class Run:
             settings=settings.objective,
             boundary=settings.model.boundary,
             rope_stride=settings.model.rope_stride,
+            memory_attention=settings.model.memory_attention,
         )
         notes = {
             "base": settings.model.name,
@@ -236,6 +237,7 @@ class Run:
         info = adapter_info(
             settings.adapter,
             rope_stride=settings.model.rope_stride,
+            memory_attention=settings.model.memory_attention,
             conditioning=settings.conditioning,
             training=notes,
         )

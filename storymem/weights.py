@@ -13,6 +13,8 @@ from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT
 
+_PACKAGE = "package:"  # what comes with the package needs no path
+
 
 class MissingWeights(FileNotFoundError):
     """Weights that were asked for are not on this machine; the message says how to get them."""
@@ -24,7 +26,8 @@ class Weights:
 
     Args:
         name: what it is, for messages ("ViCLIP-L/14").
-        source: a local file or folder, or a Hugging Face repository id ("owner/name").
+        source: a local file or folder, one that comes with this package ("package:toy/weights"), or a Hugging Face
+            repository id ("owner/name").
         file: a file (or glob pattern) inside the repository; ``None`` means the whole repository.
         size_gb: size of the download in gigabytes (10^9 bytes), for messages.
         licence: one line on the licence of the weights, for messages; empty if nothing need be said.
@@ -39,16 +42,22 @@ class Weights:
     url: str = ""
 
     @property
+    def path(self) -> Path:
+        """``source`` as a path."""
+        if self.source.startswith(_PACKAGE):
+            return Path(__file__).parent / self.source.removeprefix(_PACKAGE)
+        return Path(self.source).expanduser()
+
+    @property
     def is_local(self) -> bool:
         """Whether ``source`` is a path: one that exists, or one that cannot be a repository id."""
-        written = Path(self.source).expanduser()
-        return written.exists() or self.source.startswith((".", "/", "~")) or self.source.count("/") != 1
+        return self.path.exists() or self.source.startswith((".", "/", "~", _PACKAGE)) or self.source.count("/") != 1
 
     @property
     def download_command(self) -> str:
         """The shell command that puts these weights into the local Hugging Face cache or in their place."""
         if self.url and self.is_local:
-            target = Path(self.source).expanduser()
+            target = self.path
             target = target / self.file if self.file is not None and target.is_dir() else target
             return f'curl --create-dirs -L -o "{target}" "{self.url}"'
         if self.file is None:
@@ -90,7 +99,7 @@ def locate(weights: Weights) -> Path:
 
 
 def _locate_on_disk(weights: Weights) -> Path:
-    path = Path(weights.source).expanduser()
+    path = weights.path
     if not path.exists():
         raise _missing(weights, "does not exist")
     if path.is_file():

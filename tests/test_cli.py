@@ -138,7 +138,7 @@ def test_main_is_given_the_composed_configuration(script: Callable[..., tuple[in
         (["a.yaml", "samplr.steps=3"], "samplr: unknown key; did you mean 'sampler'?"),
         (["a.yaml", "sampler.stepps=3"], "sampler.stepps: unknown key; did you mean 'steps'?"),
         (["a.yaml", "steps=3"], "steps: unknown key; did you mean 'sampler.steps'?"),
-        (["a.yaml", "model.weights.source=x"], "model.weights.source: unknown key"),
+        (["a.yaml", "model=tiny", "model.weights.source=x"], "model.weights.source: unknown key"),
         (["a.yaml", "b.yaml"], "one story at a time, not 2: a.yaml, b.yaml"),
     ],
 )
@@ -166,7 +166,8 @@ def test_a_bad_part_is_told_with_its_key(script: Callable[..., tuple[int, str]])
     from hydra.utils import instantiate
 
     status, said = script(
-        "a.yaml", "memory.recall.sink=99", main=lambda config: instantiate(config.memory.recall) and None
+        *("a.yaml", "model=tiny", "memory.recall.sink=99"),
+        main=lambda config: instantiate(config.memory.recall) and None,
     )
     assert status == 2
     assert said.startswith("memory.recall: sink=99 does not fit into capacity=10")

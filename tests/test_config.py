@@ -95,7 +95,7 @@ def test_unknown_keys_are_found_below_optional_settings() -> None:
         ("model__video", "large", "model.video: .*VideoSettings, not 'large'"),
         ("model__dtype", "float8", "model.dtype: input should be 'float32', 'bfloat16' or 'float16', not 'float8'"),
         ("continuity", "i2v", "continuity: input should be 'none', 'mi2v' or 'mm2v', not 'i2v'"),
-        ("runtime__offload", "disk", "runtime.offload: input should be 'none', 'model' or 'group', not 'disk'"),
+        ("runtime__offload", "disk", "runtime.offload: input should be 'none', 'model', 'group' or 'auto', not 'disk'"),
         ("dry_run", "perhaps", "dry_run: .*boolean.*, not 'perhaps'"),
     ],
 )

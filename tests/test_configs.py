@@ -16,8 +16,10 @@ from storymem.cli import CONFIGS
 from storymem.config import build_settings
 from storymem.generate import build_storyteller
 from storymem.memory import Keyframe
+from storymem.scorers.sources import scorer_bytes
 from storymem.settings import GenerateSettings, MemorySettings
 from storymem.wan.flops import forward_flops
+from storymem.wan.presets import Machine, choose_runtime
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings, SamplerSettings
 from tests.composing import composed, generate_settings
 
@@ -58,7 +60,7 @@ def test_every_file_is_a_mapping_of_known_syntax(file: str) -> None:
 
 def test_the_defaults_are_complete() -> None:
     made = generate_settings()
-    assert made.model.name == "tiny"
+    assert made.model.name == "toy"
     assert (made.continuity, made.first_shot, made.resume, made.dry_run) == ("mi2v", "auto", "auto", False)
 
 
@@ -129,12 +131,25 @@ def test_every_setting_can_be_overridden_without_a_plus(name: str) -> None:
 def test_samplers(name: str) -> None:
     sampler = generate_settings(f"sampler={name}").sampler
     assert sampler.steps >= 1
-    assert sampler.negative_prompt
+    assert bool(sampler.negative_prompt) == (name != "toy"), "the drawn world has nothing to be avoided"
 
 
 @pytest.mark.parametrize("name", choices("runtime"))
 def test_runtimes(name: str) -> None:
-    assert generate_settings(f"runtime={name}").runtime.threads is None
+    runtime = generate_settings("model=wan2.2-a14b", f"runtime={name}").runtime
+    assert runtime.threads is None
+    assert runtime.precision == "as_is", "no preset trades the picture for memory"
+
+
+@pytest.mark.parametrize(("name", "card"), [("gpu-24gb", 24), ("gpu-32gb", 32), ("gpu-80gb", 80)])
+def test_a_preset_fits_the_card_it_is_named_after(name: str, card: int) -> None:
+    made = generate_settings("model=wan2.2-a14b", f"runtime={name}")
+    free = int(card * 1.04e9)  # "24 GB" are 25.8e9 bytes, less what the driver takes
+    machine = Machine(name="a card", memory=free, host=int(96e9))
+    scorers = scorer_bytes(made.scorer.clip, made.scorer.quality)
+    for height, width in ((480, 832), (720, 1280)):
+        model = dataclasses.replace(made.model, video=dataclasses.replace(made.model.video, height=height, width=width))
+        assert choose_runtime(model, made.runtime, machine=machine, scorers=scorers).fits
 
 
 @pytest.mark.parametrize("name", choices("memory"))

@@ -9,8 +9,10 @@ import pytest
 from storymem.film import Film, estimated_bytes
 from storymem.generate import generate
 from storymem.plan import make_plan
+from storymem.scorers.sources import scorer_bytes
 from storymem.story import Story
 from storymem.wan.flops import forward_flops
+from storymem.wan.memory_estimate import estimate_memory
 from tests.composing import composed, generate_settings
 from tests.stories import picture, story
 
@@ -50,7 +52,8 @@ def column(plan: str, number: int) -> list[str]:
 
 
 def planned(told: Story, *overrides: str, folder: str = "film") -> str:
-    return make_plan(told, generate_settings(*overrides), Path(folder))
+    model = [] if any(override.startswith("model=") for override in overrides) else ["model=tiny"]
+    return make_plan(told, generate_settings(*model, *overrides), Path(folder))
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
@@ -92,7 +95,7 @@ def test_references_are_memory_from_the_beginning(tmp_path: Path) -> None:
 
 
 def test_tokens_and_operations_are_those_of_the_denoiser(five: Story) -> None:
-    settings = generate_settings("model.video.frames=17", "sampler.steps=4")
+    settings = generate_settings("model=tiny", "model.video.frames=17", "sampler.steps=4")
     plan = make_plan(five, settings, Path("film"))
     video = settings.model.video
     per_slot = video.height // 16 * (video.width // 16)
@@ -110,6 +113,22 @@ def test_tokens_and_operations_are_those_of_the_denoiser(five: Story) -> None:
     (line,) = [line for line in plan.splitlines() if line.startswith("in all")]
     assert float(line.split()[2]) == pytest.approx(total, rel=2e-2)
     assert "8 forwards a shot (4 steps)" in line
+
+
+def test_cached_memory_is_paid_for_once_and_its_size_is_told(five: Story) -> None:
+    chosen = ("model=wan2.2-a14b", "model.memory_attention=cached", "model.adapter=null", "runtime=cpu")
+    plan = planned(five, *chosen)
+    without, *_, last = rows(planned(five, *chosen, "memory=none")), *rows(plan)
+    assert last[4:6] == ["10", "32760"]
+    assert float(last[6]) / float(without[-1][6]) == pytest.approx(1.25, abs=0.01)
+    assert float(last[7]) == pytest.approx(80 * float(last[6]) + 2 * 0.507, rel=5e-3)
+    told = "keys and values of 10 memory frames, 12.8 GB an expert, are {} (runtime.memory_cache={})"
+    assert told.format("kept on the device", "device") in plan
+    assert told.format("kept in main memory", "cpu") in planned(five, *chosen, "runtime.memory_cache=cpu")
+    again = planned(five, *chosen, "runtime.memory_cache=recompute")
+    assert told.format("computed again in every step", "recompute") in again
+    assert float(rows(again)[-1][7]) > 1.2 * float(last[7])
+    assert "keys and values" not in planned(five, "model=wan2.2-a14b", "runtime=cpu")
 
 
 def test_without_guidance_there_is_half_the_work(five: Story) -> None:
@@ -136,6 +155,47 @@ def test_the_published_model_and_what_is_missing(five: Story) -> None:
         'hf download Kevin-thu/StoryMem --include "Wan2.2-MM2V-A14B/*"',
     ):
         assert command in plan
+
+
+def test_the_scorers_weights_are_listed_too(five: Story) -> None:
+    plan = planned(five, "model=wan2.2-a14b")
+    missing = [line for line in plan.splitlines() if line.startswith("scorer   MISSING")]
+    assert [line.split("MISSING ")[1].split(":")[0] for line in missing] == [
+        "CLIP ViT-B-32-quickgelu (openai)",
+        "HPSv3",
+        "Qwen2-VL tokenizer (for HPSv3)",
+    ]
+    light = planned(five, "model=wan2.2-a14b", "scorer/quality=laion-v1")
+    assert "LAION aesthetic head v1" in light
+    assert "HPSv3" not in light
+    assert "scorer " not in planned(five, "model=tiny")
+
+
+def test_memory_is_predicted_for_each_stage(five: Story) -> None:
+    plan = planned(five, "model=wan2.2-a14b", "runtime=cpu", "memory.recall.capacity=4")
+    (line,) = [line for line in plan.splitlines() if line.startswith("memory ")]
+    assert "at 4 memory frames" in line
+    for stage in ("texts 12.1 GB", "encode ", "denoise ", "decode ", "score "):
+        assert stage in line
+    settings = generate_settings("model=wan2.2-a14b", "runtime=cpu")
+    scorers = scorer_bytes(settings.scorer.clip, settings.scorer.quality)
+    expected = estimate_memory(settings.model, settings.runtime, memory_frames=4, scorers=scorers)
+    assert f"memory   {expected.peak.total / 1e9:.1f} GB on the device at the peak" in line
+    assert f"{expected.host / 1e9:.1f} GB of main memory" in plan
+
+
+def test_a_machine_that_is_too_small_is_told(five: Story) -> None:
+    plan = planned(five, "model=wan2.2-a14b", "model.video.frames=40001", "runtime.device=cpu")
+    (line,) = [line for line in plan.splitlines() if line.startswith("machine")]
+    assert line.startswith("machine  TOO SMALL: the CPU, ")
+    assert "TOO SMALL" not in planned(five, "model=tiny", "runtime.device=cpu")
+
+
+def test_what_text_to_video_costs_is_told(five: Story) -> None:
+    plan = planned(five, "model=wan2.2-a14b")
+    assert "first_shot=m2v needs no Wan2.2-T2V-A14B (transformers): 57 GB of weights less" in plan
+    assert "first_shot=m2v" not in planned(five, "model=wan2.2-a14b", "first_shot=m2v")
+    assert "first_shot=m2v" not in planned(five, "model=tiny")
 
 
 def test_weights_that_are_there_are_named(tmp_path: Path, five: Story) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from storymem.film import Film, FilmError
-from storymem.memory import KeyframeSelector, MemoryBank, SinkAndRecent
+from storymem.memory import CharacterFirst, KeyframeSelector, MemoryBank, SinkAndRecent
 from storymem.modes import parse_resume
 from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.quality import NoQuality
@@ -246,3 +247,26 @@ def test_selection_of_a_static_shot_keeps_one_keyframe(tmp_path: Path) -> None:
     film = storyteller(selector=KeyframeSelector()).tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
     assert [len(shot.keyframes) for shot in film.shots] == [1, 0, 0, 0]
     assert all(shot.memory == ("s000_f000",) for shot in film.shots[1:])
+
+
+def test_frames_of_a_character_alone_are_remembered_as_theirs(tmp_path: Path) -> None:
+    told = story(
+        tmp_path,
+        """\
+title: Two
+overview: They meet.
+characters: [{name: Ada}, {name: Bo}]
+scenes:
+  - shots:
+      - {prompt: "Ada waits.", characters: [Ada]}
+      - {prompt: "Ada and Bo meet.", characters: [Ada, Bo]}
+      - {prompt: "Bo waits.", characters: [Bo]}
+""",
+    )
+    film = storyteller().tell(told, tmp_path / "film")
+    entries = json.loads((film.folder / "memory.json").read_text())["keyframes"]
+    whose = {(entry["shot"], entry["character"]) for entry in entries}
+    assert whose == {(0, "Ada"), (1, None), (2, "Bo")}
+    teller = storyteller(recall=CharacterFirst(capacity=10, sink=0))
+    again = teller.tell(told, tmp_path / "by_character")
+    assert {id[:4] for id in again.shots[2].memory} == {"s001"}, "Bo is not shown what Ada looks like alone"

@@ -185,3 +185,12 @@ def test_parts_that_are_not_asked_for_may_be_incomplete(cache: Path) -> None:
 def test_it_is_an_error_of_files() -> None:
     with pytest.raises(FileNotFoundError):
         locate(published())
+
+
+def test_what_comes_with_the_package_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = Weights(name="toy models", source="package:toy/weights")
+    assert weights.is_local
+    assert (locate(weights) / "model_index.json").is_file()
+    with pytest.raises(MissingWeights, match="package:toy/nothing does not exist"):
+        locate(Weights(name="nothing", source="package:toy/nothing"))

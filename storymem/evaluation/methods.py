@@ -70,7 +70,12 @@ class StoryMem:
         """See `Method`."""
         settings = self.settings
         text_to_video = self.uses_text_to_video(story)
-        check_weights(settings.model, text_to_video=text_to_video, continuity=settings.continuity)
+        check_weights(
+            settings.model,
+            text_to_video=text_to_video,
+            continuity=settings.continuity,
+            sampler=settings.sampler,
+        )
         self.teller.check_lengths(story)
 
     def make(self, story: Story, folder: Path) -> None:

@@ -32,7 +32,7 @@ class Keyframe:
             story.
         frame: its index in that shot; ``None`` for reference images.
         source: path of the reference image as the story gave it; ``None`` for frames of a shot.
-        character: whom a reference image shows.
+        character: whom it shows, for a reference image of a character and a frame of a shot with one character.
         quality: the quality scorer's verdict, if one was asked.
         similarity: highest cosine to what the bank held when it was added; ``None`` if that was nothing.
         latent: [16, 1, h, w], the picture encoded alone by the VAE, once that is done.
@@ -71,6 +71,7 @@ class Keyframe:
         embedding: np.ndarray,
         quality: float | None = None,
         similarity: float | None = None,
+        character: str | None = None,
     ) -> Keyframe:
         """A frame of a generated shot. Its id is ``s003_f012``: shot 3 and frame 12, both counted from 0."""
         return cls(
@@ -81,6 +82,7 @@ class Keyframe:
             frame=frame,
             quality=quality,
             similarity=similarity,
+            character=character,
         )
 
 

@@ -50,16 +50,17 @@ class SinkAndRecent:
 
 @dataclass(frozen=True, kw_only=True)
 class CharacterFirst:
-    """References of the characters in the shot, then sink and recent keyframes in the room that is left.
+    """Pictures of the characters in the shot, then sink and recent keyframes in the room that is left.
 
-    References of characters that the shot does not name are left out, so several per character can be given
-    without crowding out the shots before. For a shot that names no character this is :class:`SinkAndRecent`.
-    Not part of the published method.
+    Pictures of a character are reference images, and frames of shots with that character alone; the oldest come
+    first. Those of characters that the shot does not name are left out: so several references per character do not
+    crowd out the shots before, and no one is given another's looks. For a shot that names no character this is
+    :class:`SinkAndRecent`. Not part of the published method.
 
     Args:
         capacity: most keyframes recalled; 0 recalls nothing.
-        sink: as in :class:`SinkAndRecent`, counted among keyframes that are not references of a character.
-        references: most reference images recalled, shared evenly by the characters of the shot.
+        sink: as in :class:`SinkAndRecent`, counted among keyframes that are of no single character.
+        references: most pictures of characters recalled, shared evenly by the characters of the shot.
     """
 
     capacity: int = 10

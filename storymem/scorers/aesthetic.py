@@ -18,6 +18,7 @@ from storymem.weights import Weights, locate
 _DIM = 768  # embedding of CLIP ViT-L/14
 _LAION = "https://github.com/LAION-AI/aesthetic-predictor/raw/main"
 _V2_AUTHOR = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main"
+_CLIP = ("ViT-L-14-quickgelu", "openai")
 _FILES = {"v1": "sa_0_4_vit_l_14_linear.pth", "v2": "sac+logos+ava1-l14-linearMSE.pth"}
 _URLS = {"v1": f"{_LAION}/{_FILES['v1']}", "v2": f"{_V2_AUTHOR}/{_FILES['v2']}"}
 _LICENCES = {"v1": "MIT", "v2": "Apache-2.0"}
@@ -69,6 +70,13 @@ class AestheticScorer:
         self.name = name
         self.threshold = threshold
 
+    @staticmethod
+    def required_weights(
+        version: str = "v1", source: str | None = None, clip_source: str | None = None, **_: Any
+    ) -> list[Weights]:
+        """What :meth:`from_pretrained` loads: the head and its CLIP."""
+        return [head_weights(version, source), *ClipScorer.required_weights(*_CLIP, clip_source)]
+
     @classmethod
     def from_pretrained(
         cls,
@@ -99,8 +107,7 @@ class AestheticScorer:
         path = locate(head_weights(version, source))
         load_strictly(head, read_checkpoint(path), path)
         clip = ClipScorer.from_pretrained(
-            "ViT-L-14-quickgelu",
-            "openai",
+            *_CLIP,
             clip_source,
             preprocessing="published_aesthetic",
             device=device,

@@ -58,6 +58,22 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         self.dim: int = network.visual.output_dim
         self.tokenizer = ClipTokenizer(network.context_length)
 
+    @staticmethod
+    def required_weights(
+        model: str = "ViT-B-32-quickgelu", pretrained: str = "openai", source: str | None = None, **_: Any
+    ) -> list[Weights]:
+        """What :meth:`from_pretrained` loads."""
+        _, tag = _model_and_tag(model, pretrained)
+        owner, name, *file = tag["hf_hub"].strip("/").split("/")
+        weights = Weights(
+            name=f"CLIP {model} ({pretrained})",
+            source=source or f"{owner}/{name}",
+            file=file[0] if file else _WEIGHTS_FILE,
+            size_gb=_SIZES_GB.get(model.removesuffix("-quickgelu"), 0.0),
+            licence="MIT (OpenAI CLIP)" if pretrained == "openai" else "see the model card",
+        )
+        return [weights]
+
     @classmethod
     def from_pretrained(
         cls,
@@ -85,14 +101,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
             CheckpointError: if the file holds another model.
         """
         config, tag = _model_and_tag(model, pretrained)
-        owner, name, *file = tag["hf_hub"].strip("/").split("/")
-        weights = Weights(
-            name=f"CLIP {model} ({pretrained})",
-            source=source or f"{owner}/{name}",
-            file=file[0] if file else _WEIGHTS_FILE,
-            size_gb=_SIZES_GB.get(model.removesuffix("-quickgelu"), 0.0),
-            licence="MIT (OpenAI CLIP)" if pretrained == "openai" else "see the model card",
-        )
+        (weights,) = cls.required_weights(model, pretrained, source)
         path = locate(weights)
         beside = path.parent / _CONFIG_FILE
         if beside.is_file():

@@ -86,6 +86,27 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
             pixels=self.config.pixels,
         )
 
+    @staticmethod
+    def required_weights(
+        source: str = "MizzenAI/HPSv3", tokenizer_source: str = "Qwen/Qwen2-VL-7B-Instruct", **_: Any
+    ) -> list[Weights]:
+        """What :meth:`from_pretrained` loads: the checkpoint and the tokenizer."""
+        checkpoint = Weights(
+            name="HPSv3",
+            source=source,
+            file="HPSv3.safetensors",
+            size_gb=16.6,
+            licence="see the model card of MizzenAI/HPSv3",
+        )
+        tokenizer = Weights(
+            name="Qwen2-VL tokenizer (for HPSv3)",
+            source=tokenizer_source,
+            file="tokenizer*",
+            size_gb=0.007,
+            licence="Apache-2.0",
+        )
+        return [checkpoint, tokenizer]
+
     @classmethod
     def from_pretrained(
         cls,
@@ -113,23 +134,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
             CheckpointError: if the file holds another network.
             ImportError: if ``four_bit`` is asked for and bitsandbytes is not installed.
         """
-        weights = Weights(
-            name="HPSv3",
-            source=source,
-            file="HPSv3.safetensors",
-            size_gb=16.6,
-            licence="see the model card of MizzenAI/HPSv3",
-        )
-        path = locate(weights)
-        folder = locate(
-            Weights(
-                name="Qwen2-VL tokenizer (for HPSv3)",
-                source=tokenizer_source,
-                file="tokenizer*",
-                size_gb=0.007,
-                licence="Apache-2.0",
-            )
-        )
+        path, folder = (locate(weights) for weights in cls.required_weights(source, tokenizer_source))
         if four_bit:
             network = load_network_in_4_bits(path, PUBLISHED, resolve_device(device))
         else:

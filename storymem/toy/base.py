@@ -118,11 +118,17 @@ def train_denoiser(
     *,
     expert: str,
     size: int = 16,
+    compiled: bool = False,
     draw: Callable[[Denoiser, int], None] | None = None,
 ) -> None:
-    """Train on one range of noise levels: "base" (all, with the text encoder), "high" or "low" (without it)."""
+    """Train on one range of noise levels: "base" (all, with the text encoder), "high" or "low" (without it).
+
+    compiled: a third faster, after a minute of compiling.
+    """
     span = RANGES[expert]
     model.text_encoder.requires_grad_(expert == "base")
+    if compiled:
+        model.transformer.compile_repeated_blocks(fullgraph=True)
 
     def loss(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         return flow_loss(model, tokenizer, draw_batch(data, step, size, span)), {}

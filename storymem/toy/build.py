@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from storymem.toy.attributes import FRAMES
 from storymem.toy.base import BOUNDARY, Denoiser, build_transformer, train_denoiser
+from storymem.toy.clips import write_clips
 from storymem.toy.contrast import (
     ClipTraining,
     save_clip,
@@ -34,7 +37,7 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import wan_scheduler
 
 WEIGHTS = Path(__file__).parent / "weights"
-SHARDS = 24  # of 250 training shots each
+SHARDS = 40  # of 250 training shots each
 SHIFT = 4.0  # of the sampler
 
 # Minutes on one core; the order is the order of `--stage all`.
@@ -54,7 +57,8 @@ class Recipe:
     """Where the recipe works and how much of it is done.
 
     work: folder of all stages. quick: a few steps of everything, to see that it runs. minutes, steps: instead of a
-    stage's own schedule.
+    stage's own schedule. stories: of how many training stories clips are written.
+    adapter: folder of a trained memory adapter, for the stage that ships it.
     """
 
     work: Path
@@ -62,6 +66,8 @@ class Recipe:
     quick: bool = False
     minutes: float | None = None
     steps: int | None = None
+    stories: int = 400
+    adapter: Path | None = None
 
     def run(self, stage: str) -> Run:
         """The folder of a stage."""
@@ -131,7 +137,8 @@ def _expert(recipe: Recipe, name: str) -> None:
         load_cache(recipe.work / "latents" / "train"),
         load_cache(recipe.work / "latents" / "held_out"),
         expert=name,
-        size=4 if recipe.quick else 16,
+        size=4 if recipe.quick else 24,
+        compiled=not recipe.quick,
         draw=lambda trained, step: draw_samples(recipe, trained, run.folder / f"samples_{step:06d}.png"),
     )
 
@@ -170,6 +177,11 @@ def viclip(recipe: Recipe) -> None:
     sizes = {"size": 4, "held_out": 4} if recipe.quick else {}
     scorer = train_viclip(recipe.run("viclip"), recipe.schedule("viclip"), **sizes)
     save_viclip(scorer, recipe.work / "viclip" / "model")
+
+
+def clips(recipe: Recipe) -> None:
+    """Training stories as video files with captions, for `prepare_data`."""
+    write_clips(recipe.work / "clips", range(2 if recipe.quick else recipe.stories))
 
 
 def trained_vae(recipe: Recipe) -> AutoencoderKLWan:
@@ -224,6 +236,17 @@ def save(recipe: Recipe) -> None:
     shutil.copy(recipe.work / "quality" / "aesthetic_head.safetensors", recipe.weights / "clip")
 
 
+def adapter(recipe: Recipe) -> None:
+    """A memory adapter that `train.py experiment=toy_m2v_cached` made, in float16, beside the models; if one is named."""
+    if recipe.adapter is None:
+        return
+    (recipe.weights / "adapter").mkdir(parents=True, exist_ok=True)
+    for path in sorted(recipe.adapter.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name).half() for name in file.keys()}  # noqa: SIM118
+            save_file(tensors, recipe.weights / "adapter" / path.name, metadata=file.metadata())
+
+
 def report(recipe: Recipe) -> None:
     """Figures on held-out stories, in `report.json`."""
     figures = measure(recipe.weights, count=2, steps=2) if recipe.quick else measure(recipe.weights)
@@ -233,5 +256,5 @@ def report(recipe: Recipe) -> None:
 
 STAGES: dict[str, Callable[[Recipe], None]] = {
     stage.__name__: stage
-    for stage in (text, vae, latents, decoder, base, high, low, clip, quality, viclip, save, report)
+    for stage in (text, vae, latents, decoder, base, high, low, clip, quality, viclip, clips, save, adapter, report)
 }

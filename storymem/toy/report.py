@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,20 @@ from PIL import Image
 from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.clip import ClipScorer
 from storymem.scorers.viclip import ViclipScorer
-from storymem.toy.attributes import FRAMES, HEIGHT, UNKNOWN, WIDTH, Look, Seen
+from storymem.toy.attributes import FRAMES, HEIGHT, LOOKS, UNKNOWN, WIDTH, Look, Seen
 from storymem.toy.contrast import THRESHOLD, auroc, clip_top1, place_and_time_top1, quality_frames
 from storymem.toy.reader import read_attributes
 from storymem.toy.shot_reader import read_shot
 from storymem.toy.text import TEXT_TOKENS
 from storymem.toy.vae import psnr_of
-from storymem.toy.world import HELD_OUT, ToyShot, story
+from storymem.toy.world import HELD_OUT, ToyShot, ToyStory, story
+from storymem.wan.lora import load_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 
 PLACE_PARTS = ("place", "time", "framing", "landmark", "side", "flag")
 LOOK_PARTS = ("shape", "colour", "hat", "eyes")
 STEPS, GUIDANCE = 20, 3.5
+MEMORY = 6  # frames; what the adapter was trained with
 
 
 def held_out_shots(count: int, *, looks: bool = False) -> list[ToyShot]:
@@ -66,9 +69,15 @@ def measure_vae(vae: AutoencoderKLWan, count: int) -> dict[str, Any]:
 
 
 def generate(
-    pipe: WanMemoryToVideoPipeline, prompt: str, seed: int, *, steps: int, first: npt.NDArray[np.uint8] | None = None
+    pipe: WanMemoryToVideoPipeline,
+    prompt: str,
+    seed: int,
+    *,
+    steps: int,
+    first: npt.NDArray[np.uint8] | None = None,
+    memory: Sequence[Image.Image] | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """A shot of the base model, uint8 [17, 64, 96, 3], from text and perhaps a first frame."""
+    """A shot, uint8 [17, 64, 96, 3], from text and perhaps a first frame and memory."""
     result = pipe(
         prompt,
         negative_prompt="",
@@ -80,6 +89,7 @@ def generate(
         generator=torch.Generator().manual_seed(seed),
         max_sequence_length=TEXT_TOKENS,
         first_frame=None if first is None else Image.fromarray(first),
+        memory=memory,
     )
     assert isinstance(result, WanPipelineOutput)
     made = result.frames[0]
@@ -115,6 +125,36 @@ def measure_joints(pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEP
     return {"shots": count, "joint_over_inside_median": float(np.median(ratios)), "mean": float(np.mean(ratios))}
 
 
+def remembered(told: ToyStory, index: int) -> list[Image.Image]:
+    """The middle frames of the shots before `index` that do not just go on from another: a memory as drawn."""
+    return [Image.fromarray(shot.frames[FRAMES // 2]) for shot in told.shots[:index] if shot.cut][:MEMORY]
+
+
+def measure_memory(pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEPS) -> dict[str, Any]:
+    """How much of a character's look, which no prompt says, a shot takes from frames of shots before.
+
+    One shot of each of `count` held-out stories with one character, from drawn memory and, with the same noise,
+    without; beside them the chance that two looks drawn at random agree.
+    """
+    answers: dict[str, list[tuple[str, bool]]] = {"with_memory": [], "without": []}
+    alone = (told for told in map(story, itertools.count(HELD_OUT)) if len(told.cast) == 1)
+    for seed, told in enumerate(itertools.islice(alone, count)):
+        index = max(i for i, shot in enumerate(told.shots) if shot.cut)
+        shot = told.shots[index]
+        for name, memory in (("with_memory", remembered(told, index)), ("without", None)):
+            read = read_shot(generate(pipe, shot.prompt, seed, steps=steps, memory=memory)).seen
+            pairs = agreement(shot.seen(FRAMES // 2), read)
+            answers[name] += [(part, right) for part, right in pairs if part in LOOK_PARTS]
+    shares_of = {name: shares(given) for name, given in answers.items()}
+    means = {name: float(np.mean(list(parts.values()))) for name, parts in shares_of.items()}
+    return {"stories": count, "steps": steps, **means, "chance": chance_of_look(), "by_part": shares_of}
+
+
+def chance_of_look() -> float:
+    """The mean share of parts in which two looks drawn at random agree."""
+    return float(np.mean([1 / len({getattr(look, part) for look in LOOKS}) for part in LOOK_PARTS]))
+
+
 def measure_scorers(weights: Path, count: int) -> dict[str, Any]:
     """CLIP's and ViCLIP's retrieval among held-out sentences; the quality head's AUROC."""
     quality = AestheticScorer.from_folder(weights / "clip", threshold=THRESHOLD)
@@ -127,13 +167,23 @@ def measure_scorers(weights: Path, count: int) -> dict[str, Any]:
 
 
 def measure(weights: Path, *, count: int = 200, steps: int = STEPS, parts: Sequence[str] = ()) -> dict[str, Any]:
-    """All figures, or those of some parts ("vae", "text", "joints", "scorers"), of the models in a folder."""
+    """All figures, or those of some parts ("vae", "text", "scorers", "joints", "memory"), of the models in a folder.
+
+    The base is measured without the memory adapter, joints and memory with it, where the folder has one.
+    """
     pipe = WanMemoryToVideoPipeline.from_pretrained(weights, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+
+    def remembering() -> WanMemoryToVideoPipeline:
+        if (weights / "adapter").is_dir() and not pipe.get_list_adapters():
+            load_memory_lora(pipe, weights / "adapter")
+        return pipe
+
     tasks = {
         "vae": lambda: measure_vae(pipe.vae, count),
         "text": lambda: measure_text_following(pipe, count, steps),
-        "joints": lambda: measure_joints(pipe, max(2, count // 4), steps),
         "scorers": lambda: measure_scorers(weights, count),
+        "joints": lambda: measure_joints(remembering(), max(2, count // 4), steps),
+        "memory": lambda: measure_memory(remembering(), max(2, count // 4), steps),
     }
-    return {name: tasks[name]() for name in parts or tasks}
+    return {name: task() for name, task in tasks.items() if not parts or name in parts}

@@ -31,6 +31,7 @@ ARCHITECTURE = {
 }
 
 KL_WEIGHT = 2e-3  # enough that a denoiser's small errors stay small when decoded
+DENOISER_ERROR = 0.15  # of a latent channel's deviation; the decoder learns to overlook what a denoiser gets wrong
 FOREGROUND = 3.0  # characters are small in the picture but what the eye looks at
 
 
@@ -77,13 +78,18 @@ def training_clips(step: int, batch: int, frames: int) -> tuple[Tensor, Tensor]:
     return to_video(drawn), weight[:, None]
 
 
-def reconstruct(vae: AutoencoderKLWan, video: Tensor, *, sample: bool) -> tuple[Tensor, Tensor]:
-    """The video as decoded, unclamped so that gradients stay alive, and the mean KL per latent value."""
+def reconstruct(vae: AutoencoderKLWan, video: Tensor, *, sample: bool, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The video as decoded, unclamped so that gradients stay alive, and the mean KL per latent value.
+
+    noise: added to the latents, relative to each channel's deviation.
+    """
     trains_encoder = vae.quant_conv.weight.requires_grad and torch.is_grad_enabled()
     with torch.set_grad_enabled(trains_encoder):
         posterior = vae.encode(video.contiguous(memory_format=torch.channels_last_3d)).latent_dist
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp() if sample else mean
+    if noise:
+        latents = latents + noise * latents.std(dim=(0, 2, 3, 4), keepdim=True) * torch.randn_like(latents)
     vae.clear_cache()
     hidden = vae.post_quant_conv(latents.to(posterior.mean.dtype))
     parts = []
@@ -108,8 +114,10 @@ def clip_plan(progress: float) -> tuple[int, int]:
 def vae_loss(vae: AutoencoderKLWan, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
     """Weighted L1 and squared error, the same for differences of neighbours (edges), and a little KL."""
     video, weight = training_clips(step, *clip_plan(progress))
+    is_frozen = not vae.quant_conv.weight.requires_grad
+    noise = DENOISER_ERROR * float(torch.rand(())) if is_frozen else 0.0
     with torch.autocast("cpu", torch.bfloat16):
-        decoded, kl = reconstruct(vae, video, sample=True)
+        decoded, kl = reconstruct(vae, video, sample=True, noise=noise)
     error = decoded - video
     mean_weight = weight.mean()
     pixels = (weight * (error.abs() + 2 * error.square())).mean() / mean_weight

@@ -110,6 +110,9 @@ class GroupSettings:
 
     Args:
         frames: how many frames of a clip are embedded, spread evenly.
+        within: None: any clips may come together; "folder", "video": only clips of one folder, or of one long video,
+            where that is known to show the same people and places (a folder for each film, say). Near-duplicates
+            are then looked for there alone.
         similarity: every two clips of a group are at least this similar.
         near_duplicate: of two clips at least this similar only one is used at all.
         min_size: clips that find fewer companions are left out; 1 keeps them, in groups of their own.
@@ -120,6 +123,7 @@ class GroupSettings:
     """
 
     frames: int = 4
+    within: Literal["folder", "video"] | None = None
     similarity: float = 0.75
     near_duplicate: float = 0.97
     min_size: int = 2
@@ -209,6 +213,11 @@ class PrepareSettings:
             raise ValueError(f"steps must name at least one of {', '.join(STEPS)}")
         if not 0 <= self.worker < self.workers:
             raise ValueError(f"worker={self.worker} must lie between 0 and workers - 1 = {self.workers - 1}")
+        if self.runtime.spread:
+            raise ValueError(
+                "runtime.context_parallel, guidance_parallel and shard_weights are for generation; several processes "
+                "prepare data beside each other by workers and worker"
+            )
         if "selector" not in self.memory:
             raise ValueError("memory has no selector: write memory=storymem")
         if self.data.fps != self.model.video.fps:

@@ -25,7 +25,9 @@ from storymem.wan.lora import (
     read_memory_lora,
     write_memory_lora,
 )
+from storymem.wan.memory_attention import checkpointing
 from storymem.wan.rope import install_memory_rope
+from storymem.wan.settings import MemoryMode
 
 ADAPTER = "memory"
 EXPERTS: dict[WhichExpert, tuple[ExpertName, ...]] = {
@@ -131,7 +133,7 @@ class Experts:
             check_only_adapters_train(transformer, name)
             install_memory_rope(transformer)
             if parallel.gradient_checkpointing:
-                transformer.enable_gradient_checkpointing()
+                transformer.enable_gradient_checkpointing(checkpointing(transformer))
             _keep_time_embedding_exact(transformer, self.device)
             network = self._placed(transformer, name in trained, accelerator)
             if name in trained:
@@ -212,12 +214,17 @@ def read_adapters(folder: Path, experts: Sequence[ExpertName]) -> dict[str, Tens
 
 
 def adapter_info(
-    settings: AdapterTrainingSettings, *, rope_stride: int, conditioning: str, training: Mapping[str, Any]
+    settings: AdapterTrainingSettings,
+    *,
+    rope_stride: int,
+    conditioning: str,
+    training: Mapping[str, Any],
+    memory_attention: MemoryMode = "joint",
 ) -> AdapterInfo:
     """What the files of a trained adapter say about it."""
     return replace(
         AdapterInfo(rank=settings.rank, alpha=settings.alpha, use_rslora=settings.use_rslora),
-        memory_attention="joint",
+        memory_attention=memory_attention,
         rope_stride=rope_stride,
         conditioning=conditioning,
         training=dict(training),

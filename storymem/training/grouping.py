@@ -89,6 +89,7 @@ def group_clips(
     settings: GroupSettings,
     *,
     sizes: Sequence[tuple[int, int]] | None = None,
+    places: Sequence[str] | None = None,
     device: str | torch.device = "cpu",
 ) -> Grouping:
     """Group clips by their embeddings.
@@ -99,6 +100,8 @@ def group_clips(
         settings: thresholds and sizes.
         sizes: (height, width) of the clips, in the order of ``ids``: a memory frame has the size of the clip that
             looks at it, so a group is of one size. None: all have the same.
+        places: where each clip comes from, in the order of ``ids``: only clips of one place come together. None:
+            all are of one place.
         device: where exact search runs.
 
     Raises:
@@ -108,30 +111,43 @@ def group_clips(
     turns = sorted(range(len(ids)), key=lambda row: _hash(ids[row], "turn"))
     ids, embeddings = [ids[row] for row in turns], np.ascontiguousarray(embeddings[turns], dtype=np.float32)
     _, size_of = np.unique([sizes[row] for row in turns] if sizes else [(0, 0)] * len(ids), axis=0, return_inverse=True)
-    kept = np.arange(len(ids))
-    duplicates: dict[str, str] = {}
+    rows_of: dict[str, list[int]] = {}
+    for row, turn in enumerate(turns):
+        rows_of.setdefault(places[turn] if places else "", []).append(row)
+    duplicates: dict[int, int] = {}
+    groups: list[list[int]] = []
+    for rows in map(np.array, rows_of.values()):
+        kept, copies, neighbours = _distinct(embeddings[rows], settings, device)
+        duplicates |= {int(rows[copy]): int(rows[original]) for copy, original in copies.items()}
+        rows = rows[kept]
+        formed = form_groups(embeddings[rows], neighbours, settings, size_of.ravel()[rows])
+        groups += [rows[members].tolist() for members in formed]
+    left = [row for row in range(len(ids)) if row not in duplicates]
+    if max(map(len, groups), default=0) < 2 and settings.min_size > 1:
+        raise ValueError(_nothing_alike(embeddings[left], len(ids), len(duplicates), settings))
+    group_of = {row: number for number, members in enumerate(groups) for row in members}
+    return Grouping(
+        group={ids[row]: number for row, number in group_of.items()},
+        split=split_groups([ids[members[0]] for members in groups], settings.valid_fraction),
+        duplicates={ids[copy]: ids[original] for copy, original in duplicates.items()},
+        alone=sorted(ids[row] for row in left if row not in group_of),
+    )
+
+
+def _distinct(
+    embeddings: np.ndarray, settings: GroupSettings, device: str | torch.device
+) -> tuple[np.ndarray, dict[int, int], Neighbours]:
+    """The rows that are kept, for each near-duplicate the row kept in its stead, and the neighbours of those kept."""
+    kept = np.arange(len(embeddings))
+    duplicates: dict[int, int] = {}
     while True:
         neighbours = find_neighbours(embeddings[kept], settings, device=device)
         copies = near_duplicates(neighbours, settings.near_duplicate)
-        if not copies:
-            break
-        duplicates |= {ids[kept[copy]]: ids[kept[original]] for copy, original in copies.items()}
+        duplicates |= {int(kept[copy]): int(kept[original]) for copy, original in copies.items()}
         kept = np.delete(kept, list(copies))
         # Where dropped clips had filled the list of another, a new search finds what they hid.
         if not neighbours.full[neighbours.columns[np.isin(neighbours.rows, list(copies))]].any():
-            neighbours = neighbours.without(copies)
-            break
-    groups = form_groups(embeddings[kept], neighbours, settings, size_of.ravel()[kept])
-    if max(map(len, groups), default=0) < 2 and settings.min_size > 1:
-        raise ValueError(_nothing_alike(embeddings[kept], len(ids), len(duplicates), settings))
-    named = [[ids[kept[row]] for row in members] for members in groups]
-    grouped = {id: number for number, members in enumerate(named) for id in members}
-    return Grouping(
-        group=grouped,
-        split=split_groups([members[0] for members in named], settings.valid_fraction),
-        duplicates={copy: _original(copy, duplicates) for copy in duplicates},
-        alone=sorted(ids[row] for row in kept if ids[row] not in grouped),
-    )
+            return kept, {copy: _original(copy, duplicates) for copy in duplicates}, neighbours.without(copies)
 
 
 def find_neighbours(
@@ -219,7 +235,7 @@ def near_duplicates(neighbours: Neighbours, threshold: float) -> dict[int, int]:
     return copies
 
 
-def _original(copy: str, duplicates: Mapping[str, str]) -> str:
+def _original(copy: int, duplicates: Mapping[int, int]) -> int:
     """The clip that is kept; what stood for a copy in one round may have been dropped in a later one."""
     while copy in duplicates:
         copy = duplicates[copy]

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from storymem.training.dataset import Batch
-from storymem.training.settings import ObjectiveSettings
+from storymem.training.settings import ObjectiveSettings, check_memory_weight
+from storymem.wan.memory_attention import install_memory_attention, slot_tokens, token_timesteps
 from storymem.wan.rope import install_memory_rope
 from storymem.wan.schedule import shifted, unshifted
+from storymem.wan.settings import MemoryMode
 
 ExpertName = Literal["high_noise", "low_noise"]
 TIMESTEPS = 1000
@@ -83,43 +85,57 @@ class Losses:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryObjective:
-    """The loss of an expert on a batch, in the ``joint`` memory mode: memory slots are noise and denoised as well.
+    """The loss of an expert on a batch.
+
+    In the ``joint`` memory mode memory slots are noise and denoised as well. In the ``cached`` one they are clean, at
+    timestep 0, and have no loss: what is learnt about them comes through the video slots that look at them.
 
     Args:
         settings: noise levels and weights.
         boundary: between the experts' noise levels.
         rope_stride: S, the distance between memory slots on the temporal axis.
+        memory_attention: the mode.
     """
 
     settings: ObjectiveSettings
     boundary: float
     rope_stride: int
+    memory_attention: MemoryMode = "joint"
+
+    def __post_init__(self) -> None:
+        check_memory_weight(self.settings, self.memory_attention)
 
     def __call__(self, network: nn.Module, expert: ExpertName, batch: Batch) -> Losses:
         """The loss of ``network``, a Wan transformer (wrapped or not), on a batch that lies on its device."""
         s = noise_level(batch.u, expert=expert, boundary=self.boundary, shift=self.settings.shift)
-        slots = batch.x0.shape[2]
-        x = noised(batch.x0, batch.noise, s[:, None].expand(-1, slots))
-        prediction = self._predict(network, x, s, batch)
-        by_slot = slot_losses(prediction, velocity(batch.x0, batch.noise))
-        weights = slot_weights(batch.memory_frames, slots, self.settings.memory_weight).to(by_slot.device)
-        losses = by_slot @ weights
-        return Losses(total=losses.mean(), sums=self._sums(expert, losses.detach(), by_slot.detach(), s, batch))
+        slots, cached = batch.x0.shape[2], self.memory_attention == "cached"
+        by_slot = s[:, None].repeat(1, slots)
+        if cached:
+            by_slot[:, : batch.memory_frames] = 0
+        x = torch.cat([noised(batch.x0, batch.noise, by_slot), batch.condition], dim=1)
+        prediction = (self._predict_cached if cached else self._predict)(network, x, by_slot * TIMESTEPS, batch)
+        losses_by_slot = slot_losses(prediction, velocity(batch.x0, batch.noise))
+        weights = slot_weights(batch.memory_frames, slots, self.settings.memory_weight).to(losses_by_slot.device)
+        losses = (losses_by_slot * weights).sum(dim=1)  # a product of matrices would be rounded by autocast
+        return Losses(total=losses.mean(), sums=self._sums(expert, losses.detach(), losses_by_slot.detach(), s, batch))
 
-    def _predict(self, network: nn.Module, x: Tensor, s: Tensor, batch: Batch) -> Tensor:
-        transformer: Any = getattr(network, "module", network)  # without DistributedDataParallel around it
-        rope = install_memory_rope(transformer)
+    def _predict(self, network: nn.Module, x: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+        """The prediction [B, 16, M + T, h, w] for x [B, 36, M + T, h, w] at timesteps [B, M + T], all of one time."""
+        rope = install_memory_rope(_transformer(network))
         rope.memory_frames, rope.stride = batch.memory_frames, self.rope_stride
         try:
-            (prediction,) = network(
-                torch.cat([x, batch.condition], dim=1).to(transformer.dtype),
-                s * TIMESTEPS,
-                batch.text.to(transformer.dtype),
-                return_dict=False,
-            )
+            return _forward(network, x, timesteps[:, 0], batch)
         finally:
             rope.memory_frames = 0
-        return prediction
+
+    def _predict_cached(self, network: nn.Module, x: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+        """The same at timesteps that are 0 in memory slots."""
+        transformer, memory_frames = _transformer(network), batch.memory_frames
+        if memory_frames == 0:
+            return _forward(network, x, timesteps[:, 0], batch)
+        memory = install_memory_attention(transformer)
+        with memory.whole(memory_frames, stride=self.rope_stride, tokens=memory_frames * slot_tokens(x, transformer)):
+            return _forward(network, x, token_timesteps(timesteps, x, transformer), batch)
 
     def _sums(
         self, expert: ExpertName, losses: Tensor, by_slot: Tensor, s: Tensor, batch: Batch
@@ -128,11 +144,23 @@ class MemoryObjective:
             return values.sum(), torch.tensor(float(values.numel()), device=values.device)
 
         M = batch.memory_frames  # noqa: N806
+        of_memory = {"loss_memory": mean_of(by_slot[:, :M])} if self.memory_attention == "joint" else {}
         return {
             "loss": mean_of(losses),
             f"loss_{expert}": mean_of(losses),
             "loss_video": mean_of(by_slot[:, M:]),
-            "loss_memory": mean_of(by_slot[:, :M]),
+            **of_memory,
             "memory_frames": mean_of(torch.full_like(losses, M)),
             "loss_by_level": bin_sums(losses, s, self.settings.bins),
         }
+
+
+def _transformer(network: nn.Module) -> Any:
+    """The Wan transformer without ``DistributedDataParallel`` around it."""
+    return getattr(network, "module", network)
+
+
+def _forward(network: nn.Module, x: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+    dtype = _transformer(network).dtype
+    (prediction,) = network(x.to(dtype), timestep, batch.text.to(dtype), return_dict=False)
+    return prediction

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -118,7 +118,9 @@ def _grouping(data: Preparation) -> Grouping:
         _refuse_without("group", data)
         device = check_runtime(data.settings.runtime)
         sizes = [(clips[id].bucket.height, clips[id].bucket.width) for id in ids]
-        grouping = group_clips(ids, _embeddings(data, clips, ids), data.settings.group, sizes=sizes, device=device)
+        places = _places([clips[id] for id in ids], data.settings.group.within)
+        embeddings = _embeddings(data, clips, ids)
+        grouping = group_clips(ids, embeddings, data.settings.group, sizes=sizes, places=places, device=device)
         written = {"made": made, **vars(grouping)}
         write_atomically(path, json.dumps(written, ensure_ascii=False).encode())
     grouping = Grouping(**{name: value for name, value in written.items() if name != "made"})
@@ -127,6 +129,13 @@ def _grouping(data: Preparation) -> Grouping:
     for id in grouping.alone:
         data.reject(id, "group", "alone: too few clips are like it")
     return grouping
+
+
+def _places(clips: list[Clip], within: Literal["folder", "video"] | None) -> list[str] | None:
+    """What the clips of a group must have in common besides their looks."""
+    if within is None:
+        return None
+    return [clip.video if within == "video" else str(PurePosixPath(clip.video).parent) for clip in clips]
 
 
 def cache_clips(data: Preparation) -> LatentCache | None:
@@ -142,8 +151,8 @@ def cache_clips(data: Preparation) -> LatentCache | None:
         worker=settings.worker,
     )
     _cache_texts(data, builder, [item.caption for item in items])
-    with data.journal("cache") as journal:
-        _cache_latents(data, builder, items)
+    _cache_latents(data, builder, items)
+    with data.journal("cache") as journal:  # opened now: other workers have written theirs meanwhile
         refused = {item.id for item in items if journal.get(item.id, _refusal_made(builder, item)) is not None}
     left = len(builder.missing_clips(item for item in items if item.id not in refused))
     left += len(builder.missing_texts(item.caption for item in items))

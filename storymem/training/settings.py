@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT
+from storymem.wan.settings import MemoryMode
 
 Conditioning = Literal["m2v", "mi2v", "mm2v"]
 #: How many first frames of the target a sample may be given: none, its first frame, or its motion frames.
@@ -82,7 +83,8 @@ class ObjectiveSettings:
 
     Args:
         shift: of the noise levels, s = shift * u / (1 + (shift - 1) * u) with u uniform; as the sampler's, 4.0.
-        memory_weight: weight of the loss of a memory slot against that of a video slot; 0 trains on the video alone.
+        memory_weight: weight of the loss of a memory slot against that of a video slot; 0 trains on the video alone,
+            and is needed in the ``cached`` memory mode, where memory slots predict nothing.
         bins: in how many equal bins of s from 0 to 1 the loss is told.
     """
 
@@ -240,3 +242,12 @@ class LogSettings:
 def _check_probability(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+
+
+def check_memory_weight(objective: ObjectiveSettings, memory_attention: MemoryMode) -> None:
+    """Raise ``ValueError`` for a loss on memory slots in the mode that has none."""
+    if memory_attention == "cached" and objective.memory_weight > 0:
+        raise ValueError(
+            "memory_attention=cached gives the network clean memory, on which there is nothing to predict: "
+            f"objective.memory_weight must be 0, not {objective.memory_weight:g}"
+        )

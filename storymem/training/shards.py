@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from storymem.atomic import replacing, write_atomically
 
 OPEN_SHARDS = 64
+SHARD_SECONDS = 120.0  # a smaller shard is better than more lost work
 
 
 class ShardWriter:
@@ -24,7 +26,7 @@ class ShardWriter:
 
     A file ``<prefix>-00000.safetensors`` is followed by ``<prefix>-00000.json``, which holds the file's sha256 and one
     record per item. That second file is the moment at which the shard is finished: without it, the first is written
-    over. So a killed writer loses at most the items of one shard.
+    over. So a killed writer loses at most the items of one shard, or of two minutes.
 
     Args:
         folder: where the shards lie; made if need be.
@@ -41,6 +43,7 @@ class ShardWriter:
         self._tensors: dict[str, Tensor] = {}
         self._records: list[dict[str, Any]] = []
         self._bytes = 0
+        self._since = time.monotonic()
 
     def add(self, key: str, tensors: Mapping[str, Tensor], **record: Any) -> None:
         """Put ``tensors`` of the item ``key`` as ``<key>/<name>``; ``record`` is kept beside them."""
@@ -48,7 +51,7 @@ class ShardWriter:
             self._tensors[f"{key}/{name}"] = tensor.contiguous()
             self._bytes += tensor.nbytes
         self._records.append({"key": key, **record})
-        if self._bytes >= self.shard_bytes:
+        if self._bytes >= self.shard_bytes or time.monotonic() - self._since >= SHARD_SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -63,6 +66,7 @@ class ShardWriter:
         write_atomically(path.with_suffix(".json"), json.dumps(done).encode())
         self._next += 1
         self._tensors, self._records, self._bytes = {}, [], 0
+        self._since = time.monotonic()
 
 
 def finished_records(folder: Path, prefix: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

@@ -12,17 +12,25 @@ from typing import Any, TypeVar
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 
+from storymem.wan.acceleration import accelerate, check_acceleration
+from storymem.wan.gguf import load_gguf_experts
 from storymem.wan.lora import load_memory_lora
+from storymem.wan.lora_layouts import Expert
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
-from storymem.wan.runtime import place
+from storymem.wan.precision import check_precision, lower_precision
+from storymem.wan.presets import settle
+from storymem.wan.runtime import place, resolve_device
 from storymem.wan.schedule import wan_scheduler
-from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings
-from storymem.wan.sources import adapter_weights, check_weights
-from storymem.weights import locate
+from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, StepAdapterSettings
+from storymem.wan.sources import adapter_weights, check_weights, step_weights_for_text
+from storymem.weights import Weights, locate
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=torch.nn.Module)
+
+#: The name of a step-distilled adapter beside that of the memory adapter, "memory".
+STEP_ADAPTER = "steps"
 
 
 def load_pipeline(
@@ -30,7 +38,7 @@ def load_pipeline(
     *,
     runtime: RuntimeSettings | None = None,
     continuity: Continuity = "none",
-    shift: float = 4.0,
+    sampler: SamplerSettings | None = None,
     text_encoder: bool = True,
     experts: bool = True,
 ) -> WanMemoryToVideoPipeline:
@@ -40,7 +48,7 @@ def load_pipeline(
         model: which networks.
         runtime: where they run; None: on the best device, without offloading.
         continuity: which adapter is loaded, where there is one for each kind.
-        shift: of the sampler's noise levels.
+        sampler: how shots will be sampled; None: as published.
         text_encoder: whether to load the text encoder; without it, pass ``prompt_embeds``.
         experts: whether to load the transformers and their adapter; without them the pipeline can only encode.
 
@@ -48,25 +56,39 @@ def load_pipeline(
         MissingWeights: before anything is loaded.
         ValueError: for weights or a machine that do not fit the settings.
     """
-    check_weights(model, text_to_video=False, continuity=continuity)
-    scheduler = wan_scheduler(shift)
+    sampler = sampler or SamplerSettings()
+    check_weights(model, text_to_video=False, continuity=continuity, sampler=sampler if experts else None)
+    runtime = settle(model, runtime or RuntimeSettings(), sampler=sampler, experts=experts)
+    if experts:
+        check_precision(model, runtime, resolve_device(runtime.device))
+        check_acceleration(model, sampler, runtime)
+    scheduler = wan_scheduler(sampler.shift, sampler.scheduler)
     if model.weights is None:
         pipe = _random_pipeline(model, scheduler, text_encoder=text_encoder, experts=experts)
     else:
         left_out: dict[str, Any] = {} if text_encoder else {"text_encoder": None, "tokenizer": None}
         if not experts:
             left_out |= {"transformer": None, "transformer_2": None}
+        elif model.gguf is not None:
+            left_out |= load_gguf_experts(model)
         pipe = WanMemoryToVideoPipeline.from_pretrained(
             locate(model.weights),
             scheduler=scheduler,
             torch_dtype=_dtypes(model),
             rope_stride=model.rope_stride,
+            memory_attention=model.memory_attention,
             boundary_ratio=model.boundary,
             **left_out,
         )
     if experts and model.adapter is not None:
         _load_adapter(pipe, model, continuity)
-    place(pipe, runtime or RuntimeSettings())
+    if experts and sampler.adapter is not None:
+        _load_step_adapter(pipe, sampler.adapter, sampler.adapter.weights)
+    if experts:
+        lower_precision(pipe.experts.values(), model, runtime)
+        accelerate(pipe, model, sampler, runtime)
+        pipe.memory_cache = runtime.memory_cache
+    place(pipe, runtime)
     return pipe
 
 
@@ -75,10 +97,14 @@ def load_text_to_video(
     *,
     vae: AutoencoderKLWan,
     runtime: RuntimeSettings | None = None,
-    shift: float = 12.0,
+    sampler: SamplerSettings | None = None,
 ) -> WanPipeline:
     """The text-to-video pipeline of the first shot, without a text encoder; it shares ``vae``."""
     assert model.has_text_to_video
+    sampler = sampler or SamplerSettings()
+    runtime = settle(model, runtime or RuntimeSettings(), sampler=sampler)
+    check_precision(model, runtime, resolve_device(runtime.device))
+    check_acceleration(model, sampler, runtime)
     if model.weights is None:
         experts = [
             _seeded(
@@ -99,12 +125,16 @@ def load_text_to_video(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
-        scheduler=wan_scheduler(shift),
+        scheduler=wan_scheduler(sampler.text_to_video_shift, sampler.scheduler),
         transformer=experts[0],
         transformer_2=experts[1],
         boundary_ratio=model.text_to_video_boundary,
     )
-    place(pipe, runtime or RuntimeSettings())
+    if sampler.adapter is not None:
+        _load_step_adapter(pipe, sampler.adapter, step_weights_for_text(sampler))
+    lower_precision(experts, model, runtime)
+    accelerate(pipe, model, sampler, runtime, text_to_video=True)
+    place(pipe, runtime)
     return pipe
 
 
@@ -119,8 +149,11 @@ def _load_adapter(pipe: WanMemoryToVideoPipeline, model: ModelSettings, continui
         use_rslora=model.adapter.use_rslora,
         weight=model.adapter.weight,
     )
-    if info.memory_attention != "joint":
-        raise ValueError(f"the adapter in {folder} was trained for {info.memory_attention} memory attention, not joint")
+    if info.memory_attention != model.memory_attention:
+        raise ValueError(
+            f"the adapter in {folder} was trained for {info.memory_attention} memory attention, not "
+            f"{model.memory_attention}: set model.memory_attention={info.memory_attention}, or use another adapter"
+        )
     if info.rope_stride != model.rope_stride:
         logger.warning(
             "the adapter in %s was trained with RoPE stride %d and is used with %d (model.rope_stride)",
@@ -128,6 +161,13 @@ def _load_adapter(pipe: WanMemoryToVideoPipeline, model: ModelSettings, continui
             info.rope_stride,
             model.rope_stride,
         )
+
+
+def _load_step_adapter(pipe: Any, adapter: StepAdapterSettings, weights: Weights) -> None:
+    """Stack a step-distilled LoRA on what is loaded, each expert's half with its own weight."""
+    low = adapter.weight if adapter.weight_low is None else adapter.weight_low
+    strength: dict[Expert, float] = {"high_noise": adapter.weight, "low_noise": low}
+    load_memory_lora(pipe, locate(weights), adapter_name=STEP_ADAPTER, weight=strength)
 
 
 def _dtypes(model: ModelSettings) -> dict[str, torch.dtype]:
@@ -159,6 +199,7 @@ def _random_pipeline(
         transformer_2=expert(1),
         boundary_ratio=model.boundary,
         rope_stride=model.rope_stride,
+        memory_attention=model.memory_attention,
     )
 
 

@@ -71,11 +71,13 @@ def load_memory_lora(
     *,
     subfolder: str | None = None,
     adapter_name: str = "memory",
-    weight: float = 1.0,
+    weight: float | Mapping[Expert, float] = 1.0,
     alpha: float | None = None,
     use_rslora: bool | None = None,
 ) -> AdapterInfo:
     """Load a memory adapter into the experts of a Wan pipeline, active beside the adapters that already are.
+
+    Step-distilled adapters for Wan2.2-A14B change the same linears, and load the same way under a name of their own.
 
     Both files are checked before either expert is touched. The weights take the dtype of the linears they
     adapt. A pipeline with one expert (the other is ``None``) needs that expert's file only.
@@ -87,7 +89,7 @@ def load_memory_lora(
             downloaded before (``Kevin-thu/StoryMem``).
         subfolder: a folder inside it (``Wan2.2-MI2V-A14B``, ``Wan2.2-MM2V-A14B``).
         adapter_name: the name for ``pipe.set_adapters`` and its kin.
-        weight: strength, a factor on top of the scale the adapter was trained at.
+        weight: strength, a factor on top of the scale the adapter was trained at; one for both experts, or one each.
         alpha: for files that do not state it; the published 128 if ``None``.
         use_rslora: likewise; the published ``True`` if ``None``.
 
@@ -104,7 +106,8 @@ def load_memory_lora(
         _check_can_load(transformer, COMPONENTS[expert], adapter_name)
     adapters = read_memory_lora(transformers, folder_or_repo, subfolder=subfolder, alpha=alpha, use_rslora=use_rslora)
     for expert, adapter in adapters.items():
-        _inject(pipe, transformers[expert], adapter, adapter_name, weight)
+        strength = weight[expert] if isinstance(weight, Mapping) else weight
+        _inject(pipe, transformers[expert], adapter, adapter_name, strength)
     return next(iter(adapters.values())).info
 
 

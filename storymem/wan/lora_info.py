@@ -8,13 +8,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from storymem.wan.lora_files import AdapterFile, json_object
 from storymem.wan.lora_layouts import ADAPTED_LINEARS, LinearKeys
+from storymem.wan.settings import MemoryMode
 
 #: The published training configuration, which the released files do not carry.
 PUBLISHED_RANK = 128
@@ -48,7 +49,7 @@ class AdapterInfo:
     rank: int = PUBLISHED_RANK
     alpha: float = PUBLISHED_ALPHA
     use_rslora: bool = PUBLISHED_USE_RSLORA
-    memory_attention: Literal["joint", "cached"] = "joint"
+    memory_attention: MemoryMode = "joint"
     rope_stride: int = 5
     conditioning: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from storymem.wan.acceleration import forget_steps
 from storymem.wan.conditioning import (
     MOTION_FRAMES,
     blank_padded,
@@ -25,7 +26,10 @@ from storymem.wan.conditioning import (
     latent_frames,
     memory_condition,
 )
+from storymem.wan.memory_attention import install_memory_attention, reading_memory
+from storymem.wan.parallel import check_guidance
 from storymem.wan.rope import DEFAULT_STRIDE, install_memory_rope
+from storymem.wan.settings import MemoryCache, MemoryMode
 
 Memory = Sequence[Image.Image] | Sequence[Tensor] | Tensor
 
@@ -34,7 +38,8 @@ Memory = Sequence[Image.Image] | Sequence[Tensor] | Tensor
 class _Call:
     """What one call adds to the image-to-video pipeline; lives from ``__call__`` to its end."""
 
-    memory: Tensor | None  # normalised latents [1, 16, M, h, w]
+    memory: Tensor | None  # normalised latents [1, 16, M, h, w] that are denoised with the shot
+    cached_memory: Tensor | None  # the same in the mode "cached", where the loop is of the shot alone
     given: Tensor | None  # first or motion frames [3, n, H, W] in -1..1
     rope_stride: int
 
@@ -54,8 +59,15 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
     the rest, sit at negative temporal positions and are dropped before decoding. The denoising loop is inherited:
     callbacks, caching hooks, offloading, attention backends and quantised loading work as in diffusers.
 
+    That is the published mode, ``joint``. In ``cached`` (see :mod:`storymem.wan.memory_attention`) memory slots are
+    not denoised: they are computed once in a call, and only the shot's slots go round the loop.
+
     Args:
         rope_stride: S, the default distance between memory slots on the temporal axis; saved with the pipeline.
+        memory_attention: ``joint`` or ``cached``; saved with the pipeline.
+
+    Attributes:
+        memory_cache: where ``cached`` keeps keys and values, see :class:`storymem.wan.settings.RuntimeSettings`.
 
     The other arguments are those of ``diffusers.WanImageToVideoPipeline``; the transformers must have 36 input
     channels (16 noisy, 4 mask, 16 condition) and no image encoder, which is Wan2.2-I2V-A14B's shape.
@@ -76,6 +88,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         boundary_ratio: float | None = None,
         expand_timesteps: bool = False,
         rope_stride: int = DEFAULT_STRIDE,
+        memory_attention: MemoryMode = "joint",
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -89,12 +102,17 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
-        self.register_to_config(rope_stride=rope_stride)
+        self.register_to_config(rope_stride=rope_stride, memory_attention=memory_attention)
+        if memory_attention not in ("joint", "cached"):
+            raise ValueError(f"memory_attention must be joint or cached, not {memory_attention!r}")
         if expand_timesteps:
             raise ValueError("memory-to-video needs Wan2.2-A14B's conditioning; Wan2.2-TI2V-5B has another")
         for name, expert in self.experts.items():
             _check_expert(name, expert)
             install_memory_rope(expert)
+            if memory_attention == "cached":
+                install_memory_attention(expert)
+        self.memory_cache: MemoryCache = "device"
         self._call: _Call | None = None
         self._blank_latents: dict[tuple[int, int, int], Tensor] = {}
 
@@ -135,6 +153,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
     ) -> WanPipelineOutput | tuple:
         """Generate one shot. Arguments not named here are those of ``WanImageToVideoPipeline``.
 
+        Latents in the loop have M + T slots, memory first; in the mode ``cached`` T.
+
         Args:
             memory: M keyframes, oldest first: pictures of exactly ``width`` x ``height``, or normalised one-frame
                 latents as :meth:`encode_memory` returns them. None or empty: no memory.
@@ -155,6 +175,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         image = torch.zeros(1, 3, 16, 16)  # a stand-in: prepare_latents builds the true condition
         self._check_shot(height, width, num_frames, first_frame, motion_frames)
         self._check_memory(memory, height, width, stride)
+        check_guidance(self.experts.values(), guidance_scale)
         self.check_inputs(
             *(prompt, negative_prompt, image, height, width, prompt_embeds, negative_prompt_embeds, None),
             *(list(callback_on_step_end_tensor_inputs), guidance_scale_2),
@@ -163,15 +184,19 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             raise ValueError(f"output_type must be latent, np, pt or pil, not {output_type!r}")
         texts = [prompt] if isinstance(prompt, str) else prompt_embeds if prompt is None else prompt
         assert texts is not None, "check_inputs asks for one of the two"
-        slots = (0 if memory is None else len(memory)) + latent_frames(num_frames)
+        cached = self.config.memory_attention == "cached"
+        slots = (0 if memory is None or cached else len(memory)) + latent_frames(num_frames)
         self._check_noise(len(texts) * num_videos_per_prompt, slots, height, width, latents, generator)
+        forget_steps(self.experts)  # of a call that was broken off; diffusers does it after one that was not
+        memory_latents = self._memory_latents(memory)
         self._call = _Call(
-            memory=self._memory_latents(memory),
+            memory=None if cached else memory_latents,
+            cached_memory=memory_latents if cached else None,
             given=self._given_frames(first_frame, motion_frames),
             rope_stride=stride,
         )
         try:
-            with self._memory_rope(self._call.memory_frames, self._call.rope_stride):
+            with self._looking_back(self._call):
                 (denoised,) = super().__call__(
                     image=image,
                     prompt=prompt,
@@ -260,6 +285,14 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         pixels = torch.cat([self.video_processor.preprocess(frame) for frame in frames])
         return rearrange(pixels, "n c h w -> c n h w")
 
+    def _looking_back(self, call: _Call) -> AbstractContextManager[None]:
+        """Have the experts look back at the memory of a call, and forget it again."""
+        if call.cached_memory is None:
+            return self._memory_rope(call.memory_frames, call.rope_stride)
+        return reading_memory(
+            self.experts.values(), call.cached_memory, stride=call.rope_stride, cache=self.memory_cache
+        )
+
     @contextmanager
     def _memory_rope(self, memory_frames: int, stride: int) -> Any:
         """Tell both experts' rotary embeddings about the memory, and make them forget it again."""
@@ -325,7 +358,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one for each video")
         expected = [batch, self.vae.config.z_dim, slots, height // 8, width // 8]
         if latents is not None and list(latents.shape) != expected:
-            raise ValueError(f"latents must be {expected} (memory slots first), not {list(latents.shape)}")
+            which = " (memory slots first)" if self.config.memory_attention == "joint" else ""
+            raise ValueError(f"latents must be {expected}{which}, not {list(latents.shape)}")
 
 
 def _check_picture(name: str, picture: Any, height: int, width: int) -> None:

@@ -1,12 +1,12 @@
-"""The published sampler: UniPC on Wan's exact sigmas."""
+"""The samplers: UniPC on Wan's exact sigmas, as published, and Euler for step-distilled adapters."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 
@@ -53,10 +53,49 @@ class WanUniPCScheduler(UniPCMultistepScheduler):
         super().set_timesteps(device=device, sigmas=np.asarray(sigmas, dtype=np.float64), mu=mu)
 
 
-def wan_scheduler(shift: float = 4.0, **overrides: Any) -> WanUniPCScheduler:
-    """The sampler of the published settings; ``shift`` 4.0 for memory-to-video, 12.0 for the first shot by T2V."""
+class WanEulerScheduler(FlowMatchEulerDiscreteScheduler):
+    """``FlowMatchEulerDiscreteScheduler`` on evenly spaced noise levels from 1, as step-distilled adapters want it.
+
+    Four steps at shift 5 are the timesteps 1000, 937.5, 833.3 and 625, at which Wan2.2-Lightning was trained. diffusers
+    would shift the levels twice. Build it with :func:`wan_scheduler`.
+    """
+
+    __module__ = "storymem"  # as above
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """As in diffusers; without ``sigmas`` the levels before the shift are 1, 1 - 1/steps, ..., 1/steps."""
+        if sigmas is None and timesteps is None:
+            assert num_inference_steps is not None
+            sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()
+        super().set_timesteps(num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
+
+
+@overload
+def wan_scheduler(shift: float = ..., kind: Literal["unipc"] = ..., **overrides: Any) -> WanUniPCScheduler: ...
+@overload
+def wan_scheduler(shift: float, kind: str, **overrides: Any) -> WanUniPCScheduler | WanEulerScheduler: ...
+
+
+def wan_scheduler(shift: float = 4.0, kind: str = "unipc", **overrides: Any) -> WanUniPCScheduler | WanEulerScheduler:
+    """A sampler; the published one is "unipc" at shift 4.0, and 12.0 for the first shot by text-to-video.
+
+    Args:
+        shift: of the noise levels.
+        kind: "unipc" or "euler".
+        overrides: arguments of the scheduler.
+    """
     if shift <= 0:
         raise ValueError(f"the sampler's shift must be positive, not {shift}")
+    if kind == "euler":
+        return WanEulerScheduler(**({"shift": shift, "num_train_timesteps": 1000} | overrides))
+    assert kind == "unipc"
     settings: dict[str, Any] = {
         "prediction_type": "flow_prediction",
         "use_flow_sigmas": True,

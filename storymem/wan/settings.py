@@ -12,6 +12,13 @@ from storymem.weights import Weights
 
 Continuity = Literal["none", "mi2v", "mm2v"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+ContextParallel = Literal["none", "ulysses", "ring"]
+Attention = Literal["auto", "flash3", "flash2", "cudnn", "sage", "native"]
+StepCache = Literal["none", "first_block", "mag", "taylor"]
+MemoryMode = Literal["joint", "cached"]
+MemoryCache = Literal["device", "cpu", "recompute"]
+Offload = Literal["none", "model", "group", "auto"]
+Precision = Literal["as_is", "fp8_storage", "fp8", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -73,6 +80,14 @@ class AdapterSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class GgufSettings:
+    """Both experts as GGUF single files, in few bits."""
+
+    high_noise: Weights
+    low_noise: Weights
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelSettings:
     """A Wan2.2-style video model with memory.
 
@@ -82,12 +97,15 @@ class ModelSettings:
         network: shape of its networks.
         weights: a diffusers folder or repository of the image-to-video model; None builds the networks from
             ``network`` with random weights drawn from ``seed``.
-        text_to_video: the same for the text-to-video model of the first shot (only its transformers are used);
-            None: see ``has_text_to_video``.
+        gguf: files for the experts, in place of the transformers in ``weights``; all else is taken from there.
+        text_to_video: the same as ``weights`` for the text-to-video model of the first shot (only its transformers are
+            used); None: see ``has_text_to_video``.
         has_text_to_video: whether ``first_shot: t2v`` has a model of its own. If not, the memory-to-video model
             makes the first shot from text alone.
         adapter: the memory LoRA; None: the weights themselves know memory, or are random.
         rope_stride: S, the distance between memory slots on the temporal axis.
+        memory_attention: "joint", as published: memory slots are denoised with the video. "cached": they are clean and
+            look only at memory, which is then computed once a shot; another function, for an adapter trained for it.
         boundary: timesteps >= boundary * 1000 go to the high-noise expert.
         text_to_video_boundary: the same for the text-to-video model.
         dtype: of the transformers and the text encoder.
@@ -99,10 +117,12 @@ class ModelSettings:
     video: VideoSettings
     network: NetworkSettings
     weights: Weights | None = None
+    gguf: GgufSettings | None = None
     text_to_video: Weights | None = None
     has_text_to_video: bool = True
     adapter: AdapterSettings | None = None
     rope_stride: int = 5
+    memory_attention: MemoryMode = "joint"
     boundary: float = 0.9
     text_to_video_boundary: float = 0.875
     dtype: Dtype = "bfloat16"
@@ -112,8 +132,28 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.rope_stride < 1:
             raise ValueError(f"rope_stride must be 1 or more, not {self.rope_stride}")
+        if self.gguf is not None and self.weights is None:
+            raise ValueError("gguf holds the experts alone: weights must name where VAE and text encoder come from")
         if self.weights is not None and self.has_text_to_video and self.text_to_video is None:
             raise ValueError("text_to_video names no weights: give them, or set has_text_to_video to false")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StepAdapterSettings:
+    """A step-distilled LoRA, stacked on the memory LoRA: few steps, and no guidance.
+
+    Args:
+        weights: its files for image-to-video, one for each expert.
+        text_to_video: those for a first shot by text-to-video; None: there are none, so ``first_shot: m2v`` is needed
+            where the model has text-to-video networks of its own.
+        weight: strength in the high-noise expert; 1.0 as trained.
+        weight_low: in the low-noise expert; None: as ``weight``.
+    """
+
+    weights: Weights
+    text_to_video: Weights | None = None
+    weight: float = 1.0
+    weight_low: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -121,6 +161,8 @@ class SamplerSettings:
     """How a shot is sampled; the defaults are the published settings.
 
     Args:
+        scheduler: "unipc", the published solver of second order, or "euler", which step-distilled adapters want.
+        adapter: a step-distilled LoRA; None: the networks as they are.
         steps: denoising steps.
         guidance: classifier-free guidance of the high-noise expert; 1.0 means none (and half the work).
         guidance_low: of the low-noise expert; None: as ``guidance``.
@@ -129,6 +171,8 @@ class SamplerSettings:
         negative_prompt: what a shot should not show, unless the shot says its own.
     """
 
+    scheduler: Literal["unipc", "euler"] = "unipc"
+    adapter: StepAdapterSettings | None = None
     steps: int = 40
     guidance: float = 3.5
     guidance_low: float | None = None
@@ -147,17 +191,105 @@ class SamplerSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RuntimeSettings:
-    """Where and how the networks run; none of it changes what film is made, beyond rounding.
+    """Where and how the networks run.
+
+    Only ``cache``, ``precision`` and ``attention: sage`` change a film by more than rounding.
 
     Args:
         device: "auto" (the accelerator if there is one), "cpu", "cuda", "cuda:1", "mps", ...
-        offload: "none" keeps all on the device; "model" moves whole networks there one at a time; "group" streams
-            the blocks of the transformers, so that a 14B expert fits a small card.
-        vae_tiling: decode in tiles: less memory, a little slower.
+        offload: "none" keeps all on the device; "model" moves whole networks there one at a time, so that the idle
+            expert lies in main memory; "group" streams the blocks of the transformers, so that a 14B expert fits a
+            small card. "auto" takes the first of these, fastest first, that fits; see :mod:`storymem.wan.presets`.
+        precision: of the weights of the transformers' blocks; adapters stay as they are. "as_is": ``model.dtype``.
+            "fp8_storage": 8-bit floats, computed with in ``model.dtype``: half the room, on any card. "fp8" and "int8"
+            compute in 8 bits too, by torchao, where the hardware can. See :mod:`storymem.wan.precision`.
+        vae_tiling: encode and decode in tiles: less memory, slower, and faint differences where tiles overlap.
         threads: CPU threads for torch; None leaves torch's choice.
+        context_parallel: how the tokens of one shot are shared among the processes that torchrun started, for
+            attention: "ulysses" exchanges heads, "ring" passes keys and values on; see :mod:`storymem.wan.layout`.
+        guidance_parallel: the passes with the prompt and with the negative prompt run at the same time, each on one
+            half of the processes.
+        shard_weights: each process keeps its part of the experts' weights and gathers them block by block.
+        attention: "auto" takes the fastest exact kernel that is installed and works on the device; "sage", which
+            rounds queries and keys to int8, is taken only when named.
+        compile: "blocks" compiles the block that the transformers repeat, once for each size of memory.
+        cache: skips work in steps that resemble the step before: "first_block" where the first block says so, "mag"
+            where magnitudes measured beforehand say so, "taylor" in all but every n-th step, by extrapolation.
+        cache_threshold: 0 skips nothing. first_block: relative change of the first block's residual; mag: accumulated
+            error of magnitudes; taylor: steps extrapolated after each one computed. None: 0.05, 0.06 and 2.
+        cache_ratios: for mag: the file of magnitudes that ``python -m benchmarks.acceleration --calibrate`` writes.
+        guidance_batch: run both passes of guidance as one batch of two.
+        memory_cache: where the memory's keys and values lie that ``memory_attention: cached`` keeps (12.8 GB an expert
+            for 10 frames at 480p): on the "device"; in the memory of the "cpu", from where each block fetches its own;
+            nowhere, and the memory is computed again in every step ("recompute").
     """
 
     device: str = "auto"
-    offload: Literal["none", "model", "group"] = "none"
+    offload: Offload = "none"
+    precision: Precision = "as_is"
     vae_tiling: bool = False
     threads: int | None = None
+    context_parallel: ContextParallel = "none"
+    guidance_parallel: bool = False
+    shard_weights: bool = False
+    attention: Attention = "auto"
+    compile: Literal["none", "blocks"] = "none"
+    cache: StepCache = "none"
+    cache_threshold: float | None = None
+    cache_ratios: str | None = None
+    guidance_batch: bool = False
+    memory_cache: MemoryCache = "device"
+
+    def __post_init__(self) -> None:
+        if self.cache == "none" and (self.cache_threshold is not None or self.cache_ratios is not None):
+            raise ValueError("cache_threshold and cache_ratios need a cache: first_block, mag or taylor")
+        if self.cache_threshold is not None and self.cache_threshold < 0:
+            raise ValueError(f"cache_threshold must be 0 or more, not {self.cache_threshold}")
+        if self.cache == "taylor" and self.cache_threshold is not None and self.cache_threshold % 1:
+            raise ValueError(f"with cache: taylor, cache_threshold is a number of steps, not {self.cache_threshold}")
+        if (self.cache == "mag") != (self.cache_ratios is not None):
+            raise ValueError(
+                "cache: mag and cache_ratios go together: magnitudes belong to a model, and this one's are measured by "
+                "python -m benchmarks.acceleration --calibrate FILE"
+            )
+        if self.guidance_batch and self.cache != "none":
+            raise ValueError(
+                f"guidance_batch does not combine with cache: {self.cache}, which skips steps for each of the two "
+                "passes alone; use one of them"
+            )
+        if self.guidance_batch and self.guidance_parallel:
+            raise ValueError(
+                "guidance_batch runs both passes of guidance on one device, guidance_parallel each on its own; "
+                "use one of them"
+            )
+        if self.cache == "first_block" and self.context_parallel != "none":
+            raise ValueError(
+                "cache: first_block does not combine with context_parallel: each process sees its own tokens, and they "
+                "would skip different steps; use cache: taylor or mag"
+            )
+
+    @property
+    def spread(self) -> bool:
+        """Whether one film is made by several processes."""
+        return self.context_parallel != "none" or self.guidance_parallel or self.shard_weights
+
+
+def check_speed(model: ModelSettings, sampler: SamplerSettings, runtime: RuntimeSettings) -> None:
+    """Raise ``ValueError`` for a way of running that does nothing, or harm, with a model or a sampler."""
+    if runtime.guidance_batch and sampler.guidance == 1:
+        raise ValueError("runtime.guidance_batch batches the two passes of guidance; sampler.guidance=1 has only one")
+    if runtime.cache != "none" and sampler.adapter is not None:
+        raise ValueError(
+            f"runtime.cache={runtime.cache} skips steps that resemble the one before; the {sampler.steps} steps of a "
+            "step-distilled sampler do not: use runtime.cache=none"
+        )
+    if model.memory_attention == "joint" and runtime.memory_cache != "device":
+        raise ValueError(
+            f"runtime.memory_cache={runtime.memory_cache} is for model.memory_attention=cached: with joint nothing of "
+            "the memory is kept between steps"
+        )
+    if model.memory_attention == "cached" and runtime.guidance_batch and runtime.memory_cache == "recompute":
+        raise ValueError(
+            "runtime.guidance_batch does not combine with runtime.memory_cache=recompute, which puts the memory before "
+            "each of the two passes anew: use memory_cache=device or cpu"
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,16 @@ from diffusers import WanPipeline
 from PIL import Image
 from torch import Tensor
 
+from storymem.wan.acceleration import check_acceleration, compiled_graphs
 from storymem.wan.loading import load_pipeline, load_text_to_video
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.precision import check_precision
+from storymem.wan.presets import settle
 from storymem.wan.runtime import check_runtime, release_memory
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
 from storymem.wan.sources import check_weights
+
+logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int], None]
 
@@ -45,14 +52,15 @@ class ShotRequest:
 class WanShotGenerator:
     """Makes shots with Wan; loads what is needed when it is needed and frees what is not.
 
-    Text encoder: loaded, all prompts of a film encoded, freed. Text-to-video experts: loaded for the first shot,
-    freed after it. Memory-to-video experts: loaded for the second shot and kept.
+    Text encoder: loaded, all prompts of a film encoded, freed. Text-to-video experts: loaded for the first shot, kept
+    for other shots from text alone, freed when those of memory-to-video are needed, which are loaded once.
 
     Args:
         model: which networks.
         sampler: steps, guidance, shift, negative prompt.
         runtime: where they run.
         continuity: which adapter is used, where there is one for each kind.
+        scorers: bytes of the scorers that take turns with these networks, for ``runtime.offload: auto``.
     """
 
     def __init__(
@@ -62,11 +70,14 @@ class WanShotGenerator:
         sampler: SamplerSettings,
         runtime: RuntimeSettings,
         continuity: Continuity = "none",
+        scorers: int = 0,
     ) -> None:
         self.model, self.sampler, self.runtime = model, sampler, runtime
         self.continuity = continuity
+        self.scorers = scorers
         self._embeds: dict[str, Tensor] = {}
         self._pipe: WanMemoryToVideoPipeline | None = None
+        self._text_pipe: WanPipeline | None = None
 
     @property
     def video(self) -> VideoSettings:
@@ -79,8 +90,9 @@ class WanShotGenerator:
         Args:
             text_to_video: whether :meth:`first` will be called.
         """
-        check_runtime(self.runtime)
-        check_weights(self.model, text_to_video=text_to_video, continuity=self.continuity)
+        check_precision(self.model, self.runtime, check_runtime(self.runtime))
+        check_acceleration(self.model, self.sampler, self.runtime)
+        check_weights(self.model, text_to_video=text_to_video, continuity=self.continuity, sampler=self.sampler)
 
     @torch.no_grad()  # else the embeddings' graph would keep the text encoder alive
     def prepare(self, prompts: Iterable[str], negative_prompts: Iterable[str | None]) -> None:
@@ -125,17 +137,7 @@ class WanShotGenerator:
         """
         if not self.model.has_text_to_video:
             return self.generate(request, on_step)
-        pipe = load_text_to_video(
-            self.model,
-            vae=self._load(text_encoder=False, experts=False).vae,
-            runtime=self.runtime,
-            shift=self.sampler.text_to_video_shift,
-        )
-        frames = self._run(pipe, request, on_step)
-        pipe.remove_all_hooks()
-        del pipe
-        release_memory()
-        return frames
+        return self._run(self._text_to_video(), request, on_step)
 
     def encode_keyframes(self, frames: Sequence[np.ndarray]) -> list[Tensor]:
         """Normalised latents [16, 1, h, w] of pictures, uint8 [H, W, 3], each encoded alone."""
@@ -149,15 +151,40 @@ class WanShotGenerator:
 
     def _memory_to_video(self) -> WanMemoryToVideoPipeline:
         if self._pipe is None:
+            self._free_experts()
             self._pipe = self._load(text_encoder=False, experts=True)
         return self._pipe
+
+    def _text_to_video(self) -> WanPipeline:
+        if self._text_pipe is None:
+            self._free_experts()
+            self._text_pipe = load_text_to_video(
+                self.model,
+                vae=self._load(text_encoder=False, experts=False).vae,
+                runtime=self._settled,
+                sampler=self.sampler,
+            )
+        return self._text_pipe
+
+    def _free_experts(self) -> None:
+        """Two pairs of experts are too much for most machines."""
+        for pipe in (self._pipe, self._text_pipe):
+            if pipe is not None:
+                pipe.remove_all_hooks()
+        self._pipe = self._text_pipe = pipe = None
+        release_memory()
+
+    @cached_property
+    def _settled(self) -> RuntimeSettings:
+        """``runtime`` with nothing left open: settled once, before anything takes room."""
+        return settle(self.model, self.runtime, sampler=self.sampler, scorers=self.scorers)
 
     def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
         return load_pipeline(
             self.model,
-            runtime=self.runtime,
+            runtime=self._settled,
             continuity=self.continuity,
-            shift=self.sampler.shift,
+            sampler=self.sampler,
             text_encoder=text_encoder,
             experts=experts,
         )
@@ -194,4 +221,6 @@ class WanShotGenerator:
             callback_on_step_end=stepped,
             **conditions,
         )
+        if self.runtime.compile != "none":
+            logger.info("compiled graphs so far: %d", compiled_graphs())
         return (videos[0] * 255).round().astype(np.uint8)

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from storymem.cli import CONFIGS
 from storymem.config import build_settings
-from storymem.evaluation.choosing import compose_with_method
+from storymem.evaluation.choosing import compose_with_method, experiments_among
+from storymem.evaluation.films import load_stories
 from storymem.evaluation.methods import StoryMem
 from storymem.evaluation.metric import Metric
 from storymem.evaluation.stbench import EvaluateSettings
@@ -64,10 +65,17 @@ def test_the_papers_columns_are_measured_as_the_paper_does() -> None:
 
 @pytest.mark.parametrize("name", files("method"))
 def test_methods(name: str) -> None:
-    method = instantiate(evaluation(f"method={name}", "runtime=cpu", "seed=4").method, _convert_="all")
+    method = instantiate(evaluation(f"method={name}", "model=tiny", "runtime=cpu", "seed=4").method, _convert_="all")
     assert isinstance(method, StoryMem)
     assert method.name == name
     assert (method.settings.seed, method.settings.model.name) == (4, "tiny")
+
+
+def test_the_method_that_knows_who_is_in_memory_differs_in_its_recall_alone() -> None:
+    plain, other = (flat(compose_with_method(name, [])["method"]) for name in ("storymem", "storymem_characters"))
+    changed = {key for key in plain.keys() | other.keys() if plain.get(key) != other.get(key)}
+    assert changed == {"name", "generate.memory.recall._target_", "generate.memory.recall.references"}
+    assert other["generate.memory.recall._target_"] == "storymem.memory.CharacterFirst"
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -126,6 +134,69 @@ def test_ablations_change_what_they_say_and_nothing_else(name: str, model: str) 
 def test_unknown_methods_are_told_with_their_nearest_neighbour() -> None:
     with pytest.raises(ValueError, match="no 'ablation_no_sinks'; did you mean 'ablation_no_sink'"):
         compose_with_method("ablation_no_sinks", [])
+
+
+# The toy stories
+
+
+@pytest.mark.parametrize("name", files("experiment", "stbench_*.yaml"))
+def test_a_benchmark_names_stories_and_methods_that_exist(name: str) -> None:
+    settings = evaluation(f"experiment={name}")
+    told = load_stories(CONFIGS.parent / settings.stbench.stories, settings.stbench.only)
+    assert len(told) == len(settings.stbench.only or range(30))
+    assert (settings.model.name, settings.scorer["quality"]["folder"]) == ("toy", "package:toy/weights/clip")
+    assert settings.method is None
+    known = {*files("method"), *files("experiment", "ablation_*.yaml")}
+    assert settings.methods[:2] == ("independent", "storymem")
+    assert set(settings.methods) <= known
+    assert Path(settings.output).name == name
+
+
+def test_the_quick_benchmark_has_stories_of_every_kind_and_is_a_part_of_the_whole() -> None:
+    quick, whole = (evaluation(f"experiment={name}") for name in ("stbench_toy_quick", "stbench_toy"))
+    told = load_stories(CONFIGS.parent / quick.stbench.stories, quick.stbench.only)
+    assert [len(story.characters) for story in told] == [1, 1, 2, 2, 3, 3]
+    assert set(quick.methods) < set(whole.methods)
+    assert quick.metrics == whole.metrics
+    assert {"ablation_no_selection", "ablation_no_filter", "ablation_no_sink"} < set(whole.methods), "table 2"
+
+
+@pytest.mark.parametrize("name", ["independent", "ablation_no_filter"])
+def test_methods_of_a_benchmark_keep_its_settings(name: str) -> None:
+    of_method = compose_with_method(name, ["experiment=stbench_toy", "sampler.steps=3", "+experiment=ablation_no_sink"])
+    generate = of_method["method"]["generate"]
+    assert (generate["model"]["name"], generate["sampler"]["steps"]) == ("toy", 3)
+    assert of_method["stbench"]["stories"] == "st_bench/toy"
+    assert generate["memory"]["recall"]["sink"] > 0, "another ablation is not kept"
+    filtered = generate["scorer"]["quality"]["_target_"] != "storymem.scorers.quality.NoQuality"
+    assert filtered == (name == "independent")
+
+
+@pytest.mark.parametrize("name", ["ablation_no_selection", "ablation_no_filter", "ablation_no_sink"])
+def test_the_ablations_of_the_toy_benchmark_change_nothing_else(name: str) -> None:
+    run = ["experiment=stbench_toy"]
+    plain, other = (flat(compose_with_method(one, run)["method"]["generate"]) for one in ("storymem", name))
+    assert {key: other[key] for key in CHANGES[name] if key != "memory.recall.capacity"} == {
+        key: value for key, value in CHANGES[name].items() if key != "memory.recall.capacity"
+    }
+    changed = tuple(key.removesuffix("._target_") for key in CHANGES[name])
+    unlike = {key for key in plain.keys() | other.keys() if plain.get(key) != other.get(key)}
+    assert unlike
+    assert all(key.startswith(changed) for key in unlike)
+    assert plain["memory.recall.capacity"] == other["memory.recall.capacity"] == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["experiment=a"], ["a"]),
+        (["+experiment=[stbench_toy,ablation_no_sink]", "seed=1"], ["stbench_toy", "ablation_no_sink"]),
+        (["experiment=['a', \"b\"]"], ["a", "b"]),
+        (["experiment=null", "seed=1"], []),
+    ],
+)
+def test_experiments_are_found_among_overrides(overrides: list[str], names: list[str]) -> None:
+    assert experiments_among(overrides) == names
 
 
 @pytest.mark.parametrize("name", files("hydra/launcher"))

@@ -19,6 +19,7 @@ from tests.composing import composed
 from tests.evaluation import small
 
 SMALL = (
+    "model=tiny",
     "runtime=cpu",
     "model.video={height: 32, width: 48, frames: 9, fps: 8}",
     "model.network.transformer={num_layers: 1, num_attention_heads: 2, attention_head_dim: 12, ffn_dim: 32}",

@@ -22,6 +22,9 @@ SELF_SUFFICIENT = {
     "viclip/tiny": ViclipScorer,
     "quality/tiny": AestheticScorer,
     "quality/none": NoQuality,
+    "clip/toy": ClipScorer,
+    "viclip/toy": ViclipScorer,
+    "quality/toy": AestheticScorer,
 }
 
 

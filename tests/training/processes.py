@@ -1,16 +1,13 @@
-"""What two gloo processes do for ``test_distributed``: ``python -m tests.training.processes FOLDER``.
-
-One interpreter imports everything and forks, which costs half of starting two.
-"""
+"""What two gloo processes do for ``test_distributed``: ``python -m tests.training.processes FOLDER``."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from storymem.training.experts import make_accelerator
 from storymem.training.settings import ParallelSettings
 from storymem.training.sharding import whole
 from storymem.training.trainer import NonFiniteLoss, StepReport, Stopped, Trainer
+from tests.forking import fork
 from tests.training.tiny import ADAPTER, BATCH, CPU, OPTIMIZER, MemoryLatents, latents, method, run, trainer
 
 WORLD = 2
@@ -139,12 +137,8 @@ SCENARIOS: tuple[Callable[[Path, Accelerator], Any], ...] = (
 )
 
 
-def process(rank: int, port: int, folder: Path) -> None:
+def process(folder: Path) -> None:
     """One of the two."""
-    os.environ |= {
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-    }
     accelerator = make_accelerator(CPU)
     assert accelerator.num_processes == WORLD
     for scenario in SCENARIOS:
@@ -153,18 +147,7 @@ def process(rank: int, port: int, folder: Path) -> None:
 
 def main() -> int:
     torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(WORLD):
-        child = os.fork()
-        if child == 0:
-            process(rank, port, Path(sys.argv[1]))
-            sys.stdout.flush()
-            os._exit(0)
-        children.append(child)
-    return max(os.waitpid(child, 0)[1] for child in children) != 0
+    return any(fork(WORLD, partial(process, Path(sys.argv[1]))))
 
 
 if __name__ == "__main__":

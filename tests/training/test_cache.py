@@ -288,3 +288,15 @@ def test_a_shard_without_its_record_was_never_written(tmp_path: Path) -> None:
     writer = shards.ShardWriter(tmp_path, "x", shard_bytes=1)
     writer.add("b", {"t": torch.ones(1)})
     assert json.loads((tmp_path / "x-00000.json").read_text())["records"] == [{"key": "b"}]
+
+
+def test_a_shard_is_written_before_it_is_full_if_it_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from storymem.training import shards
+
+    writer = shards.ShardWriter(tmp_path, "x", shard_bytes=2**30)
+    writer.add("a", {"t": torch.zeros(2)})
+    assert not list(tmp_path.glob("*.json"))
+    monkeypatch.setattr(shards, "SHARD_SECONDS", 0.0)
+    writer.add("b", {"t": torch.ones(2)})
+    records, _ = shards.finished_records(tmp_path, "x")
+    assert set(records) == {"a", "b"}

@@ -95,6 +95,27 @@ def test_a_group_is_of_one_size() -> None:
     assert sorted(map(sorted, groups)) == [[0, 2, 4], [1, 3, 5]]
 
 
+def test_clips_of_different_places_do_not_come_together() -> None:
+    crowd = clusters(1, 6)
+    embeddings = np.concatenate([crowd, crowd + 1e-5])  # each clip has its double in the other place
+    ids = names(embeddings)
+    apart = group_clips(ids, normalised(embeddings), SETTINGS, places=["a"] * 6 + ["b"] * 6)
+    groups = sorted(map(sorted, members(apart)))
+    assert len(groups) == 2
+    assert set(groups[0]) <= set(ids[:6])
+    assert set(groups[1]) <= set(ids[6:])
+    assert not apart.duplicates
+    together = group_clips(ids, normalised(embeddings), SETTINGS)
+    assert len(together.duplicates) == 6
+
+
+def test_few_neighbours_do_not_hide_those_of_the_same_place() -> None:
+    crowd = clusters(1, 40, spread=0.3)
+    settings = GroupSettings(neighbours=4, similarity=0.5)
+    found = group_clips(names(crowd), crowd, settings, places=[str(row % 20) for row in range(40)])
+    assert sorted(map(len, members(found))) == [2] * 20
+
+
 def test_groups_all_of_size_one_are_refused_with_the_similarities() -> None:
     embeddings = np.eye(5, 8, dtype=np.float32)
     with pytest.raises(ValueError, match=r"all of size one: no two of 5 .* 0\.000 \(median\).* set group\.similarity"):

@@ -33,6 +33,7 @@ from storymem.training.prepare import prepare
 from tests.training.drawn_clips import FRAMES, HEIGHT, WIDTH, scene, video
 
 SMALL = [
+    "model=tiny",
     f"data.buckets=[{{frames:{FRAMES},height:{HEIGHT},width:{WIDTH}}}]",
     f"model.video={{height:{HEIGHT},width:{WIDTH},frames:{FRAMES},fps:8}}",
     "model.network.text_tokens=16",

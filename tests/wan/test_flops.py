@@ -9,7 +9,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from storymem.wan.flops import forward_flops
+from storymem.wan.flops import cached_flops, forward_flops
+from storymem.wan.memory_attention import reading_memory
 
 TINY = {
     "num_layers": 2,
@@ -87,3 +88,38 @@ def test_the_published_size_without_memory() -> None:
     assert flops.tokens == 32760
     assert flops.attention / 1e15 == pytest.approx(0.9, abs=0.05)
     assert flops.total == flops.linear + flops.attention
+
+
+@pytest.mark.parametrize("memory_frames", [1, 3, 10])
+def test_torch_counts_the_same_in_cached_memory(memory_frames: int) -> None:
+    with torch.device("meta"):
+        network = WanTransformer3DModel(**TINY, in_channels=36)
+        memory = torch.empty(1, 16, memory_frames, 4, 6)
+        inputs = {
+            "hidden_states": torch.empty(1, 36, 3, 4, 6),
+            "timestep": torch.empty(1),
+            "encoder_hidden_states": torch.empty(1, 16, 20),
+            "return_dict": False,
+        }
+    flops = cached_flops(TINY, memory_frames=memory_frames, slots=3, height=4, width=6, text_tokens=16)
+    counted: dict[str, list[int]] = {}
+    for cache in ("device", "recompute"):
+        with reading_memory([network], memory, stride=5, cache=cache), torch.no_grad():
+            for _ in range(2):
+                with FlopCounterMode(display=False) as counter:
+                    network(**inputs)
+                counted.setdefault(cache, []).append(counter.get_total_flops())
+    assert counted["device"] == [flops.prefill.total + flops.read.total, flops.read.total]
+    assert counted["recompute"] == [flops.whole.total] * 2
+    assert (flops.prefill.tokens, flops.read.tokens) == (6 * memory_frames, 18)
+
+
+def test_cached_memory_of_ten_frames_costs_at_most_a_quarter_more_at_the_published_size() -> None:
+    size = {"height": 60, "width": 104, "text_tokens": 512}
+    flops = cached_flops(A14B, memory_frames=10, slots=21, **size)
+    without = forward_flops(A14B, slots=21, **size).total
+    assert flops.read.total / without <= 1.25
+    assert forward_flops(A14B, slots=31, **size).total / without > 1.8  # the published mode
+    # A shot is 40 steps with two passes each; both experts prefill.
+    assert (80 * flops.read.total + 2 * flops.prefill.total) / (80 * without) < 1.26
+    assert cached_flops(A14B, memory_frames=0, slots=21, **size).whole.total == without

@@ -14,7 +14,7 @@ from storymem.wan.loading import load_pipeline, load_text_to_video
 from storymem.wan.lora import memory_lora_config, save_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import WanUniPCScheduler
-from storymem.wan.settings import ModelSettings
+from storymem.wan.settings import ModelSettings, SamplerSettings
 from storymem.weights import MissingWeights
 from tests.wan.tiny import CPU, FRAMES, HEIGHT, STEPS, WIDTH, generate, pictures, settings
 
@@ -93,7 +93,9 @@ def test_random_weights_are_those_of_the_seed_and_leave_torchs_own_alone(
 
 
 def test_settings_reach_the_pipeline() -> None:
-    pipe = load_pipeline(settings(rope_stride=2, boundary=0.5), runtime=CPU, shift=7.0, text_encoder=False)
+    pipe = load_pipeline(
+        settings(rope_stride=2, boundary=0.5), runtime=CPU, sampler=SamplerSettings(shift=7.0), text_encoder=False
+    )
     assert pipe.config.rope_stride == 2
     assert pipe.config.boundary_ratio == 0.5
     assert pipe.scheduler.config.flow_shift == 7.0
@@ -158,7 +160,9 @@ def test_a_text_to_video_folder_gives_the_same_shots(pipe: WanMemoryToVideoPipel
 
     model = settings(weights=local(saved), text_to_video=local(folder) | {"file": "transformer*/*"})
     torch.testing.assert_close(shot_by_text(model, pipe.vae), expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(shot_by_text(model, pipe.vae, shift=2.0), expected, atol=1e-2)
+    assert not torch.allclose(
+        shot_by_text(model, pipe.vae, sampler=SamplerSettings(text_to_video_shift=2.0)), expected, atol=1e-2
+    )
 
 
 def test_text_to_video_needs_no_adapter(pipe: WanMemoryToVideoPipeline) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import WanUniPCScheduler
-from storymem.wan.settings import ModelSettings
+from storymem.wan.settings import ModelSettings, SamplerSettings
 from tests.wan.tiny import (
     CPU,
     FRAMES,
@@ -97,7 +97,7 @@ def test_videos_are_decoded_as_by_diffusers(pipe: WanMemoryToVideoPipeline) -> N
 
 
 def test_a_saved_pipeline_comes_back_the_same(tmp_path: Path) -> None:
-    pipe = load_pipeline(settings(rope_stride=3, boundary=0.7), runtime=CPU, shift=6.0)
+    pipe = load_pipeline(settings(rope_stride=3, boundary=0.7), runtime=CPU, sampler=SamplerSettings(shift=6.0))
     pipe.save_pretrained(tmp_path)
     again = WanMemoryToVideoPipeline.from_pretrained(tmp_path)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
 
 from storymem.wan.loading import load_pipeline
-from storymem.wan.runtime import check_runtime, release_memory, resolve_device
+from storymem.wan.runtime import check_runtime, place, release_memory, resolve_device
 from storymem.wan.settings import RuntimeSettings
-from tests.wan.tiny import generate, settings
+from tests.wan.tiny import generate, pictures, settings
 
 HAS_ACCELERATOR = torch.accelerator.is_available()
 
@@ -57,6 +58,42 @@ def test_tiling_is_the_vaes() -> None:
 def test_a_bad_runtime_stops_loading() -> None:
     with pytest.raises(ValueError, match=r"runtime\.offload=group"):
         load_pipeline(settings(), runtime=RuntimeSettings(device="cpu", offload="group"))
+
+
+def test_with_model_offloading_a_network_that_begins_sends_away_the_one_before() -> None:
+    """What ``place`` relies on, read off the hooks: one network at a time is on the card."""
+    pipe = load_pipeline(settings(), runtime=RuntimeSettings(device="cpu"))
+    pipe.enable_model_cpu_offload(device="cpu")
+    hooks = {name: getattr(pipe, name)._hf_hook for name in ("text_encoder", "transformer", "transformer_2", "vae")}
+    for before, name in pairwise(hooks):
+        previous = hooks[name].prev_module_hook
+        assert (previous.model, previous.hook) == (getattr(pipe, before), hooks[before]), f"{name} sends away {before}"
+
+
+def test_streamed_blocks_make_the_same_shot() -> None:
+    """Group offloading, with the CPU for both places."""
+    expected = generate(load_pipeline(settings(), runtime=RuntimeSettings(device="cpu")), memory=pictures(2))
+    pipe = load_pipeline(settings(), runtime=RuntimeSettings(device="cpu"))
+    place(pipe, RuntimeSettings(device="cpu", offload="group"), device=torch.device("cpu"))
+    streamed = {name for name, part in pipe.components.items() if _is_group_offload_enabled_in(part)}
+    assert streamed == {"transformer", "transformer_2"}
+    assert torch.equal(generate(pipe, memory=pictures(2)), expected)
+
+
+def _is_group_offload_enabled_in(part: object) -> bool:
+    from diffusers.hooks.group_offloading import _is_group_offload_enabled
+
+    return isinstance(part, torch.nn.Module) and _is_group_offload_enabled(part)
+
+
+@pytest.mark.skipif(not HAS_ACCELERATOR, reason="needs an accelerator")
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_between_shots_no_expert_is_on_the_card(offload: str) -> None:
+    pipe = load_pipeline(settings(), runtime=RuntimeSettings(offload=offload))
+    generate(pipe, output_type="np")
+    for expert in pipe.experts.values():
+        assert {weight.device.type for weight in expert.parameters()} == {"cpu"}
+    release_memory()
 
 
 @pytest.mark.skipif(not HAS_ACCELERATOR, reason="needs an accelerator")

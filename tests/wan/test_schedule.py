@@ -104,3 +104,30 @@ def test_settings_that_cannot_work_are_refused() -> None:
     for shift in (0.0, -4.0):
         with pytest.raises(ValueError, match=f"shift must be positive, not {shift}"):
             wan_scheduler(shift)
+
+
+# Euler, for step-distilled adapters
+
+
+def test_four_euler_steps_are_those_of_the_published_adapters() -> None:
+    euler = wan_scheduler(5.0, "euler")
+    euler.set_timesteps(4)
+    # Given by the authors of Wan2.2-Lightning as the timesteps of their training.
+    np.testing.assert_allclose(euler.timesteps.numpy(), [1000.0, 937.5001, 833.3333, 625.0], atol=1e-3)
+    assert euler.sigmas[-1] == 0
+
+
+def test_an_euler_step_goes_straight_to_the_next_level() -> None:
+    euler, x, v = wan_scheduler(5.0, "euler"), torch.randn(2, 3), torch.randn(2, 3)
+    euler.set_timesteps(4)
+    stepped = euler.step(v, euler.timesteps[0], x, return_dict=False)[0]
+    torch.testing.assert_close(stepped, x + (0.9375 - 1.0) * v)
+
+
+def test_the_euler_scheduler_is_saved_and_loaded(tmp_path: Path) -> None:
+    wan_scheduler(5.0, "euler").save_pretrained(tmp_path)
+    again = storymem.WanEulerScheduler.from_pretrained(tmp_path)
+    again.set_timesteps(2)
+    np.testing.assert_allclose(again.timesteps.numpy(), [1000.0, 2500 / 3], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"shift must be positive, not -1\.0"):
+        wan_scheduler(-1.0, "euler")

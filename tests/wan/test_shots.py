@@ -116,6 +116,42 @@ class Watched(WanShotGenerator):
         return pipe
 
 
+class Counted(WanShotGenerator):
+    """Counts how often memory-to-video experts are loaded."""
+
+    loads = 0
+
+    def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
+        self.loads += experts
+        return super()._load(text_encoder=text_encoder, experts=experts)
+
+
+def test_a_pair_of_experts_is_loaded_once_and_freed_for_the_other(tiny_model: ModelSettings) -> None:
+    made = Counted(model=tiny_model, sampler=SAMPLER, runtime=CPU)
+    made.prepare(["a fox"], [None])
+    made.first(request())
+    from_text = made._text_pipe
+    assert from_text is not None
+    weight = weakref.ref(from_text.transformer.proj_out.weight)
+    made.first(request(seed=1))
+    assert made._text_pipe is from_text, "kept for other shots from text alone"
+    assert made.loads == 0
+    del from_text
+    made.generate(request())
+    gc.collect()
+    assert weight() is None, "freed before the others are loaded"
+    made.generate(request(seed=1))
+    made.encode_keyframes(list(given(1)))
+    assert made.loads == 1
+
+
+def test_m2v_as_first_shot_loads_no_text_to_video_networks(tmp_path: Any) -> None:
+    model = settings(
+        weights={"name": "i2v", "source": str(tmp_path)}, text_to_video={"name": "t2v", "source": "./absent"}
+    )
+    generator(model).check(text_to_video=False)
+
+
 def test_each_text_is_encoded_once(tiny_model: ModelSettings) -> None:
     made = Watched(model=tiny_model, sampler=SAMPLER, runtime=CPU)
     made.prepare(["a", "b", "a"], [None, "fog", None])

@@ -1,0 +1,51 @@
+"""Shots of training stories as video files with captions: what `prepare_data` and the tutorial start from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from storymem.atomic import write_atomically
+from storymem.toy.attributes import FPS
+from storymem.toy.world import HELD_OUT, ToyShot, story
+from storymem.video import write_video
+
+CRF = 4  # nearly without loss: the reader must still tell colours
+
+
+def write_clips(folder: Path, stories: range) -> int:
+    """Write all shots of the stories with these seeds as `000123/01.mp4`, each with its prompt in `000123/01.txt`.
+
+    A clip is 17 frames of 96x64 at 8 a second. Clips that are there already are left alone, and several processes may
+    work on one folder. Characters keep their looks within a story and only there, so a story is a folder.
+
+    Returns:
+        how many clips were written now.
+
+    Raises:
+        ValueError: for stories that are held out for measuring.
+    """
+    if stories and not 0 <= min(stories) <= max(stories) < HELD_OUT:
+        raise ValueError(
+            f"clips are for training, so stories have seeds from 0 to {HELD_OUT - 1}; asked for are "
+            f"{min(stories)} to {max(stories)}"
+        )
+    written = 0
+    for seed in stories:
+        below = folder / f"{seed:06d}"
+        below.mkdir(parents=True, exist_ok=True)
+        for number, shot in enumerate(story(seed).shots, start=1):
+            path = below / f"{number:02d}.mp4"
+            if not path.exists():
+                _write_clip(path, shot)
+                written += 1
+    return written
+
+
+def _write_clip(path: Path, shot: ToyShot) -> None:
+    """The clip comes last, so that it never lacks its caption; each process has a temporary file of its own."""
+    part = path.with_name(f".{path.stem}.{os.getpid()}")
+    write_atomically(part, f"{shot.prompt}\n".encode())
+    os.replace(part, path.with_suffix(".txt"))
+    write_video(part, shot.frames, FPS, crf=CRF)
+    os.replace(part, path)

@@ -1,0 +1,198 @@
+"""Forwards by several processes: tokens by diffusers' context parallelism, guidance by halves, weights by FSDP2.
+
+The pipeline's loop does not know of it. Every process runs the same loop on the same latents; each exchange leaves the
+same tensors on all of them, so that all take the same steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from storymem.wan.layout import Launch, Layout, divide
+from storymem.wan.settings import ContextParallel, RuntimeSettings
+
+_GUIDANCE = "guidance_parallel"
+_LENGTHS = "context_parallel_lengths"
+_PASSES = ("cond", "uncond")  # as diffusers' pipelines name them; the place of a process along "guidance" is its pass
+
+
+def join(launch: Launch, device: torch.device) -> dist.Store:
+    """Take this process's accelerator and meet the others; returns the store that all can reach.
+
+    Raises:
+        ValueError: if a machine has fewer accelerators than processes.
+    """
+    backend = "cpu:gloo"
+    if device.type != "cpu":
+        found = torch.accelerator.device_count()
+        if launch.local_world > found:
+            raise ValueError(
+                f"{launch.local_world} processes were started on a machine with {found} accelerators: start as many "
+                f"as there are, --nproc_per_node={found}"
+            )
+        torch.accelerator.set_device_index(launch.local_rank)
+        # Sizes of uneven shares are exchanged between CPUs, so that the accelerator need not be waited for.
+        backend += f",{device.type}:{dist.get_default_backend_for_device(device)}"
+    store, rank, world = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
+    return store
+
+
+def leave() -> None:
+    """Part from the others; all must come here."""
+    _film_mesh.cache_clear()
+    dist.destroy_process_group()
+
+
+def parallelize(experts: Iterable[Any], runtime: RuntimeSettings, device: torch.device) -> None:
+    """Spread Wan transformers over the processes as ``runtime`` says; nothing for a runtime of one process.
+
+    Their adapters must be loaded and their attention backend chosen. Whole weights may still lie on the CPU: shares of
+    them go to ``device``.
+
+    Raises:
+        ValueError: if this process has not met others; see :func:`storymem.ranks.among_ranks`.
+    """
+    if not runtime.spread:
+        return
+    layout = divide(runtime, dist.get_world_size() if dist.is_initialized() else 1)
+    mesh = _film_mesh(layout, device.type)
+    for expert in experts:
+        if layout.context > 1:
+            _share_tokens(expert, mesh, layout)
+        if runtime.shard_weights:
+            _shard(expert, mesh)
+        if layout.guidance > 1:
+            hook = GuidanceParallelHook(mesh["guidance"])
+            HookRegistry.check_if_exists_or_initialize(expert).register_hook(hook, _GUIDANCE)
+
+
+def check_guidance(experts: Iterable[Any], guidance_scale: float) -> None:
+    """Raise ``ValueError`` for a call without guidance on networks that expect both passes."""
+    for expert in experts:
+        registry = getattr(expert, "_diffusers_hook", None)
+        if guidance_scale <= 1 and registry is not None and registry.get_hook(_GUIDANCE) is not None:
+            raise ValueError("with guidance_parallel both passes of guidance must run: guidance_scale must be above 1")
+
+
+def can_share_tokens(backend: str, method: ContextParallel) -> bool:
+    """Whether diffusers runs one of its attention backends with tokens shared by ``method``.
+
+    A ring joins parts of attention by their log-sum-exp, which torch's own does not return.
+    """
+    if method == "none":
+        return True
+    supported = _AttentionBackendRegistry._is_context_parallel_available(AttentionBackendName(backend))
+    return supported and not (method == "ring" and backend == AttentionBackendName.NATIVE.value)
+
+
+@cache
+def _film_mesh(layout: Layout, device_type: str) -> DeviceMesh:
+    sizes = layout.mesh
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def _share_tokens(expert: Any, mesh: DeviceMesh, layout: Layout) -> None:
+    """Split tokens before the first block and gather them after the last; attention sees all of them.
+
+    diffusers' plan for Wan also splits rotary tables where :class:`storymem.wan.rope.MemoryRotaryPosEmbed` returns
+    them. Its entry for timesteps per token is left out: the forwards of the loop have one timestep for all.
+    """
+    sizes = layout.mesh
+    config = ContextParallelConfig(ring_degree=sizes["ring"], ulysses_degree=sizes["ulysses"], mesh=mesh)
+    plan = {module: split for module, split in expert._cp_plan.items() if module}
+    expert.enable_parallelism(config=config, cp_plan=plan)
+    HookRegistry.check_if_exists_or_initialize(expert).register_hook(_LengthsHook(config, layout), _LENGTHS)
+
+
+class _LengthsHook(ModelHook):
+    """Choose between even and uneven shares before each forward.
+
+    Uneven ones cost an exchange of their sizes in every layer. Shares are even for any number of slots, memory or
+    video, if those of one slot are, which is so at 480p and 720p for 2, 4 and 8 processes.
+    """
+
+    def __init__(self, config: ContextParallelConfig, layout: Layout) -> None:
+        super().__init__()
+        self.config, self.layout = config, layout
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+        """Sets ``ulysses_anything`` or ``ring_anything`` for latents [B, C, N, h, w]."""
+        latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        size, patch = latents.shape[-2:], module.config.patch_size[-2:]
+        tokens = math.prod(length // side for length, side in zip(size, patch, strict=True))
+        setattr(self.config, f"{self.layout.method}_anything", tokens % self.layout.context != 0)
+        return args, kwargs
+
+
+class GuidanceParallelHook(ModelHook):
+    """Run the pass with the prompt and the one with the negative prompt at the same time.
+
+    diffusers' loop calls the network twice a step and names the calls by ``cache_context``. In each call one half of
+    the processes computes and the other passes on at once, so that the two computations coincide. The second call
+    exchanges the results: its own is returned, and the first call's is written into the tensor that the first call
+    returned, which until then holds NaN where it was not computed.
+
+    Calls under another name (such as that which computes cached memory) are made by all.
+
+    Args:
+        mesh: the two processes that belong together, first that of the prompt.
+    """
+
+    _is_stateful = True
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.group = mesh.get_group()
+        self.own = _PASSES[mesh.get_local_rank()]
+        self.context = StateManager(BaseState)  # diffusers tells it the name of the call
+        self._first: Tensor | None = None
+
+    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        """(noise prediction,); in the first call of a step not yet that of the other half."""
+        name = self.context.context.name
+        if name not in _PASSES:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        assert not kwargs.get("return_dict", True), "diffusers' loop asks for a tuple"
+        if name == self.own:
+            (result,) = self.fn_ref.original_forward(*args, **kwargs)
+            result = result.contiguous()
+        else:
+            latents = kwargs["hidden_states"]
+            result = latents.new_full((latents.shape[0], module.config.out_channels, *latents.shape[2:]), torch.nan)
+        if name == _PASSES[0]:
+            self._first = result
+            return (result,)
+        assert self._first is not None, "the pass with the prompt comes first"
+        ours = self._first if self.own == _PASSES[0] else result
+        dist.all_gather([self._first, result], ours, group=self.group)
+        self._first = None
+        return (result,)
+
+    def reset_state(self, module: Any) -> Any:
+        """Between shots nothing is kept."""
+        self._first = None
+        self.context.reset()
+        return module
+
+
+def _shard(expert: nn.Module, mesh: DeviceMesh) -> None:
+    """Leave each process its share of the weights, gathered block by block when they are needed."""
+    everyone = mesh._flatten("weights")
+    expert.requires_grad_(False)  # FSDP2 lets only weights that do not train differ in dtype
+    for block in expert.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=everyone)
+    fully_shard(expert, mesh=everyone)

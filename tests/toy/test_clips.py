@@ -1,0 +1,66 @@
+"""Clips for training: real files that `prepare_data` reads, with the pixels of the world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storymem.toy.attributes import FPS, FRAMES, HEIGHT, UNKNOWN, WIDTH
+from storymem.toy.clips import write_clips
+from storymem.toy.reader import read_attributes
+from storymem.toy.report import agreement
+from storymem.toy.world import HELD_OUT, story
+from storymem.training.captions import read_captions
+from storymem.training.clips import find_videos
+from storymem.video import probe, read_video
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    assert write_clips(folder, range(3)) == 24
+    return folder
+
+
+def test_prepare_data_finds_every_clip_with_its_prompt(folder: Path) -> None:
+    videos = find_videos(folder)
+    captions = read_captions(folder, videos, None)
+    assert [video.split("/")[0] for video in videos] == ["000000"] * 8 + ["000001"] * 8 + ["000002"] * 8
+    prompts = [shot.prompt for seed in range(3) for shot in story(seed).shots]
+    assert [captions.of(video, 0, FRAMES / FPS) for video in videos] == prompts
+
+
+def test_a_clip_has_the_frames_of_its_shot(folder: Path) -> None:
+    info = probe(folder / "000001/03.mp4")
+    assert (info.frames, info.fps, info.height, info.width) == (FRAMES, FPS, HEIGHT, WIDTH)
+    drawn = story(1).shots[2].frames.astype(np.float64)
+    error = np.square(read_video(folder / "000001/03.mp4") - drawn).mean()
+    assert 10 * np.log10(255**2 / error) > 28  # colours have half the resolution in H.264
+
+
+def test_attributes_are_read_from_files_as_from_drawings(folder: Path) -> None:
+    answers = {"drawn": [], "decoded": []}
+    for number, shot in enumerate(story(0).shots, start=1):
+        decoded = read_video(folder / f"000000/{number:02d}.mp4", [8])[0]
+        for name, frame in (("drawn", shot.frames[8]), ("decoded", decoded)):
+            answers[name] += [right for _, right in agreement(shot.seen(8), read_attributes(frame))]
+    assert np.mean(answers["decoded"]) >= np.mean(answers["drawn"]) - 0.03
+    assert UNKNOWN not in vars(read_attributes(read_video(folder / "000000/01.mp4", [8])[0])).values()
+
+
+def test_what_is_there_is_left_alone_and_what_is_missing_is_written(folder: Path) -> None:
+    kept, lost = folder / "000000/01.mp4", folder / "000002/08.mp4"
+    before, bytes_of_lost = kept.stat().st_mtime_ns, lost.read_bytes()
+    lost.unlink()
+    assert write_clips(folder, range(3)) == 1
+    assert kept.stat().st_mtime_ns == before
+    assert lost.read_bytes() == bytes_of_lost
+    assert not list(folder.rglob(".*"))
+
+
+def test_stories_for_measuring_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="clips are for training"):
+        write_clips(tmp_path, range(HELD_OUT - 1, HELD_OUT + 1))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,359 @@
+"""Attention kernels, compiled blocks and caches across steps: chosen, refused, and without a trace in the next shot."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.hooks import MagCacheConfig
+
+from storymem.config import build_settings
+from storymem.wan import acceleration
+from storymem.wan.acceleration import (
+    check_acceleration,
+    choose_attention,
+    compiled_graphs,
+    expert_steps,
+)
+from storymem.wan.loading import load_pipeline, load_text_to_video
+from storymem.wan.lora import memory_lora_config
+from storymem.wan.magnitudes import measured, read_ratios, write_ratios
+from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings, StepAdapterSettings, check_speed
+from storymem.weights import Weights
+from tests.wan.tiny import CPU, generate, pictures, settings
+
+STEPS = 6  # two of the high-noise expert, four of the other
+SAMPLER = SamplerSettings(steps=STEPS)
+GUIDED: dict[str, Any] = {"num_inference_steps": STEPS, "negative_prompt": "fog", "guidance_scale": 3.0}
+
+
+def deep(**changes: Any) -> ModelSettings:
+    """The tiny model with four blocks: caches treat the first, the last and those between differently."""
+    network = asdict(settings().network)
+    network["transformer"]["num_layers"] = 4
+    return settings(network=network, **changes)
+
+
+@pytest.fixture(scope="module")
+def plain() -> WanMemoryToVideoPipeline:
+    return load_pipeline(deep(), runtime=CPU)
+
+
+@pytest.fixture(scope="module")
+def ratios(plain: WanMemoryToVideoPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MagCache's ratios of the tiny model, measured in one guided shot."""
+    path = tmp_path_factory.mktemp("ratios") / "ratios.json"
+    with measured(plain.experts) as found:
+        generate(plain, memory=pictures(2), **GUIDED)
+    write_ratios(path, found, model=deep(), sampler=SAMPLER)
+    return path
+
+
+def caching(cache: str, ratios: Path, threshold: float) -> WanMemoryToVideoPipeline:
+    values = {"device": "cpu", "cache": cache, "cache_threshold": threshold}
+    if cache == "mag":
+        values["cache_ratios"] = str(ratios)
+    return load_pipeline(deep(), sampler=SAMPLER, runtime=build_settings(RuntimeSettings, values))
+
+
+@contextmanager
+def computed(pipe: WanMemoryToVideoPipeline) -> Iterator[list[str]]:
+    """The expert of each forward inside the block that was computed beyond its first block."""
+    found: list[str] = []
+    handles = [
+        expert.blocks[1].attn1.register_forward_hook(lambda *_, name=name: found.append(name))
+        for name, expert in pipe.experts.items()
+    ]
+    yield found
+    for handle in handles:
+        handle.remove()
+
+
+# Attention
+
+
+def test_auto_on_the_cpu_is_torchs_own() -> None:
+    chosen = choose_attention("auto", torch.device("cpu"), dtype=torch.bfloat16, head_dim=128)
+    assert chosen.name == "native"
+    assert "cpu" in chosen.reason
+
+
+@pytest.mark.parametrize("name", ["flash3", "flash2", "cudnn", "sage"])
+def test_a_kernel_that_does_not_run_here_is_refused_before_loading(name: str) -> None:
+    runtime = build_settings(RuntimeSettings, {"device": "cpu", "attention": name})
+    absent = settings(weights={"name": "i2v", "source": "/nowhere"}, has_text_to_video=False)
+    message = (
+        f"runtime.attention={name} cannot be used here: it runs on CUDA devices, and the device is cpu. Use one of: "
+    )
+    with pytest.raises(ValueError, match=re.escape(message + "auto, native")):
+        check_acceleration(absent, SAMPLER, runtime)
+
+
+def test_native_is_put_on_the_experts_and_on_nothing_else(plain: WanMemoryToVideoPipeline) -> None:
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    before = _AttentionBackendRegistry.get_active_backend()
+    named = load_pipeline(deep(), runtime=RuntimeSettings(device="cpu", attention="native"))
+    assert {block.attn1.processor._attention_backend.value for block in named.transformer_2.blocks} == {"native"}
+    assert _AttentionBackendRegistry.get_active_backend() == before
+    assert torch.equal(generate(named), generate(plain))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["auto", "native", "cudnn"])
+def test_kernels_of_torch_make_the_same_shot_on_cuda(name: str) -> None:
+    model = deep(dtype="bfloat16")
+    shots = [
+        generate(load_pipeline(model, runtime=RuntimeSettings(device="cuda", attention=kind)), memory=pictures(2))
+        for kind in ("native", name)
+    ]
+    assert (shots[0] - shots[1]).norm() < 0.05 * shots[0].norm()
+
+
+# Caches across steps
+
+CACHES = ["first_block", "mag", "taylor"]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_at_threshold_zero_changes_nothing(plain: WanMemoryToVideoPipeline, ratios: Path, cache: str) -> None:
+    pipe = caching(cache, ratios, 0)
+    with computed(pipe) as forwards:
+        shot = generate(pipe, memory=pictures(2), **GUIDED)
+    assert len(forwards) == 2 * STEPS
+    torch.testing.assert_close(shot, generate(plain, memory=pictures(2), **GUIDED), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("mag", 9), ("taylor", 2)])
+def test_a_shot_leaves_nothing_for_the_next(
+    plain: WanMemoryToVideoPipeline, ratios: Path, cache: str, threshold: float
+) -> None:
+    first = {"prompt": "an owl", "memory": pictures(3), **GUIDED}
+    second = {"memory": pictures(1), **GUIDED}
+    pipe = caching(cache, ratios, threshold)
+    with computed(pipe) as forwards:
+        alone = generate(pipe, **second)
+    assert len(forwards) < 2 * STEPS, "something is skipped"
+    assert not torch.equal(alone, generate(plain, **second))
+    generate(pipe, **first)
+    assert torch.equal(generate(pipe, **second), alone)
+
+    def stop(_pipe: Any, step: int, _t: Any, _tensors: Any) -> dict:
+        if step == 4:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, callback_on_step_end=stop, **first)
+    assert torch.equal(generate(pipe, **second), alone)
+
+
+@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("mag", 9), ("taylor", 2)])
+def test_the_passes_of_guidance_have_caches_of_their_own(ratios: Path, cache: str, threshold: float) -> None:
+    pipe = caching(cache, ratios, threshold)
+    with computed(pipe) as one_pass:
+        single = generate(pipe, num_inference_steps=STEPS, guidance_scale=1.0)
+    with computed(pipe) as two_passes:
+        double = generate(pipe, num_inference_steps=STEPS, guidance_scale=3.0, negative_prompt="a fox")
+    # With the same text in both passes guidance changes nothing, unless one pass is answered from the other's cache.
+    assert len(two_passes) == 2 * len(one_pass)
+    torch.testing.assert_close(double, single, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("mag", 9), ("taylor", 2)])
+def test_at_the_switch_the_first_expert_forgets(ratios: Path, cache: str, threshold: float) -> None:
+    pipe = caching(cache, ratios, threshold)
+    holding: list[list[str]] = []
+
+    def look(_pipe: Any, _step: int, _t: Any, _tensors: Any) -> dict:
+        holding.append([name for name, expert in pipe.experts.items() if holds_state(expert)])
+        return {}
+
+    generate(pipe, callback_on_step_end=look, memory=pictures(1), **GUIDED)
+    assert holding == [["transformer"]] * 2 + [["transformer_2"]] * 4
+    assert not any(holds_state(expert) for expert in pipe.experts.values()), "after the shot nothing is held"
+
+
+def holds_state(expert: Any) -> bool:
+    hooks = [
+        hook for m in expert.modules() if hasattr(m, "_diffusers_hook") for hook in m._diffusers_hook.hooks.values()
+    ]
+    return any(hook.state_manager._state_cache for hook in hooks if hasattr(hook, "state_manager"))
+
+
+def test_mag_computes_the_first_shot_by_text_in_full(ratios: Path, plain: WanMemoryToVideoPipeline) -> None:
+    runtime = RuntimeSettings(device="cpu", cache="mag", cache_ratios=str(ratios))
+    from_text = load_text_to_video(deep(), vae=plain.vae, runtime=runtime, sampler=SAMPLER)
+    assert not from_text.transformer.is_cache_enabled
+
+
+# MagCache's ratios
+
+
+def test_ratios_are_those_that_diffusers_measures(
+    plain: WanMemoryToVideoPipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"memory": pictures(2), "num_inference_steps": STEPS, "guidance_scale": 1.0}
+    with measured(plain.experts) as found:
+        generate(plain, **given)
+    theirs = load_pipeline(deep(), runtime=CPU)
+    for expert, steps in zip(theirs.experts.values(), (2, 4), strict=True):
+        expert.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps))
+    capsys.readouterr()
+    generate(theirs, **given)
+    printed = [
+        ast.literal_eval(line) for line in re.findall(r"^\[[\d., e-]+\]$", capsys.readouterr().out, re.MULTILINE)
+    ]
+    assert [len(steps) for steps in printed] == [2, 4]
+    for ours, expected in zip(found.values(), printed, strict=True):
+        assert [step[0] for step in ours.ratios] == pytest.approx(expected, rel=1e-4)
+
+
+def test_ratios_belong_to_a_model_and_a_sampler(ratios: Path, tmp_path: Path) -> None:
+    found = read_ratios(ratios, model=deep(), sampler=SAMPLER)
+    assert {name: len(steps) for name, steps in found.items()} == {"transformer": 2, "transformer_2": 4}
+    with pytest.raises(ValueError, match=r"measured with steps 6, and this is steps 8; measure again: python -m"):
+        read_ratios(ratios, model=deep(), sampler=SamplerSettings(steps=8))
+    with pytest.raises(ValueError, match="measured with model tiny, and this is model other"):
+        read_ratios(ratios, model=deep(name="other"), sampler=SAMPLER)
+    with pytest.raises(ValueError, match=r"absent\.json cannot be read \(No such file"):
+        read_ratios(tmp_path / "absent.json", model=deep(), sampler=SAMPLER)
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(ValueError, match="it holds no ratios"):
+        read_ratios(tmp_path / "empty.json", model=deep(), sampler=SAMPLER)
+
+
+def test_an_expert_without_ratios_is_told_before_loading(ratios: Path, tmp_path: Path) -> None:
+    content = json.loads(ratios.read_text())
+    del content["ratios"]["transformer_2"]
+    (tmp_path / "half.json").write_text(json.dumps(content))
+    runtime = RuntimeSettings(device="cpu", cache="mag", cache_ratios=str(tmp_path / "half.json"))
+    with pytest.raises(ValueError, match="lacks the ratios of one of the experts"):
+        check_acceleration(deep(), SAMPLER, runtime)
+
+
+def test_steps_of_each_expert(plain: WanMemoryToVideoPipeline) -> None:
+    assert expert_steps(plain, STEPS) == {"transformer": 2, "transformer_2": 4}
+    timesteps = plain.scheduler.timesteps
+    expert_steps(plain, 17)
+    assert plain.scheduler.timesteps is timesteps, "the pipeline's own scheduler is left alone"
+
+
+# Compiled blocks
+
+
+@pytest.fixture
+def _dynamo_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs are traced and counted, but run as they are: compiling them takes half a minute each on a CPU."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(acceleration._counted, "backend", "eager")
+    yield
+    torch._dynamo.reset()
+
+
+def with_two_adapters(pipe: WanMemoryToVideoPipeline) -> WanMemoryToVideoPipeline:
+    for number, expert in enumerate(pipe.experts.values()):
+        for name in ("memory", "steps"):
+            expert.add_adapter(memory_lora_config(rank=2, alpha=2, dropout=0.0), adapter_name=name)
+        expert.set_adapter(["memory", "steps"])
+        generator = torch.Generator().manual_seed(number)
+        for name, weight in expert.named_parameters():
+            if "lora_" in name:
+                weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
+    return pipe
+
+
+COMPILED = RuntimeSettings(device="cpu", compile="blocks")
+
+
+@pytest.mark.usefixtures("_dynamo_alone")
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_block_is_compiled_once_for_each_size_of_memory(adapters: bool) -> None:
+    plain, pipe = load_pipeline(deep(), runtime=CPU), load_pipeline(deep(), runtime=COMPILED)
+    if adapters:
+        plain, pipe = with_two_adapters(plain), with_two_adapters(pipe)
+    before, counts = compiled_graphs(), []
+    for memory in (0, 2, 0):
+        shot = generate(pipe, memory=pictures(memory), num_inference_steps=2, guidance_scale=1.0)
+        counts.append(compiled_graphs() - before)
+        expected = generate(plain, memory=pictures(memory), num_inference_steps=2, guidance_scale=1.0)
+        torch.testing.assert_close(shot, expected, rtol=1e-4, atol=1e-4)
+    assert counts == [1, 2, 2], "for all blocks of both experts"
+
+
+@pytest.mark.usefixtures("_dynamo_alone")
+def test_caches_stay_outside_the_compiled_blocks(ratios: Path) -> None:
+    runtime = RuntimeSettings(device="cpu", compile="blocks", cache="first_block", cache_threshold=9)
+    pipe, before = load_pipeline(deep(), runtime=runtime), compiled_graphs()
+    shot = generate(pipe, memory=pictures(2), **GUIDED)
+    assert compiled_graphs() - before == 1
+    expected = generate(caching("first_block", ratios, 9), memory=pictures(2), **GUIDED)
+    torch.testing.assert_close(shot, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_make_the_same_shot(plain: WanMemoryToVideoPipeline) -> None:
+    torch._dynamo.reset()
+    shot = generate(load_pipeline(deep(), runtime=COMPILED), memory=pictures(2))
+    torch.testing.assert_close(shot, generate(plain, memory=pictures(2)), rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_compiler_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match=r"runtime\.compile=blocks needs a C\+\+ compiler"):
+        check_acceleration(deep(), SAMPLER, COMPILED)
+
+
+# What does not go together
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cache_threshold": 0.1}, "need a cache"),
+        ({"cache": "first_block", "cache_threshold": -1}, "0 or more"),
+        ({"cache": "taylor", "cache_threshold": 1.5}, "number of steps, not 1.5"),
+        ({"cache": "mag"}, "magnitudes belong to a model"),
+        ({"cache": "first_block", "cache_ratios": "x.json"}, "go together"),
+        ({"cache": "taylor", "guidance_batch": True}, "guidance_batch does not combine with cache: taylor"),
+        ({"guidance_parallel": True, "guidance_batch": True}, "use one of them"),
+        ({"cache": "first_block", "context_parallel": "ring"}, "would skip different steps"),
+        ({"attention": "flsh"}, "attention"),
+    ],
+    ids=str,
+)
+def test_runtimes_that_cannot_be(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_settings(RuntimeSettings, values)
+
+
+def test_runtimes_that_a_sampler_rules_out() -> None:
+    with pytest.raises(ValueError, match=r"sampler\.guidance=1 has only one"):
+        check_speed(deep(), SamplerSettings(guidance=1), RuntimeSettings(guidance_batch=True))
+    few = SamplerSettings(adapter=StepAdapterSettings(weights=Weights(name="few", source="owner/few")), steps=4)
+    with pytest.raises(ValueError, match=r"the 4 steps of a step-distilled sampler do not: use runtime\.cache=none"):
+        check_speed(deep(), few, RuntimeSettings(cache="first_block"))
+
+
+def test_one_batch_needs_a_memory_that_is_kept() -> None:
+    runtime = RuntimeSettings(device="cpu", guidance_batch=True, memory_cache="cpu")
+    assert "guidance in one batch" in check_acceleration(deep(memory_attention="cached"), SAMPLER, runtime)
+    runtime = RuntimeSettings(device="cpu", guidance_batch=True, memory_cache="recompute")
+    with pytest.raises(ValueError, match=r"does not combine with runtime\.memory_cache=recompute"):
+        check_speed(deep(memory_attention="cached"), SAMPLER, runtime)
+
+
+def test_what_is_fast_is_said(ratios: Path) -> None:
+    runtime = RuntimeSettings(device="cpu", cache="mag", cache_ratios=str(ratios), compile="blocks")
+    assert check_acceleration(deep(), SAMPLER, runtime) == (
+        "attention native (torch's own, since the device is cpu), compiled blocks, cache mag at 0.06"
+    )

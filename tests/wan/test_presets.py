@@ -1,0 +1,147 @@
+"""``runtime.offload: auto``: what is chosen for which machine, and what is said of it and where nothing fits."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from storymem.wan.loading import load_pipeline
+from storymem.wan.memory_estimate import estimate_memory
+from storymem.wan.presets import Choice, Machine, choose_runtime, needed_bytes, settle, this_machine
+from storymem.wan.settings import ModelSettings, RuntimeSettings
+from tests.composing import generate_settings
+from tests.wan.tiny import generate, settings
+
+AUTO = RuntimeSettings(offload="auto")
+HPSV3_AND_CLIP, LAION_AND_CLIP = int(17.2e9), int(2.3e9)
+
+
+@pytest.fixture(scope="module")
+def a14b() -> ModelSettings:
+    return generate_settings("model=wan2.2-a14b").model
+
+
+def machine(card: float | None, host: float | None = 128) -> Machine:
+    """Sizes in GB."""
+    sizes = [None if size is None else int(size * 1e9) for size in (card, host)]
+    return Machine(name="a card", memory=sizes[0], host=sizes[1])
+
+
+def chosen(model: ModelSettings, on: Machine, runtime: RuntimeSettings = AUTO, **options: Any) -> Choice:
+    return choose_runtime(model, runtime, machine=on, scorers=HPSV3_AND_CLIP, **options)
+
+
+@pytest.mark.parametrize(
+    ("card", "offload", "preset"),
+    [(141, "none", None), (84, "model", "gpu-80gb"), (48, "model", "gpu-80gb"), (33, "group", "gpu-32gb")],
+)
+def test_the_fastest_way_that_fits(a14b: ModelSettings, card: float, offload: str, preset: str | None) -> None:
+    choice = chosen(a14b, machine(card))
+    assert choice.fits
+    assert choice.runtime == replace(AUTO, offload=offload)
+    assert f"offload={offload}" in choice.reason
+    assert (f"as runtime={preset}" in choice.reason) if preset else ("as runtime" not in choice.reason)
+    assert needed_bytes(choice.estimate) <= card * 1e9
+
+
+def test_a_card_of_24_gb_takes_the_published_model(a14b: ModelSettings) -> None:
+    choice = chosen(a14b, machine(25))
+    assert (choice.fits, choice.runtime.offload) == (True, "group")
+
+
+def test_the_reason_names_what_the_faster_way_needs(a14b: ModelSettings) -> None:
+    choice = chosen(a14b, machine(84))
+    needs = needed_bytes(estimate_memory(a14b, replace(AUTO, offload="none"), memory_frames=10, scorers=HPSV3_AND_CLIP))
+    assert f"since for offload=none {needs / 1e9:.1f} GB on the card are needed" in choice.reason
+    assert "84.0 GB free, 128 GB of main memory" in choice.reason
+
+
+def test_tiles_are_the_last_resort(a14b: ModelSettings) -> None:
+    wide = replace(a14b, video=replace(a14b.video, height=720, width=1280))
+    choice = choose_runtime(wide, AUTO, machine=machine(22), scorers=LAION_AND_CLIP)
+    assert choice.fits
+    assert (choice.runtime.offload, choice.runtime.vae_tiling) == ("group", True)
+    assert "vae_tiling, as runtime=gpu-24gb" in choice.reason
+
+
+def test_where_nothing_fits_it_says_what_would(a14b: ModelSettings) -> None:
+    small = chosen(a14b, machine(21))
+    assert not small.fits
+    assert "on the card are needed (to choose keyframes); scorer/quality=laion-v1 would fit" in small.reason
+    tiny = chosen(a14b, machine(2))
+    assert "a machine with" in tiny.reason
+    assert "or a smaller model.video" in tiny.reason
+    short = chosen(a14b, machine(84, host=64))
+    assert "77.4 GB of main memory are needed to hold the weights" in short.reason
+    assert "scorer/quality=laion-v1 would fit" in short.reason
+
+
+def test_the_precision_is_never_lowered_by_itself(a14b: ModelSettings) -> None:
+    for card in (2, 8, 16, 24, 48, 84, 141):
+        assert chosen(a14b, machine(card)).runtime.precision == "as_is"
+
+
+def test_a_smaller_memory_needs_less(a14b: ModelSettings) -> None:
+    choices = [chosen(a14b, machine(48), memory_frames=frames).estimate.stages[2].total for frames in (0, 4, 10)]
+    assert choices == sorted(choices)
+
+
+def test_what_is_asked_for_is_kept_and_judged(a14b: ModelSettings) -> None:
+    asked = RuntimeSettings(offload="none")
+    choice = chosen(a14b, machine(48), asked)
+    assert (choice.runtime, choice.fits) == (asked, False)
+    assert "a card with 48.0 GB free" in choice.reason
+    assert chosen(a14b, machine(141), asked).reason == ""
+
+
+def test_several_processes_offload_nothing(a14b: ModelSettings) -> None:
+    runtime = replace(AUTO, context_parallel="ulysses")
+    assert chosen(a14b, machine(48), runtime).runtime.offload == "none"
+
+
+def test_on_the_cpu_only_main_memory_counts(a14b: ModelSettings) -> None:
+    large, small = (chosen(a14b, machine(None, host)) for host in (256, 32))
+    assert (large.fits, large.runtime.offload) == (True, "none")
+    assert not small.fits
+    assert "GB of main memory are needed" in small.reason
+    assert "on the card" not in small.reason
+
+
+def test_this_machine_can_be_looked_at() -> None:
+    here = this_machine(torch.device("cpu"))
+    assert here.memory is None
+    assert here.host is not None
+    assert 1e8 < here.host < 1e14
+    assert str(here).startswith("the CPU, ")
+
+
+def test_settling_says_what_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "storymem.wan.presets")
+    settled = settle(settings(), RuntimeSettings(device="cpu", offload="auto"))
+    assert settled == RuntimeSettings(device="cpu", offload="none")
+    assert "the CPU, " in caplog.text
+    assert settle(settings(), settled) is settled
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(a14b: ModelSettings) -> None:
+    endless = replace(a14b, video=replace(a14b.video, frames=40001), weights=None)
+    with pytest.raises(ValueError, match=r"runtime.offload=auto finds no room for wan2.2-a14b on the CPU.*smaller"):
+        settle(endless, RuntimeSettings(device="cpu", offload="auto"))
+    settled = settle(endless, RuntimeSettings(device="cpu", offload="auto"), experts=False)
+    assert settled == RuntimeSettings(device="cpu"), "to encode texts and pictures"
+
+
+def test_auto_is_settled_by_whoever_loads() -> None:
+    pipe = load_pipeline(settings(), runtime=RuntimeSettings(device="cpu", offload="auto"))
+    assert torch.equal(generate(pipe), generate(load_pipeline(settings(), runtime=RuntimeSettings(device="cpu"))))
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_an_accelerator_can_be_looked_at() -> None:
+    here = this_machine(torch.device(torch.accelerator.current_accelerator()))  # type: ignore[arg-type]
+    assert here.memory is not None
+    assert here.memory > 1e9

@@ -1,0 +1,177 @@
+"""Step-distilled adapters: stacked on the memory adapter, four steps, one pass each, and told when they are missing."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from storymem.plan import make_plan
+from storymem.wan.loading import STEP_ADAPTER, load_pipeline
+from storymem.wan.lora import memory_lora_config, save_memory_lora
+from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.settings import ModelSettings, SamplerSettings, StepAdapterSettings
+from storymem.wan.sources import check_weights
+from storymem.weights import MissingWeights
+from tests.composing import composed, generate_settings
+from tests.stories import MODEL, all_frames, story, storyteller
+from tests.wan.tiny import CPU, generate, pictures, settings
+
+FOLDERS = {"i2v": "Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1", "t2v": "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"}
+TWO_SHOTS = """\
+title: Two
+overview: A short walk.
+scenes:
+  - shots:
+      - {prompt: "A dog walks out of a door."}
+      - {prompt: "The dog looks at a tree.", cut: false}
+"""
+
+
+def write_adapter(model: ModelSettings, folder: Path, layout: Any, seed: int) -> Path:
+    """A LoRA of rank 2 for the networks of ``model``, whose product is not zero."""
+    pipe = load_pipeline(model, runtime=CPU, text_encoder=False)
+    generator = torch.Generator().manual_seed(seed)
+    for expert in pipe.experts.values():
+        expert.add_adapter(memory_lora_config(rank=2, alpha=2), adapter_name="memory")
+        for name, weight in expert.named_parameters():
+            if "lora_B" in name:
+                weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
+    save_memory_lora(pipe, folder, layout=layout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A memory adapter as released, and a step-distilled one in the keys that ComfyUI's files have."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "memory": write_adapter(settings(), folder / "memory", "released", seed=1),
+        "steps": write_adapter(settings(), folder / "steps", "comfyui", seed=2),
+    }
+
+
+def local(path: Path) -> dict[str, Any]:
+    return {"name": path.name, "source": str(path)}
+
+
+def loaded(files: dict[str, Path], *names: str, **step_weights: Any) -> WanMemoryToVideoPipeline:
+    adapter = {"weights": local(files["memory"]), "alpha": 2, "use_rslora": True} if "memory" in names else None
+    steps = {"weights": local(files["steps"])} | step_weights if "steps" in names else None
+    sampler = SamplerSettings(adapter=None if steps is None else StepAdapterSettings(**steps))
+    return load_pipeline(settings(adapter=adapter), runtime=CPU, sampler=sampler, text_encoder=True)
+
+
+def shot(pipe: WanMemoryToVideoPipeline) -> Tensor:
+    return generate(pipe, memory=pictures(2), guidance_scale=1.0)
+
+
+def strengths(expert: Any, adapter: str) -> set[float]:
+    """By how much B @ A is multiplied in the linears of an expert."""
+    return {round(layer.scaling[adapter], 4) for layer in expert.modules() if isinstance(layer, LoraLayer)}
+
+
+def test_both_adapters_are_active_each_with_its_own_weight(files: dict[str, Path]) -> None:
+    pipe = loaded(files, "memory", "steps", weight=0.5, weight_low=0.25)
+    for expert, weight in ((pipe.transformer, 0.5), (pipe.transformer_2, 0.25)):
+        assert expert.active_adapters() == ["memory", STEP_ADAPTER]
+        as_trained = round(2 / 2**0.5, 4)  # alpha 2 and rank 2 under rsLoRA
+        assert strengths(expert, "memory") == {as_trained}
+        assert strengths(expert, STEP_ADAPTER) == {round(2 / 2**0.5 * weight, 4)}
+
+
+def test_each_adapter_changes_the_shot_and_taking_one_away_restores_it(files: dict[str, Path]) -> None:
+    both = loaded(files, "memory", "steps")
+    memory, steps, neither = (shot(loaded(files, *names)) for names in (("memory",), ("steps",), ()))
+    together = shot(both)
+    for one in (memory, steps, neither):
+        assert (together - one).norm() > 1e-3 * one.norm()
+    both.delete_adapters(STEP_ADAPTER)
+    torch.testing.assert_close(shot(both), memory, rtol=1e-5, atol=1e-5)
+    both.delete_adapters("memory")
+    torch.testing.assert_close(shot(both), neither, rtol=1e-5, atol=1e-5)
+
+
+def test_diffusers_sets_the_weights_of_both_anew(files: dict[str, Path]) -> None:
+    pipe = loaded(files, "memory", "steps")
+    pipe.set_adapters(["memory", STEP_ADAPTER], [1.0, 0.0])
+    torch.testing.assert_close(shot(pipe), shot(loaded(files, "memory")), rtol=1e-5, atol=1e-5)
+
+
+def lightning(i2v: Path, t2v: Path | None = None) -> SamplerSettings:
+    """``sampler=lightning`` with files of this machine."""
+    overrides = [f"sampler.adapter.weights.source={i2v}", "sampler.adapter.weights.file=null"]
+    if t2v is None:
+        overrides.append("sampler.adapter.text_to_video=null")
+    else:
+        overrides += [f"sampler.adapter.text_to_video.source={t2v}", "sampler.adapter.text_to_video.file=null"]
+    return generate_settings("sampler=lightning", *overrides).sampler
+
+
+def test_a_film_takes_four_steps_of_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, seen = WanTransformer3DModel.forward, []
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        adapters = list(getattr(self, "peft_config", {}))
+        seen.append((self.config.in_channels, adapters, round(kwargs["timestep"][0].item(), 1)))
+        return forward(self, *args, **kwargs)
+
+    files = write_adapter(MODEL, tmp_path / "steps", "comfyui", seed=3)
+    monkeypatch.setattr(WanTransformer3DModel, "forward", counted)
+    teller = storyteller(sampler=lightning(files, files))
+    film = teller.tell(story(tmp_path, TWO_SHOTS), tmp_path / "film")
+    assert len(film.shots) == 2
+    steps = [1000.0, 937.5, 833.3, 625.0]  # those that the published adapters were trained at
+    assert seen == [(16, [STEP_ADAPTER], t) for t in steps] + [(36, [STEP_ADAPTER], t) for t in steps]
+
+    weaker = storyteller(sampler=replace(teller.generator.sampler, adapter=None))
+    weaker.tell(story(tmp_path, TWO_SHOTS), tmp_path / "without")
+    with_it, without = all_frames(tmp_path / "film"), all_frames(tmp_path / "without")
+    assert all(with_it[name] != without[name] for name in with_it if name.endswith(".mp4"))
+
+
+def test_a_first_shot_by_text_needs_an_adapter_of_its_own(files: dict[str, Path]) -> None:
+    sampler = lightning(files["steps"])
+    check_weights(settings(), text_to_video=False, sampler=sampler)
+    check_weights(settings(has_text_to_video=False), text_to_video=True, sampler=sampler)
+    with pytest.raises(ValueError, match=r"no weights for text-to-video.*give sampler\.adapter\.text_to_video"):
+        check_weights(settings(), text_to_video=True, sampler=sampler)
+
+
+@pytest.fixture
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("_empty_cache")
+def test_missing_adapters_are_told_with_their_commands() -> None:
+    made = generate_settings("model=wan2.2-a14b", "sampler=lightning")
+    with pytest.raises(MissingWeights) as error:
+        check_weights(made.model, text_to_video=True, continuity="mi2v", sampler=made.sampler)
+    for folder in FOLDERS.values():
+        assert (
+            f'download: hf download lightx2v/Wan2.2-Lightning --include "{folder}/*.safetensors"\n'
+            in f"{error.value}\n"
+        )
+    assert "1.2 GB" in str(error.value)
+
+
+@pytest.mark.usefixtures("_empty_cache")
+def test_the_plan_shows_them(tmp_path: Path) -> None:
+    made = generate_settings("model=tiny", "sampler=lightning", "runtime=cpu")
+    plan = make_plan(story(tmp_path, TWO_SHOTS), made, tmp_path / "film")
+    assert "4 forwards a shot (4 steps)" in plan
+    assert "weights  MISSING Wan2.2-Lightning for image-to-video" in plan
+    assert "weights  MISSING Wan2.2-Lightning for text-to-video" in plan
+    assert "attention native" in plan
+
+
+def test_every_setting_of_the_adapter_can_be_overridden() -> None:
+    adapter = composed("story=story.yaml", "sampler=lightning")["sampler"]["adapter"]
+    assert set(adapter) == {field.name for field in fields(StepAdapterSettings)}
