@@ -175,7 +175,9 @@ def test_paths_are_absolute_though_the_story_was_named_relatively(
     assert story.source == tmp_path / "story.yaml"
 
 
-@pytest.mark.parametrize(("name", "shots", "scenes"), [("the_keeper", 8, 3), ("with_references", 4, 2)])
+@pytest.mark.parametrize(
+    ("name", "shots", "scenes"), [("ada_and_the_tent", 8, 4), ("the_keeper", 8, 3), ("with_references", 4, 2)]
+)
 def test_the_examples_are_stories(name: str, shots: int, scenes: int) -> None:
     story = load_story(EXAMPLES / f"{name}.yaml")
     assert (len(story.shots), len(story.scenes)) == (shots, scenes)

@@ -29,7 +29,7 @@ from storymem.wan.conditioning import (
 from storymem.wan.memory_attention import install_memory_attention, reading_memory
 from storymem.wan.parallel import check_guidance
 from storymem.wan.rope import DEFAULT_STRIDE, install_memory_rope
-from storymem.wan.settings import MemoryCache, MemoryMode
+from storymem.wan.settings import MemoryCache
 
 Memory = Sequence[Image.Image] | Sequence[Tensor] | Tensor
 
@@ -88,7 +88,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         boundary_ratio: float | None = None,
         expand_timesteps: bool = False,
         rope_stride: int = DEFAULT_STRIDE,
-        memory_attention: MemoryMode = "joint",
+        memory_attention: str = "joint",
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
