@@ -237,7 +237,7 @@ def save(recipe: Recipe) -> None:
 
 
 def adapter(recipe: Recipe) -> None:
-    """A memory adapter that `train.py experiment=toy_m2v_cached` made, in float16, beside the models; if one is named."""
+    """A memory adapter made by `train.py experiment=toy_m2v_cached`, if one is named: in float16, beside the models."""
     if recipe.adapter is None:
         return
     (recipe.weights / "adapter").mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,8 @@ from storymem.toy.text import TEXT_TOKENS
 from storymem.toy.vae import psnr_of
 from storymem.toy.world import HELD_OUT, ToyShot, ToyStory, story
 from storymem.wan.lora import load_memory_lora
+from storymem.wan.lora_files import open_adapter_file
+from storymem.wan.lora_info import AdapterInfo
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 
 PLACE_PARTS = ("place", "time", "framing", "landmark", "side", "flag")
@@ -166,17 +168,27 @@ def measure_scorers(weights: Path, count: int) -> dict[str, Any]:
     }
 
 
+def memory_mode(adapter: Path) -> str:
+    """What an adapter was trained for: joint or cached."""
+    info = AdapterInfo.from_file(open_adapter_file(adapter / "low_noise.safetensors"))
+    assert info is not None, "the recipe ships adapters in our own layout"
+    return info.memory_attention
+
+
 def measure(weights: Path, *, count: int = 200, steps: int = STEPS, parts: Sequence[str] = ()) -> dict[str, Any]:
     """All figures, or those of some parts ("vae", "text", "scorers", "joints", "memory"), of the models in a folder.
 
     The base is measured without the memory adapter, joints and memory with it, where the folder has one.
     """
-    pipe = WanMemoryToVideoPipeline.from_pretrained(weights, torch_dtype=torch.float32)
+    adapter = weights / "adapter"
+    pipe = WanMemoryToVideoPipeline.from_pretrained(
+        weights, torch_dtype=torch.float32, memory_attention=memory_mode(adapter) if adapter.is_dir() else "joint"
+    )
     pipe.set_progress_bar_config(disable=True)
 
     def remembering() -> WanMemoryToVideoPipeline:
-        if (weights / "adapter").is_dir() and not pipe.get_list_adapters():
-            load_memory_lora(pipe, weights / "adapter")
+        if adapter.is_dir() and not hasattr(pipe.transformer, "peft_config"):
+            load_memory_lora(pipe, adapter)
         return pipe
 
     tasks = {
