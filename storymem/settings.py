@@ -24,6 +24,7 @@ from storymem.training.settings import (
     ValidationSettings,
     WhichExpert,
     check_memory_weight,
+    refuse_generation_settings,
 )
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, check_speed
 
@@ -124,9 +125,7 @@ class TrainSettings:
         check_memory_weight(self.objective, self.model.memory_attention)
         if self.runtime.offload not in ("none", "auto"):
             raise ValueError("runtime.offload is for generation; to save memory in training see parallel")
-        for name in ("attention", "compile", "cache", "guidance_batch", "precision", "memory_cache"):
-            if getattr(self.runtime, name) != getattr(RuntimeSettings(), name):
-                raise ValueError(f"runtime.{name} is for generation; training does not read it")
+        refuse_generation_settings(self.runtime, "training")
         if self.runtime.spread:
             raise ValueError(
                 "runtime.context_parallel, guidance_parallel and shard_weights are for generation; in training several "

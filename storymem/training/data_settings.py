@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT
+from storymem.training.settings import refuse_generation_settings
 from storymem.wan.settings import Dtype, ModelSettings, RuntimeSettings
 
 Step = Literal["split", "check", "embed", "group", "cache"]
@@ -213,6 +214,7 @@ class PrepareSettings:
             raise ValueError(f"steps must name at least one of {', '.join(STEPS)}")
         if not 0 <= self.worker < self.workers:
             raise ValueError(f"worker={self.worker} must lie between 0 and workers - 1 = {self.workers - 1}")
+        refuse_generation_settings(self.runtime, "data preparation")
         if self.runtime.spread:
             raise ValueError(
                 "runtime.context_parallel, guidance_parallel and shard_weights are for generation; several processes "

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT
-from storymem.wan.settings import MemoryMode
+from storymem.wan.settings import MemoryMode, RuntimeSettings
 
 Conditioning = Literal["m2v", "mi2v", "mm2v"]
 #: How many first frames of the target a sample may be given: none, its first frame, or its motion frames.
@@ -251,3 +251,10 @@ def check_memory_weight(objective: ObjectiveSettings, memory_attention: MemoryMo
             "memory_attention=cached gives the network clean memory, on which there is nothing to predict: "
             f"objective.memory_weight must be 0, not {objective.memory_weight:g}"
         )
+
+
+def refuse_generation_settings(runtime: RuntimeSettings, where: str) -> None:
+    """Raise ``ValueError`` for runtime settings of the denoising loop, which ``where`` does not have."""
+    for name in ("attention", "compile", "cache", "guidance_batch", "precision", "memory_cache"):
+        if getattr(runtime, name) != getattr(RuntimeSettings(), name):
+            raise ValueError(f"runtime.{name} is for generation; {where} does not read it")

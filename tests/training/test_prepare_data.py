@@ -211,6 +211,7 @@ def test_nothing_that_can_be_used(tmp_path: Path) -> None:
     [
         ("data.buckets=[{frames:16,height:64,width:96}]", r"data\.buckets\.0: frames must be 4n \+ 1"),
         ("+data.fsp=8", r"data\.fsp: unknown key; did you mean 'fps'"),
+        ("runtime.cache=taylor", "runtime.cache is for generation; data preparation does not read it"),
         ("data.fps=16", "the model tiny makes 8 frames a second: choose data="),
         ("steps=[split,chek]", r"steps\.1: "),
         ("cache.given=[2]", r"cache\.given\.0: "),
