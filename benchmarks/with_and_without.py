@@ -32,8 +32,7 @@ def main() -> None:
     rows = []
     for memory in ("toy", "none"):
         name = f"films/with_and_without/{Path(story).stem}_{memory}"
-        film = generate(composed("generate", [f"story={story}", f"output={name}", f"memory={memory}", *overrides]))
-        assert film is not None
+        (film,) = generate(composed("generate", [f"story={story}", f"output={name}", f"memory={memory}", *overrides]))
         rows.append(strip(film))
     Image.fromarray(np.concatenate([rows[0], np.full_like(rows[0][: 2 * GAP], 255), rows[1]])).save(PICTURE)
     print(PICTURE)

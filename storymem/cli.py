@@ -58,12 +58,9 @@ def run_script(main: Callable[[Any], None], *, config_name: str, positional: str
 
 
 def hydra_arguments(arguments: Sequence[str], positional: str | None) -> list[str]:
-    """The command line with its one positional argument written as a Hydra override.
+    """The command line with its positional arguments written as one Hydra override: one as itself, several as a list.
 
     An argument with ``=`` is an override, unless a file of that name exists.
-
-    Raises:
-        SystemExit: with status 2, for a second positional argument.
     """
     flags: list[str] = []
     overrides: list[str] = []
@@ -76,8 +73,10 @@ def hydra_arguments(arguments: Sequence[str], positional: str | None) -> list[st
         else:
             found.append(argument)
     if len(found) > 1:
-        sys.exit(_said(f"one {positional} at a time, not {len(found)}: {', '.join(found)}"))
-    return [*flags, *overrides, *(f"{positional}={_quoted(value)}" for value in found)]
+        overrides.append(f"{positional}=[{','.join(map(_quoted, found))}]")
+    elif found:
+        overrides.append(f"{positional}={_quoted(found[0])}")
+    return [*flags, *overrides]
 
 
 def _is_override(argument: str) -> bool:

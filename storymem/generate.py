@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from storymem.config import build_settings
 from storymem.modes import check_lengths, parse_resume
 from storymem.settings import GenerateSettings, uses_text_to_video
-from storymem.story import load_story
+from storymem.story import Story, load_stories
 from storymem.wan.layout import Launch, find_layout
 
 if TYPE_CHECKING:
@@ -23,46 +23,68 @@ _BESIDES = ("story", "output", "resume", "dry_run", "runtime")
 _APPROXIMATE = ("precision", "cache", "cache_threshold", "cache_ratios")  # of the runtime, what changes the picture
 
 
-def generate(config: Mapping[str, Any]) -> Film | None:
-    """Make the film that a composed configuration (plain containers) describes.
+def generate(config: Mapping[str, Any]) -> list[Film]:
+    """Make the films that a composed configuration (plain containers) describes.
 
-    The story and the settings are checked first, before torch is imported.
+    All stories and the settings are checked first, before torch is imported.
 
     Returns:
-        The film; None for a dry run, and in all but the first of several processes.
+        The films that this process made: all of them, unless teams of processes share them out; none in a dry run, and
+        in all but the first process of a team.
     """
     settings = build_settings(GenerateSettings, config)
-    story = load_story(settings.story)
-    folder = Path(settings.output or Path("films") / story.slug)
-    frames, continuity, first_shot = settings.model.video.frames, settings.continuity, settings.first_shot
-    check_lengths(story, frames=frames, continuity=continuity, first_shot=first_shot)
-    parse_resume(settings.resume, len(story.shots))
-    launch = Launch.of_environment()
+    stories = load_stories([settings.story] if isinstance(settings.story, str) else settings.story)
+    for story in stories:
+        _check_story(story, settings, among=len(stories))
+    launch = Launch.of_environment().in_teams(settings.runtime.processes_per_film)
+    if launch.teams > len(stories):
+        raise ValueError(
+            f"runtime.processes_per_film={launch.world} lets {launch.teams} films be made at once, and "
+            f"the stories are {len(stories)}: name more stories, start fewer processes, or let more make one film"
+        )
     layout = find_layout(settings.runtime, launch, model=settings.model, sampler=settings.sampler)
     if settings.dry_run:
         from storymem.plan import make_plan
 
-        if launch.is_first:
-            print(make_plan(story, settings, folder))
-        return None
+        if launch.is_first and launch.team == 0:
+            print("\n\n".join(make_plan(story, settings, _folder(story, settings)) for story in stories))
+        return []
     from storymem.wan.sources import check_weights
 
-    text_to_video = uses_text_to_video(story, settings)
-    check_weights(settings.model, text_to_video=text_to_video, continuity=continuity, sampler=settings.sampler)
+    text_to_video = any(uses_text_to_video(story, settings) for story in stories)
+    check_weights(settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler)
     from storymem.progress import Progress, film_table
     from storymem.ranks import among_ranks
     from storymem.wan.runtime import check_runtime
 
+    films: list[Film] = []
     with among_ranks(build_generator(settings), launch, check_runtime(settings.runtime)) as generator:
         if generator is None:
-            return None
+            return films
         if launch.world > 1:
             print(layout, file=sys.stderr)
         teller = build_storyteller(settings, config, generator)
-        film = teller.tell(story, folder, resume=settings.resume, progress=Progress())
-    print(film_table(film), file=sys.stderr)
-    print(film.video)
-    return film
+        for story in launch.share(stories):
+            film = teller.tell(story, _folder(story, settings), resume=settings.resume, progress=Progress())
+            print(film_table(film), file=sys.stderr)
+            print(film.video, flush=True)
+            films.append(film)
+    return films
+
+
+def _check_story(story: Story, settings: GenerateSettings, *, among: int) -> None:
+    """Raise ``ValueError`` for what would keep one of ``among`` stories from being filmed."""
+    frames, continuity, first_shot = settings.model.video.frames, settings.continuity, settings.first_shot
+    check_lengths(story, frames=frames, continuity=continuity, first_shot=first_shot)
+    if parse_resume(settings.resume, len(story.shots)) is not None and among > 1:
+        raise ValueError(f"resume={settings.resume} is for one story, and {among} were named")
+
+
+def _folder(story: Story, settings: GenerateSettings) -> Path:
+    """Where a film lies: ``output`` itself for a story's file, a folder in it for stories of a list or a folder."""
+    if isinstance(settings.story, str) and not Path(settings.story).is_dir():
+        return Path(settings.output or Path("films") / story.slug)
+    return Path(settings.output or "films") / story.slug
 
 
 def build_generator(settings: GenerateSettings) -> ShotGenerator:
@@ -100,10 +122,11 @@ def build_storyteller(
 
     device = check_runtime(settings.runtime)
     check_acceleration(settings.model, settings.sampler, settings.runtime)
-    if generator is None and settings.runtime.spread:
+    if generator is None and (settings.runtime.spread or settings.runtime.processes_per_film is not None):
         raise ValueError(
-            "runtime.context_parallel, guidance_parallel and shard_weights are for scripts/generate.py, where several "
-            "processes make one film; here each process makes films of its own"
+            "runtime.context_parallel, guidance_parallel, shard_weights and processes_per_film are for "
+            "scripts/generate.py, where several processes make one film; here each process makes films of its own. For "
+            "ST-Bench: torchrun ... scripts/generate.py st_bench/stories output=FOLDER, and then films=FOLDER"
         )
     return Storyteller(
         generator=generator or build_generator(settings),

@@ -18,7 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from storymem.wan.layout import Launch
-from storymem.wan.parallel import join, leave
+from storymem.wan.parallel import join, leave, take_accelerator
 from storymem.wan.settings import VideoSettings
 from storymem.wan.shots import OnStep, ShotRequest
 
@@ -86,6 +86,8 @@ def among_ranks(generator: ShotGenerator, launch: Launch, device: torch.device) 
         ValueError: if the machine lacks accelerators.
     """
     if launch.world == 1:
+        if launch.teams > 1:
+            take_accelerator(launch, device)
         yield generator
         return
     store = join(launch, device)

@@ -48,9 +48,14 @@ class ScorerSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GenerateSettings:
-    """Everything ``scripts/generate.py`` can be told; see :class:`storymem.storyteller.Storyteller`."""
+    """Everything ``scripts/generate.py`` can be told; see :class:`storymem.storyteller.Storyteller`.
 
-    story: str
+    Args:
+        story: a story's file or a folder of stories, or several of them.
+        output: the film's folder, films/<title> by default; of several stories, the folder in which their films lie.
+    """
+
+    story: str | tuple[str, ...]
     model: ModelSettings
     sampler: SamplerSettings
     memory: MemorySettings

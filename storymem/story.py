@@ -18,8 +18,9 @@ import yaml
 
 from storymem.story_file import StoryError, StoryFile, kind, listing, nearest, nearest_file, quoted
 
-__all__ = ["Character", "Scene", "Shot", "Story", "StoryError", "load_story"]
+__all__ = ["Character", "Scene", "Shot", "Story", "StoryError", "load_stories", "load_story"]
 
+_SUFFIXES = (".yaml", ".yml", ".json")
 _STORY_KEYS = ("title", "overview", "style", "characters", "scenes")
 _CHARACTER_KEYS = ("name", "references")
 _SCENE_KEYS = ("shots",)
@@ -155,6 +156,36 @@ def load_story(path: str | os.PathLike[str]) -> Story:
     story = reader.read()
     reader.raise_if_faulty()
     return story
+
+
+def load_stories(paths: Iterable[str | os.PathLike[str]]) -> list[Story]:
+    """The stories of files and of folders (with sub-folders, ordered by file name), in this order.
+
+    Args:
+        paths: in folders all YAML and JSON files must be stories.
+
+    Raises:
+        StoryError: naming every problem of all files; for a folder without stories; for two stories whose films would
+            have one name.
+    """
+    stories: list[Story] = []
+    faults: list[str] = []
+    for path in map(Path, paths):
+        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES) if path.is_dir() else [path]
+        if not files:
+            faults.append(f"{path}: there are no stories (*.yaml, *.json) in this folder")
+        for file in files:
+            try:
+                stories.append(load_story(file))
+            except StoryError as error:
+                faults += error.problems
+    if faults:
+        raise StoryError(faults)
+    slugs = [story.slug for story in stories]
+    if twice := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
+        where = ", ".join(str(story.source) for story in stories if story.slug == twice[0])
+        raise StoryError([f"two stories are called {twice[0]} ({where}): give each a title of its own"])
+    return stories
 
 
 class _Reader(StoryFile):

@@ -139,7 +139,6 @@ def test_main_is_given_the_composed_configuration(script: Callable[..., tuple[in
         (["a.yaml", "sampler.stepps=3"], "sampler.stepps: unknown key; did you mean 'steps'?"),
         (["a.yaml", "steps=3"], "steps: unknown key; did you mean 'sampler.steps'?"),
         (["a.yaml", "model=tiny", "model.weights.source=x"], "model.weights.source: unknown key"),
-        (["a.yaml", "b.yaml"], "one story at a time, not 2: a.yaml, b.yaml"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -233,8 +232,7 @@ def test_a_file_may_have_an_equals_sign_in_its_name(tmp_path: Path, monkeypatch:
     assert hydra_arguments(["x=1.yaml"], "story") == ["story='x=1.yaml'"]
 
 
-def test_two_stories_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        hydra_arguments(["a.yaml", "dry_run"], "story")
-    assert stop.value.code == 2
-    assert "one story at a time, not 2: a.yaml, dry_run" in capsys.readouterr().err
+def test_several_stories_become_a_list() -> None:
+    (override,) = hydra_arguments(["a.yaml", "it's, b.yaml"], "story")
+    assert OverridesParser.create().parse_override(override).value() == ["a.yaml", "it's, b.yaml"]
+    assert hydra_arguments(["a.yaml", "seed=1", "b.yaml"], "story") == ["seed=1", "story=['a.yaml','b.yaml']"]

@@ -59,7 +59,7 @@ def planned(told: Story, *overrides: str, folder: str = "film") -> str:
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     tmp_path: Path, five: Story, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generate(composed(f"story={five.source}", "dry_run=true", "output=out/film")) is None
+    assert generate(composed(f"story={five.source}", "dry_run=true", "output=out/film")) == []
     said = capsys.readouterr().out
     assert said.startswith("Five: 5 shots in 2 scenes, ")
     assert "out/film" in said

@@ -124,6 +124,25 @@ def test_torchrun_makes_a_film_and_speaks_once(tmp_path: Path) -> None:
     assert len(Film.open(tmp_path / "film").shots) == 4
 
 
+def test_teams_make_films_at_the_same_time(tmp_path: Path) -> None:
+    for title in ("Red", "Green", "Blue"):
+        text = stories.FOUR_SHOTS.replace("title: Four", f"title: {title}")
+        (tmp_path / f"{title}.yaml").write_text(text)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"),
+        *(str(ROOT / "scripts" / "generate.py"), "Red.yaml", "Green.yaml", "Blue.yaml"),
+        *("model=tiny", "runtime=cpu", "runtime.guidance_parallel=true", "runtime.processes_per_film=2"),
+        *("sampler.steps=1", "output=out"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == [f"out/{name}/film.mp4" for name in ("blue", "green", "red")]
+    assert done.stderr.count("2 processes: prompt and negative prompt at the same time") == 2, "one line a team"
+
+
 def told_alone(folder: Path) -> Path:
     """The film as one process tells it."""
     told = stories.story(folder, stories.FOUR_SHOTS)

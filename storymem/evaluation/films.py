@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, build_settings
 from storymem.film import MANIFEST, Film, FilmError
-from storymem.story import Shot, Story, StoryError, load_story
+from storymem.story import Shot, Story, StoryError, load_stories
 
 MAPPING = "films.yaml"
 _SUFFIXES = (".yaml", ".yml", ".json")
@@ -51,7 +51,7 @@ class FilmsMapping:
     stories: dict[str, str | list[str]] = field(default_factory=dict)
 
 
-def load_stories(folder: str | Path, only: Sequence[str] = ()) -> list[Story]:
+def stories_of(folder: str | Path, only: Sequence[str] = ()) -> list[Story]:
     """All stories of a folder (YAML or published JSON, sub-folders included), ordered by file name.
 
     Args:
@@ -62,20 +62,12 @@ def load_stories(folder: str | Path, only: Sequence[str] = ()) -> list[Story]:
         ValueError: if there is no story, two have one slug, ``only`` names an unknown one, or a file is faulty (all
             faults of all files are told).
     """
-    paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix in _SUFFIXES]
-    if not paths:
-        raise ValueError(f"stbench.stories={folder}: there are no stories (*.yaml, *.json) in this folder")
-    stories, faults = [], []
-    for path in paths:
-        try:
-            stories.append(load_story(path))
-        except StoryError as error:
-            faults.append(str(error))
-    if faults:
-        raise ValueError("\n".join(faults))
-    slugs = [story.slug for story in stories]
-    if twice := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
-        raise ValueError(f"stbench.stories={folder}: two stories are called {twice[0]}: give each a title of its own")
+    if not Path(folder).is_dir():
+        raise ValueError(f"stbench.stories={folder}: there are no stories, for there is no such folder")
+    try:
+        stories = load_stories([folder])
+    except StoryError as error:
+        raise ValueError(f"stbench.stories={folder}:\n{error}") from None
     return _chosen(stories, only)
 
 

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from storymem.atomic import write_atomically
 from storymem.config import STRICT, build_settings
-from storymem.evaluation.films import FilmFiles, find_films, load_stories
+from storymem.evaluation.films import FilmFiles, find_films, stories_of
 from storymem.evaluation.statistics import StatisticsSettings
 from storymem.evaluation.workers import Workers
 from storymem.modes import FirstShot
@@ -94,7 +94,7 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
         compose: looks up the names in ``methods``; without it there must be none.
     """
     settings = build_settings(EvaluateSettings, config)
-    stories = load_stories(settings.stbench.stories, settings.stbench.only)
+    stories = stories_of(settings.stbench.stories, settings.stbench.only)
     systems = find_systems(settings, config, compose)
     for system in systems:
         if system.method is None:

@@ -255,6 +255,6 @@ def check_memory_weight(objective: ObjectiveSettings, memory_attention: MemoryMo
 
 def refuse_generation_settings(runtime: RuntimeSettings, where: str) -> None:
     """Raise ``ValueError`` for runtime settings of the denoising loop, which ``where`` does not have."""
-    for name in ("attention", "compile", "cache", "guidance_batch", "precision", "memory_cache"):
+    for name in ("attention", "compile", "cache", "guidance_batch", "precision", "memory_cache", "processes_per_film"):
         if getattr(runtime, name) != getattr(RuntimeSettings(), name):
             raise ValueError(f"runtime.{name} is for generation; {where} does not read it")

@@ -1,35 +1,43 @@
-"""How several processes share the making of one film. Loads no torch: what cannot be is refused before anything loads.
+"""How several processes share the making of films. Loads no torch: what cannot be is refused before anything loads.
 
-Processes stand in a grid, ``guidance`` x ``context``. Along ``guidance`` (1 or 2) they divide the two passes of
-classifier-free guidance, along ``context`` the tokens of one pass. Films beside each other are runs beside each other.
+Processes stand in a grid, ``films`` x ``guidance`` x ``context``. Along ``films`` each team makes films of its own;
+in a team, along ``guidance`` (1 or 2) they divide the two passes of classifier-free guidance, along ``context`` the
+tokens of one pass.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from storymem.wan.settings import ContextParallel, ModelSettings, RuntimeSettings, SamplerSettings
+
+T = TypeVar("T")
 
 _TORCHRUN = "torchrun --nproc_per_node=N scripts/generate.py ..."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """This process among those that ``torchrun`` (or ``accelerate launch``) started.
+    """This process among those that ``torchrun`` (or ``accelerate launch``) started and that make a film together.
 
     Args:
         rank: its number, from 0.
         world: how many there are.
         local_rank: its number on its machine, which is that of its accelerator.
-        local_world: how many there are on its machine.
+        local_world: how many were started on its machine.
+        team: number of its team, from 0.
+        teams: how many teams there are, each with films of its own.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
+    team: int = 0
+    teams: int = 1
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Launch:
@@ -46,8 +54,27 @@ class Launch:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process decides, writes and speaks."""
+        """Whether this process decides, writes and speaks for its team."""
         return self.rank == 0
+
+    def in_teams(self, size: int | None) -> Launch:
+        """The same process in its team of ``size``, neighbours together; None: all are one team.
+
+        Raises:
+            ValueError: if some processes would be left over.
+        """
+        if size is None or size == self.world:
+            return self
+        if self.world % size:
+            raise ValueError(
+                f"runtime.processes_per_film={size} and {self.world} processes were started, of which "
+                f"{self.world % size} would have no film: start a multiple of {size}"
+            )
+        return replace(self, rank=self.rank % size, world=size, team=self.rank // size, teams=self.world // size)
+
+    def share(self, films: Sequence[T]) -> Sequence[T]:
+        """Those of ``films`` that this process's team makes."""
+        return films[self.team :: self.teams]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +154,8 @@ def find_layout(runtime: RuntimeSettings, launch: Launch, *, model: ModelSetting
         ValueError: for processes that do not fit the settings, or settings that do not go together.
     """
     layout = divide(runtime, launch.world)
+    if launch.world * launch.teams > 1:
+        _check_device(runtime)
     if launch.world > 1:
         _check_together(runtime, layout)
         _check_model(layout, runtime=runtime, model=model)
@@ -138,14 +167,17 @@ def find_layout(runtime: RuntimeSettings, launch: Launch, *, model: ModelSetting
     return layout
 
 
-def _check_together(runtime: RuntimeSettings, layout: Layout) -> None:
-    """Refuse what several processes cannot do together with other settings of the runtime."""
+def _check_device(runtime: RuntimeSettings) -> None:
     if ":" in runtime.device:
         kind = runtime.device.partition(":")[0]
         raise ValueError(
             f"runtime.device={runtime.device}: each of several processes takes the device of its own number; write "
             f"runtime.device={kind} or auto"
         )
+
+
+def _check_together(runtime: RuntimeSettings, layout: Layout) -> None:
+    """Refuse what several processes cannot do together with other settings of the runtime."""
     if runtime.offload not in ("none", "auto"):
         raise ValueError(
             f"runtime.offload={runtime.offload} does not go together with several processes; where the weights do not "

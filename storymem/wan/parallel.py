@@ -30,25 +30,40 @@ _PASSES = ("cond", "uncond")  # as diffusers' pipelines name them; the place of 
 
 
 def join(launch: Launch, device: torch.device) -> dist.Store:
-    """Take this process's accelerator and meet the others; returns the store that all can reach.
+    """Take this process's accelerator and meet the others of its team; returns the store that they can reach.
 
     Raises:
         ValueError: if a machine has fewer accelerators than processes.
     """
     backend = "cpu:gloo"
+    take_accelerator(launch, device)
     if device.type != "cpu":
-        found = torch.accelerator.device_count()
-        if launch.local_world > found:
-            raise ValueError(
-                f"{launch.local_world} processes were started on a machine with {found} accelerators: start as many "
-                f"as there are, --nproc_per_node={found}"
-            )
-        torch.accelerator.set_device_index(launch.local_rank)
         # Sizes of uneven shares are exchanged between CPUs, so that the accelerator need not be waited for.
         backend += f",{device.type}:{dist.get_default_backend_for_device(device)}"
-    store, rank, world = next(dist.rendezvous("env://"))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30))
+    everyones, _, _ = next(dist.rendezvous("env://"))
+    # Teams never speak with each other: each is a world of its own.
+    store = dist.PrefixStore(f"team{launch.team}", everyones)
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world, timeout=timedelta(minutes=30)
+    )
     return store
+
+
+def take_accelerator(launch: Launch, device: torch.device) -> None:
+    """Make the accelerator of this process's number the current one; nothing on a CPU.
+
+    Raises:
+        ValueError: if the machine has fewer accelerators than processes.
+    """
+    if device.type == "cpu":
+        return
+    found = torch.accelerator.device_count()
+    if launch.local_world > found:
+        raise ValueError(
+            f"{launch.local_world} processes were started on a machine with {found} accelerators: start as many "
+            f"as there are, --nproc_per_node={found}"
+        )
+    torch.accelerator.set_device_index(launch.local_rank)
 
 
 def leave() -> None:

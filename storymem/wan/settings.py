@@ -210,6 +210,8 @@ class RuntimeSettings:
         guidance_parallel: the passes with the prompt and with the negative prompt run at the same time, each on one
             half of the processes.
         shard_weights: each process keeps its part of the experts' weights and gathers them block by block.
+        processes_per_film: of the processes that torchrun started, so many make a film together, and the others make
+            other stories' films at the same time; None: all work at one film after the other.
         attention: "auto" takes the fastest exact kernel that is installed and works on the device; "sage", which
             rounds queries and keys to int8, is taken only when named.
         compile: "blocks" compiles the block that the transformers repeat, once for each size of memory.
@@ -232,6 +234,7 @@ class RuntimeSettings:
     context_parallel: ContextParallel = "none"
     guidance_parallel: bool = False
     shard_weights: bool = False
+    processes_per_film: int | None = None
     attention: Attention = "auto"
     compile: Literal["none", "blocks"] = "none"
     cache: StepCache = "none"
@@ -252,6 +255,8 @@ class RuntimeSettings:
                 "cache: mag and cache_ratios go together: magnitudes belong to a model, and this one's are measured by "
                 "python -m benchmarks.acceleration --calibrate FILE"
             )
+        if self.processes_per_film is not None and self.processes_per_film < 1:
+            raise ValueError(f"processes_per_film must be 1 or more, not {self.processes_per_film}")
         if self.guidance_batch and self.cache != "none":
             raise ValueError(
                 f"guidance_batch does not combine with cache: {self.cache}, which skips steps for each of the two "
@@ -282,6 +287,11 @@ def check_speed(model: ModelSettings, sampler: SamplerSettings, runtime: Runtime
         raise ValueError(
             f"runtime.cache={runtime.cache} skips steps that resemble the one before; the {sampler.steps} steps of a "
             "step-distilled sampler do not: use runtime.cache=none"
+        )
+    if runtime.cache == "first_block" and model.network.transformer["num_layers"] < 2:
+        raise ValueError(
+            f"runtime.cache=first_block skips all blocks but the first, and the networks of {model.name} have only "
+            "one: use runtime.cache=none"
         )
     if model.memory_attention == "joint" and runtime.memory_cache != "device":
         raise ValueError(

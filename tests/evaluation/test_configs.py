@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from storymem.cli import CONFIGS
 from storymem.config import build_settings
 from storymem.evaluation.choosing import compose_with_method, experiments_among
-from storymem.evaluation.films import load_stories
+from storymem.evaluation.films import stories_of
 from storymem.evaluation.methods import StoryMem
 from storymem.evaluation.metric import Metric
 from storymem.evaluation.stbench import EvaluateSettings
@@ -142,7 +142,7 @@ def test_unknown_methods_are_told_with_their_nearest_neighbour() -> None:
 @pytest.mark.parametrize("name", files("experiment", "stbench_*.yaml"))
 def test_a_benchmark_names_stories_and_methods_that_exist(name: str) -> None:
     settings = evaluation(f"experiment={name}")
-    told = load_stories(CONFIGS.parent / settings.stbench.stories, settings.stbench.only)
+    told = stories_of(CONFIGS.parent / settings.stbench.stories, settings.stbench.only)
     assert len(told) == len(settings.stbench.only or range(30))
     assert (settings.model.name, settings.scorer["quality"]["folder"]) == ("toy", "package:toy/weights/clip")
     assert settings.method is None
@@ -154,7 +154,7 @@ def test_a_benchmark_names_stories_and_methods_that_exist(name: str) -> None:
 
 def test_the_quick_benchmark_has_stories_of_every_kind_and_is_a_part_of_the_whole() -> None:
     quick, whole = (evaluation(f"experiment={name}") for name in ("stbench_toy_quick", "stbench_toy"))
-    told = load_stories(CONFIGS.parent / quick.stbench.stories, quick.stbench.only)
+    told = stories_of(CONFIGS.parent / quick.stbench.stories, quick.stbench.only)
     assert [len(story.characters) for story in told] == [1, 1, 2, 2, 3, 3]
     assert set(quick.methods) < set(whole.methods)
     assert quick.metrics == whole.metrics

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storymem.evaluation.films import find_films, load_stories
+from storymem.evaluation.films import find_films, stories_of
 from storymem.film import Film, FilmError, ShotRecord
 from storymem.story import Story, load_story
 from tests.evaluation import small
@@ -113,22 +113,22 @@ def test_faulty_mapping_files(tmp_path: Path, stories: list[Story], mapping: str
 
 def test_stories_are_loaded_in_order_and_can_be_chosen(tmp_path: Path, stories: list[Story]) -> None:
     folder = tmp_path / "stories"
-    assert [story.title for story in load_stories(folder)] == ["The Red Boat", "A Cat"]
+    assert [story.title for story in stories_of(folder)] == ["The Red Boat", "A Cat"]
     for name in ("A Cat", "a_cat", "02_a_cat", "02_a_cat.yaml"):
-        assert [story.title for story in load_stories(folder, [name])] == ["A Cat"]
+        assert [story.title for story in stories_of(folder, [name])] == ["A Cat"]
     with pytest.raises(ValueError, match="no story 'dog'; known are: the_red_boat, a_cat"):
-        load_stories(folder, ["a_cat", "dog"])
+        stories_of(folder, ["a_cat", "dog"])
 
 
 def test_faulty_and_double_stories_are_told(tmp_path: Path, stories: list[Story]) -> None:
     (tmp_path / "stories" / "03.yaml").write_text(small.TWO_SHOTS)
     with pytest.raises(ValueError, match="two stories are called a_cat"):
-        load_stories(tmp_path / "stories")
+        stories_of(tmp_path / "stories")
     for name in ("03.yaml", "04.yaml"):
         (tmp_path / "stories" / name).write_text("title: 3\n")
     with pytest.raises(ValueError, match=r"03\.yaml.*\n(.*\n)*.*04\.yaml"):
-        load_stories(tmp_path / "stories")
+        stories_of(tmp_path / "stories")
     with pytest.raises(ValueError, match="there are no stories"):
-        load_stories(tmp_path / "nowhere")
+        stories_of(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no such folder"):
         find_films(tmp_path / "nowhere", stories)

@@ -344,6 +344,12 @@ def test_runtimes_that_a_sampler_rules_out() -> None:
         check_speed(deep(), few, RuntimeSettings(cache="first_block"))
 
 
+def test_one_block_leaves_the_first_block_cache_nothing_to_skip() -> None:
+    with pytest.raises(ValueError, match=r"skips all blocks but the first, and the networks of .* have only one"):
+        check_speed(settings(), SAMPLER, RuntimeSettings(cache="first_block"))
+    check_speed(deep(), SAMPLER, RuntimeSettings(cache="first_block"))
+
+
 def test_one_batch_needs_a_memory_that_is_kept() -> None:
     runtime = RuntimeSettings(device="cpu", guidance_batch=True, memory_cache="cpu")
     assert "guidance in one batch" in check_acceleration(deep(memory_attention="cached"), SAMPLER, runtime)

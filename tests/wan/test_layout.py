@@ -48,6 +48,27 @@ def test_torchrun_says_which_process_this_is() -> None:
     assert Launch().is_first
 
 
+def test_processes_in_teams_divide_the_films() -> None:
+    started = [Launch(rank=rank, world=8, local_rank=rank, local_world=8) for rank in range(8)]
+    teams = [launch.in_teams(4) for launch in started]
+    assert [(one.team, one.rank) for one in teams] == [(rank // 4, rank % 4) for rank in range(8)]
+    assert {(one.teams, one.world, one.local_world) for one in teams} == {(2, 4, 8)}
+    assert [one.local_rank for one in teams] == list(range(8)), "a team's processes keep their own accelerators"
+    assert [one.is_first for one in teams] == [True, False, False, False] * 2
+    assert [one.share("abcde") for one in teams] == ["ace"] * 4 + ["bd"] * 4
+    assert [launch.in_teams(None) for launch in started] == started
+    assert started[3].in_teams(None).share("abc") == "abc"
+    with pytest.raises(ValueError, match=r"processes_per_film=3 and 8 processes .* of which 2 would have no film"):
+        started[0].in_teams(3)
+
+
+def test_a_team_of_one_takes_the_accelerator_of_its_number() -> None:
+    alone = Launch(rank=1, world=2, local_rank=1, local_world=2).in_teams(1)
+    assert find_layout(RuntimeSettings(), alone, model=tiny.settings(), sampler=GUIDED) == Layout()
+    with pytest.raises(ValueError, match="takes the device of its own number"):
+        find_layout(RuntimeSettings(device="cuda:1"), alone, model=tiny.settings(), sampler=GUIDED)
+
+
 @pytest.mark.parametrize(
     ("world", "runtime", "mesh"),
     [
