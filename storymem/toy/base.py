@@ -1,7 +1,7 @@
-"""The toy base model: two `WanTransformer3DModel` experts and the text encoder, trained from text and first frames.
+"""The toy base model: two `WanTransformer3DModel` experts, trained from text and first frames.
 
-First one network learns all noise levels together with the text encoder; then each expert goes on from it in its own
-range. No memory is ever shown.
+First one network learns all noise levels; then each expert goes on from it in its own range. The text encoder is
+frozen, and no memory is ever shown.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def build_transformer() -> WanTransformer3DModel:
 
 
 class Denoiser(nn.Module):
-    """An expert and the text encoder, as one thing to train."""
+    """An expert and the frozen text encoder that it reads."""
 
     def __init__(self, transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel) -> None:
         super().__init__()
-        self.transformer, self.text_encoder = transformer, text_encoder
+        self.transformer, self.text_encoder = transformer, text_encoder.requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +121,11 @@ def train_denoiser(
     compiled: bool = False,
     draw: Callable[[Denoiser, int], None] | None = None,
 ) -> None:
-    """Train on one range of noise levels: "base" (all, with the text encoder), "high" or "low" (without it).
+    """Train on one range of noise levels: "base" (all), "high" or "low".
 
     compiled: a third faster, after a minute of compiling.
     """
     span = RANGES[expert]
-    model.text_encoder.requires_grad_(expert == "base")
     if compiled:
         model.transformer.compile_repeated_blocks(fullgraph=True)
 

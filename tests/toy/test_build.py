@@ -19,7 +19,13 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 
 def test_the_stages_are_in_the_order_in_which_they_need_each_other() -> None:
     order = list(STAGES)
-    for before, after in [("text", "base"), ("vae", "latents"), ("latents", "base"), ("vae", "decoder")]:
+    for before, after in [
+        ("text", "text_encoder"),
+        ("text_encoder", "base"),
+        ("vae", "latents"),
+        ("latents", "base"),
+        ("vae", "decoder"),
+    ]:
         assert order.index(before) < order.index(after)
     for before, after in [("base", "high"), ("base", "low"), ("clip", "quality"), ("quality", "save")]:
         assert order.index(before) < order.index(after)
