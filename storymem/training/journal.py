@@ -13,8 +13,8 @@ from typing import Any, Self, TextIO
 class Journal:
     """Records by key, each with ``made``: a digest of all that the record depends on.
 
-    A record whose ``made`` is not what it would be now is as good as none. Several workers may write journals of one
-    name; each appends to its own file and reads all.
+    A record whose ``made`` is not what it would be now is as good as none, and hides no other. Several workers may
+    write journals of one name; each appends to its own file and reads all.
 
     Args:
         folder: where the files lie.
@@ -26,22 +26,22 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"{name}-{worker:03d}.jsonl"
         self._file: TextIO | None = None
-        self._records: dict[str, dict[str, Any]] = {}
+        self._records: dict[tuple[str, str], dict[str, Any]] = {}  # by key and made
         for path in sorted(folder.glob(f"{name}-*.jsonl")):
-            self._records |= {record["key"]: record for record in _lines(path)}
+            self._records |= {(record["key"], record["made"]): record for record in _lines(path)}
 
     def get(self, key: str, made: str) -> dict[str, Any] | None:
         """The record of an item, if it was made under the same conditions."""
-        record = self._records.get(key)
-        return record if record is not None and record["made"] == made else None
+        return self._records.get((key, made))
 
     def add(self, key: str, made: str, **record: Any) -> None:
         """Write down one item; it is on its way to the disk when this returns."""
         if self._file is None:
             _drop_broken_end(self._path)
             self._file = self._path.open("a", encoding="utf-8")
-        self._records[key] = {"key": key, "made": made, **record}
-        self._file.write(json.dumps(self._records[key], ensure_ascii=False) + "\n")
+        line = {"key": key, "made": made, **record}
+        self._records[key, made] = line
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def __enter__(self) -> Self:

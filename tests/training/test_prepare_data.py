@@ -285,12 +285,14 @@ def test_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(r"check: 5 clips \(\d\d:\d\d\)", lines[3])
 
 
-def test_a_record_made_otherwise_counts_as_none(tmp_path: Path) -> None:
-    with Journal(tmp_path, "step") as journal:
-        journal.add("a", "v1", n=1)
-        journal.add("a", "v2", n=2)
-    assert Journal(tmp_path, "step").get("a", "v1") is None
-    assert Journal(tmp_path, "step").get("a", "v2") == {"key": "a", "made": "v2", "n": 2}
+def test_a_record_counts_for_what_it_was_made_with_whoever_wrote_it(tmp_path: Path) -> None:
+    for worker, made, n in ((1, "old", 1), (0, "new", 2)):
+        with Journal(tmp_path, "step", worker) as journal:
+            assert journal.get("a", made) is None
+            journal.add("a", made, n=n)
+    again = Journal(tmp_path, "step", worker=2)
+    assert again.get("a", "new") == {"key": "a", "made": "new", "n": 2}, "not hidden by the other worker's older one"
+    assert again.get("a", "newer") is None
 
 
 REAL = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
