@@ -14,10 +14,11 @@ CRF = 4  # nearly without loss: the reader must still tell colours
 
 
 def write_clips(folder: Path, stories: range) -> int:
-    """Write all shots of the stories with these seeds as `000123/01.mp4`, each with its prompt in `000123/01.txt`.
+    """Write all shots of the stories with these seeds as `000123_ada/01.mp4`, each with its prompt in a `.txt`.
 
     A clip is 17 frames of 96x64 at 8 a second. Clips that are there already are left alone, and several processes may
-    work on one folder. Characters keep their looks within a story and only there, so a story is a folder.
+    work on one folder. Characters keep their looks within a story and only there, and pictures do not say who is who:
+    so a folder holds the shots of a story in which the same people appear.
 
     Returns:
         how many clips were written now.
@@ -32,10 +33,10 @@ def write_clips(folder: Path, stories: range) -> int:
         )
     written = 0
     for seed in stories:
-        below = folder / f"{seed:06d}"
-        below.mkdir(parents=True, exist_ok=True)
         for number, shot in enumerate(story(seed).shots, start=1):
-            path = below / f"{number:02d}.mp4"
+            names = sorted(character.name.lower() for character in shot.cast)
+            path = folder / "_".join([f"{seed:06d}", *names]) / f"{number:02d}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 _write_clip(path, shot)
                 written += 1

@@ -27,31 +27,48 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_prepare_data_finds_every_clip_with_its_prompt(folder: Path) -> None:
     videos = find_videos(folder)
     captions = read_captions(folder, videos, None)
-    assert [video.split("/")[0] for video in videos] == ["000000"] * 8 + ["000001"] * 8 + ["000002"] * 8
-    prompts = [shot.prompt for seed in range(3) for shot in story(seed).shots]
-    assert [captions.of(video, 0, FRAMES / FPS) for video in videos] == prompts
+    assert len(videos) == 24
+    for video in videos:
+        seed, number = int(video[:6]), int(video.split("/")[1][:2])
+        assert captions.of(video, 0, FRAMES / FPS) == story(seed).shots[number - 1].prompt
+
+
+def test_a_folder_holds_the_shots_of_the_same_people(folder: Path) -> None:
+    for below in folder.iterdir():
+        seed, *names = below.name.split("_")
+        shots = [story(int(seed)).shots[int(path.stem) - 1] for path in below.glob("*.mp4")]
+        assert {tuple(sorted(one.name.lower() for one in shot.cast)) for shot in shots} == {tuple(names)}
+    casts = {tuple(one.name for one in shot.cast) for seed in range(3) for shot in story(seed).shots}
+    assert len(casts) > 3, "a story has more folders than one"
+    assert {len(below.name.split("_")) for below in folder.iterdir()} >= {2, 3}
+
+
+def clip(folder: Path, seed: int, number: int) -> Path:
+    """The file of a shot, counted from 1."""
+    (path,) = folder.glob(f"{seed:06d}_*/{number:02d}.mp4")
+    return path
 
 
 def test_a_clip_has_the_frames_of_its_shot(folder: Path) -> None:
-    info = probe(folder / "000001/03.mp4")
+    info = probe(clip(folder, 1, 3))
     assert (info.frames, info.fps, info.height, info.width) == (FRAMES, FPS, HEIGHT, WIDTH)
     drawn = story(1).shots[2].frames.astype(np.float64)
-    error = np.square(read_video(folder / "000001/03.mp4") - drawn).mean()
+    error = np.square(read_video(clip(folder, 1, 3)) - drawn).mean()
     assert 10 * np.log10(255**2 / error) > 28  # colours have half the resolution in H.264
 
 
 def test_attributes_are_read_from_files_as_from_drawings(folder: Path) -> None:
     answers = {"drawn": [], "decoded": []}
     for number, shot in enumerate(story(0).shots, start=1):
-        decoded = read_video(folder / f"000000/{number:02d}.mp4", [8])[0]
+        decoded = read_video(clip(folder, 0, number), [8])[0]
         for name, frame in (("drawn", shot.frames[8]), ("decoded", decoded)):
             answers[name] += [right for _, right in agreement(shot.seen(8), read_attributes(frame))]
     assert np.mean(answers["decoded"]) >= np.mean(answers["drawn"]) - 0.03
-    assert UNKNOWN not in vars(read_attributes(read_video(folder / "000000/01.mp4", [8])[0])).values()
+    assert UNKNOWN not in vars(read_attributes(read_video(clip(folder, 0, 1), [8])[0])).values()
 
 
 def test_what_is_there_is_left_alone_and_what_is_missing_is_written(folder: Path) -> None:
-    kept, lost = folder / "000000/01.mp4", folder / "000002/08.mp4"
+    kept, lost = clip(folder, 0, 1), clip(folder, 2, 8)
     before, bytes_of_lost = kept.stat().st_mtime_ns, lost.read_bytes()
     lost.unlink()
     assert write_clips(folder, range(3)) == 1
