@@ -262,11 +262,14 @@ class Run:
         from storymem.wan.lora_layouts import experts_of
 
         settings = self.settings
-        pipe = load_pipeline(
-            replace(settings.model, adapter=None), runtime=RuntimeSettings(device="cpu"), text_encoder=False
-        )
         trained = EXPERTS[settings.expert]
-        needed = {name: t for name, t in experts_of(pipe).items() if settings.samples.every or name in trained}
+        pipe = load_pipeline(
+            replace(settings.model, adapter=None),
+            runtime=RuntimeSettings(device="cpu"),
+            text_encoder=False,
+            experts=EXPERTS["both"] if settings.samples.every else trained,
+        )
+        needed = experts_of(pipe)
         del pipe
         for number, name in enumerate(trained):
             add_adapter(needed[name], name, settings.adapter, seed=settings.seed + number)

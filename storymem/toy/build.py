@@ -46,7 +46,7 @@ SCHEDULES = {
     "text_encoder": Schedule(minutes=6, learning_rate=2e-3, warmup=50, ema=0.99),
     "vae": Schedule(minutes=50, learning_rate=3e-3, warmup=100),
     "decoder": Schedule(minutes=40, learning_rate=1e-3, warmup=50),
-    "base": Schedule(minutes=60, learning_rate=2e-3, warmup=100),
+    "base": Schedule(minutes=100, learning_rate=2e-3, warmup=100),
     "high": Schedule(minutes=40, learning_rate=1.5e-3, warmup=20, ema=0.998),
     "low": Schedule(minutes=40, learning_rate=1.5e-3, warmup=20, ema=0.998),
     "clip": Schedule(minutes=8, learning_rate=2e-3, warmup=50, ema=0.995),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
 from tempfile import TemporaryDirectory
 
 import torch
@@ -22,8 +23,12 @@ def check_gguf(runtime: RuntimeSettings) -> None:
         raise ValueError("model.gguf needs the reader of these files: pip install 'gguf>=0.10'")
 
 
-def load_gguf_experts(model: ModelSettings) -> dict[str, WanTransformer3DModel]:
-    """Both transformers, from files with the original's names or diffusers'; their shape is ``model.network``'s.
+def load_gguf_experts(model: ModelSettings, names: Collection[str]) -> dict[str, WanTransformer3DModel]:
+    """Transformers, from files with the original's names or diffusers'; their shape is ``model.network``'s.
+
+    Args:
+        model: names the files.
+        names: which of ``transformer`` and ``transformer_2``.
 
     Raises:
         MissingWeights: if a file is not on this machine.
@@ -42,4 +47,5 @@ def load_gguf_experts(model: ModelSettings) -> dict[str, WanTransformer3DModel]:
                 torch_dtype=dtype,
             )
             for name, weights in files.items()
+            if name in names
         }

@@ -6,7 +6,7 @@ Published weights, the small trained models and networks with random weights all
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from storymem.wan.acceleration import accelerate, check_acceleration
 from storymem.wan.gguf import load_gguf_experts
 from storymem.wan.lora import load_memory_lora
-from storymem.wan.lora_layouts import Expert
+from storymem.wan.lora_layouts import COMPONENTS, Expert
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.precision import check_precision, lower_precision
 from storymem.wan.presets import settle
@@ -40,7 +40,7 @@ def load_pipeline(
     continuity: Continuity = "none",
     sampler: SamplerSettings | None = None,
     text_encoder: bool = True,
-    experts: bool = True,
+    experts: bool | Collection[Expert] = True,
 ) -> WanMemoryToVideoPipeline:
     """A ready memory-to-video pipeline.
 
@@ -50,27 +50,28 @@ def load_pipeline(
         continuity: which adapter is loaded, where there is one for each kind.
         sampler: how shots will be sampled; None: as published.
         text_encoder: whether to load the text encoder; without it, pass ``prompt_embeds``.
-        experts: whether to load the transformers and their adapter; without them the pipeline can only encode.
+        experts: whether to load the transformers and their adapter, or which of the two; without them the pipeline can
+            only encode, and with one it makes no shot.
 
     Raises:
         MissingWeights: before anything is loaded.
         ValueError: for weights or a machine that do not fit the settings.
     """
     sampler = sampler or SamplerSettings()
-    check_weights(model, text_to_video=False, continuity=continuity, sampler=sampler if experts else None)
-    runtime = settle(model, runtime or RuntimeSettings(), sampler=sampler, experts=experts)
-    if experts:
+    names = _names(experts)
+    check_weights(model, text_to_video=False, continuity=continuity, sampler=sampler if names else None)
+    runtime = settle(model, runtime or RuntimeSettings(), sampler=sampler, experts=bool(names))
+    if names:
         check_precision(model, runtime, resolve_device(runtime.device))
         check_acceleration(model, sampler, runtime)
     scheduler = wan_scheduler(sampler.shift, sampler.scheduler)
     if model.weights is None:
-        pipe = _random_pipeline(model, scheduler, text_encoder=text_encoder, experts=experts)
+        pipe = _random_pipeline(model, scheduler, text_encoder=text_encoder, names=names)
     else:
         left_out: dict[str, Any] = {} if text_encoder else {"text_encoder": None, "tokenizer": None}
-        if not experts:
-            left_out |= {"transformer": None, "transformer_2": None}
-        elif model.gguf is not None:
-            left_out |= load_gguf_experts(model)
+        left_out |= {name: None for name in COMPONENTS.values() if name not in names}
+        if names and model.gguf is not None:
+            left_out |= load_gguf_experts(model, names)
         pipe = WanMemoryToVideoPipeline.from_pretrained(
             locate(model.weights),
             scheduler=scheduler,
@@ -80,11 +81,11 @@ def load_pipeline(
             boundary_ratio=model.boundary,
             **left_out,
         )
-    if experts and model.adapter is not None:
+    if names and model.adapter is not None:
         _load_adapter(pipe, model, continuity)
-    if experts and sampler.adapter is not None:
+    if names and sampler.adapter is not None:
         _load_step_adapter(pipe, sampler.adapter, sampler.adapter.weights)
-    if experts:
+    if names:
         lower_precision(pipe.experts.values(), model, runtime)
         accelerate(pipe, model, sampler, runtime)
         pipe.memory_cache = runtime.memory_cache
@@ -170,20 +171,26 @@ def _load_step_adapter(pipe: Any, adapter: StepAdapterSettings, weights: Weights
     load_memory_lora(pipe, locate(weights), adapter_name=STEP_ADAPTER, weight=strength)
 
 
+def _names(experts: bool | Collection[Expert]) -> frozenset[str]:
+    """The pipeline's names of the transformers to load."""
+    wanted: Collection[Expert] = (COMPONENTS if experts else ()) if isinstance(experts, bool) else experts
+    return frozenset(COMPONENTS[expert] for expert in wanted)
+
+
 def _dtypes(model: ModelSettings) -> dict[str, torch.dtype]:
     return {"default": getattr(torch, model.dtype), "vae": getattr(torch, model.vae_dtype)}
 
 
 def _random_pipeline(
-    model: ModelSettings, scheduler: Any, *, text_encoder: bool, experts: bool
+    model: ModelSettings, scheduler: Any, *, text_encoder: bool, names: Collection[str]
 ) -> WanMemoryToVideoPipeline:
     """Networks of the configured shape with random weights; each part has its own seed, so parts can be left out."""
     from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
     network, seed = model.network, model.seed
 
-    def expert(k: int) -> WanTransformer3DModel | None:
-        if not experts:
+    def expert(k: int, name: str) -> WanTransformer3DModel | None:
+        if name not in names:
             return None
         return _seeded(seed + k, model.dtype, lambda: WanTransformer3DModel(**network.transformer, in_channels=36))
 
@@ -195,8 +202,8 @@ def _random_pipeline(
         text_encoder=text() if text_encoder else None,
         vae=_seeded(seed + 2, model.vae_dtype, lambda: AutoencoderKLWan(**network.vae)),
         scheduler=scheduler,
-        transformer=expert(0),
-        transformer_2=expert(1),
+        transformer=expert(0, "transformer"),
+        transformer_2=expert(1, "transformer_2"),
         boundary_ratio=model.boundary,
         rope_stride=model.rope_stride,
         memory_attention=model.memory_attention,

@@ -67,6 +67,9 @@ def test_parts_can_be_left_out_without_changing_the_others(
     assert experts.text_encoder is None
     assert experts.tokenizer is None
     assert same(texts.text_encoder, pipe.text_encoder)
+    low = load_pipeline(tiny_model, runtime=CPU, text_encoder=False, experts=["low_noise"])
+    assert list(low.experts) == ["transformer_2"], "for training one of them, the other is not read"
+    assert same(low.transformer_2, pipe.transformer_2)
     assert same(experts.transformer, pipe.transformer)
     assert same(experts.transformer_2, pipe.transformer_2)
     assert same(texts.vae, pipe.vae)
@@ -148,6 +151,9 @@ def test_parts_of_a_saved_folder_can_be_left_out(pipe: WanMemoryToVideoPipeline,
     assert experts.text_encoder is None
     assert same(texts.text_encoder, pipe.text_encoder)
     assert same(experts.transformer_2, pipe.transformer_2)
+    high = load_pipeline(model, runtime=CPU, text_encoder=False, experts=["high_noise"])
+    assert list(high.experts) == ["transformer"]
+    assert same(high.transformer, pipe.transformer)
 
 
 def test_a_text_to_video_folder_gives_the_same_shots(pipe: WanMemoryToVideoPipeline, saved: Path) -> None:
