@@ -8,6 +8,7 @@ docs/with_and_without.png: above with memory, below without, the middle frame of
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def main() -> None:
     rows = []
     for memory in ("toy", "none"):
         name = f"films/with_and_without/{Path(story).stem}_{memory}"
+        shutil.rmtree(name, ignore_errors=True)  # an older film may be of other weights
         (film,) = generate(composed("generate", [f"story={story}", f"output={name}", f"memory={memory}", *overrides]))
         rows.append(strip(film))
     Image.fromarray(np.concatenate([rows[0], np.full_like(rows[0][: 2 * GAP], 255), rows[1]])).save(PICTURE)
