@@ -36,7 +36,7 @@ def generate(config: Mapping[str, Any]) -> list[Film]:
     stories = load_stories([settings.story] if isinstance(settings.story, str) else settings.story)
     for story in stories:
         _check_story(story, settings, among=len(stories))
-    launch = Launch.of_environment().in_teams(settings.runtime.processes_per_film)
+    launch = Launch.of(settings.runtime)
     if launch.teams > len(stories):
         raise ValueError(
             f"runtime.processes_per_film={launch.world} lets {launch.teams} films be made at once, and "

@@ -130,8 +130,7 @@ def _runtime(settings: GenerateSettings, *, memory: int, frames: int) -> list[st
     model, sampler, asked = settings.model, settings.sampler, settings.runtime
     device = check_runtime(asked)
     check_precision(model, asked, device)
-    launch = Launch.of_environment().in_teams(asked.processes_per_film)
-    layout = find_layout(asked, launch, model=model, sampler=sampler)
+    layout = find_layout(asked, Launch.of(asked), model=model, sampler=sampler)
     scorers = scorer_bytes(settings.scorer.clip, settings.scorer.quality)
     choice = choose_runtime(model, asked, sampler=sampler, scorers=scorers, layout=layout)
     runtime = choice.runtime

@@ -20,7 +20,7 @@ from storymem.story_file import StoryError, StoryFile, kind, listing, nearest, n
 
 __all__ = ["Character", "Scene", "Shot", "Story", "StoryError", "load_stories", "load_story"]
 
-_SUFFIXES = (".yaml", ".yml", ".json")
+STORY_SUFFIXES = (".yaml", ".yml", ".json")
 _STORY_KEYS = ("title", "overview", "style", "characters", "scenes")
 _CHARACTER_KEYS = ("name", "references")
 _SCENE_KEYS = ("shots",)
@@ -165,13 +165,13 @@ def load_stories(paths: Iterable[str | os.PathLike[str]]) -> list[Story]:
         paths: in folders all YAML and JSON files must be stories.
 
     Raises:
-        StoryError: naming every problem of all files; for a folder without stories; for two stories whose films would
-            have one name.
+        StoryError: naming every problem of all files; for a folder without stories, or no path at all; for two stories
+            whose films would have one name.
     """
     stories: list[Story] = []
     faults: list[str] = []
     for path in map(Path, paths):
-        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES) if path.is_dir() else [path]
+        files = sorted(file for file in path.rglob("*") if file.suffix in STORY_SUFFIXES) if path.is_dir() else [path]
         if not files:
             faults.append(f"{path}: there are no stories (*.yaml, *.json) in this folder")
         for file in files:
@@ -179,6 +179,8 @@ def load_stories(paths: Iterable[str | os.PathLike[str]]) -> list[Story]:
                 stories.append(load_story(file))
             except StoryError as error:
                 faults += error.problems
+    if not stories and not faults:
+        faults.append("no story was named: write the path of a story's file, of several, or of a folder of stories")
     if faults:
         raise StoryError(faults)
     slugs = [story.slug for story in stories]

@@ -59,6 +59,8 @@ def test_all_stories_are_checked_before_the_first_is_filmed(two_stories: Path) -
         several(story="stories")
     with pytest.raises(ValueError, match=r"resume=from_shot:2 is for one story, and 2 were named"):
         several("resume=from_shot:2")
+    with pytest.raises(ValueError, match="no story was named"):
+        several(story="[]")
     assert not (two_stories / "films").exists()
 
 

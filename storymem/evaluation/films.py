@@ -14,10 +14,9 @@ from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, build_settings
 from storymem.film import MANIFEST, Film, FilmError
-from storymem.story import Shot, Story, StoryError, load_stories
+from storymem.story import STORY_SUFFIXES, Shot, Story, StoryError, load_stories
 
 MAPPING = "films.yaml"
-_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +190,6 @@ def _names(story: Story) -> list[str]:
 
 def _key(name: str) -> str:
     """A name without its leading number, suffix, case, spaces and punctuation."""
-    stem = name.rsplit(".", 1)[0] if name.endswith(_SUFFIXES) else name
+    stem = name.rsplit(".", 1)[0] if name.endswith(STORY_SUFFIXES) else name
     letters = "".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", stem).lower()))
     return letters.lstrip("0123456789") or letters

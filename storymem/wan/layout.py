@@ -52,6 +52,11 @@ class Launch:
             local_world=int(environment.get("LOCAL_WORLD_SIZE", world)),
         )
 
+    @classmethod
+    def of(cls, runtime: RuntimeSettings) -> Launch:
+        """This process in its team, as ``runtime`` divides the processes that the launcher started; see `in_teams`."""
+        return cls.of_environment().in_teams(runtime.processes_per_film)
+
     @property
     def is_first(self) -> bool:
         """Whether this process decides, writes and speaks for its team."""

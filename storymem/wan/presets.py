@@ -157,9 +157,7 @@ def settle(
         return runtime
     if not experts:
         return replace(runtime, offload="none")
-    layout = (
-        divide(runtime, Launch.of_environment().in_teams(runtime.processes_per_film).world) if runtime.spread else None
-    )
+    layout = divide(runtime, Launch.of(runtime).world) if runtime.spread else None
     choice = choose_runtime(model, runtime, sampler=sampler, scorers=scorers, layout=layout)
     if not choice.fits:
         raise ValueError(f"runtime.offload=auto finds no room for {model.name} on {choice.reason}")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from storymem.wan.guidance import GuidanceBatch, batch_guidance
-from storymem.wan.loading import load_pipeline, load_text_to_video
+from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import RuntimeSettings
-from tests.wan.tiny import CPU, FRAMES, HEIGHT, STEPS, WIDTH, counting, generate, pictures, settings
+from tests.wan.tiny import CPU, STEPS, counting, generate, pictures, settings, shot_by_text
 
 ONE_BATCH = RuntimeSettings(device="cpu", guidance_batch=True)
 GUIDED: dict[str, Any] = {"negative_prompt": "fog", "guidance_scale": 3.0}
@@ -89,18 +89,7 @@ def test_several_videos_in_one_call(
 
 def test_a_first_shot_by_text_to_video(pipe: WanMemoryToVideoPipeline) -> None:
     def shot(runtime: RuntimeSettings) -> Tensor:
-        from_text = load_text_to_video(settings(), vae=pipe.vae, runtime=runtime)
-        from_text.set_progress_bar_config(disable=True)
-        return from_text(
-            prompt_embeds=torch.ones(1, 16, 32),
-            negative_prompt_embeds=torch.zeros(1, 16, 32),
-            height=HEIGHT,
-            width=WIDTH,
-            num_frames=FRAMES,
-            num_inference_steps=STEPS,
-            output_type="latent",
-            generator=torch.Generator().manual_seed(0),
-        ).frames
+        return shot_by_text(settings(), pipe.vae, runtime=runtime)
 
     close(shot(ONE_BATCH), shot(CPU))
 

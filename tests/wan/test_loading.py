@@ -16,7 +16,7 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import WanUniPCScheduler
 from storymem.wan.settings import ModelSettings, SamplerSettings
 from storymem.weights import MissingWeights
-from tests.wan.tiny import CPU, FRAMES, HEIGHT, STEPS, WIDTH, generate, pictures, settings
+from tests.wan.tiny import CPU, generate, pictures, settings, shot_by_text
 
 
 def local(path: Path) -> dict[str, Any]:
@@ -38,21 +38,6 @@ def saved(pipe: WanMemoryToVideoPipeline, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("saved") / "i2v"
     pipe.save_pretrained(folder)
     return folder
-
-
-def shot_by_text(model: ModelSettings, vae: nn.Module, **changes: Any) -> Tensor:
-    pipe = load_text_to_video(model, vae=vae, runtime=CPU, **changes)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        prompt_embeds=torch.ones(1, 16, 32),
-        negative_prompt_embeds=torch.zeros(1, 16, 32),
-        height=HEIGHT,
-        width=WIDTH,
-        num_frames=FRAMES,
-        num_inference_steps=STEPS,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(0),
-    ).frames
 
 
 # Networks built from their configuration

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from storymem.config import build_settings
+from storymem.wan.loading import load_text_to_video
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings, RuntimeSettings
 
@@ -77,3 +78,19 @@ def counting(*modules: nn.Module) -> Iterator[dict[str, int]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def shot_by_text(model: ModelSettings, vae: Any, *, runtime: RuntimeSettings = CPU, **changes: Any) -> Tensor:
+    """Latents of a first shot by the text-to-video networks."""
+    pipe = load_text_to_video(model, vae=vae, runtime=runtime, **changes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompt_embeds=torch.ones(1, 16, 32),
+        negative_prompt_embeds=torch.zeros(1, 16, 32),
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=FRAMES,
+        num_inference_steps=STEPS,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).frames
