@@ -139,7 +139,7 @@ def build_storyteller(
         reference_fit=settings.memory.reference_fit,
         seed=settings.seed,
         scorer_device=device,
-        config=_recorded(config),
+        config=_recorded(config) | {"weights": _hashes(settings)},
     )
 
 
@@ -151,6 +151,23 @@ def _recorded(config: Mapping[str, Any]) -> dict[str, Any]:
         changed["attention"] = "sage"
     kept = {key: value for key, value in config.items() if key not in _BESIDES}
     return {**kept, "runtime": changed} if changed else kept
+
+
+def _hashes(settings: GenerateSettings) -> dict[str, str]:
+    """Name of weights -> what tells them from others of that name.
+
+    Text-to-video is left out: it makes a film's first shot and no other, so a film that is gone on with does not need it.
+    """
+    from storymem.scorers.sources import scorer_weights
+    from storymem.wan.sources import required_weights
+    from storymem.weights import locate, sample_hash
+
+    wanted = required_weights(
+        settings.model, text_to_video=False, continuity=settings.continuity, sampler=settings.sampler
+    )
+    for scorer in (settings.scorer.clip, settings.scorer.quality):
+        wanted += scorer_weights(scorer)
+    return {weights.name: sample_hash(locate(weights)) for weights in wanted}
 
 
 def _on_cpu(scorer: Mapping[str, Any]) -> dict[str, Any]:

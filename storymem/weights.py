@@ -6,6 +6,7 @@ must never begin as the side effect of a typing mistake.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from pydantic.dataclasses import dataclass
 from storymem.config import STRICT
 
 _PACKAGE = "package:"  # what comes with the package needs no path
+_SAMPLES = 16  # of a file, and the bytes of each
+_SAMPLE_BYTES = 1 << 16
 
 
 class MissingWeights(FileNotFoundError):
@@ -96,6 +99,30 @@ def locate(weights: Weights) -> Path:
     if not (folder / weights.file).is_file():
         raise _missing(weights, f"has no {weights.file} in the local Hugging Face cache")
     return folder / weights.file
+
+
+def sample_hash(*places: Path) -> str:
+    """Twelve hexadecimal digits that tell whether weights are still the same.
+
+    Names, sizes and samples of all files count, but for Markdown, which only describes them: reading 57 GB at every start
+    would take too long.
+
+    Args:
+        places: files, and folders with all that lies in them.
+    """
+    content = hashlib.sha256()
+    for place in places:
+        files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+        for path in files:
+            if path.suffix == ".md":
+                continue
+            size = path.stat().st_size
+            content.update(f"{place.name}/{path.relative_to(place)} {size}\n".encode())
+            with path.open("rb") as file:
+                for sample in range(_SAMPLES):
+                    file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                    content.update(file.read(_SAMPLE_BYTES))
+    return content.hexdigest()[:12]
 
 
 def _locate_on_disk(weights: Weights) -> Path:

@@ -152,9 +152,12 @@ def test_a_preset_fits_the_card_it_is_named_after(name: str, card: int) -> None:
         assert choose_runtime(model, made.runtime, machine=machine, scorers=scorers).fits
 
 
-@pytest.mark.parametrize("name", choices("memory"))
-def test_memories_recall_and_select(name: str) -> None:
-    memory = generate_settings(f"memory={name}").memory
+MEMORIES = [f"memory/{name}" if "/" in name else f"memory={name}" for name in choices("memory")]
+
+
+@pytest.mark.parametrize("choice", [choice.replace("selector/", "selector=") for choice in MEMORIES])
+def test_memories_recall_and_select(choice: str) -> None:
+    memory = generate_settings(choice).memory
     recall, selector = instantiate(memory.recall), instantiate(memory.selector)
     random = np.random.default_rng(0)
     bank = [

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from storymem.film import Film
-from storymem.generate import _recorded, generate
+from storymem.config import build_settings
+from storymem.film import Film, differences
+from storymem.generate import _recorded, build_storyteller, generate
+from storymem.settings import GenerateSettings
 from tests.composing import composed
 
 TWO = """\
@@ -87,3 +90,20 @@ def test_where_a_film_is_computed_is_not_recorded() -> None:
 )
 def test_what_changes_the_picture_is_recorded(override: str) -> None:
     assert recorded(override) != recorded()
+
+
+def test_other_weights_under_the_same_name_are_another_film(tmp_path: Path) -> None:
+    file = tmp_path / "model" / "transformer" / "weights.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"old")
+
+    def config() -> Mapping[str, Any]:
+        made = composed("story=s.yaml", f"model.weights.source={tmp_path / 'model'}")
+        return build_storyteller(build_settings(GenerateSettings, made), made).config
+
+    before = config()
+    (tmp_path / "model" / "README.md").write_text("says more")
+    assert config() == before
+    file.write_bytes(b"new")
+    (line,) = differences(before, config())
+    assert line.startswith("weights.toy models: ")

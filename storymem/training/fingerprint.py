@@ -5,15 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from storymem.training.data_settings import DataSettings
 from storymem.wan.settings import ModelSettings
-from storymem.weights import locate
-
-_CHUNKS = 16
-_CHUNK_BYTES = 1 << 16
+from storymem.weights import locate, sample_hash
 
 
 def cache_fingerprint(model: ModelSettings, data: DataSettings) -> dict[str, str]:
@@ -31,8 +27,8 @@ def cache_fingerprint(model: ModelSettings, data: DataSettings) -> dict[str, str
         text = _hash_of({"config": network.text_encoder, "seed": model.seed})
     else:
         folder = locate(model.weights)
-        vae = _hash_of_files(folder / "vae")
-        text = _hash_of_files(folder / "text_encoder", folder / "tokenizer")
+        vae = sample_hash(folder / "vae")
+        text = sample_hash(folder / "text_encoder", folder / "tokenizer")
     return {
         "vae": vae,
         "text_encoder": f"{text}, {network.text_tokens} tokens",
@@ -56,17 +52,3 @@ def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str
 
 def _hash_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _hash_of_files(*folders: Path) -> str:
-    """Names, sizes and samples of all files: reading 11 GB of a text encoder at every start would take too long."""
-    content = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            size = path.stat().st_size
-            content.update(f"{folder.name}/{path.relative_to(folder)} {size}\n".encode())
-            with path.open("rb") as file:
-                for chunk in range(_CHUNKS):
-                    file.seek(max(0, size - _CHUNK_BYTES) * chunk // (_CHUNKS - 1))
-                    content.update(file.read(_CHUNK_BYTES))
-    return content.hexdigest()[:12]

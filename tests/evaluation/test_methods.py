@@ -71,7 +71,7 @@ def test_independent_shots_know_nothing_of_each_other_and_can_be_gone_on_with(st
 
 def test_storymem_is_the_loop_under_the_commands_settings(tmp_path: Path) -> None:
     story = small.stories(tmp_path / "stories")[1]
-    loop = method("storymem", "continuity=none", "memory=uniform", "seed=3")
+    loop = method("storymem", "continuity=none", "memory/selector=uniform", "seed=3")
     assert isinstance(loop, StoryMem)
     assert loop.settings.memory.selector == {"_target_": "storymem.memory.UniformSelector", "max_keyframes": 3}
     loop.check(story)
