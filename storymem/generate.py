@@ -156,7 +156,7 @@ def _recorded(config: Mapping[str, Any]) -> dict[str, Any]:
 def _hashes(settings: GenerateSettings) -> dict[str, str]:
     """Name of weights -> what tells them from others of that name.
 
-    Text-to-video is left out: it makes a film's first shot and no other, so a film that is gone on with does not need it.
+    Text-to-video is left out: it makes a film's first shot and no other, and a film that is gone on with has that.
     """
     from storymem.scorers.sources import scorer_weights
     from storymem.wan.sources import required_weights

@@ -104,8 +104,8 @@ def locate(weights: Weights) -> Path:
 def sample_hash(*places: Path) -> str:
     """Twelve hexadecimal digits that tell whether weights are still the same.
 
-    Names, sizes and samples of all files count, but for Markdown, which only describes them: reading 57 GB at every start
-    would take too long.
+    Names, sizes and samples of all files count, but for Markdown, which only describes them. Reading all of 57 GB at
+    every start would take too long.
 
     Args:
         places: files, and folders with all that lies in them.

@@ -175,12 +175,14 @@ def memory_mode(adapter: Path) -> str:
     return info.memory_attention
 
 
-def measure(weights: Path, *, count: int = 200, steps: int = STEPS, parts: Sequence[str] = ()) -> dict[str, Any]:
+def measure(
+    weights: Path, *, adapter: Path | None = None, count: int = 200, steps: int = STEPS, parts: Sequence[str] = ()
+) -> dict[str, Any]:
     """All figures, or those of some parts ("vae", "text", "scorers", "joints", "memory"), of the models in a folder.
 
-    The base is measured without the memory adapter, joints and memory with it, where the folder has one.
+    The base is measured without the memory adapter, joints and memory with it: ``adapter``, or else the folder's own.
     """
-    adapter = weights / "adapter"
+    adapter = adapter or weights / "adapter"
     pipe = WanMemoryToVideoPipeline.from_pretrained(
         weights, torch_dtype=torch.float32, memory_attention=memory_mode(adapter) if adapter.is_dir() else "joint"
     )

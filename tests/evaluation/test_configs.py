@@ -89,6 +89,18 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ablation_memory_5": {"memory.recall.sink": 2, "memory.recall.capacity": 5},
     "ablation_memory_10": {"memory.recall.sink": 3, "memory.recall.capacity": 10},
 }
+TOY_MODES: dict[str, dict[str, Any]] = {  # name -> what is changed of model=toy
+    f"ablation_toy_{name}": {
+        "model.memory_attention": mode,
+        "model.adapter.weights.name": f"adapter of {run}",
+        "model.adapter.weights.source": f"runs/{run}/storymem",
+    }
+    for name, mode, run in (
+        ("joint", "joint", "toy_m2v"),
+        ("joint_video_loss", "joint", "toy_m2v_video_loss"),
+        ("cached", "cached", "toy_m2v_cached"),
+    )
+}
 
 
 def flat(node: Any, path: str = "") -> dict[str, Any]:
@@ -103,7 +115,7 @@ def of_model(model: str) -> dict[str, Any]:
 
 
 def test_every_ablation_is_known_here() -> None:
-    assert set(files("experiment", "ablation_*.yaml")) == CHANGES.keys()
+    assert set(files("experiment", "ablation_*.yaml")) == CHANGES.keys() | TOY_MODES.keys()
 
 
 BEHIND_A_MODEL = ("ablation_no_selection", "ablation_no_filter", "ablation_stride_1")  # what a model's file says too
@@ -131,6 +143,23 @@ def test_ablations_change_what_they_say_and_nothing_else(name: str, model: str) 
     assert compared["method"]["name"] == "storymem"
 
 
+@pytest.mark.parametrize("name", TOY_MODES)
+def test_memory_modes_are_compared_by_the_adapters_that_training_leaves(name: str) -> None:
+    plain, other = flat(of_model("toy")), flat(composed("story=s.yaml", f"+experiment={name}"))
+    assert {key: other[key] for key in plain if plain[key] != other[key]} == {
+        key: value for key, value in TOY_MODES[name].items() if plain[key] != value
+    }
+    assert plain.keys() == other.keys()
+    run = TOY_MODES[name]["model.adapter.weights.source"].split("/")[1]
+    trained = composed(f"experiment={run}", "dataset=x", name="train")
+    assert trained["output"] == f"runs/{run}"
+    assert trained["model"]["memory_attention"] == TOY_MODES[name]["model.memory_attention"]
+    assert trained["objective"]["memory_weight"] == (run == "toy_m2v")
+    first = composed("experiment=toy_m2v", "dataset=x", name="train")
+    unlike = {key for key, value in flat(trained).items() if flat(first)[key] != value}
+    assert unlike <= {"output", "model.memory_attention", "objective.memory_weight"}, "equal training"
+
+
 def test_unknown_methods_are_told_with_their_nearest_neighbour() -> None:
     with pytest.raises(ValueError, match="no 'ablation_no_sinks'; did you mean 'ablation_no_sink'"):
         compose_with_method("ablation_no_sinks", [])
@@ -147,7 +176,7 @@ def test_a_benchmark_names_stories_and_methods_that_exist(name: str) -> None:
     assert (settings.model.name, settings.scorer["quality"]["folder"]) == ("toy", "package:toy/weights/clip")
     assert settings.method is None
     known = {*files("method"), *files("experiment", "ablation_*.yaml")}
-    assert settings.methods[:2] == ("independent", "storymem")
+    assert settings.methods[0] == "independent", "what the others are compared with"
     assert set(settings.methods) <= known
     assert Path(settings.output).name == name
 
