@@ -19,7 +19,7 @@ import diffusers
 import torch
 
 from storymem.toy.build import WEIGHTS
-from storymem.toy.report import measure
+from storymem.toy.report import GUIDANCE, measure
 
 #: Part, figure, how it is called, what it should reach.
 AIMS = (
@@ -43,11 +43,12 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=[], choices=sorted({part for part, *_ in AIMS}))
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--adapter", type=Path, help="instead of the one beside the weights")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="of shots made from text and memory")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/toy.json"))
     parser.add_argument("--quick", action="store_true", help="four stories and six steps: only to see that it runs")
     args = parser.parse_args()
     quick: dict[str, Any] = {"count": 4, "steps": 6} if args.quick else {"count": args.count}
-    figures = measure(args.weights, adapter=args.adapter, parts=args.parts, **quick)
+    figures = measure(args.weights, adapter=args.adapter, guidance=args.guidance, parts=args.parts, **quick)
     before = json.loads(args.output.read_text()) if args.output.is_file() else {}
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "machine": platform.machine()}
     made = {"date": datetime.now(UTC).date().isoformat(), **versions}

@@ -61,6 +61,7 @@ def test_both_passes_in_a_batch_are_one_forward() -> None:
     assert both[0].shot == pytest.approx(40 * both[0].seconds)
 
 
+@pytest.mark.slow
 def test_predicted_memory_is_near_the_measured() -> None:
     """Where weights and activations are not small beside what the arithmetic leaves out."""
     video = replace(settings().video, height=96, width=160)

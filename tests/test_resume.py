@@ -35,7 +35,9 @@ def finished_shots(folder: Path) -> int:
     return len(Film.open(folder).shots) if Film.exists(folder) else 0
 
 
-@pytest.mark.parametrize("continuity", ["none", "mi2v", "mm2v"])
+@pytest.mark.parametrize(
+    "continuity", ["mi2v", *(pytest.param(other, marks=pytest.mark.slow) for other in ("none", "mm2v"))]
+)
 def test_a_killed_film_is_gone_on_with_and_ends_the_same(tmp_path: Path, continuity: str) -> None:
     single_thread()
     told = story(tmp_path, FOUR_SHOTS)

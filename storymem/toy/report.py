@@ -31,7 +31,7 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 
 PLACE_PARTS = ("place", "time", "framing", "landmark", "side", "flag")
 LOOK_PARTS = ("shape", "colour", "hat", "eyes")
-STEPS, GUIDANCE = 20, 3.5
+STEPS, GUIDANCE = 20, 2.5  # as sampler=toy guides
 MEMORY = 6  # frames; what the adapter was trained with
 
 
@@ -76,6 +76,7 @@ def generate(
     seed: int,
     *,
     steps: int,
+    guidance: float = GUIDANCE,
     first: npt.NDArray[np.uint8] | None = None,
     memory: Sequence[Image.Image] | None = None,
 ) -> npt.NDArray[np.uint8]:
@@ -87,7 +88,7 @@ def generate(
         width=WIDTH,
         num_frames=FRAMES,
         num_inference_steps=steps,
-        guidance_scale=GUIDANCE,
+        guidance_scale=guidance,
         generator=torch.Generator().manual_seed(seed),
         max_sequence_length=TEXT_TOKENS,
         first_frame=None if first is None else Image.fromarray(first),
@@ -98,11 +99,13 @@ def generate(
     return (made * 255).round().astype(np.uint8)
 
 
-def measure_text_following(pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEPS) -> dict[str, Any]:
+def measure_text_following(
+    pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEPS, guidance: float = GUIDANCE
+) -> dict[str, Any]:
     """Attributes read from shots generated from text with looks."""
     answers: list[tuple[str, bool]] = []
     for i, shot in enumerate(held_out_shots(count, looks=True)):
-        read = read_shot(generate(pipe, shot.prompt, i, steps=steps))
+        read = read_shot(generate(pipe, shot.prompt, i, steps=steps, guidance=guidance))
         answers += agreement(shot.seen(FRAMES // 2), read.seen)
         answers.append(("action", read.action == shot.action))
     by_part = shares(answers)
@@ -110,17 +113,20 @@ def measure_text_following(pipe: WanMemoryToVideoPipeline, count: int, steps: in
     return {
         "shots": count,
         "steps": steps,
+        "guidance": guidance,
         "place_time_framing_action": float(np.mean([by_part[part] for part in asked])),
         "looks": float(np.mean([by_part[part] for part in LOOK_PARTS])),
         "by_part": by_part,
     }
 
 
-def measure_joints(pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEPS) -> dict[str, Any]:
+def measure_joints(
+    pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEPS, guidance: float = GUIDANCE
+) -> dict[str, Any]:
     """Pixel steps across the joint of a shot with a first frame, relative to the steps inside the shot."""
     ratios = []
     for i, shot in enumerate(held_out_shots(count)):
-        made = generate(pipe, shot.prompt, i, steps=steps, first=shot.frames[0]).astype(np.float64)
+        made = generate(pipe, shot.prompt, i, steps=steps, guidance=guidance, first=shot.frames[0]).astype(np.float64)
         inside = np.abs(np.diff(made[1:], axis=0)).mean()
         across = np.abs(made[1] - shot.frames[0]).mean()
         ratios.append(across / max(inside, 1e-6))
@@ -132,7 +138,9 @@ def remembered(told: ToyStory, index: int) -> list[Image.Image]:
     return [Image.fromarray(shot.frames[FRAMES // 2]) for shot in told.shots[:index] if shot.cut][:MEMORY]
 
 
-def measure_memory(pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEPS) -> dict[str, Any]:
+def measure_memory(
+    pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEPS, guidance: float = GUIDANCE
+) -> dict[str, Any]:
     """How much of a character's look, which no prompt says, a shot takes from frames of shots before.
 
     One shot of each of `count` held-out stories with one character, from drawn memory and, with the same noise,
@@ -144,12 +152,19 @@ def measure_memory(pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEP
         index = max(i for i, shot in enumerate(told.shots) if shot.cut)
         shot = told.shots[index]
         for name, memory in (("with_memory", remembered(told, index)), ("without", None)):
-            read = read_shot(generate(pipe, shot.prompt, seed, steps=steps, memory=memory)).seen
+            read = read_shot(generate(pipe, shot.prompt, seed, steps=steps, guidance=guidance, memory=memory)).seen
             pairs = agreement(shot.seen(FRAMES // 2), read)
             answers[name] += [(part, right) for part, right in pairs if part in LOOK_PARTS]
     shares_of = {name: shares(given) for name, given in answers.items()}
     means = {name: float(np.mean(list(parts.values()))) for name, parts in shares_of.items()}
-    return {"stories": count, "steps": steps, **means, "chance": chance_of_look(), "by_part": shares_of}
+    return {
+        "stories": count,
+        "steps": steps,
+        "guidance": guidance,
+        **means,
+        "chance": chance_of_look(),
+        "by_part": shares_of,
+    }
 
 
 def chance_of_look() -> float:
@@ -176,7 +191,13 @@ def memory_mode(adapter: Path) -> str:
 
 
 def measure(
-    weights: Path, *, adapter: Path | None = None, count: int = 200, steps: int = STEPS, parts: Sequence[str] = ()
+    weights: Path,
+    *,
+    adapter: Path | None = None,
+    count: int = 200,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    parts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All figures, or those of some parts ("vae", "text", "scorers", "joints", "memory"), of the models in a folder.
 
@@ -195,9 +216,9 @@ def measure(
 
     tasks = {
         "vae": lambda: measure_vae(pipe.vae, count),
-        "text": lambda: measure_text_following(pipe, count, steps),
+        "text": lambda: measure_text_following(pipe, count, steps, guidance),
         "scorers": lambda: measure_scorers(weights, count),
-        "joints": lambda: measure_joints(remembering(), max(2, count // 4), steps),
-        "memory": lambda: measure_memory(remembering(), max(2, count // 4), steps),
+        "joints": lambda: measure_joints(remembering(), max(2, count // 4), steps, guidance),
+        "memory": lambda: measure_memory(remembering(), max(2, count // 4), steps, guidance),
     }
     return {name: task() for name, task in tasks.items() if not parts or name in parts}
