@@ -104,7 +104,11 @@ class Validation:
             self._log.row(report.step, values)
 
     def losses(self, trainer: Trainer) -> dict[str, Any]:
-        """``valid_loss_high_noise`` ... -> value, with the averaged parameters if there are any."""
+        """``valid_loss_high_noise``, ``valid_video_loss_high_noise`` ... -> value, with the averaged parameters if any.
+
+        The second is that of the video's slots alone, whatever ``memory_weight`` says: runs that differ in it or in the
+        memory mode can be compared by it.
+        """
         accelerator = trainer.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
         # Sharded networks gather their parameters together, so every process runs as many samples.
@@ -115,10 +119,13 @@ class Validation:
                 mine = []
                 for number in range(rounds):
                     plan = self._plans[min(number * world + rank, len(self._plans) - 1)]
-                    mine.append(self._method.evaluate(expert, self._dataset[plan]).total.reshape(1))
-                # [rounds * world], process by process; brought back into the order of the plans.
-                gathered = accelerator.gather(torch.cat(mine)).view(world, rounds).T.flatten()
-                values[f"valid_loss_{expert}"] = gathered[: len(self._plans)].cpu().double().mean().item()
+                    losses = self._method.evaluate(expert, self._dataset[plan])
+                    total, count = losses.sums["loss_video"]
+                    mine.append(torch.stack([losses.total, total / count]))
+                # [world, rounds, 2], process by process; brought back into the order of the plans.
+                gathered = accelerator.gather(torch.stack(mine)).view(world, rounds, 2).transpose(0, 1).flatten(0, 1)
+                means = gathered[: len(self._plans)].cpu().double().mean(dim=0).tolist()
+                values |= {f"valid_loss_{expert}": means[0], f"valid_video_loss_{expert}": means[1]}
         return values
 
 

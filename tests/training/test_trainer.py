@@ -265,6 +265,22 @@ def test_validation_is_the_same_each_time_and_moves_with_the_adapter(tmp_path: P
     assert validation.losses(ready.trainer) != before  # type: ignore[attr-defined]
 
 
+def test_the_loss_of_the_video_is_told_whatever_memory_weighs(tmp_path: Path) -> None:
+    def losses(weight: float) -> dict[str, float]:
+        ready = run(
+            tmp_path / f"{weight}",
+            validation={"every": 5, "samples": 3},
+            expert="low",
+            objective={"memory_weight": weight},
+        )
+        return ready.trainer.callbacks[1].losses(ready.trainer)  # type: ignore[attr-defined]
+
+    both, video = losses(1.0), losses(0.0)
+    assert video["valid_video_loss_low_noise"] == pytest.approx(video["valid_loss_low_noise"])
+    assert both["valid_video_loss_low_noise"] == pytest.approx(video["valid_video_loss_low_noise"])
+    assert both["valid_loss_low_noise"] != pytest.approx(video["valid_loss_low_noise"], rel=1e-3)
+
+
 def test_wandb_offline_writes_into_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
