@@ -1,9 +1,9 @@
 """The same story with and without memory, as one picture: the contact sheet of the README.
 
-    python -m benchmarks.with_and_without [STORY] [key=value ...]
+    python -m benchmarks.with_and_without [STORY ...] [key=value ...]
 
-Makes both films on the embedded model (or on what the overrides say) with the same seeds and noise, and writes
-docs/with_and_without.png: above with memory, below without, the middle frame of every shot.
+Makes both films of each story on the embedded model (or on what the overrides say) with the same seeds and noise, and
+writes docs/with_and_without.png: above with memory, below without, the middle frame of every shot.
 """
 
 from __future__ import annotations
@@ -21,23 +21,33 @@ from storymem.film import Film
 from storymem.generate import generate
 from storymem.video import probe, read_video
 
-STORY = "examples/ada_and_the_tent.yaml"
+#: One with reference pictures, one without.
+STORIES = ("examples/ada_and_the_tent.yaml", "st_bench/toy/01_lou_on_the_beach.yaml")
 PICTURE = Path("docs/with_and_without.png")
 HEIGHT, GAP = 128, 4
 
 
 def main() -> None:
-    """Two films, one picture."""
-    overrides = sys.argv[1:]
-    story = overrides.pop(0) if overrides and "=" not in overrides[0] else STORY
-    rows = []
-    for memory in ("toy", "none"):
-        name = f"films/with_and_without/{Path(story).stem}_{memory}"
-        shutil.rmtree(name, ignore_errors=True)  # an older film may be of other weights
-        (film,) = generate(composed("generate", [f"story={story}", f"output={name}", f"memory={memory}", *overrides]))
-        rows.append(strip(film))
-    Image.fromarray(np.concatenate([rows[0], np.full_like(rows[0][: 2 * GAP], 255), rows[1]])).save(PICTURE)
+    """Two films a story, one picture."""
+    stories = [argument for argument in sys.argv[1:] if "=" not in argument] or list(STORIES)
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument]
+    rows: list[npt.NDArray[np.uint8]] = []
+    for story in stories:
+        above, below = (strip(made(story, memory, overrides)) for memory in ("toy", "none"))
+        between = np.full_like(above[: 2 * GAP], 255)
+        rows += [above, between[:GAP], below, between]
+    width = max(row.shape[1] for row in rows)
+    padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows[:-1]]
+    Image.fromarray(np.concatenate(padded)).save(PICTURE)
     print(PICTURE)
+
+
+def made(story: str, memory: str, overrides: list[str]) -> Film:
+    """The film of a story with one of ``configs/memory``."""
+    name = f"films/with_and_without/{Path(story).stem}_{memory}"
+    shutil.rmtree(name, ignore_errors=True)
+    (film,) = generate(composed("generate", [f"story={story}", f"output={name}", f"memory={memory}", *overrides]))
+    return film
 
 
 def strip(film: Film) -> npt.NDArray[np.uint8]:
