@@ -45,7 +45,7 @@ def main() -> None:
 def made(story: str, memory: str, overrides: list[str]) -> Film:
     """The film of a story with one of ``configs/memory``."""
     name = f"films/with_and_without/{Path(story).stem}_{memory}"
-    shutil.rmtree(name, ignore_errors=True)
+    shutil.rmtree(name, ignore_errors=True)  # an older film of other weights would be refused
     (film,) = generate(composed("generate", [f"story={story}", f"output={name}", f"memory={memory}", *overrides]))
     return film
 

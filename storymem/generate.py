@@ -167,7 +167,10 @@ def _hashes(settings: GenerateSettings) -> dict[str, str]:
     )
     for scorer in (settings.scorer.clip, settings.scorer.quality):
         wanted += scorer_weights(scorer)
-    return {weights.name: sample_hash(locate(weights)) for weights in wanted}
+    places: dict[str, list[Path]] = {}
+    for weights in wanted:  # several may go by one name: both files of a GGUF pair, say
+        places.setdefault(weights.name, []).append(locate(weights))
+    return {name: sample_hash(*found) for name, found in places.items()}
 
 
 def _on_cpu(scorer: Mapping[str, Any]) -> dict[str, Any]:

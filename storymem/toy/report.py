@@ -203,6 +203,8 @@ def measure(
 
     The base is measured without the memory adapter, joints and memory with it: ``adapter``, or else the folder's own.
     """
+    if adapter is not None and not adapter.is_dir():
+        raise FileNotFoundError(f"adapter {adapter}: there is no such folder; give the one that train.py wrote")
     adapter = adapter or weights / "adapter"
     pipe = WanMemoryToVideoPipeline.from_pretrained(
         weights, torch_dtype=torch.float32, memory_attention=memory_mode(adapter) if adapter.is_dir() else "joint"
