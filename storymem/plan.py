@@ -96,21 +96,26 @@ def _most_recalled(story: Story, shot: Shot, recall: RecallPolicy, per_shot: int
 
 def _flops(settings: GenerateSettings, memory: int, frames: int, *, text: bool) -> tuple[ForwardFlops, int]:
     """Operations of one forward, and of all forwards of the shot."""
-    model, passes = settings.model, settings.sampler.steps * (2 if settings.sampler.guidance > 1 else 1)
+    model, sampler = settings.model, settings.sampler
+    passes = sampler.steps * (2 if sampler.guidance > 1 else 1)
     size: dict[str, int] = {
         "height": model.video.height // 8,
         "width": model.video.width // 8,
         "text_tokens": model.network.text_tokens,
     }
     transformer, slots = model.network.transformer, latent_frames(frames)
+    channels = 16 if text and model.has_text_to_video else 36
+    alone = forward_flops(transformer, slots=slots, in_channels=channels, **size).total
+    # With guide_memory every second pass is of the shot alone.
+    seeing = sampler.steps if sampler.guide_memory and memory else passes
+    hidden = (passes - seeing) * alone
     if model.memory_attention == "cached" and memory:
         flops = cached_flops(transformer, memory_frames=memory, slots=slots, **size)
         if settings.runtime.memory_cache == "recompute":
             return flops.whole, passes * flops.whole.total
-        return flops.read, passes * flops.read.total + 2 * flops.prefill.total
-    channels = 16 if text and model.has_text_to_video else 36
+        return flops.read, seeing * flops.read.total + 2 * flops.prefill.total + hidden
     each = forward_flops(transformer, slots=memory + slots, in_channels=channels, **size)
-    return each, passes * each.total
+    return each, seeing * each.total + hidden
 
 
 def _memory_cache(model: ModelSettings, runtime: RuntimeSettings, memory: int) -> list[str]:

@@ -48,11 +48,13 @@ class Case:
         runtime: what is shared, and what else is to go together with that.
         world: how many processes.
         memory: joint or cached.
+        guide_memory: whether the second pass of guidance sees no memory.
     """
 
     runtime: RuntimeSettings
     world: int = 2
     memory: MemoryMode = "joint"
+    guide_memory: bool = False
 
     @property
     def alone(self) -> Case:
@@ -72,16 +74,18 @@ CASES = {
     "ulysses_batch": Case(runtime=replace(_ULYSSES, guidance_batch=True)),
     "ulysses_taylor": Case(runtime=replace(_ULYSSES, cache="taylor", cache_threshold=1)),
     "ulysses_cached": Case(runtime=_ULYSSES, memory="cached"),
+    "ulysses_guide_memory": Case(runtime=_ULYSSES, guide_memory=True),
     "ring": Case(runtime=RuntimeSettings(device="cpu", context_parallel="ring")),
     "guidance": Case(runtime=_GUIDANCE),
     "guidance_sharded": Case(runtime=replace(_GUIDANCE, shard_weights=True)),
     "guidance_first_block": Case(runtime=replace(_GUIDANCE, cache="first_block", cache_threshold=0.5)),
     "guidance_cached": Case(runtime=_GUIDANCE, memory="cached"),
+    "guidance_guide_memory": Case(runtime=_GUIDANCE, memory="cached", guide_memory=True),
     "both": Case(runtime=replace(_ULYSSES, guidance_parallel=True), world=4),
 }
 
 
-def shots(pipe: WanMemoryToVideoPipeline, heights: Sequence[int] = HEIGHTS) -> dict[str, Tensor]:
+def shots(case: Case, pipe: WanMemoryToVideoPipeline, heights: Sequence[int] = HEIGHTS) -> dict[str, Tensor]:
     """Latents of shots of every memory size and height, through the public call.
 
     Beside each, under ``work_...``, how many tokens this process computed for it, over all steps and passes.
@@ -97,7 +101,8 @@ def shots(pipe: WanMemoryToVideoPipeline, heights: Sequence[int] = HEIGHTS) -> d
         for frames in MEMORY:
             tokens[0] = 0
             memory = tiny.pictures(frames, size=(tiny.WIDTH, height)) or None
-            found[f"{height}_{frames}"] = tiny.generate(pipe, height=height, memory=memory).contiguous()
+            shot = tiny.generate(pipe, height=height, memory=memory, guide_memory=case.guide_memory)
+            found[f"{height}_{frames}"] = shot.contiguous()
             found[f"work_{height}_{frames}"] = torch.tensor(tokens)
     return found
 
@@ -111,7 +116,7 @@ def shots_together(folder: Path, world: int) -> None:
         if case.world == world:
             pipe = case.load()
             heights = HEIGHTS[:1] if case.runtime.context_parallel == "none" else HEIGHTS
-            save_file(shots(pipe, heights), folder / f"{name}_{launch.rank}.safetensors")
+            save_file(shots(case, pipe, heights), folder / f"{name}_{launch.rank}.safetensors")
             if name == "guidance":
                 (folder / f"unguided_{launch.rank}").write_text(unguided(pipe))
             if case.runtime.shard_weights:

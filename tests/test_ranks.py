@@ -49,7 +49,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Left:
 def alone(case: processes.Case) -> dict[str, Tensor]:
     """The shots of a case by one process."""
     assert case.world == 1
-    return processes.shots(case.load())
+    return processes.shots(case, case.load())
 
 
 def test_all_shots_were_made(left: Left) -> None:

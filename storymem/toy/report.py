@@ -31,7 +31,8 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 
 PLACE_PARTS = ("place", "time", "framing", "landmark", "side", "flag")
 LOOK_PARTS = ("shape", "colour", "hat", "eyes")
-STEPS, GUIDANCE = 20, 2.5  # as sampler=toy guides
+STEPS = 20
+GUIDANCE, GUIDE_MEMORY = 2.5, True  # as sampler=toy guides
 MEMORY = 6  # frames; what the adapter was trained with
 
 
@@ -93,6 +94,7 @@ def generate(
         max_sequence_length=TEXT_TOKENS,
         first_frame=None if first is None else Image.fromarray(first),
         memory=memory,
+        guide_memory=GUIDE_MEMORY,
     )
     assert isinstance(result, WanPipelineOutput)
     made = result.frames[0]

@@ -74,6 +74,10 @@ class MemoryAttention:
         for layer in self.layers:
             layer.kept = None
 
+    def hidden(self) -> AbstractContextManager[None]:
+        """Forwards inside are of video alone and see no memory; what is kept stays."""
+        return self._with("none", 0)
+
     def as_now(self) -> AbstractContextManager[None]:
         """A context, for later, in which forwards treat memory tokens as they would now."""
         return self._with(self.role, self.tokens)

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
-from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+from diffusers.hooks.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from storymem.wan.layout import Launch, Layout, divide
+from storymem.wan.passes import PASSES, PassHook
 from storymem.wan.settings import ContextParallel, RuntimeSettings
 
 _GUIDANCE = "guidance_parallel"
 _LENGTHS = "context_parallel_lengths"
-_PASSES = ("cond", "uncond")  # as diffusers' pipelines name them; the place of a process along "guidance" is its pass
 
 
 def join(launch: Launch, device: torch.device) -> dist.Store:
@@ -153,7 +153,7 @@ class _LengthsHook(ModelHook):
         return args, kwargs
 
 
-class GuidanceParallelHook(ModelHook):
+class GuidanceParallelHook(PassHook):
     """Run the pass with the prompt and the one with the negative prompt at the same time.
 
     diffusers' loop calls the network twice a step and names the calls by ``cache_context``. In each call one half of
@@ -167,19 +167,16 @@ class GuidanceParallelHook(ModelHook):
         mesh: the two processes that belong together, first that of the prompt.
     """
 
-    _is_stateful = True
-
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
         self.group = mesh.get_group()
-        self.own = _PASSES[mesh.get_local_rank()]
-        self.context = StateManager(BaseState)  # diffusers tells it the name of the call
+        self.own = PASSES[mesh.get_local_rank()]  # the place of a process along "guidance" is its pass
         self._first: Tensor | None = None
 
     def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         """(noise prediction,); in the first call of a step not yet that of the other half."""
-        name = self.context.context.name
-        if name not in _PASSES:
+        name = self.pass_name
+        if name not in PASSES:
             return self.fn_ref.original_forward(*args, **kwargs)
         assert not kwargs.get("return_dict", True), "diffusers' loop asks for a tuple"
         if name == self.own:
@@ -188,11 +185,11 @@ class GuidanceParallelHook(ModelHook):
         else:
             latents = kwargs["hidden_states"]
             result = latents.new_full((latents.shape[0], module.config.out_channels, *latents.shape[2:]), torch.nan)
-        if name == _PASSES[0]:
+        if name == PASSES[0]:
             self._first = result
             return (result,)
         assert self._first is not None, "the pass with the prompt comes first"
-        ours = self._first if self.own == _PASSES[0] else result
+        ours = self._first if self.own == PASSES[0] else result
         dist.all_gather([self._first, result], ours, group=self.group)
         self._first = None
         return (result,)
@@ -200,8 +197,7 @@ class GuidanceParallelHook(ModelHook):
     def reset_state(self, module: Any) -> Any:
         """Between shots nothing is kept."""
         self._first = None
-        self.context.reset()
-        return module
+        return super().reset_state(module)
 
 
 def _shard(expert: nn.Module, mesh: DeviceMesh) -> None:

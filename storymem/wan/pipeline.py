@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from storymem.wan.conditioning import (
     memory_condition,
 )
 from storymem.wan.memory_attention import install_memory_attention, reading_memory
+from storymem.wan.memory_guidance import hiding_memory
 from storymem.wan.parallel import check_guidance
 from storymem.wan.rope import DEFAULT_STRIDE, install_memory_rope
 from storymem.wan.settings import MemoryCache
@@ -42,6 +43,7 @@ class _Call:
     cached_memory: Tensor | None  # the same in the mode "cached", where the loop is of the shot alone
     given: Tensor | None  # first or motion frames [3, n, H, W] in -1..1
     rope_stride: int
+    guide_memory: bool
 
     @property
     def memory_frames(self) -> int:
@@ -150,6 +152,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         first_frame: Image.Image | None = None,
         motion_frames: Sequence[Image.Image] | None = None,
         rope_stride: int | None = None,
+        guide_memory: bool = False,
     ) -> WanPipelineOutput | tuple:
         """Generate one shot. Arguments not named here are those of ``WanImageToVideoPipeline``.
 
@@ -161,6 +164,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             first_frame: the picture the shot begins with (MI2V); it is the first frame of the output.
             motion_frames: five pictures the shot begins with (MM2V); they are the first five frames of the output.
             rope_stride: S for this call; by default the pipeline's own.
+            guide_memory: whether guidance strengthens memory too, see :mod:`storymem.wan.memory_guidance`.
             latents: the noise to start from, [B, 16, M + T, h, w].
             callback_on_step_end_tensor_inputs: also "condition", the 20 condition channels [B, 20, M + T, h, w].
 
@@ -176,6 +180,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         self._check_shot(height, width, num_frames, first_frame, motion_frames)
         self._check_memory(memory, height, width, stride)
         check_guidance(self.experts.values(), guidance_scale)
+        if guide_memory and guidance_scale <= 1:
+            raise ValueError("guide_memory needs guidance: guidance_scale must be above 1")
         self.check_inputs(
             *(prompt, negative_prompt, image, height, width, prompt_embeds, negative_prompt_embeds, None),
             *(list(callback_on_step_end_tensor_inputs), guidance_scale_2),
@@ -194,6 +200,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             cached_memory=memory_latents if cached else None,
             given=self._given_frames(first_frame, motion_frames),
             rope_stride=stride,
+            guide_memory=guide_memory,
         )
         try:
             with self._looking_back(self._call):
@@ -285,16 +292,21 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         pixels = torch.cat([self.video_processor.preprocess(frame) for frame in frames])
         return rearrange(pixels, "n c h w -> c n h w")
 
-    def _looking_back(self, call: _Call) -> AbstractContextManager[None]:
+    @contextmanager
+    def _looking_back(self, call: _Call) -> Iterator[None]:
         """Have the experts look back at the memory of a call, and forget it again."""
-        if call.cached_memory is None:
-            return self._memory_rope(call.memory_frames, call.rope_stride)
-        return reading_memory(
-            self.experts.values(), call.cached_memory, stride=call.rope_stride, cache=self.memory_cache
-        )
+        experts, stride, kept = list(self.experts.values()), call.rope_stride, call.cached_memory
+        with ExitStack() as stack:
+            if kept is not None:
+                stack.enter_context(reading_memory(experts, kept, stride=stride, cache=self.memory_cache))
+            else:
+                stack.enter_context(self._memory_rope(call.memory_frames, stride))
+            if call.guide_memory and (call.memory_frames or kept is not None):
+                stack.enter_context(hiding_memory(experts, slots=call.memory_frames))
+            yield
 
     @contextmanager
-    def _memory_rope(self, memory_frames: int, stride: int) -> Any:
+    def _memory_rope(self, memory_frames: int, stride: int) -> Iterator[None]:
         """Tell both experts' rotary embeddings about the memory, and make them forget it again."""
         ropes = [install_memory_rope(expert) for expert in self.experts.values()]
         for rope in ropes:

@@ -166,6 +166,8 @@ class SamplerSettings:
         steps: denoising steps.
         guidance: classifier-free guidance of the high-noise expert; 1.0 means none (and half the work).
         guidance_low: of the low-noise expert; None: as ``guidance``.
+        guide_memory: whether the pass with the negative prompt sees no memory, so that guidance strengthens memory as
+            it does the prompt; false as published. See :mod:`storymem.wan.memory_guidance`.
         shift: of the noise levels, for memory-to-video.
         text_to_video_shift: for a first shot by text-to-video.
         negative_prompt: what a shot should not show, unless the shot says its own.
@@ -176,6 +178,7 @@ class SamplerSettings:
     steps: int = 40
     guidance: float = 3.5
     guidance_low: float | None = None
+    guide_memory: bool = False
     shift: float = 4.0
     text_to_video_shift: float = 12.0
     negative_prompt: str = ""
@@ -187,6 +190,8 @@ class SamplerSettings:
             raise ValueError("guidance must be 1 (none) or more")
         if self.guidance == 1 and (self.guidance_low or 1) > 1:
             raise ValueError("guidance_low needs guidance above 1: without it no negative prompt is run at all")
+        if self.guidance == 1 and self.guide_memory:
+            raise ValueError("guide_memory needs guidance above 1: without it there is no pass to hide the memory from")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -283,6 +288,8 @@ def check_speed(model: ModelSettings, sampler: SamplerSettings, runtime: Runtime
     """Raise ``ValueError`` for a way of running that does nothing, or harm, with a model or a sampler."""
     if runtime.guidance_batch and sampler.guidance == 1:
         raise ValueError("runtime.guidance_batch batches the two passes of guidance; sampler.guidance=1 has only one")
+    if sampler.guide_memory:
+        _check_guide_memory(model, runtime)
     if runtime.cache != "none" and sampler.adapter is not None:
         raise ValueError(
             f"runtime.cache={runtime.cache} skips steps that resemble the one before; the {sampler.steps} steps of a "
@@ -302,4 +309,18 @@ def check_speed(model: ModelSettings, sampler: SamplerSettings, runtime: Runtime
         raise ValueError(
             "runtime.guidance_batch does not combine with runtime.memory_cache=recompute, which puts the memory before "
             "each of the two passes anew: use memory_cache=device or cpu"
+        )
+
+
+def _check_guide_memory(model: ModelSettings, runtime: RuntimeSettings) -> None:
+    """Refuse ways of running in which the two passes of guidance cannot see different memory."""
+    refused = "sampler.guide_memory hides the memory from one of the two passes of guidance, and "
+    if runtime.guidance_batch:
+        raise ValueError(f"{refused}runtime.guidance_batch gives both the same tokens: set one of them to false")
+    if runtime.memory_cache == "recompute":
+        raise ValueError(f"{refused}runtime.memory_cache=recompute puts it before both: use memory_cache=device or cpu")
+    if runtime.guidance_parallel and model.memory_attention == "joint":
+        raise ValueError(
+            f"{refused}with memory_attention=joint that pass needs what the other predicts, which "
+            "runtime.guidance_parallel computes elsewhere at the same time: set one of them to false"
         )

@@ -126,6 +126,7 @@ class WanShotGenerator:
             request,
             on_step,
             memory=list(request.memory) or None,
+            guide_memory=self.sampler.guide_memory,
             first_frame=pictures[0] if len(pictures) == 1 else None,
             motion_frames=pictures if len(pictures) > 1 else None,
         )
