@@ -31,6 +31,7 @@ AIMS = (
     ("scorers", "quality_auroc", "quality head, AUROC clean against damaged", "0.95"),
     ("joints", "joint_over_inside_median", "step across a joint over steps inside a shot", "at most 1.5"),
     ("memory", "with_memory", "adapter, looks as in the frames remembered", "0.90"),
+    ("memory", "published_guidance", "the same with guidance as published", ""),
     ("memory", "without", "the same without memory", "chance"),
     ("memory", "chance", "chance", ""),
 )

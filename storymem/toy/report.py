@@ -80,6 +80,7 @@ def generate(
     guidance: float = GUIDANCE,
     first: npt.NDArray[np.uint8] | None = None,
     memory: Sequence[Image.Image] | None = None,
+    guide_memory: bool = GUIDE_MEMORY,
 ) -> npt.NDArray[np.uint8]:
     """A shot, uint8 [17, 64, 96, 3], from text and perhaps a first frame and memory."""
     result = pipe(
@@ -94,7 +95,7 @@ def generate(
         max_sequence_length=TEXT_TOKENS,
         first_frame=None if first is None else Image.fromarray(first),
         memory=memory,
-        guide_memory=GUIDE_MEMORY,
+        guide_memory=guide_memory,
     )
     assert isinstance(result, WanPipelineOutput)
     made = result.frames[0]
@@ -145,18 +146,21 @@ def measure_memory(
 ) -> dict[str, Any]:
     """How much of a character's look, which no prompt says, a shot takes from frames of shots before.
 
-    One shot of each of `count` held-out stories with one character, from drawn memory and, with the same noise,
-    without; beside them the chance that two looks drawn at random agree.
+    One shot of each of `count` held-out stories with one character, from drawn memory, the same with guidance as
+    published (both passes see the memory), and the same without memory, all from the same noise; beside them the chance
+    that two looks drawn at random agree.
     """
-    answers: dict[str, list[tuple[str, bool]]] = {"with_memory": [], "without": []}
+    answers: dict[str, list[tuple[str, bool]]] = {"with_memory": [], "published_guidance": [], "without": []}
     alone = (told for told in map(story, itertools.count(HELD_OUT)) if len(told.cast) == 1)
     for seed, told in enumerate(itertools.islice(alone, count)):
         index = max(i for i, shot in enumerate(told.shots) if shot.cut)
         shot = told.shots[index]
-        for name, memory in (("with_memory", remembered(told, index)), ("without", None)):
-            read = read_shot(generate(pipe, shot.prompt, seed, steps=steps, guidance=guidance, memory=memory)).seen
-            pairs = agreement(shot.seen(FRAMES // 2), read)
-            answers[name] += [(part, right) for part, right in pairs if part in LOOK_PARTS]
+        for name, given in answers.items():
+            memory = None if name == "without" else remembered(told, index)
+            guided = name == "with_memory"
+            made = generate(pipe, shot.prompt, seed, steps=steps, guidance=guidance, memory=memory, guide_memory=guided)
+            pairs = agreement(shot.seen(FRAMES // 2), read_shot(made).seen)
+            given += [(part, right) for part, right in pairs if part in LOOK_PARTS]
     shares_of = {name: shares(given) for name, given in answers.items()}
     means = {name: float(np.mean(list(parts.values()))) for name, parts in shares_of.items()}
     return {
