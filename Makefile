@@ -36,7 +36,7 @@ bench: $(VENV)/.ready  ## every figure of speed, as ratios in one run
 toy-report: $(VENV)/.ready  ## what the embedded models reach on held-out stories
 	$(RUN) -m benchmarks.toy $(ARGS)
 
-stbench-toy: $(VENV)/.ready  ## the toy stories by six methods, scored (quick=true: six of them, by three)
+stbench-toy: $(VENV)/.ready  ## the toy stories by seven methods, scored (quick=true: six of them, by three)
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node=2 scripts/eval_stbench.py \
 	    experiment=stbench_toy$(if $(filter true,$(quick)),_quick) $(ARGS)
 
