@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from benchmarks.compose import composed
+from storymem import benchmark_report
 from storymem.config import build_settings
 from storymem.settings import GenerateSettings
 from storymem.story import load_story
@@ -34,7 +35,7 @@ from storymem.wan.loading import load_pipeline
 from storymem.wan.magnitudes import measured, write_ratios
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.runtime import release_memory
-from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
+from storymem.wan.settings import MemoryMode, ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
 
 STORY = Path(__file__).parents[1] / "examples" / "ada_and_the_tent.yaml"
 CPU = RuntimeSettings(device="cpu", threads=1)
@@ -177,9 +178,12 @@ def compare_all(settings: GenerateSettings, *, memory: int, repeats: int) -> lis
     shot = prepare(settings, plain, max(memory, *MEMORY_SIZES))
     print(f"{settings.model.name}, {settings.sampler.steps} steps, guidance {settings.sampler.guidance}, one thread\n")
     print(f"{'':36} {'memory':>6} {'before':>9} {'after':>9} {'faster':>8} {'change':>9}")
-    # Without an adapter: it is the speed that is compared, and an adapter is for one of the modes.
-    cached = loaded(replace(settings, model=replace(settings.model, memory_attention="cached", adapter=None)))
-    rows = [compare("memory_attention cached", shot, plain, cached, size, repeats) for size in MEMORY_SIZES]
+    # Without an adapter, which is for one of the modes: it is the speed that is compared.
+    joint, cached = (
+        loaded(replace(settings, model=replace(settings.model, memory_attention=mode, adapter=None)))
+        for mode in get_args(MemoryMode)
+    )
+    rows = [compare("memory_attention cached", shot, joint, cached, size, repeats) for size in MEMORY_SIZES]
     with TemporaryDirectory() as folder:
         ratios = Path(folder) / "ratios.json"
         calibrate(ratios, shot, plain, settings.model, memory)
@@ -198,6 +202,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="15 steps, each shot once")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure ratios for runtime.cache=mag, and stop")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, with versions and date")
     parser.add_argument("overrides", nargs="*", help="settings as scripts/generate.py takes them")
     arguments = parser.parse_args()
     steps, repeats = (15, 1) if arguments.quick else (arguments.steps, arguments.repeats)
@@ -213,8 +218,11 @@ def main() -> None:
     published = replace(settings.sampler, guide_memory=False)  # both passes alike, so that they can be one batch
     settings = replace(settings, runtime=CPU, sampler=published)
     rows = compare_all(settings, memory=arguments.memory, repeats=repeats)
-    result = {"benchmark": "acceleration", "model": settings.model.name, "steps": steps, "torch": torch.__version__}
-    print(json.dumps(result | {"rows": [asdict(row) for row in rows]}))
+    result = {"model": settings.model.name, "steps": steps, "rows": [asdict(row) for row in rows]}
+    if arguments.json is not None:
+        benchmark_report.save(arguments.json, torch.device("cpu"), [result])
+    else:
+        print(json.dumps({"benchmark": "acceleration", **result}))
 
 
 if __name__ == "__main__":
