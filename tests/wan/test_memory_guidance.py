@@ -118,6 +118,18 @@ def test_it_goes_with_caches_across_steps(pipe: WanMemoryToVideoPipeline, cache:
         torch.testing.assert_close(shot, generate(pipe, memory=memory, **HIDDEN), rtol=1e-4, atol=1e-4)
 
 
+def test_it_goes_with_streamed_blocks(pipe: WanMemoryToVideoPipeline) -> None:
+    streamed = load_pipeline(model(pipe.config.memory_attention), runtime=CPU)
+    for expert in streamed.experts.values():
+        expert.enable_group_offload(
+            onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+        )
+    for frames in (3, 2):  # hooks are put on and taken off around every shot
+        memory = pictures(frames, seed=frames)
+        shot = generate(streamed, memory=memory, **HIDDEN)
+        torch.testing.assert_close(shot, generate(pipe, memory=memory, **HIDDEN), rtol=1e-5, atol=1e-5)
+
+
 def test_without_guidance_it_is_refused(pipe: WanMemoryToVideoPipeline) -> None:
     with pytest.raises(ValueError, match="guide_memory needs guidance: guidance_scale must be above 1"):
         generate(pipe, memory=pictures(1), **HIDDEN | {"guidance_scale": 1.0})
