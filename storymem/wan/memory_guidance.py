@@ -16,7 +16,9 @@ import torch
 from diffusers.hooks.hooks import HookRegistry
 from torch import Tensor
 
+from storymem.wan.guidance import HOOK as GUIDANCE_BATCH
 from storymem.wan.memory_attention import install_memory_attention
+from storymem.wan.parallel import GUIDANCE_PARALLEL
 from storymem.wan.passes import PASSES, PassHook
 from storymem.wan.rope import install_memory_rope
 
@@ -31,10 +33,17 @@ def hiding_memory(experts: Iterable[Any], *, slots: int) -> Iterator[None]:
         experts: transformers that look back at a memory, called by a loop of diffusers.
         slots: M if the latents they are given begin with M memory slots (``joint``), 0 if the memory is kept in their
             attention (``cached``).
+
+    Raises:
+        ValueError: for experts whose two passes must see the same.
     """
     with ExitStack() as stack:
         for expert in experts:
             registry = HookRegistry.check_if_exists_or_initialize(expert)
+            if registry.get_hook(GUIDANCE_BATCH) is not None:
+                raise ValueError("guide_memory: these experts run both passes of guidance as one batch, of one memory")
+            if slots and registry.get_hook(GUIDANCE_PARALLEL) is not None:
+                raise ValueError("guide_memory: in joint it needs both passes in one process, not guidance_parallel")
             registry.register_hook(_WithoutSlots(slots) if slots else _WithoutKept(), _HOOK)
             stack.callback(registry.remove_hook, _HOOK, recurse=False)
         yield

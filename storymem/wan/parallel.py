@@ -25,7 +25,7 @@ from storymem.wan.layout import Launch, Layout, divide
 from storymem.wan.passes import PASSES, PassHook
 from storymem.wan.settings import ContextParallel, RuntimeSettings
 
-_GUIDANCE = "guidance_parallel"
+GUIDANCE_PARALLEL = "guidance_parallel"
 _LENGTHS = "context_parallel_lengths"
 
 
@@ -92,14 +92,14 @@ def parallelize(experts: Iterable[Any], runtime: RuntimeSettings, device: torch.
             _shard(expert, mesh)
         if layout.guidance > 1:
             hook = GuidanceParallelHook(mesh["guidance"])
-            HookRegistry.check_if_exists_or_initialize(expert).register_hook(hook, _GUIDANCE)
+            HookRegistry.check_if_exists_or_initialize(expert).register_hook(hook, GUIDANCE_PARALLEL)
 
 
 def check_guidance(experts: Iterable[Any], guidance_scale: float) -> None:
     """Raise ``ValueError`` for a call without guidance on networks that expect both passes."""
     for expert in experts:
         registry = getattr(expert, "_diffusers_hook", None)
-        if guidance_scale <= 1 and registry is not None and registry.get_hook(_GUIDANCE) is not None:
+        if guidance_scale <= 1 and registry is not None and registry.get_hook(GUIDANCE_PARALLEL) is not None:
             raise ValueError("with guidance_parallel both passes of guidance must run: guidance_scale must be above 1")
 
 

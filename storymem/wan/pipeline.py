@@ -180,6 +180,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         self._check_shot(height, width, num_frames, first_frame, motion_frames)
         self._check_memory(memory, height, width, stride)
         check_guidance(self.experts.values(), guidance_scale)
+        if guide_memory and self.memory_cache == "recompute":
+            raise ValueError("guide_memory needs a memory that is kept: memory_cache must be device or cpu")
         if guide_memory and guidance_scale <= 1:
             raise ValueError("guide_memory needs guidance: guidance_scale must be above 1")
         self.check_inputs(

@@ -137,6 +137,17 @@ def test_without_guidance_it_is_refused(pipe: WanMemoryToVideoPipeline) -> None:
         SamplerSettings(guidance=1.0, guide_memory=True)
 
 
+def test_a_pipeline_whose_passes_see_the_same_says_so(pipe: WanMemoryToVideoPipeline) -> None:
+    made = model(pipe.config.memory_attention)
+    batched = load_pipeline(made, runtime=RuntimeSettings(device="cpu", guidance_batch=True))
+    with pytest.raises(ValueError, match="as one batch, of one memory"):
+        generate(batched, memory=pictures(1), **HIDDEN)
+    kept_nowhere = load_pipeline(made, runtime=CPU)
+    kept_nowhere.memory_cache = "recompute"
+    with pytest.raises(ValueError, match="memory_cache must be device or cpu"):
+        generate(kept_nowhere, memory=pictures(1), **HIDDEN)
+
+
 @pytest.mark.parametrize(
     ("mode", "runtime", "message"),
     [
