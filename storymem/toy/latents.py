@@ -13,8 +13,8 @@ from torch import Tensor
 
 from storymem.toy.attributes import FRAMES, HEIGHT, WIDTH
 from storymem.toy.vae import to_video
-from storymem.toy.world import ToyShot, story
-from storymem.wan.conditioning import blank_padded, normalise_latents
+from storymem.toy.world import ToyShot, people_mask, render_layers, story
+from storymem.wan.conditioning import blank_padded, latent_mask, normalise_latents
 
 SHARD = 250  # shots in one file
 BATCH = 5
@@ -25,12 +25,14 @@ class LatentShots:
     """Shots as the denoisers are trained on them; all latents normalised, float16.
 
     shots, firsts: [N, 16, 5, 8, 12], the shot, and the condition of its first frame (the frame and then blank).
-    blank: [16, 5, 8, 12], the condition without a first frame. prompts: plain, and with looks.
+    blank: [16, 5, 8, 12], the condition without a first frame. people: [N, 5, 8, 12], 1 where characters are.
+    prompts: plain, and with looks.
     """
 
     shots: Tensor
     firsts: Tensor
     blank: Tensor
+    people: Tensor
     prompts: list[str]
     described: list[str]
 
@@ -62,18 +64,26 @@ def channel_statistics(vae: AutoencoderKLWan, seeds: range) -> tuple[list[float]
 
 def make_shard(vae: AutoencoderKLWan, first_seed: int, count: int = SHARD) -> LatentShots:
     """Encode one shot of each of `count` stories."""
-    shots, firsts, prompts, described = [], [], [], []
+    shots, firsts, people, prompts, described = [], [], [], [], []
     for start in range(first_seed, first_seed + count, BATCH):
         drawn = [shot_of_story(seed) for seed in range(start, min(start + BATCH, first_seed + count))]
         video = to_video(np.stack([shot.frames for shot, _ in drawn]))
         blanked = torch.cat([blank_padded(v[:, :1], FRAMES, HEIGHT, WIDTH) for v in video])
         shots.append(encode(vae, video).half())
         firsts.append(encode(vae, blanked).half())
+        people += [
+            latent_mask(torch.from_numpy(people_mask(*render_layers(shot, slice(None))))).half() for shot, _ in drawn
+        ]
         prompts += [shot.prompt for shot, _ in drawn]
         described += [text for _, text in drawn]
     blank = encode(vae, blank_padded(None, FRAMES, HEIGHT, WIDTH))[0].half()
     return LatentShots(
-        shots=torch.cat(shots), firsts=torch.cat(firsts), blank=blank, prompts=prompts, described=described
+        shots=torch.cat(shots),
+        firsts=torch.cat(firsts),
+        blank=blank,
+        people=torch.stack(people),
+        prompts=prompts,
+        described=described,
     )
 
 
@@ -100,6 +110,7 @@ def load_cache(folder: Path) -> LatentShots:
         shots=torch.cat([part["shots"] for part in parts]),
         firsts=torch.cat([part["firsts"] for part in parts]),
         blank=parts[0]["blank"],
+        people=torch.cat([part["people"] for part in parts]),
         prompts=[prompt for part in parts for prompt in part["prompts"]],
         described=[prompt for part in parts for prompt in part["described"]],
     )

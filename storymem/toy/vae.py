@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from storymem.toy.fitting import Run, Schedule, fit
-from storymem.toy.world import HELD_OUT, ToyShot, render_layers, story
+from storymem.toy.world import HELD_OUT, ToyShot, people_mask, render_layers, story
 
 ARCHITECTURE = {
     "z_dim": 16,
@@ -65,17 +65,15 @@ def random_shot(rng: np.random.Generator) -> ToyShot:
 def training_clips(step: int, batch: int, frames: int) -> tuple[Tensor, Tensor]:
     """Clips [B, 3, F, H, W] in -1..1 for a step, and their weights [B, 1, F, H, W]: characters count more."""
     rng = np.random.default_rng([7, step])
-    clips, backdrops = [], []
+    clips, people = [], []
     for _ in range(batch):
         shot = random_shot(rng)
         start = int(rng.integers(0, len(shot.camera) - frames + 1))
-        clip, backdrop = render_layers(shot, slice(start, start + frames))
-        clips.append(clip)
-        backdrops.append(backdrop)
-    drawn, empty = np.stack(clips), np.stack(backdrops)
-    people = np.abs(drawn.astype(np.int16) - empty).max(axis=-1) > 6
-    weight = 1 + FOREGROUND * torch.from_numpy(people).float()
-    return to_video(drawn), weight[:, None]
+        drawn, empty = render_layers(shot, slice(start, start + frames))
+        clips.append(drawn)
+        people.append(people_mask(drawn, empty))
+    weight = 1 + FOREGROUND * torch.from_numpy(np.stack(people)).float()
+    return to_video(np.stack(clips)), weight[:, None]
 
 
 def reconstruct(vae: AutoencoderKLWan, video: Tensor, *, sample: bool, noise: float = 0.0) -> tuple[Tensor, Tensor]:

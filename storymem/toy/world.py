@@ -38,6 +38,7 @@ from storymem.toy.words import sentence
 
 HELD_OUT = 1_000_000_000  # stories with these seeds and above are for measuring only
 
+PAINTED = 6  # grey levels by which a character changes what is behind it
 VISIBLE = 24  # a thing shows in a frame if another colour would change at least this many pixels
 
 
@@ -104,6 +105,11 @@ def render_layers(shot: ToyShot, frames: slice) -> tuple[npt.NDArray[np.uint8], 
     """The drawn frames, and the same without characters, each uint8 [F, 64, 96, 3]."""
     place = _place(shot, frames)
     return to_frames(_people(shot, frames, place.copy())), to_frames(place)
+
+
+def people_mask(drawn: npt.NDArray[np.uint8], empty: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Where characters and their shadows are, bool [F, 64, 96], by what `render_layers` gives."""
+    return np.abs(drawn.astype(np.int16) - empty).max(axis=-1) > PAINTED
 
 
 def _place(shot: ToyShot, frames: slice) -> Array:

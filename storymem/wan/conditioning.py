@@ -10,8 +10,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
+from torch.nn import functional as F
 
 TEMPORAL_STRIDE = 4
+SPATIAL_STRIDE = 8
 MASK_CHANNELS = 4
 MOTION_FRAMES = 5
 
@@ -102,6 +104,19 @@ def condition_mask(memory_frames: int, video_slots: int, given_slots: int, heigh
     mask = torch.zeros(1, MASK_CHANNELS, memory_frames + video_slots, height, width)
     mask[:, :, : memory_frames + given_slots] = 1.0
     return mask
+
+
+def latent_mask(mask: Tensor) -> Tensor:
+    """A mask of pixels [F, H, W] for the latents of those frames: [T, h, w], the largest value in each latent's reach.
+
+    As the causal VAE divides time: the first frame alone, then four at a time.
+    """
+    first, rest = mask[:1, None].float(), mask[1:, None].float()
+    parts = [F.max_pool2d(first, SPATIAL_STRIDE)[:, 0]]
+    if len(rest):
+        coarse = F.max_pool2d(rest, SPATIAL_STRIDE)[:, 0]
+        parts.append(coarse.unflatten(0, (-1, TEMPORAL_STRIDE)).amax(dim=1))
+    return torch.cat(parts)
 
 
 def memory_condition(memory: Tensor | None, video: Tensor, given_slots: int) -> Tensor:

@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from transformers import T5Tokenizer
 
-from storymem.toy.base import BOUNDARY, RANGES, Denoiser, build_transformer, draw_batch, flow_loss
+from storymem.toy.base import (
+    BOUNDARY,
+    PEOPLE,
+    RANGES,
+    Denoiser,
+    build_transformer,
+    draw_batch,
+    flow_loss,
+    held_out_loss,
+)
 from storymem.toy.latents import LatentShots
 from storymem.toy.text import seeded_text_encoder, train_tokenizer
 from storymem.wan.schedule import shifted, unshifted
@@ -22,6 +32,7 @@ def data() -> LatentShots:
         shots=torch.randn(6, 16, 5, 8, 12, generator=rng).half(),
         firsts=torch.randn(6, 16, 5, 8, 12, generator=rng).half(),
         blank=torch.randn(16, 5, 8, 12, generator=rng).half(),
+        people=(torch.rand(6, 5, 8, 12, generator=rng) < 0.3).half(),
         prompts=[f"plain {i}" for i in range(6)],
         described=[f"with looks {i}" for i in range(6)],
     )
@@ -37,7 +48,7 @@ def test_the_shift_is_that_of_diffusers() -> None:
 def test_a_step_always_draws_the_same_batch(data: LatentShots) -> None:
     one, two, other = (draw_batch(data, step, 8, (0.0, 1.0)) for step in (3, 3, 4))
     assert one.texts == two.texts
-    for field in ("x0", "condition", "noise", "levels"):
+    for field in ("x0", "condition", "people", "noise", "levels"):
         assert torch.equal(getattr(one, field), getattr(two, field))
     assert not torch.equal(one.noise, other.noise)
 
@@ -74,14 +85,40 @@ def test_texts_are_plain_described_or_dropped(data: LatentShots) -> None:
     assert texts.count("") / len(texts) == pytest.approx(0.1, abs=0.05)
 
 
-def test_the_loss_of_a_network_that_says_nothing_is_the_velocitys_power(data: LatentShots, tmp_path: Path) -> None:
+@pytest.fixture
+def silent(tmp_path: Path) -> tuple[Denoiser, T5Tokenizer]:
+    """A network that predicts nothing, and its tokenizer."""
     tokenizer = train_tokenizer(tmp_path, stories=20)
     model = Denoiser(build_transformer(), seeded_text_encoder(len(tokenizer)))
     torch.nn.init.zeros_(model.transformer.proj_out.weight)
     torch.nn.init.zeros_(model.transformer.proj_out.bias)
-    batch = draw_batch(data, 0, 4, (0.0, 1.0))
+    return model, tokenizer
+
+
+def test_the_loss_of_a_network_that_says_nothing_is_the_velocitys_power(
+    data: LatentShots, silent: tuple[Denoiser, T5Tokenizer]
+) -> None:
+    batch = dataclasses.replace(draw_batch(data, 0, 4, (0.0, 1.0)), people=torch.zeros(4, 5, 8, 12))
     expected = (batch.noise - batch.x0).square().mean()
-    torch.testing.assert_close(flow_loss(model, tokenizer, batch), expected)
+    torch.testing.assert_close(flow_loss(*silent, batch), expected)
+
+
+def test_people_count_more_than_the_place(data: LatentShots, silent: tuple[Denoiser, T5Tokenizer]) -> None:
+    batch = draw_batch(data, 0, 4, (0.0, 1.0))
+    power = (batch.noise - batch.x0).square().mean(dim=1)
+    weights = torch.where(batch.people > 0, PEOPLE, 1.0)
+    torch.testing.assert_close(flow_loss(*silent, batch), (weights * power).sum() / weights.sum())
+
+
+def test_the_held_out_loss_is_told_of_all_and_of_people(
+    data: LatentShots, silent: tuple[Denoiser, T5Tokenizer]
+) -> None:
+    data = dataclasses.replace(data, people=torch.zeros_like(data.people).index_fill(1, torch.tensor([0]), 1))
+    whole, people = held_out_loss(*silent, data, (0.0, 1.0), batches=1)
+    batch = draw_batch(data, -1, 16, (0.0, 1.0))
+    power = (batch.noise - batch.x0).square()
+    assert whole == pytest.approx(float(power.mean()), rel=1e-4)
+    assert people == pytest.approx(float(power[:, :, 0].mean()), rel=1e-4)
 
 
 def test_at_full_noise_the_network_cannot_see_the_picture(data: LatentShots, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from storymem.toy.attributes import (
     WIDTH,
 )
 from storymem.toy.words import ACTION_WORDS, EYE_WORDS, FRAMING_WORDS, HAT_WORDS, PLACE_WORDS, TIME_WORDS
-from storymem.toy.world import HELD_OUT, ToyShot, render, render_layers, story
+from storymem.toy.world import HELD_OUT, ToyShot, people_mask, render, render_layers, story
 
 SEEDS = range(HELD_OUT, HELD_OUT + 12)
 
@@ -130,6 +130,14 @@ def test_the_backdrop_is_the_shot_without_its_people() -> None:
     changed = (frames != backdrop).any(axis=(0, 3))
     np.testing.assert_array_equal(frames, shot.frames[:3])
     assert 0.02 < changed.mean() < 0.35
+
+
+def test_the_mask_of_people_holds_what_they_change_and_not_the_place() -> None:
+    for shot in shots(range(12)):
+        frames, backdrop = render_layers(shot, slice(None))
+        mask, change = people_mask(frames, backdrop), np.abs(frames.astype(int) - backdrop).max(axis=-1)
+        assert mask.any(axis=(1, 2)).all()
+        assert change[~mask].max() < 8 <= change[mask].max()
 
 
 def test_people_move_as_the_action_says() -> None:

@@ -14,6 +14,7 @@ from storymem.wan.conditioning import (
     encode_frames,
     encode_video,
     latent_frames,
+    latent_mask,
     memory_condition,
     normalise_latents,
 )
@@ -131,3 +132,17 @@ def test_a_video_is_decoded_from_normalised_latents(vae: AutoencoderKLWan) -> No
 def test_a_frame_always_has_the_same_latents(vae: AutoencoderKLWan) -> None:
     frames = random(1, 3, 16, 16)
     assert torch.equal(encode_frames(vae, frames), encode_frames(vae, frames))
+
+
+def test_a_mask_of_pixels_reaches_the_latents_that_show_them() -> None:
+    mask = torch.zeros(17, 16, 24)
+    mask[0, 0, 0] = 1.0  # the first frame has a latent frame of its own
+    mask[4, 15, 23] = 0.5  # the last of the second latent frame's four
+    mask[5, 7, 8] = 1.0  # the first of the third's
+    expected = torch.zeros(5, 2, 3)
+    expected[0, 0, 0], expected[1, 1, 2], expected[2, 0, 1] = 1.0, 0.5, 1.0
+    assert torch.equal(latent_mask(mask), expected)
+
+
+def test_a_mask_of_one_picture_is_one_latent_frame() -> None:
+    assert latent_mask(torch.ones(1, 8, 16)).tolist() == [[[1.0, 1.0]]]
