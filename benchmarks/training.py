@@ -35,6 +35,7 @@ class DrawnClip:
     id: str
     bucket: tuple[int, int, int] = (17, 64, 96)
     keyframes: int = 3
+    mask: bool = False
 
 
 class DrawnLatents:
@@ -54,6 +55,9 @@ class DrawnLatents:
 
     def given(self, index: int, frames: int) -> Tensor:
         return torch.zeros(16, *SHAPE)
+
+    def mask(self, index: int) -> Tensor:
+        return torch.zeros(SHAPE)
 
     def text(self, index: int) -> Tensor:
         return torch.full(TEXT, index / 64)

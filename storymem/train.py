@@ -98,8 +98,19 @@ def open_cache(settings: TrainSettings) -> Latents:
     # A cache may hold more sizes than the model's own, which check_sizes looks for.
     cache = LatentCache.open(settings.dataset, fingerprint={name: wanted[name] for name in ("vae", "text_encoder")})
     check_sizes(cache, settings)
+    check_masks(cache, settings)
     cache.given(0, GIVEN_FRAMES[settings.conditioning])  # or it says how to prepare them
     return cache
+
+
+def check_masks(latents: Latents, settings: TrainSettings) -> None:
+    """Raise ``ValueError`` if masks shall count and no clip that is trained on has one."""
+    train = (index for members in latents.groups("train").values() for index in members)
+    if settings.objective.mask_weight != 1 and not any(latents.clips[index].mask for index in train):
+        raise ValueError(
+            f"objective.mask_weight={settings.objective.mask_weight:g}, but {settings.dataset} has no masks: run "
+            "prepare_data with masks=FOLDER, or leave mask_weight at 1"
+        )
 
 
 def check_sizes(latents: Latents, settings: TrainSettings) -> None:

@@ -196,8 +196,9 @@ def viclip(recipe: Recipe) -> None:
 
 
 def clips(recipe: Recipe) -> None:
-    """Training stories as video files with captions, for `prepare_data`."""
-    write_clips(recipe.work / "clips", range(2 if recipe.quick else recipe.stories))
+    """Training stories as video files with captions, and masks of their people, for `prepare_data`."""
+    stories = range(2 if recipe.quick else recipe.stories)
+    write_clips(recipe.work / "clips", stories, masks=recipe.work / "masks")
 
 
 def trained_vae(recipe: Recipe) -> AutoencoderKLWan:

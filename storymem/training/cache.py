@@ -3,7 +3,8 @@
 A cache is a folder that holds ``cache.json``, an index (a line of JSON per clip) and safetensors shards. It carries a
 fingerprint of the VAE, the text encoder and the size of the clips; another fingerprint is another folder, so latents
 of different networks are never mixed. What is stored of a clip: latents of the whole clip, of each candidate keyframe
-encoded alone, and of the blank-padded videos that condition it; of a caption: its prompt embeds.
+encoded alone, and of the blank-padded videos that condition it, and its mask if it has one; of a caption: its prompt
+embeds.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from storymem.training.fingerprint import differences
 from storymem.training.shards import ShardReader, padded, sha256_of
+from storymem.wan.conditioning import SPATIAL_STRIDE, latent_frames
 
 Split = Literal["train", "valid"]
 CACHE_FORMAT = 1
@@ -37,6 +40,7 @@ class CachedClip:
         keyframes: K >= 1, the number of its candidate keyframes.
         shard: where its tensors lie.
         text: under which key its caption's embeds lie.
+        mask: whether it has one.
     """
 
     id: str
@@ -47,6 +51,7 @@ class CachedClip:
     keyframes: int
     shard: str
     text: str
+    mask: bool = False
 
 
 class LatentCache:
@@ -137,6 +142,14 @@ class LatentCache:
                 f"{self.folder} holds no condition of {frames} first frames: run prepare_data with cache.given={kinds}"
             )
         return self._of_clip(index, f"given_{frames}")
+
+    def mask(self, index: int) -> Tensor:
+        """Where its subject is, [T, h, w] in 0..1; 0 everywhere if it has no mask."""
+        clip = self.clips[index]
+        if clip.mask:
+            return self._of_clip(index, "mask")
+        frames, height, width = clip.bucket
+        return torch.zeros(latent_frames(frames), height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
 
     def text(self, index: int) -> Tensor:
         """Prompt embeds of its caption, [L, D], zeros after the caption's end, as the pipeline makes them."""

@@ -19,7 +19,7 @@ from storymem.training.cache import CACHE_FORMAT, CachedClip, LatentCache, Split
 from storymem.training.data_settings import CacheSettings
 from storymem.training.fingerprint import fingerprint_name
 from storymem.training.shards import ShardWriter, finished_records
-from storymem.wan.conditioning import blank_padded, encode_frames, encode_video, latent_frames
+from storymem.wan.conditioning import blank_padded, encode_frames, encode_video, latent_frames, latent_mask
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 
 Score = Callable[[np.ndarray], float]
@@ -33,6 +33,7 @@ class CacheItem:
     Args:
         id, caption, group, split, bucket: see :class:`storymem.training.cache.CachedClip`.
         frames: gives uint8 [F, H, W, 3] of the bucket's shape, or raises ``ValueError`` for a clip that is broken.
+        mask: gives float32 [F, H, W] in 0..1, 1 where the subject is, or raises as well; None: the clip has none.
         made: a digest of all that the frames depend on; another digest is another clip.
     """
 
@@ -42,6 +43,7 @@ class CacheItem:
     split: Split
     bucket: tuple[int, int, int]
     frames: Callable[[], np.ndarray]
+    mask: Callable[[], np.ndarray] | None = None
     made: str = ""
 
 
@@ -149,7 +151,14 @@ class CacheBuilder:
             except ValueError as error:
                 reject(item, str(error))
             else:
-                writer.add(item.id, tensors, made=item.made, bucket=item.bucket, keyframes=len(tensors["keyframes"]))
+                keyframes_found = len(tensors["keyframes"])
+                kept = {
+                    "made": item.made,
+                    "bucket": item.bucket,
+                    "keyframes": keyframes_found,
+                    "mask": "mask" in tensors,
+                }
+                writer.add(item.id, tensors, **kept)
             if advance is not None:
                 advance()
         writer.flush()
@@ -221,6 +230,8 @@ class CacheBuilder:
         for given in sorted(self.settings.given):
             latents[f"given_{given}"] = encode_video(pipe.vae, blank_padded(pixels[:, :given], *item.bucket))[0]
         assert latents["video"].shape[1] == latent_frames(item.bucket[0])
+        if item.mask is not None:
+            latents["mask"] = latent_mask(torch.from_numpy(item.mask()))
         return {name: self._stored(latent) for name, latent in latents.items()}
 
     def _stored(self, latents: Tensor) -> Tensor:
@@ -268,6 +279,7 @@ def _cached(item: CacheItem, record: Mapping[str, Any]) -> CachedClip:
         split=item.split,
         bucket=item.bucket,
         keyframes=record["keyframes"],
+        mask=record.get("mask", False),
         shard=record["shard"],
         text=text_key(item.caption),
     )

@@ -106,8 +106,8 @@ class Validation:
     def losses(self, trainer: Trainer) -> dict[str, Any]:
         """``valid_loss_high_noise``, ``valid_video_loss_high_noise`` ... -> value, with the averaged parameters if any.
 
-        The second is that of the video's slots alone, whatever ``memory_weight`` says: runs that differ in it or in the
-        memory mode can be compared by it.
+        The second is that of the video's slots alone, whatever the weights say: runs that differ in them or in the
+        memory mode can be compared by it. With masks there is ``valid_subject_loss_high_noise``, where they are white.
         """
         accelerator = trainer.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
@@ -121,11 +121,13 @@ class Validation:
                     plan = self._plans[min(number * world + rank, len(self._plans) - 1)]
                     losses = self._method.evaluate(expert, self._dataset[plan])
                     total, count = losses.sums["loss_video"]
-                    mine.append(torch.stack([losses.total, total / count]))
-                # [world, rounds, 2], process by process; brought back into the order of the plans.
-                gathered = accelerator.gather(torch.stack(mine)).view(world, rounds, 2).transpose(0, 1).flatten(0, 1)
+                    mine.append(torch.stack([losses.total, total / count, *losses.sums.get("loss_subject", ())]))
+                # [world, rounds, 2 or 4], process by process; brought back into the order of the plans.
+                gathered = accelerator.gather(torch.stack(mine)).view(world, rounds, -1).transpose(0, 1).flatten(0, 1)
                 means = gathered[: len(self._plans)].cpu().double().mean(dim=0).tolist()
                 values |= {f"valid_loss_{expert}": means[0], f"valid_video_loss_{expert}": means[1]}
+                if len(means) > 2:
+                    values[f"valid_subject_loss_{expert}"] = _mean(*means[2:])
         return values
 
 

@@ -133,6 +133,12 @@ def video_times(path: Path) -> VideoTimes:
         return VideoTimes(times=times, fps=fps, height=stream.height, width=stream.width)
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a video. ``ValueError`` if it is broken."""
+    with _opened(path) as container:
+        return container.streams.video[0].height, container.streams.video[0].width
+
+
 def cut_shot(shot: Shot, data: DataSettings, settings: SplitSettings) -> list[Clip]:
     """The clips of a shot, one after the other from its beginning.
 

@@ -185,6 +185,8 @@ class PrepareSettings:
         output: a folder for the training set.
         captions: a ``.jsonl`` or ``.csv`` file; None: ``captions.jsonl`` or ``captions.csv`` in ``videos`` if there is
             one, and ``.txt`` files beside the videos.
+        masks: a folder with a video of the path and name of each that has a mask, light where the subject is, which
+            ``objective.mask_weight`` of a training can count more; None: there are no masks.
         memory: as in generation; of it the selector chooses the candidate keyframes.
         sampler: comes with the model's file; it has no say here.
         steps: which steps run; the others' results must be there.
@@ -205,6 +207,7 @@ class PrepareSettings:
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
     sampler: dict[str, Any] = field(default_factory=dict)
     captions: str | None = None
+    masks: str | None = None
     steps: tuple[Step, ...] = STEPS
     workers: int = 1
     worker: int = 0

@@ -33,6 +33,8 @@ class Clip(Protocol):
     def bucket(self) -> tuple[int, int, int]: ...
     @property
     def keyframes(self) -> int: ...
+    @property
+    def mask(self) -> bool: ...
 
 
 class Latents(Protocol):
@@ -43,6 +45,7 @@ class Latents(Protocol):
     def video(self, index: int) -> Tensor: ...
     def keyframes(self, index: int) -> Tensor: ...
     def given(self, index: int, frames: int) -> Tensor: ...
+    def mask(self, index: int) -> Tensor: ...
     def text(self, index: int) -> Tensor: ...
     def empty_text(self) -> Tensor: ...
     def groups(self, split: Split) -> dict[int, list[int]]: ...
@@ -182,6 +185,7 @@ class Batch:
         noise: e, of the same shape.
         u: [B] in 0..1, from which the noise level follows.
         condition: mask and condition latents [B, 20, M + T, h, w].
+        mask: where the subject of the video is, [B, T, h, w] in 0..1; 0 everywhere if that is not known.
         text: prompt embeds [B, L, D].
         memory_frames: M.
         ids: of the target clips.
@@ -191,6 +195,7 @@ class Batch:
     noise: Tensor
     u: Tensor
     condition: Tensor
+    mask: Tensor
     text: Tensor
     memory_frames: int
     ids: tuple[str, ...]
@@ -231,6 +236,7 @@ class MemoryDataset(Dataset[Batch]):
             noise=torch.randn(x0.shape, generator=generator),
             u=torch.rand(1, generator=generator),
             condition=memory_condition(remembered, given, latent_frames(plan.given)),
+            mask=self.latents.mask(plan.clip)[None],
             text=(self.latents.empty_text() if plan.drop_text else self.latents.text(plan.clip))[None],
             memory_frames=len(memory),
             ids=(self.latents.clips[plan.clip].id,),
@@ -249,6 +255,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
         noise=joined("noise"),
         u=joined("u"),
         condition=joined("condition"),
+        mask=joined("mask"),
         text=joined("text"),
         memory_frames=samples[0].memory_frames,
         ids=tuple(id for sample in samples for id in sample.ids),

@@ -50,9 +50,18 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
-def slot_losses(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each slot in float32: [B, C, N, h, w] twice -> [B, N]."""
-    return (prediction.float() - target.float()).square().mean(dim=(1, 3, 4))
+def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared error in float32, the mean of the channels: [B, C, N, h, w] twice -> [B, N, h, w]."""
+    return (prediction.float() - target.float()).square().mean(dim=1)
+
+
+def mask_weights(mask: Tensor, mask_weight: float) -> Tensor:
+    """Weights [B, T, h, w] of places in the video: where the mask is 1, ``mask_weight`` times those where it is 0.
+
+    Their mean is 1 in every sample, so that samples count alike however large their subjects are.
+    """
+    weights = 1 + (mask_weight - 1) * mask
+    return weights / weights.mean(dim=(1, 2, 3), keepdim=True)
 
 
 def slot_weights(memory_frames: int, slots: int, memory_weight: float) -> Tensor:
@@ -114,10 +123,18 @@ class MemoryObjective:
             by_slot[:, : batch.memory_frames] = 0
         x = torch.cat([noised(batch.x0, batch.noise, by_slot), batch.condition], dim=1)
         prediction = (self._predict_cached if cached else self._predict)(network, x, by_slot * TIMESTEPS, batch)
-        losses_by_slot = slot_losses(prediction, velocity(batch.x0, batch.noise))
-        weights = slot_weights(batch.memory_frames, slots, self.settings.memory_weight).to(losses_by_slot.device)
-        losses = (losses_by_slot * weights).sum(dim=1)  # a product of matrices would be rounded by autocast
-        return Losses(total=losses.mean(), sums=self._sums(expert, losses.detach(), losses_by_slot.detach(), s, batch))
+        errors = squared_errors(prediction, velocity(batch.x0, batch.noise))
+        weights = slot_weights(batch.memory_frames, slots, self.settings.memory_weight).to(errors.device)
+        # A product of matrices would be rounded by autocast.
+        losses = (self._weighted(errors, batch).mean(dim=(2, 3)) * weights).sum(dim=1)
+        return Losses(total=losses.mean(), sums=self._sums(expert, losses.detach(), errors.detach(), s, batch))
+
+    def _weighted(self, errors: Tensor, batch: Batch) -> Tensor:
+        """The errors [B, M + T, h, w] with those of the video weighted by its mask."""
+        if self.settings.mask_weight == 1:
+            return errors
+        memory, video = errors.split([batch.memory_frames, batch.mask.shape[1]], dim=1)
+        return torch.cat([memory, video * mask_weights(batch.mask, self.settings.mask_weight)], dim=1)
 
     def _predict(self, network: nn.Module, x: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
         """The prediction [B, 16, M + T, h, w] for x [B, 36, M + T, h, w] at timesteps [B, M + T], all of one time."""
@@ -138,18 +155,22 @@ class MemoryObjective:
             return _forward(network, x, token_timesteps(timesteps, x, transformer), batch)
 
     def _sums(
-        self, expert: ExpertName, losses: Tensor, by_slot: Tensor, s: Tensor, batch: Batch
+        self, expert: ExpertName, losses: Tensor, errors: Tensor, s: Tensor, batch: Batch
     ) -> dict[str, tuple[Tensor, Tensor]]:
+        """What is logged; of the video and of the subject the plain errors, whatever the weights are."""
+
         def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
             return values.sum(), torch.tensor(float(values.numel()), device=values.device)
 
         M = batch.memory_frames  # noqa: N806
-        of_memory = {"loss_memory": mean_of(by_slot[:, :M])} if self.memory_attention == "joint" else {}
+        besides = {"loss_memory": mean_of(errors[:, :M])} if self.memory_attention == "joint" else {}
+        if self.settings.mask_weight != 1:
+            besides["loss_subject"] = ((errors[:, M:] * batch.mask).sum(), batch.mask.sum())
         return {
             "loss": mean_of(losses),
             f"loss_{expert}": mean_of(losses),
-            "loss_video": mean_of(by_slot[:, M:]),
-            **of_memory,
+            "loss_video": mean_of(errors[:, M:]),
+            **besides,
             "memory_frames": mean_of(torch.full_like(losses, M)),
             "loss_by_level": bin_sums(losses, s, self.settings.bins),
         }

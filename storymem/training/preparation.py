@@ -18,6 +18,7 @@ from storymem.training.captions import Captions
 from storymem.training.clips import Clip, Shot, cut_shot, read_clip
 from storymem.training.data_settings import PrepareSettings
 from storymem.training.journal import Journal, digest
+from storymem.training.masks import Masks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +39,20 @@ class Preparation:
         output: of the training set.
         videos: paths below ``folder``.
         captions: of the videos.
+        masks: of the videos, if there are any.
     """
 
     def __init__(
-        self, settings: PrepareSettings, folder: Path, output: Path, videos: Sequence[str], captions: Captions
+        self,
+        settings: PrepareSettings,
+        folder: Path,
+        output: Path,
+        videos: Sequence[str],
+        captions: Captions,
+        masks: Masks | None = None,
     ) -> None:
         self.settings, self.folder, self.output = settings, folder, output
-        self.videos, self.captions = videos, captions
+        self.videos, self.captions, self.masks = videos, captions, masks
         self.rejected: dict[str, Rejection] = {}
         self._stamps = {video: _stamp(folder / video) for video in videos}
 
@@ -67,6 +75,11 @@ class Preparation:
     def clip_made(self, clip: Clip) -> str:
         """What the frames of a clip depend on."""
         return digest(self._stamps[clip.video], clip.start, clip.fps, asdict(clip.bucket))
+
+    def cache_made(self, clip: Clip) -> str:
+        """What is cached of a clip depends on: its frames, and its mask if it has one."""
+        mask = self.mask_path(clip)
+        return self.clip_made(clip) if mask is None else digest(self.clip_made(clip), _stamp(mask))
 
     def check_made(self, clip: Clip) -> str:
         """What the check of a clip depends on."""
@@ -131,6 +144,10 @@ class Preparation:
     def read(self, clip: Clip, indices: Sequence[int] | None = None) -> np.ndarray:
         """Frames of a clip; see :func:`storymem.training.clips.read_clip`."""
         return read_clip(self.folder, clip, indices)
+
+    def mask_path(self, clip: Clip) -> Path | None:
+        """The mask of a clip's video, if there is one."""
+        return None if self.masks is None else self.masks.path(clip.video)
 
     def tell_rejected(self) -> None:
         """Write ``rejected.jsonl`` and print how many were left out for what.

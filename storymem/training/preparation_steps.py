@@ -203,7 +203,7 @@ def _cache_latents(data: Preparation, builder: CacheBuilder, items: list[CacheIt
 
 
 def _item(data: Preparation, clip: Clip, grouping: Grouping) -> CacheItem:
-    number = grouping.group[clip.id]
+    number, masks = grouping.group[clip.id], data.masks
     return CacheItem(
         id=clip.id,
         caption=data.caption(clip),
@@ -211,7 +211,8 @@ def _item(data: Preparation, clip: Clip, grouping: Grouping) -> CacheItem:
         split=grouping.split[number],
         bucket=(clip.bucket.frames, clip.bucket.height, clip.bucket.width),
         frames=lambda: data.read(clip),
-        made=data.clip_made(clip),
+        mask=(lambda: masks.read(clip)) if masks is not None and clip.video in masks.files else None,
+        made=data.cache_made(clip),
     )
 
 

@@ -18,6 +18,7 @@ from storymem.config import build_settings
 from storymem.training.captions import read_captions
 from storymem.training.clips import find_videos
 from storymem.training.data_settings import PrepareSettings, Step
+from storymem.training.masks import find_masks
 from storymem.training.preparation import Preparation
 from storymem.wan.sources import check_weights
 
@@ -32,7 +33,7 @@ def prepare(config: Mapping[str, Any]) -> LatentCache | None:
         the cache; None if ``cache`` is not among the steps, or other workers have not finished it.
 
     Raises:
-        ValueError: for settings, captions or videos with which nothing can be prepared.
+        ValueError: for settings, captions, masks or videos with which nothing can be prepared.
         MissingWeights: before anything is decoded.
     """
     settings = build_settings(PrepareSettings, config)
@@ -41,11 +42,12 @@ def prepare(config: Mapping[str, Any]) -> LatentCache | None:
     folder = Path(settings.videos).expanduser()
     videos = find_videos(folder)
     captions = read_captions(folder, videos, Path(settings.captions) if settings.captions else None)
+    masks = find_masks(Path(settings.masks).expanduser(), videos, folder) if settings.masks else None
     output = Path(settings.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(output / f".worker-{settings.worker:03d}.lock").acquire(timeout=0):
-            return run_steps(Preparation(settings, folder, output, videos, captions))
+            return run_steps(Preparation(settings, folder, output, videos, captions, masks))
     except Timeout:
         raise ValueError(
             f"another prepare_data works on {output}: to share the work, start N with workers=N and worker=0 to N - 1"

@@ -85,11 +85,14 @@ class ObjectiveSettings:
         shift: of the noise levels, s = shift * u / (1 + (shift - 1) * u) with u uniform; as the sampler's, 4.0.
         memory_weight: weight of the loss of a memory slot against that of a video slot; 0 trains on the video alone,
             and is needed in the ``cached`` memory mode, where memory slots predict nothing.
+        mask_weight: how often the loss of a place where a clip's mask is white counts, against one where it is black;
+            1, as published, looks at no mask.
         bins: in how many equal bins of s from 0 to 1 the loss is told.
     """
 
     shift: float = 4.0
     memory_weight: float = 1.0
+    mask_weight: float = 1.0
     bins: int = 10
 
     def __post_init__(self) -> None:
@@ -97,6 +100,8 @@ class ObjectiveSettings:
             raise ValueError(f"shift must be above 0, not {self.shift}")
         if self.memory_weight < 0:
             raise ValueError(f"memory_weight must be 0 or more, not {self.memory_weight}")
+        if self.mask_weight <= 0:
+            raise ValueError(f"mask_weight must be above 0, not {self.mask_weight}; 1 looks at no mask")
         if self.bins < 1:
             raise ValueError(f"bins must be 1 or more, not {self.bins}")
 

@@ -11,9 +11,10 @@ from storymem.toy.attributes import FPS, FRAMES, HEIGHT, UNKNOWN, WIDTH
 from storymem.toy.clips import write_clips
 from storymem.toy.reader import read_attributes
 from storymem.toy.report import agreement
-from storymem.toy.world import HELD_OUT, story
+from storymem.toy.world import HELD_OUT, people_mask, render_layers, story
 from storymem.training.captions import read_captions
 from storymem.training.clips import find_videos
+from storymem.training.masks import find_masks
 from storymem.video import probe, read_video
 
 
@@ -81,3 +82,19 @@ def test_stories_for_measuring_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="clips are for training"):
         write_clips(tmp_path, range(HELD_OUT - 1, HELD_OUT + 1))
     assert not list(tmp_path.iterdir())
+
+
+def test_masks_are_those_of_the_people_and_are_found(tmp_path: Path) -> None:
+    assert write_clips(tmp_path / "clips", range(1), masks=tmp_path / "masks") == 8
+    videos = find_videos(tmp_path / "clips")
+    masks = find_masks(tmp_path / "masks", videos, tmp_path / "clips")
+    assert set(masks.files) == set(videos)
+    shown = read_video(clip(tmp_path / "masks", 0, 2)).mean(axis=-1) > 128
+    drawn = people_mask(*render_layers(story(0).shots[1], slice(None)))
+    assert (shown == drawn).mean() > 0.995
+
+
+def test_masks_can_be_added_to_clips_that_are_there(tmp_path: Path) -> None:
+    write_clips(tmp_path / "clips", range(1))
+    assert write_clips(tmp_path / "clips", range(1), masks=tmp_path / "masks") == 0
+    assert len(find_videos(tmp_path / "masks")) == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from dataclasses import replace
@@ -300,3 +301,24 @@ def test_a_shard_is_written_before_it_is_full_if_it_takes_long(tmp_path: Path, m
     writer.add("b", {"t": torch.ones(2)})
     records, _ = shards.finished_records(tmp_path, "x")
     assert set(records) == {"a", "b"}
+
+
+def test_a_clip_keeps_its_mask_and_others_have_none(tmp_path: Path, pipe: WanMemoryToVideoPipeline) -> None:
+    mask = np.zeros(BUCKET, np.float32)
+    mask[1:5, :8, :8] = 0.75
+    cache = build(tmp_path, pipe, [item(0, mask=lambda: mask), item(1)])
+    assert [clip.mask for clip in cache.clips] == [True, False]
+    assert cache.mask(0).shape == cache.video(0).shape[1:]
+    assert cache.mask(0)[1, 0, 0] == 0.75
+    assert cache.mask(0).sum() == 0.75
+    assert torch.equal(cache.mask(1), torch.zeros(cache.video(1).shape[1:]))
+
+
+def test_an_index_from_before_masks_is_read(tmp_path: Path, pipe: WanMemoryToVideoPipeline) -> None:
+    folder = build(tmp_path, pipe, [item(0), item(1)]).folder
+    description = json.loads((folder / "cache.json").read_text())
+    rows = [json.loads(line) for line in (folder / description["index"]).read_text().splitlines()]
+    index = "".join(json.dumps({k: v for k, v in row.items() if k != "mask"}) + "\n" for row in rows).encode()
+    (folder / description["index"]).write_bytes(index)
+    (folder / "cache.json").write_text(json.dumps(description | {"index_sha256": hashlib.sha256(index).hexdigest()}))
+    assert not LatentCache.open(folder).mask(0).any()

@@ -41,6 +41,7 @@ def batch(memory_frames: int = FRAMES, x0: Tensor | None = None) -> Batch:
         noise=noise,
         u=torch.tensor([0.2]),
         condition=memory_condition(memory, torch.zeros(1, 16, SLOTS, 4, 6), 0),
+        mask=torch.zeros(1, SLOTS, 4, 6),
         text=torch.randn(1, 16, 16, generator=generator),
         memory_frames=memory_frames,
         ids=("a",),

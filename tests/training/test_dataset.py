@@ -109,7 +109,7 @@ def test_workers_change_nothing(start: int) -> None:
     there = train_batches(data, plans, size=4, start=start, workers=1)
     for mine, theirs in islice(zip(here, there, strict=False), 4):
         assert mine.ids == theirs.ids
-        for name in ("x0", "noise", "u", "condition", "text"):
+        for name in ("x0", "noise", "u", "condition", "mask", "text"):
             assert torch.equal(getattr(mine, name), getattr(theirs, name))
 
 
@@ -125,6 +125,7 @@ def test_a_sample_holds_its_memory_its_condition_and_its_text() -> None:
     # Memory and the two latent frames that five motion frames fill are to be believed, the last is not.
     assert mask.amax(dim=(0, 2, 3)).tolist() == mask.amin(dim=(0, 2, 3)).tolist() == [1, 1, 1, 1, 0]
     assert torch.equal(conditions, torch.cat([remembered, data.given(0, 5)], dim=1))
+    assert torch.equal(sample.mask[0], data.mask(0))
     assert torch.equal(sample.text[0], data.text(0))
     assert torch.equal(MemoryDataset(data)[replace(plan, drop_text=True)].text[0], data.empty_text())
     assert sample.memory_frames == 2

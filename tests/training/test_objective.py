@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -11,11 +13,12 @@ from storymem.training.dataset import Batch
 from storymem.training.objective import (
     MemoryObjective,
     bin_sums,
+    mask_weights,
     noise_level,
     noised,
     shifted,
-    slot_losses,
     slot_weights,
+    squared_errors,
     unshifted,
     velocity,
 )
@@ -80,12 +83,20 @@ def test_bins() -> None:
     assert counts.tolist() == [1, *[0] * 8, 2]
 
 
-def test_slot_losses_are_means_in_float32() -> None:
-    prediction, target = torch.zeros(1, 16, 2, 4, 4, dtype=torch.bfloat16), torch.zeros(1, 16, 2, 4, 4)
-    target[:, :, 1] = 3
-    losses = slot_losses(prediction, target)
-    assert losses.tolist() == [[0, 9]]
-    assert losses.dtype == torch.float32
+def test_errors_are_means_of_channels_in_float32() -> None:
+    prediction, target = torch.zeros(1, 16, 2, 1, 2, dtype=torch.bfloat16), torch.zeros(1, 16, 2, 1, 2)
+    target[:, :8, 1, :, 0] = 3
+    errors = squared_errors(prediction, target)
+    assert errors.tolist() == [[[[0, 0]], [[4.5, 0]]]]
+    assert errors.dtype == torch.float32
+
+
+def test_weights_of_places() -> None:
+    mask = torch.tensor([[[[1.0, 0.5, 0.0, 0.0]]], [[[1.0, 1.0, 1.0, 1.0]]]])
+    weights = mask_weights(mask, 4.0)
+    torch.testing.assert_close(weights.mean(dim=(1, 2, 3)), torch.ones(2))
+    torch.testing.assert_close(weights[0] / weights[0, 0, 0, 3], torch.tensor([[[4.0, 2.5, 1.0, 1.0]]]))
+    assert torch.equal(mask_weights(mask, 1.0), torch.ones_like(mask))
 
 
 def batch(memory_frames: int) -> Batch:
@@ -97,6 +108,7 @@ def batch(memory_frames: int) -> Batch:
         noise=noise,
         u=torch.tensor([0.2, 0.7]),
         condition=memory_condition(memory, torch.zeros(2, 16, 3, 4, 6), 0),
+        mask=(torch.arange(6) < 2).float().expand(2, 3, 4, 6),
         text=torch.randn(2, 16, 16, generator=generator),
         memory_frames=memory_frames,
         ids=("a", "b"),
@@ -148,6 +160,33 @@ def test_what_is_logged_adds_up(memory_frames: int) -> None:
     by_level, counts = losses.sums["loss_by_level"]
     assert counts.sum() == 2
     assert by_level.sum().item() == pytest.approx(losses.sums["loss"][0].item())
+
+
+@pytest.mark.parametrize("memory_frames", [0, 2])
+def test_the_subject_counts_more_and_is_told_alone(memory_frames: int) -> None:
+    network, of = Recorder(), batch(memory_frames)
+    settings = ObjectiveSettings(memory_weight=0.5, mask_weight=3.0)
+    losses = MemoryObjective(settings=settings, boundary=0.9, rope_stride=5)(network, "low_noise", of)
+    errors = (of.noise - of.x0).square().mean(dim=1)
+    memory, video = errors[:, :memory_frames], errors[:, memory_frames:]
+    weighted = (3 * video[..., :2].sum() + video[..., 2:].sum()) / (3 * 2 + 4) * 6 / 24
+    expected = (weighted + 0.5 * memory.mean(dim=(2, 3)).sum()) / 2 / (3 + 0.5 * memory_frames)
+    assert losses.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    means = {name: (total / count).item() for name, (total, count) in losses.sums.items() if total.ndim == 0}
+    assert means["loss_subject"] == pytest.approx(video[..., :2].mean().item(), rel=1e-5)
+    assert means["loss_video"] == pytest.approx(video.mean().item(), rel=1e-5)
+
+
+def test_samples_without_a_mask_count_as_before() -> None:
+    network, of = Recorder(), replace(batch(2), mask=torch.zeros(2, 3, 4, 6))
+    plain, weighted = (
+        MemoryObjective(settings=ObjectiveSettings(mask_weight=w), boundary=0.9, rope_stride=5)(
+            network, "low_noise", of
+        )
+        for w in (1.0, 3.0)
+    )
+    assert weighted.total.item() == pytest.approx(plain.total.item(), rel=1e-6)
+    assert weighted.sums["loss_subject"][1] == 0
 
 
 def test_memory_changes_what_is_predicted() -> None:

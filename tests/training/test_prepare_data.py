@@ -26,6 +26,7 @@ from storymem.cli import CONFIGS
 from storymem.config import ConfigError, build_settings
 from storymem.training import preparation_steps, step_progress
 from storymem.training.cache import LatentCache
+from storymem.training.caching import CacheBuilder
 from storymem.training.data_settings import DataSettings, PrepareSettings
 from storymem.training.fingerprint import cache_fingerprint
 from storymem.training.journal import Journal
@@ -221,6 +222,53 @@ def test_nothing_that_can_be_used(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_used(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(config(tmp_path, override))
+
+
+def masks_of(folder: Path, *numbers: int, height: int = HEIGHT) -> list[str]:
+    """Masks of good videos, white on the left half; the override that names them."""
+    white = np.zeros((12, height, WIDTH, 3), np.uint8)
+    white[:, :, : WIDTH // 2] = 255
+    for number in numbers:
+        video(folder / "masks" / f"good{number}.mov", white)
+    return [f"masks={folder / 'masks'}"]
+
+
+def test_masks_are_cached_with_their_clips(folder: Path) -> None:
+    cache = prepare(config(folder, *masks_of(folder, 0, 2)))
+    assert cache is not None
+    assert [clip.mask for clip in cache.clips] == [True, False, True, False]
+    halves = cache.mask(2)[..., : WIDTH // 16], cache.mask(2)[..., WIDTH // 16 :]
+    assert halves[0].min() > 0.9
+    assert halves[1].max() < 0.1
+
+
+def test_a_mask_that_comes_later_makes_its_clip_anew_and_no_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert prepare(config(folder)) is not None
+    seen: list[str] = []
+    encode = CacheBuilder._encode
+    monkeypatch.setattr(CacheBuilder, "_encode", lambda self, it, *rest: seen.append(it.id) or encode(self, it, *rest))
+    cache = prepare(config(folder, *masks_of(folder, 1)))
+    assert cache is not None
+    assert seen == ["good1.mp4@0.000"]
+    assert cache.mask(1).any()
+
+
+def test_a_mask_of_another_shape_is_told(folder: Path) -> None:
+    cache = prepare(config(folder, *masks_of(folder, 1, height=HEIGHT * 2)))
+    assert cache is not None
+    assert len(cache) == 3
+    assert rejected(folder)["good1.mp4@0.000"] == f"mask: it is {WIDTH}x{2 * HEIGHT}, and its video {WIDTH}x{HEIGHT}"
+
+
+def test_masks_of_nothing_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no folder .*masks"):
+        prepare(config(folder, f"masks={folder / 'masks'}"))
+    overrides = masks_of(folder, 7)
+    with pytest.raises(ValueError, match=r"1 masks that belong to no video in .*good7.mov"):
+        prepare(config(folder, *overrides))
+    assert not (folder / "set").exists()
 
 
 def test_two_runs_do_not_work_on_one_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

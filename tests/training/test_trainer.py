@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from storymem.config import ConfigError, build_settings
 from storymem.settings import TrainSettings
-from storymem.train import check_run_folder, check_sizes
+from storymem.train import check_masks, check_run_folder, check_sizes
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.ema import MovingAverage
 from storymem.training.experts import add_adapter, check_only_adapters_train, check_parallel, make_accelerator
@@ -281,6 +281,17 @@ def test_the_loss_of_the_video_is_told_whatever_memory_weighs(tmp_path: Path) ->
     assert both["valid_loss_low_noise"] != pytest.approx(video["valid_loss_low_noise"], rel=1e-3)
 
 
+def test_the_loss_of_the_subject_is_told_if_masks_count(tmp_path: Path) -> None:
+    ready = run(tmp_path, validation={"every": 5, "samples": 4}, expert="low", objective={"mask_weight": 4.0})
+    plain = run(tmp_path / "plain", validation={"every": 5, "samples": 4}, expert="low")
+    weighted, before = (one.trainer.callbacks[1].losses(one.trainer) for one in (ready, plain))  # type: ignore[attr-defined]
+    assert weighted["valid_video_loss_low_noise"] == pytest.approx(before["valid_video_loss_low_noise"])
+    assert weighted["valid_loss_low_noise"] != before["valid_loss_low_noise"]
+    assert weighted["valid_subject_loss_low_noise"] != pytest.approx(before["valid_video_loss_low_noise"], rel=1e-4)
+    assert "valid_subject_loss_low_noise" not in before
+    ready.trainer.run()
+
+
 def test_wandb_offline_writes_into_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -376,6 +387,15 @@ def test_a_cache_of_another_size_is_refused(tmp_path: Path) -> None:
     settings = build_settings(TrainSettings, values)
     with pytest.raises(ValueError, match=r"holds clips of 9x32x48 .* none of them of the model's 9x64x48"):
         check_sizes(latents(), settings)
+
+
+def test_masks_that_shall_count_must_be_there(tmp_path: Path) -> None:
+    settings = build_settings(TrainSettings, config(tmp_path, objective={"mask_weight": 2.0}))
+    bare = replace(latents(), clips=tuple(replace(clip, mask=clip.split == "valid") for clip in latents().clips))
+    with pytest.raises(ValueError, match=r"mask_weight=2, but .* has no masks: run prepare_data with masks=FOLDER"):
+        check_masks(bare, settings)
+    check_masks(latents(), settings)
+    check_masks(bare, build_settings(TrainSettings, config(tmp_path)))
 
 
 def test_what_cannot_run_here_is_refused() -> None:

@@ -41,6 +41,7 @@ class TinyClip:
     split: Split
     bucket: tuple[int, int, int]
     keyframes: int
+    mask: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,12 @@ class MemoryLatents:
         slots = {0: 0, 1: 1, 5: 2}[frames]
         blank[:, :slots] = self.video(index)[:, :slots]
         return blank
+
+    def mask(self, index: int) -> Tensor:
+        """The left half of even clips."""
+        mask = torch.zeros(self._shape(index))
+        mask[..., : mask.shape[-1] // 2 if index % 2 == 0 else 0] = 1.0
+        return mask
 
     def text(self, index: int) -> Tensor:
         return self._drawn(10 * index + 2, 16, 16)
