@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
 from storymem.wan.loading import load_pipeline
 from storymem.wan.memory_attention import reading_memory
+from storymem.wan.memory_guidance import hiding_memory
+from storymem.wan.parallel import GUIDANCE_PARALLEL
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.rope import install_memory_rope
 from storymem.wan.settings import MemoryMode, ModelSettings, RuntimeSettings, SamplerSettings, check_speed
@@ -146,6 +149,15 @@ def test_a_pipeline_whose_passes_see_the_same_says_so(pipe: WanMemoryToVideoPipe
     kept_nowhere.memory_cache = "recompute"
     with pytest.raises(ValueError, match="memory_cache must be device or cpu"):
         generate(kept_nowhere, memory=pictures(1), **HIDDEN)
+
+
+def test_passes_in_two_processes_have_no_slots_in_common() -> None:
+    expert = torch.nn.Linear(1, 1)
+    HookRegistry.check_if_exists_or_initialize(expert).register_hook(ModelHook(), GUIDANCE_PARALLEL)
+    with pytest.raises(ValueError, match="not guidance_parallel"), hiding_memory([expert], slots=2):
+        pass
+    with hiding_memory([expert], slots=0):  # what is kept in attention each process can hide from itself
+        pass
 
 
 @pytest.mark.parametrize(
