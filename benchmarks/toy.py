@@ -1,6 +1,6 @@
 """What the toy models reach on held-out stories of the drawn world.
 
-    python -m benchmarks.toy [--count 200] [--parts vae text scorers joints memory]
+    python -m benchmarks.toy [--count 200] [--parts vae text scorers joints memory filter]
 
 Prints the figures beside what they should reach, and writes them to benchmarks/results/toy.json with versions and
 date. With 200 stories it takes about an hour; a run of some parts replaces only those in the file.
@@ -34,6 +34,8 @@ AIMS = (
     ("memory", "published_guidance", "the same with guidance as published", ""),
     ("memory", "without", "the same without memory", "chance"),
     ("memory", "chance", "chance", ""),
+    ("filter", "kept", "quality filter, frames of the model kept", ""),
+    ("filter", "refused_of_damaged", "quality filter, damaged copies of them refused", ""),
 )
 PARTS = tuple(dict.fromkeys(part for part, *_ in AIMS))
 
@@ -41,7 +43,9 @@ PARTS = tuple(dict.fromkeys(part for part, *_ in AIMS))
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=200, help="held-out stories; joints and memory take a quarter")
+    parser.add_argument(
+        "--count", type=int, default=200, help="held-out stories; joints, memory and filter take a quarter"
+    )
     parser.add_argument("--parts", nargs="*", default=[], choices=PARTS)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--adapter", type=Path, help="instead of the one beside the weights")

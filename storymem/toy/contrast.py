@@ -45,7 +45,7 @@ VICLIP_CONFIG = ViclipConfig(
 )
 PROBE_SCALE = 10.0
 DAMAGED = 0.4  # of CLIP's pictures, with the damage in their text
-THRESHOLD = 5.0  # of the quality head: a frame that scores less is more likely damaged than clean
+THRESHOLD = 5.0  # of the quality head: a drawn frame that scores less is more likely damaged than clean
 
 
 def _shots(step: int, count: int, start: int = 0) -> list[tuple[ToyShot, str]]:

@@ -18,7 +18,8 @@ from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.clip import ClipScorer
 from storymem.scorers.viclip import ViclipScorer
 from storymem.toy.attributes import FRAMES, HEIGHT, LOOKS, UNKNOWN, WIDTH, Look, Seen
-from storymem.toy.contrast import THRESHOLD, auroc, clip_top1, place_and_time_top1, quality_frames
+from storymem.toy.contrast import THRESHOLD, as_pictures, auroc, clip_top1, place_and_time_top1, quality_frames
+from storymem.toy.damage import DAMAGES, damage
 from storymem.toy.reader import read_attributes
 from storymem.toy.shot_reader import read_shot
 from storymem.toy.text import TEXT_TOKENS
@@ -34,6 +35,7 @@ LOOK_PARTS = ("shape", "colour", "hat", "eyes")
 STEPS = 20
 GUIDANCE, GUIDE_MEMORY = 2.5, True  # as sampler=toy guides
 MEMORY = 6  # frames; what the adapter was trained with
+FILTER = 3.0  # the threshold of scorer/quality=toy
 
 
 def held_out_shots(count: int, *, looks: bool = False) -> list[ToyShot]:
@@ -189,6 +191,30 @@ def measure_scorers(weights: Path, count: int) -> dict[str, Any]:
     }
 
 
+def measure_filter(pipe: WanMemoryToVideoPipeline, weights: Path, count: int, steps: int = STEPS) -> dict[str, Any]:
+    """What the quality filter of films keeps of frames that the model makes, and refuses of damaged copies of them."""
+    quality = AestheticScorer.from_folder(weights / "clip", threshold=FILTER)
+    rng = np.random.default_rng(0)
+    made: list[npt.NDArray[np.uint8]] = []
+    for seed, told in enumerate(story(HELD_OUT + i) for i in range(count)):
+        index = max(i for i, shot in enumerate(told.shots) if shot.cut)
+        shot = generate(pipe, told.shots[index].prompt, seed, steps=steps, memory=remembered(told, index))
+        made += list(shot[[3, FRAMES // 2, 13]])
+    damaged = {kind: np.stack([damage(rng, frame, kind) for frame in made]) for kind in DAMAGES}
+
+    def kept(frames: npt.NDArray[np.uint8]) -> float:
+        return float((quality.score(as_pictures(frames)) >= quality.threshold).float().mean())
+
+    refused = {kind: 1 - kept(frames) for kind, frames in damaged.items()}
+    return {
+        "frames": len(made),
+        "threshold": FILTER,
+        "kept": kept(np.stack(made)),
+        "refused_of_damaged": float(np.mean(list(refused.values()))),
+        "by_damage": refused,
+    }
+
+
 def memory_mode(adapter: Path) -> str:
     """What an adapter was trained for: joint or cached."""
     info = AdapterInfo.from_file(open_adapter_file(adapter / "low_noise.safetensors"))
@@ -205,9 +231,10 @@ def measure(
     guidance: float = GUIDANCE,
     parts: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All figures, or those of some parts ("vae", "text", "scorers", "joints", "memory"), of the models in a folder.
+    """All figures of the models in a folder, or those of some parts: "vae", "text", "scorers", "joints" and so on.
 
-    The base is measured without the memory adapter, joints and memory with it: ``adapter``, or else the folder's own.
+    The base is measured without the memory adapter, joints, memory and filter with it: ``adapter``, or else the
+    folder's own.
     """
     if adapter is not None and not adapter.is_dir():
         raise FileNotFoundError(f"adapter {adapter}: there is no such folder; give the one that train.py wrote")
@@ -228,5 +255,6 @@ def measure(
         "scorers": lambda: measure_scorers(weights, count),
         "joints": lambda: measure_joints(remembering(), max(2, count // 4), steps, guidance),
         "memory": lambda: measure_memory(remembering(), max(2, count // 4), steps, guidance),
+        "filter": lambda: measure_filter(remembering(), weights, max(2, count // 4), steps),
     }
     return {name: task() for name, task in tasks.items() if not parts or name in parts}

@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 
 from storymem.toy.attributes import UNKNOWN
-from storymem.toy.report import agreement, held_out_shots, shares
+from storymem.toy.build import WEIGHTS
+from storymem.toy.damage import DAMAGES
+from storymem.toy.report import FILTER, GUIDANCE, GUIDE_MEMORY, agreement, held_out_shots, measure, shares
+from tests.composing import composed
 
 
 def test_what_is_read_as_it_is_agrees() -> None:
@@ -38,3 +41,17 @@ def test_prompts_with_looks_belong_to_the_same_shots() -> None:
     for one, two in zip(plain, described, strict=True):
         assert two.prompt.startswith(one.prompt)
         assert one.seen(0) == two.seen(0)
+
+
+def test_what_is_measured_is_what_the_embedded_model_does() -> None:
+    config = composed("story=story.yaml")
+    assert (config["sampler"]["guidance"], config["sampler"]["guide_memory"]) == (GUIDANCE, GUIDE_MEMORY)
+    assert config["scorer"]["quality"]["threshold"] == FILTER
+
+
+def test_the_filter_keeps_more_of_what_is_made_than_of_what_is_damaged() -> None:
+    (found,) = measure(WEIGHTS, count=8, steps=6, parts=["filter"]).values()
+    assert found["frames"] == 2 * 3
+    assert found["by_damage"].keys() == set(DAMAGES)
+    assert found["refused_of_damaged"] == pytest.approx(sum(found["by_damage"].values()) / len(DAMAGES))
+    assert found["kept"] > 1 - found["refused_of_damaged"]
