@@ -151,14 +151,8 @@ class CacheBuilder:
             except ValueError as error:
                 reject(item, str(error))
             else:
-                keyframes_found = len(tensors["keyframes"])
-                kept = {
-                    "made": item.made,
-                    "bucket": item.bucket,
-                    "keyframes": keyframes_found,
-                    "mask": "mask" in tensors,
-                }
-                writer.add(item.id, tensors, **kept)
+                known = {"made": item.made, "bucket": item.bucket, "mask": "mask" in tensors}
+                writer.add(item.id, tensors, keyframes=len(tensors["keyframes"]), **known)
             if advance is not None:
                 advance()
         writer.flush()

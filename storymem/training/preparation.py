@@ -52,7 +52,8 @@ class Preparation:
         masks: Masks | None = None,
     ) -> None:
         self.settings, self.folder, self.output = settings, folder, output
-        self.videos, self.captions, self.masks = videos, captions, masks
+        self.videos, self.captions = videos, captions
+        self.masks = masks or Masks(folder=folder, videos=folder, files={})
         self.rejected: dict[str, Rejection] = {}
         self._stamps = {video: _stamp(folder / video) for video in videos}
 
@@ -77,8 +78,8 @@ class Preparation:
         return digest(self._stamps[clip.video], clip.start, clip.fps, asdict(clip.bucket))
 
     def cache_made(self, clip: Clip) -> str:
-        """What is cached of a clip depends on: its frames, and its mask if it has one."""
-        mask = self.mask_path(clip)
+        """What the cached tensors of a clip depend on: its frames, and its mask if it has one."""
+        mask = self.masks.path(clip.video)
         return self.clip_made(clip) if mask is None else digest(self.clip_made(clip), _stamp(mask))
 
     def check_made(self, clip: Clip) -> str:
@@ -144,10 +145,6 @@ class Preparation:
     def read(self, clip: Clip, indices: Sequence[int] | None = None) -> np.ndarray:
         """Frames of a clip; see :func:`storymem.training.clips.read_clip`."""
         return read_clip(self.folder, clip, indices)
-
-    def mask_path(self, clip: Clip) -> Path | None:
-        """The mask of a clip's video, if there is one."""
-        return None if self.masks is None else self.masks.path(clip.video)
 
     def tell_rejected(self) -> None:
         """Write ``rejected.jsonl`` and print how many were left out for what.

@@ -203,7 +203,7 @@ def _cache_latents(data: Preparation, builder: CacheBuilder, items: list[CacheIt
 
 
 def _item(data: Preparation, clip: Clip, grouping: Grouping) -> CacheItem:
-    number, masks = grouping.group[clip.id], data.masks
+    number = grouping.group[clip.id]
     return CacheItem(
         id=clip.id,
         caption=data.caption(clip),
@@ -211,7 +211,7 @@ def _item(data: Preparation, clip: Clip, grouping: Grouping) -> CacheItem:
         split=grouping.split[number],
         bucket=(clip.bucket.frames, clip.bucket.height, clip.bucket.width),
         frames=lambda: data.read(clip),
-        mask=(lambda: masks.read(clip)) if masks is not None and clip.video in masks.files else None,
+        mask=(lambda: data.masks.read(clip)) if clip.video in data.masks.files else None,
         made=data.cache_made(clip),
     )
 
