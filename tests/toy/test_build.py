@@ -57,4 +57,4 @@ def test_every_stage_runs_and_the_result_makes_a_shot(tmp_path: Path) -> None:
     assert size <= 24e6
     assert list((recipe.work / "base").glob("samples_*.png"))
     figures = json.loads((recipe.work / "report.json").read_text())
-    assert set(figures) == {"vae", "text", "joints", "memory", "scorers"}
+    assert set(figures) == {"vae", "text", "joints", "memory", "filter", "scorers"}
