@@ -24,7 +24,7 @@ from storymem.wan.schedule import shifted, unshifted
 BOUNDARY = 0.9
 SHIFT = 3.0
 FIRST_FRAME, NO_TEXT, LOOKS = 0.5, 0.1, 0.5  # how often a sample has a first frame, no text, looks in its text
-PEOPLE = 5.0  # they fill a quarter of the latents, and are what must be told apart
+PEOPLE = 5.0  # they reach into a third of the latents, and are what must be told apart
 RANGES = {"base": (0.0, 1.0), "high": (BOUNDARY, 1.0), "low": (0.0, BOUNDARY)}
 
 
