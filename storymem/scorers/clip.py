@@ -34,6 +34,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
             ``"published_aesthetic"`` (8-bit bicubic of the short side without antialias, centre crop).
         mean: normalisation the weights were trained with.
         std: the same.
+        tokenizer: CLIP's own by default.
         device, dtype, batch_size: see `Scorer`.
     """
 
@@ -41,6 +42,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         self,
         network: open_clip.CLIP,
         *,
+        tokenizer: ClipTokenizer | None = None,
         preprocessing: str = "published_selector",
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
@@ -56,7 +58,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         self.mean, self.std = tuple(mean), tuple(std)
         self.image_size: tuple[int, int] = tuple(network.visual.image_size)
         self.dim: int = network.visual.output_dim
-        self.tokenizer = ClipTokenizer(network.context_length)
+        self.tokenizer = tokenizer or ClipTokenizer(network.context_length)
 
     @staticmethod
     def required_weights(
@@ -129,18 +131,21 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         """Load a model of any size from a folder in open_clip's own layout.
 
         It holds ``open_clip_config.json``, that is ``{"model_cfg": ..., "preprocess_cfg": ...}``, and the
-        state dict in ``open_clip_model.safetensors``.
+        state dict in ``open_clip_model.safetensors``; for a smaller vocabulary than CLIP's also
+        ``bpe_vocabulary.txt.gz``, as open_clip's ``SimpleTokenizer`` reads it.
 
         Raises:
-            MissingWeights: if the folder lacks one of the two files.
+            MissingWeights: if the folder lacks one of the first two files.
             CheckpointError: if they do not fit each other.
         """
         name = f"CLIP model in {folder}"
         config = json.loads(locate(Weights(name=name, source=str(folder), file=_CONFIG_FILE)).read_text())
         path = locate(Weights(name=name, source=str(folder), file=_WEIGHTS_FILE))
         published = config.get("preprocess_cfg", {})
+        network = _load(config["model_cfg"], path)
         return cls(
-            _load(config["model_cfg"], path),
+            network,
+            tokenizer=ClipTokenizer.from_folder(path.parent, network.context_length, network.vocab_size),
             preprocessing=preprocessing,
             mean=published.get("mean", CLIP_MEAN),
             std=published.get("std", CLIP_STD),

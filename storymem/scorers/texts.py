@@ -1,35 +1,63 @@
-"""CLIP's tokenizer, with a count of what it cuts off."""
+"""CLIP's tokenizer, with its own or a smaller vocabulary, and a count of what it cuts off."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
+from typing import Self
 
 import torch
 from open_clip import SimpleTokenizer
 from torch import Tensor
 
+from storymem.scorers.checkpoint import CheckpointError
+
 logger = logging.getLogger(__name__)
 
 
+VOCABULARY_FILE = "bpe_vocabulary.txt.gz"  # beside the weights of a network with fewer rows than CLIP's
+
+
 @cache  # reading the vocabulary takes longer than building a small model
-def _tokenizer(context_length: int) -> SimpleTokenizer:
-    return SimpleTokenizer(context_length=context_length)
+def _tokenizer(context_length: int, vocabulary: Path | None) -> SimpleTokenizer:
+    if vocabulary is None:
+        return SimpleTokenizer(context_length=context_length)
+    return SimpleTokenizer(str(vocabulary), context_length=context_length)
 
 
 class ClipTokenizer:
     """open_clip's byte-pair tokenizer at a fixed context length.
 
+    vocabulary: a gzipped list of merges in the form of open_clip's own, which is the default; `vocab_size` is the
+    number of ids it gives, 512 + merges + 2.
+
     A text beyond the context keeps its first tokens and the end-of-text token, in CLIP and in ViCLIP. What is
     cut no longer counts in any score, so it is counted here: `texts_truncated` of `texts_seen`.
     """
 
-    def __init__(self, context_length: int) -> None:
+    def __init__(self, context_length: int, vocabulary: Path | None = None) -> None:
         self.context_length = context_length
         self.texts_seen = 0
         self.texts_truncated = 0
-        self._tokenizer = _tokenizer(context_length)
+        self._tokenizer = _tokenizer(context_length, vocabulary)
+        self.vocab_size: int = self._tokenizer.vocab_size
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, context_length: int, rows: int) -> Self:
+        """The tokenizer of a model's folder: by the vocabulary in it, or CLIP's where there is none.
+
+        Raises:
+            CheckpointError: if it does not give as many ids as the model has rows of embeddings.
+        """
+        path = Path(folder) / VOCABULARY_FILE
+        has_own = path.is_file()
+        tokenizer = cls(context_length, path if has_own else None)
+        if tokenizer.vocab_size != rows:
+            whose = f"its {VOCABULARY_FILE}" if has_own else f"CLIP's vocabulary (it has no {VOCABULARY_FILE})"
+            raise CheckpointError(f"the model in {folder} embeds {rows} tokens, but {whose} has {tokenizer.vocab_size}")
+        return tokenizer
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text before truncation, start and end of text included."""

@@ -88,6 +88,7 @@ class ViclipScorer(Scorer[Viclip]):
 
     Args:
         network: the network.
+        tokenizer: CLIP's own by default.
         profile: ``"vbench"`` (comparable with published numbers) or ``"internvid"`` (how it was trained).
         device, dtype, batch_size: see `Scorer`; the batch counts clips and texts.
     """
@@ -96,6 +97,7 @@ class ViclipScorer(Scorer[Viclip]):
         self,
         network: Viclip,
         *,
+        tokenizer: ClipTokenizer | None = None,
         profile: str = "vbench",
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
@@ -107,7 +109,7 @@ class ViclipScorer(Scorer[Viclip]):
         self.profile = profile
         self.config = network.config
         self.dim = network.config.output_dim
-        self.tokenizer = ClipTokenizer(network.config.context_length)
+        self.tokenizer = tokenizer or ClipTokenizer(network.config.context_length)
 
     @classmethod
     def from_pretrained(
@@ -155,7 +157,7 @@ class ViclipScorer(Scorer[Viclip]):
         dtype: str | torch.dtype = "float32",
         batch_size: int = 8,
     ) -> Self:
-        """Load a network of any size from a folder that `save` wrote.
+        """Load a network of any size from a folder that `save` wrote, by its own vocabulary if it has one.
 
         Raises:
             MissingWeights: if the folder lacks ``viclip.json`` or ``model.safetensors``.
@@ -165,7 +167,8 @@ class ViclipScorer(Scorer[Viclip]):
         sizes = json.loads(locate(Weights(name=name, source=str(folder), file=_CONFIG_FILE)).read_text())
         path = locate(Weights(name=name, source=str(folder), file=_WEIGHTS_FILE))
         network = _load(build_settings(ViclipConfig, sizes), path)
-        return cls(network, profile=profile, device=device, dtype=dtype, batch_size=batch_size)
+        tokenizer = ClipTokenizer.from_folder(path.parent, network.config.context_length, network.config.vocab_size)
+        return cls(network, tokenizer=tokenizer, profile=profile, device=device, dtype=dtype, batch_size=batch_size)
 
     @classmethod
     def from_config(

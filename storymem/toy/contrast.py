@@ -22,15 +22,15 @@ from storymem.scorers.viclip_network import Viclip, ViclipConfig
 from storymem.toy.attributes import FRAMES
 from storymem.toy.damage import DAMAGES, damage
 from storymem.toy.fitting import Run, Schedule, fit
+from storymem.toy.vocabulary import VOCABULARY, write_vocabulary
 from storymem.toy.world import HELD_OUT, ToyShot, render, story
 
 SIDE = 64
-# CLIP's byte-pair vocabulary is kept, so the text towers are narrow: most of their weight is its 49,408 rows.
 CLIP_CONFIG: dict[str, Any] = {
     "embed_dim": 64,
     "quick_gelu": True,
     "vision_cfg": {"image_size": SIDE, "layers": 4, "width": 64, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+    "text_cfg": {"context_length": 77, "vocab_size": VOCABULARY, "width": 16, "heads": 2, "layers": 2},
 }
 VICLIP_CONFIG = ViclipConfig(
     resolution=SIDE,
@@ -42,6 +42,7 @@ VICLIP_CONFIG = ViclipConfig(
     text_width=16,
     text_layers=2,
     text_heads=2,
+    vocab_size=VOCABULARY,
 )
 PROBE_SCALE = 10.0
 DAMAGED = 0.4  # of CLIP's pictures, with the damage in their text
@@ -128,7 +129,7 @@ def train_clip(
 ) -> ClipScorer:
     """Train CLIP; both published preprocessings are shown to it in turn."""
     network = training.network
-    tokenizer = ClipTokenizer(network.context_length)
+    tokenizer = ClipTokenizer(network.context_length, write_vocabulary(run.folder))
 
     def loss(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         pictures, texts, clean = picture_batch(step, size)
@@ -137,7 +138,7 @@ def train_clip(
         pairs, damage_loss = training(pixels, tokenizer(texts), clean)
         return pairs + damage_loss, {"pairs": float(pairs.detach()), "damage": float(damage_loss.detach())}
 
-    scorer = ClipScorer(network)
+    scorer = ClipScorer(network, tokenizer=tokenizer)
 
     def report(step: int) -> None:
         run.log(step=step, place_and_time_top1=place_and_time_top1(scorer, held_out))
@@ -159,6 +160,7 @@ def place_and_time_top1(scorer: ClipScorer, count: int) -> float:
 def save_clip(scorer: ClipScorer, folder: Path) -> None:
     """Write the model as a folder in open_clip's layout, weights in float16."""
     folder.mkdir(parents=True, exist_ok=True)
+    write_vocabulary(folder)
     config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {"mean": list(CLIP_MEAN), "std": list(CLIP_STD)}}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     state = {name: value.half().contiguous() for name, value in scorer.network.state_dict().items()}
@@ -168,7 +170,7 @@ def save_clip(scorer: ClipScorer, folder: Path) -> None:
 def train_viclip(run: Run, schedule: Schedule, *, size: int = 32, held_out: int = 64) -> ViclipScorer:
     """Train ViCLIP on eight frames of each shot, as the profile "vbench" chooses and crops them."""
     network = build_viclip()
-    tokenizer = ClipTokenizer(VICLIP_CONFIG.context_length)
+    tokenizer = ClipTokenizer(VICLIP_CONFIG.context_length, write_vocabulary(run.folder))
     frames = middle_frames(FRAMES, VICLIP_CONFIG.num_frames)
 
     def loss(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
@@ -180,7 +182,7 @@ def train_viclip(run: Run, schedule: Schedule, *, size: int = 32, held_out: int 
             said = network.text_encoder(tokenizer([text for _, text in pairs]))
         return contrastive_loss(seen.float(), said.float(), 1 / network.temp.clamp(min=0.01)), {}
 
-    scorer = ViclipScorer(network)
+    scorer = ViclipScorer(network, tokenizer=tokenizer)
 
     def report(step: int) -> None:
         run.log(step=step, place_time_action_top1=clip_top1(scorer, held_out))
@@ -191,8 +193,9 @@ def train_viclip(run: Run, schedule: Schedule, *, size: int = 32, held_out: int 
 
 
 def save_viclip(scorer: ViclipScorer, folder: Path) -> None:
-    """Write sizes and weights (float16) as `ViclipScorer.from_folder` reads them."""
+    """Write sizes, vocabulary and weights (float16) as `ViclipScorer.from_folder` reads them."""
     scorer.save(folder)
+    write_vocabulary(folder)
     state = {name: value.half().contiguous() for name, value in scorer.network.state_dict().items()}
     save_file(state, folder / "model.safetensors")
 

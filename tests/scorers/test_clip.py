@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torchvision.transforms import functional as tv
 from storymem.scorers.checkpoint import CheckpointError
 from storymem.scorers.clip import ClipScorer
 from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD, crop_in_bytes, squash
+from storymem.scorers.texts import VOCABULARY_FILE
 from storymem.weights import MissingWeights
 from tests.scorers.tiny import CLIP_CONFIG, clip, pictures
 
@@ -125,6 +127,23 @@ def test_folder_loads_what_was_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         images = theirs.encode_image(pixels, normalize=True)
     torch.testing.assert_close(loaded.embed_images(frames), images, atol=2e-6, rtol=0)
+
+
+def test_a_folder_s_own_vocabulary_is_used_and_must_fit(tmp_path: Path) -> None:
+    merges = [("a", "d"), ("ad", "a</w>")]
+    lines = ["a comment", *(" ".join(pair) for pair in merges)]
+    (tmp_path / VOCABULARY_FILE).write_bytes(gzip.compress("\n".join(lines).encode()))
+    text_cfg = {**CLIP_CONFIG["text_cfg"], "vocab_size": 512 + len(merges) + 2}
+    scorer = ClipScorer.from_config({**CLIP_CONFIG, "text_cfg": text_cfg})
+    write_folder(tmp_path, scorer)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**CLIP_CONFIG, "text_cfg": text_cfg}}))
+    loaded = ClipScorer.from_folder(tmp_path)
+    assert loaded.tokenizer(["Ada"])[0].tolist()[:4] == [514, 513, 515, 0]  # start, one word, end, padding
+    assert loaded.tokenizer.token_counts(["add"]) == [4]  # "ad", "d": the second merge does not apply
+    assert loaded.embed_texts(["Ada", "add"]).shape == (2, scorer.dim)
+    (tmp_path / VOCABULARY_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"embeds 516 tokens, but CLIP's vocabulary .* has 49408"):
+        ClipScorer.from_folder(tmp_path)
 
 
 def test_loading_is_strict_and_lists_everything(tmp_path: Path) -> None:

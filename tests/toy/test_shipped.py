@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from storymem.scorers.texts import VOCABULARY_FILE
 from storymem.toy.build import WEIGHTS, Recipe, adapter
 from storymem.toy.report import chance_of_look, memory_mode, remembered
+from storymem.toy.vocabulary import write_vocabulary
 from storymem.toy.world import HELD_OUT, story
 from storymem.wan.loading import load_pipeline
 from storymem.wan.settings import RuntimeSettings
@@ -51,7 +54,13 @@ def test_the_shipped_adapter_says_what_it_is_for_and_keeps_saying_it(tmp_path: P
 
 
 def test_what_ships_is_small() -> None:
-    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 28e6
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 24e6
+
+
+@pytest.mark.parametrize("scorer", ["clip", "viclip"])
+def test_the_shipped_vocabulary_is_the_recipe_s(scorer: str, tmp_path: Path) -> None:
+    shipped, made = WEIGHTS / scorer / VOCABULARY_FILE, write_vocabulary(tmp_path)
+    assert gzip.decompress(shipped.read_bytes()) == gzip.decompress(made.read_bytes())
 
 
 def test_a_drawn_memory_is_of_shots_before_and_fits_the_adapter() -> None:
