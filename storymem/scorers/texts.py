@@ -49,12 +49,12 @@ class ClipTokenizer:
         """The tokenizer of a model's folder: by the vocabulary in it, or CLIP's where there is none.
 
         Raises:
-            CheckpointError: if it does not give as many ids as the model has rows of embeddings.
+            CheckpointError: if it gives more ids than the model has rows of embeddings (which may be padded).
         """
         path = Path(folder) / VOCABULARY_FILE
         has_own = path.is_file()
         tokenizer = cls(context_length, path if has_own else None)
-        if tokenizer.vocab_size != rows:
+        if tokenizer.vocab_size > rows:
             whose = f"its {VOCABULARY_FILE}" if has_own else f"CLIP's vocabulary (it has no {VOCABULARY_FILE})"
             raise CheckpointError(f"the model in {folder} embeds {rows} tokens, but {whose} has {tokenizer.vocab_size}")
         return tokenizer
