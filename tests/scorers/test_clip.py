@@ -16,7 +16,7 @@ from torchvision.transforms import functional as tv
 from storymem.scorers.checkpoint import CheckpointError
 from storymem.scorers.clip import ClipScorer
 from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD, crop_in_bytes, squash
-from storymem.scorers.texts import VOCABULARY_FILE
+from storymem.scorers.texts import VOCABULARY_FILE, ClipTokenizer
 from storymem.weights import MissingWeights
 from tests.scorers.tiny import CLIP_CONFIG, clip, pictures
 
@@ -141,6 +141,8 @@ def test_a_folder_s_own_vocabulary_is_used_and_must_fit(tmp_path: Path) -> None:
     assert loaded.tokenizer(["Ada"])[0].tolist()[:4] == [514, 513, 515, 0]  # start, one word, end, padding
     assert loaded.tokenizer.token_counts(["add"]) == [4]  # "ad", "d": the second merge does not apply
     assert loaded.embed_texts(["Ada", "add"]).shape == (2, scorer.dim)
+    with_padding = ClipTokenizer.from_folder(tmp_path, 77, rows=520)
+    assert with_padding.vocab_size == 516
     (tmp_path / VOCABULARY_FILE).unlink()
     with pytest.raises(CheckpointError, match=r"embeds 516 tokens, but CLIP's vocabulary .* has 49408"):
         ClipScorer.from_folder(tmp_path)
