@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from storymem.atomic import write_atomically
+from storymem.io import write_atomically
 from storymem.story import Shot
 from storymem.video import join_videos, read_image, write_image, write_video
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from storymem.atomic import write_atomically
+from storymem.io import write_atomically
 
 
 def read_image(path: str | Path) -> np.ndarray:

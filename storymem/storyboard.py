@@ -5,8 +5,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from storymem.atomic import write_atomically
 from storymem.film import Film, ShotRecord
+from storymem.io import write_atomically
 
 PAGE = "storyboard.html"
 

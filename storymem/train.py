@@ -207,7 +207,7 @@ class Run:
     def _open_log(self, config: Mapping[str, Any], begun: int) -> RunLog | None:
         import yaml
 
-        from storymem.atomic import write_atomically
+        from storymem.io import write_atomically
         from storymem.training.run_log import RunLog
 
         if not self.accelerator.is_main_process:

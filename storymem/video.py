@@ -19,8 +19,8 @@ from av.container import InputContainer, OutputContainer
 from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 
-from storymem.atomic import replacing
 from storymem.images import read_image, write_image
+from storymem.io import replacing
 
 __all__ = [
     "VideoInfo",

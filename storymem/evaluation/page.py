@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from storymem.atomic import write_atomically
 from storymem.evaluation.metric import Pair
 from storymem.evaluation.plots import Mark, colour, interval_plot, matrix, story_plot
 from storymem.evaluation.results import PUBLISHED, PUBLISHED_COLUMNS, PUBLISHED_NOTE, Results
 from storymem.evaluation.scoring import ShotResult, StoryResult
 from storymem.evaluation.tables import ABSENT, COMPARED, mean_and_interval, number, percent
+from storymem.io import write_atomically
 
 PAGE = "index.html"
 

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter
 
-from storymem.atomic import write_atomically
 from storymem.evaluation.films import FilmFiles, ShotFile
 from storymem.evaluation.metric import Metric, Scores, Screening, Value
+from storymem.io import write_atomically
 from storymem.story import Shot, Story
 from storymem.video import probe, read_video
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
-from storymem.atomic import write_atomically
 from storymem.config import STRICT, build_settings
 from storymem.evaluation.films import FilmFiles, find_films, stories_of
 from storymem.evaluation.statistics import StatisticsSettings
 from storymem.evaluation.workers import Workers
+from storymem.io import write_atomically
 from storymem.modes import FirstShot
 from storymem.settings import MemorySettings
 from storymem.story import Story

@@ -35,8 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 
-from storymem.atomic import write_atomically
 from storymem.images import encode_png, read_image
+from storymem.io import write_atomically
 from storymem.memory.keyframes import ID_PATTERN, EmbedFrames, Keyframe, embed_in_batches, reference_id
 
 SCHEMA = 1

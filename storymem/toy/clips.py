@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from storymem.atomic import write_atomically
+from storymem.io import write_atomically
 from storymem.toy.attributes import FPS
 from storymem.toy.world import HELD_OUT, ToyShot, people_mask, render_layers, story
 from storymem.video import write_video

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storymem.atomic import write_atomically
+from storymem.io import write_atomically
 from storymem.memory import EmbedFrames, SelectionPolicy, embed_in_batches
 from storymem.training.cache import CACHE_FORMAT, CachedClip, LatentCache, Split, bucket_key, text_key
 from storymem.training.data_settings import CacheSettings

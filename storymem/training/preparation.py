@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from storymem.atomic import write_atomically
+from storymem.io import write_atomically
 from storymem.training.captions import Captions
 from storymem.training.clips import Clip, Shot, cut_shot, read_clip
 from storymem.training.data_settings import PrepareSettings

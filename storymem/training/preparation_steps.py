@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 
-from storymem.atomic import write_atomically
+from storymem.io import write_atomically
 from storymem.memory import EmbedFrames, embed_in_batches
 from storymem.memory.keyframes import normalised
 from storymem.training.cache import LatentCache

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from storymem.atomic import write_atomically
+from storymem.io import write_atomically
 from storymem.training.settings import LogSettings
 
 METRICS = "metrics.jsonl"

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from storymem.atomic import replacing, write_atomically
+from storymem.io import replacing, write_atomically
 
 OPEN_SHARDS = 64
 SHARD_SECONDS = 120.0  # a smaller shard is better than more lost work

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from storymem.atomic import write_atomically
+from storymem.io import write_atomically
 from storymem.wan.settings import ModelSettings, SamplerSettings
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-import storymem.atomic
+import storymem.io
 from storymem.memory import Keyframe, MemoryBank, reference_id
 
 
@@ -237,7 +237,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     target.write_text("old")
 
     def fail() -> None:
-        with storymem.atomic.replacing(target) as partial:
+        with storymem.io.replacing(target) as partial:
             partial.write_text("half")
             raise OSError("disk full")
 

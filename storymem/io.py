@@ -1,0 +1,364 @@
+"""Reading and writing files: what is read is a regular file with a size limit, what is written is whole or absent.
+
+Every error names the file. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import stat
+import threading
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MAX_TEXT_BYTES = 64 << 20
+MAX_DEPTH = 64  # of nested lists and mappings in JSON
+_LEFTOVERS = re.compile(r"^(\..+\.partial|\.tmp[A-Za-z0-9]{6})$")  # ours, and those of safetensors
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this process may write",
+}
+
+
+class FileError(ValueError):
+    """A file that cannot be read or written; the message names it and says what to do."""
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def check_regular(path: str | Path) -> Path:
+    """``path``, if it is a regular file that exists and can be opened; never blocks on a FIFO or a device.
+
+    Raises:
+        FileNotFoundError: if there is nothing at ``path``.
+        FileError: for a folder, FIFO, device or socket, a name no file can have, or missing permission.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise FileError(f"{path} cannot be opened: {_reason(error)}") from None
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "not a regular file (a FIFO, device or socket)"
+        raise FileError(f"{path} is {what}: name a file")
+    if not os.access(path, os.R_OK):
+        raise FileError(f"{path} cannot be read: permission denied; ask its owner for chmod a+r")
+    return path
+
+
+def read_bytes(path: str | Path, *, limit: int = MAX_TEXT_BYTES) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes. Raises as :func:`check_regular`."""
+    path = check_regular(path)
+    if (size := path.stat().st_size) > limit:
+        raise FileError(f"{path} has {size:,} bytes; at most {limit:,} are read")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {_reason(error)}") from None
+
+
+def read_text(path: str | Path, *, limit: int = MAX_TEXT_BYTES) -> str:
+    """The text of a UTF-8 file; a byte order mark is dropped, and line ends become newlines.
+
+    Raises:
+        FileNotFoundError, FileError: as :func:`check_regular`; also naming the line that is not UTF-8.
+    """
+    content = read_bytes(path, limit=limit)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise FileError(f"{path}:{line}: this is not UTF-8 text: save the file as UTF-8") from None
+    return text.replace("\r\n", "\n")
+
+
+def text_lines(text: str) -> list[str]:
+    """Lines split on newline alone (``str.splitlines`` also splits on U+2028 and others, which JSON may hold)."""
+    lines = text.split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON of bounded depth, without NaN or Infinity; ``where`` names the file (and line) in messages.
+
+    Raises:
+        FileError: with the line and column, or what is not allowed.
+    """
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise FileError(f"{where} is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+    except RecursionError:
+        raise FileError(f"{where} is nested too deeply: at most {MAX_DEPTH} levels are read") from None
+    except ValueError as error:  # a number of thousands of digits, NaN
+        raise FileError(f"{where} cannot be read: {error}") from None
+    _check_value(value, where)
+    return value
+
+
+def read_json(path: str | Path, *, limit: int = MAX_TEXT_BYTES) -> Any:
+    """The content of a JSON file. Raises as :func:`read_text` and :func:`parse_json`."""
+    return parse_json(read_text(path, limit=limit), str(path))
+
+
+def read_json_object(path: str | Path, *, limit: int = MAX_TEXT_BYTES) -> dict[str, Any]:
+    """The content of a JSON file that holds one object. Raises as :func:`read_json`."""
+    value = read_json(path, limit=limit)
+    if not isinstance(value, dict):
+        raise FileError(f"{path} holds {type(value).__name__} where a JSON object is expected")
+    return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _check_value(value: Any, where: str) -> None:
+    """Refuse depth beyond ``MAX_DEPTH`` and numbers that are not finite (1e999), without recursion."""
+    stack = [(value, 1)]
+    while stack:
+        item, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            raise FileError(f"{where} is nested too deeply: at most {MAX_DEPTH} levels are read")
+        if isinstance(item, float) and not math.isfinite(item):
+            raise FileError(f"{where} holds a number that is not finite")
+        if isinstance(item, dict):
+            stack.extend((child, depth + 1) for child in item.values())
+        elif isinstance(item, list):
+            stack.extend((child, depth + 1) for child in item)
+
+
+def folded(name: str) -> str:
+    """A name for comparison where exact comparison found nothing: NFKC, white space of any kind and length as one
+    space. Use it only where exactly one candidate matches."""
+    return " ".join(unicodedata.normalize("NFKC", name).split())
+
+
+def find_sibling(path: str | Path) -> Path | None:
+    """``path`` itself if it exists, else the one file beside it whose name is equal after :func:`folded`, else None."""
+    path = Path(path)
+    if path.exists():
+        return path
+    if not path.parent.is_dir():
+        return None
+    same = [other for other in path.parent.iterdir() if folded(other.name) == folded(path.name)]
+    return same[0] if len(same) == 1 else None
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, which takes the place of ``path`` at the end of the block.
+
+    If the block raises, ``path`` stays as it was. The file's mode obeys the umask. A process killed inside the block
+    leaves the temporary file, which the next write of the same file overwrites and :func:`remove_leftovers` deletes.
+    One writer at a time: see :func:`folder_lock`.
+
+    Raises:
+        FileError: if the disk is full or ``path`` cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with naming_full_disk(path):
+            yield partial
+            partial.chmod(0o666 & ~_umask())  # safetensors writes with mode 600
+            with partial.open("rb+") as written:
+                os.fsync(written.fileno())
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a whole file in one step. Raises as :func:`replacing`."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file in one step. Raises as :func:`replacing`."""
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: str | Path, value: Any, *, indent: int | None = 1) -> None:
+    """Write a JSON file in one step; ``ValueError`` for NaN and infinity, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def naming_full_disk(path: str | Path) -> Iterator[None]:
+    """Turn the many errors of writers on a full disk or past a file size limit into a FileError that says so.
+
+    torch, safetensors and codecs report such an error as RuntimeError with a text of their own.
+    """
+    try:
+        yield
+    except FileError:
+        raise
+    except Exception as error:
+        if (reason := _write_failure(error, Path(path))) is not None:
+            raise FileError(f"{path} could not be written: {reason}") from error
+        raise
+
+
+def _write_failure(error: BaseException, path: Path) -> str | None:
+    cause: BaseException | None = error
+    while cause is not None:
+        number = getattr(cause, "errno", None)
+        text = str(cause)
+        for known, reason in _FULL.items():
+            if number == known or os.strerror(known) in text or f"os error {known}" in text:
+                return f"{reason}; make room and run the same command again"
+        if isinstance(cause, PermissionError) or "os error 13" in text:
+            return "permission denied; choose another output"
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError":
+        with_parent = path if path.is_dir() else path.parent
+        if with_parent.is_dir() and shutil.disk_usage(with_parent).free < 1 << 16:
+            return "the disk is full; make room and run the same command again"
+    return None
+
+
+@contextmanager
+def folder_lock(folder: str | Path, doing: str, *, name: str = ".lock") -> Iterator[Path]:
+    """A folder that exists, can be written and is this process's alone until the end of the block.
+
+    The lock is the operating system's, so a killed process leaves none behind. Temporary files that killed processes
+    left directly in the folder are deleted.
+
+    Args:
+        folder: made if it does not exist.
+        doing: for the message, such as "making the film in" or "training in".
+
+    Raises:
+        FileError: if the folder cannot be written, or another process holds the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    lock = FileLock(folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:  # before OSError, of which it is one
+        raise FileError(f"another process is {doing} {folder}: wait for it or choose another output") from None
+    except (OSError, ValueError) as error:
+        raise FileError(f"{folder} cannot be written ({_reason(error)}): choose another output") from None
+    try:
+        remove_leftovers(folder)
+        yield folder
+    finally:
+        lock.release()
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete temporary files directly in ``folder`` that killed processes left; call it under the folder's lock."""
+    for path in Path(folder).iterdir():
+        if _LEFTOVERS.match(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
+def check_room(folder: str | Path, needed_bytes: int, what: str) -> None:
+    """Raise FileError if the disk of ``folder`` has less than ``needed_bytes`` free; ``what`` needs them."""
+    folder = Path(folder)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise FileError(
+            f"the disk of {folder} has {free / 1e9:.1f} GB free and {what} needs about {needed_bytes / 1e9:.1f} GB: "
+            "make room or choose another output"
+        )
+
+
+def _umask() -> int:
+    """The process's umask; it can only be read by setting it, so it is read once."""
+    global _UMASK
+    if _UMASK is None:
+        _UMASK = os.umask(0)
+        os.umask(_UMASK)
+    return _UMASK
+
+
+_UMASK: int | None = None
+
+
+# --- numbers and signals --------------------------------------------------------------------------------------------
+
+
+class NotFiniteError(ValueError):
+    """NaN or infinity came out of a network, or lies in a file that goes into one."""
+
+
+def check_finite(values: Any, what: str, causes: str = "") -> None:
+    """Raise NotFiniteError if a tensor or array holds NaN or infinity.
+
+    Args:
+        values: torch tensor or numpy array, of floating point; others pass.
+        what: for the message: what the values are, and of which shot, file or step.
+        causes: likely causes and cures.
+    """
+    if hasattr(values, "is_floating_point"):
+        if not values.is_floating_point():
+            return
+        finite = bool(values.isfinite().all())
+    else:
+        import numpy as np
+
+        if not np.issubdtype(np.asarray(values).dtype, np.floating):
+            return
+        finite = bool(np.isfinite(values).all())
+    if not finite:
+        raise NotFiniteError(f"{what}: NaN or infinite values" + (f"; {causes}" if causes else ""))
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT, SIGTERM or SIGUSR1 arrived; ``status`` is the exit status that the shell expects (128 + signal)."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Inside the block SIGINT, SIGTERM and SIGUSR1 raise :class:`Stopped` in the main thread, once.
+
+    Python delivers signals between bytecodes, so a wait in a library with a timeout is left within that timeout.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _frame: Any) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)  # what is being saved is not interrupted again
+        raise Stopped(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
