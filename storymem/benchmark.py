@@ -19,7 +19,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from storymem.wan.acceleration import accelerate, check_acceleration
+from storymem.wan.acceleration import accelerate, check_acceleration, forget_steps
 from storymem.wan.conditioning import latent_frames
 from storymem.wan.flops import ForwardFlops, cached_flops, forward_flops
 from storymem.wan.lora import memory_lora_config
@@ -305,6 +305,7 @@ def _forward(
         with expert.cache_context("cond"):
             return expert(**inputs)
 
+    forget_steps(pipe.experts)  # of another size of memory
     with ExitStack() as stack:
         if joint:
             rope = install_memory_rope(expert)

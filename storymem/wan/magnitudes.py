@@ -6,7 +6,6 @@ and kept in a JSON file that says what they were measured with.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from storymem.io import write_atomically
+from storymem.io import FileError, read_json, write_json
 from storymem.wan.settings import ModelSettings, SamplerSettings
+
+_LARGEST_RATIO = 1e6
 
 
 @dataclass(kw_only=True)
@@ -87,7 +88,7 @@ def write_ratios(
     """Keep what :func:`measured` found, the mean of both passes of guidance, for ``runtime.cache_ratios``."""
     ratios = {name: [sum(step) / len(step) for step in of.ratios] for name, of in found.items()}
     content = {"measured_with": _provenance(model, sampler), "ratios": ratios}
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(path, content)
 
 
 def read_ratios(path: str | Path, *, model: ModelSettings, sampler: SamplerSettings) -> dict[str, list[float]]:
@@ -99,18 +100,36 @@ def read_ratios(path: str | Path, *, model: ModelSettings, sampler: SamplerSetti
     path = Path(path).expanduser()
     again = f"measure again: python -m benchmarks.acceleration --model {model.name} --calibrate {path}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        measured_with, ratios = content["measured_with"], content["ratios"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it holds no ratios"
+        content = read_json(path)
+    except (FileError, FileNotFoundError) as error:
+        reason = "No such file" if isinstance(error, FileNotFoundError) else error
         raise ValueError(f"runtime.cache_ratios={path} cannot be read ({reason}); {again}") from None
+    if not _holds_ratios(content):
+        raise ValueError(f"runtime.cache_ratios={path} cannot be read (it holds no ratios); {again}")
+    measured_with, ratios = content["measured_with"], content["ratios"]
     for key, value in _provenance(model, sampler).items():
         if measured_with.get(key) != value:
             raise ValueError(
                 f"runtime.cache_ratios={path} was measured with {key} {measured_with.get(key)}, and this is {key} "
                 f"{value}; {again}"
             )
+    if len(ratios) == 2 and sum(map(len, ratios.values())) != sampler.steps:
+        raise ValueError(
+            f"runtime.cache_ratios={path} does not hold a ratio for each of {sampler.steps} steps; {again}"
+        )
     return {name: [float(ratio) for ratio in steps] for name, steps in ratios.items()}
+
+
+def _holds_ratios(content: Any) -> bool:
+    """Whether JSON has the form of what :func:`write_ratios` writes."""
+    if not isinstance(content, dict):
+        return False
+    if not all(isinstance(content.get(key), dict) for key in ("measured_with", "ratios")):
+        return False
+    lists = content["ratios"].values()
+    return all(isinstance(steps, list) for steps in lists) and all(
+        type(ratio) in (int, float) and 0 < ratio < _LARGEST_RATIO for steps in lists for ratio in steps
+    )
 
 
 def _provenance(model: ModelSettings, sampler: SamplerSettings) -> dict[str, Any]:

@@ -298,8 +298,13 @@ def _apart_from_step_caches(transformer: Any) -> Iterator[None]:
     hooks = [hook for each in (registry, *registry._get_child_registries()) for hook in each.hooks.values()]
     managers = {id(m): m for hook in hooks for m in vars(hook).values() if isinstance(m, StateManager)}.values()
     contexts = [manager._context for manager in managers]
+    states = [(hook, hook.state) for hook in hooks if hasattr(hook, "state")]  # one for all contexts
+    for hook, state in states:
+        hook.state = type(state)()
     with transformer.cache_context(_CONTEXT):
         yield
+    for hook, state in states:
+        hook.state = state
     for manager, context in zip(managers, contexts, strict=True):
         manager._state_cache.pop(_CONTEXT, None)
         manager.set_context(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from storymem.wan.acceleration import forget_steps
+from storymem.wan.acceleration import check_shared_states, forget_steps
 from storymem.wan.conditioning import (
     MOTION_FRAMES,
+    TEMPORAL_STRIDE,
     blank_padded,
     decode_video,
     encode_frames,
@@ -70,6 +72,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     Attributes:
         memory_cache: where ``cached`` keeps keys and values, see :class:`storymem.wan.settings.RuntimeSettings`.
+        blank_latents: for callers that never change the VAE: a dictionary, empty at first, that keeps the latents of
+            blank videos between calls, by (frames, height, width). None: they are computed in every call.
 
     The other arguments are those of ``diffusers.WanImageToVideoPipeline``; the transformers must have 36 input
     channels (16 noisy, 4 mask, 16 condition) and no image encoder, which is Wan2.2-I2V-A14B's shape.
@@ -115,8 +119,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             if memory_attention == "cached":
                 install_memory_attention(expert)
         self.memory_cache: MemoryCache = "device"
+        self.blank_latents: dict[tuple[int, int, int], Tensor] | None = None
         self._call: _Call | None = None
-        self._blank_latents: dict[tuple[int, int, int], Tensor] = {}
 
     @property
     def experts(self) -> dict[str, Any]:
@@ -179,7 +183,10 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         image = torch.zeros(1, 3, 16, 16)  # a stand-in: prepare_latents builds the true condition
         self._check_shot(height, width, num_frames, first_frame, motion_frames)
         self._check_memory(memory, height, width, stride)
+        self._check_sampling(num_inference_steps, guidance_scale, guidance_scale_2)
         check_guidance(self.experts.values(), guidance_scale)
+        looks_back = memory is not None and len(memory) > 0
+        check_shared_states(self.experts.values(), guided=guidance_scale > 1, passes_differ=guide_memory and looks_back)
         if guide_memory and self.memory_cache == "recompute":
             raise ValueError("guide_memory needs a memory that is kept: memory_cache must be device or cpu")
         if guide_memory and guidance_scale <= 1:
@@ -196,6 +203,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         slots = (0 if memory is None or cached else len(memory)) + latent_frames(num_frames)
         self._check_noise(len(texts) * num_videos_per_prompt, slots, height, width, latents, generator)
         forget_steps(self.experts)  # of a call that was broken off; diffusers does it after one that was not
+        prompt_embeds, negative_prompt_embeds = self._on_device(prompt_embeds), self._on_device(negative_prompt_embeds)
         memory_latents = self._memory_latents(memory)
         self._call = _Call(
             memory=None if cached else memory_latents,
@@ -266,15 +274,19 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         pixels = torch.cat([self.video_processor.preprocess(frame) for frame in frames])
         return encode_frames(self.vae, pixels).cpu()
 
+    def _on_device(self, embeds: Tensor | None) -> Tensor | None:
+        """Embeddings where the networks run, which is not where offloaded weights lie; diffusers expects them there."""
+        return None if embeds is None else embeds.to(self._execution_device)
+
     def _video_latents(self, given: Tensor | None, frames: int, height: int, width: int) -> Tensor:
-        """Latents [1, 16, T, h, w] of the conditioning video; the blank one is encoded once per size."""
-        if given is not None:
-            return encode_video(self.vae, blank_padded(given, frames, height, width))
-        key = (frames, height, width)
-        if key not in self._blank_latents:
-            blank = blank_padded(None, frames, height, width)
-            self._blank_latents[key] = encode_video(self.vae, blank).cpu()
-        return self._blank_latents[key]
+        """Latents [1, 16, T, h, w] of the conditioning video."""
+        key, kept = (frames, height, width), self.blank_latents if given is None else None
+        if kept is not None and key in kept:
+            return kept[key]
+        latents = encode_video(self.vae, blank_padded(given, frames, height, width))
+        if kept is not None:
+            kept[key] = latents.cpu()
+        return latents
 
     def _memory_latents(self, memory: Memory | None) -> Tensor | None:
         if memory is None or len(memory) == 0:
@@ -331,7 +343,10 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             raise ValueError(f"height and width must be positive multiples of 16, not {height} and {width}")
         if num_frames < 1:
             raise ValueError(f"a shot has 4n + 1 frames, not {num_frames}")
-        latent_frames(num_frames)
+        for expert in self.experts.values():
+            if latent_frames(num_frames) > expert.rope.max_seq_len:
+                longest = TEMPORAL_STRIDE * (expert.rope.max_seq_len - 1) + 1
+                raise ValueError(f"this model's shots have {longest} frames at most, not {num_frames}")
         if first_frame is not None and motion_frames is not None:
             raise ValueError("first_frame (MI2V) and motion_frames (MM2V) exclude each other: give one of them")
         given = {} if first_frame is None else {"first_frame": first_frame}
@@ -343,6 +358,14 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             raise ValueError(f"a shot of {num_frames} frames has no room after {len(given)} given frames")
         for name, picture in given.items():
             _check_picture(name, picture, height, width)
+
+    def _check_sampling(self, steps: int, *guidance: float | None) -> None:
+        if not 1 <= steps <= self.scheduler.config.num_train_timesteps:
+            raise ValueError(
+                f"num_inference_steps must be 1 to {self.scheduler.config.num_train_timesteps}, not {steps}"
+            )
+        if not all(scale is None or math.isfinite(scale) for scale in guidance):
+            raise ValueError(f"guidance_scale and guidance_scale_2 must be finite numbers, not {guidance}")
 
     def _check_memory(self, memory: Memory | None, height: int, width: int, stride: int) -> None:
         if memory is not None and not isinstance(memory, Sequence | Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "noise of another batch": ({"latents": torch.zeros(2, 16, SLOTS, *LATENT)}, r"\[1, 16, 3, 4, 6\]"),
     "too many generators": ({"generator": [torch.Generator()] * 2}, "2 generators for a batch of 1"),
+    "more frames than positions": ({"num_frames": 4097}, "4093 frames at most, not 4097"),
+    "no step": ({"num_inference_steps": 0}, "num_inference_steps must be 1 to 1000, not 0"),
+    "1001 steps": ({"num_inference_steps": 1001}, "num_inference_steps must be 1 to 1000, not 1001"),
+    "guidance that is no number": ({"guidance_scale": float("nan")}, "guidance_scale.*finite"),
+    "infinite guidance": ({"guidance_scale_2": float("inf")}, "guidance_scale_2.*finite"),
     "a stride of 0": ({"memory": [FRAME], "rope_stride": 0}, "stride.*1 or more, not 0"),
     "a stride beyond the table": ({"memory": [FRAME] * 2, "rope_stride": 512}, "reach position -1024"),
     "a tensor that callbacks cannot see": ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
@@ -289,8 +295,9 @@ def test_memory_slots_are_never_decoded(pipe: WanMemoryToVideoPipeline) -> None:
     assert video.shape == (1, FRAMES, HEIGHT, WIDTH, 3)
 
 
-def test_the_blank_video_is_encoded_once_per_size(tiny_model: ModelSettings) -> None:
+def test_the_blank_video_is_encoded_once_per_size_if_it_may_be_kept(tiny_model: ModelSettings) -> None:
     pipe = load_pipeline(tiny_model, runtime=CPU)
+    pipe.blank_latents = {}
     frames: list[int] = []
     pipe.vae.encoder.register_forward_pre_hook(lambda _m, inputs: frames.append(inputs[0].shape[2]))
 
@@ -308,6 +315,34 @@ def test_the_blank_video_is_encoded_once_per_size(tiny_model: ModelSettings) -> 
     assert encoded(num_frames=5, width=32) == 5
     assert encoded() == 0
     assert encoded(first_frame=FRAME) == FRAMES
+
+
+def _another_vae(pipe: WanMemoryToVideoPipeline) -> None:
+    pipe.vae = load_pipeline(settings(seed=1), runtime=CPU, experts=False, text_encoder=False).vae
+
+
+def _other_weights(pipe: WanMemoryToVideoPipeline) -> None:
+    pipe.vae.load_state_dict({name: 1.1 * weight for name, weight in pipe.vae.state_dict().items()})
+
+
+def _another_dtype(pipe: WanMemoryToVideoPipeline) -> None:
+    pipe.vae.to(torch.bfloat16)
+
+
+def _weights_in_place(pipe: WanMemoryToVideoPipeline) -> None:
+    for weight in pipe.vae.encoder.parameters():
+        weight.data.mul_(1.1)
+
+
+@pytest.mark.parametrize("change", [_another_vae, _other_weights, _another_dtype, _weights_in_place])
+def test_the_blank_video_is_that_of_the_vae_as_it_is(tiny_model: ModelSettings, change: Callable[..., None]) -> None:
+    used, fresh = load_pipeline(tiny_model, runtime=CPU), load_pipeline(tiny_model, runtime=CPU)
+    before = generate(used)
+    for pipe in (used, fresh):
+        change(pipe)
+    after = generate(used)
+    assert not torch.equal(after, before), "the change is seen"
+    assert torch.equal(after, generate(fresh))
 
 
 # What is inherited goes on working
