@@ -39,7 +39,6 @@ from storymem.manifest import (
     SCHEMA,
     VIDEO,
     FilmError,
-    KeyframeRecord,
     Manifest,
     ShotRecord,
     read_manifest,
@@ -49,21 +48,6 @@ from storymem.video import VideoInfo, iter_frames, join_videos, probe, read_vide
 
 if TYPE_CHECKING:
     from storymem.memory import Keyframe, MemoryBank
-
-__all__ = [
-    "END_FRAMES",
-    "MANIFEST",
-    "Film",
-    "FilmError",
-    "KeyframeRecord",
-    "Say",
-    "ShotRecord",
-    "differences",
-    "estimated_bytes",
-    "file_hash",
-    "flat",
-    "library_versions",
-]
 
 END_FRAMES = 5
 _NEXT_MEMORY = ".memory.json.next"  # written before the manifest that says so, renamed after it
@@ -258,8 +242,8 @@ class Film:
             whole = probe(self.folder / VIDEO).frames == sum(shot.frames for shot in self.shots)
         except (ValueError, FileNotFoundError):
             whole = False
-        names = [PAGE, *([VIDEO] if whole else [])]
-        self._made = {name: file_hash(self.folder / name) for name in names if (self.folder / name).is_file()}
+        found = [name for name in (PAGE, *([VIDEO] if whole else [])) if (self.folder / name).is_file()]
+        self._made = {name: file_hash(self.folder / name) for name in found}
 
     def write_shot(
         self, shot: Shot, frames: np.ndarray, *, repeated: int, fps: int, memory: MemoryBank | None = None

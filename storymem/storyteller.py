@@ -17,7 +17,6 @@ from torch import Tensor
 from storymem.film import (
     Film,
     FilmError,
-    KeyframeRecord,
     Say,
     ShotRecord,
     differences,
@@ -27,6 +26,7 @@ from storymem.film import (
 from storymem.film_folder import film_folder
 from storymem.images import Fit, fit_image, read_image
 from storymem.io import NotFiniteError, check_finite, check_room
+from storymem.manifest import KeyframeRecord
 from storymem.memory import (
     Keyframe,
     KeyframeSelector,

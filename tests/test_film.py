@@ -17,7 +17,6 @@ from storymem.film import (
     END_FRAMES,
     Film,
     FilmError,
-    KeyframeRecord,
     ShotRecord,
     differences,
     estimated_bytes,
@@ -25,6 +24,7 @@ from storymem.film import (
 )
 from storymem.film_folder import film_folder
 from storymem.io import FileError
+from storymem.manifest import KeyframeRecord
 from storymem.story import Shot
 from storymem.video import probe, read_video, write_video
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from storymem.film import Film, KeyframeRecord, ShotRecord
+from storymem.film import Film, ShotRecord
+from storymem.manifest import KeyframeRecord
 from storymem.progress import Progress, duration, film_table, format_table
 from storymem.story import Shot
 

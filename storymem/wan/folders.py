@@ -81,7 +81,7 @@ def check_model(folder: Path, components: Collection[str], *, repository: str, s
     if "tokenizer" in components:
         tokens = len(load_tokenizer(folder))
         if "text_encoder" in built and tokens > (rows := built["text_encoder"].config.vocab_size):
-            raise FileError(f"{folder}: tokenizer knows {tokens} tokens, and text_encoder has embeddings of {rows}")
+            raise FileError(f"{folder / 'tokenizer'} knows {tokens} tokens, and text_encoder has embeddings of {rows}")
     return built
 
 

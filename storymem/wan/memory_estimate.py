@@ -6,17 +6,17 @@ holes between tensors, is :mod:`storymem.wan.presets`' to leave room for.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
+from storymem.io import read_json_object
 from storymem.wan.conditioning import latent_frames
+from storymem.wan.folders import on_meta
 from storymem.wan.layout import Layout
 from storymem.wan.settings import Dtype, ModelSettings, Precision, RuntimeSettings, SamplerSettings
-from storymem.weights import MissingWeights, Weights, locate
+from storymem.weights import Weights, locate
 
 StageName = Literal["texts", "encode", "denoise", "decode", "score"]
 
@@ -178,8 +178,14 @@ def text_encoder_parameters(config: Mapping[str, Any]) -> int:
 
 
 def vae_parameters(config: Mapping[str, Any]) -> int:
-    """Parameters of an ``AutoencoderKLWan``; an empty ``config`` is Wan's own."""
-    return _counted_vae(repr(sorted(config.items()))) if config else WAN_VAE
+    """Parameters of an ``AutoencoderKLWan``; an empty ``config`` is Wan's own.
+
+    Raises:
+        FileError: if ``config`` describes none.
+    """
+    if not config:
+        return WAN_VAE
+    return sum(weight.numel() for weight in on_meta("AutoencoderKLWan", config, "model.network.vae").parameters())
 
 
 def decode_bytes(*, frames: int, height: int, width: int, base_dim: int = 96, tiled: bool = False) -> int:
@@ -330,29 +336,20 @@ def _shape_of(model: ModelSettings, part: str, given: Mapping[str, Any]) -> Mapp
         return given
     try:
         file = locate(model.weights) / part / "config.json"
-    except MissingWeights:
+        config = read_json_object(file)
+        on_meta(_CLASSES[part], config, str(file))
+    except (ValueError, FileNotFoundError):  # what is wrong with weights is said where they are checked
         return {}
-    if not file.is_file():
-        return {}
-    return {key: value for key, value in json.loads(file.read_text()).items() if not key.startswith("_")}
+    return config
+
+
+_CLASSES = {"vae": "AutoencoderKLWan", "text_encoder": "UMT5EncoderModel"}
 
 
 def _full_resolution(height: int, width: int, base_dim: int, tiled: bool) -> int:
     """Bytes of four frames of ``base_dim`` channels, of a whole picture or a tile."""
     limit = _TILE if tiled else max(height, width)
     return 4 * 4 * base_dim * min(height, limit) * min(width, limit)
-
-
-@cache
-def _counted_vae(items: str) -> int:
-    import ast
-
-    import torch
-    from diffusers import AutoencoderKLWan
-
-    with torch.device("meta"):
-        vae = AutoencoderKLWan(**dict(ast.literal_eval(items)))
-    return sum(parameter.numel() for parameter in vae.parameters())
 
 
 def _dim(transformer: Mapping[str, Any]) -> int:

@@ -260,7 +260,7 @@ def long_list() -> bytes:
 
 def moved(content: bytes, name: str) -> bytes:
     """A tensor is said to lie where the first one lies."""
-    place = content.index(name.encode()) + len(name) + 4 + 8 + 4  # after the number of dimensions, the only one, and type
+    place = content.index(name.encode()) + len(name) + 4 + 8 + 4  # after the count of dimensions, the one, and the type
     return content[:place] + bytes(8) + content[place + 8 :]
 
 
