@@ -77,7 +77,7 @@ class Shot:
             num_inference_steps=self.sampler.steps,
             guidance_scale=self.sampler.guidance,
             guidance_scale_2=self.sampler.guidance_low,
-            guide_memory=self.sampler.guide_memory,
+            negative_sees_memory=self.sampler.negative_sees_memory,
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
             return_dict=False,
@@ -215,7 +215,7 @@ def main() -> None:
         print(arguments.calibrate)
         return
     torch.set_num_threads(1)
-    published = replace(settings.sampler, guide_memory=False)  # both passes alike, so that they can be one batch
+    published = replace(settings.sampler, negative_sees_memory=True)  # both passes alike, so that they can be one batch
     settings = replace(settings, runtime=CPU, sampler=published)
     rows = compare_all(settings, memory=arguments.memory, repeats=repeats)
     result = {"model": settings.model.name, "steps": steps, "rows": [asdict(row) for row in rows]}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from storymem.training.fingerprint import differences
 from storymem.training.shards import ShardReader, padded, sha256_of
-from storymem.wan.conditioning import SPATIAL_STRIDE, latent_frames
+from storymem.wan.spec import A14B
 
 Split = Literal["train", "valid"]
 CACHE_FORMAT = 1

@@ -25,8 +25,7 @@ from storymem.wan.lora import (
     read_memory_lora,
     write_memory_lora,
 )
-from storymem.wan.memory_attention import checkpointing
-from storymem.wan.rope import install_memory_rope
+from storymem.wan.transformer import SegmentTransformer
 from storymem.wan.settings import MemoryMode
 
 ADAPTER = "memory"
@@ -131,9 +130,9 @@ class Experts:
         self.networks: dict[ExpertName, nn.Module] = {}
         for name, transformer in self.transformers.items():
             check_only_adapters_train(transformer, name)
-            install_memory_rope(transformer)
+            SegmentTransformer.adopt(transformer)
             if parallel.gradient_checkpointing:
-                transformer.enable_gradient_checkpointing(checkpointing(transformer))
+                transformer.enable_gradient_checkpointing()
             _keep_time_embedding_exact(transformer, self.device)
             network = self._placed(transformer, name in trained, accelerator)
             if name in trained:

@@ -22,7 +22,6 @@ from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCac
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from torch.nn import functional as F
 
-from storymem.wan.guidance import batch_guidance
 from storymem.wan.lora_layouts import COMPONENTS, experts_of
 from storymem.wan.magnitudes import read_ratios
 from storymem.wan.parallel import can_share_tokens
@@ -103,8 +102,6 @@ def accelerate(
         with attention_backend(name):  # an expert's backend becomes the process's default; here that is undone
             for expert in experts.values():
                 expert.set_attention_backend(name)
-    if runtime.guidance_batch:
-        batch_guidance(experts)
     if runtime.compile == "blocks":
         for expert in experts.values():
             _compile(expert)

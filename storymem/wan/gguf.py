@@ -38,7 +38,7 @@ def load_gguf_experts(model: ModelSettings, names: Collection[str]) -> dict[str,
     files = {"transformer": model.gguf.high_noise, "transformer_2": model.gguf.low_noise}
     with TemporaryDirectory() as shape:
         with torch.device("meta"):
-            WanTransformer3DModel(**model.network.transformer, in_channels=36).save_config(shape)
+            WanTransformer3DModel(**model.network.transformer, in_channels=model.spec.in_channels).save_config(shape)
         return {
             name: WanTransformer3DModel.from_single_file(
                 str(locate(weights)),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from storymem.wan.acceleration import accelerate, check_acceleration
 from storymem.wan.gguf import load_gguf_experts
@@ -89,6 +89,7 @@ def load_pipeline(
         lower_precision(pipe.experts.values(), model, runtime)
         accelerate(pipe, model, sampler, runtime)
         pipe.memory_cache = runtime.memory_cache
+        pipe.guidance_batch = runtime.guidance_batch
     place(pipe, runtime)
     return pipe
 
@@ -99,7 +100,7 @@ def load_text_to_video(
     vae: AutoencoderKLWan,
     runtime: RuntimeSettings | None = None,
     sampler: SamplerSettings | None = None,
-) -> WanPipeline:
+) -> WanMemoryToVideoPipeline:
     """The text-to-video pipeline of the first shot, without a text encoder; it shares ``vae``."""
     assert model.has_text_to_video
     sampler = sampler or SamplerSettings()
@@ -111,7 +112,7 @@ def load_text_to_video(
             _seeded(
                 model.seed + 10 + k,
                 model.dtype,
-                lambda: WanTransformer3DModel(**model.network.transformer, in_channels=16),
+                lambda: WanTransformer3DModel(**model.network.transformer, in_channels=model.text_spec.in_channels),
             )
             for k in range(2)
         ]
@@ -122,7 +123,7 @@ def load_text_to_video(
             WanTransformer3DModel.from_pretrained(folder / name, torch_dtype=getattr(torch, model.dtype))
             for name in ("transformer", "transformer_2")
         ]
-    pipe = WanPipeline(
+    pipe = WanMemoryToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
@@ -135,6 +136,7 @@ def load_text_to_video(
         _load_step_adapter(pipe, sampler.adapter, step_weights_for_text(sampler))
     lower_precision(experts, model, runtime)
     accelerate(pipe, model, sampler, runtime, text_to_video=True)
+    pipe.guidance_batch = runtime.guidance_batch
     place(pipe, runtime)
     return pipe
 
@@ -192,7 +194,7 @@ def _random_pipeline(
     def expert(k: int, name: str) -> WanTransformer3DModel | None:
         if name not in names:
             return None
-        return _seeded(seed + k, model.dtype, lambda: WanTransformer3DModel(**network.transformer, in_channels=36))
+        return _seeded(seed + k, model.dtype, lambda: WanTransformer3DModel(**network.transformer, in_channels=model.spec.in_channels))
 
     def text() -> UMT5EncoderModel:
         return _seeded(seed + 3, model.dtype, lambda: UMT5EncoderModel(UMT5Config(**network.text_encoder)))

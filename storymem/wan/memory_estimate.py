@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from storymem.wan.conditioning import latent_frames
 from storymem.wan.layout import Layout
 from storymem.wan.settings import Dtype, ModelSettings, Precision, RuntimeSettings, SamplerSettings
 from storymem.weights import MissingWeights, Weights, locate
@@ -258,9 +257,14 @@ def memory_cache_bytes(model: ModelSettings, memory_frames: int) -> int:
     if model.memory_attention == "joint":
         return 0
     network = model.network.transformer
-    _, down, across = network.get("patch_size", (1, 2, 2))
-    tokens = memory_frames * (model.video.height // 8 // down) * (model.video.width // 8 // across)
+    tokens = memory_frames * frame_tokens(model)
     return network["num_layers"] * 2 * tokens * _dim(network) * SIZES[model.dtype]
+
+
+def frame_tokens(model: ModelSettings) -> int:
+    """Tokens of a latent frame."""
+    height, width = model.spec.latent_size(model.video.height, model.video.width)
+    return (height // model.spec.patch) * (width // model.spec.patch)
 
 
 def _expert(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSettings | None) -> ExpertBytes:
@@ -293,9 +297,8 @@ def _denoise_bytes(
 ) -> int:
     """Activations of a forward, and what is kept between forwards: the memory's keys and values, the step cache."""
     network, size = model.network.transformer, SIZES[model.dtype]
-    _, down, across = network.get("patch_size", (1, 2, 2))
-    per_slot = (model.video.height // 8 // down) * (model.video.width // 8 // across)
-    memory, tokens = memory_frames * per_slot, latent_frames(frames) * per_slot
+    per_slot = frame_tokens(model)
+    memory, tokens = memory_frames * per_slot, model.spec.latent_frames(frames) * per_slot
     kept = 0
     if model.memory_attention == "joint" or runtime.memory_cache == "recompute":
         tokens += memory

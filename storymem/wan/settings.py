@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT
+from storymem.wan.spec import A14B, T2V_A14B, TI2V_5B, ModelSpec
 from storymem.weights import Weights
 
 Continuity = Literal["none", "mi2v", "mm2v"]
@@ -16,6 +17,7 @@ ContextParallel = Literal["none", "ulysses", "ring"]
 Attention = Literal["auto", "flash3", "flash2", "cudnn", "sage", "native"]
 StepCache = Literal["none", "first_block", "mag", "taylor"]
 MemoryMode = Literal["joint", "cached"]
+BaseName = Literal["wan2.2-a14b", "wan2.2-ti2v-5b"]
 MemoryCache = Literal["device", "cpu", "recompute"]
 Offload = Literal["none", "model", "group", "auto"]
 Precision = Literal["as_is", "fp8_storage", "fp8", "int8"]
@@ -93,6 +95,7 @@ class ModelSettings:
 
     Args:
         name: for plans and manifests.
+        base: which base model the networks are of, in kind; see :mod:`storymem.wan.spec`.
         video: size and length of its shots.
         network: shape of its networks.
         weights: a diffusers folder or repository of the image-to-video model; None builds the networks from
@@ -106,7 +109,7 @@ class ModelSettings:
         rope_stride: S, the distance between memory slots on the temporal axis.
         memory_attention: "joint", as published: memory slots are denoised with the video. "cached": they are clean and
             look only at memory, which is then computed once a shot; another function, for an adapter trained for it.
-        boundary: timesteps >= boundary * 1000 go to the high-noise expert.
+        boundary: timesteps >= boundary * 1000 go to the high-noise expert; None: there is one expert.
         text_to_video_boundary: the same for the text-to-video model.
         dtype: of the transformers and the text encoder.
         vae_dtype: of the VAE.
@@ -114,6 +117,7 @@ class ModelSettings:
     """
 
     name: str
+    base: BaseName = "wan2.2-a14b"
     video: VideoSettings
     network: NetworkSettings
     weights: Weights | None = None
@@ -123,13 +127,30 @@ class ModelSettings:
     adapter: AdapterSettings | None = None
     rope_stride: int = 5
     memory_attention: MemoryMode = "joint"
-    boundary: float = 0.9
+    boundary: float | None = 0.9
     text_to_video_boundary: float = 0.875
     dtype: Dtype = "bfloat16"
     vae_dtype: Dtype = "float32"
     seed: int = 0
 
+    @property
+    def spec(self) -> ModelSpec:
+        """Sizes, condition and experts of the base model."""
+        return {"wan2.2-a14b": A14B, "wan2.2-ti2v-5b": TI2V_5B}[self.base]
+
+    @property
+    def text_spec(self) -> ModelSpec:
+        """The same of the networks that make a first shot from text alone."""
+        return T2V_A14B if self.has_text_to_video else self.spec
+
     def __post_init__(self) -> None:
+        self.spec.latent_size(self.video.height, self.video.width)
+        if self.memory_attention not in self.spec.layouts:
+            raise ValueError(f"memory_attention={self.memory_attention} is not for {self.spec.name}: use {self.spec.layouts[0]}")
+        if (self.boundary is None) != (len(self.spec.experts) == 1):
+            raise ValueError(f"boundary stands between two experts; {self.spec.name} has {len(self.spec.experts)}")
+        if self.has_text_to_video and self.base != "wan2.2-a14b":
+            raise ValueError(f"{self.spec.name} makes first shots itself: set has_text_to_video to false")
         if self.rope_stride < 1:
             raise ValueError(f"rope_stride must be 1 or more, not {self.rope_stride}")
         if self.gguf is not None and self.weights is None:
@@ -166,8 +187,8 @@ class SamplerSettings:
         steps: denoising steps.
         guidance: classifier-free guidance of the high-noise expert; 1.0 means none (and half the work).
         guidance_low: of the low-noise expert; None: as ``guidance``.
-        guide_memory: whether the pass with the negative prompt sees no memory, so that guidance strengthens memory as
-            it does the prompt; false as published. See :mod:`storymem.wan.memory_guidance`.
+        negative_sees_memory: whether the pass with the negative prompt sees the memory, as published. If not, guidance
+            strengthens memory as it does the prompt; for adapters that were trained without memory at times.
         shift: of the noise levels, for memory-to-video.
         text_to_video_shift: for a first shot by text-to-video.
         negative_prompt: what a shot should not show, unless the shot says its own.
@@ -178,7 +199,7 @@ class SamplerSettings:
     steps: int = 40
     guidance: float = 3.5
     guidance_low: float | None = None
-    guide_memory: bool = False
+    negative_sees_memory: bool = True
     shift: float = 4.0
     text_to_video_shift: float = 12.0
     negative_prompt: str = ""
@@ -190,8 +211,8 @@ class SamplerSettings:
             raise ValueError("guidance must be 1 (none) or more")
         if self.guidance == 1 and (self.guidance_low or 1) > 1:
             raise ValueError("guidance_low needs guidance above 1: without it no negative prompt is run at all")
-        if self.guidance == 1 and self.guide_memory:
-            raise ValueError("guide_memory needs guidance above 1: without it there is no pass to hide the memory from")
+        if self.guidance == 1 and not self.negative_sees_memory:
+            raise ValueError("negative_sees_memory=false needs guidance above 1: without it there is no such pass")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -288,8 +309,8 @@ def check_speed(model: ModelSettings, sampler: SamplerSettings, runtime: Runtime
     """Raise ``ValueError`` for a way of running that does nothing, or harm, with a model or a sampler."""
     if runtime.guidance_batch and sampler.guidance == 1:
         raise ValueError("runtime.guidance_batch batches the two passes of guidance; sampler.guidance=1 has only one")
-    if sampler.guide_memory:
-        _check_guide_memory(model, runtime)
+    if not sampler.negative_sees_memory:
+        _check_unseen_memory(model, runtime)
     if runtime.cache != "none" and sampler.adapter is not None:
         raise ValueError(
             f"runtime.cache={runtime.cache} skips steps that resemble the one before; the {sampler.steps} steps of a "
@@ -305,22 +326,15 @@ def check_speed(model: ModelSettings, sampler: SamplerSettings, runtime: Runtime
             f"runtime.memory_cache={runtime.memory_cache} is for model.memory_attention=cached: with joint nothing of "
             "the memory is kept between steps"
         )
-    if model.memory_attention == "cached" and runtime.guidance_batch and runtime.memory_cache == "recompute":
-        raise ValueError(
-            "runtime.guidance_batch does not combine with runtime.memory_cache=recompute, which puts the memory before "
-            "each of the two passes anew: use memory_cache=device or cpu"
-        )
 
 
-def _check_guide_memory(model: ModelSettings, runtime: RuntimeSettings) -> None:
+def _check_unseen_memory(model: ModelSettings, runtime: RuntimeSettings) -> None:
     """Refuse ways of running in which the two passes of guidance cannot see different memory."""
-    refused = "sampler.guide_memory hides the memory from one of the two passes of guidance, and "
+    refused = "sampler.negative_sees_memory=false hides the memory from one of the two passes of guidance, and "
     if runtime.guidance_batch:
-        raise ValueError(f"{refused}runtime.guidance_batch gives both the same tokens: set one of them to false")
-    if runtime.memory_cache == "recompute":
-        raise ValueError(f"{refused}runtime.memory_cache=recompute puts it before both: use memory_cache=device or cpu")
+        raise ValueError(f"{refused}runtime.guidance_batch gives both the same tokens: set it to false")
     if runtime.guidance_parallel and model.memory_attention == "joint":
         raise ValueError(
             f"{refused}with memory_attention=joint that pass needs what the other predicts, which "
-            "runtime.guidance_parallel computes elsewhere at the same time: set one of them to false"
+            "runtime.guidance_parallel computes elsewhere at the same time: set it to false"
         )

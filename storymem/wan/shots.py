@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -77,7 +76,7 @@ class WanShotGenerator:
         self.scorers = scorers
         self._embeds: dict[str, Tensor] = {}
         self._pipe: WanMemoryToVideoPipeline | None = None
-        self._text_pipe: WanPipeline | None = None
+        self._text_pipe: WanMemoryToVideoPipeline | None = None
 
     @property
     def video(self) -> VideoSettings:
@@ -126,7 +125,7 @@ class WanShotGenerator:
             request,
             on_step,
             memory=list(request.memory) or None,
-            guide_memory=self.sampler.guide_memory,
+            negative_sees_memory=self.sampler.negative_sees_memory,
             first_frame=pictures[0] if len(pictures) == 1 else None,
             motion_frames=pictures if len(pictures) > 1 else None,
         )
@@ -156,7 +155,7 @@ class WanShotGenerator:
             self._pipe = self._load(text_encoder=False, experts=True)
         return self._pipe
 
-    def _text_to_video(self) -> WanPipeline:
+    def _text_to_video(self) -> WanMemoryToVideoPipeline:
         if self._text_pipe is None:
             self._free_experts()
             self._text_pipe = load_text_to_video(
@@ -192,7 +191,7 @@ class WanShotGenerator:
 
     def _run(
         self,
-        pipe: WanMemoryToVideoPipeline | WanPipeline,
+        pipe: WanMemoryToVideoPipeline,
         request: ShotRequest,
         on_step: OnStep | None,
         **conditions: Any,
