@@ -17,7 +17,6 @@ _HOMES = {
     "Keyframe": "storymem.memory",
     "KeyframeSelector": "storymem.memory",
     "MemoryBank": "storymem.memory",
-    "SegmentTransformer": "storymem.wan.transformer",
     "WanMemoryToVideoPipeline": "storymem.wan.pipeline",
     "WanEulerScheduler": "storymem.wan.schedule",
     "WanUniPCScheduler": "storymem.wan.schedule",
@@ -27,7 +26,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 # To load a saved WanUniPCScheduler, diffusers looks for its base class in the module that holds it.
-_FOR_DIFFUSERS = {"SchedulerMixin": "diffusers", "ModelMixin": "diffusers"}
+_FOR_DIFFUSERS = {"SchedulerMixin": "diffusers"}
 
 
 def __getattr__(name: str) -> Any:

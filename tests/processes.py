@@ -37,6 +37,7 @@ HEIGHTS = (32, 16)  # 6 tokens a slot, which two processes share evenly, and 3, 
 CPU = torch.device("cpu")
 
 _ULYSSES = RuntimeSettings(device="cpu", context_parallel="ulysses")
+_RING = RuntimeSettings(device="cpu", context_parallel="ring")
 _GUIDANCE = RuntimeSettings(device="cpu", guidance_parallel=True)
 
 
@@ -48,13 +49,13 @@ class Case:
         runtime: what is shared, and what else is to go together with that.
         world: how many processes.
         memory: joint or cached.
-        guide_memory: whether the second pass of guidance sees no memory.
+        negative_sees_memory: whether the second pass of guidance sees the memory.
     """
 
     runtime: RuntimeSettings
     world: int = 2
     memory: MemoryMode = "joint"
-    guide_memory: bool = False
+    negative_sees_memory: bool = True
 
     @property
     def alone(self) -> Case:
@@ -74,13 +75,14 @@ CASES = {
     "ulysses_batch": Case(runtime=replace(_ULYSSES, guidance_batch=True)),
     "ulysses_taylor": Case(runtime=replace(_ULYSSES, cache="taylor", cache_threshold=1)),
     "ulysses_cached": Case(runtime=_ULYSSES, memory="cached"),
-    "ulysses_guide_memory": Case(runtime=_ULYSSES, guide_memory=True),
-    "ring": Case(runtime=RuntimeSettings(device="cpu", context_parallel="ring")),
+    "ulysses_unseen": Case(runtime=_ULYSSES, negative_sees_memory=False),
+    "ring": Case(runtime=_RING),
+    "ring_cached": Case(runtime=_RING, memory="cached"),
     "guidance": Case(runtime=_GUIDANCE),
     "guidance_sharded": Case(runtime=replace(_GUIDANCE, shard_weights=True)),
     "guidance_first_block": Case(runtime=replace(_GUIDANCE, cache="first_block", cache_threshold=0.5)),
     "guidance_cached": Case(runtime=_GUIDANCE, memory="cached"),
-    "guidance_guide_memory": Case(runtime=_GUIDANCE, memory="cached", guide_memory=True),
+    "guidance_unseen": Case(runtime=_GUIDANCE, memory="cached", negative_sees_memory=False),
     "both": Case(runtime=replace(_ULYSSES, guidance_parallel=True), world=4),
 }
 
@@ -101,7 +103,7 @@ def shots(case: Case, pipe: WanMemoryToVideoPipeline, heights: Sequence[int] = H
         for frames in MEMORY:
             tokens[0] = 0
             memory = tiny.pictures(frames, size=(tiny.WIDTH, height)) or None
-            shot = tiny.generate(pipe, height=height, memory=memory, guide_memory=case.guide_memory)
+            shot = tiny.generate(pipe, height=height, memory=memory, negative_sees_memory=case.negative_sees_memory)
             found[f"{height}_{frames}"] = shot.contiguous()
             found[f"work_{height}_{frames}"] = torch.tensor(tokens)
     return found

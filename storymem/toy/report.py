@@ -160,7 +160,9 @@ def measure_memory(
         for name, given in answers.items():
             memory = None if name == "without" else remembered(told, index)
             both = name != "with_memory"
-            made = generate(pipe, shot.prompt, seed, steps=steps, guidance=guidance, memory=memory, negative_sees_memory=both)
+            made = generate(
+                pipe, shot.prompt, seed, steps=steps, guidance=guidance, memory=memory, negative_sees_memory=both
+            )
             pairs = agreement(shot.seen(FRAMES // 2), read_shot(made).seen)
             given += [(part, right) for part, right in pairs if part in LOOK_PARTS]
     shares_of = {name: shares(given) for name, given in answers.items()}

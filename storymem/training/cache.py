@@ -149,7 +149,7 @@ class LatentCache:
         if clip.mask:
             return self._of_clip(index, "mask")
         frames, height, width = clip.bucket
-        return torch.zeros(latent_frames(frames), height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
+        return torch.zeros(A14B.latent_frames(frames), *A14B.latent_size(height, width))
 
     def text(self, index: int) -> Tensor:
         """Prompt embeds of its caption, [L, D], zeros after the caption's end, as the pipeline makes them."""

@@ -19,7 +19,7 @@ from storymem.training.cache import CACHE_FORMAT, CachedClip, LatentCache, Split
 from storymem.training.data_settings import CacheSettings
 from storymem.training.fingerprint import fingerprint_name
 from storymem.training.shards import ShardWriter, finished_records
-from storymem.wan.conditioning import blank_padded, encode_frames, encode_video, latent_frames, latent_mask
+from storymem.wan.conditioning import blank_padded, encode_frames, encode_video, latent_mask
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 
 Score = Callable[[np.ndarray], float]
@@ -223,7 +223,6 @@ class CacheBuilder:
         }
         for given in sorted(self.settings.given):
             latents[f"given_{given}"] = encode_video(pipe.vae, blank_padded(pixels[:, :given], *item.bucket))[0]
-        assert latents["video"].shape[1] == latent_frames(item.bucket[0])
         if item.mask is not None:
             latents["mask"] = latent_mask(torch.from_numpy(item.mask()))
         return {name: self._stored(latent) for name, latent in latents.items()}

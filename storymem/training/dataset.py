@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from storymem.training.settings import GIVEN_FRAMES, BatchSettings, Conditioning
-from storymem.wan.conditioning import latent_frames, memory_condition
+from storymem.wan.conditioning import condition_channels
+from storymem.wan.spec import A14B, ModelSpec
 
 Split = Literal["train", "valid"]
 _SPLIT_NUMBERS: dict[Split, int] = {"train": 0, "valid": 1}
@@ -184,21 +185,23 @@ class Batch:
         x0: clean latents [B, 16, M + T, h, w].
         noise: e, of the same shape.
         u: [B] in 0..1, from which the noise level follows.
-        condition: mask and condition latents [B, 20, M + T, h, w].
+        condition: mask and condition latents [B, 20, M + T, h, w]; None: the base has no condition channels.
         mask: where the subject of the video is, [B, T, h, w] in 0..1; 0 everywhere if that is not known.
         text: prompt embeds [B, L, D].
         memory_frames: M.
+        given: latent frames that begin the video and are given, of every sample; with ``condition`` it says it itself.
         ids: of the target clips.
     """
 
     x0: Tensor
     noise: Tensor
     u: Tensor
-    condition: Tensor
+    condition: Tensor | None
     mask: Tensor
     text: Tensor
     memory_frames: int
     ids: tuple[str, ...]
+    given: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -220,25 +223,29 @@ class Batch:
 class MemoryDataset(Dataset[Batch]):
     """Plans in, batches out; a :class:`SamplePlan` stands for an index."""
 
-    def __init__(self, latents: Latents) -> None:
-        self.latents = latents
+    def __init__(self, latents: Latents, spec: ModelSpec = A14B) -> None:
+        self.latents, self.spec = latents, spec
 
     def __getitem__(self, plan: SamplePlan) -> Batch:
         """The one sample that ``plan`` describes, as a batch of one."""
         video = self.latents.video(plan.clip)[None]
         memory = [self.latents.keyframes(clip)[keyframe] for clip, keyframe in plan.memory]
         remembered = torch.cat(memory, dim=1)[None] if memory else None
-        given = self.latents.given(plan.clip, plan.given)[None]
         x0 = video if remembered is None else torch.cat([remembered, video], dim=2)
         generator = torch.Generator().manual_seed(plan.seed)
+        slots, condition = self.spec.latent_frames(plan.given), None
+        if self.spec.condition_channels:
+            given = self.latents.given(plan.clip, plan.given)[None]
+            condition = condition_channels(remembered, given, slots, self.spec)
         return Batch(
             x0=x0,
             noise=torch.randn(x0.shape, generator=generator),
             u=torch.rand(1, generator=generator),
-            condition=memory_condition(remembered, given, latent_frames(plan.given)),
+            condition=condition,
             mask=self.latents.mask(plan.clip)[None],
             text=(self.latents.empty_text() if plan.drop_text else self.latents.text(plan.clip))[None],
             memory_frames=len(memory),
+            given=slots,
             ids=(self.latents.clips[plan.clip].id,),
         )
 
@@ -246,9 +253,12 @@ class MemoryDataset(Dataset[Batch]):
 def collate(samples: Sequence[Batch]) -> Batch:
     """Batches of one M as one batch."""
     assert len({sample.memory_frames for sample in samples}) == 1, "a batch has one number of memory frames"
+    if samples[0].condition is None:
+        assert len({sample.given for sample in samples}) == 1, "a batch has one number of given frames"
 
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(sample, name) for sample in samples])
+    def joined(name: str) -> Any:
+        values = [getattr(sample, name) for sample in samples]
+        return None if values[0] is None else torch.cat(values)
 
     return Batch(
         x0=joined("x0"),
@@ -258,6 +268,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
         mask=joined("mask"),
         text=joined("text"),
         memory_frames=samples[0].memory_frames,
+        given=samples[0].given,
         ids=tuple(id for sample in samples for id in sample.ids),
     )
 

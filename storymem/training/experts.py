@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from storymem.training.objective import ExpertName
 from storymem.training.settings import AdapterTrainingSettings, ParallelSettings, WhichExpert
 from storymem.training.sharding import assign, shard
+from storymem.wan.acceleration import set_attention
 from storymem.wan.lora import (
     AdapterInfo,
     Layout,
@@ -25,8 +26,8 @@ from storymem.wan.lora import (
     read_memory_lora,
     write_memory_lora,
 )
-from storymem.wan.transformer import SegmentTransformer
 from storymem.wan.settings import MemoryMode
+from storymem.wan.transformer import enable_layouts
 
 ADAPTER = "memory"
 EXPERTS: dict[WhichExpert, tuple[ExpertName, ...]] = {
@@ -130,9 +131,12 @@ class Experts:
         self.networks: dict[ExpertName, nn.Module] = {}
         for name, transformer in self.transformers.items():
             check_only_adapters_train(transformer, name)
-            SegmentTransformer.adopt(transformer)
+            enable_layouts(transformer)
             if parallel.gradient_checkpointing:
                 transformer.enable_gradient_checkpointing()
+            if self.device.type == "cpu":
+                # The backward pass of the fused attention takes several times as long as that of the plain one.
+                set_attention(transformer, "_native_math")
             _keep_time_embedding_exact(transformer, self.device)
             network = self._placed(transformer, name in trained, accelerator)
             if name in trained:

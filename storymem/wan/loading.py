@@ -87,9 +87,7 @@ def load_pipeline(
         _load_step_adapter(pipe, sampler.adapter, sampler.adapter.weights)
     if names:
         lower_precision(pipe.experts.values(), model, runtime)
-        accelerate(pipe, model, sampler, runtime)
-        pipe.memory_cache = runtime.memory_cache
-        pipe.guidance_batch = runtime.guidance_batch
+        accelerate(pipe, model, runtime)
     place(pipe, runtime)
     return pipe
 
@@ -135,8 +133,7 @@ def load_text_to_video(
     if sampler.adapter is not None:
         _load_step_adapter(pipe, sampler.adapter, step_weights_for_text(sampler))
     lower_precision(experts, model, runtime)
-    accelerate(pipe, model, sampler, runtime, text_to_video=True)
-    pipe.guidance_batch = runtime.guidance_batch
+    accelerate(pipe, model, runtime)
     place(pipe, runtime)
     return pipe
 
@@ -194,7 +191,11 @@ def _random_pipeline(
     def expert(k: int, name: str) -> WanTransformer3DModel | None:
         if name not in names:
             return None
-        return _seeded(seed + k, model.dtype, lambda: WanTransformer3DModel(**network.transformer, in_channels=model.spec.in_channels))
+        return _seeded(
+            seed + k,
+            model.dtype,
+            lambda: WanTransformer3DModel(**network.transformer, in_channels=model.spec.in_channels),
+        )
 
     def text() -> UMT5EncoderModel:
         return _seeded(seed + 3, model.dtype, lambda: UMT5EncoderModel(UMT5Config(**network.text_encoder)))

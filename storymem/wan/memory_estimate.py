@@ -307,7 +307,7 @@ def _denoise_bytes(
             1 if runtime.memory_cache == "device" else network["num_layers"]
         )
     guided = (sampler or SamplerSettings()).guidance > 1
-    residuals = {"first_block": 2, "mag": 1}.get(runtime.cache, 0) * (2 if guided else 1)
+    residuals = {"first_block": 2}.get(runtime.cache, 0) * (2 if guided else 1)
     kept += residuals * tokens * _dim(network) * size
     batch = 2 if runtime.guidance_batch and guided else 1
     activations = forward_bytes(

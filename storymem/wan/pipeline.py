@@ -31,7 +31,7 @@ from storymem.wan.conditioning import (
 from storymem.wan.parallel import GuidanceHalves
 from storymem.wan.segments import DEFAULT_STRIDE, Layout, memory_cached, memory_joint, memory_positions, with_given
 from storymem.wan.spec import ModelSpec, spec_of
-from storymem.wan.transformer import SegmentCache, SegmentTransformer
+from storymem.wan.transformer import SegmentCache, enable_layouts
 
 Memory = Sequence[Image.Image] | Sequence[Tensor] | Tensor
 Pass = Literal["cond", "uncond"]
@@ -100,7 +100,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
     ) -> None:
         for expert in (transformer, transformer_2):
             if expert is not None:
-                SegmentTransformer.adopt(expert)
+                enable_layouts(expert)
         super().__init__(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -193,7 +193,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         self._check_guidance(guidance_scale, negative_sees_memory, memory)
         texts = (prompt, negative_prompt, torch.zeros(1), height, width, prompt_embeds, negative_prompt_embeds, None)
         self.check_inputs(*texts, list(callback_on_step_end_tensor_inputs), guidance_scale_2)
-        batch = (prompt_embeds.shape[0] if prompt is None else len([prompt] if isinstance(prompt, str) else prompt))
+        batch = prompt_embeds.shape[0] if prompt is None else len([prompt] if isinstance(prompt, str) else prompt)
         batch *= num_videos_per_prompt
         shape = self._noise_shape(batch, memory, num_frames, height, width, latents, generator)
 
@@ -253,7 +253,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     # One step
 
-    def _expert_at(self, t: Tensor, scale: float, scale_low: float | None) -> tuple[SegmentTransformer, float]:
+    def _expert_at(self, t: Tensor, scale: float, scale_low: float | None) -> tuple[Any, float]:
         """The expert of a timestep and its guidance."""
         ratio = self.config.boundary_ratio
         if ratio is None or t >= ratio * self.scheduler.config.num_train_timesteps:
@@ -279,7 +279,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     def _predict(
         self,
-        expert: SegmentTransformer,
+        expert: Any,
         latents: Tensor,
         t: Tensor,
         name: Pass,
@@ -306,7 +306,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             )
         return prediction[:, :, -latents.shape[2] :]
 
-    def _memory_of(self, expert: SegmentTransformer, shot: _Shot, text: Tensor) -> SegmentCache | None:
+    def _memory_of(self, expert: Any, shot: _Shot, text: Tensor) -> SegmentCache | None:
         """Keys and values of memory that does not change between steps; what step caches hold is dropped."""
         for each in self.experts.values():
             if each.is_cache_enabled:
@@ -468,8 +468,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             for name, expert in self.experts.items():
                 if isinstance(getattr(expert, "_cache_config", None), PyramidAttentionBroadcastConfig):
                     raise ValueError(
-                        f"{refused}: {name} has PyramidAttentionBroadcast enabled, which reuses attention of one pass in "
-                        "the other, and here they have different tokens; use FirstBlockCache or TaylorSeer"
+                        f"{refused}: {name} has PyramidAttentionBroadcast, which reuses attention of one pass in the "
+                        "other, and here they have different tokens; use FirstBlockCache or TaylorSeer"
                     )
 
     def _noise_shape(

@@ -3,7 +3,7 @@
 Every system here runs the same network over one sequence of latent frames. Systems differ only in where each run of
 frames sits on the temporal axis, at which timestep it is, whose keys its queries read, and which text it reads. A
 :class:`Segment` states exactly that; a :class:`Layout` is a sequence of them, and
-:class:`storymem.wan.transformer.SegmentTransformer` executes it.
+:mod:`storymem.wan.transformer` executes it.
 
 With M memory frames, T latent frames of video, stride S and the step's timestep t:
 
@@ -135,7 +135,9 @@ class Layout:
         Their timestep is fixed, they read no text, and they read only each other.
         """
         names = frozenset(s.name for s in self.segments if s.timestep is not None and s.text is None)
-        while names != (closed := frozenset(s.name for s in self.segments if s.name in names and s.read_names <= names)):
+        while names != (
+            closed := frozenset(s.name for s in self.segments if s.name in names and s.read_names <= names)
+        ):
             names = closed
         return names
 
@@ -199,7 +201,9 @@ def with_given(layout: Layout, frames: int) -> Layout:
     for segment in layout.segments:
         reads = tuple(_with_part(key_set, "video", "given") for key_set in segment.reads)
         if segment.name == "video":
-            segments.append(replace(segment, name="given", positions=segment.positions[:frames], reads=reads, timestep=0))
+            segments.append(
+                replace(segment, name="given", positions=segment.positions[:frames], reads=reads, timestep=0)
+            )
             segment = replace(segment, positions=segment.positions[frames:])
         segments.append(replace(segment, reads=reads))
     return Layout(tuple(segments))
@@ -246,7 +250,5 @@ def memento(memory: Sequence[int], video: int, *, subject: bool = True) -> Layou
         Segment(name="memory", positions=tuple(memory), reads=inner),
         Segment(name="video", positions=tuple(range(video)), reads=(("memory", "video"),)),
     )
-    portrait = Segment(
-        name="subject", positions=(-512,), reads=(("subject", "memory"),), text=Text(name="subject")
-    )
+    portrait = Segment(name="subject", positions=(-512,), reads=(("subject", "memory"),), text=Text(name="subject"))
     return Layout((portrait, *segments) if subject else segments)

@@ -15,7 +15,7 @@ Continuity = Literal["none", "mi2v", "mm2v"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ContextParallel = Literal["none", "ulysses", "ring"]
 Attention = Literal["auto", "flash3", "flash2", "cudnn", "sage", "native"]
-StepCache = Literal["none", "first_block", "mag", "taylor"]
+StepCache = Literal["none", "first_block", "taylor"]
 MemoryMode = Literal["joint", "cached"]
 BaseName = Literal["wan2.2-a14b", "wan2.2-ti2v-5b"]
 MemoryCache = Literal["device", "cpu", "recompute"]
@@ -146,7 +146,9 @@ class ModelSettings:
     def __post_init__(self) -> None:
         self.spec.latent_size(self.video.height, self.video.width)
         if self.memory_attention not in self.spec.layouts:
-            raise ValueError(f"memory_attention={self.memory_attention} is not for {self.spec.name}: use {self.spec.layouts[0]}")
+            raise ValueError(
+                f"memory_attention={self.memory_attention} is not for {self.spec.name}: use {self.spec.layouts[0]}"
+            )
         if (self.boundary is None) != (len(self.spec.experts) == 1):
             raise ValueError(f"boundary stands between two experts; {self.spec.name} has {len(self.spec.experts)}")
         if self.has_text_to_video and self.base != "wan2.2-a14b":
@@ -241,11 +243,10 @@ class RuntimeSettings:
         attention: "auto" takes the fastest exact kernel that is installed and works on the device; "sage", which
             rounds queries and keys to int8, is taken only when named.
         compile: "blocks" compiles the block that the transformers repeat, once for each size of memory.
-        cache: skips work in steps that resemble the step before: "first_block" where the first block says so, "mag"
-            where magnitudes measured beforehand say so, "taylor" in all but every n-th step, by extrapolation.
-        cache_threshold: 0 skips nothing. first_block: relative change of the first block's residual; mag: accumulated
-            error of magnitudes; taylor: steps extrapolated after each one computed. None: 0.05, 0.06 and 2.
-        cache_ratios: for mag: the file of magnitudes that ``python -m benchmarks.acceleration --calibrate`` writes.
+        cache: skips work in steps that resemble the step before: "first_block" where the first block says so,
+            "taylor" in all but every n-th step, by extrapolation.
+        cache_threshold: 0 skips nothing. first_block: relative change of the first block's residual; taylor: steps
+            extrapolated after each one computed. None: 0.05 and 2.
         guidance_batch: run both passes of guidance as one batch of two.
         memory_cache: where the memory's keys and values lie that ``memory_attention: cached`` keeps (12.8 GB an expert
             for 10 frames at 480p): on the "device"; in the memory of the "cpu", from where each block fetches its own;
@@ -265,22 +266,16 @@ class RuntimeSettings:
     compile: Literal["none", "blocks"] = "none"
     cache: StepCache = "none"
     cache_threshold: float | None = None
-    cache_ratios: str | None = None
     guidance_batch: bool = False
     memory_cache: MemoryCache = "device"
 
     def __post_init__(self) -> None:
-        if self.cache == "none" and (self.cache_threshold is not None or self.cache_ratios is not None):
-            raise ValueError("cache_threshold and cache_ratios need a cache: first_block, mag or taylor")
+        if self.cache == "none" and self.cache_threshold is not None:
+            raise ValueError("cache_threshold needs a cache: first_block or taylor")
         if self.cache_threshold is not None and self.cache_threshold < 0:
             raise ValueError(f"cache_threshold must be 0 or more, not {self.cache_threshold}")
         if self.cache == "taylor" and self.cache_threshold is not None and self.cache_threshold % 1:
             raise ValueError(f"with cache: taylor, cache_threshold is a number of steps, not {self.cache_threshold}")
-        if (self.cache == "mag") != (self.cache_ratios is not None):
-            raise ValueError(
-                "cache: mag and cache_ratios go together: magnitudes belong to a model, and this one's are measured by "
-                "python -m benchmarks.acceleration --calibrate FILE"
-            )
         if self.processes_per_film is not None and self.processes_per_film < 1:
             raise ValueError(f"processes_per_film must be 1 or more, not {self.processes_per_film}")
         if self.guidance_batch and self.cache != "none":
@@ -296,7 +291,7 @@ class RuntimeSettings:
         if self.cache == "first_block" and self.context_parallel != "none":
             raise ValueError(
                 "cache: first_block does not combine with context_parallel: each process sees its own tokens, and they "
-                "would skip different steps; use cache: taylor or mag"
+                "would skip different steps; use cache: taylor"
             )
 
     @property

@@ -128,7 +128,11 @@ def spec_of(*, in_channels: int, latent_channels: int, spatial_stride: int) -> M
         ValueError: for shapes of another model.
     """
     for spec in SPECS:
-        if (spec.in_channels, spec.latent_channels, spec.spatial_stride) == (in_channels, latent_channels, spatial_stride):
+        if (spec.in_channels, spec.latent_channels, spec.spatial_stride) == (
+            in_channels,
+            latent_channels,
+            spatial_stride,
+        ):
             return spec
     known = "; ".join(f"{s.name}: {s.in_channels}, {s.latent_channels}, {s.spatial_stride}" for s in SPECS)
     raise ValueError(

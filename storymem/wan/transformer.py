@@ -1,14 +1,16 @@
 """Wan's transformer over a sequence of segments; see :mod:`storymem.wan.segments`.
 
-The network is diffusers' ``WanTransformer3DModel``, weights and blocks unchanged. A forward is told its layout, and
-nothing about it is kept between calls. Two things reach the attention processors through the block's own arguments: the
-rotary tables come as :class:`SelfReads`, the text as :class:`TextReads`.
+The network is diffusers' ``WanTransformer3DModel``, class, weights and blocks unchanged; :func:`enable_layouts` gives
+it the forward below. A forward is told its layout, and nothing about it is kept between calls. Two things reach the
+attention processors through the block's own arguments: the rotary tables come as :class:`SelfReads`, the text as
+:class:`TextReads`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache, wraps
+from functools import lru_cache
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -59,13 +61,20 @@ class Plan(NamedTuple):
     keeps: tuple[tuple[str, int, int], ...]  # constant segments: name, start, stop
 
 
+class BlockCache:
+    """Keys and values that one block keeps, by segment; a class of its own, so that hooks pass it on as it is."""
+
+    def __init__(self) -> None:
+        self.segments: dict[str, KeysAndValues] = {}
+
+
 class SelfReads(NamedTuple):
     """What a block's self-attention is given in place of the rotary tables ``cos`` and ``sin`` [1, tokens, 1, D]."""
 
     cos: Tensor
     sin: Tensor
     queries: tuple[SelfQuery, ...]
-    kept: dict[str, KeysAndValues]
+    kept: BlockCache
     keeps: tuple[tuple[str, int, int], ...]
 
 
@@ -86,18 +95,18 @@ class SegmentCache:
     def __init__(self, *, on_cpu: bool = False) -> None:
         self.on_cpu = on_cpu
         self.names: frozenset[str] = frozenset()
-        self._blocks: dict[int, dict[str, KeysAndValues]] = {}
+        self._blocks: dict[int, BlockCache] = {}
 
-    def block(self, index: int) -> dict[str, KeysAndValues]:
-        """Of one block: segment's name -> keys and values, on the device of the computation or in RAM."""
-        return self._blocks.setdefault(index, {})
+    def block(self, index: int) -> BlockCache:
+        """What one block keeps, on the device of the computation or in RAM."""
+        return self._blocks.setdefault(index, BlockCache())
 
     def complete(self, names: frozenset[str]) -> None:
         """Note that segments were computed in every block."""
         self.names |= names
         if self.on_cpu:
-            for kept in self._blocks.values():
-                kept.update({name: (_to_ram(k), _to_ram(v)) for name, (k, v) in kept.items()})
+            for block in self._blocks.values():
+                block.segments = {name: (_to_ram(k), _to_ram(v)) for name, (k, v) in block.segments.items()}
 
 
 class SegmentRope(WanRotaryPosEmbed):
@@ -167,7 +176,7 @@ class SegmentAttnProcessor(WanAttnProcessor):
         )
         query, key = (_rotated(projected, reads.cos, reads.sin) for projected in (query, key))
         for name, start, stop in reads.keeps:
-            reads.kept[name] = (key[:, start:stop], value[:, start:stop])
+            reads.kept.segments[name] = (key[:, start:stop], value[:, start:stop])
         outputs = []
         for start, stop, sets in reads.queries or (SelfQuery(0, query.shape[1], ((Piece(0, query.shape[1]),),)),):
             results = [
@@ -202,158 +211,159 @@ class SegmentAttnProcessor(WanAttnProcessor):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-class SegmentTransformer(WanTransformer3DModel):
-    """``WanTransformer3DModel`` whose forward is told a layout; without one it is Wan's own.
+def enable_layouts(transformer: WanTransformer3DModel) -> None:
+    """Let a transformer be told layouts, in place; once is enough, twice is harmless.
 
-    Saved and loaded as ``WanTransformer3DModel`` is. Gradient checkpointing, LoRA, compiled blocks, attention
-    backends, offloading, layerwise casting, step caches and context parallelism are diffusers'.
+    Its class, weights and saved form stay diffusers' own, and without a layout its predictions. Gradient checkpointing,
+    LoRA, compiled blocks, attention backends, offloading, layerwise casting, step caches and context parallelism are
+    diffusers' as well.
+
+    Raises:
+        ValueError: if hooks are on it already, which would go on calling the forward that they have wrapped.
     """
+    if isinstance(transformer.rope, SegmentRope):
+        return
+    registry = getattr(transformer, "_diffusers_hook", None)
+    if hasattr(transformer, "_hf_hook") or (registry is not None and registry.hooks):
+        raise ValueError(
+            "the transformer has hooks already (offloading, a step cache, context parallelism): make the "
+            "memory-to-video pipeline first, and enable them then"
+        )
+    transformer.forward = MethodType(forward, transformer)
+    transformer.rope.__class__ = SegmentRope  # the same tables
+    transformer._cp_plan = _CP_PLAN
+    for block in transformer.blocks:
+        for attn in (block.attn1, block.attn2):
+            processor = SegmentAttnProcessor()
+            processor._attention_backend = attn.processor._attention_backend
+            processor._parallel_config = attn.processor._parallel_config
+            attn.set_processor(processor)
 
-    # Timesteps are per segment here, so they are not split; all else as in the base class.
-    _cp_plan = {  # noqa: RUF012
-        "rope": {
-            0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
-            1: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
-        },
-        "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)},
-        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
-    }
 
-    # Saved pipelines note where each part's class is found, and diffusers takes "wan" in a module's path for its own
-    # `diffusers.pipelines.wan`; under the package's name the class is found again.
-    __module__ = "storymem"
+#: diffusers' plan for Wan, but for timesteps, which are per segment here and not split.
+_CP_PLAN = {
+    "rope": {
+        0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+        1: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+    },
+    "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)},
+    "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+}
 
-    @wraps(WanTransformer3DModel.__init__)  # the configuration is read from the signature
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._set_parts()
 
-    @classmethod
-    def adopt(cls, transformer: WanTransformer3DModel) -> "SegmentTransformer":
-        """Make a loaded ``WanTransformer3DModel`` one of this class, in place: weights, hooks and adapters stay."""
-        if not isinstance(transformer, cls):
-            transformer.__class__ = cls
-            transformer._set_parts()  # type: ignore[attr-defined]
-        return transformer  # type: ignore[return-value]
+@apply_lora_scale("attention_kwargs")
+def forward(
+    self: WanTransformer3DModel,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor | Mapping[str, Tensor],
+    encoder_hidden_states_image: Tensor | None = None,
+    return_dict: bool = True,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    layout: Layout | None = None,
+    cache: SegmentCache | None = None,
+) -> Transformer2DModelOutput | tuple[Tensor]:
+    """The forward of a transformer that is told a layout: a prediction for all frames that ``cache`` does not hold.
 
-    def _set_parts(self) -> None:
-        self.rope.__class__ = SegmentRope  # the same tables
-        for block in self.blocks:
-            for attn in (block.attn1, block.attn2):
-                processor = SegmentAttnProcessor()
-                processor._attention_backend = attn.processor._attention_backend
-                processor._parallel_config = attn.processor._parallel_config
-                attn.set_processor(processor)
+    Args:
+        hidden_states: latents and condition channels [B, C, N, h, w] of the computed segments, in their order.
+        timestep: of the step, [B]; or [B, segments], one for each computed segment, which is then taken as it is.
+            [B, tokens], as Wan2.2-TI2V-5B's stock pipeline passes it, is possible without a layout.
+        encoder_hidden_states: text embeddings [B, L, text_dim], or several by the names that segments read.
+        layout: what the frames are; None: one shot of N latent frames.
+        cache: keys and values of constant segments. Those it holds are read and not computed; constant segments
+            that are computed are added to it.
 
-    @apply_lora_scale("attention_kwargs")
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor | Mapping[str, Tensor],
-        encoder_hidden_states_image: Tensor | None = None,
-        return_dict: bool = True,
-        attention_kwargs: dict[str, Any] | None = None,
-        *,
-        layout: Layout | None = None,
-        cache: SegmentCache | None = None,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """One prediction for all frames of the layout that ``cache`` does not hold.
+    Returns:
+        The prediction [B, out_channels, N, h, w].
+    """
+    p_t, p_h, p_w = self.config.patch_size
+    frames, height, width = (
+        hidden_states.shape[2] // p_t,
+        hidden_states.shape[3] // p_h,
+        hidden_states.shape[4] // p_w,
+    )
+    layout = single_shot(frames) if layout is None else layout
+    held = frozenset() if cache is None else cache.names
+    segments = [segment for segment in layout.segments if segment.name not in held]
+    if sum(segment.frames for segment in segments) != frames:
+        raise ValueError(f"the layout's segments {[s.name for s in segments]} do not have {frames} latent frames")
+    rank, processes = _share(self)
+    plan = make_plan(layout, held, height * width, rank, processes, cache is not None)
 
-        Args:
-            hidden_states: latents and condition channels [B, C, N, h, w] of the computed segments, in their order.
-            timestep: of the step, [B]; or [B, segments], one for each computed segment, which is then taken as it is.
-                [B, tokens], as Wan2.2-TI2V-5B's stock pipeline passes it, is possible without a layout.
-            encoder_hidden_states: text embeddings [B, L, text_dim], or several by the names that segments read.
-            layout: what the frames are; None: one shot of N latent frames.
-            cache: keys and values of constant segments. Those it holds are read and not computed; constant segments
-                that are computed are added to it.
+    order = _strided(frames * height * width, processes, hidden_states.device) if processes > 1 else None
+    cos, sin = self.rope(hidden_states, sum((s.positions for s in segments), ()), order)
+    hidden_states = rearrange(self.patch_embedding(hidden_states), "b d t h w -> b (t h w) d").contiguous()
+    if order is not None:
+        hidden_states = hidden_states[:, order]
+    temb, modulation = _timesteps(self.condition_embedder, timestep, segments, hidden_states, plan.tokens)
+    text = _texts(self.condition_embedder, encoder_hidden_states, encoder_hidden_states_image, plan)
 
-        Returns:
-            The prediction [B, out_channels, N, h, w].
-        """
-        p_t, p_h, p_w = self.config.patch_size
-        frames, height, width = hidden_states.shape[2] // p_t, hidden_states.shape[3] // p_h, hidden_states.shape[4] // p_w
-        layout = single_shot(frames) if layout is None else layout
-        held = frozenset() if cache is None else cache.names
-        segments = [segment for segment in layout.segments if segment.name not in held]
-        if sum(segment.frames for segment in segments) != frames:
-            raise ValueError(f"the layout's segments {[s.name for s in segments]} do not have {frames} latent frames")
-        rank, processes = self._share()
-        plan = make_plan(layout, held, height * width, rank, processes, cache is not None)
+    for index, block in enumerate(self.blocks):
+        kept = BlockCache() if cache is None else cache.block(index)
+        arguments = (hidden_states, text, modulation, SelfReads(cos, sin, plan.self_queries, kept, plan.keeps))
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            hidden_states = self._gradient_checkpointing_func(block, *arguments)
+        else:
+            hidden_states = block(*arguments)
+    if cache is not None and plan.keeps:
+        cache.complete(frozenset(name for name, _, _ in plan.keeps))
 
-        order = _strided(frames * height * width, processes, hidden_states.device) if processes > 1 else None
-        cos, sin = self.rope(hidden_states, sum((s.positions for s in segments), ()), order)
-        hidden_states = rearrange(self.patch_embedding(hidden_states), "b d t h w -> b (t h w) d").contiguous()
-        if order is not None:
-            hidden_states = hidden_states[:, order]
-        temb, modulation = self._timesteps(timestep, segments, hidden_states, plan.tokens)
-        text = self._texts(encoder_hidden_states, encoder_hidden_states_image, plan)
+    shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(-2)).unbind(dim=-2)
+    if temb.ndim == 2:
+        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+    shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
+    hidden_states = (self.norm_out(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
+    output = self.proj_out(hidden_states)
+    if order is not None:
+        output = output[:, order.argsort()]
+    sizes = {"t": frames, "h": height, "w": width, "pt": p_t, "ph": p_h, "pw": p_w}
+    output = rearrange(output, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", **sizes)
+    return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-        for index, block in enumerate(self.blocks):
-            kept = {} if cache is None else cache.block(index)
-            arguments = (hidden_states, text, modulation, SelfReads(cos, sin, plan.self_queries, kept, plan.keeps))
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, *arguments)
-            else:
-                hidden_states = block(*arguments)
-        if cache is not None and plan.keeps:
-            cache.complete(frozenset(name for name, _, _ in plan.keeps))
 
-        shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(-2)).unbind(dim=-2)
-        if temb.ndim == 2:
-            shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
-        shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
-        hidden_states = (self.norm_out(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
-        output = self.proj_out(hidden_states)
-        if order is not None:
-            output = output[:, order.argsort()]
-        sizes = {"t": frames, "h": height, "w": width, "pt": p_t, "ph": p_h, "pw": p_w}
-        output = rearrange(output, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", **sizes)
-        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+def _share(transformer: WanTransformer3DModel) -> tuple[int, int]:
+    """This process's number, and how many share the tokens."""
+    config = getattr(transformer._parallel_config, "context_parallel_config", None)
+    if config is None:
+        return 0, 1
+    return torch.distributed.get_rank(config._flattened_mesh.get_group()), config._flattened_mesh.size()
 
-    def _share(self) -> tuple[int, int]:
-        """This process's number, and how many share the tokens."""
-        config = getattr(self._parallel_config, "context_parallel_config", None) if self._parallel_config else None
-        if config is None:
-            return 0, 1
-        return torch.distributed.get_rank(config._flattened_mesh.get_group()), config._flattened_mesh.size()
 
-    def _timesteps(
-        self, timestep: Tensor, segments: list[Segment], hidden_states: Tensor, tokens: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """Embedding [B, D] and modulation [B, 6, D] of one timestep for all, or [B, tokens, ...] of several."""
-        if timestep.ndim == 1 and any(segment.timestep is not None for segment in segments):
-            fixed = [timestep if s.timestep is None else torch.full_like(timestep, s.timestep) for s in segments]
-            timestep = torch.stack(fixed, dim=1)
-        if timestep.ndim == 2 and timestep.shape[1] == 1:
-            timestep = timestep[:, 0]
-        embedder = self.condition_embedder
-        projected = embedder.timesteps_proj(timestep.flatten())
-        dtype = next(iter(embedder.time_embedder.parameters())).dtype
-        if dtype != torch.int8:
-            projected = projected.to(dtype)
-        temb = embedder.time_embedder(projected).to(hidden_states.dtype)
-        modulation = embedder.time_proj(embedder.act_fn(temb)).unflatten(1, (6, -1))
-        if timestep.ndim == 1:
-            return temb, modulation
-        temb, modulation = (x.unflatten(0, timestep.shape) for x in (temb, modulation))
-        if timestep.shape[1] == len(segments):
-            repeats = torch.tensor(tokens, device=temb.device)
-            total = sum(tokens)
-            temb, modulation = (x.repeat_interleave(repeats, dim=1, output_size=total) for x in (temb, modulation))
+def _timesteps(
+    embedder: Any, timestep: Tensor, segments: list[Segment], hidden_states: Tensor, tokens: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Embedding [B, D] and modulation [B, 6, D] of one timestep for all, or [B, tokens, ...] of several."""
+    if timestep.ndim == 1 and any(segment.timestep is not None for segment in segments):
+        fixed = [timestep if s.timestep is None else torch.full_like(timestep, s.timestep) for s in segments]
+        timestep = torch.stack(fixed, dim=1)
+    if timestep.ndim == 2 and timestep.shape[1] == 1:
+        timestep = timestep[:, 0]
+    projected = embedder.timesteps_proj(timestep.flatten())
+    dtype = next(iter(embedder.time_embedder.parameters())).dtype
+    if dtype != torch.int8:
+        projected = projected.to(dtype)
+    temb = embedder.time_embedder(projected).to(hidden_states.dtype)
+    modulation = embedder.time_proj(embedder.act_fn(temb)).unflatten(1, (6, -1))
+    if timestep.ndim == 1:
         return temb, modulation
+    temb, modulation = (x.unflatten(0, timestep.shape) for x in (temb, modulation))
+    if timestep.shape[1] == len(segments):
+        repeats = torch.tensor(tokens, device=temb.device)
+        total = sum(tokens)
+        temb, modulation = (x.repeat_interleave(repeats, dim=1, output_size=total) for x in (temb, modulation))
+    return temb, modulation
 
-    def _texts(
-        self, texts: Tensor | Mapping[str, Tensor], image: Tensor | None, plan: Plan
-    ) -> Tensor | TextReads:
-        embedder = self.condition_embedder
-        by_name = {"prompt": texts} if isinstance(texts, Tensor) else texts
-        embedded = {name: embedder.text_embedder(text) for name, text in by_name.items()}
-        if image is not None:
-            pictures = embedder.image_embedder(image)
-            embedded = {name: torch.cat([pictures, text], dim=1) for name, text in embedded.items()}
-        return TextReads(embedded, plan.text_queries) if plan.text_queries else embedded["prompt"]
+
+def _texts(embedder: Any, texts: Tensor | Mapping[str, Tensor], image: Tensor | None, plan: Plan) -> Tensor | TextReads:
+    by_name = {"prompt": texts} if isinstance(texts, Tensor) else texts
+    read = {query.text.name for query in plan.text_queries if query.text} if plan.text_queries else {"prompt"}
+    embedded = {name: embedder.text_embedder(by_name[name]) for name in read}
+    if image is not None:
+        pictures = embedder.image_embedder(image)
+        embedded = {name: torch.cat([pictures, text], dim=1) for name, text in embedded.items()}
+    return TextReads(embedded, plan.text_queries) if plan.text_queries else embedded["prompt"]
 
 
 @lru_cache(maxsize=256)
@@ -440,7 +450,7 @@ def _rotated(projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(projected)
 
 
-def _gathered(own: Tensor, kept: dict[str, KeysAndValues], pieces: tuple[Piece, ...], which: int) -> Tensor:
+def _gathered(own: Tensor, kept: BlockCache, pieces: tuple[Piece, ...], which: int) -> Tensor:
     """Keys (``which`` 0) or values (1) of pieces, one after the other."""
     if len(pieces) == 1 and pieces[0].kept is None:
         return own[:, pieces[0].start : pieces[0].stop]
@@ -449,7 +459,7 @@ def _gathered(own: Tensor, kept: dict[str, KeysAndValues], pieces: tuple[Piece, 
         if name is None:
             parts.append(own[:, start:stop])
         else:
-            held = kept[name][which][:, start:stop].to(own.device, non_blocking=True)
+            held = kept.segments[name][which][:, start:stop].to(own.device, non_blocking=True)
             parts.append(held.expand(own.shape[0], -1, -1, -1))
     return torch.cat(parts, dim=1)
 
