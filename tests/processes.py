@@ -26,8 +26,10 @@ from storymem.wan.layout import Launch
 from storymem.wan.loading import load_pipeline
 from storymem.wan.parallel import join, leave
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.segments import Text, holocine, memento, memory_cached, memory_joint, single_shot, with_given
 from storymem.wan.settings import MemoryMode, RuntimeSettings
 from storymem.wan.shots import OnStep, ShotRequest
+from storymem.wan.transformer import SegmentCache
 from tests import stories
 from tests.forking import fork
 from tests.wan import tiny
@@ -39,6 +41,18 @@ CPU = torch.device("cpu")
 _ULYSSES = RuntimeSettings(device="cpu", context_parallel="ulysses")
 _RING = RuntimeSettings(device="cpu", context_parallel="ring")
 _GUIDANCE = RuntimeSettings(device="cpu", guidance_parallel=True)
+
+
+_TEXTS = [Text(spans=((0, 3), (5, 9), (12, 16))), Text(spans=((0, 3), (9, 16)))]
+LAYOUTS = {
+    "single shot": single_shot(3),
+    **{f"joint {memory}": memory_joint(memory, 3) for memory in MEMORY},
+    **{f"cached {memory}": memory_cached(memory, 3) for memory in MEMORY},
+    "cached, given": with_given(memory_cached(3, 3), 1),
+    "full": holocine([2, 3], _TEXTS, sparse=False),
+    "sparse": holocine([2, 3], _TEXTS, sparse=True),
+    "memento": memento([-40, -9, -3], 2, subject=False),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +142,44 @@ def shots_together(folder: Path, world: int) -> None:
     leave()
 
 
+def layouts_together(folder: Path, method: str) -> None:
+    """What a transformer predicts in every layout, with tokens shared among the processes."""
+    _cpu_as_accelerator()
+    launch = Launch.of_environment()
+    join(launch, CPU)
+    runtime = _ULYSSES if method == "ulysses" else _RING
+    save_file(layout_predictions(runtime), folder / f"layouts_{method}_{launch.rank}.safetensors")
+    leave()
+
+
+def layout_predictions(runtime: RuntimeSettings | None = None) -> dict[str, Tensor]:
+    """By layout and height; constant segments are kept first, where there are some."""
+    model, found = tiny.settings(), {}
+    model.network.transformer["num_layers"] = 2
+    expert: Any = load_pipeline(model, runtime=runtime or tiny.CPU, text_encoder=False).transformer
+    for height in (4, 2):  # 6 tokens a frame, which two processes share evenly, and 3
+        for name, layout in LAYOUTS.items():
+            generator, cache = torch.Generator().manual_seed(0), SegmentCache()
+            latents = torch.randn(1, 36, layout.frames, height, 6, generator=generator)
+            text = torch.randn(1, 16, 32, generator=generator)
+            kept = sum(segment.frames for segment in layout.segments if segment.name in layout.constant)
+            with torch.no_grad():
+                if kept:
+                    given = {"layout": layout.only(layout.constant), "cache": cache}
+                    expert(
+                        hidden_states=latents[:, :, :kept], timestep=torch.zeros(1), encoder_hidden_states=text, **given
+                    )
+                found[f"{name} {height}"] = expert(
+                    hidden_states=latents[:, :, kept:],
+                    timestep=torch.tensor([700.0]),
+                    encoder_hidden_states=text,
+                    layout=layout,
+                    cache=cache,
+                    return_dict=False,
+                )[0].contiguous()
+    return found
+
+
 def unguided(pipe: WanMemoryToVideoPipeline) -> str:
     """What is said to a call that needs only one of the two passes."""
     try:
@@ -202,6 +254,8 @@ def main(arguments: Sequence[str]) -> int:
     statuses = {
         "two": fork(2, partial(shots_together, folder, 2)),
         "four": fork(4, partial(shots_together, folder, 4)),
+        "ulysses": fork(2, partial(layouts_together, folder, "ulysses")),
+        "ring": fork(2, partial(layouts_together, folder, "ring")),
         "film": fork(2, partial(tell, folder / "whole" / "film", _GUIDANCE)),
         "unfit": fork(2, partial(unfit, folder)),
     }

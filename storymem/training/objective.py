@@ -7,7 +7,7 @@ network predicts. Slots are latent frames: the M of the memory, then the T of th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class MemoryObjective:
         layout = self.layout(batch)
         noisy = torch.cat([torch.full((part.frames,), part.timestep is None) for part in layout.segments]).to(s.device)
         x = model_input(noised(batch.x0, batch.noise, s[:, None] * noisy), batch.condition)
-        dtype = getattr(network, "module", network).dtype
+        dtype: Any = getattr(network, "module", network).dtype
         (prediction,) = network(x.to(dtype), s * TIMESTEPS, batch.text.to(dtype), return_dict=False, layout=layout)
         errors = squared_errors(prediction, velocity(batch.x0, batch.noise))
         weights = slot_weights(layout, self.settings.memory_weight).to(errors.device)

@@ -193,8 +193,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         self._check_guidance(guidance_scale, negative_sees_memory, memory)
         texts = (prompt, negative_prompt, torch.zeros(1), height, width, prompt_embeds, negative_prompt_embeds, None)
         self.check_inputs(*texts, list(callback_on_step_end_tensor_inputs), guidance_scale_2)
-        batch = prompt_embeds.shape[0] if prompt is None else len([prompt] if isinstance(prompt, str) else prompt)
-        batch *= num_videos_per_prompt
+        prompts: Any = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        batch = len(prompts) * num_videos_per_prompt
         shape = self._noise_shape(batch, memory, num_frames, height, width, latents, generator)
 
         self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False

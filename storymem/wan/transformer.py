@@ -112,7 +112,7 @@ class SegmentCache:
 class SegmentRope(WanRotaryPosEmbed):
     """Wan's rotary tables at given temporal positions, which may be negative; height and width are as in Wan."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, positions: tuple[int, ...] | None = None, order: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines, each [1, tokens, 1, head_dim], for latents [B, C, N, h, w].
