@@ -237,15 +237,18 @@ def holocine(shots: Sequence[int], texts: Sequence[Text], *, sparse: bool) -> La
     )
 
 
-def memento(memory: Sequence[int], video: int, *, subject: bool = True) -> Layout:
+def memento(memory: Sequence[int], video: int, *, subject: bool = True, split: bool = True) -> Layout:
     """Memento (arXiv 2606.14667).
 
     Args:
         memory: film-time positions of the memory frames, before 0.
         video: latent frames of the shot.
         subject: whether a picture of the subject is denoised too.
+        split: without a subject: whether memory takes the mean of {memory} and {memory, video} all the same, as in
+            training; released inference does not.
     """
-    inner = (("subject", "memory"), ("memory", "video")) if subject else (("memory", "video"),)
+    apart = (("subject", "memory"),) if subject else (("memory",),) if split else ()
+    inner = (*apart, ("memory", "video"))
     segments = (
         Segment(name="memory", positions=tuple(memory), reads=inner),
         Segment(name="video", positions=tuple(range(video)), reads=(("memory", "video"),)),

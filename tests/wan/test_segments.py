@@ -89,7 +89,9 @@ def test_memento_exchanges_through_memory_alone() -> None:
     assert "subject" not in video.read_names
     assert memory.reads == (("subject", "memory"), ("memory", "video"))
     assert subject.text == Text(name="subject")
-    assert [segment.name for segment in memento([-3], 3, subject=False).segments] == ["memory", "video"]
+    without = memento([-3], 3, subject=False)
+    assert [segment.name for segment in without.segments] == ["memory", "video"]
+    assert without.segments[0].reads == (("memory",), ("memory", "video"))
 
 
 def test_faulty_layouts_are_refused() -> None:
