@@ -113,6 +113,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
+        memory_attention = memory_attention or "joint"
         if memory_attention not in ("joint", "cached"):
             raise ValueError(f"memory_attention must be joint or cached, not {memory_attention!r}")
         self.register_to_config(rope_stride=rope_stride, memory_attention=memory_attention)

@@ -80,7 +80,7 @@ class MemoryToVideo(BasePipelineTesterConfig):
             "image_encoder": None,
             "image_processor": None,
             "boundary_ratio": 0.875,
-            "memory_attention": self.memory_attention,
+            **({} if self.memory_attention == "joint" else {"memory_attention": self.memory_attention}),
         }
 
     def get_dummy_inputs(self) -> dict:
@@ -110,47 +110,44 @@ class MemoryToVideo(BasePipelineTesterConfig):
         torch.testing.assert_close(loaded(**self.get_dummy_inputs())[0], pipe(**self.get_dummy_inputs())[0])
 
 
-class Everything(
-    PipelineTesterMixin,
-    PipelineOffloadTesterMixin,
-    GroupOffloadTesterMixin,
-    LayerwiseCastingTesterMixin,
-    LoraTesterMixin,
-    PyramidAttentionBroadcastTesterMixin,
-    FasterCacheTesterMixin,
-    FirstBlockCacheTesterMixin,
-    TaylorSeerCacheTesterMixin,
-    MagCacheTesterMixin,
-):
-    """All of diffusers' mixins; FasterCache and PAB find Wan's blocks by their own name."""
+class OneDenoiserLora(LoraTesterMixin):
+    """diffusers' ``save_lora_weights`` for Wan saves the LoRA of ``transformer`` alone."""
 
-    PAB_CONFIG = {
+    denoiser_components = ("transformer",)
+
+
+class Broadcast(PyramidAttentionBroadcastTesterMixin):
+    PAB_CONFIG = {  # noqa: RUF012
         "spatial_attention_block_skip_range": 2,
         "spatial_attention_timestep_skip_range": (100, 800),
         "spatial_attention_block_identifiers": ["blocks"],
     }
 
 
-class TestPlain(MemoryToVideo, Everything):
-    pass
-
-
-class TestFirstFrame(MemoryToVideo, Everything):
-    given = {"first_frame": picture(40)}
-
-
-class TestMemory(MemoryToVideo, Everything):
-    given = {"memory": [picture(200), picture(20)], "rope_stride": 2}
-
-
-class TestMotion(MemoryToVideo, Everything):
-    given = {"memory": [picture(200)], "motion_frames": [picture(shade) for shade in (0, 10, 20, 30, 40)]}
-
-
-class TestCached(MemoryToVideo, Everything):
-    memory_attention = "cached"
-    given = {"memory": [picture(200), picture(20)], "rope_stride": 2, "first_frame": picture(40)}
-
-
-class TestUnseen(MemoryToVideo, Everything):
-    given = {"memory": [picture(200), picture(20)], "rope_stride": 2, "negative_sees_memory": False}
+PICTURES = [picture(200), picture(20)]
+KINDS: dict[str, dict] = {
+    "Plain": {},
+    "FirstFrame": {"first_frame": picture(40)},
+    "Motion": {"motion_frames": [picture(shade) for shade in (0, 10, 20, 30, 40)]},
+    "Memory": {"memory": PICTURES, "rope_stride": 2},
+    "MemoryFirstFrame": {"memory": PICTURES, "rope_stride": 2, "first_frame": picture(40)},
+    "MemoryUnseen": {"memory": PICTURES, "rope_stride": 2, "negative_sees_memory": False},
+    "Cached": {"memory": PICTURES, "rope_stride": 2},
+    "CachedFirstFrame": {"memory": PICTURES, "rope_stride": 2, "first_frame": picture(40)},
+    "CachedUnseen": {"memory": PICTURES, "rope_stride": 2, "negative_sees_memory": False},
+}
+MIXINS = {
+    "Pipeline": (PipelineTesterMixin,),
+    "Offload": (PipelineOffloadTesterMixin, GroupOffloadTesterMixin, LayerwiseCastingTesterMixin),
+    "Lora": (OneDenoiserLora,),
+    "FasterCache": (FasterCacheTesterMixin,),
+    "FirstBlockCache": (FirstBlockCacheTesterMixin,),
+    "TaylorSeer": (TaylorSeerCacheTesterMixin,),
+    "MagCache": (MagCacheTesterMixin,),
+    "Broadcast": (Broadcast,),
+}
+for kind, given in KINDS.items():
+    layout = "cached" if kind.startswith("Cached") else "joint"
+    for mixin, bases in MIXINS.items():
+        name = f"Test{kind}{mixin}"
+        globals()[name] = type(name, (MemoryToVideo, *bases), {"given": given, "memory_attention": layout})
