@@ -65,6 +65,9 @@ class DrawnLatents:
     def empty_text(self) -> Tensor:
         return torch.zeros(TEXT)
 
+    def cure(self, index: int) -> str:
+        return ""
+
     def groups(self, split: str) -> dict[int, list[int]]:
         return {first: list(range(first, first + 8)) for first in range(0, 64, 8)}
 

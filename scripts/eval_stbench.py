@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from storymem.cli import run_script
 from storymem.evaluation.choosing import experiment_chosen, with_method
-from storymem.evaluation.stbench import evaluate
+from storymem.evaluation.stbench import EvaluateSettings, evaluate
 
 
 def main(config: DictConfig) -> None:
@@ -15,4 +15,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, config_name="eval_stbench")
+    run_script(main, config_name="eval_stbench", settings=EvaluateSettings)

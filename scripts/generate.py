@@ -4,6 +4,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from storymem.cli import run_script
 from storymem.generate import generate
+from storymem.settings import GenerateSettings
 
 
 def main(config: DictConfig) -> None:
@@ -11,4 +12,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, config_name="generate", positional="story")
+    run_script(main, config_name="generate", positional="story", settings=GenerateSettings)

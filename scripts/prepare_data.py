@@ -3,6 +3,7 @@
 from omegaconf import DictConfig, OmegaConf
 
 from storymem.cli import run_script
+from storymem.training.data_settings import PrepareSettings
 from storymem.training.prepare import prepare
 
 
@@ -13,4 +14,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, config_name="prepare_data")
+    run_script(main, config_name="prepare_data", settings=PrepareSettings)

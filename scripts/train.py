@@ -3,6 +3,7 @@
 from omegaconf import DictConfig, OmegaConf
 
 from storymem.cli import run_script
+from storymem.settings import TrainSettings
 from storymem.train import train
 
 
@@ -11,4 +12,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, config_name="train")
+    run_script(main, config_name="train", settings=TrainSettings)

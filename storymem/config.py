@@ -8,16 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import reprlib
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 T = TypeVar("T")
+
+
+def _user_path(path: str) -> str:
+    if not path.strip():
+        raise ValueError("is empty; write a path")
+    if "\0" in path:
+        raise ValueError("holds a NUL character, which no path can")
+    return os.path.expanduser(path)
+
+
+#: A path that a person writes: ``~`` is the home folder; not empty.
+UserPath = Annotated[str, AfterValidator(_user_path)]
 
 
 class ConfigError(ValueError):
@@ -46,9 +60,18 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known are: {', '.join(names)}"
 
 
+def check_bounds(settings: object, **bounds: tuple[float, float]) -> None:
+    """Raise ``ValueError`` for the first setting outside its lowest and highest value; one that is None passes."""
+    for name, (lowest, highest) in bounds.items():
+        value = getattr(settings, name)
+        if value is not None and not lowest <= value <= highest:
+            bound = f"{lowest:.10g} or more" if value < lowest else f"{highest:.10g} or less"
+            raise ValueError(f"{name} must be {bound}, not {value}")
+
+
 def _describe(cls: type, problem: Any) -> str:
-    # "[key]" marks that the fault is in a dictionary's key, which stands before it.
-    path = [str(part) for part in problem["loc"] if part != "[key]"]
+    # "[key]" marks that the fault is in a dictionary's key, which stands before it; "dict[str,str]" a union's member.
+    path = [str(part) for part in problem["loc"] if "[" not in str(part)]
     where = ".".join(path) or "(top level)"
     if problem["type"] == "unexpected_keyword_argument":
         return f"{where}: unknown key{nearest(path[-1], _fields_at(cls, path[:-1]))}"
@@ -56,18 +79,41 @@ def _describe(cls: type, problem: Any) -> str:
         return f"{where}: is missing"
     if problem["type"] == "value_error":  # raised by a __post_init__, whose text stands for itself
         return f"{where}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
-    return f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, not {problem.get('input')!r}"
+    wrong = f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, not {reprlib.repr(problem.get('input'))}"
+    return f"{wrong}; write {path[-1]}=[...]" if problem["type"] == "tuple_type" and path else wrong
+
+
+def annotation_at(annotation: Any, path: Sequence[str]) -> Any:
+    """The annotation of the setting at ``path`` below a settings class; Any where it is free, None where there is none.
+
+    In tuples and mappings of free keys, every key stands for an element.
+    """
+    for key in path:
+        annotation = next((found for kind in _members(annotation) if (found := _inner(kind, key)) is not None), None)
+    return annotation
+
+
+def kinds_of(annotation: Any) -> set[Any]:
+    """What a value may be: the classes in a union, without their arguments; None for ``None``."""
+    kinds = {typing.get_origin(member) or member for member in _members(annotation)}
+    return {None if kind is type(None) else kind for kind in kinds}
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _inner(kind: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return typing.get_type_hints(kind).get(key)
+    if kind is Any:
+        return Any
+    arguments = typing.get_args(kind)
+    return {dict: arguments[-1:], tuple: arguments[:1]}.get(typing.get_origin(kind), (None,))[0]
 
 
 def _fields_at(cls: Any, path: list[str]) -> list[str]:
     """Names of the settings at ``path`` below the settings class ``cls``."""
-    for key in path:
-        cls = _settings_class(typing.get_type_hints(cls)[key])
-    return [field.name for field in dataclasses.fields(cls)]
-
-
-def _settings_class(annotation: Any) -> Any:
-    """The settings class in ``X`` or ``X | None``."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next(member for member in typing.get_args(annotation) if dataclasses.is_dataclass(member))
-    return annotation
+    classes = [kind for kind in _members(annotation_at(cls, path)) if dataclasses.is_dataclass(kind)]
+    return [field.name for kind in classes for field in dataclasses.fields(kind)]

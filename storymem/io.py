@@ -82,6 +82,8 @@ def read_text(path: str | Path, *, limit: int = MAX_TEXT_BYTES) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise FileError(f"{path}:{line}: this is not UTF-8 text: save the file as UTF-8") from None
+    if "\0" in text:
+        raise FileError(f"{path} holds NUL characters, as UTF-16 does: save the file as UTF-8")
     return text.replace("\r\n", "\n")
 
 
@@ -122,6 +124,57 @@ def read_json_object(path: str | Path, *, limit: int = MAX_TEXT_BYTES) -> dict[s
     return value
 
 
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML of bounded size and depth, without tags, aliases and keys written twice; ``where`` names the file.
+
+    Raises:
+        FileError: with the line, or what is not allowed.
+    """
+    import yaml
+
+    try:
+        _check_yaml(yaml.compose(text, Loader=yaml.SafeLoader), where)
+        value = yaml.safe_load(text)
+    except FileError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
+        raise FileError(f"{where}{line}: this is not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError) as error:  # control characters; a date or number that cannot be
+        raise FileError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise FileError(f"{where} is nested too deeply: at most {MAX_DEPTH} levels are read") from None
+    _check_value(value, where)
+    return value
+
+
+def read_yaml(path: str | Path, *, limit: int = 1 << 20) -> Any:
+    """The content of a YAML file. Raises as :func:`read_text` and :func:`parse_yaml`."""
+    return parse_yaml(read_text(path, limit=limit), str(path))
+
+
+def _check_yaml(root: Any, where: str) -> None:
+    """Refuse aliases, which can multiply what is written, and keys written twice, of which one would be lost."""
+    seen: set[int] = set()
+    stack = [] if root is None else [root]
+    while stack:
+        node = stack.pop()
+        line = node.start_mark.line + 1
+        if id(node) in seen:
+            raise FileError(f"{where}:{line}: an alias (*name) refers to this: write the value in both places instead")
+        seen.add(id(node))
+        if isinstance(node.value, str):
+            continue
+        children = [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
+        if node.id == "mapping":
+            keys: set[str] = set()
+            for key, _ in node.value:
+                if str(key.value) in keys:
+                    raise FileError(f"{where}:{key.start_mark.line + 1}: the key {key.value!r} is written twice")
+                keys.add(str(key.value))
+        stack.extend(children)
+
+
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
 
@@ -148,14 +201,20 @@ def folded(name: str) -> str:
 
 
 def find_sibling(path: str | Path) -> Path | None:
-    """``path`` itself if it exists, else the one file beside it whose name is equal after :func:`folded`, else None."""
+    """``path`` if it exists, else the one file of an equal name after :func:`folded`, of its folders too, or None."""
     path = Path(path)
-    if path.exists():
+    if os.path.exists(path):
         return path
-    if not path.parent.is_dir():
-        return None
-    same = [other for other in path.parent.iterdir() if folded(other.name) == folded(path.name)]
+    parent = None if path.parent == path else find_sibling(path.parent)
+    same = [] if parent is None else folded_siblings(parent / path.name)
     return same[0] if len(same) == 1 else None
+
+
+def folded_siblings(path: Path) -> list[Path]:
+    """What lies beside ``path`` and has an equal name after :func:`folded`, in order."""
+    if not os.path.isdir(path.parent):
+        return []
+    return sorted(other for other in path.parent.iterdir() if folded(other.name) == folded(path.name))
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -202,6 +261,71 @@ def write_json(path: str | Path, value: Any, *, indent: int | None = 1) -> None:
 
 
 @contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``, which takes the place of ``path`` at the end of the block.
+
+    Its files are on the disk before that. If the block raises, ``path`` stays as it was. Of a folder that was there
+    before, files that the new one does not have are moved into it: they may be somebody's own. What a killed process
+    left is put in order by the next call. One writer at a time.
+
+    Raises:
+        FileError: if the disk is full or ``path`` cannot be written.
+    """
+    path = Path(path).resolve()  # a link to a folder on another disk stays a link
+    partial, old = _beside(path)
+    with naming_full_disk(path):
+        settle_folder(path)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for inside in [*partial.rglob("*"), partial]:
+                _flush(inside)
+            if path.exists():
+                path.rename(old)
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        _flush(path.parent)
+        _merge(old, path)
+
+
+def settle_folder(path: str | Path) -> None:
+    """Remove what a process that was killed in :func:`replacing_folder` left beside ``path``, or put it back."""
+    path = Path(path)
+    partial, old = _beside(path)
+    if old.exists() and not path.exists():  # killed between the two renames
+        old.rename(path)
+    _merge(old, path)
+    if partial.exists():
+        shutil.rmtree(partial)
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old.partial")
+
+
+def _merge(old: Path, new: Path) -> None:
+    """Move what ``new`` does not have out of ``old``, and delete the rest of ``old``."""
+    if not old.exists():
+        return
+    for path in sorted(old.rglob("*")):
+        target = new / path.relative_to(old)
+        if (path.is_file() or path.is_symlink()) and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+    shutil.rmtree(old)
+
+
+def _flush(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def naming_full_disk(path: str | Path) -> Iterator[None]:
     """Turn the many errors of writers on a full disk or past a file size limit into a FileError that says so.
 
@@ -217,6 +341,19 @@ def naming_full_disk(path: str | Path) -> Iterator[None]:
         raise
 
 
+def describe_os_error(error: OSError) -> str | None:
+    """An error of the operating system in one line that names the file, for the user; None for others (of a network)."""
+    if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+        return None
+    if (known := _FULL.get(error.errno)) is not None:
+        reason = f"{known}; make room and run the same command again"
+    elif isinstance(error, PermissionError):
+        reason = "permission denied; choose another path, or ask its owner"
+    else:
+        reason = _reason(error)
+    return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
+
+
 def _write_failure(error: BaseException, path: Path) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
@@ -227,6 +364,8 @@ def _write_failure(error: BaseException, path: Path) -> str | None:
                 return f"{reason}; make room and run the same command again"
         if isinstance(cause, PermissionError) or "os error 13" in text:
             return "permission denied; choose another output"
+        if isinstance(cause, IsADirectoryError | NotADirectoryError | FileExistsError):
+            return "something of another kind has that name; move it away"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError":
         with_parent = path if path.is_dir() else path.parent
@@ -236,7 +375,7 @@ def _write_failure(error: BaseException, path: Path) -> str | None:
 
 
 @contextmanager
-def folder_lock(folder: str | Path, doing: str, *, name: str = ".lock") -> Iterator[Path]:
+def folder_lock(folder: str | Path, doing: str, *, name: str = ".lock", wait: float = 0.0) -> Iterator[Path]:
     """A folder that exists, can be written and is this process's alone until the end of the block.
 
     The lock is the operating system's, so a killed process leaves none behind. Temporary files that killed processes
@@ -245,6 +384,8 @@ def folder_lock(folder: str | Path, doing: str, *, name: str = ".lock") -> Itera
     Args:
         folder: made if it does not exist.
         doing: for the message, such as "making the film in" or "training in".
+        name: of the lock's file.
+        wait: seconds to wait for another process that holds the lock.
 
     Raises:
         FileError: if the folder cannot be written, or another process holds the lock.
@@ -255,7 +396,7 @@ def folder_lock(folder: str | Path, doing: str, *, name: str = ".lock") -> Itera
     lock = FileLock(folder / name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except Timeout:  # before OSError, of which it is one
         raise FileError(f"another process is {doing} {folder}: wait for it or choose another output") from None
     except (OSError, ValueError) as error:
@@ -282,9 +423,13 @@ def check_room(folder: str | Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise FileError(
-            f"the disk of {folder} has {free / 1e9:.1f} GB free and {what} needs about {needed_bytes / 1e9:.1f} GB: "
+            f"the disk of {folder} has {_size(free)} free and {what} needs about {_size(needed_bytes)}: "
             "make room or choose another output"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _umask() -> int:
@@ -341,8 +486,9 @@ def stopping_on_signals() -> Iterator[None]:
     """Inside the block SIGINT, SIGTERM and SIGUSR1 raise :class:`Stopped` in the main thread, once.
 
     Python delivers signals between bytecodes, so a wait in a library with a timeout is left within that timeout.
+    Inside a block of :func:`noting_signals` this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if _noting or threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -351,13 +497,67 @@ def stopping_on_signals() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)  # what is being saved is not interrupted again
         raise Stopped(number)
 
-    numbers = [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])
+    numbers = _stop_signals()
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class NotedSignals:
+    """The first of SIGINT, SIGTERM and SIGUSR1 that arrived in a block of :func:`noting_signals`.
+
+    Attributes:
+        number: of the signal; 0: none has arrived.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._raising = False
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Inside the block a signal raises :class:`Stopped` at once, as one that has arrived does: for waits."""
+        self._raising = True
+        try:
+            if self.number:
+                raise Stopped(self.number)
+            yield
+        finally:
+            self._raising = False
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.number = self.number or number
+        if self._raising:
+            self._raising = False
+            raise Stopped(self.number)
+
+
+@contextmanager
+def noting_signals() -> Iterator[NotedSignals]:
+    """Inside the block SIGINT, SIGTERM and SIGUSR1 are noted, for work that must not be left at any place."""
+    global _noting
+    noted = NotedSignals()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {number: signal.signal(number, noted._note) for number in _stop_signals()}
+    _noting = True
+    try:
+        yield noted
+    finally:
+        _noting = False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_noting = False
+
+
+def _stop_signals() -> list[signal.Signals]:
+    return [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])
 
 
 def _reason(error: Exception) -> str:

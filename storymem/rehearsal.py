@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from storymem.film import Film
 from storymem.generate import build_storyteller
 from storymem.images import write_image
+from storymem.progress import Progress
 from storymem.settings import CONTINUITY, GenerateSettings, TrainSettings
 from storymem.story import Story, load_story
 from storymem.storyteller import Storyteller, as_tensor
 from storymem.training.experts import Experts
 from storymem.training.objective import ExpertName
 from storymem.video import probe, read_video
-from storymem.wan.lora_layouts import COMPONENTS
+from storymem.wan.names import COMPONENTS
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.settings import RuntimeSettings
@@ -135,7 +136,10 @@ class Rehearsal:
         experts = self.teller.generator.experts
         name = f"step_{report.step:08d}"
         with tempfile.TemporaryDirectory() as elsewhere, trainer.averaged(), _on_demand(experts):
-            film = self.teller.tell(self.story, (self.folder if self.log else Path(elsewhere)) / name)
+            folder = (self.folder if self.log else Path(elsewhere)) / name
+            # A film may be there of a run that was killed before its checkpoint, or of other settings.
+            resume = "from_shot:1" if Film.exists(folder) else "auto"
+            film = self.teller.tell(self.story, folder, resume=resume, progress=_Stoppable(trainer))
             if self.log is not None:
                 sheet = self.folder / f"{name}.png"
                 write_image(sheet, contact_sheet(film, self.frames_per_shot))
@@ -147,6 +151,17 @@ class Rehearsal:
         return cross_shot_score(
             [self.teller.embedder.embed_images(as_tensor(frames)) for frames in _evenly(film, self.frames_per_shot)]
         )
+
+
+class _Stoppable(Progress):
+    """Says nothing, and lets a signal stop the run between two denoising steps."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(enabled=False)
+        self._trainer = trainer
+
+    def step(self, step: int, total: int) -> None:
+        self._trainer.check_stop()
 
 
 def cross_shot_score(embeddings: list[torch.Tensor]) -> float | None:

@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT
+from storymem.config import STRICT, UserPath, check_bounds
 from storymem.modes import FirstShot, mode_of
-from storymem.story import Story
+from storymem.story import MAX_SHOTS, Story
 from storymem.training.settings import (
+    MAX_SEED,
+    MAX_STEPS,
     AdapterTrainingSettings,
     BatchSettings,
     CheckpointSettings,
@@ -26,7 +28,14 @@ from storymem.training.settings import (
     check_memory_weight,
     refuse_generation_settings,
 )
-from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, check_speed
+from storymem.wan.settings import (
+    Continuity,
+    ModelSettings,
+    RuntimeSettings,
+    SamplerSettings,
+    check_reach,
+    check_speed,
+)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -35,7 +44,7 @@ class MemorySettings:
 
     recall: dict[str, Any]
     selector: dict[str, Any]
-    reference_fit: Literal["cover", "contain"] = "cover"
+    reference_fit: Literal["auto", "cover", "contain"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -55,13 +64,13 @@ class GenerateSettings:
         output: the film's folder, films/<title> by default; of several stories, the folder in which their films lie.
     """
 
-    story: str | tuple[str, ...]
+    story: UserPath | tuple[UserPath, ...]
     model: ModelSettings
     sampler: SamplerSettings
     memory: MemorySettings
     scorer: ScorerSettings
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
-    output: str | None = None
+    output: UserPath | None = None
     continuity: Continuity = "mi2v"
     first_shot: FirstShot = "auto"
     seed: int = 0
@@ -69,7 +78,14 @@ class GenerateSettings:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        check_bounds(self, seed=(0, MAX_SEED - MAX_SHOTS))
         check_speed(self.model, self.sampler, self.runtime)
+        if isinstance(capacity := self.memory.recall.get("capacity"), int):
+            check_reach(self.model, capacity, "memory.recall.capacity")
+        nodes = {"memory.recall": self.memory.recall, "memory.selector": self.memory.selector}
+        nodes |= {"scorer.clip": self.scorer.clip, "scorer.quality": self.scorer.quality}
+        if without := [name for name, node in nodes.items() if "_target_" not in node]:
+            raise ValueError(f"{without[0]} names no class: write {without[0]}._target_=package.module.Class")
 
 
 def uses_text_to_video(story: Story, settings: GenerateSettings) -> bool:
@@ -97,8 +113,8 @@ class TrainSettings:
         runtime: ``device`` alone; how networks lie on several is said by ``parallel``.
     """
 
-    dataset: str
-    output: str
+    dataset: UserPath
+    output: UserPath
     model: ModelSettings
     sampler: SamplerSettings
     memory: MemorySettings
@@ -121,10 +137,7 @@ class TrainSettings:
     log: LogSettings = field(default_factory=LogSettings)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be 1 or more, not {self.steps}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, not {self.seed}")
+        check_bounds(self, steps=(1, MAX_STEPS), seed=(0, MAX_SEED))
         if self.model.dtype == "float16":
             raise ValueError("model.dtype=float16 overflows in training: use bfloat16 or float32")
         check_memory_weight(self.objective, self.model.memory_attention)

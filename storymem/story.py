@@ -6,21 +6,41 @@ neither torch nor numpy, and Pillow only if the story names reference images.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from storymem.story_file import StoryError, StoryFile, kind, listing, nearest, nearest_file, quoted
+from storymem.io import FileError, check_regular, find_sibling, folded, folded_siblings
+from storymem.story_file import (
+    STORY_SUFFIXES,
+    StoryError,
+    StoryFile,
+    as_written,
+    kind,
+    listing,
+    nearest,
+    nearest_file,
+    quoted,
+    shorten,
+)
 
 __all__ = ["Character", "Scene", "Shot", "Story", "StoryError", "load_stories", "load_story"]
 
-STORY_SUFFIXES = (".yaml", ".yml", ".json")
+logger = logging.getLogger(__name__)
+
+MAX_SHOTS = 5000
+MAX_CHARACTERS = 1000
+MAX_FRAMES = 4093  # of one shot: 1023 latent frames after the first, which is as far as the networks' positions go
+MAX_NAME = 300  # characters of a title, a style or a name
+MAX_PATH = 4096
 _STORY_KEYS = ("title", "overview", "style", "characters", "scenes")
 _CHARACTER_KEYS = ("name", "references")
 _SCENE_KEYS = ("shots",)
@@ -81,7 +101,10 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class Story:
-    """A story as it was written, checked. ``source`` is the absolute path of its file, if it has one."""
+    """A story as it was written, checked.
+
+    ``source`` is the absolute path of its file, if it has one; ``remarks`` say where a name was taken for another.
+    """
 
     title: str
     overview: str
@@ -89,8 +112,9 @@ class Story:
     scenes: tuple[Scene, ...]
     style: str | None = None
     source: Path | None = None
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
-    @property
+    @cached_property
     def shots(self) -> tuple[Shot, ...]:
         """All shots in the film's order."""
         return tuple(shot for scene in self.scenes for shot in scene.shots)
@@ -162,7 +186,7 @@ def load_stories(paths: Iterable[str | os.PathLike[str]]) -> list[Story]:
     """The stories of files and of folders (with sub-folders, ordered by file name), in this order.
 
     Args:
-        paths: in folders all YAML and JSON files must be stories.
+        paths: in folders all YAML and JSON files must be stories; hidden ones are skipped with a warning.
 
     Raises:
         StoryError: naming every problem of all files; for a folder without stories, or no path at all; for two stories
@@ -171,7 +195,7 @@ def load_stories(paths: Iterable[str | os.PathLike[str]]) -> list[Story]:
     stories: list[Story] = []
     faults: list[str] = []
     for path in map(Path, paths):
-        files = sorted(file for file in path.rglob("*") if file.suffix in STORY_SUFFIXES) if path.is_dir() else [path]
+        files = _stories_below(path) if path.is_dir() else [path]
         if not files:
             faults.append(f"{path}: there are no stories (*.yaml, *.json) in this folder")
         for file in files:
@@ -183,11 +207,35 @@ def load_stories(paths: Iterable[str | os.PathLike[str]]) -> list[Story]:
         faults.append("no story was named: write the path of a story's file, of several, or of a folder of stories")
     if faults:
         raise StoryError(faults)
-    slugs = [story.slug for story in stories]
-    if twice := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
-        where = ", ".join(str(story.source) for story in stories if story.slug == twice[0])
-        raise StoryError([f"two stories are called {twice[0]} ({where}): give each a title of its own"])
+    by_folder: dict[str, list[Story]] = {}
+    for story in stories:
+        by_folder.setdefault(story.slug, []).append(story)
+    for slug, alike in by_folder.items():
+        if len(alike) > 1:
+            where = ", ".join(str(story.source) for story in alike)
+            titles = " and ".join(dict.fromkeys(f'"{shorten(story.title)}"' for story in alike))
+            which = "two" if len(alike) == 2 else str(len(alike))
+            faults.append(f"{which} stories are called {slug} ({where}): give each a title of its own, not {titles}")
+    if faults:
+        raise StoryError(faults)
     return stories
+
+
+def _stories_below(folder: Path) -> list[Path]:
+    """Story files in a folder and below, through links too, in the order of their paths."""
+    found: list[Path] = []
+    hidden: list[str] = []
+    seen: set[str] = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(here))
+        folders[:] = [one for one in folders if os.path.realpath(os.path.join(here, one)) not in seen]
+        folders[:] = [one for one in folders if not one.startswith(".")]
+        stories = [name for name in files if Path(name).suffix.lower() in STORY_SUFFIXES]
+        found += [Path(here, name) for name in stories if not name.startswith(".")]
+        hidden += [name for name in stories if name.startswith(".")]
+    if hidden:
+        logger.warning("%s: hidden files are not read as stories: %s", folder, listing(sorted(hidden)))
+    return sorted(found)
 
 
 class _Reader(StoryFile):
@@ -196,7 +244,9 @@ class _Reader(StoryFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._names: set[str] | None = None  # what shots may list; None while the story's own list is faulty
-        self._pictures: dict[Path, tuple[str, str] | None] = {}
+        self._pictures: dict[Path, tuple[Path, tuple[str, str] | None]] = {}
+        self._remarks: dict[str, None] = {}
+        self._shots = 0  # read so far
 
     def read(self) -> Story:
         keys = _BENCH_STORY_KEYS if self._is_bench() else _STORY_KEYS
@@ -204,12 +254,13 @@ class _Reader(StoryFile):
         entries = self.mapping(self.root, "story", keys, required=(title, overview, "scenes"), example=f"{title}: ...")
         characters = self.characters(entries.get("characters"))
         return Story(
-            title=self.string(entries.get(title), "story", title) or "",
+            title=self.string(entries.get(title), "story", title, at_most=MAX_NAME) or "",
             overview=self.string(entries.get(overview), "story", overview) or "",
             characters=characters,
             scenes=self.scenes(entries.get("scenes")),
-            style=self.string(entries.get("style"), "story", "style"),
+            style=self.string(entries.get("style"), "story", "style", at_most=MAX_NAME),
             source=self.path.absolute(),
+            remarks=tuple(self._remarks),
         )
 
     def _is_bench(self) -> bool:
@@ -218,14 +269,19 @@ class _Reader(StoryFile):
 
     def characters(self, node: yaml.Node | None) -> tuple[Character, ...]:
         found: list[Character] = []
-        for place, item in enumerate(self.items(node, "story", "characters")):
+        taken: set[str] = set()
+        listed = self.items(node, "story", "characters")
+        if len(listed) > MAX_CHARACTERS:
+            raise self.refuse(listed[0], f"{len(listed):,} characters", f"at most {MAX_CHARACTERS:,}", "name fewer")
+        for place, item in enumerate(listed):
             where = f"character {place + 1}"
             example = _example(item, "name")
             entries = self.mapping(item, where, _CHARACTER_KEYS, required=("name",), example=example)
-            name = self.string(entries.get("name"), where, "name") or ""
-            if name and name.lower() in (one.name.lower() for one in found):
+            name = self.string(entries.get("name"), where, "name", at_most=MAX_NAME) or ""
+            if name and folded(name).lower() in taken:
                 wrong = f"the name {name} is taken"
                 self.note(entries["name"], where, wrong, "a name of its own for each", "write another name")
+            taken.add(folded(name).lower())
             found.append(Character(name=name, references=self.references(entries.get("references"), where)))
         names = {character.name for character in found}
         # A list that could not be read says nothing about the names in the shots.
@@ -241,12 +297,11 @@ class _Reader(StoryFile):
         return tuple(found)
 
     def scene(self, node: yaml.Node, before: list[Scene]) -> Scene:
-        number = len(before) + 1
-        start = sum(len(scene.shots) for scene in before)
+        number, start = len(before) + 1, self._shots
         where = f"scene {number}"
         example = 'shots: [{prompt: "..."}]'
         entries = self.mapping(node, where, _SCENE_KEYS, required=("shots",), example=example)
-        nodes = self.items(entries.get("shots"), where, "shots", at_least=1)
+        nodes = self.shot_nodes(entries.get("shots"), where, "shots")
         shots = (self.shot(shot, number, place, start + place) for place, shot in enumerate(nodes))
         return Scene(number=number, shots=tuple(shots))
 
@@ -268,8 +323,7 @@ class _Reader(StoryFile):
         )
 
     def bench_scene(self, node: yaml.Node, before: list[Scene]) -> Scene:
-        number = len(before) + 1
-        start = sum(len(scene.shots) for scene in before)
+        number, start = len(before) + 1, self._shots
         entries = self.mapping(
             node,
             f"scene {number}",
@@ -279,7 +333,7 @@ class _Reader(StoryFile):
         )
         number = self.scene_number(entries.get("scene_num"), before)
         where = f"scene {number}"
-        prompts = self.items(entries.get("video_prompts"), where, "video_prompts", at_least=1)
+        prompts = self.shot_nodes(entries.get("video_prompts"), where, "video_prompts")
         cuts = self.items(entries.get("cut"), where, "cut")
         if cuts and prompts and len(cuts) != len(prompts):
             wrong = f"cut has {len(cuts)} entries and video_prompts has {len(prompts)}"
@@ -296,6 +350,13 @@ class _Reader(StoryFile):
             )
             shots.append(shot)
         return Scene(number=number, shots=tuple(shots))
+
+    def shot_nodes(self, node: yaml.Node | None, where: str, key: str) -> list[yaml.Node]:
+        nodes = self.items(node, where, key, at_least=1)
+        self._shots += len(nodes)
+        if nodes and self._shots > MAX_SHOTS:
+            raise self.refuse(nodes[0], f"more than {MAX_SHOTS:,} shots", "a shorter story", "divide it into several")
+        return nodes
 
     def scene_number(self, node: yaml.Node | None, before: list[Scene]) -> int:
         """``scene_num`` as written, by which other tools name files; without one, scenes are counted."""
@@ -331,9 +392,10 @@ class _Reader(StoryFile):
     def cast(self, node: yaml.Node | None, where: str) -> tuple[str, ...]:
         found: list[str] = []
         for item in self.items(node, where, "characters"):
-            name = self.string(item, where, "characters", item=True)
+            name = self.string(item, where, "characters", item=True, at_most=MAX_NAME)
             if name is None:
                 continue
+            name = self.known_name(name)
             if name in found:
                 self.note(item, where, f"{name} is listed twice", "each character once", "remove one of the two")
             elif self._names is not None and name not in self._names:
@@ -344,8 +406,18 @@ class _Reader(StoryFile):
             found.append(name)
         return tuple(found)
 
+    def known_name(self, name: str) -> str:
+        """The character that ``name`` names, by equal letters, whichever way accents are encoded."""
+        if not self._names or name in self._names:
+            return name
+        same = [one for one in self._names if folded(one) == folded(name)]
+        return same[0] if len(same) == 1 else name
+
     def frames(self, node: yaml.Node | None, where: str) -> int | None:
         frames = self.integer(node, where, "frames")
+        if node is not None and frames is not None and frames > MAX_FRAMES:
+            self.note(node, where, f"frames is {frames}", f"at most {MAX_FRAMES}", f"write frames: {MAX_FRAMES}")
+            return None
         if node is None or frames is None or (frames >= 5 and frames % 4 == 1):
             return frames
         below = (frames - 1) // 4 * 4 + 1
@@ -356,16 +428,21 @@ class _Reader(StoryFile):
     def references(self, node: yaml.Node | None, where: str) -> tuple[Path, ...]:
         found = []
         for item in self.items(node, where, "references"):
-            written = self.string(item, where, "references", item=True)
+            written = self.string(item, where, "references", item=True, verbatim=True, at_most=MAX_PATH)
             if written is None:
                 continue
-            path = self.path.absolute().parent / written
+            path = self.path.absolute().parent / os.path.expanduser(written)
             if path not in self._pictures:
-                self._pictures[path] = _picture_fault(path)
-            if fault := self._pictures[path]:
+                taken = find_sibling(path) or path
+                self._pictures[path] = taken, _picture_fault(taken)
+            taken, fault = self._pictures[path]
+            if fault is not None:
                 wrong, cure = fault
-                self.note(item, where, f"reference {written} {wrong}", f"an image at {path}", cure)
-            found.append(path)
+                self.note(item, where, f"reference {as_written(written)} {wrong}", f"an image at {path}", cure)
+            elif taken != path:
+                told = f"reference {as_written(written)} is read from {as_written(taken.name)}"
+                self._remarks[f"{self.path}:{item.start_mark.line + 1}: {where}: {told}"] = None
+            found.append(taken)
         return tuple(found)
 
 
@@ -380,17 +457,19 @@ def _example(node: yaml.Node, key: str) -> str:
 
 def _picture_fault(path: Path) -> tuple[str, str] | None:
     """What keeps ``path`` from being used as a reference image and what to do about it, or None."""
-    if not path.is_file():
-        near = nearest_file(path, (".png", ".jpg", ".jpeg", ".webp"))
-        cure = f"write {near.name} instead" if near else "put the picture there or mend the path"
-        return "does not exist", cure
-    from PIL import Image
-
-    save_again = "save the picture again as PNG, JPEG or WebP with 8 bits per channel"
     try:
-        with Image.open(path) as image:
-            image.load()
-            deep = image.mode.startswith(("I", "F"))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
-        return "cannot be read as an image", save_again
-    return ("has more than 8 bits per channel", save_again) if deep else None
+        check_regular(path)
+    except FileNotFoundError:
+        alike = folded_siblings(path)  # several, or one would have been taken
+        near = nearest_file(path, (".png", ".jpg", ".jpeg", ".webp"))
+        names = " or ".join(as_written(one.name) for one in alike or ([near] if near else []))
+        return "does not exist", f"write {names} instead" if names else "put the picture there or mend the path"
+    except FileError as error:
+        return f"cannot be used: {error}", "name a picture"
+    from storymem.images import PictureError, read_picture
+
+    try:
+        read_picture(path)
+    except PictureError as error:
+        return error.reason, error.cure
+    return None

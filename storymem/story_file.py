@@ -7,13 +7,23 @@ the YAML it nearly is. Whatever is wrong becomes a line that says where, what wa
 from __future__ import annotations
 
 import difflib
+import json
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import yaml
 
+from storymem.io import FileError, folded, read_bytes
+
 STORY_SUFFIXES = (".yaml", ".yml", ".json")
+MAX_BYTES = 8 << 20
+MAX_VALUES = 100_000  # in lists and mappings, those behind aliases counted at every use
+MAX_TEXT = 20_000  # characters of one text
+MAX_PROBLEMS = 100
+# YAML 1.1 also breaks lines where editors show none.
+_LINE_BREAKS = {ord(sign): " " for sign in "\x85\u2028\u2029"}
 
 _KINDS = {
     "int": "a number",
@@ -59,12 +69,10 @@ class StoryFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.problems: list[tuple[int, str]] = []
-        text = _read_text(path)
+        self._values = 0
+        text = _read_text(path).translate(_LINE_BREAKS)
         self._text = _blank_comments(text) if path.suffix.lower() == ".json" else text
-        try:
-            root = yaml.compose(self._text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError as error:
-            raise _syntax_error(path, text, error) from None
+        root = _compose(path, self._text)
         if root is None:
             raise _refusal(path, 1, "the file is empty", "a story", "write at least title, overview and scenes")
         self.root: yaml.Node = root
@@ -73,11 +81,23 @@ class StoryFile:
         """Remember a problem of ``where``, such as "shot 3 (scene 2, shot 1)", that stands at ``node``."""
         line = node.start_mark.line + 1
         self.problems.append((line, f"{self.path}:{line}: {where}: {wrong}; expected {expected}; {cure}"))
+        if len(self.problems) == MAX_PROBLEMS:
+            self.raise_if_faulty(f"{self.path}: reading stopped here, at {MAX_PROBLEMS} problems")
 
-    def raise_if_faulty(self) -> None:
-        """Raise StoryError with everything noted, in the order of the file's lines."""
+    def raise_if_faulty(self, *remarks: str) -> None:
+        """Raise StoryError with everything noted, in the order of the file's lines, and remarks after it."""
         if self.problems:
-            raise StoryError([problem for _, problem in sorted(self.problems, key=lambda found: found[0])])
+            raise StoryError([*(told for _, told in sorted(self.problems, key=lambda found: found[0])), *remarks])
+
+    def refuse(self, node: yaml.Node, wrong: str, expected: str, cure: str) -> StoryError:
+        """An error that ends the reading at once, whatever else is wrong."""
+        return _refusal(self.path, node.start_mark.line + 1, wrong, expected, cure)
+
+    def _count(self, node: yaml.CollectionNode) -> None:
+        self._values += len(node.value)
+        if self._values > MAX_VALUES:
+            wrong = f"the story holds more than {MAX_VALUES:,} values (those of an alias *name count at every use)"
+            raise self.refuse(node, wrong, "a smaller story", "divide it into several")
 
     def mapping(
         self,
@@ -92,6 +112,7 @@ class StoryFile:
             wrong = f"{self.excerpt(node)} stands here alone"
             self.note(node, where, wrong, f"a mapping of {listing(keys)}", f"write {example}")
             return {}
+        self._count(node)
         entries: dict[str, yaml.Node] = {}
         lines: dict[str, int] = {}
         misspelt = set()
@@ -127,30 +148,77 @@ class StoryFile:
                 cure = "leave the key out"
             self.note(node, where, f"{key} is {self.excerpt(node)}", "a list", cure)
             return []
+        self._count(node)
         if len(node.value) < at_least:
             self.note(node, where, f"{key} is empty", "at least one", f"write {key}: [...]")
         return list(node.value)
 
     def string(
-        self, node: yaml.Node | None, where: str, key: str, item: bool = False, empty: bool = False
+        self,
+        node: yaml.Node | None,
+        where: str,
+        key: str,
+        *,
+        item: bool = False,
+        empty: bool = False,
+        verbatim: bool = False,
+        at_most: int = MAX_TEXT,
     ) -> str | None:
-        """Text, white space collapsed; None if absent or faulty. ``item``: it stands in the list ``key``."""
+        """Text; None if absent or faulty.
+
+        Args:
+            node: its place in the file.
+            where: for messages, as ``key``.
+            key: what it is.
+            item: whether it stands in the list ``key``.
+            empty: whether it may be empty.
+            verbatim: whether white space stays as it is, as in paths; else it is collapsed.
+            at_most: how many characters it may have.
+        """
         if node is None:
             return None
         prefix = "write " if item else f"write {key}: "
         found = kind(node)
+        if remark := self._comment_after(node):
+            whole = self._text[node.start_mark.index : node.end_mark.index] + remark
+            self.note(
+                node,
+                where,
+                f"{key} ends before #, which begins a comment: {shorten(remark.strip())} would not be read",
+                "quotes around text that holds #",
+                f"{prefix}{quoted(' '.join(whole.split()))} instead, or the comment on a line of its own",
+            )
+            return None
         if found != "str":
             meant = '"..."' if found == "null" else quoted(self.excerpt(node).strip("\"'"))
             wrong = f"{key} is read as {_KINDS.get(found, f'a {found}')}"
             self.note(node, where, wrong, "text", f"{prefix}{meant} instead")
             return None
-        # PyYAML leaves the two halves of JSON's escaped surrogate pairs apart.
-        text = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        text = " ".join(text.split())
-        if not text and not empty:
+        try:  # PyYAML leaves the two halves of JSON's escaped surrogate pairs apart.
+            text = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            self.note(node, where, f"{key} holds half of a character (\\ud800 to \\udfff)", "text", "remove it")
+            return None
+        text = text if verbatim else " ".join(text.split())
+        if not text.strip() and not empty:
             self.note(node, where, f"{key} is empty", "text", f'{prefix}"..."')
             return None
+        if len(text) > at_most:
+            self.note(node, where, f"{key} has {len(text):,} characters", f"at most {at_most:,}", "shorten it")
+            return None
+        shown = text.replace("\t", " ")  # which names of files may hold
+        if (control := next((sign for sign in shown if unicodedata.category(sign) == "Cc"), None)) is not None:
+            self.note(node, where, f"{key} holds the control character {control!a}", "plain text", "remove it")
+            return None
         return text
+
+    def _comment_after(self, node: yaml.Node) -> str:
+        """What YAML takes for a comment right after a text without quotes; empty if there is none."""
+        if not isinstance(node, yaml.ScalarNode) or node.style:
+            return ""
+        end = self._text.find("\n", node.end_mark.index)
+        rest = self._text[node.end_mark.index : None if end < 0 else end]
+        return rest.rstrip() if re.match(r"[ \t]+#", rest) else ""
 
     def integer(self, node: yaml.Node | None, where: str, key: str) -> int | None:
         """A whole number from 0, in plain decimal digits; None if absent or faulty."""
@@ -165,7 +233,7 @@ class StoryFile:
 
     def excerpt(self, node: yaml.Node) -> str:
         """The beginning of what stands in the file, for messages."""
-        raw = self._text[node.start_mark.index : node.end_mark.index]
+        raw = self._text[node.start_mark.index : min(node.end_mark.index, node.start_mark.index + 1000)]
         return shorten(" ".join(raw.split())) or "empty"
 
 
@@ -186,17 +254,27 @@ def nearest(word: str, known: Collection[str]) -> str | None:
 def nearest_file(path: Path, suffixes: Collection[str]) -> Path | None:
     """The file beside ``path`` with one of the ``suffixes`` whose name is nearest to its name."""
     beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
-    names = {one.stem: one.name for one in beside if one.suffix.lower() in suffixes}
+    names = {one.stem: one.name for one in beside if one.suffix.lower() in suffixes and one.exists()}
     near = nearest(path.stem, names)
     return None if near is None else path.with_name(names[near])
 
 
 def listing(words: Collection[str]) -> str:
-    return ", ".join(words)
+    shown = list(words)[:20]
+    return ", ".join(shown) + (f" and {len(words) - len(shown)} more" if len(words) > len(shown) else "")
 
 
 def shorten(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+def as_written(name: str) -> str:
+    """A file's name as a story can write it; signs that look like others, as some spaces do, are escaped."""
+    if re.fullmatch(r"[\w./-]+", name) and folded(name) == name:
+        return name
+    escaped = json.dumps(name, ensure_ascii=folded(name) != name)
+    return re.sub("(?<= ) ", r"\\u0020", escaped)
 
 
 def quoted(text: str) -> str:
@@ -212,6 +290,8 @@ def _read_text(path: Path) -> str:
     """The file's text, or a StoryError that says why there is none."""
     if path.is_dir():
         raise _refusal(path, None, "this is a folder", "a story file", "write the path of a file in it instead")
+    if path.is_symlink() and not path.exists():
+        raise _refusal(path, None, "this is a link to nothing", "a story file", "write the path of the file itself")
     if not path.exists():
         near = nearest_file(path, STORY_SUFFIXES)
         cure = f"write {near} instead" if near else "check the path"
@@ -220,10 +300,9 @@ def _read_text(path: Path) -> str:
         expected = f"a name that ends in {listing(STORY_SUFFIXES)}"
         raise _refusal(path, None, "this is not named as a story", expected, "rename it if it is a story")
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        wrong = f"the file cannot be read ({error.strerror})"
-        raise _refusal(path, None, wrong, "a readable file", "check its permissions") from None
+        content = read_bytes(path, limit=MAX_BYTES)
+    except FileError as error:
+        raise StoryError([str(error)]) from None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -233,8 +312,22 @@ def _read_text(path: Path) -> str:
 
 def _blank_comments(text: str) -> str:
     """JSON with comments and tabs replaced by blanks: what is left is YAML, line for line."""
-    token = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/|\t', re.DOTALL)
+    # What is not closed reaches to the end, or the time would grow with the square of such openings.
+    token = re.compile(r'"(?:\\.|[^"\\])*+"?|//[^\n]*|/\*.*?(?:\*/|\Z)|\t', re.DOTALL)
     return token.sub(lambda found: found[0] if found[0][0] == '"' else re.sub(r"[^\n]", " ", found[0]), text)
+
+
+def _compose(path: Path, text: str) -> yaml.Node | None:
+    """The file's nodes, by libyaml where there is one; what is wrong is said by the parser in Python."""
+    try:
+        try:
+            return yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except yaml.YAMLError:
+            return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise _syntax_error(path, text, error) from None
+    except RecursionError:
+        raise _refusal(path, None, "the file is nested too deeply", "a story", "look for too many [ or {") from None
 
 
 def _syntax_error(path: Path, text: str, error: yaml.YAMLError) -> StoryError:
@@ -251,4 +344,14 @@ def _syntax_error(path: Path, text: str, error: yaml.YAMLError) -> StoryError:
         mark = error.context_mark or mark
     default = (f"{language} as in examples/the_keeper.yaml", "look at this line and the one above")
     expected, cure = next((rest for piece, *rest in _SYNTAX if piece in problem), default)
+    if language == "YAML" and _holds_comment(text, [error.context_mark, error.problem_mark]):
+        cure += "; text that holds # needs double quotes"
     return _refusal(path, mark.line + 1 if mark else 1, f"this is not valid {language} ({problem})", expected, cure)
+
+
+def _holds_comment(text: str, marks: Sequence[yaml.Mark | None]) -> bool:
+    """Whether a comment begins behind something else on a marked line, or on the line before the last mark."""
+    lines = text.split("\n")
+    numbers = [mark.line for mark in marks if mark is not None]
+    near = {*numbers, *(number - 1 for number in numbers[-1:])}
+    return any(re.search(r"\S\s+#", lines[number]) for number in near if 0 <= number < len(lines))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +16,14 @@ from typing import Any
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from storymem.cli import CONFIGS, hydra_arguments, run_script
+from storymem.cli import CONFIGS, run_script
+from storymem.config import build_settings
+from storymem.io import FileError, replacing
+from storymem.overrides import hydra_arguments
+from storymem.settings import GenerateSettings
+from storymem.training.data_settings import PrepareSettings
 
 ROOT = Path(__file__).parents[1]
 STORY = """\
@@ -87,6 +97,14 @@ def test_missing_weights_are_told_all_at_once(run: Callable[..., subprocess.Comp
     assert "69 GB" in result.stderr
 
 
+def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} {ROOT / 'scripts' / 'generate.py'} --help | head -n 0"
+    shell = ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"]
+    result = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode in (0, 141)
+    assert result.stderr == ""
+
+
 def test_the_whole_configuration_can_be_printed(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     result = run("--cfg", "job", "story.yaml", "sampler.steps=3", "model=wan2.2-a14b")
     assert result.returncode == 0
@@ -109,7 +127,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
         monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
         try:
-            run_script(main, config_name="generate", positional="story")
+            run_script(main, config_name="generate", positional="story", settings=GenerateSettings)
             status = 0
         except SystemExit as stop:
             status = int(stop.code or 0)
@@ -139,6 +157,10 @@ def test_main_is_given_the_composed_configuration(script: Callable[..., tuple[in
         (["a.yaml", "sampler.stepps=3"], "sampler.stepps: unknown key; did you mean 'steps'?"),
         (["a.yaml", "steps=3"], "steps: unknown key; did you mean 'sampler.steps'?"),
         (["a.yaml", "model=tiny", "model.weights.source=x"], "model.weights.source: unknown key"),
+        (
+            ["stories/x=1.yaml"],
+            "stories/x=...: there is no group of this name (--help shows them), and no such file",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(
@@ -188,6 +210,123 @@ def test_stopping_is_no_fault(script: Callable[..., tuple[int, str]]) -> None:
     assert script("a.yaml", main=stop) == (130, "stopped; the same command goes on from here")
 
 
+def test_a_fault_of_a_configuration_file_names_the_file(script: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    (tmp_path / "sampler").mkdir()
+    for name, content in {"open": b"steps: [", "latin": b"# \xe9\nsteps: 3", "deep": b"[" * 5000}.items():
+        (tmp_path / "sampler" / f"{name}.yaml").write_bytes(content)
+        status, said = script("a.yaml", "--config-dir", str(tmp_path), f"sampler={name}")
+        assert status == 2
+        assert said.startswith(f"{tmp_path}/sampler/{name}.yaml is not YAML in UTF-8")
+
+
+def test_flags_that_do_not_go_together_are_told(script: Callable[..., tuple[int, str]]) -> None:
+    status, said = script("a.yaml", "--cfg", "job", "-m")
+    assert (status, said.startswith("Only one of --run, --multirun, --cfg")) == (2, True)
+
+
+def raising(error: Exception) -> Callable[[Any], None]:
+    """A main in which a library raises ``error``."""
+    code = compile("raise error", "library.py", "exec")
+
+    def main(config: Any) -> None:
+        exec(code, {"error": error, "__name__": "library"})
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left"), "the disk is full; make room and run the same command again"),
+        (OSError(errno.EACCES, "no", "a/b"), "a/b: permission denied; choose another path, or ask its owner"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x"), "x: File name too long"),
+        (FileError("shard.bin is damaged"), "shard.bin is damaged"),
+    ],
+)
+def test_errors_of_files_are_told_wherever_they_are_raised(
+    script: Callable[..., tuple[int, str]], error: Exception, message: str
+) -> None:
+    assert script("a.yaml", main=raising(error)) == (2, message)
+
+
+def test_what_a_writer_raises_on_a_full_disk_is_told_with_the_file(
+    script: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    def main(config: Any) -> None:
+        with replacing(tmp_path / "x.bin"):
+            raising(RuntimeError("unexpected pos 814848 vs 814800: No space left on device"))(config)
+
+    status, said = script("a.yaml", main=main)
+    assert (status, said.startswith(f"{tmp_path}/x.bin could not be written: the disk is full")) == (2, True)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, "reset"), OSError("of a library")])
+def test_errors_of_networks_keep_their_traceback(script: Callable[..., tuple[int, str]], error: Exception) -> None:
+    with pytest.raises(type(error)):
+        script("a.yaml", main=raising(error))
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "idna", "utf-16"])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_streams_take_every_character(
+    script: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, encoding: str, stream: str
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, stream, io.TextIOWrapper(written, encoding=encoding, errors="strict"))
+    status, _ = script("a.yaml", main=lambda config: print("林黛玉 🎬 \udcc3", file=getattr(sys, stream), flush=True))
+    assert status == 0
+    assert written.getvalue()
+
+
+# Choosing a `_target_`
+
+
+@pytest.mark.parametrize(
+    ("arguments", "node", "content"),
+    [
+        (["memory.recall={_target_: mine.Recall}"], "memory.recall", {}),
+        (["memory.recall._target_=mine.Recall"], "memory.recall", {}),
+        (["memory.recall._target_=mine.Recall", "memory.recall.top=2"], "memory.recall", {"top": 2}),
+        (["memory.recall.top=2", "memory.recall._target_=mine.Recall"], "memory.recall", {"top": 2}),
+        (["memory.selector={_target_: mine.Recall, most: 3, name: é}"], "memory.selector", {"most": 3, "name": "é"}),
+        (["scorer.clip={_target_: mine.Recall, folder: 2026}"], "scorer.clip", {"folder": "2026"}),
+        (["memory=characters", "++scorer.quality={_target_: mine.Recall}"], "scorer.quality", {}),
+    ],
+)
+def test_a_target_chosen_on_the_command_line_replaces_the_node(
+    script: Callable[..., tuple[int, str]], arguments: list[str], node: str, content: dict[str, Any]
+) -> None:
+    seen: list[Any] = []
+    assert script("a.yaml", *arguments, main=seen.append) == (0, "")
+    assert OmegaConf.select(seen[0], node) == {"_target_": "mine.Recall", **content}
+
+
+def test_without_a_target_a_node_keeps_its_class(script: Callable[..., tuple[int, str]]) -> None:
+    seen: list[Any] = []
+    assert script("a.yaml", "memory.recall={capacity: 4}", main=seen.append) == (0, "")
+    recall = seen[0].memory.recall
+    assert (recall._target_, recall.capacity, recall.sink) == ("storymem.memory.SinkAndRecent", 4, 2)
+
+
+def test_a_node_that_does_not_exist_is_told(script: Callable[..., tuple[int, str]]) -> None:
+    said = script("a.yaml", "memory.recal={_target_: mine.Recall}")
+    assert said == (2, "memory.recal: unknown key; did you mean 'recall'?")
+
+
+def test_a_class_in_the_working_folder_is_found(
+    script: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra.utils import instantiate
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "policies_of_my_own.py").write_text("class Recall:\n    pass\n")
+    made: list[Any] = []
+    arguments = ("a.yaml", "memory.recall={_target_: policies_of_my_own.Recall}")
+    assert script(*arguments, main=lambda config: made.append(instantiate(config.memory.recall))) == (0, "")
+    assert type(made[0]).__name__ == "Recall"
+
+
 # From a command line to Hydra's
 
 
@@ -230,9 +369,168 @@ def test_a_file_may_have_an_equals_sign_in_its_name(tmp_path: Path, monkeypatch:
     assert hydra_arguments(["x=1.yaml"], "story") == ["x=1.yaml"], "no such file: an override"
     (tmp_path / "x=1.yaml").touch()
     assert hydra_arguments(["x=1.yaml"], "story") == ["story='x=1.yaml'"]
+    for name in ("x=1", "output=film", "films/x=2"):
+        (tmp_path / name).mkdir(parents=True)
+    assert hydra_arguments(["x=1"], "story", GenerateSettings) == ["story='x=1'"]
+    assert hydra_arguments(["films/x=2"], "story", GenerateSettings) == ["story='films/x=2'"]
+    assert hydra_arguments(["output=film"], "story", GenerateSettings) == ["output='film'"]
 
 
 def test_several_stories_become_a_list() -> None:
     (override,) = hydra_arguments(["a.yaml", "it's, b.yaml"], "story")
     assert OverridesParser.create().parse_override(override).value() == ["a.yaml", "it's, b.yaml"]
     assert hydra_arguments(["a.yaml", "seed=1", "b.yaml"], "story") == ["seed=1", "story=['a.yaml','b.yaml']"]
+
+
+# Text needs no quotes
+
+TEXTS = (
+    *(
+        "my clips [v1] (final)",
+        "run=1",
+        "out(2)",
+        "20261126",
+        "1e3",
+        "0x10",
+        "true",
+        "films/été",
+        "a,b",
+        "[x]",
+        "{a: b}",
+    ),
+    *(
+        "blurry, low quality",
+        "a:b",
+        "C:\\Users\\me\\x y\\",
+        "\\\\server\\share",
+        "it's",
+        'say "hi"',
+        "50%",
+        "a#b",
+        "x & y; z",
+        "!x",
+    ),
+    *(
+        "${x}",
+        "a\\${b",
+        "${seed",
+        "<a|b>",
+        "*",
+        "a\nb",
+        "a\tb",
+        "林黛玉🎬",
+        "a\u202fb",
+        "nm/set=1",
+        "-x",
+        "@a",
+        "$HOME",
+        "choice(a,b)",
+    ),
+)
+TEXT_KEYS = (
+    *(
+        "output",
+        "resume",
+        "sampler.negative_prompt",
+        "model.name",
+        "model.weights.source",
+        "model.adapter.weights.file",
+    ),
+    *(
+        "model.gguf.low_noise.source",
+        "sampler.adapter.weights.source",
+        "model.adapter.folders.mi2v",
+        "runtime.cache_ratios",
+    ),
+    *("scorer.clip.folder", "scorer.quality.source", "+memory.selector.file"),
+)
+
+
+def given(*arguments: str, settings: type = GenerateSettings) -> list[Any]:
+    """The values that Hydra and OmegaConf make of overrides."""
+    parsed = OverridesParser.create().parse_overrides(hydra_arguments(arguments, "story", settings))
+    assert not any(override.is_sweep_override() for override in parsed)
+    config = OmegaConf.create({"values": [override.value() for override in parsed], "seed": 7})
+    return OmegaConf.to_container(config, resolve=True)["values"]  # type: ignore[call-overload, index, no-any-return]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_reaches_every_text_setting_as_it_was_written(text: str) -> None:
+    assert given(*(f"{key}={text}" for key in TEXT_KEYS)) == [text] * len(TEXT_KEYS)
+
+
+def test_texts_of_the_other_scripts() -> None:
+    arguments = ("videos=my clips [v1] (final)", "output=20261126", "captions=a,b.csv", "masks=null", "steps=[split]")
+    assert given(*arguments, settings=PrepareSettings) == [
+        *("my clips [v1] (final)", "20261126", "a,b.csv", None, ["split"])
+    ]
+
+
+def test_what_is_quoted_or_null_stays() -> None:
+    assert given("output=null", "output='null'", 'output="a, b"', "output='it\\'s'", "output=") == [
+        *(None, "null", "a, b", "it's", "")
+    ]
+
+
+def test_lists_and_mappings_of_texts() -> None:
+    assert given("story=[a b.yaml, 2026, 'x, y', films/é]") == [["a b.yaml", "2026", "x, y", "films/é"]]
+    assert given("model.adapter.folders={none: a b, mi2v: 7}") == [{"none": "a b", "mi2v": "7"}]
+    weights = {"name": "Q4, mine", "source": "/m/é.gguf", "size_gb": 9.5}
+    low = "{name: 'Q4, mine', source: /m/é.gguf, size_gb: 9.5}"
+    assert given(f"model.gguf={{high_noise: {low}, low_noise: {low}}}") == [
+        {"high_noise": weights, "low_noise": weights}
+    ]
+
+
+def test_numbers_and_interpolations_stay_what_they_are() -> None:
+    assert given("seed=3", "sampler.guidance=1e1", "dry_run=true", "output=films/${seed}") == [3, 10.0, True, "films/7"]
+
+
+@pytest.mark.parametrize("value", ["4)", "é", "9" * 5000, "[" * 3000 + "]" * 3000])
+def test_a_value_that_hydra_cannot_read_is_told_by_the_settings(
+    script: Callable[..., tuple[int, str]], value: str
+) -> None:
+    def main(config: Any) -> None:
+        build_settings(GenerateSettings, OmegaConf.to_container(config))  # type: ignore[arg-type]
+
+    status, said = script("a.yaml", "model=tiny", f"seed={value}", main=main)
+    assert status == 2
+    assert re.match(r"  seed: .*integer", said.splitlines()[1])
+
+
+def test_sweeps_are_asked_for_by_m() -> None:
+    assert hydra_arguments(
+        ["-m", "output=é/a, 20261126,'b,c'", "seed=1,2", "sampler.steps=range(1,3)"], None, GenerateSettings
+    ) == [*("-m", "output='é/a','20261126','b,c'", "seed=1,2", "sampler.steps=range(1,3)")]
+    assert hydra_arguments(["output=a,b"], None, GenerateSettings) == ["output='a,b'"]
+
+
+def test_the_home_folder_is_meant_by_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.composing import composed
+
+    monkeypatch.setenv("HOME", "/home/me")
+    values = composed(*hydra_arguments(["~/a b.yaml", "output=~/films/é"], "story", GenerateSettings))
+    settings = build_settings(GenerateSettings, values)
+    assert (settings.story, settings.output) == ("/home/me/a b.yaml", "/home/me/films/é")
+
+
+@pytest.mark.parametrize("argument", ["été=3", "my key=3", "no setting"])
+def test_what_is_no_setting_is_told_without_grammar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", argument])
+    with pytest.raises(SystemExit) as stop:
+        run_script(read, config_name="prepare_data", settings=PrepareSettings)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith(f"{argument}: this is no setting; write key=value")
+    assert not re.search("mismatched|token recognition|hydra.cc", said)
+    advice = shlex.split(said.rsplit(": ", 1)[1])[0].replace("key", "captions")
+    assert given(advice, settings=PrepareSettings) == ["a, b"]
+
+
+def test_an_empty_path_is_refused() -> None:
+    from tests.composing import composed
+
+    with pytest.raises(ValueError, match="output: is empty; write a path"):
+        build_settings(GenerateSettings, composed("story=a.yaml", "output=''"))

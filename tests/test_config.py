@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from storymem.config import ConfigError, build_settings, nearest
+from storymem.config import ConfigError, annotation_at, build_settings, kinds_of, nearest
 from storymem.settings import GenerateSettings
+from storymem.training.data_settings import PrepareSettings
 from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
 from storymem.weights import Weights
 
@@ -18,11 +19,16 @@ VALUES: dict[str, Any] = {
     "model": {
         "name": "tiny",
         "video": {"height": 64, "width": 96, "frames": 17, "fps": 8},
-        "network": {"transformer": {"num_layers": 1}},
+        "network": {
+            "transformer": {
+                **{"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 12},
+                **{"ffn_dim": 8, "text_dim": 8, "freq_dim": 8},
+            }
+        },
     },
     "sampler": {},
-    "memory": {"recall": {}, "selector": {}},
-    "scorer": {"clip": {}, "quality": {}},
+    "memory": {"recall": {"_target_": "a.B"}, "selector": {"_target_": "a.B"}},
+    "scorer": {"clip": {"_target_": "a.B"}, "quality": {"_target_": "a.B"}},
 }
 
 
@@ -136,8 +142,8 @@ def test_all_mistakes_are_told_at_once() -> None:
         ("model__video__fps", 0, "model.video: fps must be 1 or more, not 0"),
         ("model__rope_stride", 0, "model: rope_stride must be 1 or more, not 0"),
         ("sampler__steps", 0, "sampler: steps must be 1 or more, not 0"),
-        ("sampler__guidance", 0.5, "sampler: guidance must be 1 (none) or more"),
-        ("sampler__guidance_low", 0.0, "sampler: guidance must be 1 (none) or more"),
+        ("sampler__guidance", 0.5, "sampler: guidance must be 1 or more, not 0.5"),
+        ("sampler__guidance_low", 0.0, "sampler: guidance_low must be 1 or more, not 0.0"),
     ],
 )
 def test_values_that_cannot_work_are_told_where_they_stand(path: str, value: Any, line: str) -> None:
@@ -160,3 +166,48 @@ def test_settings_are_strict_wherever_they_are_built(settings: type) -> None:
 def test_the_nearest_name_or_all_of_them() -> None:
     assert nearest("stepss", ["steps", "shift"]) == "; did you mean 'steps'?"
     assert nearest("colour", ["shift", "steps"]) == "; known are: shift, steps"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
+def test_a_seed_is_what_a_generator_takes(seed: int) -> None:
+    assert complaints(seed=seed)[0].startswith("seed ") or complaints(seed=seed)[0].startswith("seed: ")
+
+
+def test_a_node_that_names_no_class_is_told_and_how_to_name_one() -> None:
+    assert complaints(memory__recall={"capacity": 3}) == [
+        "memory.recall names no class: write memory.recall._target_=package.module.Class"
+    ]
+
+
+def test_a_list_that_is_none_is_told_how_to_write_one() -> None:
+    values = {"videos": "a", "output": "b", "steps": "split"}
+    with pytest.raises(ConfigError, match=r"steps: input should be a valid tuple, not 'split'; write steps=\[...\]"):
+        build_settings(PrepareSettings, values)
+
+
+def test_a_long_value_is_told_in_short() -> None:
+    assert len(complaints(continuity="x" * 100_000)[0]) < 200
+
+
+def test_paths_mean_the_home_folder_by_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = build_settings(GenerateSettings, changed(output="~/films", story=["~/a.yaml", "b~.yaml"]))
+    assert (settings.output, settings.story) == ("/home/me/films", ("/home/me/a.yaml", "b~.yaml"))
+    assert complaints(output=" ") == ["output: is empty; write a path"]
+
+
+@pytest.mark.parametrize(
+    ("path", "kinds"),
+    [
+        ("output", {str, None}),
+        ("story", {str, tuple}),
+        ("story.0", {str}),
+        ("model.weights.source", {str}),
+        ("model.adapter.folders.mi2v", {str}),
+        ("scorer.clip.folder", {Any}),
+        ("seed", {int}),
+        ("nothing.at.all", {None}),
+    ],
+)
+def test_what_a_setting_may_be(path: str, kinds: set[Any]) -> None:
+    assert kinds_of(annotation_at(GenerateSettings, path.split("."))) == kinds

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from storymem.story import Character, Scene, Shot, Story, StoryError, load_story
+from storymem.story import Character, Scene, Shot, Story, StoryError, load_stories, load_story
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -486,13 +489,13 @@ def test_reference_images_are_checked_where_they_stand(tmp_path: Path) -> None:
     found = problems(
         tmp_path, HEAD.replace("{name: Tam}", f"name: Tam\n    references:{listed}") + "      - prompt: a\n"
     )
-    assert [one.split(";")[0] for one in found] == [
+    assert [re.split(r";| \(| as ", one)[0] for one in found] == [
         "story.yaml:7: character 1: reference tan.png does not exist",
-        "story.yaml:8: character 1: reference note.png cannot be read as an image",
-        "story.yaml:9: character 1: reference cut.png cannot be read as an image",
-        "story.yaml:10: character 1: reference cut.jpg cannot be read as an image",
+        "story.yaml:8: character 1: reference note.png cannot be read",
+        "story.yaml:9: character 1: reference cut.png cannot be read",
+        "story.yaml:10: character 1: reference cut.jpg cannot be read",
         "story.yaml:11: character 1: reference deep.png has more than 8 bits per channel",
-        "story.yaml:12: character 1: reference folder.png does not exist",
+        "story.yaml:12: character 1: reference folder.png cannot be used: folder.png is a folder: name a file",
         "story.yaml:13: character 1: reference x/y.png does not exist",
     ]
     assert found[0].endswith("expected an image at tan.png; write tam.png instead")
@@ -594,3 +597,220 @@ def test_a_path_that_is_no_file_is_told(tmp_path: Path) -> None:
             load_story(path)
         assert str(caught.value).startswith(f"{path}: ")
         assert told in str(caught.value)
+
+
+# Text that YAML would cut
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("{prompt: a}", "prompt: Shot #1 of the tower, colour #ff0000", "prompt ends before #"),
+        ("{prompt: a}", "prompt: Shot #1\n        cut: true", 'write prompt: "Shot #1" instead'),
+        ("{prompt: a}", "prompt: #1 of the tower", 'write prompt: "#1 of the tower" instead'),
+        ("{prompt: a}", "prompt: 7 #1", 'write prompt: "7 #1" instead'),
+        ("{prompt: a}", "prompt: a dog\n          and a cat #2", "#2 would not be read"),
+        ("{prompt: a}", "prompt: a\n        negative_prompt: no #hashtags", "negative_prompt ends before #"),
+        ("{prompt: a}", "prompt: a\n        characters:\n          - Tam #1", 'write "Tam #1" instead'),
+        ("{prompt: a}", "prompt: a\n        references:\n          - take #1.png", 'write "take #1.png" instead'),
+        ("title: The Keeper", "title: Take #2", 'write title: "Take #2" instead'),
+        ("overview: A keeper finds a seal.", "overview: A film, #1", "quotes around text that holds #"),
+        ("{prompt: a}", "{prompt: Shot #1 of the tower}", "text that holds # needs double quotes"),
+        ("{prompt: a}", "prompt: Shot #1 of\n          the tower", "text that holds # needs double quotes"),
+    ],
+)
+def test_text_that_a_hash_would_cut_is_told(tmp_path: Path, old: str, new: str, told: str) -> None:
+    assert told in "\n".join(problems(tmp_path, (HEAD + "      - {prompt: a}\n").replace(old, new)))
+
+
+def test_the_advice_for_a_hash_works_and_comments_stay_comments(tmp_path: Path) -> None:
+    text = HEAD.replace("The Keeper", '"Take #2"  # a remark').replace("scenes:", "# more\nscenes: # and more")
+    shots = '      - prompt: "Shot #1 of the tower" # again\n        cut: true # yes\n        frames: 9 # short\n'
+    block = "      - prompt: |  # a remark\n          Shot #2 # of the tower\n      # last\n"
+    story = load_story(write(tmp_path, text + shots + block))
+    assert story.title == "Take #2"
+    assert [shot.prompt for shot in story.shots] == ["Shot #1 of the tower", "Shot #2 # of the tower"]
+
+
+# Names that look alike
+
+ODD_NAMES = (
+    *("Screenshot 2026-11-20 at 9.22.20\u202fPM.png", "Sn\u00edmek v\u00a013.05.png", "two  spaces.png", " first.png"),
+    *("Cafe\u0301.png", "tab\there.png", "\u3000wide.png", "#1, [x].png", 'it\'s "so".png', "\ud55c\uae00.png"),
+)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_is_read_as_written(tmp_path: Path, name: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    story = load_story(write(tmp_path, HEAD + f"      - {{prompt: a, references: [{json.dumps(name)}]}}\n"))
+    assert story.shots[0].references == (tmp_path / name,)
+    assert story.remarks == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("Shot 9.22.20\u202fPM.png", "Shot 9.22.20 PM.png"),
+        ("two  spaces.png", "two spaces.png"),
+        ("two spaces.png", "two  spaces.png"),
+        ("v\u00a013.png", "v 13.png"),
+        ("Cafe\u0301.png", "Caf\u00e9.png"),
+        ("Caf\u00e9.png", "Cafe\u0301.png"),
+        ("my\u00a0folder/a\u202fb.png", "my folder/a b.png"),
+        ("a\u2028b.png", "a b.png"),
+    ],
+)
+def test_the_one_file_of_an_equal_name_is_taken_and_told(tmp_path: Path, name: str, written: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    path = write(tmp_path, HEAD + f'      - {{prompt: a, references: ["{written}"]}}\n')
+    story = load_story(path)
+    assert story.shots[0].references == (tmp_path / name,)
+    (remark,) = story.remarks
+    assert remark.startswith(f"{path}:{SHOT_LINE}: shot 1 (scene 1, shot 1): reference ")
+    shown = remark.split(" is read from ")
+    assert shown[0].split("reference ")[1] != shown[1], "what looks alike is told apart"
+
+
+def test_of_several_alike_none_is_taken_and_the_advice_tells_them_apart(tmp_path: Path) -> None:
+    for name in ("a\u00a0b.png", "a\u202fb.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    told = shot_problem(tmp_path, '{prompt: a, references: ["a b.png"]}')
+    assert told.endswith('write "a\\u00a0b.png" or "a\\u202fb.png" instead')
+    for advice in re.findall(r'"a\\\S+"', told):
+        story = load_story(write(tmp_path, HEAD + f"      - {{prompt: a, references: [{advice}]}}\n"))
+        assert story.shots[0].references[0].is_file()
+
+
+def test_names_of_characters_are_equal_however_accents_are_encoded(tmp_path: Path) -> None:
+    head = HEAD.replace("Tam", "Ren\u00e9").replace("Pebble", "Zoe")
+    story = load_story(write(tmp_path, head + "      - {prompt: a, characters: [Rene\u0301]}\n"))
+    assert story.shots[0].characters == ("Ren\u00e9",)
+    twice = HEAD.replace("Tam", "Ren\u00e9").replace("Pebble", "Rene\u0301")
+    assert "is taken" in problem(tmp_path, twice + "      - {prompt: a}\n")
+
+
+# Damage
+
+
+def story_of(shots: str) -> str:
+    return f"title: A\noverview: B\nscenes:\n  - shots:\n{shots}"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("scenes:\n  - " + "[" * 20_000, "nested too deeply"),
+        ("scenes:\n  - " + "[" * 600 + "]" * 600, "stands here alone; expected a mapping of shots"),
+        ("a: &a [" + "x," * 9 + "]\n" + "".join(f"{k}: &{k} [{'*a,' * 9}]\n" for k in "bcdefg"), "unknown key a"),
+        (story_of("      - {prompt: a}\n" * 6000), "more than 5,000 shots; expected a shorter story"),
+        (
+            "title: A\noverview: B\nscenes:\n  - &s {shots: [&x {prompt: a}" + ", *x" * 999 + "]}\n" + "  - *s\n" * 999,
+            "5,000",
+        ),
+        (
+            "title: A\noverview: B\ncharacters: [" + ",".join(f"{{name: n{k}}}" for k in range(900)) + "]\nscenes:\n"
+            "  - shots: [&x {prompt: a, characters: ["
+            + ",".join(f"n{k}" for k in range(900))
+            + "]}"
+            + ", *x" * 3000
+            + "]\n",
+            "more than 100,000 values (those of an alias *name count at every use)",
+        ),
+        (
+            "characters: [" + "{name: a}," * 1500 + "]\ntitle: A\noverview: B\nscenes: [{shots: [{prompt: a}]}]",
+            "at most 1,000",
+        ),
+        (story_of("      - {promt: a}\n" * 3000), "reading stopped here, at 100 problems"),
+        (story_of(f"      - {{prompt: {'word ' * 9000}}}\n"), "prompt has 44,999 characters; expected at most 20,000"),
+        (f"title: {'x' * 5000}\noverview: B\nscenes: [{{shots: [{{prompt: a}}]}}]", "title has 5,000 characters"),
+        (story_of("      - {prompt: a, frames: 99999999997}\n"), "expected at most"),
+        (story_of('      - {prompt: "a\\0b"}\n'), "prompt holds the control character '\\x00'; expected plain text"),
+        (story_of('      - {prompt: "\\e[31mred"}\n'), "prompt holds the control character '\\x1b'"),
+        (story_of('      - {prompt: a, "\\e[31m": 1}\n'), "unknown key \\x1b[31m"),
+        (story_of('      - {prompt: a, references: ["a\\0.png"]}\n'), "references holds the control character"),
+        (story_of(f"      - {{prompt: a, references: [{'z' * 300}.png]}}\n"), "File name too long"),
+        ("#" * 9_000_000, "9,000,000 bytes; at most 8,388,608 are read"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else None,
+)
+def test_what_is_too_large_or_damaged_is_told_at_once(tmp_path: Path, content: str, told: str) -> None:
+    started = time.monotonic()
+    assert told in "\n".join(problems(tmp_path, content))
+    assert time.monotonic() - started < 30  # a second or two
+
+
+@pytest.mark.parametrize("content", ['{"a": "' + '\\"' * 300_000, "/*" * 300_000, "[" * 20_000, '{"a": ' * 20_000])
+def test_damaged_json_is_told_at_once(tmp_path: Path, content: str) -> None:
+    started = time.monotonic()
+    assert len(problems(tmp_path, content, "s.json")) == 1
+    assert time.monotonic() - started < 30
+
+
+def test_half_a_character_is_told(tmp_path: Path) -> None:
+    assert "half of a character" in "\n".join(problems(tmp_path, '{"story_name": "a\\ud800"}', "s.json"))
+
+
+def test_a_long_story_is_read_in_no_time(tmp_path: Path) -> None:
+    path = write(tmp_path, story_of("".join(f"      - {{prompt: Shot {k}.}}\n" for k in range(4999))))
+    started = time.monotonic()
+    assert len(load_story(path).shots) == 4999
+    assert time.monotonic() - started < 20
+
+
+def test_what_is_no_regular_file_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    (tmp_path / "gone.yaml").symlink_to("nowhere")
+    for name, told in (("fifo", "not a regular file"), ("zero", "not a regular file"), ("gone", "a link to nothing")):
+        with pytest.raises(StoryError, match=rf"{name}\.yaml.* is {told}"):
+            load_story(tmp_path / f"{name}.yaml")
+    assert "not a regular file" in shot_problem(tmp_path, "{prompt: a, references: [fifo.png]}")
+
+
+def test_invisible_line_separators_do_not_break_lines(tmp_path: Path) -> None:
+    text = f"{HEAD}      - prompt: Tam\u2028climbs\u0085and looks.\n        frames: 80\n"
+    assert problem(tmp_path, text).startswith(f"story.yaml:{SHOT_LINE + 1}: shot 1 (scene 1, shot 1): frames is 80")
+    story = load_story(write(tmp_path, text.replace("80", "81")))
+    assert story.shots[0].prompt == "Tam climbs and looks."
+
+
+# Several stories
+
+
+def test_stories_whose_films_would_share_a_folder_are_refused(tmp_path: Path) -> None:
+    long = "A very long title that goes on and on and on until nobody reads it to its end"
+    titles = {"a": "Red!", "b": "Red?", "c": f"{long}, part one", "d": f"{long}, part two", "e": "Green"}
+    paths = [
+        write(tmp_path, story_of("      - {prompt: a}\n").replace("A", f'"{titles[k]}"', 1), f"{k}.yaml")
+        for k in titles
+    ]
+    with pytest.raises(StoryError) as caught:
+        load_stories(paths)
+    assert len(caught.value.problems) == 2
+    assert f"two stories are called red ({tmp_path}/a.yaml, {tmp_path}/b.yaml)" in caught.value.problems[0]
+    assert 'not "Red!" and "Red?"' in caught.value.problems[0]
+    assert [story.title for story in load_stories(paths[1:3])] == ["Red?", f"{long}, part one"]
+
+
+def test_hidden_files_of_a_folder_are_skipped_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "stories"
+    (folder / "more").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    write(folder, story_of("      - {prompt: a}\n"), "a.yaml")
+    write(folder / "more", story_of("      - {prompt: b}\n").replace("A", "B", 1), "B.YAML")
+    write(folder, b"\x00\x05\x16\x07", "._a.yaml")
+    write(folder / ".hidden", "no story", "c.yaml")
+    (folder / "more" / "back").symlink_to(folder)
+    assert [story.title for story in load_stories([folder])] == ["A", "B"]
+    assert "hidden files are not read as stories: ._a.yaml" in caplog.text
+
+
+@pytest.mark.parametrize("frames", [80, 1, 99999999997, 6])
+def test_the_advice_for_frames_works(tmp_path: Path, frames: int) -> None:
+    told = shot_problem(tmp_path, f"{{prompt: a, frames: {frames}}}")
+    advice = re.search(r"write (frames: \d+)", told)
+    assert advice is not None
+    load_story(write(tmp_path, f"{HEAD}      - {{prompt: a, {advice[1]}}}\n"))

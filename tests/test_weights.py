@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from storymem.weights import MissingWeights, Weights, locate
+from storymem.io import FileError, NotFiniteError
+from storymem.weights import MissingWeights, Weights, check_values, locate, read_header
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +198,96 @@ def test_what_comes_with_the_package_is_found_from_anywhere(tmp_path: Path, monk
     assert (locate(weights) / "model_index.json").is_file()
     with pytest.raises(MissingWeights, match="package:toy/nothing does not exist"):
         locate(Weights(name="nothing", source="package:toy/nothing"))
+
+
+# What is not weights at all
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(FileError, match=r"pipe\.safetensors is not a regular file"):
+        locate(published(source=str(tmp_path / "pipe.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "source is empty"),
+        ("owner/na me", "neither a path nor a Hugging Face repository id"),
+        ("~nobody-of-this-name/weights", "does not exist"),
+        ("a" * 5000, "does not exist"),
+        ("./nul\0", "does not exist"),
+    ],
+)
+def test_sources_that_are_no_paths(source: str, message: str) -> None:
+    with pytest.raises((FileError, MissingWeights), match=message):
+        locate(published(source=source))
+
+
+def test_a_file_outside_its_source_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="file=/etc/passwd must be relative to source="):
+        locate(published("/etc/passwd", source=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "holds list"),
+        ("{}", "is not an index of weights"),
+        ('{"weight_map": {"a": 1}}', "is not an index of weights"),
+        ('{"weight_map": {"a": "../../b"}}', "is not a file beside it"),
+        ('{"weight_map": {"a": "\\u0000"}}', "is not a file beside it"),
+        ("[" * 10_000, "nested too deeply"),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(FileError, match=rf"model\.safetensors\.index\.json .*{message}"):
+        locate(published(source=str(tmp_path)))
+
+
+# Headers
+
+
+def test_a_header_is_read_without_its_weights(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(4).bfloat16()}, tmp_path / "a.safetensors", metadata={"x": "y"})
+    header = read_header(tmp_path / "a.safetensors")
+    assert header.shapes == {"a": (2, 3), "b": (4,)}
+    assert header.dtypes == {"a": "F32", "b": "BF16"}
+    assert header.metadata == {"x": "y"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 bytes may be a broken download"),
+        (b"\x08\x00", "2 bytes may be a broken download"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer.*git lfs pull"),
+        (b"<!doctype html>", "a web page, of a broken download"),
+        (b"GGUF\x03\x00\x00\x00\x00\x00\x00\x00", r"a GGUF file; .*use model\.gguf"),
+        (b"PK\x03\x04aaaaaaaaaaaa", r"a pickle .*use the \.safetensors file"),
+        ((1 << 50).to_bytes(8, "little") + b"{}", "header too large"),
+        ((2).to_bytes(8, "little") + b"{}trailing", "18 bytes may be a broken download"),
+        ((9).to_bytes(8, "little") + b'{"a": [1]', "17 bytes may be a broken download"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_told_apart(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(FileError, match=rf"a\.safetensors is not a readable safetensors file.*{message}"):
+        read_header(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_values_that_are_no_weights(dtype: torch.dtype) -> None:
+    fine = torch.linspace(-400, 400, 64).to(dtype)
+    check_values([("fine", fine), ("empty", fine[:0]), ("counts", torch.tensor([1 << 40]))], "file")
+    broken = fine.clone()
+    broken[7] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"file: broken holds NaN or infinite values"):
+        check_values([("fine", fine), ("broken", broken)], "file")
+
+
+def test_values_too_large_to_be_weights() -> None:
+    with pytest.raises(NotFiniteError, match=r"file: w holds values up to 1e\+10, which no trained network has"):
+        check_values([("w", torch.tensor([0.0, -1e10]))], "file")

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Self
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any, Self
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
-from transformers import Dinov2Model
+from transformers import Dinov2Config, Dinov2Model
 
+from storymem.config import STRICT, ConfigError, build_settings
+from storymem.io import FileError, read_json_object
+from storymem.scorers.checkpoint import CheckpointError
 from storymem.scorers.inputs import check_frames
 from storymem.scorers.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalise, squash
 from storymem.scorers.scorer import Scorer, unit
-from storymem.weights import Weights, locate
+from storymem.weights import Weights, check_values, listed, locate, read_header
+
+_WEIGHTS_FILE, _CONFIG_FILE = "model.safetensors", "config.json"
+_Count = Annotated[int, Field(ge=1, le=96)]  # of layers and heads
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Dinov2Sizes:
+    """What decides a DINOv2 network, as transformers names it."""
+
+    hidden_size: Annotated[int, Field(ge=1, le=8192)] = 768
+    num_hidden_layers: _Count = 12
+    num_attention_heads: _Count = 12
+    mlp_ratio: Annotated[int, Field(ge=1, le=16)] = 4
+    image_size: Annotated[int, Field(ge=1, le=2048)] = 224
+    patch_size: Annotated[int, Field(ge=1, le=256)] = 14
+    layer_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    qkv_bias: bool = True
+    use_swiglu_ffn: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is no multiple of {self.num_attention_heads} heads")
+        if not self.patch_size <= self.image_size <= 128 * self.patch_size:
+            raise ValueError(f"image_size={self.image_size} is not 1 to 128 times patch_size={self.patch_size}")
 
 
 class Dinov2Embedder(Scorer[Dinov2Model]):
@@ -44,6 +75,15 @@ class Dinov2Embedder(Scorer[Dinov2Model]):
         self.resolution = resolution
         self.dim: int = network.config.hidden_size
 
+    @staticmethod
+    def required_weights(source: str = "facebook/dinov2-base", **_: Any) -> list[Weights]:
+        """What :meth:`from_pretrained` loads."""
+        name = "DINOv2"
+        return [
+            Weights(name=name, source=source, file=_WEIGHTS_FILE, size_gb=0.35, licence="Apache-2.0"),
+            Weights(name=name, source=source, file=_CONFIG_FILE),
+        ]
+
     @classmethod
     def from_pretrained(
         cls,
@@ -58,10 +98,12 @@ class Dinov2Embedder(Scorer[Dinov2Model]):
 
         Raises:
             MissingWeights: if they are not on this machine.
+            FileError, CheckpointError: if a file is damaged, or they do not fit each other.
         """
-        weights = Weights(name="DINOv2", source=source, size_gb=0.35, licence="Apache-2.0")
-        network = Dinov2Model.from_pretrained(locate(weights), local_files_only=True)
-        return cls(network, resolution=resolution, device=device, dtype=dtype, batch_size=batch_size)
+        path, described = (locate(weights) for weights in cls.required_weights(source))
+        scorer = cls(_load(path, described), resolution=resolution, device=device, dtype=dtype, batch_size=batch_size)
+        scorer.origin = "published"
+        return scorer
 
     def embed_images(self, frames: Tensor) -> Tensor:
         """Embeddings [N, D], float32 on the CPU, of unit length, of pictures [N, 3, H, W] in 0..1."""
@@ -71,3 +113,28 @@ class Dinov2Embedder(Scorer[Dinov2Model]):
         pixels = squash(frames, (self.resolution, self.resolution))
         pixels = normalise(pixels, IMAGENET_MEAN, IMAGENET_STD).to(self.dtype)
         return unit(self.network(pixel_values=pixels).pooler_output)
+
+
+def _load(path: Path, described: Path) -> Dinov2Model:
+    content = read_json_object(described)
+    if content.get("model_type") != "dinov2":
+        raise FileError(f"{described}: model_type is {content.get('model_type')!r}, not 'dinov2'")
+    known = {field.name for field in fields(Dinov2Sizes)}
+    try:
+        sizes = build_settings(Dinov2Sizes, {key: value for key, value in content.items() if key in known})
+    except ConfigError as error:
+        raise FileError(f"{described}: {error}") from None
+    read_header(path)  # which names what is wrong
+    network, report = Dinov2Model.from_pretrained(
+        path.parent,
+        config=Dinov2Config(**asdict(sizes)),
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are reported
+        output_loading_info=True,
+    )
+    problems = {kind.removesuffix("_keys"): sorted(map(str, names)) for kind, names in report.items() if names}
+    if problems:
+        raise CheckpointError(listed(f"{path} does not fit {described}:", problems))
+    check_values(network.state_dict().items(), path)
+    return network

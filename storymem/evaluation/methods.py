@@ -12,13 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from storymem.config import build_settings
-from storymem.film import Film, ShotRecord, differences, film_folder
+from storymem.film import Film, ShotRecord, differences
+from storymem.film_folder import film_folder
 from storymem.generate import build_storyteller
+from storymem.io import check_room
 from storymem.progress import Progress
+from storymem.resume import story_record
 from storymem.settings import GenerateSettings, uses_text_to_video
 from storymem.story import Shot, Story
-from storymem.storyboard import write_storyboard
-from storymem.storyteller import Storyteller, story_record
+from storymem.storyteller import Storyteller, finish_film
 from storymem.wan.shots import ShotRequest
 from storymem.wan.sources import check_weights
 
@@ -59,7 +61,7 @@ class StoryMem:
     def __init__(self, *, name: str, generate: Mapping[str, Any]) -> None:
         self.name = name
         self.config = dict(generate)
-        self.settings = build_settings(GenerateSettings, {**generate, "story": ""})
+        self.settings = build_settings(GenerateSettings, {**generate, "story": "."})  # which is not used
 
     @cached_property
     def teller(self) -> Storyteller:
@@ -103,13 +105,15 @@ class IndependentShots(StoryMem):
         """See `Method`."""
         generator, progress = self.teller.generator, Progress()
         told, config = story_record(story), dict(self.teller.config)
-        with film_folder(folder, self.teller.needed_bytes(story)) as folder:
+        with film_folder(folder) as folder:
             film = Film.open(folder) if Film.exists(folder) else Film(folder, story=told, config=config)
             if changed := differences(film.story, told) + differences(film.config, config):
                 shown = "\n".join(f"  {line}" for line in changed[:12])
                 raise ValueError(f"{folder} holds a film of another story or with other settings:\n{shown}")
             film.remove_unfinished()
+            film.check(progress.say)
             remaining = story.shots[len(film.shots) :]
+            check_room(folder, self.teller.needed_bytes(remaining), "the film")
             progress.begin(total=len(story.shots), finished=len(film.shots))
             if remaining:
                 generator.prepare([s.prompt for s in remaining], [s.negative_prompt for s in remaining])
@@ -117,9 +121,7 @@ class IndependentShots(StoryMem):
                 progress.begin_shot(shot)
                 film.add(self._shot(shot, film, progress))
                 progress.end_shot(film.shots[-1])
-            if film.video is None:
-                film.join()
-                write_storyboard(film)
+            finish_film(film, progress.say)
             progress.end()
 
     def uses_text_to_video(self, story: Story) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from storymem.scorers.scorer import Origin
 from storymem.story import Shot, Story
 
 Value = float | None
@@ -95,6 +96,15 @@ class Metric(ABC):
 
     version: ClassVar[int] = 1
     columns: Sequence[Column]
+
+    @property
+    def weights(self) -> Origin:
+        """Where its networks' weights are from.
+
+        Values by "untrained" ones mean nothing and are marked everywhere; only values by "published" ones stand beside
+        those of the paper.
+        """
+        return "own"
 
     @abstractmethod
     def see(self, shot: Shot, frames: np.ndarray, screening: Screening) -> Any:

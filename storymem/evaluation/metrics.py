@@ -24,8 +24,11 @@ from storymem.evaluation.metric import (
     reasons_for,
     weights_sha256,
 )
+from storymem.io import check_finite
 from storymem.scorers.aesthetic import AestheticScorer
+from storymem.scorers.scorer import Origin
 from storymem.scorers.viclip import ViclipScorer, middle_frames
+from storymem.scorers.viclip_network import VICLIP_L_14
 from storymem.story import Shot, Story
 
 TopRule = Literal["prompts", "shots"]
@@ -38,10 +41,16 @@ class AestheticQuality(Metric):
         scorer: V1 for numbers that compare with published ones.
     """
 
+    version = 2
     columns = (Column(name="aesthetic_quality", title="Aesthetic quality", heading="Aesthetic"),)
 
     def __init__(self, scorer: AestheticScorer) -> None:
         self.scorer = scorer
+
+    @property
+    def weights(self) -> Origin:
+        """See :meth:`Metric.weights`; the paper's head is V1."""
+        return "own" if self.scorer.name != "laion-v1" and self.scorer.origin == "published" else self.scorer.origin
 
     def see(self, shot: Shot, frames: np.ndarray, screening: Screening) -> float:
         """Mean score of a shot, in tenths."""
@@ -98,6 +107,12 @@ class ViclipScores(Metric):
             raise ValueError(f"top_rule={top_rule}: write prompts or shots")
         self.scorer, self.top_pairs, self.top_rule = scorer, top_pairs, top_rule
 
+    @property
+    def weights(self) -> Origin:
+        """See :meth:`Metric.weights`; the paper's network is L/14, on VBench's frames."""
+        papers = self.scorer.config == VICLIP_L_14 and self.scorer.profile == "vbench"
+        return "own" if self.scorer.origin == "published" and not papers else self.scorer.origin
+
     def see(self, shot: Shot, frames: np.ndarray, screening: Screening) -> _Seen:
         """Keep eight frames of the shot, and those of the film's eight that fall into it."""
         start = screening.starts[shot.index]
@@ -109,7 +124,9 @@ class ViclipScores(Metric):
         """See :meth:`Metric.conclude`."""
         story = screening.story
         texts = [story.overview, *(shot.prompt for shot in story.shots)]
-        overview, *prompts = self.scorer.embed_texts(texts).double().numpy()
+        embedded = self.scorer.embed_texts(texts)
+        check_finite(embedded, "embeddings of texts")  # they also decide which pairs count
+        overview, *prompts = embedded.double().numpy()
         shots, film = self._embed(seen)
         similarity = _cosines(shots)
         following = tuple(
@@ -137,7 +154,12 @@ class ViclipScores(Metric):
             undefined=undefined,
             shots={"prompt_following_shot": following},
             pairs={"consistency_overall": tuple(pairs), "consistency_top10": tuple(top)},
-            details={"texts": len(texts), "texts_truncated": cut},
+            details={
+                "texts": len(texts),
+                "texts_truncated": cut,
+                "frames_of_shots": [None if n is None else self.scorer.frame_indices(n) for n in screening.lengths],
+                "frames_of_film": None if screening.total is None else self.scorer.frame_indices(screening.total),
+            },
         )
 
     def settings(self) -> dict[str, Any]:
@@ -164,6 +186,7 @@ class ViclipScores(Metric):
             for start in range(0, len(same), self.scorer.batch_size):
                 batch = same[start : start + self.scorer.batch_size]
                 embedded = self.scorer.embed_clips(as_pictures(np.stack([clips[number] for number in batch])))
+                check_finite(embedded, "embeddings of shots")
                 found |= dict(zip(batch, embedded.double().numpy(), strict=True))
         return [found.get(number) for number in range(len(seen))], found.get(-1)
 
@@ -210,10 +233,14 @@ class Appearance(Metric):
             raise ValueError(f"frames={frames}: at least 2 of a shot must be compared")
         self.embedder, self.frames = embedder, frames
 
+    @property
+    def weights(self) -> Origin:
+        """See :meth:`Metric.weights`."""
+        return getattr(self.embedder, "origin", "own")
+
     def see(self, shot: Shot, frames: np.ndarray, screening: Screening) -> np.ndarray:
         """Embeddings [N, D] of the frames that are looked at."""
-        # A short shot shows fewer frames, not the last one several times.
-        chosen = frames[sorted(set(middle_frames(len(frames), self.frames)))]
+        chosen = frames[self._chosen(len(frames))]
         return in_chunks(chosen, self.embedder.batch_size, self.embedder.embed_images)
 
     def conclude(self, seen: Sequence[np.ndarray | None], screening: Screening) -> Scores:
@@ -240,8 +267,15 @@ class Appearance(Metric):
             undefined=tuple(undefined),
             shots={"intra_shot_consistency": steadiness},
             pairs={"identity_consistency": tuple(shared)},
-            details={"characters": by_name},
+            details={
+                "characters": by_name,
+                "frames_of_shots": [None if length is None else self._chosen(length) for length in screening.lengths],
+            },
         )
+
+    def _chosen(self, length: int) -> list[int]:
+        # A short shot shows fewer frames, not the last one several times.
+        return sorted(set(middle_frames(length, self.frames)))
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""

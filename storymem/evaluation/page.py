@@ -9,10 +9,11 @@ from pathlib import Path
 
 from storymem.evaluation.metric import Pair
 from storymem.evaluation.plots import Mark, colour, interval_plot, matrix, story_plot
-from storymem.evaluation.results import PUBLISHED, PUBLISHED_COLUMNS, PUBLISHED_NOTE, Results
-from storymem.evaluation.scoring import ShotResult, StoryResult
+from storymem.evaluation.results import Results
+from storymem.evaluation.scoring import ShotResult, StoryResult, picture_name
 from storymem.evaluation.tables import ABSENT, COMPARED, mean_and_interval, number, percent
-from storymem.io import write_atomically
+from storymem.io import write_text
+from storymem.video import READER
 
 PAGE = "index.html"
 
@@ -27,6 +28,7 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 0; }
 h4 { font-size: .85rem; margin: 1rem 0 .3rem; }
 .soft, .note { color: var(--soft); } .note { font-size: .85rem; } .bad { color: var(--bad); }
+.banner { background: #b3261e; color: #fff; font-weight: 700; padding: .8rem 1rem; border-radius: .3rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -58,6 +60,7 @@ def write_page(results: Results, output: Path) -> Path:
         "<!doctype html><html lang=en><meta charset=utf-8><title>ST-Bench</title>",
         f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
         "<h1>ST-Bench</h1>",
+        "" if results.banner is None else f"<p class=banner>⚠ {escape(results.banner)}</p>",
         _introduction(results),
         "<h2>Means over stories</h2>",
         _table(results),
@@ -70,7 +73,7 @@ def write_page(results: Results, output: Path) -> Path:
         "</html>",
     ]
     path = output / PAGE
-    write_atomically(path, "\n".join(parts).encode())
+    write_text(path, "\n".join(parts))
     return path
 
 
@@ -86,6 +89,10 @@ def _introduction(results: Results) -> str:
             items = "".join(f"<li>{escape(line)}</li>" for line in missing)
             said += f"<details open class=bad><summary>{escape(system)}: {len(missing)} missing shots</summary>"
             said += f"<ul>{items}</ul></details>"
+        if faults := results.faults(system):
+            items = "".join(f"<li>{escape(line)}</li>" for line in faults)
+            said += f"<details open class=bad><summary>{escape(system)}: values that are not finite</summary>"
+            said += f"<ul>{items}</ul></details>"
     return said
 
 
@@ -96,16 +103,15 @@ def _table(results: Results) -> str:
         cells = [mean_and_interval(summaries[column.name]) for column in results.columns]
         row = "".join(f"<td>{mean}<small>{interval}</small></td>" for mean, interval in cells)
         body += f"<tr><th>{escape(system)}</th>{row}</tr>"
-    published = ""
-    for name, values in PUBLISHED.items():
-        known = dict(zip(PUBLISHED_COLUMNS, values, strict=True))
+    published, mark = "", "† " if results.published else ""
+    for name, known in results.published.items():
         numbers = "".join(f"<td>{number(known.get(column.name))}</td>" for column in results.columns)
         published += f"<tr><th>{escape(name)} †</th>{numbers}</tr>"
     return (
         f"<div class=scroll><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody>"
-        f"<tbody class=published>{published}</tbody></table></div><p class=note>† {PUBLISHED_NOTE}. In brackets "
-        f"{100 * results.statistics.level:g} % bootstrap intervals over stories. Where a story lacks a value there is "
-        "no mean; the one over the other stories stands in round brackets.</p>"
+        f"<tbody class=published>{published}</tbody></table></div><p class=note>{mark}{results.published_note}. In "
+        f"brackets {100 * results.statistics.level:g} % bootstrap intervals over stories. Where a story lacks a value "
+        "there is no mean; the one over the other stories stands in round brackets.</p>"
     )
 
 
@@ -118,7 +124,7 @@ def _overview(results: Results) -> str:
             interval = found.interval if found.mean is not None else None
             marks.append(Mark(name=system, value=found.mean, interval=interval, colour=colour(place)))
         for name in ("Wan2.2, independent shots", "StoryMem"):
-            row = dict(zip(PUBLISHED_COLUMNS, PUBLISHED[name], strict=True))
+            row = results.published.get(name, {})
             if column.name in row:
                 marks.append(Mark(name=f"{name} †", value=row[column.name], published=True))
         plot = interval_plot(marks, label=column.title)
@@ -188,7 +194,10 @@ def _reasons(results: Results, result: StoryResult) -> str:
 
 
 def _story(result: StoryResult, pictures: Path, bounds: tuple[float, float]) -> list[str]:
-    strips = [_picture(pictures / f"{shot.index + 1:02d}.jpg") for shot in result.shots]
+    strips = [
+        _picture(pictures / picture_name(shot.index)) if picture_name(shot.index) in result.pictures else None
+        for shot in result.shots
+    ]
     sheet = "".join(_shot(result, shot, strip) for shot, strip in zip(result.shots, strips, strict=True))
     parts = [f"<div class=sheet>{sheet}</div><div class=analysis>"]
     if pairs := _pairs(result):
@@ -207,7 +216,7 @@ def _story(result: StoryResult, pictures: Path, bounds: tuple[float, float]) -> 
 def _shot(result: StoryResult, shot: ShotResult, strip: str | None) -> str:
     values = [(name, found[shot.index]) for scores in result.scores.values() for name, found in scores.shots.items()]
     said = " · ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in values if value is not None)
-    shown = strip or f"<div class=gone>missing: {escape(shot.missing or '')}</div>"
+    shown = strip or f"<div class=gone>missing: {escape(shot.missing or 'the picture')}</div>"
     label = escape(shot.label[:1].upper() + shot.label[1:]) + ("" if shot.cut else ", continued")
     caption = f"<b>{label}</b><br>{escape(shot.prompt)}<br><span class=soft>{said}</span>"
     return f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
@@ -248,11 +257,16 @@ def _picture(path: Path) -> str | None:
 def _how(results: Results) -> str:
     rows = "".join(
         f"<tr><th>{escape(name)}</th><td style='text-align:left'>"
-        + "<br>".join(f"{escape(key.replace('_', ' '))}: {escape(str(value))}" for key, value in metric.items())
+        + "<br>".join(
+            f"{escape(key.replace('_', ' '))}: {escape(str(value))}"
+            for key, value in metric.items()
+            if key != "columns"
+        )
         + "</td></tr>"
         for name, metric in results.metrics.items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    versions += f"; videos read by {READER}"
     return (
         f"<h2>How it was measured</h2><div class=scroll><table>{rows}</table></div><p class=note>{escape(versions)}</p>"
     )

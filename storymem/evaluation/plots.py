@@ -33,7 +33,7 @@ def interval_plot(marks: Sequence[Mark], *, label: str, width: int = 430) -> str
         style = "class=soft" if mark.published else ""
         parts.append(f"<text x=182 y={y + 4} text-anchor=end {style}>{escape(_cut(mark.name, 30))}</text>")
         if mark.value is None:
-            parts.append(f"<text x=192 y={y + 4} class=soft>no value: shots are missing</text>")
+            parts.append(f"<text x=192 y={y + 4} class=soft>no value</text>")
             continue
         if mark.interval is not None:
             low, high = (scale(end) for end in mark.interval)
@@ -139,7 +139,7 @@ def colour(place: int) -> str:
 
 
 def _steps() -> list[float]:
-    return [digit * 10.0**power for power in range(-8, 9) for digit in (1, 2, 5)]
+    return [digit * 10.0**power for power in range(-8, 309) for digit in (1, 2, 5)]
 
 
 def _open(width: float, height: float, label: str) -> str:

@@ -33,6 +33,7 @@ PUBLISHED: dict[str, tuple[float, ...]] = {
 }
 """Rows of the paper's tables 1 and 2 (arXiv 2512.19539), in the order of `PUBLISHED_COLUMNS`."""
 PUBLISHED_NOTE = "published numbers: the paper's own films, stories and weights; not comparable row by row"
+NOT_PUBLISHED_NOTE = "no published numbers stand here: these scorers are not those of the paper"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class Results:
         stories: system -> a result for each story.
         summaries: system -> column -> its mean.
         comparisons: (first, second) -> column -> how the second differs from the first.
-        metrics: metric -> version, rules, hash of weights.
+        metrics: metric -> `metric_settings`: version, weights, columns, rules.
         statistics: how intervals and tests were made.
         benchmark: which stories.
         systems: system -> where its films lie and what made them.
@@ -83,6 +84,33 @@ class Results:
     versions: dict[str, str]
 
     @property
+    def untrained(self) -> tuple[str, ...]:
+        """Metrics whose scorers were never trained: their values mean nothing."""
+        return tuple(name for name, metric in self.metrics.items() if metric["weights"] == "untrained")
+
+    @property
+    def banner(self) -> str | None:
+        """What must stand above all figures; None if they are of trained scorers."""
+        if not self.untrained:
+            return None
+        return f"UNTRAINED SCORERS ({', '.join(self.untrained)}): these numbers mean nothing."
+
+    @property
+    def published(self) -> dict[str, dict[str, float]]:
+        """The paper's rows, column -> value, for columns by the paper's own scorers; none beside untrained ones."""
+        papers = [metric for metric in self.metrics.values() if metric["weights"] == "published"]
+        own = {column for metric in papers for column in metric["columns"]}
+        if self.untrained or not own & set(PUBLISHED_COLUMNS):
+            return {}
+        rows = {name: dict(zip(PUBLISHED_COLUMNS, row, strict=True)) for name, row in PUBLISHED.items()}
+        return {name: {column: row[column] for column in row if column in own} for name, row in rows.items()}
+
+    @property
+    def published_note(self) -> str:
+        """What the published rows are, or why there are none."""
+        return PUBLISHED_NOTE if self.published else NOT_PUBLISHED_NOTE
+
+    @property
     def texts(self) -> tuple[int, int]:
         """Texts that a text encoder read, and how many of them it cut; of one system, for all have the same."""
         first = next(iter(self.stories.values()))
@@ -97,6 +125,19 @@ class Results:
             for shot in result.shots
             if shot.missing is not None
         ]
+
+    def reading_notes(self, system: str) -> list[str]:
+        """A line for each way in which frames of a system were read otherwise than stored, with the first such shot."""
+        noted: dict[str, list[str]] = {}
+        for result in self.stories[system]:
+            for shot in result.shots:
+                for note in shot.notes:
+                    noted.setdefault(note, []).append(f"{result.title}, {shot.label}")
+        return [f"{note} ({len(shots)} shots, first {shots[0]})" for note, shots in noted.items()]
+
+    def faults(self, system: str) -> list[str]:
+        """A line for each value of a system that is not finite."""
+        return [f"{result.title}: {fault}" for result in self.stories[system] for fault in result.faults]
 
 
 def summarise(

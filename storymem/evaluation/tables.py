@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from storymem.evaluation.metric import Column
-from storymem.evaluation.results import PUBLISHED, PUBLISHED_COLUMNS, PUBLISHED_NOTE, Results, Summary
+from storymem.evaluation.metric import Scores
+from storymem.evaluation.results import Results, Summary
+from storymem.evaluation.scoring import ShotResult
 from storymem.evaluation.statistics import Comparison
+from storymem.video import READER
 
 ABSENT = "–"
 COMPARED = ("difference", "relative", "higher / lower", "sign test p", "permutation p")
@@ -24,6 +26,8 @@ def results_json(results: Results) -> str:
         "benchmark": results.benchmark,
         "metrics": results.metrics,
         "statistics": asdict(results.statistics),
+        "untrained": list(results.untrained),
+        "reader": READER,
         "texts": dict(zip(("read", "truncated"), results.texts, strict=True)),
         "columns": {column.name: column.title for column in results.columns},
         "systems": {
@@ -31,6 +35,8 @@ def results_json(results: Results) -> str:
                 **results.systems[name],
                 "columns": {column: asdict(summary) for column, summary in results.summaries[name].items()},
                 "missing": results.missing(name),
+                "not_finite": results.faults(name),
+                "reading_notes": results.reading_notes(name),
                 "stories": [asdict(result) for result in stories],
             }
             for name, stories in results.stories.items()
@@ -43,40 +49,45 @@ def results_json(results: Results) -> str:
             }
             for (first, second), columns in results.comparisons.items()
         ],
-        "published": {
-            "note": PUBLISHED_NOTE,
-            "rows": {name: dict(zip(PUBLISHED_COLUMNS, row, strict=True)) for name, row in PUBLISHED.items()},
-        },
+        "published": {"note": results.published_note, "rows": results.published},
         "versions": results.versions,
     }
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def csv_lines(results: Results) -> str:
     """A line for each value of a film, a shot, a pair or a character; shots are counted from 1."""
     written = io.StringIO()
     writer = csv.writer(written, lineterminator="\n")
-    writer.writerow(["system", "story", "level", "item", "column", "value", "reason"])
+    writer.writerow(["system", "story", "level", "item", "column", "value", "reason", "weights"])
     for system, stories in results.stories.items():
         for result in stories:
-            for level, item, column, value, reason in _values(result.scores, result.shots):
-                number = "" if value is None else f"{value:.6f}"
-                writer.writerow([system, result.title, level, item, column, number, reason or ""])
+            for metric, found in result.scores.items():
+                for level, item, column, value, reason in _values(found, result.shots):
+                    number = "" if value is None else f"{value:.6f}"
+                    weights = results.metrics[metric]["weights"]
+                    writer.writerow([system, result.title, level, item, column, number, reason or "", weights])
     return written.getvalue()
 
 
-def _values(scores: dict[str, Any], shots: Any) -> Iterator[tuple[str, str, str, float | None, str | None]]:
-    for found in scores.values():
-        for column, value in found.columns.items():
-            yield "story", "", column, value, found.reasons.get(column)
-        for column, values in found.shots.items():
-            for shot, value in zip(shots, values, strict=True):
-                yield "shot", str(shot.index + 1), column, value, shot.missing
-        for column, pairs in found.pairs.items():
-            for i, j, value in pairs:
-                yield "pair", f"{i + 1}-{j + 1}", column, value, shots[i].missing or shots[j].missing
-        for name, value in found.details.get("characters", {}).items():
-            yield "character", name, "identity_consistency", value, None
+def _values(found: Scores, shots: Sequence[ShotResult]) -> Iterator[tuple[str, str, str, float | None, str | None]]:
+    for column, value in found.columns.items():
+        yield "story", "", column, value, found.reasons.get(column)
+    for column, values in found.shots.items():
+        for shot, value in zip(shots, values, strict=True):
+            yield "shot", str(shot.index + 1), column, value, _reason(value, found, column, shot)
+    for column, pairs in found.pairs.items():
+        for i, j, value in pairs:
+            yield "pair", f"{i + 1}-{j + 1}", column, value, _reason(value, found, column, shots[i], shots[j])
+    for name, value in found.details.get("characters", {}).items():
+        yield "character", name, "identity_consistency", value, _reason(value, found, "identity_consistency")
+
+
+def _reason(value: float | None, found: Scores, column: str, *shots: ShotResult) -> str | None:
+    """Why there is no value: the shot that is missing, or else what the whole column lacks."""
+    if value is not None:
+        return None
+    return next((shot.missing for shot in shots if shot.missing), found.reasons.get(column))
 
 
 def number(value: float | None) -> str:
@@ -107,12 +118,17 @@ def percent(comparison: Comparison) -> str:
 
 def markdown(results: Results) -> str:
     """The table with the paper's rows beside it, comparisons, what is missing, and how it was measured."""
-    parts = [_markdown_table(results), "", *_notes(results)]
+    banner = [] if results.banner is None else [f"**⚠ {results.banner}**", ""]
+    parts = [*banner, _markdown_table(results), "", *_notes(results)]
     for (first, second), columns in results.comparisons.items():
         parts += ["", f"**{second} against {first}**, story by story", "", *_comparison_rows(results, columns)]
     for system in results.stories:
         if missing := results.missing(system):
             parts += ["", f"**Missing shots of {system}**", "", *(f"- {line}" for line in missing)]
+        if notes := results.reading_notes(system):
+            parts += ["", f"**How videos of {system} were read**", "", *(f"- {line}" for line in notes)]
+        if faults := results.faults(system):
+            parts += ["", f"**Values of {system} that are not finite**", "", *(f"- {line}" for line in faults)]
     return "\n".join(parts) + "\n"
 
 
@@ -122,9 +138,8 @@ def _markdown_table(results: Results) -> str:
     for system, summaries in results.summaries.items():
         cells = [" ".join(filter(None, mean_and_interval(summaries[column.name]))) for column in results.columns]
         rows.append([f"**{system}**", *cells])
-    for name, row in PUBLISHED.items():
-        published = dict(zip(PUBLISHED_COLUMNS, row, strict=True))
-        rows.append([f"{name} †", *(number(published.get(column.name)) for column in results.columns)])
+    for name, row in results.published.items():
+        rows.append([f"{name} †", *(number(row.get(column.name)) for column in results.columns)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -133,7 +148,7 @@ def _notes(results: Results) -> list[str]:
     settings = results.statistics
     stories = len(results.benchmark["titles"])
     notes = [
-        f"† {PUBLISHED_NOTE}.",
+        f"† {results.published_note}." if results.published else f"Note: {results.published_note}.",
         "",
         f"Means over {stories} stories, with {100 * settings.level:g} % bootstrap intervals ({settings.resamples} "
         f"resamples of the stories, seed {settings.seed}). Where a story lacks a value there is no mean; the one over "
@@ -142,7 +157,7 @@ def _notes(results: Results) -> list[str]:
     if texts:
         notes.append(f"{cut} of {texts} texts are longer than the text encoder reads and were cut.")
     for name, metric in results.metrics.items():
-        said = ", ".join(f"{key} {_short(value)}" for key, value in metric.items())
+        said = ", ".join(f"{key} {_short(value)}" for key, value in metric.items() if key != "columns")
         notes.append(f"- {name}: {said}")
     return notes
 
@@ -176,27 +191,32 @@ def _comparison_rows(results: Results, columns: dict[str, Comparison | None]) ->
 def latex(results: Results) -> str:
     """The table for a paper, with ``\\usepackage{booktabs}``; intervals stand under the means."""
     lines = [
-        f"% {PUBLISHED_NOTE}",
+        *([] if results.banner is None else [f"% {results.banner}"]),
+        f"% {results.published_note}",
         f"\\begin{{tabular}}{{l{'c' * len(results.columns)}}}",
         "\\toprule",
+        *_latex_banner(results),
         " & ".join(["", *(_escaped(column.heading) for column in results.columns)]) + " \\\\",
         "\\midrule",
     ]
     for system, summaries in results.summaries.items():
-        cells = [mean_and_interval(summaries[column.name]) for column in results.columns]
-        lines.append(" & ".join([_escaped(system), *(mean for mean, _ in cells)]) + " \\\\")
-        lines.append(" & ".join(["", *(f"{{\\scriptsize {interval}}}" for _, interval in cells)]) + " \\\\")
-    lines.append("\\midrule")
-    for name, row in PUBLISHED.items():
-        lines.append(_published_row(name, row, results.columns))
-    lines += ["\\bottomrule", "\\end{tabular}", f"% $^\\dagger$ {PUBLISHED_NOTE}"]
+        measured = [mean_and_interval(summaries[column.name]) for column in results.columns]
+        lines.append(" & ".join([_escaped(system), *(mean for mean, _ in measured)]) + " \\\\")
+        lines.append(" & ".join(["", *(f"{{\\scriptsize {interval}}}" for _, interval in measured)]) + " \\\\")
+    if results.published:
+        lines.append("\\midrule")
+    for name, row in results.published.items():
+        cells = [number(row.get(column.name)) for column in results.columns]
+        lines.append(" & ".join([f"{_escaped(name)}$^\\dagger$", *cells]) + " \\\\")
+    lines += ["\\bottomrule", "\\end{tabular}"]
     return "\n".join(lines).replace(ABSENT, "--") + "\n"
 
 
-def _published_row(name: str, row: tuple[float, ...], columns: tuple[Column, ...]) -> str:
-    published = dict(zip(PUBLISHED_COLUMNS, row, strict=True))
-    cells = [number(published.get(column.name)) for column in columns]
-    return " & ".join([f"{_escaped(name)}$^\\dagger$", *cells]) + " \\\\"
+def _latex_banner(results: Results) -> list[str]:
+    if results.banner is None:
+        return []
+    width = len(results.columns) + 1
+    return [f"\\multicolumn{{{width}}}{{c}}{{\\textbf{{{_escaped(results.banner)}}}}} \\\\", "\\midrule"]
 
 
 def _escaped(text: str) -> str:

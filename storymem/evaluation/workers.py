@@ -65,12 +65,17 @@ class Workers:
         """What this process does of ``items``."""
         return items[self.rank :: self.world]
 
-    def begin(self) -> None:
-        """Take this process's accelerator and meet the others."""
+    def take_accelerator(self) -> None:
+        """Make this process's accelerator the one that networks are put on."""
         import torch
 
-        if torch.cuda.is_available() and self.world > 1:
-            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+        if torch.accelerator.is_available() and self.world > 1:
+            torch.accelerator.set_device_index(self.local_rank % torch.accelerator.device_count())
+
+    def begin(self) -> None:
+        """Meet the others."""
+        import torch
+
         if self.world > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group(
                 "gloo",
@@ -86,6 +91,15 @@ class Workers:
 
         if self.world > 1:
             torch.distributed.barrier()
+
+    def all_hear(self, said: str | None) -> str | None:
+        """What the first process says, in all of them; returns when all have come here."""
+        import torch
+
+        heard = [said]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(heard, src=0)
+        return heard[0]
 
     def end(self) -> None:
         """Part from the others."""

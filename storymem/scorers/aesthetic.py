@@ -10,9 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from storymem.io import check_finite
 from storymem.scorers.checkpoint import load_strictly, read_checkpoint
-from storymem.scorers.clip import ClipScorer
+from storymem.scorers.clip import ClipConfig, ClipScorer
 from storymem.scorers.inputs import check_prompts
+from storymem.scorers.scorer import Origin, check_threshold
 from storymem.weights import Weights, locate
 
 _DIM = 768  # embedding of CLIP ViT-L/14
@@ -68,7 +70,12 @@ class AestheticScorer:
         self.clip = clip
         self.head = head.float().cpu().eval().requires_grad_(False)
         self.name = name
-        self.threshold = threshold
+        self.threshold = check_threshold(threshold)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the weights of head and CLIP are from."""
+        return self.clip.origin
 
     @staticmethod
     def required_weights(
@@ -150,7 +157,7 @@ class AestheticScorer:
     @classmethod
     def from_config(
         cls,
-        clip: Mapping[str, Any],
+        clip: ClipConfig | Mapping[str, Any],
         *,
         version: str = "v1",
         seed: int = 0,
@@ -204,10 +211,13 @@ class AestheticScorer:
 
         Raises:
             ValueError: for anything else; see `check_frames`.
+            NotFiniteError: if a score is NaN or infinite: every frame would be refused, or pass.
         """
         embeddings = self.clip.embed_images(frames)
         check_prompts(prompts, len(embeddings))
-        return self.head(embeddings).squeeze(-1)
+        scores = self.head(embeddings).squeeze(-1)
+        check_finite(scores, f"aesthetic scores by {self.name}", "its head is damaged")
+        return scores
 
     def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Self:
         """Move CLIP, for example ``to("cpu")`` between shots; returns the scorer itself."""

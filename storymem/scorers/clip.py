@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import open_clip
 import torch
-from accelerate import init_empty_weights
-from open_clip.factory import load_state_dict
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from storymem.scorers.checkpoint import load_strictly
+from storymem.config import STRICT, ConfigError, build_settings
+from storymem.io import FileError, read_json_object
+from storymem.scorers.checkpoint import load_strictly, read_checkpoint
 from storymem.scorers.inputs import check_frames, check_texts
 from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_PREPROCESSINGS, CLIP_STD, normalise
 from storymem.scorers.scorer import Scorer, unit
@@ -23,6 +27,54 @@ from storymem.weights import Weights, locate
 _WEIGHTS_FILE = "open_clip_model.safetensors"
 _CONFIG_FILE = "open_clip_config.json"
 _SIZES_GB = {"ViT-B-32": 0.6, "ViT-B-16": 0.6, "ViT-L-14": 1.7}
+_Width = Annotated[int, Field(ge=1, le=8192)]
+_Count = Annotated[int, Field(ge=1, le=96)]  # of layers and heads
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ClipVision:
+    """Sizes of CLIP's vision tower, a plain ViT, as open_clip names them."""
+
+    image_size: Annotated[int, Field(ge=1, le=1024)] = 224
+    patch_size: Annotated[int, Field(ge=1, le=256)] = 16
+    width: _Width = 768
+    head_width: _Width = 64
+    layers: _Count = 12
+    mlp_ratio: Annotated[float, Field(gt=0, le=16)] = 4.0
+
+    def __post_init__(self) -> None:
+        if self.width % self.head_width:
+            raise ValueError(f"width={self.width} is not a multiple of head_width={self.head_width}")
+        if not self.patch_size <= self.image_size <= 128 * self.patch_size:
+            raise ValueError(f"image_size={self.image_size} is not 1 to 128 times patch_size={self.patch_size}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ClipText:
+    """Sizes of CLIP's text tower, as open_clip names them."""
+
+    context_length: Annotated[int, Field(ge=3, le=4096)] = 77
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 20)] = 49408
+    width: _Width = 512
+    heads: _Count = 8
+    layers: _Count = 12
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ClipConfig:
+    """A plain CLIP model as open_clip writes it.
+
+    Nothing else that open_clip knows is taken: other towers may be fetched from a hub when they are built.
+    """
+
+    embed_dim: _Width
+    quick_gelu: bool = False
+    vision_cfg: ClipVision
+    text_cfg: ClipText
 
 
 class ClipScorer(Scorer[open_clip.CLIP]):
@@ -31,8 +83,8 @@ class ClipScorer(Scorer[open_clip.CLIP]):
     Args:
         network: an open_clip model.
         preprocessing: ``"published_selector"`` (squash to the input size, bilinear, no antialias, no crop) or
-            ``"published_aesthetic"`` (8-bit bicubic of the short side without antialias, centre crop).
-        mean: normalisation the weights were trained with.
+            ``"published_aesthetic"`` (bicubic of the short side without antialias, centre crop, not clamped).
+        mean: normalisation the weights were trained with, one number a channel.
         std: the same.
         tokenizer: CLIP's own by default.
         device, dtype, batch_size: see `Scorer`.
@@ -55,7 +107,9 @@ class ClipScorer(Scorer[open_clip.CLIP]):
             raise ValueError(f"unknown preprocessing {preprocessing!r}; write one of {names}")
         super().__init__(network, device=device, dtype=dtype, batch_size=batch_size)
         self.preprocessing = preprocessing
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std = _channels("mean", mean), _channels("std", std)
+        if min(self.std) <= 0:
+            raise ValueError(f"std={list(self.std)}: must be above 0")
         self.image_size: tuple[int, int] = tuple(network.visual.image_size)
         self.dim: int = network.visual.output_dim
         self.tokenizer = tokenizer or ClipTokenizer(network.context_length)
@@ -65,7 +119,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         model: str = "ViT-B-32-quickgelu", pretrained: str = "openai", source: str | None = None, **_: Any
     ) -> list[Weights]:
         """What :meth:`from_pretrained` loads."""
-        _, tag = _model_and_tag(model, pretrained)
+        tag = _model_and_tag(model, pretrained)[1]
         owner, name, *file = tag["hf_hub"].strip("/").split("/")
         weights = Weights(
             name=f"CLIP {model} ({pretrained})",
@@ -107,8 +161,8 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         path = locate(weights)
         beside = path.parent / _CONFIG_FILE
         if beside.is_file():
-            _check_activation(model, config, json.loads(beside.read_text())["model_cfg"], str(beside))
-        return cls(
+            _check_activation(model, config, read_json_object(beside).get("model_cfg"), str(beside))
+        scorer = cls(
             _load(config, path),
             preprocessing=preprocessing,
             mean=tag.get("mean") or CLIP_MEAN,
@@ -117,6 +171,8 @@ class ClipScorer(Scorer[open_clip.CLIP]):
             dtype=dtype,
             batch_size=batch_size,
         )
+        scorer.origin = "published"
+        return scorer
 
     @classmethod
     def from_folder(
@@ -136,13 +192,13 @@ class ClipScorer(Scorer[open_clip.CLIP]):
 
         Raises:
             MissingWeights: if the folder lacks one of the first two files.
-            CheckpointError: if they do not fit each other.
+            FileError, CheckpointError: if a file is damaged, describes another kind of model, or they do not fit.
         """
         name = f"CLIP model in {folder}"
-        config = json.loads(locate(Weights(name=name, source=str(folder), file=_CONFIG_FILE)).read_text())
+        described = locate(Weights(name=name, source=str(folder), file=_CONFIG_FILE))
+        config, published = _read_config(described)
         path = locate(Weights(name=name, source=str(folder), file=_WEIGHTS_FILE))
-        published = config.get("preprocess_cfg", {})
-        network = _load(config["model_cfg"], path)
+        network = _load(config, path)
         return cls(
             network,
             tokenizer=ClipTokenizer.from_folder(path.parent, network.context_length, network.vocab_size),
@@ -157,7 +213,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
     @classmethod
     def from_config(
         cls,
-        config: Mapping[str, Any],
+        config: ClipConfig | Mapping[str, Any],
         *,
         seed: int = 0,
         preprocessing: str = "published_selector",
@@ -175,8 +231,10 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = _build(config)
-        return cls(network, preprocessing=preprocessing, device=device, dtype=dtype, batch_size=batch_size)
+            network = _build(config if isinstance(config, ClipConfig) else _plain_config(config))
+        scorer = cls(network, preprocessing=preprocessing, device=device, dtype=dtype, batch_size=batch_size)
+        scorer.origin = "untrained"
+        return scorer
 
     def embed_images(self, frames: Tensor) -> Tensor:
         """Embeddings of pictures.
@@ -203,24 +261,58 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         return unit(self.network.encode_image(pixels))
 
 
-def _build(config: Mapping[str, Any]) -> open_clip.CLIP:
-    plain = json.loads(json.dumps(config, default=dict))  # open_clip changes what it is given
-    return open_clip.CLIP(**plain)
+def _channels(name: str, values: Any) -> tuple[float, ...]:
+    """``values`` as one finite number for each of three channels. Raises ``ValueError``."""
+    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 3:
+        raise ValueError(f"{name}={values!r}: write three numbers")
+    if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in values):
+        raise ValueError(f"{name}={values!r}: write three numbers")
+    return tuple(float(value) for value in values)
 
 
-def _load(config: Mapping[str, Any], path: Path) -> open_clip.CLIP:
-    with init_empty_weights(include_buffers=False):
+def _read_config(path: Path) -> tuple[ClipConfig, Mapping[str, Any]]:
+    """Model and preprocessing of an ``open_clip_config.json``. Raises ``FileError``."""
+    content = read_json_object(path)
+    model, preprocess = content.get("model_cfg"), content.get("preprocess_cfg", {})
+    if not isinstance(model, dict) or not isinstance(preprocess, dict):
+        raise FileError(f"{path}: model_cfg and preprocess_cfg must be JSON objects")
+    try:
+        for name in preprocess.keys() & {"mean", "std"}:
+            _channels(name, preprocess[name])
+        return build_settings(ClipConfig, model), preprocess
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from None
+
+
+def _plain_config(config: Mapping[str, Any]) -> ClipConfig:
+    """From plain or OmegaConf containers."""
+    return build_settings(ClipConfig, json.loads(json.dumps(config, default=dict)))
+
+
+def _build(config: ClipConfig) -> open_clip.CLIP:
+    return open_clip.CLIP(**asdict(config))
+
+
+def _load(config: ClipConfig, path: Path) -> open_clip.CLIP:
+    tensors = read_checkpoint(path, inside="state_dict")
+    if all(name.startswith("module.") for name in tensors):  # written by open_clip's training on several GPUs
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    with torch.device("meta"):
         network = _build(config)
-    load_strictly(network, load_state_dict(str(path), weights_only=True), path, assign=True)
+    load_strictly(network, tensors, path, assign=True)
+    causal = torch.full((config.text_cfg.context_length,) * 2, -math.inf).triu_(1)
+    network.register_buffer("attn_mask", causal, persistent=False)  # no checkpoint has it
     return network
 
 
-def _model_and_tag(model: str, pretrained: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    config = open_clip.get_model_config(model)
-    if config is None:
+def _model_and_tag(model: str, pretrained: str) -> tuple[ClipConfig, dict[str, Any]]:
+    described = open_clip.get_model_config(model)
+    if described is None:
         raise ValueError(f"open_clip has no model {model!r}; write for example ViT-B-32-quickgelu")
-    if set(config) - {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}:
-        raise ValueError(f"{model} is not a plain CLIP model; write for example ViT-B-32-quickgelu")
+    try:
+        config = build_settings(ClipConfig, described)
+    except ConfigError:
+        raise ValueError(f"{model} is not a plain CLIP model; write for example ViT-B-32-quickgelu") from None
     tag = open_clip.get_pretrained_cfg(model, pretrained)
     if not tag.get("hf_hub"):
         known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
@@ -229,10 +321,12 @@ def _model_and_tag(model: str, pretrained: str) -> tuple[dict[str, Any], dict[st
     return config, tag
 
 
-def _check_activation(model: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], whose: str) -> None:
+def _check_activation(model: str, ours: ClipConfig, theirs: Any, whose: str) -> None:
     """Raise if the architecture's activation is not the one its weights were trained with."""
+    if not isinstance(theirs, Mapping):
+        raise FileError(f"{whose} does not describe a model: model_cfg must be a JSON object")
     quick = bool(theirs.get("quick_gelu", False))
-    if bool(ours.get("quick_gelu", False)) == quick:
+    if ours.quick_gelu == quick:
         return
     plain = model.removesuffix("-quickgelu")
     raise ValueError(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from storymem.config import build_settings
+from storymem.io import FileError, read_text
 from storymem.scorers.hpsv3_inputs import (
     IMAGE_TOKEN,
     PIXELS,
@@ -30,10 +33,11 @@ from storymem.scorers.hpsv3_network import (
 )
 from storymem.scorers.inputs import check_frames, check_prompts
 from storymem.scorers.preprocessing import to_bytes
-from storymem.scorers.scorer import Scorer, resolve_device, resolve_dtype
+from storymem.scorers.scorer import Scorer, check_threshold, resolve_device, resolve_dtype
 from storymem.weights import Weights, locate
 
 _PREPROCESSINGS = ("published_selector", "published_hpsv3")
+_TOKENIZER_FILE = "tokenizer.json"
 
 
 class Hpsv3Scorer(Scorer[Hpsv3Network]):
@@ -75,7 +79,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
         self.config = network.config
         self._quantised = getattr(network.model, "is_quantized", False)
         super().__init__(network, device=device, dtype=dtype, batch_size=batch_size)
-        self.threshold = threshold
+        self.threshold = check_threshold(threshold)
         self.preprocessing = preprocessing
         self.max_batch_pixels = max_batch_pixels
         self.tokenizer = _with_reward_token(tokenizer, self.config)
@@ -101,7 +105,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
         tokenizer = Weights(
             name="Qwen2-VL tokenizer (for HPSv3)",
             source=tokenizer_source,
-            file="tokenizer*",
+            file=_TOKENIZER_FILE,
             size_gb=0.007,
             licence="Apache-2.0",
         )
@@ -131,17 +135,17 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
 
         Raises:
             MissingWeights: if the weights or the tokenizer are not on this machine.
-            CheckpointError: if the file holds another network.
+            FileError, CheckpointError: if a file is damaged or holds something else.
             ImportError: if ``four_bit`` is asked for and bitsandbytes is not installed.
         """
-        path, folder = (locate(weights) for weights in cls.required_weights(source, tokenizer_source))
+        path, words = (locate(weights) for weights in cls.required_weights(source, tokenizer_source))
         if four_bit:
             network = load_network_in_4_bits(path, PUBLISHED, resolve_device(device))
         else:
             network = load_network(path, PUBLISHED, resolve_dtype(dtype))
-        return cls(
+        scorer = cls(
             network,
-            AutoTokenizer.from_pretrained(folder, local_files_only=True),
+            _read_tokenizer(words),
             threshold=threshold,
             preprocessing=preprocessing,
             max_batch_pixels=max_batch_pixels,
@@ -149,6 +153,8 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
             dtype=dtype,
             batch_size=batch_size,
         )
+        scorer.origin = "published"
+        return scorer
 
     @classmethod
     def from_config(
@@ -169,7 +175,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = Hpsv3Network(sizes)
-        return cls(
+        scorer = cls(
             network,
             tokenizer,
             threshold=threshold,
@@ -179,6 +185,8 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
             dtype=dtype,
             batch_size=batch_size,
         )
+        scorer.origin = "untrained"
+        return scorer
 
     @torch.no_grad()
     def score(self, frames: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
@@ -194,6 +202,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
 
         Raises:
             ValueError: for anything else; see `check_frames`.
+            NotFiniteError: if a score is NaN or infinite: every frame would be refused, or pass.
         """
         frames = check_frames(frames)
         prompts = check_prompts(prompts, len(frames))
@@ -202,7 +211,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
             self._score_batch(frames[start : start + rows], prompts[start : start + rows])
             for start in range(0, len(frames), rows)
         ]
-        return torch.cat(scores) if scores else torch.empty(0)
+        return self._finite(torch.cat(scores), "scores") if scores else torch.empty(0)
 
     def _rows_at_once(self, height: int, width: int) -> int:
         if self.preprocessing == "published_selector":
@@ -234,6 +243,20 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
         self.network.to(self.device)
         if not self._quantised:
             cast_backbone(self.network, self.dtype)
+
+
+def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a ``tokenizer.json``; what lies beside it, code included, is not looked at.
+
+    Raises:
+        FileError: if it is damaged.
+    """
+    content = read_text(path)
+    try:
+        tokenizer = Tokenizer.from_str(content)
+    except Exception as error:  # the library raises nothing more precise
+        raise FileError(f"{path} is not a tokenizer: {error}") from None
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>")
 
 
 def _with_reward_token(tokenizer: PreTrainedTokenizerBase, config: Hpsv3Config) -> PreTrainedTokenizerBase:

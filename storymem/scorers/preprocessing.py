@@ -32,12 +32,22 @@ def squash_in_bytes(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return to_bytes(squash(to_bytes(frames), size) / 255.0) / 255.0
 
 
-def crop_in_bytes(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """VBench's transform: 8-bit bicubic of the short side without antialias, then the centre is cut out.
+def crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """VBench's transform for its aesthetic score: bicubic of the short side without antialias, the centre cut out.
 
-    The long side is truncated to an integer, the resized picture is clamped and rounded to 0..255, and the
-    crop's offset is rounded half to even, all as torchvision does with uint8 tensors.
+    VBench gives it float tensors, so values overshoot 0..1 at edges and are not clamped. The long side is truncated to
+    an integer and the crop's offset is rounded half to even, as torchvision does.
     """
+    return _crop(frames, size) / 255.0
+
+
+def crop_in_bytes(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """VBench's transform for ViCLIP: `crop` of 8-bit frames, clamped and rounded to 0..255 as torchvision does."""
+    return _crop(frames, size).clamp(0, 255).round() / 255.0
+
+
+def _crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """See `crop`; 0..255, float, neither clamped nor rounded."""
     height, width = frames.shape[-2:]
     short = min(height, width)
     target = (int(size[0] * height / short), int(size[1] * width / short))
@@ -45,8 +55,7 @@ def crop_in_bytes(frames: Tensor, size: tuple[int, int]) -> Tensor:
     if target != (height, width):
         pixels = F.interpolate(pixels, size=target, mode="bicubic", align_corners=False)
     top, left = round((target[0] - size[0]) / 2), round((target[1] - size[1]) / 2)
-    pixels = pixels[..., top : top + size[0], left : left + size[1]]
-    return pixels.clamp(0, 255).round() / 255.0
+    return pixels[..., top : top + size[0], left : left + size[1]]
 
 
 def to_bytes(frames: Tensor) -> Tensor:
@@ -62,5 +71,5 @@ def normalise(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 CLIP_PREPROCESSINGS: dict[str, Preprocessing] = {
     "published_selector": squash,
-    "published_aesthetic": crop_in_bytes,
+    "published_aesthetic": crop,
 }

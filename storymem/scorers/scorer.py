@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from storymem.io import check_finite
+
 Network = TypeVar("Network", bound=nn.Module)
+
+#: Where weights are from: a published checkpoint, somebody's own training, or chance.
+Origin = Literal["published", "own", "untrained"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A torch device; ``"auto"`` is the first CUDA device if there is one, else the CPU."""
+    """A torch device; ``"auto"`` is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: for a name that torch does not know.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"unknown device {device!r}; write auto, cpu, cuda or cuda:0") from None
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -29,20 +42,32 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; write one of {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
+
+
+def check_threshold(threshold: Any) -> float:
+    """A threshold of quality as a float. Raises ``ValueError`` for what is no number: no frame would pass."""
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
+        raise ValueError(f"threshold={threshold!r}: write a number")
+    return float(threshold)
 
 
 class Scorer(Generic[Network]):
     """A frozen network in eval mode that can be moved and freed.
 
+    Attributes:
+        origin: where its weights are from; `from_pretrained` and `from_config` say so.
+
     Args:
         network: the network; it is moved, not copied.
-        device: where it runs; ``"auto"`` prefers CUDA.
+        device: where it runs; ``"auto"``: the accelerator if there is one.
         dtype: the type its weights and activations have; inputs and results are float32 all the same.
         batch_size: how many rows go through the network at once.
     """
+
+    origin: Origin = "own"
 
     def __init__(
         self,
@@ -52,8 +77,8 @@ class Scorer(Generic[Network]):
         dtype: str | torch.dtype = "float32",
         batch_size: int = 32,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size!r}")
         self._network: Network | None = network.eval().requires_grad_(False)
         self.batch_size = batch_size
         self.device = resolve_device(device)
@@ -91,9 +116,21 @@ class Scorer(Generic[Network]):
 
     @torch.no_grad()
     def _in_batches(self, rows: Tensor, run: Callable[[Tensor], Tensor], width: int) -> Tensor:
-        """``run`` over ``rows`` batch by batch on the device: float32 on the CPU; [0, width] without rows."""
+        """``run`` over ``rows`` batch by batch on the device: float32 on the CPU; [0, width] without rows.
+
+        Raises:
+            NotFiniteError: if a result is NaN or infinite.
+        """
         results = [run(batch.to(self.device)).float().cpu() for batch in rows.split(self.batch_size) if len(batch)]
-        return torch.cat(results) if results else torch.empty(0, width)
+        if not results:
+            return torch.empty(0, width)
+        return self._finite(torch.cat(results), "embeddings")
+
+    def _finite(self, results: Tensor, what: str) -> Tensor:
+        """``results``, if they are numbers: an embedding or score that is none must not decide anything."""
+        narrow = f"{self.dtype} may be too narrow for these weights: try dtype=float32"
+        check_finite(results, f"{what} by {type(self).__name__}", "" if self.dtype == torch.float32 else narrow)
+        return results
 
 
 def unit(features: Tensor) -> Tensor:
@@ -102,5 +139,5 @@ def unit(features: Tensor) -> Tensor:
 
 
 def _return_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type != "cpu" and torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import logging
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 from open_clip import SimpleTokenizer
 from torch import Tensor
 
+from storymem.io import FileError, check_regular
 from storymem.scorers.checkpoint import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -20,11 +24,28 @@ logger = logging.getLogger(__name__)
 VOCABULARY_FILE = "bpe_vocabulary.txt.gz"  # beside the weights of a network with fewer rows than CLIP's
 
 
+_MAX_VOCABULARY = 16 << 20  # bytes when unpacked; CLIP's own has 3.2 million
+
+
 @cache  # reading the vocabulary takes longer than building a small model
-def _tokenizer(context_length: int, vocabulary: Path | None) -> SimpleTokenizer:
+def _tokenizer(context_length: int, vocabulary: Path | None, content: str) -> SimpleTokenizer:
+    """``content`` is the hash of the file, which may change."""
     if vocabulary is None:
         return SimpleTokenizer(context_length=context_length)
     return SimpleTokenizer(str(vocabulary), context_length=context_length)
+
+
+def _checked(vocabulary: Path) -> str:
+    """The hash of a vocabulary, once it is known to be text of a sensible size. Raises ``FileError``."""
+    try:
+        with gzip.open(check_regular(vocabulary)) as opened:
+            content = opened.read(_MAX_VOCABULARY + 1)
+        content.decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise FileError(f"{vocabulary} is not a gzipped list of merges in UTF-8: {error}") from None
+    if len(content) > _MAX_VOCABULARY:
+        raise FileError(f"{vocabulary} unpacks to more than {_MAX_VOCABULARY:,} bytes; no vocabulary has as many")
+    return hashlib.sha256(content).hexdigest()
 
 
 class ClipTokenizer:
@@ -41,18 +62,19 @@ class ClipTokenizer:
         self.context_length = context_length
         self.texts_seen = 0
         self.texts_truncated = 0
-        self._tokenizer = _tokenizer(context_length, vocabulary)
-        self.vocab_size: int = self._tokenizer.vocab_size
+        self._tokenizer = _tokenizer(context_length, vocabulary, "" if vocabulary is None else _checked(vocabulary))
+        self.vocab_size: int = self._tokenizer.eot_token_id + 1  # the last; merges written twice count twice
 
     @classmethod
     def from_folder(cls, folder: str | Path, context_length: int, rows: int) -> Self:
         """The tokenizer of a model's folder: by the vocabulary in it, or CLIP's where there is none.
 
         Raises:
+            FileError: if the vocabulary is damaged.
             CheckpointError: if it gives more ids than the model has rows of embeddings (which may be padded).
         """
         path = Path(folder) / VOCABULARY_FILE
-        has_own = path.is_file()
+        has_own = path.exists()
         tokenizer = cls(context_length, path if has_own else None)
         if tokenizer.vocab_size > rows:
             whose = f"its {VOCABULARY_FILE}" if has_own else f"CLIP's vocabulary (it has no {VOCABULARY_FILE})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -14,7 +13,8 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
-from storymem.config import build_settings
+from storymem.config import ConfigError, build_settings
+from storymem.io import FileError, read_json_object, replacing, write_json
 from storymem.scorers.checkpoint import load_strictly, read_checkpoint
 from storymem.scorers.inputs import check_clips, check_texts
 from storymem.scorers.preprocessing import (
@@ -111,6 +111,20 @@ class ViclipScorer(Scorer[Viclip]):
         self.dim = network.config.output_dim
         self.tokenizer = tokenizer or ClipTokenizer(network.config.context_length)
 
+    @staticmethod
+    def required_weights(size: str = "L-14", source: str | None = None, **_: Any) -> list[Weights]:
+        """What :meth:`from_pretrained` loads. Raises ``ValueError`` for an unknown size."""
+        if size not in _SIZES:
+            raise ValueError(f"unknown size {size!r}; write one of {', '.join(_SIZES)}")
+        weights = Weights(
+            name=f"ViCLIP-{size}",
+            source=source or f"OpenGVLab/ViCLIP-{size}-hf",
+            file=_WEIGHTS_FILE,
+            size_gb=_SIZES_GB[size],
+            licence=_LICENCE,
+        )
+        return [weights]
+
     @classmethod
     def from_pretrained(
         cls,
@@ -135,17 +149,11 @@ class ViclipScorer(Scorer[Viclip]):
             MissingWeights: if the weights are not on this machine.
             CheckpointError: if the file holds another network.
         """
-        if size not in _SIZES:
-            raise ValueError(f"unknown size {size!r}; write one of {', '.join(_SIZES)}")
-        weights = Weights(
-            name=f"ViCLIP-{size}",
-            source=source or f"OpenGVLab/ViCLIP-{size}-hf",
-            file=_WEIGHTS_FILE,
-            size_gb=_SIZES_GB[size],
-            licence=_LICENCE,
-        )
+        (weights,) = cls.required_weights(size, source)
         network = _load(_SIZES[size], locate(weights))
-        return cls(network, profile=profile, device=device, dtype=dtype, batch_size=batch_size)
+        scorer = cls(network, profile=profile, device=device, dtype=dtype, batch_size=batch_size)
+        scorer.origin = "published"
+        return scorer
 
     @classmethod
     def from_folder(
@@ -161,12 +169,17 @@ class ViclipScorer(Scorer[Viclip]):
 
         Raises:
             MissingWeights: if the folder lacks ``viclip.json`` or ``model.safetensors``.
-            CheckpointError: if they do not fit each other.
+            FileError, CheckpointError: if a file is damaged, or they do not fit each other.
         """
         name = f"ViCLIP network in {folder}"
-        sizes = json.loads(locate(Weights(name=name, source=str(folder), file=_CONFIG_FILE)).read_text())
+        described = locate(Weights(name=name, source=str(folder), file=_CONFIG_FILE))
         path = locate(Weights(name=name, source=str(folder), file=_WEIGHTS_FILE))
-        network = _load(build_settings(ViclipConfig, sizes), path)
+        sizes = read_json_object(described)
+        try:
+            config = build_settings(ViclipConfig, sizes)
+        except ConfigError as error:
+            raise FileError(f"{described}: {error}") from None
+        network = _load(config, path)
         tokenizer = ClipTokenizer.from_folder(path.parent, network.config.context_length, network.config.vocab_size)
         return cls(network, tokenizer=tokenizer, profile=profile, device=device, dtype=dtype, batch_size=batch_size)
 
@@ -190,17 +203,17 @@ class ViclipScorer(Scorer[Viclip]):
             torch.manual_seed(seed)
             network = Viclip(sizes)
             torch.nn.init.normal_(network.vision_encoder.temporal_positional_embedding, std=sizes.width**-0.5)
-        return cls(network, profile=profile, device=device, dtype=dtype, batch_size=batch_size)
+        scorer = cls(network, profile=profile, device=device, dtype=dtype, batch_size=batch_size)
+        scorer.origin = "untrained"
+        return scorer
 
     def save(self, folder: str | Path) -> None:
         """Write sizes and weights to ``folder``, for `from_folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        save_file(
-            {name: value.contiguous() for name, value in self.network.state_dict().items()},
-            folder / _WEIGHTS_FILE,
-        )
+        with replacing(folder / _WEIGHTS_FILE) as path:
+            save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, path)
+        write_json(folder / _CONFIG_FILE, asdict(self.config), indent=2)
 
     def frame_indices(self, length: int) -> list[int]:
         """Which frames of a video of ``length`` frames are looked at: read only these to save memory.
@@ -239,9 +252,8 @@ class ViclipScorer(Scorer[Viclip]):
 
 
 def _load(config: ViclipConfig, path: Path) -> Viclip:
-    tensors = read_checkpoint(path)
     # The .pth files keep the tensors one level down; no tensor of the network itself is called "model".
-    tensors = tensors.get("model", tensors)
+    tensors = read_checkpoint(path, inside="model")
     with torch.device("meta"):
         network = Viclip(config)
     load_strictly(network, tensors, path, assign=True)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Annotated
 
 import torch
 from einops import rearrange
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from storymem.config import STRICT
+
+_Width = Annotated[int, Field(ge=1, le=8192)]
+_Count = Annotated[int, Field(ge=1, le=96)]  # of layers and heads
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -28,18 +33,25 @@ class ViclipConfig:
         vocab_size: rows of the token embedding.
     """
 
-    resolution: int = 224
-    patch: int = 14
-    width: int = 1024
-    layers: int = 24
-    heads: int = 16
-    output_dim: int = 768
-    num_frames: int = 8
-    text_width: int = 768
-    text_layers: int = 12
-    text_heads: int = 12
-    context_length: int = 32
-    vocab_size: int = 49408
+    resolution: Annotated[int, Field(ge=1, le=1024)] = 224
+    patch: Annotated[int, Field(ge=1, le=256)] = 14
+    width: _Width = 1024
+    layers: _Count = 24
+    heads: _Count = 16
+    output_dim: _Width = 768
+    num_frames: Annotated[int, Field(ge=1, le=256)] = 8
+    text_width: _Width = 768
+    text_layers: _Count = 12
+    text_heads: _Count = 12
+    context_length: Annotated[int, Field(ge=3, le=4096)] = 32
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 20)] = 49408
+
+    def __post_init__(self) -> None:
+        for width, heads in (("width", "heads"), ("text_width", "text_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(f"{width}={getattr(self, width)} is not a multiple of {heads}={getattr(self, heads)}")
+        if not self.patch <= self.resolution <= 128 * self.patch:
+            raise ValueError(f"resolution={self.resolution} is not 1 to 128 times patch={self.patch}")
 
 
 VICLIP_L_14 = ViclipConfig()

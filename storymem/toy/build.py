@@ -30,7 +30,7 @@ from storymem.toy.contrast import (
 from storymem.toy.fitting import Run, Schedule, averaged
 from storymem.toy.latents import SHARD, channel_statistics, fill_cache, load_cache
 from storymem.toy.report import generate, measure
-from storymem.toy.text import load_tokenizer, seeded_text_encoder, train_tokenizer
+from storymem.toy.text import load_tokenizer, seeded_text_encoder, train_tokenizer, write_known_words
 from storymem.toy.text_reading import Reader, train_text_encoder
 from storymem.toy.vae import build_vae, picture, train_vae
 from storymem.toy.world import HELD_OUT, story
@@ -248,6 +248,7 @@ def save(recipe: Recipe) -> None:
     pipe = pipeline_of(recipe, experts["high"], experts["low"])
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(recipe.weights)
+    write_known_words(recipe.weights / "tokenizer")
     for name in ("clip", "viclip"):
         shutil.copytree(recipe.work / name / "model", recipe.weights / name, dirs_exist_ok=True)
     shutil.copy(recipe.work / "quality" / "aesthetic_head.safetensors", recipe.weights / "clip")

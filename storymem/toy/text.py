@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from storymem.io import write_text
 from storymem.toy.world import story
+from storymem.wan.texts import KNOWN_WORDS
 
 VOCABULARY = 320
 TEXT_TOKENS = 80  # prompts are padded to this length; the longest with looks has 72 tokens
@@ -54,6 +57,13 @@ def train_tokenizer(folder: Path, *, stories: int = 2000) -> T5Tokenizer:
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def write_known_words(folder: Path, *, stories: int = 300) -> None:
+    """Write every word of the world's sentences beside a tokenizer; in 300 stories all occur."""
+    words = {word for sentence in world_sentences(stories) for word in re.findall(r"[\w-]+", sentence)}
+    once = {word for word in words if word.islower() or word.lower() not in words}
+    write_text(folder / KNOWN_WORDS, "\n".join(sorted(once, key=str.lower)) + "\n")
 
 
 def build_text_encoder(vocabulary: int) -> UMT5EncoderModel:

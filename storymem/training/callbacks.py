@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ Sums = Mapping[str, tuple[Tensor, Tensor]]
 class LogMetrics:
     """Means of every so many steps, over all processes, as rows of the log; and a line for who is watching.
 
+    The first row of a run that is taken up is of the steps since then.
+
     Args:
         log: of the main process; None on the others.
         every: steps between rows.
@@ -36,6 +39,8 @@ class LogMetrics:
         self._last: float | None = None
 
     def __call__(self, trainer: Trainer, report: StepReport) -> None:
+        if not report.sums:  # of a step before the run was taken up
+            return
         self._last = self._last or time.perf_counter() - sum(report.seconds.values())
         self._reports.append(report)
         if report.step % self._every and report.step != trainer.steps:
@@ -119,7 +124,7 @@ class Validation:
                 mine = []
                 for number in range(rounds):
                     plan = self._plans[min(number * world + rank, len(self._plans) - 1)]
-                    losses = self._method.evaluate(expert, self._dataset[plan])
+                    losses = self._method.evaluate(expert, trainer.together(partial(self._dataset.__getitem__, plan)))
                     total, count = losses.sums["loss_video"]
                     mine.append(torch.stack([losses.total, total / count, *losses.sums.get("loss_subject", ())]))
                 # [world, rounds, 2 or 4], process by process; brought back into the order of the plans.
@@ -156,7 +161,7 @@ def _mean(total: float, count: float) -> float | None:
 
 def memory_gb(device: torch.device) -> float:
     """The most memory in GB (10^9 bytes) that this process has held on its accelerator, or of the CPU's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type not in ("cpu", "mps"):
+        return torch.accelerator.max_memory_allocated(device) / 1e9
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -1,72 +1,171 @@
-"""Checkpoints of a run: folders that are either wholly there or not at all, of which the newest stay."""
+"""Checkpoints of a run: folders that are either wholly there or not at all, of which the newest stay. No torch here."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from storymem.io import FileError, check_regular, replacing_folder, settle_folder
+from storymem.training.sealed import read_sealed, write_sealed
+
+MANIFEST = "checkpoint.json"
+FORMAT = 1
 _NAME = re.compile(r"step_(\d{8})")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose ``checkpoint.json`` has been read.
+
+    Args:
+        path: its folder.
+        step: how many steps were done.
+        about: what the run says of itself: its configuration, for one.
+        state: what the trainer keeps beside tensors.
+        files: (size in bytes, sha256) of each file, by its path in the folder.
+    """
+
+    path: Path
+    step: int
+    about: Mapping[str, Any]
+    state: Mapping[str, Any]
+    files: Mapping[str, tuple[int, str]]
+
+    def verify(self) -> None:
+        """Raise ``FileError`` if a file is not what was written."""
+        for name, (size, _) in self.files.items():
+            if (found := check_regular(self.path / name).stat().st_size) != size:
+                raise FileError(f"{self.path / name} has {found:,} bytes, and {size:,} were written")
+        for name, digest in _digests(self.path, self.files).items():
+            if digest != self.files[name][1]:
+                raise FileError(f"{self.path / name} is not what was written: its sha256 differs")
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``; its tensors are not read.
+
+    Raises:
+        FileNotFoundError, FileError: if ``checkpoint.json`` is missing or not one that was written here.
+    """
+    values = read_sealed(folder / MANIFEST)
+    if values["format"] != FORMAT or folder.name != _folder_name(values["step"]):
+        raise FileError(f"{folder / MANIFEST} is of another version or another checkpoint")
+    files = {name: (size, digest) for name, (size, digest) in values["files"].items()}
+    return Checkpoint(path=folder, step=values["step"], about=values["about"], state=values["state"], files=files)
+
+
+@dataclass(frozen=True)
 class Checkpoints:
     """The folder ``checkpoints`` of a run.
 
     Args:
         folder: holds ``step_00000500`` and the like.
         keep: how many stay.
+        about: what each checkpoint says of the run.
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    folder: Path
+    keep: int = field(kw_only=True)
+    about: Mapping[str, Any] = field(kw_only=True, default_factory=dict)
 
     def steps(self) -> list[int]:
-        """After which steps there is a checkpoint, ascending."""
+        """After which steps there is a checkpoint, damaged or not, ascending."""
         names = [_NAME.fullmatch(path.name) for path in self.folder.glob("step_*")]
         return sorted(int(name[1]) for name in names if name is not None)
 
     def path(self, step: int) -> Path:
         """The checkpoint after ``step`` steps."""
-        return self.folder / f"step_{step:08d}"
+        return self.folder / _folder_name(step)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is not damaged; what is passed over is told. None if there is no checkpoint.
+
+        Raises:
+            FileError: if there are checkpoints and all are damaged.
+        """
+        faults = []
+        for step in reversed(self.steps()):
+            try:
+                found = read_checkpoint(self.path(step))
+                found.verify()
+            except (OSError, FileError) as error:
+                faults.append(f"{self.path(step)} is damaged or of an older version, and is passed over: {error}")
+                continue
+            print("".join(f"{fault}\n" for fault in faults), end="", file=sys.stderr)
+            return found
+        if faults:
+            raise FileError(
+                "\n".join(faults) + f"\nno whole checkpoint is left in {self.folder}: bring one back from a backup, or "
+                "begin anew with another output"
+            )
+        return None
+
+    def newest_readable(self) -> Checkpoint | None:
+        """The newest checkpoint that says what it is; its files are not looked at."""
+        for step in reversed(self.steps()):
+            try:
+                return read_checkpoint(self.path(step))
+            except (FileNotFoundError, FileError):
+                continue
+        return None
 
     @contextmanager
-    def writing(self, step: int) -> Iterator[Path]:
+    def writing(self, step: int, state: Mapping[str, Any] | None = None) -> Iterator[Path]:
         """Yield an empty folder that becomes the checkpoint after ``step`` at the end of the block.
 
-        If the block raises or the process is killed, there is no such checkpoint; what is left of it goes when the
-        next is written. Checkpoints beyond ``keep`` are removed, the oldest first.
+        If the block raises or the process is killed, there is no such checkpoint. Once it is there, older checkpoints
+        beyond ``keep`` are removed, the oldest first; those that hold anything that was not written here stay.
         """
         self.remove_unfinished()
-        partial = self.folder / f".{self.path(step).name}.partial"
-        partial.mkdir(parents=True)
-        try:
+        with replacing_folder(self.path(step)) as partial:
             yield partial
-            for path in [*(path for path in partial.rglob("*") if path.is_file()), partial]:
-                _flush(path)
-            shutil.rmtree(self.path(step), ignore_errors=True)
-            partial.rename(self.path(step))
-            _flush(self.folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        for old in self.steps()[: -self.keep]:
-            # Renamed first: half a checkpoint must not be taken for a whole one.
-            doomed = self.folder / f".{self.path(old).name}.partial"
-            self.path(old).rename(doomed)
-            shutil.rmtree(doomed)
+            names = [str(path.relative_to(partial)) for path in sorted(partial.rglob("*")) if path.is_file()]
+            sizes = {name: (partial / name).stat().st_size for name in names}
+            files = {name: [sizes[name], digest] for name, digest in _digests(partial, names).items()}
+            description = {"format": FORMAT, "step": step, "about": self.about, "state": state or {}, "files": files}
+            write_sealed(partial / MANIFEST, description)
+        # Later ones were passed over as damaged, and are replaced when the run comes to them.
+        for old in [earlier for earlier in self.steps() if earlier <= step][: -self.keep]:
+            if self._is_ours(old):
+                # Renamed first: half a checkpoint must not be taken for a whole one.
+                doomed = self.folder / f".{self.path(old).name}.partial"
+                self.path(old).rename(doomed)
+                shutil.rmtree(doomed)
 
     def remove_unfinished(self) -> None:
         """Remove what killed processes left."""
         for path in self.folder.glob(".step_*.partial"):
-            shutil.rmtree(path)
+            settle_folder(path.with_name(path.name[1:].removesuffix(".partial").removesuffix(".old")))
+
+    def _is_ours(self, step: int) -> bool:
+        folder = self.path(step)
+        try:
+            known = {MANIFEST, *read_checkpoint(folder).files}
+        except (FileNotFoundError, FileError):
+            return False
+        found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+        return not folder.is_symlink() and found <= known
 
 
-def _flush(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of each file, several at a time: a checkpoint of a large model has many gigabytes."""
+
+    def digest(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    names = list(names)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))

@@ -6,23 +6,31 @@ from nothing else: not from the number of processes or of data workers, nor from
 
 from __future__ import annotations
 
-import signal
-from collections import defaultdict
+import queue
+import sys
+import threading
+import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from storymem.io import NotFiniteError
+from storymem.training.sealed import digest
 from storymem.training.settings import GIVEN_FRAMES, BatchSettings, Conditioning
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.spec import A14B, ModelSpec
 
 Split = Literal["train", "valid"]
 _SPLIT_NUMBERS: dict[Split, int] = {"train": 0, "valid": 1}
+_AHEAD = 4  # batches that each reader is ahead of the training
+_SLOW_SECONDS = 60  # after which a wait for data is told
+_END_SECONDS = 2.0  # how long readers are waited for: a read that hangs cannot be interrupted
 
 
 class Clip(Protocol):
@@ -39,10 +47,14 @@ class Clip(Protocol):
 
 
 class Latents(Protocol):
-    """Where clips' latents come from; :class:`storymem.training.cache.LatentCache` is one."""
+    """Where clips' latents come from; :class:`storymem.training.cache.LatentCache` is one.
+
+    Several threads read at the same time.
+    """
 
     @property
     def clips(self) -> Sequence[Clip]: ...
+    def cure(self, index: int) -> str: ...
     def video(self, index: int) -> Tensor: ...
     def keyframes(self, index: int) -> Tensor: ...
     def given(self, index: int, frames: int) -> Tensor: ...
@@ -208,46 +220,55 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Self:
-        """For the data loader: pages that can be copied while the device computes."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changes: dict[str, Any] = {k: change(v) for k, v in values.items() if isinstance(v, Tensor)}
+        changes: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)
+        }
         return replace(self, **changes)
 
 
-class MemoryDataset(Dataset[Batch]):
+class MemoryDataset:
     """Plans in, batches out; a :class:`SamplePlan` stands for an index."""
 
     def __init__(self, latents: Latents, spec: ModelSpec = A14B) -> None:
         self.latents, self.spec = latents, spec
 
     def __getitem__(self, plan: SamplePlan) -> Batch:
-        """The one sample that ``plan`` describes, as a batch of one."""
-        video = self.latents.video(plan.clip)[None]
-        memory = [self.latents.keyframes(clip)[keyframe] for clip, keyframe in plan.memory]
+        """The one sample that ``plan`` describes, as a batch of one.
+
+        Raises:
+            NotFiniteError: naming the clip and what of it holds NaN or infinity.
+        """
+        video = self._checked(self.latents.video(plan.clip), "latents of clip", plan.clip)[None]
+        memory = [
+            self._checked(self.latents.keyframes(clip)[keyframe], f"keyframe {keyframe} of clip", clip)
+            for clip, keyframe in plan.memory
+        ]
         remembered = torch.cat(memory, dim=1)[None] if memory else None
+        text = self.latents.empty_text() if plan.drop_text else self.latents.text(plan.clip)
         x0 = video if remembered is None else torch.cat([remembered, video], dim=2)
         generator = torch.Generator().manual_seed(plan.seed)
         slots, condition = self.spec.latent_frames(plan.given), None
         if self.spec.condition_channels:
-            given = self.latents.given(plan.clip, plan.given)[None]
+            given = self._checked(self.latents.given(plan.clip, plan.given), "given frames of clip", plan.clip)[None]
             condition = condition_channels(remembered, given, slots, self.spec)
         return Batch(
             x0=x0,
             noise=torch.randn(x0.shape, generator=generator),
             u=torch.rand(1, generator=generator),
             condition=condition,
-            mask=self.latents.mask(plan.clip)[None],
-            text=(self.latents.empty_text() if plan.drop_text else self.latents.text(plan.clip))[None],
+            mask=self._checked(self.latents.mask(plan.clip), "mask of clip", plan.clip)[None],
+            text=self._checked(text, "text embeds of clip", plan.clip)[None],
             memory_frames=len(memory),
             given=slots,
             ids=(self.latents.clips[plan.clip].id,),
         )
+
+    def _checked(self, tensor: Tensor, what: str, clip: int) -> Tensor:
+        if not bool(tensor.isfinite().all()):
+            cure = self.latents.cure(clip)
+            raise NotFiniteError(f"{what} {self.latents.clips[clip].id}: NaN or infinite values; {cure}")
+        return tensor
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
@@ -273,20 +294,23 @@ def collate(samples: Sequence[Batch]) -> Batch:
     )
 
 
-class _Turns:
-    """Batch sampler of one process: its share of each step, cut into batches; it has no end."""
+def _turns(
+    planner: SamplePlanner, *, size: int, rank: int, world: int, start: int
+) -> Generator[list[SamplePlan], None, None]:
+    """One process's share of each step, cut into batches; without end."""
+    share = planner.samples // world
+    step = start
+    while True:
+        mine = planner.plan(step)[rank * share : (rank + 1) * share]
+        for first in range(0, share, size):
+            yield list(mine[first : first + size])
+        step += 1
 
-    def __init__(self, planner: SamplePlanner, *, size: int, rank: int, world: int, start: int) -> None:
-        self._planner, self._size, self._rank, self._world, self._start = planner, size, rank, world, start
 
-    def __iter__(self) -> Iterator[list[SamplePlan]]:
-        share = self._planner.samples // self._world
-        step = self._start
-        while True:
-            mine = self._planner.plan(step)[self._rank * share : (self._rank + 1) * share]
-            for first in range(0, share, self._size):
-                yield list(mine[first : first + self._size])
-            step += 1
+def training_set_digest(latents: Latents) -> str:
+    """A short hash of all that decides which samples a seed draws from a training set."""
+    clips = [(clip.id, clip.bucket, clip.keyframes, clip.mask) for clip in latents.clips]
+    return digest(clips, latents.groups("train"))
 
 
 def train_planner(
@@ -326,37 +350,67 @@ def train_batches(
     rank: int = 0,
     world: int = 1,
     start: int = 0,
-    pin_memory: bool = False,
 ) -> Generator[Batch, None, None]:
     """The batches of one process from step ``start`` on, without end: those of a step follow each other.
 
-    Close it to end the processes that read.
+    Close it to end the threads that read.
 
     Args:
         latents: where tensors are read.
         planner: what each step trains on.
         size: samples of a batch; divides the process's share of a step.
-        workers: processes that read; 0: this one.
+        workers: threads that read ahead; 0: a batch is read when it is asked for.
         rank: which process of the run this is.
         world: how many there are.
         start: the first step.
-        pin_memory: for an accelerator.
     """
-    loader = DataLoader(
-        MemoryDataset(latents),
-        batch_sampler=_Turns(planner, size=size, rank=rank, world=world, start=start),
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_signals_to_the_run,
-        # Not one more draw from the global random state than without a loader.
-        generator=torch.Generator(),
-    )
-    yield from loader
+    dataset = MemoryDataset(latents)
+    turns = _turns(planner, size=size, rank=rank, world=world, start=start)
+
+    def read(plans: Sequence[SamplePlan]) -> Batch:
+        return collate([dataset[plan] for plan in plans])
+
+    yield from map(read, turns) if workers == 0 else _read_ahead(read, turns, workers)
 
 
-def _leave_signals_to_the_run(_worker: int) -> None:
-    """A stop often reaches the whole process group; workers go on until the training process ends them, or ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _read_ahead(
+    read: Callable[[Sequence[SamplePlan]], Batch], turns: Iterator[Sequence[SamplePlan]], workers: int
+) -> Generator[Batch, None, None]:
+    """``read`` of each turn, in order, by threads that stay a few turns ahead; their errors are raised here.
+
+    Threads and not processes: reading and arithmetic of tensors leave the interpreter to others, and nothing has to
+    be passed through shared memory.
+    """
+    asked: queue.SimpleQueue[tuple[Future[Batch], Sequence[SamplePlan]] | None] = queue.SimpleQueue()
+    waiting: deque[Future[Batch]] = deque()
+
+    def work() -> None:
+        while (job := asked.get()) is not None:
+            future, plans = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(read(plans))
+                except Exception as error:
+                    future.set_exception(error)
+
+    # Daemons: a read that hangs must not keep the process from ending.
+    threads = [threading.Thread(target=work, name=f"reader-{number}", daemon=True) for number in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        while True:
+            while len(waiting) < _AHEAD * workers:
+                waiting.append(Future())
+                asked.put((waiting[-1], next(turns)))
+            future = waiting.popleft()
+            if not wait([future], timeout=_SLOW_SECONDS).done:
+                print(f"no data for {_SLOW_SECONDS} s: is the disk of the training set there?", file=sys.stderr)
+            yield future.result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        for _ in threads:
+            asked.put(None)
+        deadline = time.monotonic() + _END_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))

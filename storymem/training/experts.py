@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,10 @@ from storymem.wan.lora import (
     read_memory_lora,
     write_memory_lora,
 )
-from storymem.wan.settings import MemoryMode
+from storymem.wan.names import COMPONENTS
+from storymem.wan.settings import MemoryMode, ModelSettings
 from storymem.wan.transformer import enable_layouts
+from storymem.weights import locate
 
 ADAPTER = "memory"
 EXPERTS: dict[WhichExpert, tuple[ExpertName, ...]] = {
@@ -55,6 +58,30 @@ def add_adapter(transformer: Any, expert: ExpertName, settings: AdapterTrainingS
         start = read_memory_lora({expert: transformer}, settings.start)[expert]
         check_same_adapter(start.info, settings, f"adapter.start={settings.start}")
         load_adapter(transformer, start.tensors(torch.float32))
+
+
+def check_start(settings: AdapterTrainingSettings, model: ModelSettings, experts: Sequence[ExpertName]) -> None:
+    """Hold the adapter to start from against the experts, by header; say what of it is not as usual.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is not on this machine, does not fit, or has another rank or scale.
+    """
+    from storymem.wan.folders import check_component, on_meta
+
+    if settings.start is None:
+        return
+    if model.weights is None:
+        shape = {**model.network.transformer, "in_channels": 36}
+        networks = dict.fromkeys(experts, on_meta("WanTransformer3DModel", shape, "model.network.transformer"))
+    else:
+        networks = {expert: check_component(locate(model.weights), COMPONENTS[expert]) for expert in experts}
+    for adapter in read_memory_lora(networks, settings.start).values():
+        where = f"adapter.start={settings.start}"
+        check_same_adapter(adapter.info, settings, where)
+        if adapter.config["rank_pattern"] or adapter.config["alpha_pattern"]:
+            raise ValueError(f"{where}: modules of {adapter.file.path} have several ranks or scales; training has one")
+        if not adapter.as_usual:
+            print(f"{where}: {adapter.report}", file=sys.stderr)
 
 
 def check_same_adapter(found: AdapterInfo, settings: AdapterTrainingSettings, where: str) -> None:
@@ -182,9 +209,19 @@ def make_accelerator(device: torch.device | None) -> Accelerator:
 
     Args:
         device: the CPU, to use it although there is an accelerator; None chooses.
+
+    Raises:
+        ValueError: for another device than that of this process's number.
     """
     on_cpu = (device is not None and device.type == "cpu") or not torch.accelerator.is_available()
-    return Accelerator(cpu=on_cpu)
+    accelerator = Accelerator(cpu=on_cpu)
+    own = accelerator.device
+    if device is not None and (device.type != own.type or device.index not in (None, own.index or 0)):
+        raise ValueError(
+            f"runtime.device={device}: training runs on the device of each process's own number, here {own}; write "
+            "runtime.device=auto, and choose among several by CUDA_VISIBLE_DEVICES"
+        )
+    return accelerator
 
 
 def check_parallel(parallel: ParallelSettings, accelerator: Accelerator) -> None:

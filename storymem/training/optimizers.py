@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,45 +43,43 @@ def build_optimizer(settings: OptimizerSettings, parameters: Iterable[nn.Paramet
     return torch.optim.AdamW(parameters, **options)
 
 
-def build_schedule(
-    settings: OptimizerSettings, optimizer: torch.optim.Optimizer, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate over ``steps`` steps."""
-    return get_scheduler(
-        settings.schedule,
-        optimizer=optimizer,
-        num_warmup_steps=settings.warmup_steps,
-        num_training_steps=steps,
+def learning_rate(settings: OptimizerSettings, steps: int) -> Callable[[int], float]:
+    """Step (from 0) -> its learning rate, in a run of ``steps`` steps."""
+    nothing = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=settings.lr)
+    schedule = get_scheduler(
+        settings.schedule, optimizer=nothing, num_warmup_steps=settings.warmup_steps, num_training_steps=steps
     )
+    (factor,) = schedule.lr_lambdas
+    return lambda step: settings.lr * factor(step)
 
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, dict[str, Any]]:
-    """What the optimizer keeps of each parameter, by its name, whole and on the CPU.
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the optimizer keeps of each parameter, under ``<parameter>:<entry>``: tensors and other values.
 
-    Every process must ask at the same time.
+    Tensors are whole and on the CPU. Every process must ask at the same time.
     """
-    return {
-        name: {
-            key: whole(value).detach().cpu() if isinstance(value, Tensor) else value
-            for key, value in optimizer.state[parameter].items()
-        }
+    entries = {
+        f"{name}:{key}": whole(value).detach().cpu().contiguous() if isinstance(value, Tensor) else value
         for name, parameter in parameters.items()
         if parameter in optimizer.state
+        for key, value in optimizer.state[parameter].items()
     }
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    return tensors, {key: value for key, value in entries.items() if key not in tensors}
 
 
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
-    state: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Any],
 ) -> None:
     """Take up what :func:`optimizer_state` returned, also on another number of processes."""
-    for name, entries in state.items():
+    for key, value in (tensors | numbers).items():  # type: ignore[operator]
+        name, _, entry = key.rpartition(":")
         parameter = parameters[name]
         # AdamW counts its steps on the CPU.
-        optimizer.state[parameter] = {
-            key: like(value, parameter) if isinstance(value, Tensor) and value.ndim else value
-            for key, value in entries.items()
-        }
+        on_device = isinstance(value, Tensor) and value.ndim > 0
+        optimizer.state[parameter][entry] = like(value, parameter) if on_device else value

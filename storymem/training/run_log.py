@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import re
 import secrets
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from storymem.io import write_atomically
+from storymem.io import FileError, naming_full_disk, parse_json, read_bytes, write_text
 from storymem.training.settings import LogSettings
 
 METRICS = "metrics.jsonl"
@@ -28,33 +33,57 @@ def check_log(settings: LogSettings) -> None:
 
 
 class RunLog:
-    """The log of one run; only the main process has one.
+    """The log of one run; only the main process has one. Nothing is written before :meth:`begin`.
 
-    Rows go to ``metrics.jsonl``, a line of JSON each, with at least ``step``. A run that is taken up at a step drops
-    the rows that a killed process wrote after it.
+    Rows go to ``metrics.jsonl``, a line of JSON each, with at least ``step``.
 
     Args:
         folder: of the run.
         settings: see :class:`LogSettings`.
-        config: all settings of the run.
-        step: after how many steps it is taken up.
     """
 
-    def __init__(self, folder: Path, settings: LogSettings, *, config: Mapping[str, Any], step: int = 0) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, settings: LogSettings) -> None:
+        self.folder, self._settings = folder, settings
         self._metrics = folder / METRICS
+        self._wandb: Any = None
+        self._told: set[str] = set()
+
+    def begin(self, config: Mapping[str, Any], *, step: int = 0) -> None:
+        """Open the log of a run that is taken up after ``step`` steps.
+
+        Rows that a killed process wrote after that step are dropped. If there are lines that are no rows, the file as
+        it was stays beside the new one, and their numbers are told.
+
+        Args:
+            config: all settings of the run.
+            step: 0: it begins.
+        """
         if self._metrics.exists():
-            kept = [row for row in read_metrics(folder) if row["step"] <= step]
-            write_atomically(self._metrics, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._wandb = None if settings.wandb == "disabled" else _open_wandb(folder, settings, config)
+            rows, damaged = _read(self._metrics)
+            if damaged:
+                names = (self.folder / f"metrics.damaged-{number}.jsonl" for number in itertools.count(1))
+                kept = next(path for path in names if not path.exists())
+                shutil.copyfile(self._metrics, kept)
+                lines = ", ".join(map(str, damaged[:10])) + (" ..." if damaged[10:] else "")
+                print(f"{self._metrics}: no rows, and left out: lines {lines}; kept as {kept}", file=sys.stderr)
+            write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        if self._settings.wandb != "disabled":
+            self._wandb = _open_wandb(self.folder, self._settings, config)
 
     def row(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write what is known after ``step`` steps; lists are numbers by bin, None where there is none."""
-        with self._metrics.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Write what is known after ``step`` steps; lists are numbers by bin, None where there is none.
+
+        JSON has no NaN and no infinity: they become None, and are told once of each name.
+        """
+        finite = {name: _finite(value) for name, value in values.items()}
+        for name in finite:
+            if finite[name] != values[name] and name not in self._told:
+                self._told.add(name)
+                print(f"step {step}: {name} is {values[name]}: written as null in {self._metrics}", file=sys.stderr)
+        with naming_full_disk(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         if self._wandb is not None:
-            self._wandb.log({name: v for name, v in _flat(values).items() if v is not None}, step=step)
+            self._wandb.log({name: v for name, v in _flat(finite).items() if v is not None}, step=step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Tell of a picture that lies in the run's folder."""
@@ -71,9 +100,38 @@ class RunLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run; a last line that a killed process did not finish is left out."""
-    lines = (folder / METRICS).read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The rows of a run; a last line that a killed process did not finish is left out.
+
+    Raises:
+        FileError: naming a line that is no row.
+    """
+    rows, damaged = _read(folder / METRICS)
+    if damaged:
+        raise FileError(f"{folder / METRICS}:{damaged[0]}: this is not a row of the log: delete the line")
+    return rows
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a log, and the numbers of lines that are none."""
+    rows, damaged = [], []
+    for number, line in enumerate(read_bytes(path, limit=1 << 32).split(b"\n")[:-1], start=1):
+        try:
+            row = parse_json(line.decode(), str(path))
+        except ValueError:  # FileError, UnicodeDecodeError
+            row = None
+        step = row.get("step") if isinstance(row, dict) else None
+        if isinstance(step, int) and not isinstance(step, bool) and step >= 0:
+            rows.append(row)
+        else:
+            damaged.append(number)
+    return rows, damaged
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with None in place of NaN and infinity, in lists too."""
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _open_wandb(folder: Path, settings: LogSettings, config: Mapping[str, Any]) -> Any:
@@ -93,9 +151,13 @@ def _open_wandb(folder: Path, settings: LogSettings, config: Mapping[str, Any]) 
 def _wandb_id(folder: Path) -> str:
     """The run's name at wandb, kept in its folder, so that a run that is taken up stays one run."""
     path = folder / "wandb_id"
-    if not path.exists():
-        write_atomically(path, secrets.token_hex(4).encode())
-    return path.read_text()
+    kept = read_bytes(path) if path.exists() else b""
+    if not re.fullmatch(rb"[0-9a-f]{8}", kept):
+        if kept:
+            print(f"{path} holds no name: the run begins anew at wandb", file=sys.stderr)
+        kept = secrets.token_hex(4).encode()
+        write_text(path, kept.decode())
+    return kept.decode()
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

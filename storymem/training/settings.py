@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT
+from storymem.config import STRICT, UserPath, check_bounds
 from storymem.wan.settings import MemoryMode, RuntimeSettings
 
 Conditioning = Literal["m2v", "mi2v", "mm2v"]
@@ -14,6 +14,9 @@ Conditioning = Literal["m2v", "mi2v", "mm2v"]
 GIVEN_FRAMES: dict[Conditioning, int] = {"m2v": 0, "mi2v": 1, "mm2v": 5}
 
 WhichExpert = Literal["high", "low", "both"]
+#: The names of checkpoints have eight digits.
+MAX_STEPS = 99_999_999
+MAX_SEED = 2**63 - 1
 LayoutName = Literal["storymem", "released", "diffusers", "comfyui"]
 
 
@@ -33,13 +36,11 @@ class AdapterTrainingSettings:
     alpha: float = 128.0
     use_rslora: bool = True
     dropout: float = 0.05
-    start: str | None = None
+    start: UserPath | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be 1 or more, not {self.rank}")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha must be above 0, not {self.alpha}")
+        _check_above_0(self, "alpha")
+        check_bounds(self, rank=(1, 4096), alpha=(0, 1e6))
         _check_probability("dropout", self.dropout)
         if self.dropout == 1:
             raise ValueError("dropout=1 would drop the whole adapter; write less, for example 0.05")
@@ -56,7 +57,7 @@ class BatchSettings:
         max_memory: the most memory frames M; each step draws its M from 0..max_memory.
         given_probability: how often a sample is given its first frame (MI2V) or motion frames (MM2V); M2V never is.
         text_dropout: how often the text is left out.
-        workers: processes that read the cache; 0 reads in the training process itself.
+        workers: threads that read the cache ahead of the training; 0 reads each batch when it is needed.
     """
 
     size: int = 1
@@ -67,12 +68,7 @@ class BatchSettings:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        for name in ("max_memory", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        check_bounds(self, size=(1, 4096), accumulation=(1, 65536), max_memory=(0, 1000), workers=(0, 256))
         _check_probability("given_probability", self.given_probability)
         _check_probability("text_dropout", self.text_dropout)
 
@@ -96,14 +92,10 @@ class ObjectiveSettings:
     bins: int = 10
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise ValueError(f"shift must be above 0, not {self.shift}")
-        if self.memory_weight < 0:
-            raise ValueError(f"memory_weight must be 0 or more, not {self.memory_weight}")
+        _check_above_0(self, "shift")
         if self.mask_weight <= 0:
             raise ValueError(f"mask_weight must be above 0, not {self.mask_weight}; 1 looks at no mask")
-        if self.bins < 1:
-            raise ValueError(f"bins must be 1 or more, not {self.bins}")
+        check_bounds(self, shift=(0, 1000), memory_weight=(0, 1e6), mask_weight=(0, 1e6), bins=(1, 1000))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -132,10 +124,10 @@ class OptimizerSettings:
     ema_decay: float | None = None
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, not {self.lr}")
-        if self.weight_decay < 0 or self.warmup_steps < 0:
-            raise ValueError("weight_decay and warmup_steps must be 0 or more")
+        _check_above_0(self, "lr")
+        check_bounds(self, lr=(0, 1), weight_decay=(0, 1), warmup_steps=(0, MAX_STEPS))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers from 0 to below 1, not {list(self.betas)}")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be above 0, or null for none, not {self.max_grad_norm}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -159,8 +151,7 @@ class ParallelSettings:
     alternate_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.alternate_every < 1:
-            raise ValueError(f"alternate_every must be 1 or more, not {self.alternate_every}")
+        check_bounds(self, alternate_every=(1, MAX_STEPS))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -168,7 +159,7 @@ class CheckpointSettings:
     """When the state of the run is saved, and how many states are kept.
 
     Args:
-        every: steps between checkpoints; the last step and a stop by SIGTERM or SIGINT save too.
+        every: steps between checkpoints; the last step and a stop by SIGTERM, SIGINT or SIGUSR1 save too.
         keep: how many checkpoints stay; older ones are removed.
     """
 
@@ -176,9 +167,7 @@ class CheckpointSettings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        check_bounds(self, every=(1, MAX_STEPS), keep=(1, 100_000))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -194,10 +183,7 @@ class ValidationSettings:
     samples: int = 16
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"every must be 0 (never) or more, not {self.every}")
-        if self.samples < 1:
-            raise ValueError(f"samples must be 1 or more, not {self.samples}; every=0 turns validation off")
+        check_bounds(self, every=(0, MAX_STEPS), samples=(1, 1_000_000))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -212,17 +198,14 @@ class SampleSettings:
     """
 
     every: int = 0
-    story: str | None = None
+    story: UserPath | None = None
     seed: int = 0
     frames_per_shot: int = 4
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"every must be 0 (never) or more, not {self.every}")
+        check_bounds(self, every=(0, MAX_STEPS), frames_per_shot=(1, 256), seed=(0, MAX_SEED))
         if self.every and self.story is None:
             raise ValueError("story must name a story file if every is above 0")
-        if self.frames_per_shot < 1:
-            raise ValueError(f"frames_per_shot must be 1 or more, not {self.frames_per_shot}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -240,8 +223,12 @@ class LogSettings:
     project: str = "storymem"
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every must be 1 or more, not {self.every}")
+        check_bounds(self, every=(1, MAX_STEPS))
+
+
+def _check_above_0(settings: object, name: str) -> None:
+    if getattr(settings, name) <= 0:
+        raise ValueError(f"{name} must be above 0, not {getattr(settings, name)}")
 
 
 def _check_probability(name: str, value: float) -> None:

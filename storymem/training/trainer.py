@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from storymem.training.checkpoints import Checkpoints
+from storymem.io import FileError, NotedSignals, NotFiniteError, Stopped, check_finite, noting_signals, replacing
+from storymem.training.checkpoints import Checkpoints, read_checkpoint
 from storymem.training.ema import MovingAverage
-from storymem.training.optimizers import (
-    build_optimizer,
-    build_schedule,
-    load_optimizer_state,
-    optimizer_state,
-)
+from storymem.training.optimizers import build_optimizer, learning_rate, load_optimizer_state, optimizer_state
 from storymem.training.settings import OptimizerSettings
 from storymem.training.sharding import assign, whole
 
-_ADAPTER, _AVERAGE, _STATE = "adapter", "average", "state.pt"
+_ADAPTER, _AVERAGE, _OPTIMIZER = "adapter", "average", "optimizer.safetensors"
+
+T = TypeVar("T")
 
 
-class NonFiniteLoss(ValueError):
+class NonFiniteLoss(NotFiniteError):
     """A loss or gradient that is NaN or infinite; names the clips. No checkpoint holds what it would have done."""
-
-
-class Stopped(SystemExit):
-    """SIGTERM or SIGINT came; the run is saved. The exit status is 128 + the signal's number: 143 or 130."""
 
 
 class LossesLike(Protocol):
@@ -78,15 +72,19 @@ class StepReport:
     """
 
     step: int
-    sums: dict[str, tuple[Tensor, Tensor]]
-    lr: float
-    grad_norm: float
-    samples: int
-    seconds: dict[str, float]
+    sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    lr: float = 0.0
+    grad_norm: float = 0.0
+    samples: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Callback(Protocol):
-    """Something that is done beside training: logging, validation, sampling. Called after every step."""
+    """Something that is done beside training: logging, validation, sampling. Called after every step.
+
+    What takes long calls :meth:`Trainer.check_stop` now and then. If that stops the run, the callback is called again
+    when the run is taken up, with a report of the step alone.
+    """
 
     def __call__(self, trainer: Trainer, report: StepReport) -> None: ...
 
@@ -127,34 +125,62 @@ class Trainer:
         self.method, self.accelerator, self.steps = method, accelerator, steps
         self.parameters = dict(method.parameters)
         self.optimizer = build_optimizer(optimizer, self.parameters.values())
-        self.schedule = build_schedule(optimizer, self.optimizer, steps)
+        self._learning_rate = learning_rate(optimizer, steps)
         self.average = None if optimizer.ema_decay is None else MovingAverage(self.parameters, optimizer.ema_decay)
         self.step = 0
         self._max_grad_norm = optimizer.max_grad_norm
         self._batches, self._accumulation, self._seed = batches, accumulation, seed
         self._checkpoints, self._checkpoint_every = checkpoints, checkpoint_every
         self.callbacks = list(callbacks)
+        self._signals = NotedSignals()
+        self._due: list[str] = []  # callbacks that have not been called after this step, by name
+        self._saved: tuple[int, list[str]] = (0, [])  # step and callbacks of the newest checkpoint
 
     def run(self) -> None:
         """Train to the last step.
 
         Raises:
-            NonFiniteLoss: see there.
-            Stopped: after SIGTERM or SIGINT, once the step is finished and saved. A second signal ends the process at
-                once.
+            NotFiniteError: for a clip, a loss or gradients with NaN or infinity; nothing of that step is saved.
+            ValueError, OSError: for clips that cannot be read, once the last whole step is saved; and of callbacks.
+            Stopped: after SIGINT, SIGTERM or SIGUSR1 to any of the processes, at all of them, once the last whole step
+                is saved. Further signals change nothing.
         """
-        if self.step >= self.steps:
-            return
-        with closing(self._batches(self.step)) as batches, _stop_signals() as received:
-            while self.step < self.steps:
-                report, stop = self._train_step(batches, received)
-                for callback in self.callbacks:
-                    callback(self, report)
-                due = self.step % self._checkpoint_every == 0 or self.step == self.steps
-                if self._checkpoints is not None and (due or stop):
-                    self.save(self._checkpoints)
-                if stop and self.step < self.steps:
-                    raise Stopped(128 + stop)
+        with closing(self._batches(self.step)) as batches, noting_signals() as self._signals:
+            try:
+                self._call_back(StepReport(step=self.step))
+                while self.step < self.steps:
+                    report = self._train_step(batches)
+                    self._due = [_name(callback) for callback in self.callbacks]
+                    self._call_back(report)
+                    due = self.step % self._checkpoint_every == 0 or self.step == self.steps
+                    if due and self._checkpoints is not None:
+                        self.save(self._checkpoints)
+            except Stopped:
+                self._keep()
+                raise
+
+    def check_stop(self) -> None:
+        """Raise ``Stopped`` at all processes if any has received a signal; all must come here."""
+        self._agree(None)
+
+    def together(self, read: Callable[[], T]) -> T:
+        """What ``read`` returns, if it does at all processes, which must all come here; it is left on a signal.
+
+        Raises:
+            ValueError, OSError: at all processes what ``read`` raised at one.
+            Stopped: at all, if one has received a signal.
+        """
+        found: Any = None
+        failed: Exception | None = None
+        try:
+            with self._signals.raising():
+                found = read()
+        except Stopped:
+            pass  # noted, and so seen below
+        except (ValueError, OSError) as error:
+            failed = error
+        self._agree(failed)
+        return found
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside the block the parameters are their moving averages, if there are any."""
@@ -164,8 +190,19 @@ class Trainer:
         """All parameters, gathered from all processes, on the CPU; every process must ask at the same time."""
         return {name: whole(parameter.detach()).cpu().clone() for name, parameter in self.parameters.items()}
 
-    def _train_step(self, batches: Iterator[Any], received: list[int]) -> tuple[StepReport, int]:
-        """One step, and the signal that any process has received, or 0."""
+    def _call_back(self, report: StepReport) -> None:
+        for callback in self.callbacks:
+            if _name(callback) not in self._due:
+                continue
+            try:
+                callback(self, report)
+            except (ValueError, OSError):
+                if self.accelerator.num_processes == 1:  # several may not all come here
+                    self._keep()
+                raise
+            self._due.remove(_name(callback))
+
+    def _train_step(self, batches: Iterator[Any]) -> StepReport:
         clock, seconds = time.perf_counter(), {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
 
         def lap(part: str) -> None:
@@ -182,7 +219,7 @@ class Trainer:
         samples = 0
         lap("optimizer")
         for number in range(self._accumulation):
-            batch = next(batches)
+            batch = self._next(batches)
             lap("data")
             last = number == self._accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(network):
@@ -193,14 +230,47 @@ class Trainer:
             _add(sums, losses.sums)
             lap("forward_backward")
         norm = self._clip()
-        stop = self._agree(loss, norm, ids, received)  # waits for the device, so forward and backward end here
+        self._check_finite(loss, norm, ids)  # waits for the device, so forward and backward end here
         lap("forward_backward")
-        lr = float(self.schedule.get_last_lr()[0])
-        self._apply()
+        lr = self._apply()
         lap("optimizer")
         samples *= self.accelerator.num_processes
-        report = StepReport(step=self.step, sums=sums, lr=lr, grad_norm=norm.item(), samples=samples, seconds=seconds)
-        return report, stop
+        return StepReport(step=self.step, sums=sums, lr=lr, grad_norm=norm.item(), samples=samples, seconds=seconds)
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        def read() -> Any:
+            try:
+                return next(batches)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"step {self.step + 1}: {error}") from None
+
+        try:
+            return self.together(read)
+        except (ValueError, OSError):
+            self._keep()
+            raise
+
+    def _keep(self) -> None:
+        """Save what the steps so far have learnt, if it is not; every process must come here."""
+        if self._checkpoints is not None and (self.step, self._due) != self._saved:
+            self.save(self._checkpoints)
+
+    def _agree(self, failed: Exception | None) -> None:
+        """Raise at all processes what one of them has to say: an error, or ``Stopped`` for a signal."""
+        signal = self._signals.number
+        if self.accelerator.num_processes > 1:
+            flags = torch.tensor([[float(failed is not None), float(signal)]], device=self.accelerator.device)
+            together = self.accelerator.gather(flags).view(-1, 2).amax(dim=0)
+            signal = int(together[1])
+            if together[0] and failed is None:
+                told = gather_object([None])
+                failed = FileError(next(message for message in told if message is not None))
+            elif failed is not None:
+                gather_object([str(failed)])
+        if failed is not None:
+            raise failed
+        if signal:
+            raise Stopped(signal)
 
     def _clip(self) -> Tensor:
         """Clip the gradients and return their norm before it, over all processes."""
@@ -211,65 +281,94 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(with_gradient, self._max_grad_norm, norm)
         return whole(norm)
 
-    def _agree(self, loss: Tensor, norm: Tensor, ids: list[str], received: list[int]) -> int:
-        """Stop all processes if one has lost its numbers; else the signal that any of them has received, or 0."""
+    def _check_finite(self, loss: Tensor, norm: Tensor, ids: list[str]) -> None:
+        """Raise ``NonFiniteLoss`` at all processes if one has lost its numbers."""
         bad = not bool(loss.isfinite())
-        flags = torch.tensor(
-            [[float(bad or not bool(norm.isfinite())), float(received[0] if received else 0)]],
-            device=self.accelerator.device,
-        )
-        together = self.accelerator.gather(flags).view(-1, 2).amax(dim=0)
-        if together[0] == 0:
-            return int(together[1])
+        flag = torch.tensor([float(bad or not bool(norm.isfinite()))], device=self.accelerator.device)
+        if not self.accelerator.gather(flag).any():
+            return
         told = gather_object([(bad, loss.item() / self._accumulation, ids)])
         guilty = [entry for entry in told if entry[0]] or told
         what = f"the loss is {guilty[0][1]}" if guilty[0][0] else f"the norm of the gradients is {norm.item()}"
         clips = ", ".join(id for _, _, those in guilty for id in those)
         raise NonFiniteLoss(
-            f"step {self.step + 1}: {what}; the clips of this batch are {clips}. Nothing of this step was saved; look "
-            "at these clips, or go on from the last checkpoint with a lower optimizer.lr"
+            f"step {self.step + 1}: {what}; the clips of this batch are {clips}. Nothing of this step was saved. "
+            + self._cure()
         )
 
-    def _apply(self) -> None:
+    def _cure(self) -> str:
+        """What to do about numbers that were lost."""
+        lower = f"optimizer.lr={self._learning_rate(self.step) / 4:.2g}"
+        if self.step == 0:
+            return f"No step was done yet: look at the base model's weights and at these clips, or start with {lower}"
+        return (
+            f"If the learning rate is too high, the same command with {lower} goes on from the last checkpoint; if "
+            "that does not help, begin again with it in another output. If a clip has values out of all proportion, "
+            "prepare the data without it"
+        )
+
+    def _apply(self) -> float:
+        """The optimizer's step; returns its learning rate."""
         changed = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
+        lr = self._learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
-        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.average is not None:
             self.average.update(changed)
+        return lr
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Write a checkpoint of this moment; every process must come here."""
+        """Write a checkpoint of this moment; every process must come here.
+
+        Raises:
+            NotFiniteError: before anything is written, if a number of it is NaN or infinite.
+            FileError: if it cannot be written; older checkpoints stay.
+        """
         parameters = self.whole_parameters()
         with self.averaged():
             average = None if self.average is None else self.whole_parameters()
+        tensors, numbers = optimizer_state(self.optimizer, self.parameters)
+        for kept in (parameters, average or {}, tensors):
+            self.check_finite(kept)
         state = {
-            "step": self.step,
-            "optimizer": optimizer_state(self.optimizer, self.parameters),
-            "schedule": self.schedule.state_dict(),
+            "optimizer": numbers,
             "average_updates": None if self.average is None else self.average.updates,
+            "due": self._due,
         }
         if self.accelerator.is_main_process:
-            with checkpoints.writing(self.step) as folder:
+            with checkpoints.writing(self.step, state) as folder:
                 self.method.save(parameters, folder / _ADAPTER)
                 if average is not None:
                     self.method.save(average, folder / _AVERAGE)
-                torch.save(state, folder / _STATE)
+                with replacing(folder / _OPTIMIZER) as partial:
+                    save_file(tensors, partial)
+        self._saved = (self.step, list(self._due))
         self.accelerator.wait_for_everyone()
+
+    def check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ``NotFiniteError`` before numbers that were lost in this or an earlier step are written anywhere."""
+        for name, tensor in tensors.items():
+            check_finite(tensor, f"after step {self.step}, {name}", "nothing of it was saved. " + self._cure())
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint, also on another number of processes."""
+        checkpoint = read_checkpoint(folder)
         for name, tensor in self.method.load(folder / _ADAPTER).items():
             assign(self.parameters[name], tensor)
-        state = torch.load(folder / _STATE, weights_only=True)
-        load_optimizer_state(self.optimizer, self.parameters, state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = lr
+        load_optimizer_state(
+            self.optimizer, self.parameters, load_file(folder / _OPTIMIZER), checkpoint.state["optimizer"]
+        )
         if self.average is not None:
-            self.average.load(self.method.load(folder / _AVERAGE), state["average_updates"])
-        self.step = state["step"]
+            self.average.load(self.method.load(folder / _AVERAGE), checkpoint.state["average_updates"])
+        self.step, self._due = checkpoint.step, list(checkpoint.state["due"])
+        self._saved = (self.step, list(self._due))
+
+
+def _name(callback: Callback) -> str:
+    return type(callback).__name__
 
 
 def _add(sums: dict[str, tuple[Tensor, Tensor]], more: Mapping[str, tuple[Tensor, Tensor]]) -> None:
@@ -281,22 +380,3 @@ def _add(sums: dict[str, tuple[Tensor, Tensor]], more: Mapping[str, tuple[Tensor
 def _seed_dropout(seed: int, step: int, process: int) -> None:
     # Odd multipliers keep the three apart.
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + process) % 2**63)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list in place of dying; the second of a kind does what it did before."""
-    received: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    for caught in (signal.SIGTERM, signal.SIGINT):
-        before[caught] = signal.signal(caught, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

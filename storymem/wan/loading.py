@@ -13,17 +13,18 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from storymem.wan.acceleration import accelerate, check_acceleration
+from storymem.wan.folders import load_tokenizer, weights_file
 from storymem.wan.gguf import load_gguf_experts
 from storymem.wan.lora import load_memory_lora
-from storymem.wan.lora_layouts import COMPONENTS, Expert
+from storymem.wan.names import COMPONENTS, Expert
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.precision import check_precision, lower_precision
 from storymem.wan.presets import settle
 from storymem.wan.runtime import place, resolve_device
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, StepAdapterSettings
-from storymem.wan.sources import adapter_weights, check_weights, step_weights_for_text
-from storymem.weights import Weights, locate
+from storymem.wan.sources import adapter_weights, check_text_to_video, check_weights, step_weights_for_text
+from storymem.weights import Weights, check_values, locate
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,14 @@ def load_pipeline(
     """
     sampler = sampler or SamplerSettings()
     names = _names(experts)
-    check_weights(model, text_to_video=False, continuity=continuity, sampler=sampler if names else None)
+    check_weights(
+        model,
+        text_to_video=False,
+        continuity=continuity,
+        sampler=sampler if names else None,
+        text_encoder=text_encoder,
+        experts=[expert for expert, name in COMPONENTS.items() if name in names],
+    )
     runtime = settle(model, runtime or RuntimeSettings(), sampler=sampler, experts=bool(names))
     if names:
         check_precision(model, runtime, resolve_device(runtime.device))
@@ -70,17 +78,24 @@ def load_pipeline(
     else:
         left_out: dict[str, Any] = {} if text_encoder else {"text_encoder": None, "tokenizer": None}
         left_out |= {name: None for name in COMPONENTS.values() if name not in names}
+        folder = locate(model.weights)
+        if text_encoder:
+            left_out["tokenizer"] = load_tokenizer(folder)
         if names and model.gguf is not None:
             left_out |= load_gguf_experts(model, names)
         pipe = WanMemoryToVideoPipeline.from_pretrained(
-            locate(model.weights),
+            folder,
             scheduler=scheduler,
             torch_dtype=_dtypes(model),
+            use_safetensors=True,
             rope_stride=model.rope_stride,
             memory_attention=model.memory_attention,
             boundary_ratio=model.boundary,
             **left_out,
         )
+        for name in ("text_encoder", "vae", *(COMPONENTS.values() if model.gguf is None else [])):
+            if (network := getattr(pipe, name)) is not None:
+                check_values(network.named_parameters(), weights_file(folder, name))
     if names and model.adapter is not None:
         _load_adapter(pipe, model, continuity)
     if names and sampler.adapter is not None:
@@ -117,10 +132,13 @@ def load_text_to_video(
     else:
         assert model.text_to_video is not None
         folder = locate(model.text_to_video)
-        experts = [
-            WanTransformer3DModel.from_pretrained(folder / name, torch_dtype=getattr(torch, model.dtype))
-            for name in ("transformer", "transformer_2")
-        ]
+        check_text_to_video(folder)
+        experts = []
+        for name in COMPONENTS.values():
+            dtype = getattr(torch, model.dtype)
+            expert = WanTransformer3DModel.from_pretrained(folder / name, torch_dtype=dtype, use_safetensors=True)
+            check_values(expert.named_parameters(), weights_file(folder, name))
+            experts.append(expert)
     pipe = WanMemoryToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -139,7 +157,7 @@ def load_text_to_video(
 
 
 def _load_adapter(pipe: WanMemoryToVideoPipeline, model: ModelSettings, continuity: Continuity) -> None:
-    """Load the memory adapter and refuse one that was trained for another function than the pipeline computes."""
+    """Load the memory adapter, which was checked before."""
     assert model.adapter is not None
     folder = locate(adapter_weights(model.adapter, continuity))
     info = load_memory_lora(
@@ -149,11 +167,6 @@ def _load_adapter(pipe: WanMemoryToVideoPipeline, model: ModelSettings, continui
         use_rslora=model.adapter.use_rslora,
         weight=model.adapter.weight,
     )
-    if info.memory_attention != model.memory_attention:
-        raise ValueError(
-            f"the adapter in {folder} was trained for {info.memory_attention} memory attention, not "
-            f"{model.memory_attention}: set model.memory_attention={info.memory_attention}, or use another adapter"
-        )
     if info.rope_stride != model.rope_stride:
         logger.warning(
             "the adapter in %s was trained with RoPE stride %d and is used with %d (model.rope_stride)",
@@ -167,7 +180,7 @@ def _load_step_adapter(pipe: Any, adapter: StepAdapterSettings, weights: Weights
     """Stack a step-distilled LoRA on what is loaded, each expert's half with its own weight."""
     low = adapter.weight if adapter.weight_low is None else adapter.weight_low
     strength: dict[Expert, float] = {"high_noise": adapter.weight, "low_noise": low}
-    load_memory_lora(pipe, locate(weights), adapter_name=STEP_ADAPTER, weight=strength)
+    load_memory_lora(pipe, locate(weights), adapter_name=STEP_ADAPTER, weight=strength, strict=False)
 
 
 def _names(experts: bool | Collection[Expert]) -> frozenset[str]:

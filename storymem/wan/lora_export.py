@@ -9,9 +9,10 @@ diffusers    pytorch_lora_weights.safetensors         transformer.blocks.0.attn1
 comfyui      memory_{high,low}_noise.safetensors      diffusion_model.blocks.0.self_attn.q.lora_down.weight
 ===========  =======================================  ======================================================
 
-``storymem``, ``released`` and ``diffusers`` keep A and B as trained and state alpha and rsLoRA in the
-metadata. A reader of ``released`` that looks at no metadata must be told both, unless they are the published
-128 and true. ComfyUI knows alpha / rank alone, so there alpha is written such that this is the true scale.
+``storymem`` and ``diffusers`` keep A and B as trained and state alpha and rsLoRA in the metadata. Readers of
+``released`` look at no metadata and take alpha = rank with rsLoRA, so there B takes up what the true scale differs from
+that, and the metadata states alpha = rank; beside each file lies the same as ``.pth``, which the published code opens.
+ComfyUI knows alpha / rank alone, so there alpha is written such that this is the true scale.
 
 diffusers reads two of these without us. Of ``storymem``, each expert's file::
 
@@ -26,6 +27,8 @@ of ``diffusers``, the high-noise half with ``pipe.load_lora_weights(folder)``, a
 from __future__ import annotations
 
 import json
+import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,11 +36,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor
 
-from storymem.wan.lora_files import PEFT_METADATA, write_safetensors
-from storymem.wan.lora_info import AdapterInfo, most_common, peft_config
-from storymem.wan.lora_layouts import COMPONENTS, Expert, adapted_linears, experts_of, original_name
+from storymem.io import replacing
+from storymem.wan.lora_files import PEFT_METADATA, AdapterInfo, most_common, peft_config
+from storymem.wan.lora_keys import adapted_linears
+from storymem.wan.names import COMPONENTS, Expert, experts_of, original_name
 
 Layout = Literal["storymem", "released", "diffusers", "comfyui"]
 
@@ -71,7 +76,7 @@ def save_memory_lora(
             those of the weights.
 
     Returns:
-        The files written.
+        The safetensors files written.
 
     Raises:
         ValueError: if a transformer has no such adapter, or one of another kind than
@@ -111,7 +116,7 @@ def _adapter_layers(transformer: Any, component: str, adapter_name: str) -> dict
     if not layers:
         have = ", ".join(getattr(transformer, "peft_config", {})) or "none"
         raise ValueError(f"{component} has no adapter called {adapter_name!r}; it has: {have}")
-    strange = sorted(layers.keys() ^ adapted_linears(transformer).keys())
+    strange = sorted(layers.keys() ^ set(adapted_linears(transformer)))
     strange += [
         name
         for name, layer in layers.items()
@@ -153,30 +158,51 @@ def write_memory_lora(
         folder: where to; made if absent.
         info: alpha and rsLoRA of these weights, and what else shall stand in the metadata.
         layout: one of those in the module's table.
+
+    Returns:
+        The safetensors files written.
     """
     if layout not in _FILES:
         raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, not {layout!r}")
     stated = info
     if layout == "comfyui":
         stated = replace(info, alpha=info.scale(info.rank) * info.rank, use_rslora=False)
+    elif layout == "released":
+        stated = replace(info, alpha=float(info.rank), use_rslora=True)
     tensors: dict[str, dict[str, Tensor]] = {}
     configs: dict[str, dict[str, Any]] = {}
     for expert, state in states.items():
         file = _FILES[layout].format(expert=expert)
-        tensors.setdefault(file, {}).update(_in_layout(layout, state, info, COMPONENTS[expert]))
+        tensors.setdefault(file, {}).update(_in_layout(layout, state, info, stated, COMPONENTS[expert]))
         configs.setdefault(file, {}).update(_peft_metadata(layout, state, info, COMPONENTS[expert]))
+    Path(folder).mkdir(parents=True, exist_ok=True)
     return [
-        write_safetensors(
+        _write(
             tensors[file],
             Path(folder) / file,
             stated.to_metadata() | ({PEFT_METADATA: json.dumps(config, sort_keys=True)} if config else {}),
+            pickled=layout == "released",
         )
         for file, config in configs.items()
     ]
 
 
-def _in_layout(layout: Layout, state: Mapping[str, Tensor], info: AdapterInfo, component: str) -> dict[str, Tensor]:
-    """The tensors of one expert under the names of ``layout``."""
+def _write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str], *, pickled: bool) -> Path:
+    on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    if pickled:
+        state = OrderedDict(on_cpu)
+        state._metadata = dict(metadata)  # type: ignore[attr-defined]  # as state dicts of modules have it
+        with replacing(path.with_suffix(".pth")) as partial:
+            torch.save(state, partial)
+    with replacing(path) as partial:
+        save_file(on_cpu, partial, metadata={"format": "pt", **metadata})
+    return path
+
+
+def _in_layout(
+    layout: Layout, state: Mapping[str, Tensor], info: AdapterInfo, stated: AdapterInfo, component: str
+) -> dict[str, Tensor]:
+    """The tensors of one expert under the names of ``layout``, for a reader that takes the scale ``stated``."""
     if layout == "storymem":
         return dict(state)
     if layout == "diffusers":
@@ -186,6 +212,10 @@ def _in_layout(layout: Layout, state: Mapping[str, Tensor], info: AdapterInfo, c
         linear, matrix = key.removesuffix(".weight").rsplit(".", 1)
         original = original_name(linear)
         if layout == "released":
+            rank = tensor.shape[0 if matrix == "lora_A" else 1]
+            factor = info.scale(rank) / stated.scale(rank)
+            if matrix == "lora_B" and not math.isclose(factor, 1.0, rel_tol=1e-9):
+                tensor = (tensor.float() * factor).to(tensor.dtype)
             written[f"base_model.model.{original}.{matrix}.weight"] = tensor
         elif matrix == "lora_A":
             rank = tensor.shape[0]

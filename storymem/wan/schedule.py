@@ -91,7 +91,7 @@ def wan_scheduler(shift: float = 4.0, kind: str = "unipc", **overrides: Any) -> 
         kind: "unipc" or "euler".
         overrides: arguments of the scheduler.
     """
-    if shift <= 0:
+    if not 0 < shift < float("inf"):
         raise ValueError(f"the sampler's shift must be positive, not {shift}")
     if kind == "euler":
         return WanEulerScheduler(**({"shift": shift, "num_train_timesteps": 1000} | overrides))

@@ -89,4 +89,4 @@ def nodes() -> dict[str, Mapping[str, Any]]:
     """The metrics of `configs/metrics/tiny.yaml`."""
     from tests.composing import composed
 
-    return composed(name="eval_stbench")["metrics"]
+    return composed("metrics=[tiny]", name="eval_stbench")["metrics"]

@@ -35,7 +35,8 @@ def test_the_defaults_are_complete() -> None:
     settings = evaluation()
     assert (settings.films, settings.method, settings.methods) == (None, None, ())
     assert settings.stbench.stories == "st_bench/stories"
-    assert list(settings.metrics) == ["aesthetic", "viclip", "identity"]
+    assert list(settings.metrics) == ["aesthetic", "viclip"]
+    assert settings.metrics["viclip"]["scorer"]["size"] == "L-14", "what stands beside the paper's rows is the paper's"
     assert set(composed(name="eval_stbench")) == set(EvaluateSettings.__dataclass_fields__) - {"method", "label"}
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from storymem.evaluation.films import find_films, stories_of
+from storymem.evaluation.films import find_all, find_films, stories_of
+from storymem.evaluation.mapping import read_mapping
 from storymem.film import Film, FilmError, ShotRecord
 from storymem.story import Story, load_story
+from storymem.video import write_video
 from tests.evaluation import small
 
 
@@ -47,6 +52,294 @@ def test_missing_shots_and_films_have_a_reason(tmp_path: Path, stories: list[Sto
     assert all(shot.path is None for shot in cat.shots)
 
 
+# --- which film serves which story
+
+
+def two_stories(folder: Path, *titles: str, stems: tuple[str, ...]) -> list[Story]:
+    """Stories of two shots each, with these titles and file names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for title, stem in zip(titles, stems, strict=True):
+        (folder / f"{stem}.yaml").write_text(small.TWO_SHOTS.replace("A Cat", title))
+    return stories_of(folder)
+
+
+def test_folders_that_differ_in_their_number_alone_serve_their_own_story(tmp_path: Path) -> None:
+    told = two_stories(tmp_path / "s", "The Tent", "The Fox", "The Sea", stems=("01_story", "02_story", "03_story"))
+    for number in (1, 2, 3):
+        touch(tmp_path / "films" / f"0{number}_story", "01_01.mp4", "01_02.mp4")
+    folders = [film.folder for film in find_films(tmp_path / "films", told)]
+    assert [folder.name for folder in folders if folder] == ["01_story", "02_story", "03_story"]
+    (tmp_path / "films" / "02_story").rename(tmp_path / "films" / "elsewhere")
+    assert [film.folder is None for film in find_films(tmp_path / "films", told)] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        (["1_story"], ["1_story could be the film of", "The Tent", "The Fox"]),
+        (["the_tent", "The Tent"], ["films/the_tent", "films/The Tent", "could both be the film of 'The Tent'"]),
+        (["the_tent", "01_story"], ["films/01_story", "films/the_tent", "could both be the film of 'The Tent'"]),
+        (["9_the_tent", "THE-TENT"], ["films/9_the_tent", "films/THE-TENT", "could both be the film of 'The Tent'"]),
+    ],
+)
+def test_a_name_that_could_mean_two_is_refused_with_both(tmp_path: Path, folders: list[str], said: list[str]) -> None:
+    told = two_stories(tmp_path / "s", "The Tent", "The Fox", stems=("01_story", "02_story"))
+    for name in folders:
+        touch(tmp_path / "films" / name, "01_01.mp4", "01_02.mp4")
+    with pytest.raises(ValueError, match=r"films\.yaml") as caught:
+        find_films(tmp_path / "films", told)
+    for part in said:
+        assert part in str(caught.value)
+    follow(str(caught.value), tmp_path / "films")
+    chosen = find_films(tmp_path / "films", told)[0].folder
+    assert chosen is not None
+    assert chosen.name in folders
+
+
+def follow(message: str, films: Path) -> None:
+    """Write into ``films.yaml`` what a message says."""
+    (films / "films.yaml").write_text(message[message.index("stories:") :])
+
+
+def test_a_name_is_no_less_doubtful_because_the_other_story_has_its_film(tmp_path: Path) -> None:
+    told = two_stories(tmp_path / "s", "The Tent", "The Fox", stems=("01_story", "02_story"))
+    own_film(tmp_path / "films" / "take", told[0], shots=2)
+    touch(tmp_path / "films" / "story", "01_01.mp4", "01_02.mp4")
+    with pytest.raises(ValueError, match="story could be the film of 'The Tent' or 'The Fox'"):
+        find_films(tmp_path / "films", told)
+
+
+def test_an_exact_name_goes_before_one_that_is_nearly_it(tmp_path: Path, stories: list[Story]) -> None:
+    for name in ("the_red_boat", "07-The-Red-Boat"):
+        touch(tmp_path / "films" / name, "01_01.mp4", "01_02.mp4", "02_01.mp4")
+    everything = find_all(tmp_path / "films", stories)
+    assert everything.films[0].folder == tmp_path / "films" / "the_red_boat"
+    assert everything.unused == ("07-The-Red-Boat",)
+
+
+def test_two_takes_of_one_story_are_refused_with_both(tmp_path: Path, stories: list[Story]) -> None:
+    for name in ("the_red_boat", "a_first_take"):
+        own_film(tmp_path / "films" / name, stories[0], shots=3)
+    with pytest.raises(ValueError, match=r"a_first_take and .*the_red_boat could both") as caught:
+        find_films(tmp_path / "films", stories)
+    follow(str(caught.value), tmp_path / "films")
+    assert find_films(tmp_path / "films", stories)[0].folder == tmp_path / "films" / "a_first_take"
+
+
+def test_a_film_in_the_folder_itself_and_one_beneath_are_refused(tmp_path: Path, stories: list[Story]) -> None:
+    own_film(tmp_path / "films", stories[0], shots=3)
+    own_film(tmp_path / "films" / "take2", stories[0], shots=3)
+    with pytest.raises(ValueError, match=r"films and .*take2 could both be") as caught:
+        find_films(tmp_path / "films", stories)
+    follow(str(caught.value), tmp_path / "films")
+    assert find_films(tmp_path / "films", stories)[0].folder == tmp_path / "films"
+
+
+def test_a_film_of_ours_and_a_folder_named_as_its_story_are_refused(tmp_path: Path, stories: list[Story]) -> None:
+    own_film(tmp_path / "films" / "take", stories[0], shots=3)
+    touch(tmp_path / "films" / "07-the-red-boat", "01_01.mp4")
+    assert find_films(tmp_path / "films", stories)[0].folder == tmp_path / "films" / "take"
+    touch(tmp_path / "films" / "the_red_boat", "01_01.mp4")
+    with pytest.raises(ValueError, match=r"films/take and .*films/the_red_boat could both"):
+        find_films(tmp_path / "films", stories)
+
+
+def test_of_two_films_with_one_title_the_one_that_tells_the_story_is_taken(
+    tmp_path: Path, stories: list[Story]
+) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(small.THREE_SHOTS.replace("red boat into", "blue boat into"))
+    own_film(tmp_path / "films" / "a", load_story(other), shots=3)
+    own_film(tmp_path / "films" / "b", stories[0], shots=3)
+    assert find_films(tmp_path / "films", stories)[0].folder == tmp_path / "films" / "b"
+    (tmp_path / "films" / "films.yaml").write_text("stories: {The Red Boat: a}")
+    with pytest.raises(FilmError, match="another text"):
+        find_films(tmp_path / "films", stories)
+
+
+def test_a_film_of_another_story_is_not_taken_by_its_folders_name(tmp_path: Path, stories: list[Story]) -> None:
+    own_film(tmp_path / "films" / "a_cat", stories[0], shots=3)
+    boat, cat = find_films(tmp_path / "films", stories)
+    assert boat.folder == tmp_path / "films" / "a_cat"
+    assert cat.folder is None
+
+
+def test_names_are_compared_in_one_form_of_unicode(tmp_path: Path) -> None:
+    (told,) = two_stories(tmp_path / "s", "Un Été", stems=("x",))
+    touch(tmp_path / "films" / unicodedata.normalize("NFD", "Un Été"), "01_01.mp4", "01_02.mp4")
+    assert find_films(tmp_path / "films", [told])[0].shots[1].path is not None
+
+
+def test_the_wanted_story_is_not_every_story_with_nearly_its_name(tmp_path: Path) -> None:
+    two_stories(tmp_path / "s", "The Tent", "The Fox", stems=("01_story", "02_story"))
+    assert [story.title for story in stories_of(tmp_path / "s", ["02_story"])] == ["The Fox"]
+    with pytest.raises(ValueError, match="'story' could be the_tent, the_fox"):
+        stories_of(tmp_path / "s", ["story"])
+
+
+# --- where its shots lie
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["01_01.mp4", "01_02.mp4", "02_01.mp4"],
+        ["1_1.MOV", "1_2.MOV", "2_1.MOV"],
+        ["01_00.mp4", "01_01.mp4", "02_00.mp4"],
+        ["00_00.mp4", "00_01.mp4", "01_00.mp4"],
+        ["shots/0/video.mp4", "shots/1/video.mp4", "shots/2/video.mp4"],
+        ["shots/1/video.mp4", "shots/2/video.mp4", "shots/3/video.mp4"],
+        ["scene_0/shots/0/video.mp4", "scene_0/shots/1/video.mp4", "scene_1/shots/0/video.mp4"],
+        ["clip_000.mp4", "clip_001.mp4", "clip_002.mp4"],
+        ["shot9_8.mp4", "shot9_9.mp4", "shot9_10.mp4"],
+        ["videos/scene 1 shot 1.webm", "videos/scene 1 shot 2.webm", "videos/scene 2 shot 1.webm"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_numbers_in_names_are_those_of_the_shots(tmp_path: Path, stories: list[Story], names: list[str]) -> None:
+    """Other videos, of ViMax and of StoryMem's official code, do not disturb."""
+    films = tmp_path / "films"
+    others = ["final_video.mp4", "motion_frames.mp4", "the_red_boat.mp4"]
+    if "shots" in names[0]:
+        others += ["shots/2/transition_video_from_shot_1.mp4"]
+    touch(films / "the_red_boat", *names, *others, "01_01_keyframe0.jpg", "last_frame.jpg")
+    if names[0] == "shot9_8.mp4":
+        with pytest.raises(ValueError, match="not those of the 3 shots"):
+            find_films(films, stories)
+        return
+    film = find_films(films, stories)[0]
+    assert [shot.path for shot in film.shots] == [films / "the_red_boat" / name for name in names]
+    assert set(film.ignored) == set(others)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["shots/0/video.mp4", "shots/2/video.mp4"], "shots/1/video.mp4"),
+        (["clip_001.mp4", "clip_003.mp4"], "clip_002.mp4"),
+        (["01_00.mp4", "02_00.mp4"], "01_01.mp4"),
+    ],
+)
+def test_numbers_that_leave_no_doubt_may_have_gaps(
+    tmp_path: Path, stories: list[Story], names: list[str], missing: str
+) -> None:
+    touch(tmp_path / "films" / "the_red_boat", *names)
+    shots = find_films(tmp_path / "films", stories)[0].shots
+    assert [shot.reason for shot in shots] == [None, f"there is no file {missing}", None] or missing == "01_01.mp4"
+    assert sum(shot.path is not None for shot in shots) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["clip_1.mp4", "clip_2.mp4"], r"in several ways: clip_# \(shot from 1\); clip_# \(shot from 0\)"),
+        (["clip_0.mp4", "clip_1.mp4", "clip_2.mp4", "clip_3.mp4"], "not those of the 3 shots"),
+        (["01_01.mp4", "01_02.mp4", "01_03.mp4", "02_01.mp4"], "not those of the 3 shots"),
+        (["a_1.mp4", "a_2.mp4", "a_3.mp4", "b_1.mp4", "b_2.mp4", "b_3.mp4"], "in several ways: a_#.*; b_#"),
+        (["1_1.mp4", "01_01.mp4"], "01_01.mp4 and 1_1.mp4 have the same numbers"),
+        (["01_01.mp4", "01_01.mov"], "01_01.mov and 01_01.mp4 have the same numbers"),
+        (["first.mp4", "second.mp4", "third.mp4"], "not those of the 3 shots"),
+    ],
+)
+def test_what_cannot_be_told_is_asked(tmp_path: Path, stories: list[Story], names: list[str], message: str) -> None:
+    films = tmp_path / "films"
+    touch(films / "the_red_boat", *names)
+    with pytest.raises(ValueError, match=message) as caught:
+        find_films(films, stories)
+    if "the same numbers" in message:
+        return
+    paths = ", ".join(f"the_red_boat/{name}" for name in (names * 3)[:3])
+    follow(str(caught.value).replace("..., ..., ...", paths), films)
+    if len(names) > 2:
+        shots = find_films(films, stories)[0].shots
+        assert [shot.path for shot in shots] == [films / "the_red_boat" / name for name in names[:3]]
+    else:
+        with pytest.raises(ValueError, match="are the same frames of"):
+            find_films(films, stories)
+
+
+def test_the_results_folder_of_the_official_code_is_a_film(tmp_path: Path, stories: list[Story]) -> None:
+    """It writes the shots of its one story into the folder itself, beside what it needs to go on."""
+    results = tmp_path / "results"
+    touch(results, "01_01.mp4", "01_02.mp4", "02_01.mp4", "motion_frames.mp4", "results.mp4", "01_01_keyframe0.jpg")
+    film = find_films(results, stories[:1])[0]
+    assert [shot.path for shot in film.shots] == [results / name for name in ("01_01.mp4", "01_02.mp4", "02_01.mp4")]
+    with pytest.raises(ValueError, match=r"holds the shots of one film, and there are 2 stories.*stbench\.only"):
+        find_films(results, stories)
+    results.rename(tmp_path / "the_red_boat")
+    assert find_films(tmp_path, stories)[0].shots[2].path == tmp_path / "the_red_boat" / "02_01.mp4"
+
+
+def test_links_are_followed_once(tmp_path: Path, stories: list[Story]) -> None:
+    touch(tmp_path / "disk", "01_01.mp4", "01_02.mp4", "02_01.mp4")
+    (tmp_path / "films" / "the_red_boat").mkdir(parents=True)
+    (tmp_path / "films" / "the_red_boat" / "shots").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "up").symlink_to(tmp_path / "films" / "the_red_boat")
+    assert [shot.reason for shot in find_films(tmp_path / "films", stories)[0].shots] == [None] * 3
+
+
+# --- films in one file
+
+
+@pytest.fixture
+def one_file(tmp_path: Path, stories: list[Story]) -> Path:
+    """A folder in which a film of 27 frames lies in one file, as HoloCine writes it."""
+    films = tmp_path / "films"
+    films.mkdir()
+    write_video(films / "the_red_boat.mp4", small.frames(0, 27), 8)
+    return films
+
+
+def test_a_film_in_one_file_is_asked_for_its_cuts(one_file: Path, stories: list[Story]) -> None:
+    with pytest.raises(ValueError, match=r"holds the whole film of 'The Red Boat', which has 3 shots") as caught:
+        find_films(one_file, stories)
+    said = str(caught.value)
+    entry = said[said.index("stories:") : said.index("where cuts")]
+    (one_file / "films.yaml").write_text(entry.replace("[...]", "[9, 14]"))
+    film, cat = find_films(one_file, stories)
+    assert [shot.frames for shot in film.shots] == [(0, 9), (9, 14), (14, 27)]
+    assert cat.folder is None
+    (one_file / "films.yaml").write_text(entry.replace("cuts: [...]", "frames: [[0, 9], [10, 14], [14, 20]]"))
+    assert [shot.frames for shot in find_films(one_file, stories)[0].shots] == [(0, 9), (10, 14), (14, 20)]
+
+
+def test_a_folder_with_one_video_is_a_film_in_one_file(one_file: Path, stories: list[Story]) -> None:
+    touch(one_file / "a_cat", "video7.mp4")
+    with pytest.raises(ValueError, match=r"a_cat/video7\.mp4 holds the whole film of 'A Cat'"):
+        find_films(one_file, stories[1:])
+
+
+def test_a_story_of_one_shot_is_its_file(one_file: Path, tmp_path: Path) -> None:
+    text = 'title: The Red Boat\noverview: O.\nscenes: [{shots: [{prompt: "A boat."}]}]\n'
+    (tmp_path / "one.yaml").write_text(text)
+    (shot,) = find_films(one_file, [load_story(tmp_path / "one.yaml")])[0].shots
+    assert (shot.path, shot.frames) == (one_file / "the_red_boat.mp4", None)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{file: the_red_boat.mp4, cuts: [9]}", "gives 1 cuts, so 2 shots, and the story has 3"),
+        ("{file: the_red_boat.mp4, cuts: [14, 9]}", r"frames \[14, 9\] do not follow"),
+        ("{file: the_red_boat.mp4, cuts: [9, 27]}", r"frames \[27, 27\]"),
+        ("{file: the_red_boat.mp4, frames: [[0, 9], [8, 14], [14, 20]]}", r"frames \[8, 14\]"),
+        ("{file: the_red_boat.mp4, frames: [[0, 9], [9, 14], [14, 28]]}", "end after the file's 27 frames"),
+        ("{file: the_red_boat.mp4, frames: [[-1, 9], [9, 14], [14, 20]]}", r"frames \[-1, 9\]"),
+        ("{file: the_red_boat.mp4, frames: [[0, 9, 3], [9, 14], [14, 20]]}", "frames"),
+        ("{file: the_red_boat.mp4}", "write either cuts or frames"),
+        ("{file: nowhere.mp4, cuts: [9, 14]}", "there is no video file"),
+        ("{file: the_red_boat.mp4, cut: [9, 14]}", "cut"),
+        ("nowhere", "there is no folder or video"),
+        ("3", "The Red Boat"),
+    ],
+)
+def test_faulty_cuts(one_file: Path, stories: list[Story], entry: str, message: str) -> None:
+    (one_file / "films.yaml").write_text(f"stories: {{The Red Boat: {entry}}}")
+    with pytest.raises(ValueError, match=message) as caught:
+        find_films(one_file, stories)
+    assert str(one_file / "films.yaml") in str(caught.value)
+
+
 def test_published_scene_numbers_name_the_files(tmp_path: Path) -> None:
     written = {
         "story_name": "Two Scenes",
@@ -59,6 +352,7 @@ def test_published_scene_numbers_name_the_files(tmp_path: Path) -> None:
 
 
 def own_film(folder: Path, story: Story, shots: int) -> Film:
+    folder.mkdir(parents=True, exist_ok=True)
     film = Film(folder, story=story.to_dict(), config={})
     for shot in story.shots[:shots]:
         file = film.write_shot(shot, np.zeros((5, 32, 48, 3), np.uint8), repeated=0, fps=8)
@@ -94,13 +388,85 @@ def test_a_mapping_file_says_where_shots_lie(tmp_path: Path, stories: list[Story
     assert found(films, stories[1]) == ["x/a.mp4", "y.mp4"]
 
 
+def test_a_mapping_file_may_lie_elsewhere_and_name_some_stories(tmp_path: Path, stories: list[Story]) -> None:
+    touch(tmp_path / "films", "boat/clip_0.mp4", "boat/clip_1.mp4", "boat/clip_2.mp4", "a_cat/01_01.mp4")
+    (tmp_path / "vimax.yaml").write_text("\ufefffolder: films\nstories:\n  The Red Boat: boat\n  The Dog: dog\n")
+    everything = find_all(tmp_path / "vimax.yaml", stories)
+    boat, cat = everything.films
+    assert [shot.path for shot in boat.shots] == [tmp_path / "films" / "boat" / f"clip_{i}.mp4" for i in range(3)]
+    assert cat.folder == tmp_path / "films" / "a_cat"
+    assert everything.unused == ("'The Dog' in vimax.yaml",)
+
+
+@pytest.mark.parametrize(
+    ("template", "names", "message"),
+    [
+        (
+            "{story}/shots/{index}/video.mp4",
+            ["shots/0/video.mp4", "shots/1/video.mp4"],
+            "count from 0, and {index} from 1",
+        ),
+        ("{story}/{scene}_{shot}.mp4", ["1_0.mp4", "1_1.mp4"], "{shot} from 1"),
+        ("{story}/{scene}_{shot}.mp4", ["0_0.mp4", "0_1.mp4"], "{scene} and {shot} from 1"),
+        ("{story}/clip_{index:03d}.mp4", ["clip_001.mp4", "clip_002.mp4", "clip_003.mp4"], "has only 2 shots"),
+        ("{story}/film.mp4", ["film.mp4"], "are the same frames of"),
+        ("{story.__class__}/{index}.mp4", ["1.mp4"], "braces that are no field"),
+        ("{index:999999999d}.mp4", ["1.mp4"], "braces that are no field"),
+        ("{story:03d}/{index}.mp4", ["1.mp4"], "cannot be filled in"),
+    ],
+)
+def test_templates_that_the_files_speak_against(
+    tmp_path: Path, stories: list[Story], template: str, names: list[str], message: str
+) -> None:
+    touch(tmp_path / "films" / "a_cat", *names)
+    mapping = tmp_path / "films" / "films.yaml"
+    mapping.write_text(f'shots: "{template}"\n')
+    with pytest.raises(ValueError, match=re.escape(message)):
+        find_films(tmp_path / "films", stories[1:])
+    if "from 0" in message or "from 1" in message:
+        counted = template.replace("index}", "index0}").replace("shot}", "shot0}")
+        mapping.write_text(f'shots: "{counted.replace("{scene}", "{scene0}") if "{scene}" in message else counted}"\n')
+        shots = find_films(tmp_path / "films", stories[1:])[0].shots
+        assert [shot.path for shot in shots] == [tmp_path / "films" / "a_cat" / name for name in names]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("shots: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("stories: &a {x: *a}", "films.yaml"),
+        ("a: &a [1]\nshots: *a", "alias"),
+        ("stories: {The Red Boat: a, The Red Boat: b}", "is written twice"),
+        ("[" * 3000, "nested too deeply"),
+        ("shots: [", "not valid YAML"),
+        ("folder: nowhere", "there is no folder"),
+        ("folder: ''", "folder"),
+        ("1: 2", "unknown key"),
+        ("null", "expected a mapping"),
+    ],
+)
+def test_odd_mapping_files(tmp_path: Path, stories: list[Story], content: str, message: str) -> None:
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "films.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        find_films(tmp_path / "films", stories)
+    assert "films.yaml" in str(caught.value)
+
+
+def test_a_mapping_in_a_fifo(tmp_path: Path, stories: list[Story]) -> None:
+    (tmp_path / "films").mkdir()
+    os.mkfifo(tmp_path / "films" / "films.yaml")
+    with pytest.raises(ValueError, match="not a regular file"):
+        find_films(tmp_path / "films", stories)
+
+
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
         ("shot: x", "unknown key; did you mean 'shots'"),
         ("- x", "expected a mapping"),
         ("stories: {The Blue Boat: b}", "names none of these stories"),
-        ('shots: "{film}/x.mp4"', r"'film' cannot be filled in; known are: \{story\}"),
+        ('shots: "{film}/x.mp4"', r"\{film\} cannot be filled in; known are: \{story\}"),
         ("stories: {The Red Boat: [a.mp4]}", "lists 1 shots and the story has 3"),
     ],
 )
@@ -109,6 +475,18 @@ def test_faulty_mapping_files(tmp_path: Path, stories: list[Story], mapping: str
     (tmp_path / "films" / "films.yaml").write_text(mapping)
     with pytest.raises(ValueError, match=message):
         find_films(tmp_path / "films", stories)
+
+
+def test_the_mapping_file_in_the_datasheet_is_one(tmp_path: Path) -> None:
+    written = (Path(__file__).parents[2] / "st_bench" / "README.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", written, re.DOTALL)
+    (tmp_path / "films.yaml").write_text(block.replace(", ...", "").replace("/data/films", str(tmp_path)))
+    mapping, root = read_mapping(tmp_path / "films.yaml")
+    assert root.folder == tmp_path
+    titles = {story.title for story in stories_of(Path(__file__).parents[2] / "st_bench" / "stories")}
+    assert mapping.stories.keys() < titles
+    for system, path in (("ViMax", "shots/0/video.mp4"), ("StoryMem's official code", "01_02.mp4")):
+        assert path in next(line for line in written.splitlines() if system in line)
 
 
 def test_stories_are_loaded_in_order_and_can_be_chosen(tmp_path: Path, stories: list[Story]) -> None:
@@ -130,5 +508,6 @@ def test_faulty_and_double_stories_are_told(tmp_path: Path, stories: list[Story]
         stories_of(tmp_path / "stories")
     with pytest.raises(ValueError, match="there are no stories"):
         stories_of(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no such folder"):
-        find_films(tmp_path / "nowhere", stories)
+    for name in ("nowhere", "nowhere.yaml", "films.yaml"):
+        with pytest.raises((ValueError, FileNotFoundError), match="no such f"):
+            find_films(tmp_path / name, stories)

@@ -92,6 +92,7 @@ def test_what_cannot_be_filmed_is_told_first(tmp_path: Path, monkeypatch: pytest
         "model=wan2.2-a14b",
         "runtime=cpu",
         "method=independent",
+        "metrics=[tiny]",
         name="eval_stbench",
     )
     with pytest.raises(FileNotFoundError, match="T2V-A14B"):
@@ -103,7 +104,7 @@ def test_what_cannot_be_filmed_is_told_first(tmp_path: Path, monkeypatch: pytest
 def test_methods_are_filmed_scored_and_compared(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "a.yaml").write_text(small.TWO_SHOTS)
-    overrides = [f"stbench.stories={tmp_path}/s", f"output={tmp_path}/out", *SMALL]
+    overrides = [f"stbench.stories={tmp_path}/s", f"output={tmp_path}/out", "metrics=[tiny]", *SMALL]
     run = composed(*overrides, "methods=[storymem,ablation_no_memory]", name="eval_stbench")
     results = evaluate(run, lambda name: compose_with_method(name, overrides))
     assert results is not None

@@ -15,6 +15,8 @@ from PIL import Image
 from storymem.evaluation.metric import Column, Metric, Scores, Screening
 from storymem.evaluation.scoring import metric_settings, read_result, result_key, score_film
 from storymem.story import Shot, Story
+from storymem.video import READER
+from tests.encoding import turned
 from tests.evaluation import small
 
 
@@ -50,6 +52,15 @@ def test_metrics_are_told_the_places_of_the_shots(films: Path, story: Story) -> 
     assert result.scores["watcher"].details["seen"] == [(0, 9), (9, 5), (14, 13)]
     assert result.value("frames") == 27
     assert [shot.frames for shot in result.shots] == [9, 5, 13]
+
+
+def test_a_result_names_the_reader_and_how_it_read(films: Path, story: Story, tmp_path: Path) -> None:
+    turned(films / "the_red_boat" / "01_02.mp4", -1, 0, 0, -1)
+    result, _ = score_film(story, small.film(films, story), {"watcher": Watcher()}, "key")
+    result.write(tmp_path / "result.json")
+    shots = read_result(tmp_path / "result.json").shots  # type: ignore[union-attr]
+    assert [shot.reader for shot in shots] == [READER] * 3
+    assert [any(note.startswith("rotated: by 180") for note in shot.notes) for shot in shots] == [False, True, False]
 
 
 @pytest.mark.parametrize("fault", ["absent", "empty", "text", "cut off", "damaged"])

@@ -31,8 +31,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def config(folder: Path, *overrides: str) -> dict[str, Any]:
-    composition = composed(f"stbench.stories={folder}/stories", f"output={folder}/out", *overrides, name="eval_stbench")
-    return {"label": None, **composition}
+    where = (f"stbench.stories={folder}/stories", f"output={folder}/out", "metrics=[tiny]")
+    return {"label": None, **composed(*where, *overrides, name="eval_stbench")}
 
 
 def test_films_become_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +162,7 @@ def test_a_dry_run_says_what_is_missing_and_writes_nothing(folder: Path, capsys:
     assert "2 stories, 5 shots" in printed
     assert "one: 5 of 5 shots" in printed
     assert "two: 4 of 5 shots" in printed
+    assert "The Red Boat: the_red_boat, #_# (scene from 1, shot from 1)" in printed, "which folder serves which story"
     assert "The Red Boat: there is no file 01_02.mp4" in printed
     assert "storymem: 0 of 5 shots" in printed
     assert not (folder / "out").exists()
@@ -175,6 +176,9 @@ def test_a_dry_run_says_what_is_missing_and_writes_nothing(folder: Path, capsys:
         (["films=one", "+stbench.stores=x"], "stbench.stores: unknown key; did you mean 'stories'"),
         (["films=one", "statistics.level=95"], "write a share"),
         (["films={storymem: one}", "method=storymem"], "two systems are called storymem"),
+        (["films={a/b: one}"], "a system cannot be called 'a/b'"),
+        (["films={..: one}"], r"a system cannot be called '\.\.'"),
+        (["films=/"], "a system cannot be called ''"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_scored(folder: Path, overrides: list[str], message: str) -> None:

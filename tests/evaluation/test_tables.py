@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +13,7 @@ from storymem.evaluation.metric import Column, Scores
 from storymem.evaluation.results import PUBLISHED, Results, Summary, summarise, summary_of
 from storymem.evaluation.scoring import ShotResult, StoryResult
 from storymem.evaluation.statistics import StatisticsSettings
-from storymem.evaluation.tables import latex, markdown, mean_and_interval, number
+from storymem.evaluation.tables import csv_lines, latex, markdown, mean_and_interval, number, results_json
 
 COLUMNS = (
     Column(name="consistency_overall", title="Cross-shot consistency, overall", heading="Consist., overall"),
@@ -38,10 +41,17 @@ def result(title: str, value: float | None, *, undefined: bool = False) -> Story
     return StoryResult(key="k", title=title, slug=title.lower(), style=None, shots=(shot,), scores={"m": scores})
 
 
-def results(**systems: list[StoryResult]) -> Results:
+def results(weights: str = "published", **systems: list[StoryResult]) -> Results:
     return summarise(
         systems,
-        metrics={"m": {"version": 1, "weights_sha256": "f" * 64}},
+        metrics={
+            "m": {
+                "version": 1,
+                "weights": weights,
+                "columns": [column.name for column in COLUMNS],
+                "weights_sha256": "f" * 64,
+            }
+        },
         columns=COLUMNS,
         settings=StatisticsSettings(resamples=200),
         stories={"folder": "s", "titles": [one.title for one in next(iter(systems.values()))]},
@@ -100,6 +110,31 @@ def test_latex(two: Results) -> None:
     assert "{\\scriptsize (.5200 of 2/3)}" in text
     assert "HoloCine$^\\dagger$ & .4631 & -- \\\\" in text
     assert text.count("{") == text.count("}")
+
+
+@pytest.mark.parametrize("weights", ["own", "untrained"])
+def test_published_rows_stand_beside_values_of_the_papers_scorers_only(weights: str) -> None:
+    found = results(weights, one=[result("A", 0.4)])
+    for text in (markdown(found), latex(found), results_json(found)):
+        assert "HoloCine" not in text
+        assert ".4631" not in text
+        assert ("UNTRAINED SCORERS (m): these numbers mean nothing" in text) == (
+            weights == "untrained" and text[0] != "{"
+        )
+    assert json.loads(results_json(found))["untrained"] == (["m"] if weights == "untrained" else [])
+    lines = list(csv.DictReader(io.StringIO(csv_lines(found))))
+    assert {line["weights"] for line in lines} == {weights}
+
+
+def test_values_that_are_no_numbers_have_a_reason_everywhere() -> None:
+    one = replace(result("A", None), faults=("m: consistency_overall is not a finite number",))
+    found = results(one=[replace(one, shots=(replace(one.shots[0], missing=None),))])
+    assert "- A: m: consistency_overall is not a finite number" in markdown(found)
+    written = json.loads(results_json(found))["systems"]["one"]
+    assert written["not_finite"] == ["A: m: consistency_overall is not a finite number"]
+    assert written["columns"]["consistency_overall"]["mean"] is None
+    (line, _) = csv.DictReader(io.StringIO(csv_lines(found)))
+    assert (line["value"], line["reason"]) == ("", "missing: shot 1")
 
 
 def test_numbers_are_printed_as_the_paper_prints_them() -> None:

@@ -15,7 +15,7 @@ from torchvision.transforms import functional as tv
 
 from storymem.scorers.checkpoint import CheckpointError
 from storymem.scorers.clip import ClipScorer
-from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD, crop_in_bytes, squash
+from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD, crop, crop_in_bytes, squash
 from storymem.scorers.texts import VOCABULARY_FILE, ClipTokenizer
 from storymem.weights import MissingWeights
 from tests.scorers.tiny import CLIP_CONFIG, clip, pictures
@@ -30,9 +30,33 @@ def test_selector_preprocessing_is_torchvisions_bilinear_squash(size: tuple[int,
     torch.testing.assert_close(squash(frames, (224, 224)), theirs, atol=1e-6, rtol=0)
 
 
+def drawn(*shape: int) -> torch.Tensor:
+    """Frames with hard edges, black to white, where bicubic values overshoot; exact in 8 bits."""
+    frames = pictures(*shape)
+    frames[..., ::7, :] = 1.0
+    frames[..., 3::11] = 0.0
+    return frames
+
+
 @pytest.mark.parametrize("size", SIZES)
-def test_aesthetic_preprocessing_is_torchvisions_on_bytes(size: tuple[int, int]) -> None:
-    frames = pictures(2, 3, *size)
+def test_aesthetic_preprocessing_is_torchvisions_on_floats(size: tuple[int, int]) -> None:
+    """VBench makes float tensors of its frames before it resizes them, so nothing is clamped or rounded."""
+    frames = drawn(2, 3, *size)
+    resized = tv.resize((frames * 255).round(), 224, InterpolationMode.BICUBIC, antialias=False)
+    theirs = tv.center_crop(resized, [224, 224]) / 255
+    if min(size) != 224:
+        assert theirs.min() < -0.01
+        assert theirs.max() > 1.01, "there is something to clamp"
+    torch.testing.assert_close(crop(frames, (224, 224)), theirs, atol=1e-5, rtol=0)
+    scorer = clip(preprocessing="published_aesthetic")
+    pixels = tv.center_crop(tv.resize(frames, 32, InterpolationMode.BICUBIC, antialias=False), [32, 32])
+    images = scorer.network.encode_image(tv.normalize(pixels, list(CLIP_MEAN), list(CLIP_STD)), normalize=True)
+    torch.testing.assert_close(scorer.embed_images(frames), images, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_viclips_preprocessing_is_torchvisions_on_bytes(size: tuple[int, int]) -> None:
+    frames = drawn(2, 3, *size)
     resized = tv.resize((frames * 255).to(torch.uint8), 224, InterpolationMode.BICUBIC, antialias=False)
     theirs = tv.center_crop(resized, [224, 224]).float() / 255
     errors = (crop_in_bytes(frames, (224, 224)) - theirs).abs()

@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from storymem.io import FileError
 from storymem.scorers import hpsv3 as hpsv3_module
 from storymem.scorers.checkpoint import CheckpointError, read_checkpoint
 from storymem.scorers.hpsv3 import Hpsv3Scorer
@@ -198,7 +199,7 @@ def test_missing_weights_say_how_to_get_them(local: Path, monkeypatch: pytest.Mo
         "hf download MizzenAI/HPSv3 HPSv3.safetensors",
     ):
         assert part in str(caught.value)
-    with pytest.raises(MissingWeights, match="hf download Qwen/Qwen2-VL-7B-Instruct --include"):
+    with pytest.raises(MissingWeights, match=r"hf download Qwen/Qwen2-VL-7B-Instruct tokenizer\.json"):
         Hpsv3Scorer.from_pretrained(str(local))
 
 
@@ -209,14 +210,26 @@ def test_another_tokenizer_is_refused() -> None:
         Hpsv3Scorer.from_config(HPSV3_CONFIG, tokenizer)
 
 
-def test_tokenizer_folder_of_qwens_own_class_loads(local: Path) -> None:
-    """The hub repository names Qwen2Tokenizer, and only its tokenizer files are fetched."""
+def test_only_the_tokenizers_own_file_is_read(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code beside it is neither run nor asked about, and nobody is called."""
     settings = local / "tokenizer" / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}))
+    named = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | named))
+    (local / "tokenizer" / "mine.py").write_text(f"open({str(local / 'ran')!r}, 'w')\nclass Mine: ...\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("called somebody"))
     scorer = load(local)
-    assert type(scorer.tokenizer).__name__.startswith("Qwen2Tokenizer")
+    assert not (local / "ran").exists()
     ids = scorer.tokenizer(assemble_prompt("a cat", 2))["input_ids"]
+    assert ids == hpsv3().tokenizer(assemble_prompt("a cat", 2))["input_ids"]
     assert (ids.count(HPSV3_CONFIG.reward_token), ids.count(HPSV3_CONFIG.image_token)) == (1, 2)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": {"type": "BPE"}}', "{" * 5000, "\udcff"])
+def test_a_damaged_tokenizer_is_named(local: Path, content: str) -> None:
+    (local / "tokenizer" / "tokenizer.json").write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(FileError, match=r"tokenizer\.json"):
+        load(local)
 
 
 # --- 4 bits

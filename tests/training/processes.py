@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from storymem.io import Stopped
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.experts import make_accelerator
 from storymem.training.settings import ParallelSettings
 from storymem.training.sharding import whole
-from storymem.training.trainer import NonFiniteLoss, StepReport, Stopped, Trainer
+from storymem.training.trainer import StepReport, Trainer
 from tests.forking import fork
 from tests.training.tiny import ADAPTER, BATCH, CPU, OPTIMIZER, MemoryLatents, latents, method, run, trainer
 
@@ -83,14 +84,23 @@ def training_of_two(folder: Path, accelerator: Accelerator) -> None:
             assert base.to_local().numel() * WORLD == base.numel()
 
 
-def nan_on_one(folder: Path, accelerator: Accelerator) -> None:
+class Huge(MemoryLatents):
+    """One clip of the set has no finite loss."""
+
+    def video(self, index: int) -> Tensor:
+        found = super().video(index)
+        return found * 1e30 if self.clips[index].id == "clip1_0" else found
+
+
+def lost_on_one(folder: Path, accelerator: Accelerator) -> None:
     of = method("high_noise", accelerator=accelerator)
     batch = replace(BATCH, size=1)
-    training = trainer(of, accelerator=accelerator, data=Broken(latents().clips), batch=batch, steps=50)
-    try:
-        training.run()
-    except NonFiniteLoss as error:
-        (folder / f"nan_{accelerator.process_index}").write_text(str(error))
+    for kind in (Broken, Huge):
+        training = trainer(of, accelerator=accelerator, data=kind(latents().clips), batch=batch, steps=50)
+        try:
+            training.run()
+        except ValueError as error:
+            (folder / f"{kind.__name__}_{accelerator.process_index}").write_text(str(error))
 
 
 def signal_to_one(folder: Path, accelerator: Accelerator) -> None:
@@ -103,7 +113,7 @@ def signal_to_one(folder: Path, accelerator: Accelerator) -> None:
     try:
         training.run()
     except Stopped as stopped:
-        (folder / f"stopped_{accelerator.process_index}").write_text(f"{training.step} {stopped.code}")
+        (folder / f"stopped_{accelerator.process_index}").write_text(f"{training.step} {stopped.status}")
 
 
 def whole_run(folder: Path, accelerator: Accelerator) -> None:
@@ -131,7 +141,7 @@ def whole_run(folder: Path, accelerator: Accelerator) -> None:
 SCENARIOS: tuple[Callable[[Path, Accelerator], Any], ...] = (
     gradients_of_two,
     training_of_two,
-    nan_on_one,
+    lost_on_one,
     signal_to_one,
     whole_run,
 )

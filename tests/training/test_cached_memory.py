@@ -18,7 +18,7 @@ from storymem.training.objective import MemoryObjective, noise_level
 from storymem.training.settings import ObjectiveSettings
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.loading import load_pipeline
-from storymem.wan.lora_info import AdapterInfo
+from storymem.wan.lora_files import AdapterInfo
 from storymem.wan.segments import Layout, memory_cached
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings
 from storymem.wan.transformer import SegmentCache

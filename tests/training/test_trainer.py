@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -17,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from storymem.config import ConfigError, build_settings
+from storymem.io import NotFiniteError, Stopped
 from storymem.settings import TrainSettings
 from storymem.train import check_masks, check_run_folder, check_sizes
 from storymem.training.checkpoints import Checkpoints
@@ -25,8 +25,7 @@ from storymem.training.experts import add_adapter, check_only_adapters_train, ch
 from storymem.training.optimizers import check_optimizer
 from storymem.training.run_log import read_metrics
 from storymem.training.settings import OptimizerSettings, ParallelSettings
-from storymem.training.trainer import NonFiniteLoss, StepReport, Stopped, Trainer
-from storymem.wan.lora import AdapterInfo, write_memory_lora
+from storymem.training.trainer import StepReport, Trainer
 from tests import stories
 from tests.training.tiny import (
     ADAPTER,
@@ -153,13 +152,13 @@ def test_a_run_that_is_taken_up_gives_the_same_losses(tmp_path: Path, which: str
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_the_step_finish_saves_and_ends(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_the_last_step_and_ends(tmp_path: Path, number: signal.Signals) -> None:
     def send(trainer: Trainer, report: StepReport) -> None:
-        if report.step == 1:
-            # As a terminal or a cluster does it: to data workers too.
-            for process in [*(child.pid for child in multiprocessing.active_children()), os.getpid()]:
-                os.kill(process, number)
+        if report.step == 2:
+            # A launcher passes on what a terminal or a cluster has sent to the whole group already.
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
     checkpoints = Checkpoints(tmp_path, keep=2)
@@ -167,8 +166,7 @@ def test_a_signal_lets_the_step_finish_saves_and_ends(tmp_path: Path, number: si
     training = trainer(method("high_noise"), batch=batch, checkpoints=checkpoints, callbacks=[send], steps=20)
     with pytest.raises(Stopped) as stopped:
         training.run()
-    # The signal came after step 1, so step 2 was the one to finish.
-    assert stopped.value.code == 128 + number
+    assert stopped.value.status == 128 + number
     assert checkpoints.steps() == [2]
     assert signal.getsignal(number) == before
 
@@ -181,11 +179,30 @@ class Broken(MemoryLatents):
         return found * float("nan") if self.clips[index].id == "clip1_0" else found
 
 
-def test_nan_stops_the_run_names_the_clips_and_is_not_saved(tmp_path: Path) -> None:
-    data, checkpoints = Broken(latents().clips), Checkpoints(tmp_path, keep=9)
+class Huge(MemoryLatents):
+    """One clip of the set is finite, and the square of its latents is not."""
+
+    def video(self, index: int) -> torch.Tensor:
+        found = super().video(index)
+        return found * 1e30 if self.clips[index].id == "clip1_0" else found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (Broken, r"step (\d+): latents of clip clip1_0: NaN or infinite values; draw them again"),
+        (Huge, r"step (\d+): the loss is (?:inf|nan); .*clip1_0.* optimizer\.lr=0\.0025"),
+    ],
+)
+def test_lost_numbers_stop_the_run_name_the_clips_and_are_not_saved(
+    tmp_path: Path, broken: type[MemoryLatents], says: str, workers: int
+) -> None:
+    batch = replace(BATCH, workers=workers)
+    data, checkpoints = broken(latents().clips), Checkpoints(tmp_path, keep=9)
     of = method("high_noise")
-    training = trainer(of, data=data, checkpoints=checkpoints, checkpoint_every=1, steps=50)
-    with pytest.raises(NonFiniteLoss, match=r"step (\d+): the loss is nan; .*clip1_0") as stopped:
+    training = trainer(of, data=data, checkpoints=checkpoints, checkpoint_every=1, steps=50, batch=batch)
+    with pytest.raises(NotFiniteError, match=says) as stopped:
         training.run()
     reached = int(str(stopped.value).split()[1].rstrip(":"))
     assert checkpoints.steps() == list(range(1, reached))
@@ -332,14 +349,9 @@ def test_a_run_can_begin_from_an_adapter_of_its_own_rank(tmp_path: Path) -> None
 
 
 def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path) -> None:
-    state = {
-        "blocks.0.attn1.to_q.lora_A.weight": torch.zeros(8, 24),
-        "blocks.0.attn1.to_q.lora_B.weight": torch.zeros(24, 8),
-    }
-    folder = tmp_path / "checkpoints" / "step_00000003" / "adapter"
-    write_memory_lora({"high_noise": state}, folder, info=AdapterInfo(rank=8, alpha=4.0))
-    with pytest.raises(ValueError, match=r"rank=8, and the settings say adapter\.rank=4"):
-        run(tmp_path, expert="high")
+    run(tmp_path, expert="high", steps=1).trainer.run()
+    with pytest.raises(ValueError, match=r"adapter\.rank: 4 before, 8 now"):
+        run(tmp_path, expert="high", steps=1, adapter=vars(replace(ADAPTER, rank=8)))
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:

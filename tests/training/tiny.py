@@ -82,6 +82,9 @@ class MemoryLatents:
     def empty_text(self) -> Tensor:
         return torch.zeros(16, 16)
 
+    def cure(self, index: int) -> str:
+        return "draw them again"
+
     def groups(self, split: Split) -> dict[int, list[int]]:
         found: dict[int, list[int]] = {}
         for index, clip in enumerate(self.clips):

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import struct
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
 
+from storymem.io import NotFiniteError
 from storymem.wan.gguf import check_gguf
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config
 from storymem.wan.memory_estimate import estimate_memory
 from storymem.wan.precision import check_precision
 from storymem.wan.settings import ModelSettings, RuntimeSettings
-from storymem.wan.sources import required_weights
+from storymem.wan.sources import check_weights, required_weights
 from storymem.weights import MissingWeights
 from tests.wan.tiny import CPU, generate, pictures, settings
 
@@ -123,6 +130,171 @@ def test_what_does_not_go_together_is_refused() -> None:
     model = wide(weights={"name": "others", "source": "."}, gguf=files, has_text_to_video=False)
     with pytest.raises(ValueError, match=r"model\.gguf have few bits already; use as_is"):
         check_precision(model, RuntimeSettings(precision="fp8_storage"), torch.device("cpu"))
+
+
+# By header alone; these files are written here, so that no reader of the format is needed.
+
+
+def by_hand(path: Path, state: dict[str, torch.Tensor], kind: int = 0, architecture: bytes = b"wan") -> Path:
+    """A GGUF file of version 3 with tensors of one type (0: float32)."""
+    texts = [(b"general.architecture", architecture), (b"general.name", b"a" * 40)]
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(state), len(texts))
+    for key, value in texts:
+        head += struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(value)) + value
+    offset = 0
+    for name, tensor in state.items():
+        head += struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", tensor.ndim)
+        head += struct.pack(f"<{tensor.ndim}Q", *reversed(tensor.shape)) + struct.pack("<IQ", kind, offset)
+        offset += -(-tensor.numel() * 4 // 32) * 32
+    head += bytes(-len(head) % 32)
+    with path.open("wb") as file:
+        file.write(head)
+        for tensor in state.values():
+            data = tensor.float().numpy().tobytes()
+            file.write(data + bytes(-len(data) % 32))
+    return path
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base folder without its transformers."""
+    pipe = load_pipeline(wide(), runtime=CPU)
+    pipe.transformer = pipe.transformer_2 = None
+    folder = tmp_path_factory.mktemp("base") / "others"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return dict(WanTransformer3DModel(**wide().network.transformer, in_channels=36).state_dict())
+
+
+def check(others: Path, path: Path) -> ModelSettings:
+    files = {f"{noise}_noise": {"name": noise, "source": str(path)} for noise in ("high", "low")}
+    model = wide(weights={"name": "others", "source": str(others)}, gguf=files, has_text_to_video=False)
+    check_weights(model, text_to_video=False)
+    return model
+
+
+def test_a_whole_file_passes(others: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    check(others, by_hand(tmp_path / "a.gguf", weights))
+    check(others, by_hand(tmp_path / "b.gguf", {f"model.diffusion_model.{k}": v for k, v in original(weights).items()}))
+
+
+def original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights under the original network's names."""
+    from storymem.wan.names import original_name
+
+    renamed = {}
+    for key, tensor in state.items():
+        module, _, attribute = key.rpartition(".")
+        table = key.endswith("scale_shift_table")
+        renamed[original_name(key) if table else f"{original_name(module)}.{attribute}"] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("proj_out.bias"), r"a\.gguf does not hold.*missing \(1\).*proj_out\.bias"),
+        (lambda s: s.update(stray=torch.ones(1)), r"unexpected \(1\).*stray"),
+        (
+            lambda s: s.update({"patch_embedding.weight": s["patch_embedding.weight"][:, :16]}),
+            r"misshapen \(1\).*patch_embedding\.weight is \[96, 16, 1, 2, 2\], not \[96, 36, 1, 2, 2\]",
+        ),
+    ],
+)
+def test_a_file_of_another_network_is_refused(
+    others: Path, weights: dict[str, torch.Tensor], tmp_path: Path, change: Callable[[dict], Any], message: str
+) -> None:
+    state = dict(weights)
+    change(state)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        check(others, by_hand(tmp_path / "a.gguf", state))
+
+
+def test_another_architecture_is_named(others: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.gguf \(architecture 'flux'\) does not hold the weights of this model"):
+        check(others, by_hand(tmp_path / "a.gguf", {"double_blocks.0.qkv": torch.ones(4, 4)}, architecture=b"flux"))
+    with pytest.raises(ValueError, match=r"(\w|\.)+ is of type 39, which diffusers does not read"):
+        check(others, by_hand(tmp_path / "a.gguf", weights, kind=39))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b[: len(b) // 2], r"it has [\d,]+ bytes, and its header says [\d,]+"),
+        (lambda b: b[:500], r"cut off"),
+        (lambda b: b[:10], r"cut off or damaged"),
+        (lambda b: b"", r"cut off or damaged"),
+        (lambda b: b"GGML" + b[4:], r"does not begin as one"),
+        (lambda b: b[:4] + struct.pack("<I", 77) + b[8:], r"version 77"),
+        (lambda b: b[:8] + struct.pack("<Q", 1 << 60) + b[16:], r"its header says 1,152,921,504,606,846,976 tensors"),
+        (lambda b: b[:16] + struct.pack("<Q", 1 << 60) + b[24:], r"and 1,152,921,504,606,846,976 entries"),
+        (lambda b: b[:24] + struct.pack("<Q", 1 << 62) + b[32:], r"a text of [\d,]+ bytes"),
+        (lambda b: b[:8] + struct.pack("<QQ", 0, 1) + nested(100_000), r"cut off or damaged"),
+        (lambda b: b[:8] + struct.pack("<QQ", 0, 1) + long_list(), r"a list of 1,152,921,504,606,846,976 entries"),
+    ],
+)
+def test_damage_is_told_at_once_and_takes_no_room(
+    others: Path, weights: dict[str, torch.Tensor], tmp_path: Path, damage: Callable[[bytes], bytes], message: str
+) -> None:
+    path = by_hand(tmp_path / "a.gguf", weights)
+    path.write_bytes(damage(path.read_bytes()))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=rf"a\.gguf is not a readable GGUF file \(.*{message}"):
+        check(others, path)
+    assert time.monotonic() - start < 5
+
+
+def nested(depth: int) -> bytes:
+    return struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * depth
+
+
+def long_list() -> bytes:
+    return struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + struct.pack("<IQ", 0, 1 << 60)
+
+
+def test_pipes_and_folders_are_refused(others: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.gguf")
+    for path in (tmp_path / "a.gguf", tmp_path):
+        with pytest.raises(ValueError, match=r"is not a regular file|is a folder"):
+            check(others, path)
+
+
+@pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
+def test_scaled_fp8_is_refused_and_plain_weights_are_not(
+    others: Path, weights: dict[str, torch.Tensor], tmp_path: Path, suffix: str
+) -> None:
+    """Its scales would be dropped, and the film would be noise."""
+    state = {key: tensor.contiguous() for key, tensor in original(weights).items()}
+    save_file(state, tmp_path / "plain.safetensors")
+    check(others, tmp_path / "plain.safetensors")
+    for key in [key for key in state if key.endswith("self_attn.q.weight")]:
+        state[key] = state[key].to(torch.float8_e4m3fn)
+        state[key.removesuffix("weight") + suffix] = torch.tensor(0.5)
+    save_file(state, tmp_path / "x_fp8_scaled.safetensors")
+    with pytest.raises(ValueError, match=r"x_fp8_scaled\.safetensors is scaled fp8 .*use a GGUF file.*fp8_storage"):
+        check(others, tmp_path / "x_fp8_scaled.safetensors")
+
+
+@needs_gguf
+def test_numbers_that_are_none_are_named_when_loaded(saved: ModelSettings, tmp_path: Path) -> None:
+    """Also in the scales of blocks of 8 bits."""
+    expert = load_pipeline(saved, runtime=CPU, text_encoder=False).transformer
+    for name in ("blocks.0.ffn.net.0.proj.weight", "proj_out.bias"):
+        path = tmp_path / f"{name}.gguf"
+        torch.manual_seed(0)
+        exact = WanTransformer3DModel(**wide().network.transformer, in_channels=36)
+        dict(exact.named_parameters())[name].data.view(-1)[5] = float("nan")
+        write(path, exact)
+        files = {f"{noise}_noise": {"name": noise, "source": str(path)} for noise in ("high", "low")}
+        model = wide(weights=asdict(saved)["weights"], gguf=files, has_text_to_video=False)
+        with pytest.raises(NotFiniteError, match=rf"gguf: {name} holds NaN or infinite"):
+            load_pipeline(model, runtime=CPU, text_encoder=False)
+    assert expert is not None
 
 
 @pytest.mark.skipif(HAS_GGUF, reason="gguf is installed")

@@ -25,7 +25,7 @@ from storymem.wan.lora import (
     save_memory_lora,
     write_memory_lora,
 )
-from storymem.wan.lora_layouts import adapted_linears, match_keys
+from storymem.wan.lora_keys import adapted_linears, match_keys
 from storymem.weights import MissingWeights
 from tests.references import folders_with
 
@@ -199,19 +199,46 @@ def test_round_trip_through_a_layout_keeps_output_and_description(
     assert (info.memory_attention, info.rope_stride, info.conditioning) == ("cached", 3, "mi2v")
     assert info.training == about.training
     assert info.rank == 4
-    assert info.scale(info.rank) == pytest.approx(5 / (math.sqrt(4) if use_rslora else 4))
-    if layout != "comfyui":
-        assert (info.alpha, info.use_rslora) == (5, use_rslora)
+    stated = {"released": (4, True), "comfyui": (5 * (2 if use_rslora else 1), False)}.get(layout, (5, use_rslora))
+    assert (info.alpha, info.use_rslora) == pytest.approx(stated)
 
 
 def test_released_layout_gives_back_the_released_tensors(
     pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path
 ) -> None:
-    load_memory_lora(pipe, released)
+    load_memory_lora(pipe, released, alpha=4)  # the rank: what readers of this layout take
     for path in save_memory_lora(pipe, tmp_path / "again", layout="released"):
-        ours, theirs = load_file(path), load_file(released / path.name)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        ours, theirs, pickled = (
+            load_file(path),
+            load_file(released / path.name),
+            torch.load(path.with_suffix(".pth"), weights_only=True),
+        )
+        assert ours.keys() == theirs.keys() == pickled.keys()
+        assert all(torch.equal(ours[key], theirs[key]) and torch.equal(ours[key], pickled[key]) for key in theirs)
+
+
+@pytest.mark.parametrize(("alpha", "use_rslora"), [(16, True), (4, False), (2.5, True)])
+def test_the_published_code_reads_the_released_layout_at_the_right_strength(
+    pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path, alpha: float, use_rslora: bool
+) -> None:
+    """It opens the ``.pth`` and takes alpha = rank with rsLoRA, whatever the adapter was trained with."""
+    load_memory_lora(pipe, released, alpha=alpha, use_rslora=use_rslora)
+    folder = tmp_path / "out"
+    save_memory_lora(pipe, folder, layout="released")
+    for noise in ("high", "low"):
+        theirs = torch.load(folder / f"backbone_{noise}_noise.pth", weights_only=True)
+        trained = load_file(released / f"backbone_{noise}_noise.safetensors")
+        for key in [key for key in theirs if ".lora_A." in key]:
+            b = key.replace("lora_A", "lora_B")
+            expected = alpha / (2 if use_rslora else 4) * trained[b] @ trained[key]
+            torch.testing.assert_close(4 / math.sqrt(4) * theirs[b] @ theirs[key], expected)
+    by_us, from_pth = plain(), plain()
+    load_memory_lora(by_us, folder)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    load_memory_lora(from_pth, folder)
+    assert close(outputs(by_us), outputs(pipe))
+    assert torch.equal(outputs(from_pth), outputs(by_us)), "the .pth carries its description too"
 
 
 def test_diffusers_own_loader_reads_the_diffusers_layout_to_the_same_output(
@@ -263,11 +290,8 @@ def test_comfyui_file_without_alphas_has_scale_one(pipe: WanImageToVideoPipeline
     assert close(outputs(pipe), outputs(merged_by_hand(plain(), tmp_path / "by_hand", 1.0)))
 
 
-@pytest.mark.parametrize("change", [(".weight", ".default.weight"), ("base_model.model.", "")])
-def test_keys_with_peft_adapter_name_or_without_prefix(
-    pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path, change: tuple[str, str]
-) -> None:
-    states = [{k.replace(*change): v for k, v in released_state(seed).items()} for seed in (3, 4)]
+def test_keys_with_peft_adapter_name(pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
+    states = [{k.replace(".weight", ".default.weight"): v for k, v in released_state(seed).items()} for seed in (3, 4)]
     load_memory_lora(pipe, write_pair(tmp_path / "variant", *states))
     other = plain()
     load_memory_lora(other, released)
@@ -342,10 +366,10 @@ def test_every_adapted_linear_of_both_a14b_experts_is_matched_and_none_left_over
     a14b: WanTransformer3DModel,
 ) -> None:
     shapes = a14b_shapes()
-    linears = adapted_linears(a14b)
-    matched = match_keys(shapes, linears, where="released")  # both experts are of one shape: 2 x 40 x 10
-    assert len(matched) == len(linears) == 40 * 10
-    assert sorted(key for keys in matched.values() for key in (keys.a, keys.b)) == sorted(shapes)
+    matched, unread = match_keys(shapes, a14b, where="released")  # both experts are of one shape: 2 x 40 x 10
+    assert len(matched) == 40 * 10
+    assert not unread
+    assert sorted(key for keys in matched.values() for key in keys.parts.values()) == sorted(shapes)
     assert all(keys.rank == 128 for keys in matched.values())
     inside_blocks = {n for n, m in a14b.named_modules() if isinstance(m, nn.Linear) and n.startswith("blocks.")}
     assert matched.keys() == inside_blocks
@@ -376,7 +400,7 @@ def test_training_config_adapts_exactly_the_four_hundred_linears(a14b: WanTransf
         transformer = WanTransformer3DModel(**A14B)
         transformer.add_adapter(memory_lora_config(), "memory")
     adapted = {name for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
-    assert adapted == adapted_linears(a14b).keys()
+    assert adapted == set(adapted_linears(a14b))
     layer = transformer.blocks[39].ffn.net[2]
     assert layer.scaling["memory"] == pytest.approx(128 / math.sqrt(128))
     assert layer.lora_dropout["memory"].p == 0.05
@@ -411,7 +435,7 @@ def test_all_key_mistakes_are_listed_at_once(pipe: WanImageToVideoPipeline, tmp_
 def test_long_lists_are_counted_but_not_printed_in_full(a14b: WanTransformer3DModel) -> None:
     shapes = {key.replace("blocks.", "layers."): shape for key, shape in a14b_shapes().items()}
     with pytest.raises(ValueError, match=r"(?s)missing \(800\).*792 more.*unexpected \(800\).*792 more") as error:
-        match_keys(shapes, adapted_linears(a14b), where="strange.safetensors")
+        match_keys(shapes, a14b, where="strange.safetensors")
     assert len(str(error.value).splitlines()) < 30
 
 
@@ -537,11 +561,9 @@ def test_experts_of_two_different_adapters_are_refused(pipe: WanImageToVideoPipe
 
 
 def _diffusers_state(seed: int) -> dict[str, Tensor]:
-    linears = adapted_linears(expert(1))
-    keys = match_keys({k: tuple(v.shape) for k, v in released_state(seed).items()}, linears, where="test")
     state = released_state(seed)
-    pairs = ((f"{n}.lora_{p}.weight", state[k]) for n, x in keys.items() for p, k in (("A", x.a), ("B", x.b)))
-    return dict(pairs)
+    keys, _ = match_keys({k: tuple(v.shape) for k, v in state.items()}, expert(1), where="test")
+    return {f"{name}.lora_{part}.weight": state[key] for name, x in keys.items() for part, key in x.parts.items()}
 
 
 # --- metadata ---------------------------------------------------------------------------------------------

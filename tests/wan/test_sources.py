@@ -96,3 +96,11 @@ def test_a_trained_adapter_in_place_of_the_released_one_needs_no_sub_folders(tmp
     (tmp_path / "MM2V").mkdir()
     assert adapter_weights(own, "mm2v").source == str(tmp_path / "MM2V")
     assert adapter_weights(own, "mi2v").source == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["one.safetensors", "one.pth"])
+def test_an_adapter_may_be_one_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    for source in (tmp_path / name, tmp_path):
+        own = AdapterSettings(weights=Weights(name="mine", source=str(source)), folders=FOLDERS)
+        assert adapter_weights(own, "mm2v").source == str(source)
