@@ -24,7 +24,7 @@ from storymem.io import NotFiniteError
 from storymem.training.sealed import digest
 from storymem.training.settings import GIVEN_FRAMES, BatchSettings, Conditioning
 from storymem.wan.conditioning import condition_channels
-from storymem.wan.spec import A14B, ModelSpec
+from storymem.wan.spec import ModelSpec
 
 Split = Literal["train", "valid"]
 _SPLIT_NUMBERS: dict[Split, int] = {"train": 0, "valid": 1}
@@ -54,6 +54,8 @@ class Latents(Protocol):
 
     @property
     def clips(self) -> Sequence[Clip]: ...
+    @property
+    def spec(self) -> ModelSpec: ...
     def cure(self, index: int) -> str: ...
     def video(self, index: int) -> Tensor: ...
     def keyframes(self, index: int) -> Tensor: ...
@@ -117,6 +119,7 @@ class SamplePlanner:
         given_probability: float = 0.0,
         text_dropout: float = 0.0,
     ) -> None:
+        self._same_given = not latents.spec.condition_channels  # it is part of the layout there
         self._clips, self._split, self._seed = latents.clips, split, seed
         self.samples, self.max_memory = samples, max_memory
         self._given_frames, self._given_probability = given_frames, given_probability
@@ -169,7 +172,10 @@ class SamplePlanner:
             pool = others if len(others) >= self.samples - 1 else fitting
             repeat = len(pool) < self.samples - 1
             chosen += random.choice(pool, self.samples - 1, replace=repeat).tolist()
-        return tuple(self._sample(int(self._targets[target]), memory, random) for target in chosen)
+        samples = [self._sample(int(self._targets[target]), memory, random) for target in chosen]
+        if self._same_given:
+            samples = [replace(sample, given=samples[0].given) for sample in samples]
+        return tuple(samples)
 
     def _sample(self, clip: int, memory: int, random: np.random.Generator) -> SamplePlan:
         frames = [
@@ -230,8 +236,8 @@ class Batch:
 class MemoryDataset:
     """Plans in, batches out; a :class:`SamplePlan` stands for an index."""
 
-    def __init__(self, latents: Latents, spec: ModelSpec = A14B) -> None:
-        self.latents, self.spec = latents, spec
+    def __init__(self, latents: Latents) -> None:
+        self.latents = latents
 
     def __getitem__(self, plan: SamplePlan) -> Batch:
         """The one sample that ``plan`` describes, as a batch of one.
@@ -248,10 +254,11 @@ class MemoryDataset:
         text = self.latents.empty_text() if plan.drop_text else self.latents.text(plan.clip)
         x0 = video if remembered is None else torch.cat([remembered, video], dim=2)
         generator = torch.Generator().manual_seed(plan.seed)
-        slots, condition = self.spec.latent_frames(plan.given), None
-        if self.spec.condition_channels:
+        spec, condition = self.latents.spec, None
+        slots = spec.latent_frames(plan.given)
+        if spec.condition_channels:
             given = self._checked(self.latents.given(plan.clip, plan.given), "given frames of clip", plan.clip)[None]
-            condition = condition_channels(remembered, given, slots, self.spec)
+            condition = condition_channels(remembered, given, slots, spec)
         return Batch(
             x0=x0,
             noise=torch.randn(x0.shape, generator=generator),

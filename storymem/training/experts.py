@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from storymem.training.objective import ExpertName
-from storymem.training.settings import AdapterTrainingSettings, ParallelSettings, WhichExpert
+from storymem.training.settings import AdapterTrainingSettings, ParallelSettings
 from storymem.training.sharding import assign, shard
 from storymem.wan.acceleration import set_attention
 from storymem.wan.lora import (
@@ -33,11 +33,6 @@ from storymem.wan.transformer import enable_layouts
 from storymem.weights import locate
 
 ADAPTER = "memory"
-EXPERTS: dict[WhichExpert, tuple[ExpertName, ...]] = {
-    "high": ("high_noise",),
-    "low": ("low_noise",),
-    "both": ("high_noise", "low_noise"),
-}
 
 
 def add_adapter(transformer: Any, expert: ExpertName, settings: AdapterTrainingSettings, *, seed: int) -> None:
@@ -71,7 +66,7 @@ def check_start(settings: AdapterTrainingSettings, model: ModelSettings, experts
     if settings.start is None:
         return
     if model.weights is None:
-        shape = {**model.network.transformer, "in_channels": 36}
+        shape = {**model.network.transformer, "in_channels": model.spec.in_channels}
         networks = dict.fromkeys(experts, on_meta("WanTransformer3DModel", shape, "model.network.transformer"))
     else:
         networks = {expert: check_component(locate(model.weights), COMPONENTS[expert]) for expert in experts}

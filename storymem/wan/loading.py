@@ -59,7 +59,7 @@ def load_pipeline(
         ValueError: for weights or a machine that do not fit the settings.
     """
     sampler = sampler or SamplerSettings()
-    names = _names(experts)
+    names = _names(model, experts)
     check_weights(
         model,
         text_to_video=False,
@@ -183,9 +183,9 @@ def _load_step_adapter(pipe: Any, adapter: StepAdapterSettings, weights: Weights
     load_memory_lora(pipe, locate(weights), adapter_name=STEP_ADAPTER, weight=strength, strict=False)
 
 
-def _names(experts: bool | Collection[Expert]) -> frozenset[str]:
+def _names(model: ModelSettings, experts: bool | Collection[Expert]) -> frozenset[str]:
     """The pipeline's names of the transformers to load."""
-    wanted: Collection[Expert] = (COMPONENTS if experts else ()) if isinstance(experts, bool) else experts
+    wanted: Collection[Expert] = (model.spec.experts if experts else ()) if isinstance(experts, bool) else experts
     return frozenset(COMPONENTS[expert] for expert in wanted)
 
 
@@ -221,6 +221,7 @@ def _random_pipeline(
         transformer=expert(0, "transformer"),
         transformer_2=expert(1, "transformer_2"),
         boundary_ratio=model.boundary,
+        expand_timesteps=model.spec.clean_frames,  # how the stock pipelines know this kind of base
         rope_stride=model.rope_stride,
         memory_attention=model.memory_attention,
     )

@@ -7,9 +7,6 @@ from typing import Literal
 
 Expert = Literal["high_noise", "low_noise"]
 
-#: Name of an expert -> its component in a pipeline.
-COMPONENTS: dict[Expert, str] = {"high_noise": "transformer", "low_noise": "transformer_2"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
@@ -17,6 +14,7 @@ class ModelSpec:
 
     Args:
         name: for messages.
+        repository: where its weights are published in diffusers' layout.
         latent_channels: z of its VAE.
         temporal_stride: frames of video a latent frame stands for; the first latent frame stands for one.
         spatial_stride: pixels a latent pixel stands for.
@@ -32,6 +30,7 @@ class ModelSpec:
     """
 
     name: str
+    repository: str
     latent_channels: int
     temporal_stride: int
     spatial_stride: int
@@ -84,7 +83,8 @@ class ModelSpec:
 
 
 A14B = ModelSpec(
-    name="Wan2.2-A14B",
+    name="Wan2.2-I2V-A14B",
+    repository="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
     latent_channels=16,
     temporal_stride=4,
     spatial_stride=8,
@@ -97,6 +97,7 @@ A14B = ModelSpec(
 )
 T2V_A14B = ModelSpec(
     name="Wan2.2-T2V-A14B",
+    repository="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
     latent_channels=16,
     temporal_stride=4,
     spatial_stride=8,
@@ -108,6 +109,7 @@ T2V_A14B = ModelSpec(
 )
 TI2V_5B = ModelSpec(
     name="Wan2.2-TI2V-5B",
+    repository="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     latent_channels=48,
     temporal_stride=4,
     spatial_stride=16,
