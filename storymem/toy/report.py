@@ -26,8 +26,7 @@ from storymem.toy.text import TEXT_TOKENS
 from storymem.toy.vae import psnr_of
 from storymem.toy.world import HELD_OUT, ToyShot, ToyStory, story
 from storymem.wan.lora import load_memory_lora
-from storymem.wan.lora_files import open_adapter_file
-from storymem.wan.lora_info import AdapterInfo
+from storymem.wan.lora_files import AdapterInfo, open_adapter_file
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 
 PLACE_PARTS = ("place", "time", "framing", "landmark", "side", "flag")

@@ -10,8 +10,7 @@ embeds.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +18,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from storymem.io import FileError, parse_json, read_bytes, text_lines
 from storymem.training.fingerprint import differences
-from storymem.training.shards import ShardReader, padded, sha256_of
-from storymem.wan.spec import A14B
+from storymem.training.sealed import NO_LIMIT, read_sealed
+from storymem.training.shards import ShardReader, padded
+from storymem.wan.spec import SPECS, ModelSpec
 
 Split = Literal["train", "valid"]
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
+_AGAIN = "run prepare_data again with the settings that it was made with, and it is made again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,19 +53,20 @@ class CachedClip:
     keyframes: int
     shard: str
     text: str
-    mask: bool = False
+    mask: bool
 
 
 class LatentCache:
     """A finished cache, read clip by clip. Made by :func:`storymem.training.caching.build_cache`.
 
-    All tensors come out as float32 on the CPU. Letters: T = (F - 1) / 4 + 1 latent frames, h and w an eighth of the
-    clip's height and width, L text tokens of width D. A cache may be sent to data-loading processes.
+    All tensors come out as float32 on the CPU. Letters: T = (F - 1) / 4 + 1 latent frames, h and w the
+    latents' height and width, L text tokens of width D. A cache may be sent to data-loading processes.
 
     Attributes:
         folder: where it lies.
         fingerprint: what it was made with, in hashes and words.
         clips: all clips, ordered by id.
+        spec: the base model whose VAE made the latents.
         given_kinds: the numbers of first frames, beside 0, for which :meth:`given` has an answer.
     """
 
@@ -72,6 +75,7 @@ class LatentCache:
         self.clips = clips
         self.fingerprint: dict[str, str] = dict(description["fingerprint"])
         self.given_kinds: tuple[int, ...] = tuple(description["given"])
+        self.spec: ModelSpec = next(spec for spec in SPECS if spec.name == description["base"])
         self._text_tokens: int = description["text_tokens"]
         self._texts: dict[str, str] = description["texts"]
         self._blanks: dict[str, str] = description["blanks"]
@@ -88,9 +92,10 @@ class LatentCache:
 
         Raises:
             ValueError: if there is no finished cache; if another VAE, text encoder or size made it, saying what
-                differs; or if there are several and no fingerprint says which.
+                differs; if there are several and no fingerprint says which; or, naming the file, if anything is
+                missing or damaged (shards are only looked at here, and compared when they are first read).
         """
-        found = {path.parent: json.loads(path.read_text()) for path in _descriptions(Path(folder))}
+        found = {path.parent: _read_description(path) for path in _descriptions(Path(folder))}
         if not found:
             raise ValueError(
                 f"there is no finished cache in {folder}: make it with "
@@ -109,21 +114,24 @@ class LatentCache:
         if len(fitting) > 1:
             names = ", ".join(path.name for path in fitting)
             raise ValueError(f"{folder} holds several caches: name one of {names}")
-        return cls(fitting[0], found[fitting[0]], _read_index(fitting[0], found[fitting[0]]))
+        description = found[fitting[0]]
+        clips = _read_index(fitting[0], description)
+        _check_complete(fitting[0], description, clips)
+        return cls(fitting[0], description, clips)
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def video(self, index: int) -> Tensor:
-        """Normalised latents of clip ``index``, [16, T, h, w]."""
+        """Normalised latents of clip ``index``, [z, T, h, w]."""
         return self._of_clip(index, "video")
 
     def keyframes(self, index: int) -> Tensor:
-        """Latents of its candidate keyframes, each encoded alone, in the clip's order: [K, 16, 1, h, w]."""
+        """Latents of its candidate keyframes, each encoded alone, in the clip's order: [K, z, 1, h, w]."""
         return self._of_clip(index, "keyframes")
 
     def given(self, index: int, frames: int) -> Tensor:
-        """Latents of the blank-padded video that conditions it, [16, T, h, w].
+        """Latents of the blank-padded video that conditions it, [z, T, h, w].
 
         Args:
             index: the clip.
@@ -149,7 +157,7 @@ class LatentCache:
         if clip.mask:
             return self._of_clip(index, "mask")
         frames, height, width = clip.bucket
-        return torch.zeros(A14B.latent_frames(frames), *A14B.latent_size(height, width))
+        return torch.zeros(self.spec.latent_frames(frames), *self.spec.latent_size(height, width))
 
     def text(self, index: int) -> Tensor:
         """Prompt embeds of its caption, [L, D], zeros after the caption's end, as the pipeline makes them."""
@@ -166,6 +174,13 @@ class LatentCache:
             if clip.split == split:
                 members.setdefault(clip.group, []).append(index)
         return members
+
+    def cure(self, index: int) -> str:
+        """What to do if tensors of clip ``index`` are not what they should be, for messages."""
+        clip = self.clips[index]
+        shards = (clip.shard, self._texts[clip.text], self._blanks[bucket_key(clip.bucket)])
+        files = " and ".join(f"{self.folder / shard}.safetensors" for shard in dict.fromkeys(shards))
+        return f"delete {files}, and {_AGAIN}"
 
     def _of_clip(self, index: int, name: str) -> Tensor:
         clip = self.clips[index]
@@ -191,11 +206,37 @@ def _descriptions(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/cache.json")) or sorted(folder.glob("cache/*/cache.json"))
 
 
-def _read_index(folder: Path, description: Mapping[str, Any]) -> tuple[CachedClip, ...]:
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = read_sealed(path)
+    except FileError as error:
+        raise FileError(f"{error}: {_AGAIN}") from None
     if description["format"] != CACHE_FORMAT:
-        raise ValueError(f"{folder} has format {description['format']}, not {CACHE_FORMAT}: run prepare_data again")
+        raise FileError(f"{path} has format {description['format']}, not {CACHE_FORMAT}: {_AGAIN}")
+    return description
+
+
+def _read_index(folder: Path, description: Mapping[str, Any]) -> tuple[CachedClip, ...]:
     path = folder / description["index"]
-    if not path.is_file() or sha256_of(path) != description["index_sha256"]:
-        raise ValueError(f"{path} is missing or damaged: run prepare_data steps=[cache] again, and it is written anew")
-    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    content = read_bytes(path, limit=NO_LIMIT) if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != description["index_sha256"]:
+        raise FileError(f"{path} is missing or damaged: {_AGAIN}")
+    lines = (parse_json(line, str(path)) for line in text_lines(content.decode()))
     return tuple(CachedClip(**line | {"bucket": tuple(line["bucket"])}) for line in lines)
+
+
+def _check_complete(folder: Path, description: Mapping[str, Any], clips: Sequence[CachedClip]) -> None:
+    """``FileError`` if anything that a training may read is not there."""
+    texts, blanks, sizes = description["texts"], description["blanks"], description["bytes"]
+    wanted = {clip.text: f"text {clip.text}" for clip in clips} | {text_key(""): "the empty text"}
+    missing = [f"{what} is missing" for key, what in wanted.items() if key not in texts]
+    buckets = {bucket_key(clip.bucket) for clip in clips}
+    missing += [f"the blank video of {bucket} is missing" for bucket in sorted(buckets) if bucket not in blanks]
+    used = {clip.shard for clip in clips} | set(texts.values()) | set(blanks.values())
+    for shard in sorted(used):
+        path = folder / f"{shard}.safetensors"
+        if not path.is_file() or path.stat().st_size != sizes.get(shard):
+            missing.append(f"{path.name} is {'damaged' if path.is_file() else 'missing'}")
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise FileError(f"{folder} is not complete ({missing[0]}{more}): {_AGAIN}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,19 +13,24 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
-from storymem.io import write_atomically
+from storymem.io import NotFiniteError, check_finite, check_room, write_atomically
 from storymem.memory import EmbedFrames, SelectionPolicy, embed_in_batches
 from storymem.training.cache import CACHE_FORMAT, CachedClip, LatentCache, Split, bucket_key, text_key
 from storymem.training.data_settings import CacheSettings
 from storymem.training.fingerprint import fingerprint_name
-from storymem.training.shards import ShardWriter, finished_records
+from storymem.training.sealed import write_sealed
+from storymem.training.shards import Finished, ShardWriter, finished, remove_damaged
 from storymem.wan.conditioning import blank_padded, encode_frames, encode_video, latent_mask
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.spec import A14B, ModelSpec
 
 Score = Callable[[np.ndarray], float]
 """The quality of one frame, uint8 [H, W, 3]."""
+
+_CAUSES = "its weights are damaged, or too large for their dtype: write model.dtype=float32 model.vae_dtype=float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +80,10 @@ class KeyframeChooser:
             quality_threshold=None if score is None else self.threshold,
         )
         if not selection.selected:
-            raise ValueError("no frame passes the quality filter, so it has no keyframes")
+            best = max(selection.quality.values(), default=float("nan"))
+            raise ValueError(
+                f"quality: no frame reaches the threshold {self.threshold}, the best has {best:.2f}: no keyframes"
+            )
         return list(selection.selected)
 
 
@@ -91,6 +101,7 @@ class CacheBuilder:
         fingerprint: what the cache depends on; see :func:`storymem.training.fingerprint.cache_fingerprint`.
         settings: what is stored.
         text_tokens: L, to which prompt embeds are padded.
+        spec: the base model.
         worker: several workers may fill one cache, each with its own number.
     """
 
@@ -101,38 +112,70 @@ class CacheBuilder:
         fingerprint: Mapping[str, str],
         settings: CacheSettings,
         text_tokens: int,
+        spec: ModelSpec = A14B,
         worker: int = 0,
     ) -> None:
-        self.settings, self.text_tokens, self.worker = settings, text_tokens, worker
+        self.settings, self.text_tokens, self.spec, self.worker = settings, text_tokens, spec, worker
         stored = f"{settings.dtype}, conditions of {sorted(settings.given)} first frames"
         self.fingerprint = {**fingerprint, "stored": stored}
         self.folder = Path(folder) / fingerprint_name(self.fingerprint)
 
     def missing_texts(self, captions: Iterable[str]) -> list[str]:
         """Those of ``captions`` and the empty text that have no embeds yet, each once, sorted."""
-        done, _ = finished_records(self.folder, "texts")
-        return [text for text in sorted({*captions, ""}) if text_key(text) not in done]
+        done = finished(self.folder, "texts")
+        return [text for text in sorted({*captions, ""}) if done.get(text_key(text)) is None]
 
     def missing_clips(self, items: Iterable[CacheItem]) -> list[CacheItem]:
         """Those of ``items`` that have no latents yet, or latents of other frames."""
-        done, _ = finished_records(self.folder, "clips")
-        return [item for item in items if not _is_done(item, done)]
+        done = finished(self.folder, "clips")
+        return [item for item in items if _record(item, done) is None]
+
+    def missing_blanks(self, items: Iterable[CacheItem]) -> list[tuple[int, int, int]]:
+        """The buckets of ``items`` of which the blank video has no latents yet, each once, sorted."""
+        done = finished(self.folder, "blanks")
+        return [bucket for bucket in sorted({item.bucket for item in items}) if done.get(bucket_key(bucket)) is None]
+
+    def damaged(self) -> list[str]:
+        """The shards that are not what was written; :meth:`finish` deletes them."""
+        return [name for kind in ("clips", "texts", "blanks") for name in finished(self.folder, kind).damaged]
+
+    def text_tokens_of(self, captions: Iterable[str]) -> dict[str, int]:
+        """How many tokens each of ``captions`` that is encoded has; the text encoder sees ``text_tokens`` of them."""
+        done = finished(self.folder, "texts")
+        records = {text: done.get(text_key(text)) for text in captions}
+        return {text: record["tokens"] for text, record in records.items() if record is not None}
+
+    def check_room(self, items: Iterable[CacheItem]) -> None:
+        """``FileError`` if the disk has less room than the latents of ``items`` need."""
+        values = sum(
+            self.spec.latent_channels
+            * self.spec.latent_frames(frames)
+            * math.prod(self.spec.latent_size(height, width))
+            for frames, height, width in (item.bucket for item in items)
+        )
+        size = values * (1 + len(self.settings.given)) * getattr(torch, self.settings.dtype).itemsize
+        check_room(self.folder, size, "the cache")
 
     def add_texts(
         self, captions: Sequence[str], pipe: WanMemoryToVideoPipeline, advance: Advance | None = None
     ) -> None:
-        """Encode texts one by one, so that an embedding does not depend on what else is encoded."""
-        writer = self._writer("texts")
-        for caption in captions:
-            embeds, _ = pipe.encode_prompt(
-                caption, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
-            )
-            rows = embeds[0].cpu()
-            used = int(rows.abs().sum(dim=1).nonzero().max()) + 1  # what follows is the pipeline's padding
-            writer.add(text_key(caption), {"embeds": rows[:used].clone()})
-            if advance is not None:
-                advance()
-        writer.flush()
+        """Encode texts one by one, so that an embedding does not depend on what else is encoded.
+
+        Raises:
+            NotFiniteError: for NaN or infinity out of the text encoder, naming the caption.
+        """
+        with self._writer("texts") as writer:
+            for caption in captions:
+                embeds, _ = pipe.encode_prompt(
+                    caption, do_classifier_free_guidance=False, max_sequence_length=self.text_tokens
+                )
+                rows = embeds[0].cpu()
+                check_finite(rows, f"the text encoder's output for the caption {caption[:80]!r}", _CAUSES)
+                used = max(rows.abs().sum(dim=1).nonzero().flatten().tolist(), default=0) + 1  # then padding follows
+                tokens = len(pipe.tokenizer(prompt_clean(caption), verbose=False).input_ids)
+                writer.add(text_key(caption), {"embeds": rows[:used].clone()}, tokens=tokens)
+                if advance is not None:
+                    advance()
 
     def add_clips(
         self,
@@ -143,70 +186,82 @@ class CacheBuilder:
         reject: Callable[[CacheItem, str], None],
         advance: Advance | None = None,
     ) -> None:
-        """Encode clips; one that cannot be used is told to ``reject`` with the reason, and the others go on."""
-        writer = self._writer("clips")
-        for item in items:
-            try:
-                tensors = self._encode(item, pipe, keyframes)
-            except ValueError as error:
-                reject(item, str(error))
-            else:
-                known = {"made": item.made, "bucket": item.bucket, "mask": "mask" in tensors}
-                writer.add(item.id, tensors, keyframes=len(tensors["keyframes"]), **known)
-            if advance is not None:
-                advance()
-        writer.flush()
+        """Encode clips; one that cannot be used is told to ``reject`` with the reason, and the others go on.
+
+        Raises:
+            NotFiniteError: for NaN or infinity out of a network, naming the clip: no clip can be trusted then. The
+                clips before it are written.
+        """
+        with self._writer("clips") as writer:
+            for item in items:
+                try:
+                    tensors = self._encode(item, pipe, keyframes)
+                except NotFiniteError as error:
+                    raise NotFiniteError(f"{item.id}: {error}") from error
+                except ValueError as error:
+                    reject(item, str(error))
+                else:
+                    known = {"keyframes": len(tensors["keyframes"]), "mask": "mask" in tensors}
+                    writer.add(item.id, tensors, made=item.made, bucket=item.bucket, **known)
+                if advance is not None:
+                    advance()
 
     def add_blanks(self, buckets: Iterable[tuple[int, int, int]], pipe: WanMemoryToVideoPipeline) -> None:
         """The condition of a shot of which nothing is given, once per bucket."""
-        done, _ = finished_records(self.folder, "blanks")
-        writer = self._writer("blanks")
-        for bucket in sorted(set(buckets)):
-            if bucket_key(bucket) not in done:
+        with self._writer("blanks") as writer:
+            for bucket in buckets:
                 blank = encode_video(pipe.vae, blank_padded(None, *bucket))[0]
-                writer.add(bucket_key(bucket), {"blank": self._stored(blank)})
-        writer.flush()
+                writer.add(bucket_key(bucket), {"blank": self._stored(blank, "the latents of the blank video")})
 
     def finish(self, items: Sequence[CacheItem], *, min_size: int = 1) -> LatentCache:
-        """Write the index of the clips that are wanted and there, and open the cache.
+        """Write the index of the clips that are wanted and there, and open the cache, which checks that all is there.
 
         Args:
             items: the training set; those without latents were rejected.
             min_size: groups of which fewer clips are left are left out.
 
         Raises:
-            ValueError: if nothing is left.
+            ValueError: if nothing is left, or texts or blank videos are missing.
         """
-        done, clip_hashes = finished_records(self.folder, "clips")
-        texts, text_hashes = finished_records(self.folder, "texts")
-        blanks, blank_hashes = finished_records(self.folder, "blanks")
-        made = [item for item in sorted(items, key=lambda item: item.id) if _is_done(item, done)]
-        sizes: dict[int, int] = {}
-        for item in made:
-            sizes[item.group] = sizes.get(item.group, 0) + 1
-        clips = [_cached(item, done[item.id]) for item in made if sizes[item.group] >= min_size]
+        done, texts, blanks = (finished(self.folder, kind) for kind in ("clips", "texts", "blanks"))
+        made = {item.id: record for item in items if (record := _record(item, done)) is not None}
+        sizes = Counter(item.group for item in items if item.id in made)
+        clips = [
+            _cached(item, made[item.id])
+            for item in sorted(items, key=lambda item: item.id)
+            if item.id in made and sizes[item.group] >= min_size
+        ]
         if not clips:
-            raise ValueError(f"no clip of {len(items)} could be cached: rejected.jsonl says why")
+            raise ValueError(
+                f"no clip of {len(items)} is left in a group of {min_size} or more: group.min_size=1 keeps clips that "
+                "have no companions"
+            )
         index = "".join(json.dumps(asdict(clip), ensure_ascii=False) + "\n" for clip in clips).encode()
-        used_texts = {clip.text for clip in clips} | {text_key("")}
-        used_shards = {clip.shard for clip in clips} | {texts[key]["shard"] for key in used_texts}
+        text_shards = _shards_of(texts, {clip.text for clip in clips} | {text_key("")})
+        blank_shards = _shards_of(blanks, {bucket_key(clip.bucket) for clip in clips})
+        hashes = {**done.hashes, **texts.hashes, **blanks.hashes}
+        used = sorted({clip.shard for clip in clips} | {*text_shards.values(), *blank_shards.values()})
         description = {
             "format": CACHE_FORMAT,
+            "base": self.spec.name,
             "fingerprint": self.fingerprint,
             "given": sorted(self.settings.given),
             "text_tokens": self.text_tokens,
-            "texts": {key: texts[key]["shard"] for key in sorted(used_texts)},
-            "blanks": {key: record["shard"] for key, record in blanks.items()},
-            "shards": {k: v for k, v in (clip_hashes | text_hashes).items() if k in used_shards} | blank_hashes,
+            "texts": text_shards,
+            "blanks": blank_shards,
+            "shards": {shard: hashes[shard] for shard in used},
+            "bytes": {shard: (self.folder / f"{shard}.safetensors").stat().st_size for shard in used},
         }
-        return self._write_index(index, description)
+        cache = self._write_index(index, description)
+        remove_damaged(self.folder, done, texts, blanks)
+        return cache
 
     def _write_index(self, index: bytes, description: dict[str, Any]) -> LatentCache:
         """Under a name of its own, so that the one renaming of ``cache.json`` changes everything."""
         sha256 = hashlib.sha256(index).hexdigest()
         description |= {"index": f"index-{sha256[:12]}.jsonl", "index_sha256": sha256}
         write_atomically(self.folder / description["index"], index)
-        write_atomically(self.folder / "cache.json", json.dumps(description, indent=1).encode())
+        write_sealed(self.folder / "cache.json", description, indent=1)
         for old in self.folder.glob("index-*.jsonl"):
             if old.name != description["index"]:
                 old.unlink()
@@ -224,13 +279,13 @@ class CacheBuilder:
         for given in sorted(self.settings.given):
             latents[f"given_{given}"] = encode_video(pipe.vae, blank_padded(pixels[:, :given], *item.bucket))[0]
         if item.mask is not None:
-            latents["mask"] = latent_mask(torch.from_numpy(item.mask()))
-        return {name: self._stored(latent) for name, latent in latents.items()}
+            latents["mask"] = latent_mask(torch.from_numpy(item.mask()), self.spec)
+        return {name: self._stored(latent, f"the latents {name!r}") for name, latent in latents.items()}
 
-    def _stored(self, latents: Tensor) -> Tensor:
+    def _stored(self, latents: Tensor, what: str) -> Tensor:
+        check_finite(latents, f"{what} out of the VAE", _CAUSES)
         stored = latents.cpu().to(getattr(torch, self.settings.dtype))
-        if not stored.isfinite().all():
-            raise ValueError(f"its latents are not finite in {self.settings.dtype}")
+        check_finite(stored, f"{what} in {self.settings.dtype}", "write cache.dtype=float32, which holds them")
         return stored
 
     def _writer(self, what: str) -> ShardWriter:
@@ -246,22 +301,29 @@ def build_cache(
     fingerprint: Mapping[str, str],
     settings: CacheSettings,
     text_tokens: int,
+    spec: ModelSpec = A14B,
 ) -> LatentCache:
     """The cache of a few clips in one call, without workers and progress; a clip that is broken is an error."""
 
     def refuse(item: CacheItem, reason: str) -> None:
         raise ValueError(f"{item.id}: {reason}")
 
-    builder = CacheBuilder(folder, fingerprint=fingerprint, settings=settings, text_tokens=text_tokens)
+    builder = CacheBuilder(folder, fingerprint=fingerprint, settings=settings, text_tokens=text_tokens, spec=spec)
     builder.add_texts(builder.missing_texts(item.caption for item in items), pipe)
     builder.add_clips(builder.missing_clips(items), pipe, keyframes, reject=refuse)
-    builder.add_blanks((item.bucket for item in items), pipe)
+    builder.add_blanks(builder.missing_blanks(items), pipe)
     return builder.finish(items)
 
 
-def _is_done(item: CacheItem, done: Mapping[str, Mapping[str, Any]]) -> bool:
-    record = done.get(item.id)
-    return record is not None and record["made"] == item.made and tuple(record["bucket"]) == item.bucket
+def _record(item: CacheItem, done: Finished) -> dict[str, Any] | None:
+    record = done.get(item.id, item.made)
+    return record if record is not None and tuple(record["bucket"]) == item.bucket else None
+
+
+def _shards_of(done: Finished, keys: Iterable[str]) -> dict[str, str]:
+    """Key -> shard, for those of ``keys`` that are there; opening the cache tells of the others."""
+    records = {key: done.get(key) for key in sorted(keys)}
+    return {key: record["shard"] for key, record in records.items() if record is not None}
 
 
 def _cached(item: CacheItem, record: Mapping[str, Any]) -> CachedClip:
@@ -272,7 +334,7 @@ def _cached(item: CacheItem, record: Mapping[str, Any]) -> CachedClip:
         split=item.split,
         bucket=item.bucket,
         keyframes=record["keyframes"],
-        mask=record.get("mask", False),
+        mask=record["mask"],
         shard=record["shard"],
         text=text_key(item.caption),
     )

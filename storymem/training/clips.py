@@ -12,14 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
-from av.container import InputContainer
 
 from storymem.images import fit_image
+from storymem.io import FileError
 from storymem.training.data_settings import Bucket, CheckSettings, DataSettings, SplitSettings
-
-VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts"}
+from storymem.video import VideoError, VideoInfo, frames_at, numbered_frames, probe
 
 # Containers round times, at worst to milliseconds.
 _ROUNDING = 2e-3
@@ -68,75 +66,24 @@ class Clip:
         return [self.start + index / self.fps for index in wanted]
 
 
-def find_videos(folder: Path) -> list[str]:
-    """All videos in ``folder`` and below, as paths below it with ``/``, sorted.
-
-    Raises:
-        ValueError: if there is no such folder, or no video in it.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}: videos= names the folder that holds the clips")
-    found = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
-    )
-    if not found:
-        raise ValueError(f"there is no video in {folder}; known are: {', '.join(sorted(VIDEO_SUFFIXES))}")
-    return found
+def video_times(path: Path) -> VideoInfo:
+    """When a video's frames are shown, and how it was read. ``ValueError`` if it is broken or has a single frame."""
+    with naming_fault():
+        info = probe(path)
+    if info.frames < 2:
+        raise ValueError(f"too short: {info.frames} frames")
+    return info
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[InputContainer]:
-    """A video for reading; everything that FFmpeg refuses becomes a ``ValueError``."""
+def naming_fault() -> Iterator[None]:
+    """What keeps a video from being read becomes a reason to leave it out, which begins with a word to count by."""
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError("holds no video")
-            container.streams.video[0].thread_type = "AUTO"
-            yield container
-    except av.FFmpegError as error:
-        raise ValueError(f"broken: {error.strerror}") from error
-
-
-def decoded_frames(path: Path) -> Iterator[av.VideoFrame]:
-    """All frames of a video in order. ``ValueError`` if it is broken."""
-    with _opened(path) as container:
-        yield from container.decode(video=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoTimes:
-    """Times of a video's frames in seconds after the first, and its rate and size; without decoding."""
-
-    times: list[float]
-    fps: float
-    height: int
-    width: int
-
-
-def video_times(path: Path) -> VideoTimes:
-    """Read a video's packets, one per frame. ``ValueError`` if it is broken or empty."""
-    with _opened(path) as container:
-        stream = container.streams.video[0]
-        stamps = sorted(
-            packet.pts
-            for packet in container.demux(video=0)
-            if packet.size > 0 and packet.pts is not None and not packet.is_discard
-        )
-        assert stream.time_base is not None
-        first = stream.start_time or 0
-        times = [(stamp - first) * float(stream.time_base) for stamp in stamps]
-        if len(times) < 2 or times[-1] <= 0:
-            raise ValueError(f"too short: {len(times)} frames")
-        fps = (len(times) - 1) / times[-1]
-        return VideoTimes(times=times, fps=fps, height=stream.height, width=stream.width)
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of a video. ``ValueError`` if it is broken."""
-    with _opened(path) as container:
-        return container.streams.video[0].height, container.streams.video[0].width
+        yield
+    except VideoError as error:
+        raise ValueError(f"broken: {error.reason}") from error
+    except (FileError, FileNotFoundError) as error:
+        raise ValueError(f"broken: {error}") from error
 
 
 def cut_shot(shot: Shot, data: DataSettings, settings: SplitSettings) -> list[Clip]:
@@ -195,64 +142,15 @@ def read_clip(folder: Path, clip: Clip, indices: Sequence[int] | None = None) ->
     Raises:
         ValueError: if the video is broken or ends before the last frame asked for.
     """
-    pictures = read_at(folder / clip.video, clip.times(indices))
+    path = folder / clip.video
     height, width = clip.bucket.height, clip.bucket.width
-    fitted: dict[int, np.ndarray] = {}  # a frame shown twice is resized once
-    for picture in pictures:
-        if id(picture) not in fitted:
-            same = picture.shape[:2] == (height, width)
-            fitted[id(picture)] = picture if same else fit_image(picture, height, width, "cover")
-    return np.stack([fitted[id(picture)] for picture in pictures])
-
-
-def read_at(path: Path, times: Sequence[float]) -> list[np.ndarray]:
-    """The frames that a player shows at ``times`` (seconds after the first frame, ascending), uint8 [H, W, 3] each.
-
-    Raises:
-        ValueError: as :func:`read_clip`.
-    """
-    found = _read_at(path, times, seek=times[0] > 1.0)
-    # An index that leads to a place behind the first frame wanted: read from the beginning.
-    return found if found is not None else _read_at(path, times, seek=False) or []
-
-
-def _read_at(path: Path, times: Sequence[float], *, seek: bool) -> list[np.ndarray] | None:
-    with _opened(path) as container:
-        stream = container.streams.video[0]
-        assert stream.time_base is not None
-        base = (stream.start_time or 0) * float(stream.time_base)
-        if seek:
-            container.seek(round((times[0] + base) / float(stream.time_base)), stream=stream, backward=True)
-        found: list[np.ndarray] = []
-        shown: av.VideoFrame | None = None
-        for frame in container.decode(video=0):
-            if frame.time is None:
-                continue
-            now = frame.time - base
-            if shown is None and now > times[0] + _ROUNDING and seek:
-                return None
-            if shown is not None:
-                found += _shown_before(now, shown, times[len(found) :])
-            if len(found) == len(times):
-                return found
-            shown = frame
-        if shown is not None:
-            assert shown.time is not None
-            rate = float(stream.average_rate or 1)
-            found += _shown_before(shown.time - base + 1.5 / rate, shown, times[len(found) :])
-    if len(found) < len(times):
-        raise ValueError(f"broken: ends before {times[len(found)]:.2f} s")
-    return found
-
-
-def _shown_before(now: float, frame: av.VideoFrame, times: Sequence[float]) -> list[np.ndarray]:
-    """``frame`` for each of ``times`` that comes before ``now``, decoded to pixels at most once."""
-    count = sum(time + _ROUNDING < now for time in times)
-    if count == 0:
-        return []
-    if frame.is_corrupt:
-        raise ValueError(f"broken: damaged at {frame.time:.2f} s")
-    return [frame.to_ndarray(format="rgb24")] * count
+    with naming_fault():
+        numbers = frames_at(path, clip.times(indices))
+        fitted = {
+            number: frame if frame.shape[:2] == (height, width) else fit_image(frame, height, width, "cover")
+            for number, frame in numbered_frames(path, numbers)
+        }
+    return np.stack([fitted[number] for number in numbers])
 
 
 def spread(count: int, length: int) -> list[int]:

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT
+from storymem.config import STRICT, UserPath, check_bounds
 from storymem.training.settings import refuse_generation_settings
 from storymem.wan.settings import Dtype, ModelSettings, RuntimeSettings
 
 Step = Literal["split", "check", "embed", "group", "cache"]
 STEPS: tuple[Step, ...] = ("split", "check", "embed", "group", "cache")
+_MOST_FRAMES, _LONGEST_SIDE, _MOST_PIXELS, _MOST = 1025, 8192, 10**9, 100_000
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -32,6 +33,9 @@ class Bucket:
         for name in ("height", "width"):
             if getattr(self, name) < 16 or getattr(self, name) % 16:
                 raise ValueError(f"{name} must be a positive multiple of 16, not {getattr(self, name)}")
+        check_bounds(self, frames=(5, _MOST_FRAMES), height=(16, _LONGEST_SIDE), width=(16, _LONGEST_SIDE))
+        if (pixels := self.frames * self.height * self.width) > _MOST_PIXELS:
+            raise ValueError(f"frames, height and width make {pixels:,} pixels; a clip has {_MOST_PIXELS:,} or fewer")
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
@@ -57,6 +61,7 @@ class DataSettings:
             raise ValueError("buckets names a size twice")
         if self.fps <= 0:
             raise ValueError(f"fps must be above 0, not {self.fps}")
+        check_bounds(self, fps=(0, 240))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -80,10 +85,9 @@ class SplitSettings:
     def __post_init__(self) -> None:
         if self.threshold is not None and self.threshold <= 0:
             raise ValueError(f"threshold must be above 0, not {self.threshold}")
-        if self.margin < 0:
-            raise ValueError(f"margin must not be negative, but is {self.margin}")
-        if self.clips_per_shot < 1:
-            raise ValueError(f"clips_per_shot must be 1 or more, not {self.clips_per_shot}")
+        if self.threshold is not None:
+            check_bounds(self, threshold=(0, 255))
+        check_bounds(self, margin=(0, 3600), clips_per_shot=(1, _MOST))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -92,8 +96,8 @@ class CheckSettings:
 
     Args:
         frames: how many frames of a clip are looked at, spread evenly, first and last among them.
-        black: a clip is black if none of these has a mean brightness above this (0..255).
-        frozen: a clip is frozen if no two neighbours of these differ by more than this on average (0..255).
+        black: a clip is black if none of these has a mean brightness above this (0..255; -1: none is).
+        frozen: a clip is frozen if no two neighbours of these differ by more on average (0..255; -1: none is).
     """
 
     frames: int = 8
@@ -103,6 +107,7 @@ class CheckSettings:
     def __post_init__(self) -> None:
         if self.frames < 2:
             raise ValueError(f"frames must be 2 or more, not {self.frames}: a frozen clip shows in two frames")
+        check_bounds(self, frames=(2, _MOST_FRAMES), black=(-1, 255), frozen=(-1, 255))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -115,7 +120,7 @@ class GroupSettings:
             where that is known to show the same people and places (a folder for each film, say). Near-duplicates
             are then looked for there alone.
         similarity: every two clips of a group are at least this similar.
-        near_duplicate: of two clips at least this similar only one is used at all.
+        near_duplicate: of two clips at least this similar only one is used at all; above 1 all are.
         min_size: clips that find fewer companions are left out; 1 keeps them, in groups of their own.
         max_size: of a group.
         neighbours: how many of its most similar clips a clip can be grouped with.
@@ -134,8 +139,7 @@ class GroupSettings:
     valid_fraction: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.frames < 1:
-            raise ValueError(f"frames must be 1 or more, not {self.frames}")
+        check_bounds(self, frames=(1, _MOST_FRAMES), near_duplicate=(-1, 2), max_size=(1, _MOST), neighbours=(1, _MOST))
         if not -1 <= self.similarity < self.near_duplicate:
             raise ValueError(
                 f"similarity={self.similarity} must lie between -1 and near_duplicate={self.near_duplicate}: "
@@ -143,8 +147,6 @@ class GroupSettings:
             )
         if not 1 <= self.min_size <= self.max_size:
             raise ValueError(f"min_size={self.min_size} must lie between 1 and max_size={self.max_size}")
-        if self.neighbours < 1:
-            raise ValueError(f"neighbours must be 1 or more, not {self.neighbours}")
         if not 0 <= self.valid_fraction < 1:
             raise ValueError(f"valid_fraction must be at least 0 and below 1, not {self.valid_fraction}")
 
@@ -166,6 +168,9 @@ class CacheSettings:
     def __post_init__(self) -> None:
         if self.shard_mb <= 0:
             raise ValueError(f"shard_mb must be above 0, not {self.shard_mb}")
+        check_bounds(self, shard_mb=(0, _MOST))
+        if len(set(self.given)) < len(self.given):
+            raise ValueError(f"given names a number twice: {list(self.given)}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -194,8 +199,8 @@ class PrepareSettings:
         worker: which of them this is, from 0.
     """
 
-    videos: str
-    output: str
+    videos: UserPath
+    output: UserPath
     data: DataSettings
     model: ModelSettings
     scorer: ScorerSettings
@@ -206,8 +211,8 @@ class PrepareSettings:
     group: GroupSettings = field(default_factory=GroupSettings)
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
     sampler: dict[str, Any] = field(default_factory=dict)
-    captions: str | None = None
-    masks: str | None = None
+    captions: UserPath | None = None
+    masks: UserPath | None = None
     steps: tuple[Step, ...] = STEPS
     workers: int = 1
     worker: int = 0
@@ -215,6 +220,7 @@ class PrepareSettings:
     def __post_init__(self) -> None:
         if not self.steps:
             raise ValueError(f"steps must name at least one of {', '.join(STEPS)}")
+        check_bounds(self, workers=(1, _MOST))
         if not 0 <= self.worker < self.workers:
             raise ValueError(f"worker={self.worker} must lie between 0 and workers - 1 = {self.workers - 1}")
         refuse_generation_settings(self.runtime, "data preparation")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from storymem.training.clips import Clip, find_videos, picture_size, read_clip
+from storymem.training.clips import Clip, read_clip, video_times
+from storymem.training.video_folder import find_videos
 
 _ASPECT_ERROR = 0.02  # sizes are whole pixels
 
@@ -40,12 +42,12 @@ class Masks:
         mask = self.files[clip.video]
         try:
             frames = read_clip(self.folder, replace(clip, video=mask))
+            own, wanted = video_times(self.folder / mask), video_times(self.videos / clip.video)
         except ValueError as error:
             raise ValueError(f"mask: {error}") from error
-        height, width = picture_size(self.folder / mask)
-        wanted = picture_size(self.videos / clip.video)
-        if abs(width * wanted[0] / (height * wanted[1]) - 1) > _ASPECT_ERROR:
-            raise ValueError(f"mask: it is {width}x{height}, and its video {wanted[1]}x{wanted[0]}")
+        if abs(own.width * wanted.height / (own.height * wanted.width) - 1) > _ASPECT_ERROR:
+            sizes = f"it is {own.width}x{own.height}, and its video {wanted.width}x{wanted.height}"
+            raise ValueError(f"mask: {sizes}")
         return frames.mean(axis=-1, dtype=np.float32) / 255
 
 
@@ -53,19 +55,27 @@ def find_masks(folder: Path, videos: Sequence[str], source: Path) -> Masks:
     """The masks that lie in ``folder`` as ``videos`` lie in ``source``: of the same path and name, with any ending.
 
     Raises:
-        ValueError: if there are none, or one belongs to no video.
+        ValueError: if there are none, or one belongs to no video or to several.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: masks= names a folder that holds masks as videos= holds videos")
-    of = {_stem(video): video for video in videos}
-    found = {mask: of.get(_stem(mask)) for mask in find_videos(folder)}
-    strangers = [mask for mask, video in found.items() if video is None]
-    if strangers:
+    exact, by_stem = set(videos), defaultdict[str, list[str]](list)
+    for video in videos:
+        by_stem[_stem(video)].append(video)
+    of = {mask: [mask] if mask in exact else by_stem.get(_stem(mask), []) for mask in find_videos(folder)}
+    if strangers := [mask for mask, found in of.items() if not found]:
         raise ValueError(
             f"{folder} holds {len(strangers)} masks that belong to no video in {source}, {strangers[0]} the first of "
             "them: a mask has the path and name of its video"
         )
-    return Masks(folder=folder, videos=source, files={video: mask for mask, video in found.items() if video})
+    files: dict[str, str] = {}
+    for mask, found in of.items():
+        if len(found) > 1:
+            raise ValueError(f"{folder / mask} belongs to {found[0]} and {found[1]}: give it the ending of its video")
+        if found[0] in files:
+            raise ValueError(f"{folder / mask} and {files[found[0]]} belong to {found[0]}: remove one of them")
+        files[found[0]] = mask
+    return Masks(folder=folder, videos=source, files=files)
 
 
 def _stem(path: str) -> str:

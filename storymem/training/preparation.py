@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from storymem.io import write_atomically
+from storymem.io import FileError, check_regular, folder_lock, read_text, text_lines, write_text
 from storymem.training.captions import Captions
 from storymem.training.clips import Clip, Shot, cut_shot, read_clip
 from storymem.training.data_settings import PrepareSettings
-from storymem.training.journal import Journal, digest
+from storymem.training.journal import Journal
 from storymem.training.masks import Masks
+from storymem.training.sealed import NO_LIMIT, digest
+from storymem.training.video_folder import VideoFolder
+from storymem.video import READING
+
+_SAMPLE_BYTES = 4096
+_LOCK_SECONDS = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rejection:
-    """A video, shot or clip that is not used, and why; ``reason`` begins with a word to count by."""
+    """A file, video, shot, clip or caption that is not used, and why; ``reason`` begins with words to count by."""
 
     key: str
     step: str
@@ -35,9 +42,8 @@ class Preparation:
 
     Args:
         settings: everything.
-        folder: of the videos.
+        found: the folder of the videos.
         output: of the training set.
-        videos: paths below ``folder``.
         captions: of the videos.
         masks: of the videos, if there are any.
     """
@@ -45,17 +51,21 @@ class Preparation:
     def __init__(
         self,
         settings: PrepareSettings,
-        folder: Path,
+        found: VideoFolder,
         output: Path,
-        videos: Sequence[str],
         captions: Captions,
         masks: Masks | None = None,
     ) -> None:
-        self.settings, self.folder, self.output = settings, folder, output
-        self.videos, self.captions = videos, captions
-        self.masks = masks or Masks(folder=folder, videos=folder, files={})
+        self.settings, self.folder, self.output = settings, found.path, output
+        self.videos, self.captions = found.videos, captions
+        self.masks = masks or Masks(folder=found.path, videos=found.path, files={})
         self.rejected: dict[str, Rejection] = {}
-        self._stamps = {video: _stamp(folder / video) for video in videos}
+        self._stamps = {video: _stamp(found.path / video) for video in found.videos}
+        for path, reason in found.ignored.items():
+            if captions.table is None or path != _below(found.path, captions.table):
+                self.reject(path, "find", reason)
+        for text in captions.unused:
+            self.reject(text, "find", "caption without a video: no video has its name")
 
     def journal(self, step: str) -> Journal:
         """The journal of a step, written by this worker."""
@@ -118,6 +128,12 @@ class Preparation:
                     clips[clip.id] = clip
         if not clips:
             raise ValueError(f"no clip is left of {len(self.videos)} videos: {self.output / 'rejected.jsonl'} says why")
+        used = {id(self.captions.of(clip.video, clip.start, clip.end)) for clip in clips.values()}
+        for video in sorted({clip.video for clip in clips.values()}):
+            for caption in self.captions.by_video[video]:
+                if id(caption) not in used and caption.end < float("inf"):
+                    place = f"{video}@{caption.start:g}-{caption.end:g}"
+                    self.reject(place, "split", "unused caption: no clip lies in these seconds")
         return clips
 
     def good_clips(self) -> dict[str, Clip]:
@@ -138,13 +154,27 @@ class Preparation:
 
     def caption(self, clip: Clip) -> str:
         """The text that a clip is trained with."""
-        text = self.captions.of(clip.video, clip.start, clip.end)
-        assert text is not None
-        return text
+        caption = self.captions.of(clip.video, clip.start, clip.end)
+        assert caption is not None
+        return caption.text
 
     def read(self, clip: Clip, indices: Sequence[int] | None = None) -> np.ndarray:
-        """Frames of a clip; see :func:`storymem.training.clips.read_clip`."""
-        return read_clip(self.folder, clip, indices)
+        """Frames of a clip; see :func:`storymem.training.clips.read_clip`.
+
+        Raises:
+            ValueError: also if the video is another than at the beginning of the run.
+        """
+        frames = read_clip(self.folder, clip, indices)
+        status = check_regular(self.folder / clip.video).stat()
+        if [status.st_size, status.st_mtime_ns] != self._stamps[clip.video][:2]:
+            raise ValueError("changed: the video was written to while it was prepared; run the same command again")
+        return frames
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside the block this worker alone writes what all of them share: groups, indices, ``rejected.jsonl``."""
+        with folder_lock(self.output, "writing groups or indices in", name=".shared.lock", wait=_LOCK_SECONDS):
+            yield
 
     def tell_rejected(self) -> None:
         """Write ``rejected.jsonl`` and print how many were left out for what.
@@ -154,16 +184,29 @@ class Preparation:
         with suppress(ValueError):  # steps that are not done have told so themselves
             self.good_clips()
         path = self.output / "rejected.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            before = Rejection(**json.loads(line))
-            if before.step in {"group", "cache"}.difference(self.settings.steps):
-                self.rejected.setdefault(before.key, before)
-        lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for _, one in sorted(self.rejected.items())]
-        write_atomically(path, "".join(lines).encode())
+        with self.writing():
+            for before in _rejections(path):
+                if before.step in {"group", "cache"}.difference(self.settings.steps):
+                    self.rejected.setdefault(before.key, before)
+            lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for _, one in sorted(self.rejected.items())]
+            write_text(path, "".join(lines))
         counts = Counter(one.reason.partition(":")[0] for one in self.rejected.values())
         if counts:
             listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
             print(f"left out: {listed}; see {path}", file=sys.stderr)
+
+
+def _rejections(path: Path) -> Iterator[Rejection]:
+    """What an earlier run left out, as far as the file can be read."""
+    try:
+        lines = text_lines(read_text(path, limit=NO_LIMIT))
+    except (FileNotFoundError, FileError):
+        return
+    for line in lines:
+        with suppress(ValueError, TypeError, RecursionError):  # it is written anew
+            row = Rejection(**json.loads(line))
+            if all(isinstance(value, str) for value in asdict(row).values()):
+                yield row
 
 
 def _refuse_unfinished(step: str, missing: Sequence[str]) -> None:
@@ -174,7 +217,15 @@ def _refuse_unfinished(step: str, missing: Sequence[str]) -> None:
         )
 
 
-def _stamp(path: Path) -> list[int]:
-    """Changes when a file does."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+def _below(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+def _stamp(path: Path) -> list[int | str]:
+    """Changes when a file does, is another, or is read otherwise: size, time, a hash of beginning and end, READING."""
+    status = check_regular(path).stat()
+    with path.open("rb") as file:
+        sample = file.read(_SAMPLE_BYTES)
+        file.seek(max(_SAMPLE_BYTES, status.st_size - _SAMPLE_BYTES))
+        sample += file.read(_SAMPLE_BYTES)
+    return [status.st_size, status.st_mtime_ns, hashlib.sha256(sample).hexdigest()[:16], READING]

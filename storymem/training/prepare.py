@@ -8,22 +8,30 @@ was killed goes on where it stopped, and what a changed setting or video touches
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from storymem.config import build_settings
+from storymem.io import FileError, folder_lock, stopping_on_signals
+from storymem.training import journal
 from storymem.training.captions import read_captions
-from storymem.training.clips import find_videos
 from storymem.training.data_settings import PrepareSettings, Step
 from storymem.training.masks import find_masks
 from storymem.training.preparation import Preparation
+from storymem.training.video_folder import scan_videos
 from storymem.wan.sources import check_weights
 
 if TYPE_CHECKING:
     from storymem.training.cache import LatentCache
+
+_LOCK = re.compile(r"\.worker-(\d+)-of-(\d+)\.lock")
+_DIGEST = re.compile(r"[0-9a-f]{12,16}")
 
 
 def prepare(config: Mapping[str, Any]) -> LatentCache | None:
@@ -35,23 +43,84 @@ def prepare(config: Mapping[str, Any]) -> LatentCache | None:
     Raises:
         ValueError: for settings, captions, masks or videos with which nothing can be prepared.
         MissingWeights: before anything is decoded.
+        storymem.io.Stopped: after SIGINT, SIGTERM or SIGUSR1; what was done is written down.
     """
     settings = build_settings(PrepareSettings, config)
+    output = Path(settings.output)
+    aside = [output, *([Path(settings.masks)] if settings.masks else [])]
+    found = scan_videos(Path(settings.videos), without=aside)
+    table = Path(settings.captions) if settings.captions else None
+    captions = read_captions(found.path, found.videos, found.texts, table)
+    if captions.respelled:
+        name, video = min(captions.respelled.items())
+        print(
+            "names in captions that are spelled otherwise than the videos (accents, spaces): "
+            f"{len(captions.respelled)}, such as {name!r} for {video!r}",
+            file=sys.stderr,
+        )
+    masks = find_masks(Path(settings.masks), found.videos, found.path) if settings.masks else None
+    _check_weights(settings)
+    with stopping_on_signals(), _claimed(output, settings):
+        return run_steps(Preparation(settings, found, output, captions, masks))
+
+
+def _check_weights(settings: PrepareSettings) -> None:
+    """Raise ``MissingWeights`` if networks that the steps need are not on this machine."""
+    from storymem.scorers.sources import scorer_weights
+    from storymem.weights import locate
+
+    wanted = []
     if "cache" in settings.steps:
-        check_weights(settings.model, text_to_video=False)
-    folder = Path(settings.videos).expanduser()
-    videos = find_videos(folder)
-    captions = read_captions(folder, videos, Path(settings.captions) if settings.captions else None)
-    masks = find_masks(Path(settings.masks).expanduser(), videos, folder) if settings.masks else None
-    output = Path(settings.output).expanduser()
-    output.mkdir(parents=True, exist_ok=True)
+        check_weights(settings.model, text_to_video=False, experts=())
+        wanted += scorer_weights(settings.scorer.quality)
+    if not {"embed", "cache"}.isdisjoint(settings.steps):
+        wanted += scorer_weights(settings.scorer.clip)
+    for weights in wanted:
+        locate(weights)
+
+
+@contextmanager
+def _claimed(output: Path, settings: PrepareSettings) -> Iterator[None]:
+    """Inside the block this process is the worker that ``settings`` say, and all workers share the work alike.
+
+    If no other process works on ``output``, what killed ones left is taken away first.
+    """
+    own = f".worker-{settings.worker:03d}-of-{settings.workers:03d}.lock"
+    with ExitStack() as kept:
+        with folder_lock(output, "beginning to prepare data in", name=".shared.lock", wait=60.0):
+            locks = [path for path in sorted(output.glob(".worker-*.lock")) if path.is_file()]
+            others = [path.name for path in locks if _is_held(path)]
+            for name in others:
+                match = _LOCK.fullmatch(name)
+                if match is not None and (name == own or int(match[2]) != settings.workers):
+                    raise FileError(
+                        f"another prepare_data works on {output} (workers={int(match[2])} worker={int(match[1])}): to "
+                        "share the work, start N with workers=N and worker=0 to N - 1"
+                    )
+            kept.enter_context(folder_lock(output, "preparing data in", name=own))
+            if not others:
+                _mend(output)
+        yield
+
+
+def _is_held(lock: Path) -> bool:
     try:
-        with FileLock(output / f".worker-{settings.worker:03d}.lock").acquire(timeout=0):
-            return run_steps(Preparation(settings, folder, output, videos, captions, masks))
+        with FileLock(lock).acquire(timeout=0):
+            return False
     except Timeout:
-        raise ValueError(
-            f"another prepare_data works on {output}: to share the work, start N with workers=N and worker=0 to N - 1"
-        ) from None
+        return True
+
+
+def _mend(output: Path) -> None:
+    """Take away what killed runs left, and damaged lines of journals: what they told is done again."""
+    from storymem.training import shards
+
+    for path in sorted((output / "journal").glob("*.jsonl")):
+        if count := journal.mend(path):
+            print(f"{path}: {count} lines are damaged, and what they told is done again", file=sys.stderr)
+    for folder in sorted([*output.glob("cache/*"), *output.glob("embeddings/*")]):
+        if folder.is_dir() and _DIGEST.fullmatch(folder.name):
+            shards.mend(folder)
 
 
 def run_steps(data: Preparation) -> LatentCache | None:

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
-from storymem.training.clips import decoded_frames
+from storymem.decoding import LONGEST_STILL
+from storymem.training.clips import naming_fault
 from storymem.training.data_settings import SplitSettings
+from storymem.video import VideoInfo, numbered_frames, probe
 
 FindCuts = Callable[[Path], list[int]]
-"""A video -> the frames (counted from 0) at which a new shot begins, ascending; 0 is not among them."""
+"""A video -> the frames (numbered as :mod:`storymem.video` does) at which a new shot begins, ascending, without 0."""
 
 _TRANSNET_SIZE = (27, 48)
 _SCENEDETECT_WIDTH = 256
 
 
-def shots_between(cuts: list[int], frames: int) -> list[tuple[int, int]]:
-    """Shots [start, end) of a video of ``frames`` frames; what lies between gradual transitions included."""
-    return [
-        (start, end) for start, end in pairwise([0, *(cut for cut in cuts if 0 < cut < frames), frames]) if start < end
-    ]
+def shots_between(cuts: Sequence[int], info: VideoInfo) -> list[tuple[float, float]]:
+    """Shots (start, end) of a video in seconds after its first frame; gradual transitions are parts of them.
+
+    Where no frame comes for longer than half a second, as after a lost piece of a recording, a shot ends: else a clip
+    would hold one frame many times.
+    """
+    frame = 1 / info.fps
+    gaps = np.flatnonzero(np.diff(info.times) > max(LONGEST_STILL, 3 * frame)) + 1
+    bounds = [0, *sorted({*gaps.tolist(), *(cut for cut in cuts if 0 < cut < info.frames)}), info.frames]
+    shots = []
+    for start, end in pairwise(bounds):
+        following = info.times[end] if end < info.frames and end not in gaps else info.times[end - 1] + frame
+        shots.append((round(float(info.times[start]), 6), round(float(following), 6)))
+    return shots
 
 
 def load_splitter(settings: SplitSettings, device: str = "cpu") -> FindCuts:
@@ -54,13 +64,10 @@ def _transnetv2(threshold: float, device: str) -> FindCuts:
 
     def find(path: Path) -> list[int]:
         height, width = _TRANSNET_SIZE
-        small = [
-            frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
-            for frame in decoded_frames(path)
-        ]
+        numbers, small = zip(*_small_frames(path, (height, width), "BICUBIC"), strict=True)
         frames = torch.from_numpy(np.stack(small)).to(network.device)
         single, _ = network.predict_frames(frames, quiet=True)
-        return _after_transitions(single.numpy() > threshold)
+        return [numbers[place] for place in _after_transitions(single.numpy() > threshold)]
 
     return find
 
@@ -68,6 +75,12 @@ def _transnetv2(threshold: float, device: str) -> FindCuts:
 def _after_transitions(transition: np.ndarray) -> list[int]:
     """A marked frame is the last before a cut, or one of a gradual transition: the next unmarked one begins a shot."""
     return (np.flatnonzero(transition[:-1] & ~transition[1:]) + 1).tolist()
+
+
+def _small_frames(path: Path, size: tuple[int, int], interpolation: str) -> Iterator[tuple[int, np.ndarray]]:
+    """All frames and their numbers, damaged ones included: a clip that touches one is left out by the check."""
+    with naming_fault():
+        yield from numbered_frames(path, size=size, interpolation=interpolation, damaged=True)
 
 
 def _scenedetect(threshold: float) -> FindCuts:
@@ -80,22 +93,19 @@ def _scenedetect(threshold: float) -> FindCuts:
         detector = ContentDetector(threshold=threshold)
         cuts: list[Any] = []
         time: Any = None
-        for number, frame in enumerate(decoded_frames(path)):
+        with naming_fault():
+            info = probe(path)
+        scale = min(1.0, _SCENEDETECT_WIDTH / info.width)
+        size = max(2, round(info.height * scale)), max(2, round(info.width * scale))
+        for number, frame in _small_frames(path, size, "AREA"):
             # The rate only labels frames; cuts come back as frame numbers.
             time = FrameTimecode(number, 25.0)
-            cuts += detector.process_frame(time, _reduced(frame))
+            cuts += detector.process_frame(time, np.ascontiguousarray(frame[..., ::-1]))  # OpenCV's order of channels
         if time is not None:
             cuts += detector.post_process(time)
         return sorted({cut.frame_num for cut in cuts})
 
     return find
-
-
-def _reduced(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 [H, W, 3] in OpenCV's order of channels, no wider than detection needs."""
-    scale = min(1.0, _SCENEDETECT_WIDTH / frame.width)
-    size = {"width": max(2, round(frame.width * scale)), "height": max(2, round(frame.height * scale))}
-    return frame.to_ndarray(format="bgr24", interpolation="AREA", **size)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from storymem.toy.reader import read_attributes
 from storymem.toy.report import agreement
 from storymem.toy.world import HELD_OUT, people_mask, render_layers, story
 from storymem.training.captions import read_captions
-from storymem.training.clips import find_videos
 from storymem.training.masks import find_masks
+from storymem.training.video_folder import find_videos
 from storymem.video import probe, read_video
 
 

@@ -16,15 +16,14 @@ from storymem.training.clips import (
     choose_bucket,
     cut_shot,
     fault_of,
-    find_videos,
-    read_at,
     read_clip,
     spread,
     video_times,
 )
 from storymem.training.data_settings import Bucket, CheckSettings, DataSettings, SplitSettings
 from storymem.training.splitting import load_splitter, shots_between
-from storymem.video import read_video
+from storymem.training.video_folder import find_videos
+from storymem.video import VideoInfo, frames_at, read_video
 from tests.training.drawn_clips import DATA, FRAMES, HEIGHT, WIDTH, counted, number_of, scene, video
 
 needs_scenedetect = pytest.mark.skipif(
@@ -68,8 +67,9 @@ def test_a_varying_frame_rate_is_read_by_time(tmp_path: Path) -> None:
             picture.pts, picture.time_base = stamp, Fraction(1, 8)
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
-    shown = [number_of(frame) for frame in read_at(tmp_path / "a.mkv", [stamp / 8 for stamp in (3, 8, 13, 20, 23)])]
+    shown = frames_at(tmp_path / "a.mkv", [stamp / 8 for stamp in (3, 8, 13, 20, 23)])
     assert shown == [3, 4, 5, 6, 9]
+    assert [number_of(frame) for frame in read_video(tmp_path / "a.mkv", shown)] == shown
 
 
 def test_a_clip_covers_its_bucket_without_being_stretched(tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_broken_videos_are_value_errors(tmp_path: Path) -> None:
     for name in ("head.mp4", "noise.mp4"):
         with pytest.raises(ValueError, match="broken: "):
             video_times(tmp_path / name)
-    with pytest.raises(ValueError, match=r"broken: ends before 7\.60 s"):
-        read_at(tmp_path / "a.mp4", [0.0, 7.6])
+    with pytest.raises(ValueError, match=r"broken: ends before 7\.62 s"):
+        read_clip(tmp_path, clip_of("a.mp4", 6.625))
 
 
 def test_a_file_that_was_cut_off_is_found_out_where_it_ends(tmp_path: Path) -> None:
@@ -175,9 +175,20 @@ def test_videos_are_found_below_the_folder(tmp_path: Path) -> None:
         find_videos(tmp_path / "empty")
 
 
+def times_of(*times: float, fps: float = 10) -> VideoInfo:
+    return VideoInfo(times=np.array(times), fps=fps, height=32, width=48, missing=0, notes=())
+
+
 def test_shots_lie_between_cuts() -> None:
-    assert shots_between([], 10) == [(0, 10)]
-    assert shots_between([4, 7, 10], 10) == [(0, 4), (4, 7), (7, 10)]
+    info = times_of(*(number / 10 for number in range(10)))
+    assert shots_between([], info) == [(0, 1)]
+    assert shots_between([4, 7, 10], info) == [(0, 0.4), (0.4, 0.7), (0.7, 1)]
+
+
+def test_a_shot_ends_where_frames_are_missing() -> None:
+    info = times_of(0, 0.1, 0.2, 1.6, 1.7, 2.0, 2.1)
+    assert shots_between([], info) == [(0, 0.3), (1.6, 2.2)]
+    assert shots_between([2, 3, 5], info) == [(0, 0.2), (0.2, 0.3), (1.6, 2.0), (2.0, 2.2)]
 
 
 def cut_film(path: Path) -> list[int]:

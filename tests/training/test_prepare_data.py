@@ -19,8 +19,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from storymem.cli import CONFIGS
 from storymem.config import ConfigError, build_settings
@@ -31,34 +29,8 @@ from storymem.training.data_settings import DataSettings, PrepareSettings
 from storymem.training.fingerprint import cache_fingerprint
 from storymem.training.journal import Journal
 from storymem.training.prepare import prepare
-from tests.training.drawn_clips import FRAMES, HEIGHT, WIDTH, scene, video
-
-SMALL = [
-    "model=tiny",
-    f"data.buckets=[{{frames:{FRAMES},height:{HEIGHT},width:{WIDTH}}}]",
-    f"model.video={{height:{HEIGHT},width:{WIDTH},frames:{FRAMES},fps:8}}",
-    "model.network.text_tokens=16",
-    "model.network.vae.dim_mult=[1,1,1,1]",
-    "scorer/quality=none",
-    "cache.given=[1]",
-    "runtime=cpu",
-    # An untrained encoder finds all pictures alike.
-    "group.similarity=0.5",
-    "group.near_duplicate=0.999999",
-]
-
-
-def config(folder: Path, *overrides: str) -> dict[str, Any]:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = compose(
-            "prepare_data", [f"videos={folder / 'videos'}", f"output={folder / 'set'}", *SMALL, *overrides]
-        )
-    return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
-
-
-def rejected(folder: Path) -> dict[str, str]:
-    lines = (folder / "set" / "rejected.jsonl").read_text().splitlines()
-    return {row["key"]: row["reason"] for row in map(json.loads, lines)}
+from tests.training.drawn_clips import HEIGHT, WIDTH, scene, video
+from tests.training.preparing import config, rejected
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from storymem.training.settings import (
     ParallelSettings,
 )
 from storymem.training.trainer import Trainer
+from storymem.wan.spec import A14B, ModelSpec
 from storymem.wan.transformer import enable_layouts
 from tests import stories
 
@@ -50,6 +51,7 @@ class MemoryLatents:
     """Random latents by seed, made when they are asked for."""
 
     clips: tuple[TinyClip, ...]
+    spec: ModelSpec = A14B
 
     def _drawn(self, seed: int, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,77 @@
+"""Preparing data at the smallest size: configurations, what came of them, and what is in a set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from storymem.cli import CONFIGS
+from storymem.training.cache import LatentCache
+from storymem.training.dataset import train_batches, train_planner
+from storymem.training.settings import BatchSettings
+from tests.training.drawn_clips import FRAMES, HEIGHT, WIDTH
+
+SMALL = [
+    "model=tiny",
+    f"data.buckets=[{{frames:{FRAMES},height:{HEIGHT},width:{WIDTH}}}]",
+    f"model.video={{height:{HEIGHT},width:{WIDTH},frames:{FRAMES},fps:8}}",
+    "model.network.text_tokens=16",
+    "model.network.vae.dim_mult=[1,1,1,1]",
+    "scorer/quality=none",
+    "cache.given=[1]",
+    "runtime=cpu",
+    # An untrained encoder finds all pictures alike.
+    "group.similarity=0.5",
+    "group.near_duplicate=0.999999",
+]
+
+
+def config(folder: Path, *overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose(
+            "prepare_data", [f"videos={folder / 'videos'}", f"output={folder / 'set'}", *SMALL, *overrides]
+        )
+    return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def rejected(folder: Path) -> dict[str, str]:
+    lines = (folder / "set" / "rejected.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return {row["key"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def contents(cache: LatentCache) -> dict[str, Any]:
+    """Everything in a set that training can read; not in which shards it lies."""
+    found: dict[str, Any] = {"empty": cache.empty_text()}
+    for index, clip in enumerate(cache.clips):
+        found[clip.id] = {name: value for name, value in asdict(clip).items() if name != "shard"} | {
+            "video": cache.video(index),
+            "keyframes": cache.keyframes(index),
+            "mask": cache.mask(index),
+            "text": cache.text(index),
+            **{f"given {kind}": cache.given(index, kind) for kind in (0, *cache.given_kinds)},
+        }
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two results of :func:`contents` are equal to the last bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
+
+
+def train_on(folder: Path) -> None:
+    """Open a set as a training does and read the batches of three steps."""
+    cache = LatentCache.open(folder)
+    batch = BatchSettings(size=2, max_memory=1, workers=0)
+    planner = train_planner(cache, batch, conditioning="mi2v", seed=0, world=1)
+    batches = train_batches(cache, planner, size=batch.size)
+    for _ in range(3):
+        assert next(batches).x0.isfinite().all()
+    batches.close()

@@ -1,0 +1,241 @@
+"""Inputs of every kind that people have: names, captions, footage and networks that are not as they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from storymem.config import ConfigError, build_settings
+from storymem.training import preparation_steps
+from storymem.training.cache import LatentCache
+from storymem.training.caching import CacheBuilder, build_cache
+from storymem.training.data_settings import CacheSettings, PrepareSettings
+from storymem.training.prepare import prepare
+from storymem.wan.loading import load_pipeline
+from storymem.wan.settings import ModelSettings
+from tests.training.drawn_clips import FPS, scene, video
+from tests.training.preparing import config, rejected, train_on
+from tests.training.test_cache import CHOOSER, item
+from tests.wan import tiny
+
+
+def finish(folder: Path, *overrides: str) -> LatentCache:
+    cache = prepare(config(folder, *overrides))
+    assert cache is not None
+    train_on(folder / "set")
+    return cache
+
+
+def test_clips_of_like_names_are_never_taken_for_each_other(tmp_path: Path) -> None:
+    """Folder, case, suffix, Unicode form, line separators: each is a video of its own, with its own caption."""
+    names = [
+        *("a.mp4", "A.mp4", "far/a.mp4", "a.mov", "caf\u00e9.mp4", "cafe\u0301.mp4"),
+        *("x\u2028y.mp4", "x\x85y.mp4", "x\ny.mp4", "x y.mp4"),
+    ]
+    for number, name in enumerate(names):
+        (tmp_path / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+        video(tmp_path / "videos" / name, scene(number, 12))
+    rows = [f'"{name}","The {number}th of all."' for number, name in enumerate(names)]
+    (tmp_path / "videos" / "captions.csv").write_text("video,caption\n" + "\n".join(rows), encoding="utf-8")
+    cache = finish(tmp_path)
+    assert {clip.id: clip.caption for clip in cache.clips} == {
+        f"{name}@0.000": f"The {number}th of all." for number, name in enumerate(names)
+    }
+    latents = [cache.video(index) for index in range(len(cache))]
+    assert not any(torch.equal(one, other) for n, one in enumerate(latents) for other in latents[:n])
+    assert finish(tmp_path).clips == cache.clips, "journals and index are read back"
+
+
+def container(path: Path, codec: str, format: str, frames: np.ndarray) -> None:
+    with av.open(str(path), "w", format=format) as written:
+        stream = written.add_stream(codec, rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for frame in frames:
+            written.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        written.mux(stream.encode(None))
+
+
+def test_other_containers_are_read(tmp_path: Path) -> None:
+    kinds = {
+        **{"a.mts": ("libx264", "mpegts"), "b.m2ts": ("libx264", "mpegts"), "c.flv": ("flv", "flv")},
+        **{"d.wmv": ("wmv2", "asf"), "e.3gp": ("libx264", "3gp"), "f.ogv": ("libvpx", "ogg"), "g.qt": ("mpeg4", "mov")},
+    }
+    (tmp_path / "videos").mkdir()
+    for number, (name, (codec, format)) in enumerate(kinds.items()):
+        container(tmp_path / "videos" / name, codec, format, scene(number, 16, height=64, width=96))
+        (tmp_path / "videos" / name).with_suffix(".txt").write_text("Tiles.")
+    prepare(config(tmp_path, "steps=[split,check]"))
+    assert rejected(tmp_path) == {}
+
+
+def test_what_is_not_read_is_listed_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    videos = tmp_path / "videos"
+    for number in range(2):
+        video(videos / f"good{number}.mp4", scene(number, 12), caption="Tiles.")
+    (videos / "captions.jsonl").write_text(
+        '{"video": "long.mp4", "caption": "Morning.", "start": 0, "end": 1.5}\n'
+        '{"video": "long.mp4", "caption": "Evening.", "start": 9, "end": 11}\n'
+    )
+    video(videos / "long.mp4", scene(5, 12))
+    for name in ("c.gif", "c.txt", "._good0.mp4"):
+        (videos / name).write_text("x")
+    (videos / "dead.mp4").symlink_to("nowhere")
+    prepare(config(tmp_path, f"output={videos / 'set'}", "steps=[split,check]"))
+    (tmp_path / "set").symlink_to(videos / "set")
+    assert rejected(tmp_path) == {
+        "c.gif": "not a video: GIF has at most 256 colours; convert it to .mp4 to train on it",
+        "c.txt": "caption without a video: no video has its name",
+        "._good0.mp4": "hidden: its name begins with a dot",
+        "dead.mp4": "dead link: to nowhere",
+        "long.mp4@9-11": "unused caption: no clip lies in these seconds",
+    }
+    told = capsys.readouterr().err
+    assert "left out: " in told
+    assert all(f"1 {kind}" in told for kind in ("not a video", "caption without a video", "hidden", "dead link"))
+
+
+def test_names_of_another_unicode_form_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number, name in enumerate(("cafe\u0301.mp4", "b.mp4")):
+        video(tmp_path / "videos" / name, scene(number, 12))
+    rows = '{"video": "caf\u00e9.mp4", "caption": "One."}\n{"video": "b.mp4", "caption": "Two."}\n'
+    (tmp_path / "videos" / "captions.jsonl").write_text(rows, encoding="utf-8")
+    finish(tmp_path)
+    told = capsys.readouterr().err
+    assert "names in captions that are spelled otherwise than the videos (accents, spaces): 1, " in told
+    assert "such as 'caf\u00e9.mp4' for 'cafe\u0301.mp4'" in told
+
+
+def test_captions_that_are_cut_are_counted_at_every_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number, caption in enumerate(("ab " * 100, "Short.", "cd " * 30)):
+        video(tmp_path / "videos" / f"{number}.mp4", scene(number, 12), caption=caption)
+    for _ in range(2):
+        finish(tmp_path)
+        told = capsys.readouterr().err
+        assert told.count("the captions of 2 clips are longer than the 16 tokens that the text encoder reads") == 1
+        assert "the first is that of 0.mp4@0.000, with 300 tokens" in told
+
+
+def test_footage_that_the_quality_filter_does_not_know(tmp_path: Path) -> None:
+    for number in range(3):
+        video(tmp_path / "videos" / f"{number}.mp4", scene(number, 12), caption="Footage.")
+    strict = "scorer.quality.threshold=99"
+    with pytest.raises(ValueError, match=r"no clip of 3 could be cached; the first, 0\.mp4@0\.000: quality: no frame"):
+        finish(tmp_path, "scorer/quality=tiny", strict)
+    with pytest.raises(ValueError, match=r"3 of 3 clips have no .*\. scorer/quality=none lets every") as told:
+        finish(tmp_path, "scorer/quality=tiny", strict)
+    (advice,) = (word for word in str(told.value).split() if word.startswith("scorer/quality=none"))
+    assert len(finish(tmp_path, advice)) == 3
+
+
+def test_clips_whose_companions_are_refused_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(4):
+        video(tmp_path / "videos" / f"{number // 2}/{number}.mp4", scene(number, 12), caption="Tiles.")
+    encode = CacheBuilder._encode
+
+    def refuse_first(self: CacheBuilder, it: Any, *rest: Any) -> dict[str, torch.Tensor]:
+        if it.id.startswith("0/0"):
+            raise ValueError("quality: too low")
+        return encode(self, it, *rest)
+
+    monkeypatch.setattr(CacheBuilder, "_encode", refuse_first)
+    cache = finish(tmp_path, "group.within=folder", "group.valid_fraction=0")
+    assert [clip.id for clip in cache.clips] == ["1/2.mp4@0.000", "1/3.mp4@0.000"]
+    assert rejected(tmp_path) == {
+        "0/0.mp4@0.000": "quality: too low",
+        "0/1.mp4@0.000": "alone: the other clips of its group were left out",
+    }
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_networks_that_give_nan_stop_the_run(tmp_path: Path, tiny_model: ModelSettings, part: str) -> None:
+    pipe = load_pipeline(tiny_model, runtime=tiny.CPU)
+    with torch.no_grad():
+        for parameter in getattr(pipe, part).parameters():
+            parameter.fill_(float("nan"))
+    named = {"vae": r"clips/0\.mp4@0\.000: the latents 'video' out of the VAE", "text_encoder": "the caption ''"}[part]
+    with pytest.raises(ValueError, match=named + ": NaN or infinite values; its weights are damaged"):
+        build_cache(tmp_path, [item(0)], pipe, CHOOSER, fingerprint={}, settings=CacheSettings(), text_tokens=16)
+    assert not list(tmp_path.rglob("clips-*")), "no NaN became a file"
+
+
+def test_latents_that_a_narrow_dtype_cannot_hold(tmp_path: Path, tiny_model: ModelSettings) -> None:
+    pipe = load_pipeline(tiny_model, runtime=tiny.CPU)
+    pipe.vae.register_to_config(latents_std=[1e-6] * 16)
+    with pytest.raises(ValueError, match=r"in float16: NaN or infinite values; write cache\.dtype=float32"):
+        build_cache(tmp_path, [item(0)], pipe, CHOOSER, fingerprint={}, settings=CacheSettings(), text_tokens=16)
+    wide = CacheSettings(dtype="float32")  # as it says
+    assert len(build_cache(tmp_path, [item(0)], pipe, CHOOSER, fingerprint={}, settings=wide, text_tokens=16)) == 1
+
+
+@pytest.mark.parametrize("step", ["embed", "cache"])
+def test_scorers_that_give_nan_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    for number in range(2):
+        video(tmp_path / "videos" / f"{number}.mp4", scene(number, 12), caption="Tiles.")
+    if step == "cache":
+        prepare(config(tmp_path, "steps=[split,check,embed,group]"))
+
+    class Broken:
+        threshold = 0.0
+
+        def to(self, _: Any) -> Broken:
+            return self
+
+        def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(pixels), 4), float("nan"))
+
+    instantiate = preparation_steps.instantiate
+    monkeypatch.setattr(
+        preparation_steps, "instantiate", lambda node: Broken() if "scorers" in node["_target_"] else instantiate(node)
+    )
+    with pytest.raises(ValueError, match=r"[01]\.mp4@0\.000: the embeddings by scorer\.clip: NaN or infinite values"):
+        prepare(config(tmp_path))
+    monkeypatch.setattr(preparation_steps, "instantiate", instantiate)
+    finish(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A configuration that is right."""
+    composed = config(tmp_path_factory.mktemp("settings"))
+    build_settings(PrepareSettings, composed)
+    return composed
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *(
+            "data.buckets=[{frames: 9, height: 100000, width: 32}]",
+            "data.buckets=[{frames: 9, height: 4.5, width: 32}]",
+        ),
+        *(
+            "data.buckets=[{frames: 1025, height: 8192, width: 8192}]",
+            "data.fps=1.0e+6",
+            "data.fps=.nan",
+            "data.fps=.inf",
+        ),
+        *("split.threshold=.nan", "split.margin=1.0e+9", "split.clips_per_shot=1000000000", "split.margin=.nan"),
+        *("check.frames=1000000", "check.black=.nan", "check.frozen=256", "group.frames=100000", "workers=1000000000"),
+        *("group.similarity=.nan", "group.near_duplicate=.nan", "group.max_size=1000000000", "group.neighbours=10**9"),
+        *(
+            "group.valid_fraction=.nan",
+            "cache.shard_mb=.nan",
+            "cache.shard_mb=1.0e+12",
+            "cache.given=[1, 1]",
+            "videos=' '",
+        ),
+    ],
+)
+def test_settings_beyond_sense(values: dict[str, Any], setting: str) -> None:
+    key, _, value = setting.partition("=")
+    changed: Any = {name: dict(node) if isinstance(node, dict) else node for name, node in values.items()}
+    *nodes, name = key.split(".")
+    (changed[nodes[0]] if nodes else changed)[name] = yaml.safe_load(value)
+    with pytest.raises(ConfigError, match=rf"\b{name}\b"):
+        build_settings(PrepareSettings, changed)
