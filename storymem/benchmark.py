@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from storymem.wan.acceleration import accelerate, check_acceleration
+from storymem.wan.acceleration import accelerate, check_acceleration, forget_steps
 from storymem.wan.flops import ForwardFlops, cached_flops, forward_flops
 from storymem.wan.lora import memory_lora_config
 from storymem.wan.memory_estimate import estimate_memory
@@ -304,6 +304,7 @@ def forwards(
         with torch.no_grad(), expert.cache_context(context):
             return expert(hidden_states=latents, timestep=timestep, **arguments)
 
+    forget_steps(pipe.experts)  # of another size of memory
     prefill = partial(forward, memory, layout.only(layout.constant), "memory") if kept else None
     return prefill, partial(forward, frames, layout)
 

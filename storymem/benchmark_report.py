@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import diffusers
 import torch
 
 from storymem.benchmark import Case, Row, ShotRow
+from storymem.io import write_json
 from storymem.progress import format_table
 from storymem.wan.settings import ModelSettings, SamplerSettings
 
@@ -84,7 +84,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 def save(path: Path, device: torch.device, results: Sequence[dict[str, Any]]) -> None:
     """Write results and circumstances as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**circumstances(device), "results": list(results)}, indent=2) + "\n")
+    write_json(path, {**circumstances(device), "results": list(results)}, indent=2)
 
 
 def as_result(model: ModelSettings, case: Case, rows: Sequence[Row | ShotRow], ceiling: float) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from storymem.config import build_settings
+from storymem.film_folder import check_folder
+from storymem.io import stopping_on_signals
 from storymem.modes import check_lengths, parse_resume
 from storymem.settings import GenerateSettings, uses_text_to_video
 from storymem.story import Story, load_stories
@@ -16,6 +18,7 @@ from storymem.wan.layout import Launch, find_layout
 if TYPE_CHECKING:
     from storymem.film import Film
     from storymem.storyteller import ShotGenerator, Storyteller
+    from storymem.wan.shots import WanShotGenerator
 
 
 # What has no say in what the film looks like, and so may differ when a film is gone on with.
@@ -26,12 +29,20 @@ _APPROXIMATE = ("precision", "cache", "cache_threshold")  # of the runtime, what
 def generate(config: Mapping[str, Any]) -> list[Film]:
     """Make the films that a composed configuration (plain containers) describes.
 
-    All stories and the settings are checked first, before torch is imported.
+    All stories, folders and the settings are checked first, before torch is imported.
 
     Returns:
         The films that this process made: all of them, unless teams of processes share them out; none in a dry run, and
         in all but the first process of a team.
+
+    Raises:
+        Stopped: for SIGINT, SIGTERM and SIGUSR1, with a note that says how to go on; finished shots are kept.
     """
+    with stopping_on_signals():
+        return _generate(config)
+
+
+def _generate(config: Mapping[str, Any]) -> list[Film]:
     settings = build_settings(GenerateSettings, config)
     stories = load_stories([settings.story] if isinstance(settings.story, str) else settings.story)
     for story in stories:
@@ -53,17 +64,21 @@ def generate(config: Mapping[str, Any]) -> list[Film]:
 
     text_to_video = any(uses_text_to_video(story, settings) for story in stories)
     check_weights(settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler)
+    if launch.is_first and launch.team == 0:
+        _tell_what_is_not_read(stories, settings)
     from storymem.progress import Progress, film_table
     from storymem.ranks import among_ranks
     from storymem.wan.runtime import check_runtime
 
     films: list[Film] = []
-    with among_ranks(build_generator(settings), launch, check_runtime(settings.runtime)) as generator:
-        if generator is None:
+    generator = build_generator(settings)
+    with among_ranks(generator, launch, check_runtime(settings.runtime)) as shared:
+        if shared is None:
             return films
         if launch.world > 1:
             print(layout, file=sys.stderr)
-        teller = build_storyteller(settings, config, generator)
+        generator.check_machine()
+        teller = build_storyteller(settings, config, shared)
         for story in launch.share(stories):
             film = teller.tell(story, _folder(story, settings), resume=settings.resume, progress=Progress())
             print(film_table(film), file=sys.stderr)
@@ -72,12 +87,25 @@ def generate(config: Mapping[str, Any]) -> list[Film]:
     return films
 
 
+def _tell_what_is_not_read(stories: Sequence[Story], settings: GenerateSettings) -> None:
+    from storymem.prompts import remarks_on
+    from storymem.references import reference_remarks
+
+    for remark in remarks_on(stories, settings.model, settings.sampler):
+        print(remark, file=sys.stderr)
+    video = settings.model.video
+    for story in stories:
+        for remark in reference_remarks(story, video.height, video.width, settings.memory.reference_fit):
+            print(remark if len(stories) == 1 else f"{story.title}: {remark}", file=sys.stderr)
+
+
 def _check_story(story: Story, settings: GenerateSettings, *, among: int) -> None:
-    """Raise ``ValueError`` for what would keep one of ``among`` stories from being filmed."""
+    """Raise ``ValueError`` for what would keep one of ``among`` stories from being filmed in its folder."""
     frames, continuity, first_shot = settings.model.video.frames, settings.continuity, settings.first_shot
     check_lengths(story, frames=frames, continuity=continuity, first_shot=first_shot)
     if parse_resume(settings.resume, len(story.shots)) is not None and among > 1:
         raise ValueError(f"resume={settings.resume} is for one story, and {among} were named")
+    check_folder(_folder(story, settings))
 
 
 def _folder(story: Story, settings: GenerateSettings) -> Path:
@@ -87,7 +115,7 @@ def _folder(story: Story, settings: GenerateSettings) -> Path:
     return Path(settings.output or "films") / story.slug
 
 
-def build_generator(settings: GenerateSettings) -> ShotGenerator:
+def build_generator(settings: GenerateSettings) -> WanShotGenerator:
     """What makes the shots; it loads its networks when they are needed."""
     from storymem.scorers.sources import scorer_bytes
     from storymem.wan.shots import WanShotGenerator

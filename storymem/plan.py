@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,17 +12,19 @@ from storymem.film import Film, estimated_bytes
 from storymem.memory import Keyframe, RecallPolicy
 from storymem.modes import GIVEN_FRAMES, mode_of
 from storymem.progress import format_table
+from storymem.prompts import remarks_on
+from storymem.references import reference_remarks
 from storymem.scorers.sources import scorer_bytes, scorer_weights
 from storymem.settings import GenerateSettings, uses_text_to_video
-from storymem.story import Shot, Story
+from storymem.story import Story
 from storymem.wan.acceleration import check_acceleration
 from storymem.wan.flops import ForwardFlops, cached_flops, forward_flops
 from storymem.wan.layout import Launch, find_layout
 from storymem.wan.memory_estimate import estimate_memory, memory_cache_bytes
 from storymem.wan.precision import check_precision
-from storymem.wan.presets import choose_runtime
-from storymem.wan.runtime import check_runtime
-from storymem.wan.sources import required_weights
+from storymem.wan.presets import Machine, choose_runtime, this_machine
+from storymem.wan.runtime import planned_device
+from storymem.wan.sources import look_at_weights
 from storymem.weights import MissingWeights, Weights, locate
 
 if TYPE_CHECKING:
@@ -43,10 +46,10 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> str:
     passes = settings.sampler.steps * (2 if settings.sampler.guidance > 1 else 1)
     rows = [("shot", "scene", "mode", "frames", "memory", "tokens", "PFLOP per forward", "PFLOP")]
     total, frames, disk, most_memory, longest = 0.0, 0, 0, 0, 0
-    for shot in story.shots:
+    for shot, recalled in zip(story.shots, _most_recalled(story, recall, selector.max_keyframes), strict=True):
         mode = mode_of(shot, story, continuity=settings.continuity, first_shot=settings.first_shot)
         length, repeated = shot.frames or video.frames, GIVEN_FRAMES[mode]
-        memory = 0 if mode == "t2v" else _most_recalled(story, shot, recall, selector.max_keyframes)
+        memory = 0 if mode == "t2v" else recalled
         flops, operations = _flops(settings, memory, length, text=mode == "t2v")
         each, whole = flops.total / 1e15, operations / 1e15
         rows.append(
@@ -70,12 +73,17 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> str:
         f"disk     at most {disk / 1e6:.0f} MB in {folder}{_state(folder)}",
         *_weights(settings, text_to_video=text_to_video),
         *_first_shot(settings, text_to_video=text_to_video),
+        *(f"text     {remark}" for remark in remarks_on([story], settings.model, settings.sampler)),
+        *(
+            f"picture  {remark}"
+            for remark in reference_remarks(story, video.height, video.width, settings.memory.reference_fit)
+        ),
     ]
     return "\n".join(lines)
 
 
-def _most_recalled(story: Story, shot: Shot, recall: RecallPolicy, per_shot: int) -> int:
-    """How many keyframes ``recall`` gives ``shot`` if every shot before it left ``per_shot``."""
+def _most_recalled(story: Story, recall: RecallPolicy, per_shot: int) -> Iterator[int]:
+    """How many keyframes ``recall`` gives each shot if every shot before it left ``per_shot``."""
 
     def stand_in(id: str, character: str | None = None) -> Keyframe:
         image, embedding = np.zeros((1, 1, 3), np.uint8), np.ones(1, np.float32)
@@ -86,11 +94,10 @@ def _most_recalled(story: Story, shot: Shot, recall: RecallPolicy, per_shot: int
         for number, character in enumerate(story.characters)
         for k in range(len(character.references))
     ]
-    for before in story.shots[: shot.index + 1]:
-        bank += [stand_in(f"s{before.index}_ref{k}") for k in range(len(before.references))]
-        if before.index < shot.index:
-            bank += [stand_in(f"s{before.index}_{k}") for k in range(per_shot)]
-    return len(recall.recall(bank, shot))
+    for shot in story.shots:
+        bank += [stand_in(f"s{shot.index}_ref{k}") for k in range(len(shot.references))]
+        yield len(recall.recall(bank, shot))
+        bank += [stand_in(f"s{shot.index}_{k}") for k in range(per_shot)]
 
 
 def _flops(settings: GenerateSettings, memory: int, frames: int, *, text: bool) -> tuple[ForwardFlops, int]:
@@ -131,11 +138,12 @@ def _memory_cache(model: ModelSettings, runtime: RuntimeSettings, memory: int) -
 def _runtime(settings: GenerateSettings, *, memory: int, frames: int) -> list[str]:
     """Where and how the networks run, and the memory that their stages take at the most demanding shot."""
     model, sampler, asked = settings.model, settings.sampler, settings.runtime
-    device = check_runtime(asked)
-    check_precision(model, asked, device)
+    device, here = planned_device(asked)
+    check_precision(model, asked, device, here=here)
     layout = find_layout(asked, Launch.of(asked), model=model, sampler=sampler)
     scorers = scorer_bytes(settings.scorer.clip, settings.scorer.quality)
-    choice = choose_runtime(model, asked, sampler=sampler, scorers=scorers, layout=layout)
+    machine = this_machine(device) if here else Machine(name=str(device), memory=None, host=None, here=False)
+    choice = choose_runtime(model, asked, sampler=sampler, scorers=scorers, layout=layout, machine=machine)
     runtime = choice.runtime
     estimate = estimate_memory(
         model,
@@ -150,7 +158,7 @@ def _runtime(settings: GenerateSettings, *, memory: int, frames: int) -> list[st
         f"{stage.name} {_gb(stage.total)} ({_gb(stage.weights)} weights)" for stage in estimate.stages if stage.total
     ]
     lines = [
-        f"runtime  {device}, offload {runtime.offload}, " + check_acceleration(model, sampler, runtime),
+        f"runtime  {device}, offload {runtime.offload}, " + check_acceleration(model, sampler, runtime, here=here),
         f"memory   {_gb(estimate.peak.total)} on the device at the peak, at {memory} memory frames, by calculation: "
         + ", ".join(stages),
         f"         {_gb(estimate.host)} of main memory",
@@ -172,13 +180,13 @@ def _state(folder: Path) -> str:
 
 
 def _weights(settings: GenerateSettings, *, text_to_video: bool) -> list[str]:
-    wanted = required_weights(
+    found = look_at_weights(
         settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler
     )
     lines = []
     if settings.model.weights is None:
         lines.append(f"weights  random, from seed {settings.model.seed}: the film will be noise")
-    lines += [f"weights  {_whereabouts(weights)}" for weights in wanted]
+    lines += [f"weights  {source}" for source in found]
     scorers = (settings.scorer.clip, settings.scorer.quality)
     return lines + [f"scorer   {_whereabouts(weights)}" for scorer in scorers for weights in scorer_weights(scorer)]
 

@@ -17,7 +17,7 @@ class Progress:
     """Tells of shots and denoising steps, with the time left.
 
     Args:
-        enabled: False says nothing.
+        enabled: False shows neither shots nor steps.
         stream: where to; bars are drawn only if it is a terminal.
     """
 
@@ -65,6 +65,13 @@ class Progress:
                 f"{sum(record.seconds.values()):.1f} s, memory {len(record.memory)}, "
                 f"kept {len(record.keyframes)} keyframes; about {duration(left)} left"
             )
+
+    def say(self, line: str) -> None:
+        """Something about the film that a person must know; it is said even if nothing else is."""
+        if self._bars:
+            tqdm.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
 
     def end(self) -> None:
         """The film is finished."""

@@ -122,8 +122,8 @@ def _follow(generator: ShotGenerator, group: dist.ProcessGroup) -> None:
                 return
             name, arguments = message[0]
             getattr(generator, name)(*arguments)
-    except KeyboardInterrupt:  # Ctrl-C reaches all, and the first says so
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:  # Ctrl-C reaches all, and the first says so
+        raise SystemExit(getattr(stop, "status", 130)) from None
 
 
 def _is_loss(error: RuntimeError) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
-from storymem.film import Film, ShotRecord
-from storymem.io import write_atomically
-
-PAGE = "storyboard.html"
+from storymem.film import Film, Say, ShotRecord
+from storymem.io import write_text
+from storymem.manifest import PAGE
 
 _MODES = {
     "t2v": "from text alone",
@@ -34,16 +34,26 @@ h4 { font-size: .8rem; margin: .8rem 0 .2rem; }
 """
 
 
-def write_storyboard(film: Film) -> Path:
-    """Write ``storyboard.html`` into the film's folder; it opens from disk and refers to the folder's own files."""
+def write_storyboard(film: Film, say: Say = lambda line: None) -> Path:
+    """Write ``storyboard.html`` into the film's folder; it opens from disk and refers to the folder's own files.
+
+    A page that a person changed is kept under another name, of which ``say`` is told.
+    """
+    path = film.folder / f".{PAGE}.partial"
+    write_text(path, _page(film))
+    film.put(PAGE, path, say)
+    return film.folder / PAGE
+
+
+def _page(film: Film) -> str:
     told = film.story
     parts = [
         "<!doctype html>",
         f"<html lang=en><meta charset=utf-8><title>{escape(told['title'])}</title>",
         "<meta name=viewport content='width=device-width'>",
         f"<style>{_STYLE}</style>",
-        f"<header><h1>{escape(told['title'])}</h1><p>{escape(told['overview'])}</p>",
-        f"<video controls src='{escape(film.video.name)}'></video>" if film.video else "",
+        f"<header><h1>{escape(told['title'])}</h1><p>{escape(told.get('overview', ''))}</p>",
+        f"<video controls src='{quote(film.video.name)}'></video>" if film.video else "",
         "</header>",
     ]
     scene = None
@@ -52,9 +62,7 @@ def write_storyboard(film: Film) -> Path:
             scene = shot.scene
             parts.append(f"<h2>Scene {scene}</h2>")
         parts.append(_shot(shot))
-    path = film.folder / PAGE
-    write_atomically(path, "\n".join(parts).encode())
-    return path
+    return "\n".join(parts)
 
 
 def _shot(shot: ShotRecord) -> str:
@@ -63,7 +71,7 @@ def _shot(shot: ShotRecord) -> str:
     return "\n".join(
         [
             "<section class=shot>",
-            f"<video controls loop muted preload=metadata src='{escape(shot.file)}'></video>",
+            f"<video controls loop muted preload=metadata src='{quote(shot.file)}'></video>",
             f"<div><h3>Shot {shot.index + 1}</h3><p>{escape(shot.prompt)}</p><p class=how>{how}</p>",
             _strip("Looked back at", [(id, "") for id in shot.memory]),
             _strip("Left in memory", kept),
@@ -81,7 +89,7 @@ def _strip(title: str, pictures: list[tuple[str, str]]) -> str:
     if not pictures:
         return f"<h4>{title}</h4><p class=how>nothing</p>"
     figures = "".join(
-        f"<figure><img loading=lazy src='keyframes/{escape(id)}.png' alt='{escape(id)}'>"
+        f"<figure><img loading=lazy src='keyframes/{quote(id)}.png' alt='{escape(id)}'>"
         f"<figcaption>{escape(id)}{'<br>' + escape(said) if said else ''}</figcaption></figure>"
         for id, said in pictures
     )

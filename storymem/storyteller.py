@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,12 +18,15 @@ from storymem.film import (
     Film,
     FilmError,
     KeyframeRecord,
+    Say,
     ShotRecord,
     differences,
     estimated_bytes,
-    film_folder,
+    flat,
 )
-from storymem.images import fit_image, read_image
+from storymem.film_folder import film_folder
+from storymem.images import Fit, fit_image, read_image
+from storymem.io import NotFiniteError, check_finite, check_room
 from storymem.memory import (
     Keyframe,
     KeyframeSelector,
@@ -32,10 +35,22 @@ from storymem.memory import (
     SelectionPolicy,
     SinkAndRecent,
     embed_in_batches,
+    ids_on_disk,
     reference_id,
 )
 from storymem.modes import GIVEN_FRAMES, FirstShot, Mode, check_lengths, mode_of, parse_resume
 from storymem.progress import Progress
+from storymem.resume import (
+    SIZE,
+    Reference,
+    Told,
+    check_restart,
+    encoders,
+    references,
+    refusal,
+    saying_how_to_go_on,
+    story_record,
+)
 from storymem.scorers.quality import NoQuality, QualityScorer
 from storymem.story import Shot, Story
 from storymem.storyboard import write_storyboard
@@ -94,7 +109,7 @@ class Storyteller:
     recall: RecallPolicy = field(default_factory=SinkAndRecent)
     continuity: Continuity = "mi2v"
     first_shot: FirstShot = "auto"
-    reference_fit: Literal["cover", "contain"] = "cover"
+    reference_fit: Fit = "auto"
     seed: int = 0
     scorer_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -115,22 +130,30 @@ class Storyteller:
         """
         self.check_lengths(story)
         progress = progress or Progress(enabled=False)
-        with film_folder(folder, self.needed_bytes(story)) as folder:
-            film = self._open(story, folder, resume)
-            bank = self._restore(story, film)
+        with film_folder(folder) as folder:
+            film, before = self._open(story, folder, resume, progress.say)
             remaining = story.shots[len(film.shots) :]
+            check_room(folder, self.needed_bytes(remaining), "the film")
+            film.check(progress.say)
             progress.begin(total=len(story.shots), finished=len(film.shots))
-            if remaining:
-                self.generator.prepare([s.prompt for s in remaining], [s.negative_prompt for s in remaining])
-            for shot in remaining:
-                progress.begin_shot(shot)
-                film.add(self._make(story, shot, film, bank, progress))
-                progress.end_shot(film.shots[-1])
-            if film.video is None:
-                film.join()
-                write_storyboard(film)
+            with saying_how_to_go_on(film, resume):
+                if remaining:
+                    bank = self._restore(story, film, before, progress.say)
+                    self._make_all(story, remaining, film, bank, progress)
+                finish_film(film, progress.say)
             progress.end()
         return film
+
+    def _make_all(self, story: Story, shots: Sequence[Shot], film: Film, bank: MemoryBank, progress: Progress) -> None:
+        """Make ``shots``, the film's last. Until the first of them is finished, the film on disk is what it was."""
+        self._given(story, shots[0], film)
+        self.generator.prepare([s.prompt for s in shots], [s.negative_prompt for s in shots])
+        for shot in shots:
+            progress.begin_shot(shot)
+            with _naming(shot):
+                record = self._make(story, shot, film, bank, progress)
+            film.add(record)
+            progress.end_shot(record)
 
     def mode_of(self, shot: Shot, story: Story) -> Mode:
         """How ``shot`` is made; see :func:`storymem.modes.mode_of`."""
@@ -140,78 +163,160 @@ class Storyteller:
         """F of a shot: its own, or the model's."""
         return shot.frames or self.generator.video.frames
 
-    def needed_bytes(self, story: Story) -> int:
-        """Upper estimate of the room that the film needs on disk."""
+    def needed_bytes(self, shots: Sequence[Shot]) -> int:
+        """Upper estimate of the room that ``shots`` need on disk."""
         video = self.generator.video
-        return sum(estimated_bytes(self.frames_of(shot), video.height, video.width) for shot in story.shots)
+        return sum(estimated_bytes(self.frames_of(shot), video.height, video.width) for shot in shots)
 
     def check_lengths(self, story: Story) -> None:
         """Raise ``ValueError`` for shots too short; see :func:`storymem.modes.check_lengths`."""
         frames = self.generator.video.frames
         check_lengths(story, frames=frames, continuity=self.continuity, first_shot=self.first_shot)
 
-    def _open(self, story: Story, folder: Path, resume: str) -> Film:
-        """The film in ``folder``, brought to the state from which it goes on."""
-        told, config = story_record(story), dict(self.config)
+    def _open(self, story: Story, folder: Path, resume: str, say: Say) -> tuple[Film, Told]:
+        """The film in ``folder`` with the shots that are kept, and what it was before; on disk it stays as it is."""
+        now = Told(story=story_record(story), config=dict(self.config))
         start = parse_resume(resume, len(story.shots))
         if not Film.exists(folder):
             if start:
                 raise FilmError(f"resume={resume}: {folder} holds no film yet; leave resume out to begin one")
-            film = Film(folder, story=told, config=config)
-            film.save()
-            film.remove_unfinished()
-            return film
+            return Film(folder, story=now.story, config=now.config), now
         film = Film.open(folder)
-        changed = differences(film.story, told) + differences(film.config, config)
-        if start is None:
-            if changed:
-                raise FilmError(_refusal(folder, changed))
-            film.remove_unfinished()
-            return film
-        self._check_restart(film, story, told, start)
-        film.forget_from(start)
-        film.story, film.config = told, config
-        film.save()
-        return film
+        film.remove_unfinished()
+        before = Told(story=film.story, config=film.config)
+        if start is not None:
+            check_restart(film, story, now, start)
+            self._say_what_seed_leaves(film, story, start, say)
+            film.forget_from(start)
+            kept = zip(film.shots, story.shots, strict=False)
+            film.shots = [replace(record, scene=shot.scene, number=shot.number) for record, shot in kept]
+        elif film.shots and (differences(before.story, now.story) or differences(before.config, now.config)):
+            raise FilmError(refusal(folder, before, now))
+        film.story, film.config = now.story, now.config
+        return film, before
 
-    def _check_restart(self, film: Film, story: Story, told: Mapping[str, Any], start: int) -> None:
-        if start > len(film.shots):
-            raise FilmError(
-                f"resume=from_shot:{start + 1}: only {len(film.shots)} shots of {film.folder} are finished; "
-                f"write from_shot:{len(film.shots) + 1} or less, or leave resume out to go on"
-            )
-        for number, (old, new) in enumerate(zip(_shots(film.story), _shots(told), strict=False)):
-            if number < start and old != new:
-                lines = "\n".join(f"  {line}" for line in differences(old, new))
+    def _say_what_seed_leaves(self, film: Film, story: Story, start: int, say: Say) -> None:
+        """Shots with seeds of their own do not heed another ``seed``."""
+        own = [shot.label for shot in story.shots[start:] if shot.seed is not None]
+        if own and film.config.get("seed") != self.config.get("seed"):
+            say(f"seed={self.seed} does not change {', '.join(own[:5])}: the story gives them seeds of their own")
+
+    def _restore(self, story: Story, film: Film, before: Told, say: Say) -> MemoryBank:
+        """The memory of the shots that are kept, as a person left it, with the story's references.
+
+        References are added, dropped or replaced where the story names others than it did, and fitted anew where the
+        shots' size or ``reference_fit`` has changed.
+        """
+        made_with = encoders(self.config)
+        if not film.has_memory:
+            if film.shots:
                 raise FilmError(
-                    f"{story.shots[number].label} has changed too, before the shot you start from; "
-                    f"use resume=from_shot:{number + 1}\n{lines}"
+                    f"{film.folder / 'memory.json'} is missing: put it back from a copy, "
+                    "or make all shots again with resume=from_shot:1"
                 )
-        sizes = [config.get("model", {}).get("video") for config in (film.config, self.config)]
-        if start > 0 and sizes[0] != sizes[1]:
-            raise FilmError("size, length or rate of the shots have changed: use resume=from_shot:1 or another output")
-
-    def _restore(self, story: Story, film: Film) -> MemoryBank:
-        """The memory as it was when the last finished shot was saved; for a new film, the story's references."""
-        kept: list[Keyframe] = []
-        if film.shots:
-            saved = MemoryBank.load(film.folder, embed=self._embed)
-            saved.forget_from(len(film.shots))
-            if {k.source for k in saved if k.shot is None and k.source} == set(story.written(story.references)):
-                return MemoryBank(saved, policy=self.recall)
-            kept = [keyframe for keyframe in saved if keyframe.shot is not None]
-        bank = MemoryBank(policy=self.recall)
-        for character in story.characters:
-            self._remember_references(bank, story, character.references, character=character.name)
-        bank.remember(kept)
+            begun = self._changed_references([], [], story, film, refit=False)
+            return MemoryBank(begun, policy=self.recall, made_with=made_with)
+        saved = MemoryBank.load(
+            film.folder, embed=self._embed, fit=self._fit, made_with=made_with, unmarked=encoders(before.config)
+        )
+        if film.memory_changed:
+            say(f"memory: {film.folder / 'memory.json'} was changed since the last shot; it is used as it is now")
+        for id, done in saved.by_hand.items():
+            say(f"memory: {done}; it is remembered as {id}")
+        all_saved = list(saved)
+        saved.forget_from(len(film.shots))
+        refit = self._refits(before.config)
+        kept = self._changed_references(list(saved), references(before.story), story, film, refit=refit)
+        bank = MemoryBank(kept, policy=self.recall, made_with=made_with)
+        bank.by_hand = {id: done for id, done in saved.by_hand.items() if id in bank}
+        film.keep_memory(bank, [k for k in all_saved if k.id not in bank and k.id not in saved.by_hand])
         return bank
+
+    def _refits(self, before: Mapping[str, Any]) -> bool:
+        """Whether reference pictures come to another size, or in another way, than before."""
+        old, new = flat(before), flat(self.config)
+        return any(old.get(key) != new.get(key) for key in (*SIZE, "memory.reference_fit"))
+
+    def _changed_references(
+        self, keyframes: list[Keyframe], old: list[Reference], story: Story, film: Film, *, refit: bool
+    ) -> list[Keyframe]:
+        """``keyframes`` without references that the story no longer names, and with those that it did not name before.
+
+        Those that a person deleted, the ``old`` ones that are not there, stay away.
+        """
+        new = references(film.story)
+        paths = dict(zip(new, story.references, strict=True))
+        taken = ids_on_disk(film.folder) | {keyframe.id for keyframe in keyframes}
+        changed: list[Keyframe] = []
+        placed, end = set(old), 0
+        for keyframe in keyframes:
+            if keyframe.shot is None and not keyframe.is_by_hand:
+                reference = next((r for r in new if r[:2] == (keyframe.character, keyframe.source)), None)
+                if reference is None:
+                    continue
+                if refit or reference not in old:
+                    keyframe = self._reference(paths[reference], reference[1], taken, character=reference[0])
+                    taken.add(keyframe.id)
+                    placed.add(reference)
+                end = len(changed) + 1
+            changed.append(keyframe)
+        added = []
+        for reference in new:
+            if reference not in placed:
+                added.append(self._reference(paths[reference], reference[1], taken, character=reference[0]))
+                taken.add(added[-1].id)
+        return [*changed[:end], *added, *changed[end:]]
+
+    def _reference(
+        self, path: Path, source: str, taken: Container[str], *, character: str | None = None, shot: int | None = None
+    ) -> Keyframe:
+        """The keyframe of a reference picture."""
+        image = self._fit(read_image(path))
+        self.embedder.to(self.scorer_device)
+        return Keyframe(
+            id=reference_id(character or path.stem, taken),
+            image=image,
+            embedding=embed_in_batches(image[None], self._embed)[0],
+            shot=shot,
+            source=source,
+            character=character,
+        )
+
+    def _fit(self, image: np.ndarray) -> np.ndarray:
+        video = self.generator.video
+        if image.shape[:2] == (video.height, video.width):
+            return image
+        return fit_image(image, video.height, video.width, self.reference_fit)
+
+    def _given(self, story: Story, shot: Shot, film: Film, say: Say = lambda line: None) -> np.ndarray:
+        """The frames that ``shot`` begins with, uint8 [0, 1 or 5, H, W, 3]."""
+        video, count = self.generator.video, GIVEN_FRAMES[self.mode_of(shot, story)]
+        if not count:
+            return np.empty((0, video.height, video.width, 3), dtype=np.uint8)
+        return np.stack([self._fit(frame) for frame in film.last_frames(shot.index - 1, count, say)])
+
+    def _recall(self, shot: Shot, mode: Mode, bank: MemoryBank, say: Say) -> list[Keyframe]:
+        """What ``shot`` looks back at, with latents. Pictures that a person added for a later shot wait for it."""
+        known = [keyframe for keyframe in bank if keyframe.shot is None or keyframe.shot <= shot.index]
+        recalled = [] if mode == "t2v" else self.recall.recall(known, shot)
+        ids = {keyframe.id for keyframe in recalled}
+        if missed := [id for id in bank.by_hand if id not in ids]:
+            rule = (
+                "it is made from text alone" if mode == "t2v" else f"{self.recall} gives it {len(ids)} of {len(bank)}"
+            )
+            say(f"memory: {', '.join(missed)}, changed by hand, not recalled for {shot.label}: {rule}")
+        bank.by_hand = {}
+        return self._with_latents(bank, recalled)
 
     def _make(self, story: Story, shot: Shot, film: Film, bank: MemoryBank, progress: Progress) -> ShotRecord:
         """One round of the loop; on return the shot's files are on disk and only the manifest is missing."""
         clock = _Clock()
-        self._remember_references(bank, story, shot.references, shot=shot.index)
+        taken = ids_on_disk(film.folder) | {keyframe.id for keyframe in bank}
+        for path, source in zip(shot.references, story.written(shot.references), strict=True):
+            bank.remember([self._reference(path, source, taken, shot=shot.index)])
+            taken |= {keyframe.id for keyframe in bank}
         mode = self.mode_of(shot, story)
-        memory = [] if mode == "t2v" else self._with_latents(bank, bank.recall(shot))
+        memory = self._recall(shot, mode, bank, progress.say)
         repeated = GIVEN_FRAMES[mode]
         request = ShotRequest(
             prompt=shot.prompt,
@@ -219,16 +324,15 @@ class Storyteller:
             frames=self.frames_of(shot),
             seed=self.seed + shot.index if shot.seed is None else shot.seed,
             memory=[keyframe.latent for keyframe in memory if keyframe.latent is not None],
-            given=film.last_frames(shot.index - 1, repeated) if repeated else _no_frames(self.generator.video),
+            given=self._given(story, shot, film, progress.say),
         )
         clock.lap("recall")
         frames = (self.generator.first if mode == "t2v" else self.generator.generate)(request, progress.step)
         clock.lap("generate")
-        keyframes = self._select(shot, frames[repeated:], bank)
+        keyframes = self._select(shot, frames[repeated:], bank, taken)
         clock.lap("select")
-        file = film.write_shot(shot, frames, repeated=repeated, fps=self.generator.video.fps)
         bank.remember(keyframes)
-        bank.save(film.folder)
+        file = film.write_shot(shot, frames, repeated=repeated, fps=self.generator.video.fps, memory=bank)
         clock.lap("save")
         return ShotRecord(
             index=shot.index,
@@ -242,13 +346,14 @@ class Storyteller:
             file=file,
             memory=tuple(keyframe.id for keyframe in memory),
             keyframes=tuple(
-                KeyframeRecord(id=k.id, frame=k.frame, quality=k.quality, similarity=k.similarity) for k in keyframes
+                KeyframeRecord(id=k.id, frame=k.frame, quality=k.quality, similarity=k.similarity, sha256=k.sha256)
+                for k in keyframes
             ),
             config_hash=film.config_hash,
             seconds=clock.seconds,
         )
 
-    def _select(self, shot: Shot, frames: np.ndarray, bank: MemoryBank) -> list[Keyframe]:
+    def _select(self, shot: Shot, frames: np.ndarray, bank: MemoryBank, taken: Container[str]) -> list[Keyframe]:
         """The keyframes of a shot's new frames, each frame embedded once and scored only if it must be."""
         quality = None if isinstance(self.quality, NoQuality) else self.quality
         self.embedder.to(self.scorer_device)
@@ -276,6 +381,7 @@ class Storyteller:
                 quality=selection.quality.get(frame),
                 similarity=selection.similarity[frame],
                 character=shot.characters[0] if len(shot.characters) == 1 else None,
+                taken=taken,
             )
             for frame in selection.kept
         ]
@@ -289,30 +395,15 @@ class Storyteller:
         latents = self.generator.encode_keyframes([keyframe.image for keyframe in missing])
         for keyframe, latent in zip(missing, latents, strict=True):
             bank.update(replace(keyframe, latent=latent))
-        return [bank[keyframe.id] for keyframe in keyframes]
-
-    def _remember_references(
-        self,
-        bank: MemoryBank,
-        story: Story,
-        paths: Sequence[Path],
-        *,
-        character: str | None = None,
-        shot: int | None = None,
-    ) -> None:
-        video = self.generator.video
-        for path, source in zip(paths, story.written(paths), strict=True):
-            image = fit_image(read_image(path), video.height, video.width, self.reference_fit)
-            self.embedder.to(self.scorer_device)
-            keyframe = Keyframe(
-                id=reference_id(character or path.stem, bank),
-                image=image,
-                embedding=embed_in_batches(image[None], self._embed)[0],
-                shot=shot,
-                source=source,
-                character=character,
-            )
-            bank.remember([keyframe])
+        found = [bank[keyframe.id] for keyframe in keyframes]
+        shapes = {keyframe.id: list(keyframe.latent.shape) for keyframe in found if keyframe.latent is not None}
+        for id, shape in shapes.items():
+            if shape != (first := next(iter(shapes.values()))):
+                raise ValueError(
+                    f"the latent of keyframe {id} has shape {shape}, and another of the memory {first}: "
+                    f"delete the sha256 of the wrong one's entry in memory.json, and it is made anew"
+                )
+        return found
 
 
 def as_tensor(frames: np.ndarray) -> Tensor:
@@ -321,34 +412,26 @@ def as_tensor(frames: np.ndarray) -> Tensor:
 
 
 def _score_frame(quality: QualityScorer, frames: np.ndarray, frame: int) -> float:
-    return quality.score(as_tensor(frames[frame : frame + 1])).item()
+    score = quality.score(as_tensor(frames[frame : frame + 1]))
+    check_finite(score, f"the quality score of frame {frame}", "check the weights of scorer.quality")
+    return score.item()
 
 
-def story_record(story: Story) -> dict[str, Any]:
-    """What the manifest keeps of a story: all that it says, and which pixels its reference images hold."""
-    paths = [*story.references, *(path for shot in story.shots for path in shot.references)]
-    digests = {
-        source: hashlib.sha256(read_image(path).tobytes()).hexdigest()
-        for path, source in zip(paths, story.written(paths), strict=True)
-    }
-    return story.to_dict() | {"reference_sha256": digests}
+def finish_film(film: Film, say: Say = lambda line: None) -> None:
+    """Join the shots of a film that has them all and write its page, if need be; delete earlier takes."""
+    if not film.is_joined:
+        film.join(say)
+    write_storyboard(film, say)
+    film.remove_replaced()
 
 
-def _shots(told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [shot for scene in told["scenes"] for shot in scene["shots"]]
-
-
-def _refusal(folder: Path, changed: list[str]) -> str:
-    shown = "\n".join(f"  {line}" for line in changed[:12])
-    more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
-    return (
-        f"{folder} holds a film of another story or with other settings:\n{shown}{more}\n"
-        "choose another output, or make shots N and later again with resume=from_shot:N"
-    )
-
-
-def _no_frames(video: VideoSettings) -> np.ndarray:
-    return np.empty((0, video.height, video.width, 3), dtype=np.uint8)
+@contextmanager
+def _naming(shot: Shot) -> Iterator[None]:
+    """Say which shot a number that is not finite belongs to."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{shot.label} was not finished: {error}") from None
 
 
 class _Clock:

@@ -22,3 +22,13 @@ def composed(*overrides: str, name: str = "generate") -> dict[str, Any]:
 def generate_settings(*overrides: str, story: str = "story.yaml") -> GenerateSettings:
     """The settings that ``scripts/generate.py story overrides...`` gives."""
     return build_settings(GenerateSettings, composed(f"story={story}", *overrides))
+
+
+SMALL = (
+    *("model=tiny", "runtime=cpu", "sampler.steps=1", "sampler.guidance=1"),
+    "model.video={height: 32, width: 48, frames: 9, fps: 8}",
+    "model.network.transformer={num_layers: 1, num_attention_heads: 2, attention_head_dim: 12, ffn_dim: 32}",
+    *("model.network.vae.dim_mult=[1,1,2,2]", "model.network.text_tokens=16"),
+    *("memory/selector=uniform", "memory.selector.max_keyframes=2"),
+)
+"""The smallest film that the command makes, of shots that leave two keyframes each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,33 @@ def all_frames(folder: Path) -> dict[str, bytes]:
     found |= {str(p.relative_to(folder)): read_image(p).tobytes() for p in sorted(folder.rglob("*.png"))}
     found |= {name: (folder / name).read_bytes() for name in ("memory.json",)}
     return found
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """What a film shows and remembers, whatever its files are called: equal for films that are told alike."""
+    from storymem.film import Film
+    from storymem.memory import MemoryBank
+    from storymem.video import read_image, read_video
+
+    def pictures(ids: Iterable[str]) -> list[bytes]:
+        return [read_image(folder / "keyframes" / f"{id}.png").tobytes() for id in ids]
+
+    film = Film.open(folder)
+    assert film.video is not None
+    return {
+        "film": read_video(film.video).tobytes(),
+        "shots": [
+            {
+                "told": (shot.scene, shot.number, shot.prompt, shot.mode, shot.seed, shot.frames, shot.repeated),
+                "frames": read_video(folder / shot.file).tobytes(),
+                "end": film.last_frames(shot.index, 1).tobytes(),
+                "memory": pictures(shot.memory),
+                "keyframes": pictures(keyframe.id for keyframe in shot.keyframes),
+            }
+            for shot in film.shots
+        ],
+        "memory": [(k.sha256, k.shot, k.frame, k.embedding.tobytes()) for k in MemoryBank.load(folder)],
+    }
 
 
 def single_thread() -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +21,10 @@ from storymem.film import (
     ShotRecord,
     differences,
     estimated_bytes,
-    film_folder,
     library_versions,
 )
+from storymem.film_folder import film_folder
+from storymem.io import FileError
 from storymem.story import Shot
 from storymem.video import probe, read_video, write_video
 
@@ -97,7 +96,9 @@ def test_the_manifest_says_how_the_film_was_made(tmp_path: Path) -> None:
     assert manifest["versions"] == library_versions()
     assert manifest["versions"]["torch"] != "unknown"
     assert manifest["seconds"] == pytest.approx(3 * 1.75)
-    assert manifest["shots"][1]["keyframes"] == [{"id": "s1_f0", "frame": 0, "quality": 5.5, "similarity": 0.25}]
+    assert manifest["shots"][1]["keyframes"] == [
+        {"id": "s1_f0", "frame": 0, "quality": 5.5, "similarity": 0.25, "sha256": None}
+    ]
 
 
 def test_the_hash_is_of_the_settings_whatever_their_order(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_a_folder_without_a_film(tmp_path: Path) -> None:
 )
 def test_a_damaged_manifest_is_told_and_left_alone(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "film.json").write_bytes(content)
-    with pytest.raises(FilmError, match=r"film\.json is damaged .*: put it back from a copy, or delete it"):
+    with pytest.raises(FilmError, match=r"film\.json is damaged .*: put it back from a copy, or choose another output"):
         Film.open(tmp_path)
     assert (tmp_path / "film.json").read_bytes() == content
 
@@ -204,41 +205,60 @@ def test_shots_are_finished_in_order(tmp_path: Path) -> None:
         film_of(tmp_path, shots=1).add(record(2, "shots/02_01.mp4", 9))
 
 
-def test_forgetting_removes_records_and_files(tmp_path: Path) -> None:
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_forgetting_changes_nothing_on_disk_until_there_is_another_shot(tmp_path: Path) -> None:
     film = film_of(tmp_path)
     film.join()
+    before = files(tmp_path)
     film.forget_from(1)
-    assert [made.index for made in Film.open(tmp_path).shots] == [0]
-    assert Film.open(tmp_path).video is None
-    assert sorted(path.name for path in (tmp_path / "shots").iterdir()) == ["01_01.mp4", "01_01_end"]
-    assert not (tmp_path / "film.mp4").exists()
+    assert (len(film.shots), film.video) == (1, None)
+    assert files(tmp_path) == before
     np.testing.assert_array_equal(film.last_frames(0, 5), frames(9, 0)[-5:])
-    film.forget_from(0)
-    assert list((tmp_path / "shots").iterdir()) == []
+
+    name = film.write_shot(shot(1), frames(9, 7), repeated=1, fps=8)
+    assert name == "shots/01_02_take2.mp4"
+    whole = Film.open(tmp_path)
+    assert (len(whole.shots), whole.video) == (3, tmp_path / "film.mp4"), "until add() the film is the old one"
+    whole.check(pytest.fail)
+    film.add(record(1, name, 8, 1))
+    assert [made.file for made in Film.open(tmp_path).shots] == ["shots/01_01.mp4", name]
+    assert before.items() - files(tmp_path).items() == {("film.json", before["film.json"])}
+
+    film.join()
+    film.remove_replaced()
+    kept = {made.file for made in film.shots}
+    assert {path for path in files(tmp_path) if path.endswith(".mp4")} == {*kept, "film.mp4"}
+    assert not (tmp_path / "shots" / "01_02_end").exists()
 
 
-def test_only_files_of_unfinished_shots_are_removed(tmp_path: Path) -> None:
+def test_only_files_that_were_being_written_are_removed(tmp_path: Path) -> None:
     film = film_of(tmp_path, shots=2)
+    whole = files(tmp_path)
     film.write_shot(shot(2), frames(9, 2), repeated=0, fps=8)
     (tmp_path / "shots" / ".02_02.mp4.partial").write_bytes(b"half")
-    (tmp_path / "film.mp4").write_bytes(b"half")
-    mine = [tmp_path / "notes.txt", tmp_path / "keyframes" / "a.png", tmp_path.parent / "beside.mp4"]
-    for path in mine:
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"mine")
-    film.remove_unfinished()
-    kept = sorted(path.name for path in (tmp_path / "shots").iterdir())
-    assert kept == ["01_01.mp4", "01_01_end", "01_02.mp4", "01_02_end"]
-    assert not (tmp_path / "film.mp4").exists()
-    assert [path.read_bytes() for path in mine] == [b"mine"] * 3
-    assert Film.open(tmp_path).shots == film.shots
+    mine = {"notes.txt", "keyframes/a.png", "shots/01_02 copy.mp4", "shots/02_01_end/9.png", "film.mp4"}
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+    again = Film.open(tmp_path)
+    again.remove_unfinished()
+    assert files(tmp_path).keys() == whole.keys() | mine
+    assert {name for name, content in files(tmp_path).items() if content == b"mine"} == mine
+    assert again.shots == Film.open(tmp_path).shots == film.shots
 
 
 # The folder
 
 
 def test_a_folder_is_made_and_left_clean(tmp_path: Path) -> None:
-    with film_folder(tmp_path / "films" / "two", 1000) as folder:
+    with film_folder(tmp_path / "films" / "two") as folder:
         assert folder == tmp_path / "films" / "two"
         assert [path.name for path in folder.iterdir()] == [".lock"]
     assert {path.name for path in folder.iterdir()} <= {".lock"}
@@ -249,7 +269,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, below: str) -> 
     (tmp_path / "a_file").write_bytes(b"x")
     with (
         pytest.raises(FilmError, match=r"cannot be written \(.+\): choose another output"),
-        film_folder(tmp_path / below, 0),
+        film_folder(tmp_path / below),
     ):
         pass
     assert (tmp_path / "a_file").read_bytes() == b"x"
@@ -257,48 +277,35 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, below: str) -> 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a Linux file system")
 def test_a_file_system_that_takes_no_files_is_told() -> None:
-    for folder in ("/proc", "/proc/films"):
-        with pytest.raises(FilmError, match=f"{folder} cannot be written"), film_folder(folder, 0):
-            pass
-
-
-def test_a_full_disk_is_told_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 10**9, 10**9))
-    with film_folder(tmp_path, 10**9):
+    with pytest.raises(FileError, match="/proc/films cannot be written"), film_folder("/proc/films"):
         pass
-    with (
-        pytest.raises(FilmError, match=r"has 1\.0 GB free and the film needs about 3\.0 GB"),
-        film_folder(tmp_path, 3 * 10**9),
-    ):
-        pass
-    with film_folder(tmp_path, 0):  # the refusal left no lock behind
+    with pytest.raises(FilmError, match="/proc is not empty and holds no film"), film_folder("/proc"):
         pass
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
-    with film_folder(tmp_path, 0):
+    with film_folder(tmp_path):
         with (
-            pytest.raises(FilmError, match=r"another process is making the film in .*: wait for it"),
-            film_folder(tmp_path, 0),
+            pytest.raises(FileError, match=r"another process is making the film in .*: wait for it"),
+            film_folder(tmp_path),
         ):
             pass
         assert not FileLock(tmp_path / ".lock").is_locked
-    with film_folder(tmp_path, 0):
+    with film_folder(tmp_path):
         pass
 
 
 def test_a_failure_inside_gives_the_folder_back(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), film_folder(tmp_path, 0):
+    with pytest.raises(KeyError), film_folder(tmp_path):
         raise KeyError
-    with film_folder(tmp_path, 0):
+    with film_folder(tmp_path):
         pass
 
 
 HOLD = """
 import sys, time
-from storymem.film import film_folder
-with film_folder(sys.argv[1], 0):
+from storymem.film_folder import film_folder
+with film_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -311,11 +318,11 @@ def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
-            with pytest.raises(FilmError, match="another process"), film_folder(tmp_path, 0):
+            with pytest.raises(FileError, match="another process"), film_folder(tmp_path):
                 pass
         finally:
             holder.send_signal(signal.SIGKILL)
-    with film_folder(tmp_path, 0):
+    with film_folder(tmp_path):
         pass
 
 

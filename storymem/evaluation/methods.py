@@ -14,7 +14,7 @@ import numpy as np
 from storymem.config import build_settings
 from storymem.film import Film, ShotRecord, differences
 from storymem.film_folder import film_folder
-from storymem.generate import build_storyteller
+from storymem.generate import build_generator, build_storyteller
 from storymem.io import check_room
 from storymem.progress import Progress
 from storymem.resume import story_record
@@ -78,6 +78,7 @@ class StoryMem:
             continuity=settings.continuity,
             sampler=settings.sampler,
         )
+        build_generator(settings).check_machine()
         self.teller.check_lengths(story)
 
     def make(self, story: Story, folder: Path) -> None:

@@ -4,6 +4,7 @@ from storymem.memory.bank import MemoryBank
 from storymem.memory.keyframes import EmbedFrames, Keyframe, embed_in_batches, reference_id
 from storymem.memory.recall import CharacterFirst, RecallPolicy, SinkAndRecent
 from storymem.memory.selection import KeyframeSelector, Selection, SelectionPolicy, UniformSelector
+from storymem.memory.storage import ids_on_disk, keyframe_files
 
 __all__ = [
     "CharacterFirst",
@@ -17,5 +18,7 @@ __all__ = [
     "SinkAndRecent",
     "UniformSelector",
     "embed_in_batches",
+    "ids_on_disk",
+    "keyframe_files",
     "reference_id",
 ]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from storymem.io import NotFiniteError, check_finite
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +63,20 @@ class Keyframe:
             raise ValueError(f"keyframe {self.id}: embedding must be float32 [D], is {_describe(self.embedding)}")
         if self.latent is not None and (self.latent.ndim != 4 or self.latent.shape[1] != 1):
             raise ValueError(f"keyframe {self.id}: latent must be [C, 1, h, w], is {list(self.latent.shape)}")
+        if self.latent is not None:
+            check_finite(self.latent, f"the latent of keyframe {self.id}", "check the VAE's weights and precision")
         object.__setattr__(self, "image", self.image.copy())
         object.__setattr__(self, "embedding", self.embedding.copy())
+
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether a person added it: it is neither a frame of a shot nor a reference of the story."""
+        return self.frame is None and self.source is None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the picture; see :func:`picture_hash`."""
+        return picture_hash(self.image)
 
     @classmethod
     def of_shot(
@@ -72,10 +89,14 @@ class Keyframe:
         quality: float | None = None,
         similarity: float | None = None,
         character: str | None = None,
+        taken: Container[str] = (),
     ) -> Keyframe:
-        """A frame of a generated shot. Its id is ``s003_f012``: shot 3 and frame 12, both counted from 0."""
+        """A frame of a generated shot. Its id is ``s003_f012``: shot 3 and frame 12, both counted from 0.
+
+        If that is among ``taken``, it is ``s003_f012_2`` or the next number that is free.
+        """
         return cls(
-            id=f"s{shot:03d}_f{frame:03d}",
+            id=unused_id(f"s{shot:03d}_f{frame:03d}", taken),
             image=image,
             embedding=embedding,
             shot=shot,
@@ -99,6 +120,16 @@ def reference_id(name: str, taken: Container[str] = ()) -> str:
     while f"{stem}_{number}" in taken:
         number += 1
     return f"{stem}_{number}"
+
+
+def unused_id(id: str, taken: Container[str]) -> str:
+    """``id``, or the first of ``id_2``, ``id_3``, ... that is not among ``taken``."""
+    return id if id not in taken else next(new for number in count(2) if (new := f"{id}_{number}") not in taken)
+
+
+def picture_hash(image: np.ndarray) -> str:
+    """sha256 of the size and the RGB values of a picture, uint8 [H, W, 3]."""
+    return hashlib.sha256(f"{image.shape[0]}x{image.shape[1]} ".encode() + image.tobytes()).hexdigest()
 
 
 def embed_in_batches(frames: np.ndarray, embed: EmbedFrames, batch_size: int = 32) -> np.ndarray:
@@ -128,7 +159,7 @@ def normalised(embeddings: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     if not np.all(np.isfinite(lengths) & (lengths > 0)):
         bad = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-        raise ValueError(f"embeddings of rows {bad.tolist()} are zero or not finite: check the encoder's weights")
+        raise NotFiniteError(f"embeddings of rows {bad.tolist()} are zero or not finite: check the encoder's weights")
     return rows / lengths
 
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from storymem.memory.keyframes import normalised
 
+MOST_KEYFRAMES = 1000  # of one shot
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -105,8 +107,8 @@ class KeyframeSelector:
         if not 1e-4 <= self.threshold_step <= 1:
             raise ValueError(f"threshold_step={self.threshold_step}: must be between 0.0001 and 1")
         for name in ("max_keyframes", "first_scanned_frame"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST_KEYFRAMES:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1 and at most {MOST_KEYFRAMES}")
 
     def select(
         self,
@@ -170,8 +172,8 @@ class UniformSelector:
     max_keyframes: int = 3
 
     def __post_init__(self) -> None:
-        if self.max_keyframes < 1:
-            raise ValueError(f"max_keyframes={self.max_keyframes}: must be at least 1")
+        if not 1 <= self.max_keyframes <= MOST_KEYFRAMES:
+            raise ValueError(f"max_keyframes={self.max_keyframes}: must be at least 1 and at most {MOST_KEYFRAMES}")
 
     def select(
         self,

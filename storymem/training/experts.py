@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,9 +29,12 @@ from storymem.wan.lora import (
     write_memory_lora,
 )
 from storymem.wan.names import COMPONENTS
+from storymem.wan.runtime import make_current
 from storymem.wan.settings import MemoryMode, ModelSettings
 from storymem.wan.transformer import enable_layouts
 from storymem.weights import locate
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = "memory"
 
@@ -203,19 +207,26 @@ def make_accelerator(device: torch.device | None) -> Accelerator:
     """The processes that ``torchrun`` or ``accelerate launch`` started; one if neither did.
 
     Args:
-        device: the CPU, to use it although there is an accelerator; None chooses.
+        device: of the one process; None chooses.
 
     Raises:
-        ValueError: for another device than that of this process's number.
+        ValueError: for a device by its number where several processes run.
     """
     on_cpu = (device is not None and device.type == "cpu") or not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=on_cpu)
     own = accelerator.device
-    if device is not None and (device.type != own.type or device.index not in (None, own.index or 0)):
+    if device is None or (device.type == own.type and device.index in (None, own.index or 0)):
+        return accelerator
+    if device.type != own.type:
+        logger.warning("runtime.device=%s: Accelerate does not know such devices, so training runs on %s", device, own)
+        return accelerator
+    if accelerator.num_processes > 1:
         raise ValueError(
-            f"runtime.device={device}: training runs on the device of each process's own number, here {own}; write "
-            "runtime.device=auto, and choose among several by CUDA_VISIBLE_DEVICES"
+            f"runtime.device={device}: each of several processes takes the device of its own number; write "
+            "runtime.device=auto"
         )
+    make_current(device)
+    accelerator.state.device = device  # Accelerate takes the first
     return accelerator
 
 
@@ -274,9 +285,14 @@ def _exchange_adapters_only(transformer: nn.Module) -> None:
 
 
 def _move_frozen(transformer: nn.Module, device: torch.device) -> None:
-    for tensor in (*transformer.parameters(), *transformer.buffers()):
-        if not tensor.requires_grad:
-            tensor.data = tensor.data.to(device, non_blocking=device.type != "cpu")
+    """By new parameters: not every accelerator lets a tensor take data of another device."""
+    for module in transformer.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if not weight.requires_grad:
+                moved = weight.to(device, non_blocking=device.type != "cpu")
+                setattr(module, name, nn.Parameter(moved, requires_grad=False))
+        for name, table in module.named_buffers(recurse=False):
+            setattr(module, name, table.to(device))
 
 
 def _keep_time_embedding_exact(transformer: Any, device: torch.device) -> None:

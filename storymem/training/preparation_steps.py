@@ -180,7 +180,7 @@ def cache_clips(data: Preparation) -> LatentCache | None:
         cache = builder.finish(items, min_size=settings.group.min_size)
     for id in {item.id for item in items} - refused.keys() - {clip.id for clip in cache.clips}:
         data.reject(id, "cache", "alone: the other clips of its group were left out")
-    size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors") if path.is_file())
     progress.end(f"{len(cache)} clips, {size / 1e6:.0f} MB in {cache.folder}")
     return cache
 

@@ -137,8 +137,8 @@ def remove_damaged(folder: Path, *kinds: Finished) -> None:
     """Delete damaged shards; call it once all that they held is made again."""
     for name in (name for kind in kinds for name in kind.damaged):
         for path in (folder / f"{name}.json", folder / f"{name}.safetensors"):
-            if _NAME.fullmatch(path.name) and path.is_file():
-                path.unlink()
+            if _NAME.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
+                path.unlink(missing_ok=True)
 
 
 def _check(path: Path, done: Mapping[str, Any]) -> None:

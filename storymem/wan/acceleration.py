@@ -11,11 +11,13 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, ModelHook, TaylorSeerCacheConfig
+from diffusers.hooks.hooks import StateManager
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from torch.nn import functional as F
 
@@ -52,18 +54,27 @@ RECOMPILE_LIMIT = 32
 DEFAULT_THRESHOLDS = {"first_block": 0.05, "taylor": 2.0}
 
 
-def check_acceleration(model: ModelSettings, sampler: SamplerSettings, runtime: RuntimeSettings) -> str:
+def check_acceleration(
+    model: ModelSettings, sampler: SamplerSettings, runtime: RuntimeSettings, *, here: bool = True
+) -> str:
     """What makes forwards fast with these settings, in words; loads nothing.
+
+    Args:
+        here: whether this machine has the device; if not, what only it can tell is left out.
 
     Raises:
         ValueError: for what this machine cannot do, or what does not go together.
     """
     check_speed(model, sampler, runtime)
-    device = resolve_device(runtime.device)
-    attention = _attention(model, runtime, device)
-    says = [f"attention {attention.name} ({attention.reason})"]
+    if here:
+        device = resolve_device(runtime.device)
+        attention = _attention(model, runtime, device)
+        says = [f"attention {attention.name} ({attention.reason})"]
+    else:
+        says = [f"attention {runtime.attention} (not tried here)"]
     if runtime.compile == "blocks":
-        _check_compiler(device)
+        if here:
+            _check_compiler(device)
         says.append("compiled blocks")
     if runtime.cache != "none":
         says.append(f"cache {runtime.cache} at {_threshold(runtime):g}")
@@ -223,6 +234,46 @@ def _check_compiler(device: torch.device) -> None:
 
 
 # Caches across steps
+
+
+def check_shared_states(experts: Collection[Any], *, guided: bool, passes_differ: bool) -> None:
+    """Refuse caches that hand what the pass with the prompt computed to the one with the negative prompt.
+
+    PyramidAttentionBroadcast and FasterCache of diffusers keep one state in a layer, for pipelines that run both passes
+    of guidance as one batch; Wan's pipelines run them one after the other. The other caches keep a state for each pass.
+
+    Args:
+        experts: transformers, with the hooks of such a cache or without.
+        guided: whether both passes run.
+        passes_differ: whether they see different memory.
+
+    Raises:
+        ValueError: if the passes differ in more than their texts.
+    """
+    names = {type(hook).__name__.removesuffix("Hook") for expert in experts for hook in _sharing_hooks(expert)}
+    if not names or not guided:
+        return
+    what = f"{' and '.join(sorted(names))} of diffusers keeps one state for both passes of guidance"
+    if passes_differ:
+        raise ValueError(
+            f"{what}, and with negative_sees_memory=False one of them sees no memory: write True, or disable the cache "
+            "by disable_cache() of both transformers"
+        )
+    logger.warning("%s: that with the negative prompt is given what that with the prompt computed", what)
+
+
+def _sharing_hooks(expert: Any) -> list[ModelHook]:
+    """Hooks of diffusers that keep a state, but not one for each pass."""
+    registries = [module._diffusers_hook for module in expert.modules() if hasattr(module, "_diffusers_hook")]
+    hooks = [hook for registry in registries for hook in registry.hooks.values() if hook._is_stateful]
+    return [hook for hook in hooks if not any(isinstance(value, StateManager) for value in vars(hook).values())]
+
+
+def forget_steps(experts: Mapping[str, Any]) -> None:
+    """Drop what step caches hold of a shot, so that nothing of it, whole or broken off, reaches the next."""
+    for expert in experts.values():
+        if expert.is_cache_enabled:
+            expert._reset_stateful_cache()
 
 
 def _threshold(runtime: RuntimeSettings) -> float:

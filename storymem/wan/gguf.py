@@ -170,7 +170,10 @@ def _header(file: BinaryIO, size: int) -> Header:
     for _ in range(entries):
         key = _text(file)
         metadata[key] = _value(file, *struct.unpack("<I", file.read(4)))
-    shapes, dtypes, ends = {}, {}, [0]
+    alignment = int(metadata.get("general.alignment", "32"))
+    if not 1 <= alignment <= 1 << 16:
+        raise _Damaged(f"its alignment is {alignment}")
+    shapes, dtypes, end = {}, {}, 0
     for _ in range(tensors):
         name = _text(file)
         (dimensions,) = struct.unpack("<I", file.read(4))
@@ -186,14 +189,12 @@ def _header(file: BinaryIO, size: int) -> Header:
             count *= length
         if (shape[-1] if shape else 1) % block:
             raise _Damaged(f"{name} has rows of {shape[-1]}, which are not blocks of {block}")
+        if offset != (begins := -(-end // alignment) * alignment):
+            raise _Damaged(f"{name} begins at byte {offset:,}, and the tensor before it says {begins:,}")
         shapes[name] = shape
-        ends.append(offset + count // block * block_bytes)
-    alignment = int(metadata.get("general.alignment", "32"))
-    if not 1 <= alignment <= 1 << 16:
-        raise _Damaged(f"its alignment is {alignment}")
-    start = -(-file.tell() // alignment) * alignment
-    if start + max(ends) > size:
-        raise _Damaged(f"it has {size:,} bytes, and its header says {start + max(ends):,}")
+        end = offset + count // block * block_bytes
+    if (total := -(-file.tell() // alignment) * alignment + end) > size:
+        raise _Damaged(f"it has {size:,} bytes, and its header says {total:,}")
     return Header(shapes, dtypes, metadata)
 
 

@@ -2,6 +2,7 @@
 
 # No postponed annotations here: diffusers reads the components' classes from the signature of ``__init__``.
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,6 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.hooks import PyramidAttentionBroadcastConfig
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
+from storymem.wan.acceleration import check_shared_states, forget_steps
 from storymem.wan.conditioning import (
     MOTION_FRAMES,
     blank_padded,
@@ -75,6 +76,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     Attributes:
         memory_cache: where ``cached`` keeps keys and values: "device", "cpu", or "recompute" for nowhere.
+        blank_latents: for callers that never change the VAE: a dictionary, empty at first, that keeps the latents of
+            blank videos between calls, by (frames, height, width). None: they are computed in every call.
         guidance_batch: run both passes of guidance as one batch of two.
         guidance_halves: run each pass on one half of the processes.
 
@@ -118,7 +121,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             raise ValueError(f"memory_attention must be joint or cached, not {memory_attention!r}")
         self.register_to_config(rope_stride=rope_stride, memory_attention=memory_attention)
         self.memory_cache = "device"
-        self._blank: tuple[tuple, Tensor] | None = None
+        self.blank_latents: dict[tuple[int, int, int], Tensor] | None = None
         self.guidance_batch = False
         self.guidance_halves: GuidanceHalves | None = None
         for name, expert in self.experts.items():
@@ -191,6 +194,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_shot(height, width, num_frames, first_frame, motion_frames, output_type)
         self._check_memory(memory, height, width, stride)
+        self._check_sampling(num_inference_steps, guidance_scale, guidance_scale_2)
         self._check_guidance(guidance_scale, negative_sees_memory, memory)
         texts = (prompt, negative_prompt, torch.zeros(1), height, width, prompt_embeds, negative_prompt_embeds, None)
         self.check_inputs(*texts, list(callback_on_step_end_tensor_inputs), guidance_scale_2)
@@ -309,9 +313,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     def _memory_of(self, expert: Any, shot: _Shot, text: Tensor) -> SegmentCache | None:
         """Keys and values of memory that does not change between steps; what step caches hold is dropped."""
-        for each in self.experts.values():
-            if each.is_cache_enabled:
-                each._reset_stateful_cache()
+        forget_steps(self.experts)
         if shot.memory is None or self.memory_cache == "recompute":
             return None
         cache, device = SegmentCache(on_cpu=self.memory_cache == "cpu"), self._execution_device
@@ -325,6 +327,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
                 layout=shot.layout.only(shot.layout.constant),
                 cache=cache,
             )
+        forget_steps(self.experts)  # of this forward, where a cache has one state for all
         return cache
 
     # What a shot is made from
@@ -376,15 +379,14 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         return rearrange(latents, "m c 1 h w -> 1 c m h w")
 
     def _video_latents(self, given: Tensor | None, frames: int, height: int, width: int) -> Tensor:
-        """Latents [1, z, T, h, w] of the conditioning video; those of the last blank one are kept."""
-        if given is not None:
-            return encode_video(self.vae, blank_padded(given, frames, height, width))
-        # What made them is part of the key: the VAE, its dtype, and how often its weights were written.
-        weights = tuple((id(weight), weight._version) for weight in self.vae.parameters())
-        key = (frames, height, width, self.vae.dtype, hash(weights))
-        if self._blank is None or self._blank[0] != key:
-            self._blank = (key, encode_video(self.vae, blank_padded(None, frames, height, width)).cpu())
-        return self._blank[1]
+        """Latents [1, z, T, h, w] of the conditioning video."""
+        key, kept = (frames, height, width), self.blank_latents if given is None else None
+        if kept is not None and key in kept:
+            return kept[key]
+        latents = encode_video(self.vae, blank_padded(given, frames, height, width))
+        if kept is not None:
+            kept[key] = latents.cpu()
+        return latents
 
     # Checks, before anything is computed
 
@@ -453,7 +455,15 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         for expert in self.experts.values():
             expert.rope.check_positions(memory_positions(len(frames), stride))
 
+    def _check_sampling(self, steps: int, *guidance: float | None) -> None:
+        if not 1 <= steps <= (most := self.scheduler.config.num_train_timesteps):
+            raise ValueError(f"num_inference_steps must be 1 to {most}, not {steps}")
+        if not all(scale is None or math.isfinite(scale) for scale in guidance):
+            raise ValueError(f"guidance_scale and guidance_scale_2 must be finite numbers, not {guidance}")
+
     def _check_guidance(self, scale: float, negative_sees_memory: bool, memory: Memory | None) -> None:
+        differ = not negative_sees_memory and memory is not None and len(memory) > 0
+        check_shared_states(self.experts.values(), guided=scale > 1, passes_differ=differ)
         if scale <= 1 and self.guidance_halves is not None:
             raise ValueError("with guidance_parallel both passes of guidance must run: guidance_scale must be above 1")
         if negative_sees_memory:
@@ -465,13 +475,6 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             raise ValueError(f"{refused}: guidance_batch runs both passes as one batch, of one memory")
         if self.config.memory_attention == "joint" and self.guidance_halves is not None:
             raise ValueError(f"{refused}: in joint it needs both passes in one process, not guidance_parallel")
-        if memory is not None and len(memory):
-            for name, expert in self.experts.items():
-                if isinstance(getattr(expert, "_cache_config", None), PyramidAttentionBroadcastConfig):
-                    raise ValueError(
-                        f"{refused}: {name} has PyramidAttentionBroadcast, which reuses attention of one pass in the "
-                        "other, and here they have different tokens; use FirstBlockCache or TaylorSeer"
-                    )
 
     def _noise_shape(
         self,

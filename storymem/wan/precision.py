@@ -20,8 +20,12 @@ _TORCHAO = "pip install 'torchao>=0.15'"
 _FP8_CAPABILITY, _INT8_CAPABILITY = (8, 9), (8, 0)  # Ada and Hopper; Ampere
 
 
-def check_precision(model: ModelSettings, runtime: RuntimeSettings, device: torch.device) -> None:
-    """Raise ``ValueError`` for a ``runtime.precision`` that ``device`` cannot do, or that does not go with the rest."""
+def check_precision(model: ModelSettings, runtime: RuntimeSettings, device: torch.device, *, here: bool = True) -> None:
+    """Raise ``ValueError`` for a ``runtime.precision`` that ``device`` cannot do, or that does not go with the rest.
+
+    Args:
+        here: whether this machine has the device; if not, what only it can tell is left out.
+    """
     precision = runtime.precision
     if model.gguf is not None:
         check_gguf(runtime)
@@ -38,6 +42,8 @@ def check_precision(model: ModelSettings, runtime: RuntimeSettings, device: torc
         return
     if model.dtype != "bfloat16":
         raise ValueError(f"runtime.precision={precision} needs model.dtype=bfloat16 for the rest, not {model.dtype}")
+    if not here:
+        return
     _check_arithmetic(runtime, device)
     if importlib.util.find_spec("torchao") is None:
         raise ValueError(f"runtime.precision={precision} needs torchao: {_TORCHAO}; fp8_storage needs nothing")

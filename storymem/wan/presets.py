@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -41,11 +43,13 @@ class Machine:
         name: of the accelerator, or "the CPU".
         memory: free memory of the accelerator; None: the CPU, or one that shares main memory.
         host: free main memory.
+        here: False for an accelerator that a plan is for and this machine lacks, with unknown memory.
     """
 
     name: str
     memory: int | None
     host: int | None
+    here: bool = True
 
     def __str__(self) -> str:
         has = f"{self.name} with {self.memory / _GB:.1f} GB free" if self.memory is not None else self.name
@@ -71,7 +75,7 @@ class Choice:
 
 def this_machine(device: torch.device) -> Machine:
     """The machine this process runs on, as far as ``device`` and main memory go."""
-    host = psutil.virtual_memory().available
+    host, _ = main_memory()
     if device.type == "cpu":
         return Machine(name="the CPU", memory=None, host=host)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -79,6 +83,38 @@ def this_machine(device: torch.device) -> Machine:
         return Machine(name=name, memory=None, host=host)
     free, _ = torch.accelerator.get_memory_info(device)
     return Machine(name=name, memory=free, host=host)
+
+
+def main_memory() -> tuple[int, int]:
+    """Main memory for this process in bytes: what is free, and all there is, swap included.
+
+    Containers and clusters allow a process less than the machine has.
+    """
+    machine, swap = psutil.virtual_memory(), psutil.swap_memory()
+    free, total = machine.available, machine.total + swap.total
+    for folder in _control_groups():
+        try:
+            limit = int((folder / "memory.max").read_text())
+            used = int((folder / "memory.current").read_text())
+            files = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        free = min(free, max(0, limit - used + (int(files[1]) if files else 0)))
+        total = min(total, limit)
+    return free, total
+
+
+def _control_groups() -> list[Path]:
+    """Folders of Linux's control groups (version 2) that this process is in, from its own to the root."""
+    try:
+        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    folder = _CONTROL_GROUPS / own.removeprefix("0::").lstrip("/")
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(_CONTROL_GROUPS))]
+
+
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def choose_runtime(
@@ -95,7 +131,7 @@ def choose_runtime(
     """``runtime`` with its "auto" settled: the fastest way that fits; if none does, the smallest, and what would.
 
     A runtime that leaves nothing open comes back as it is, with its estimate. Precision is never lowered here, as that
-    changes the picture.
+    changes the picture. For an accelerator that is not here, the reason says what each way needs.
 
     Args:
         machine: None: this one.
@@ -111,15 +147,19 @@ def choose_runtime(
         return Choice(runtime=settled, estimate=estimate, fits=not short, reason=short)
 
     if runtime.offload != "auto":
-        choice = tried(runtime)
-        return choice if choice.fits else replace(choice, reason=f"{machine}: {choice.reason}")
-    if machine.memory is None or runtime.spread:
+        ways = [tried(runtime)]
+    elif runtime.spread or (machine.memory is None and machine.here):
         ways = [tried(replace(runtime, offload="none"))]
     else:
         ways = [
             tried(replace(runtime, offload=offload, vae_tiling=runtime.vae_tiling or tiling))
             for offload, tiling, _ in _WAYS
         ]
+    if not machine.here:
+        needs = "; ".join(f"{_placement(way.runtime)}, needs {_needs(way.estimate)}" for way in ways)
+        return replace(ways[0], fits=True, reason=f"planned for {machine.name}, not for this machine: {needs}")
+    if runtime.offload != "auto":
+        return ways[0] if ways[0].fits else replace(ways[0], reason=f"{machine}: {ways[0].reason}")
     number = next((n for n, way in enumerate(ways) if way.fits), None)
     if number is not None:
         return replace(ways[number], reason=_why(machine, ways, number))
@@ -165,6 +205,35 @@ def settle(
     return choice.runtime
 
 
+def check_room(
+    model: ModelSettings, runtime: RuntimeSettings, *, sampler: SamplerSettings | None = None, scorers: int = 0
+) -> RuntimeSettings:
+    """:func:`settle`, and what this machine lacks for a placement that was asked for is said; before anything loads.
+
+    Args:
+        model, runtime, sampler, scorers: see :func:`choose_runtime`.
+
+    Raises:
+        ValueError: if nothing fits, or main memory could never hold what the placement needs.
+    """
+    if runtime.offload == "auto":
+        return settle(model, runtime, sampler=sampler, scorers=scorers)
+    layout = divide(runtime, Launch.of(runtime).world) if runtime.spread else None
+    choice = choose_runtime(model, runtime, sampler=sampler, scorers=scorers, layout=layout)
+    if choice.fits:
+        return runtime
+    _, total = main_memory()
+    on_cpu = resolve_device(runtime.device).type == "cpu"
+    needed = max(choice.estimate.host, choice.estimate.peak.total if on_cpu else 0)
+    if needed > total:
+        raise ValueError(
+            f"{model.name} with runtime.offload={runtime.offload} needs {needed / _GB:.1f} GB of main memory, and this "
+            f"machine has {total / _GB:.1f} GB in all, swap included: use a smaller model.video or another machine"
+        )
+    logger.warning("runtime.offload=%s as asked, although on %s", runtime.offload, choice.reason)
+    return runtime
+
+
 def needed_bytes(estimate: MemoryEstimate) -> int:
     """What a card must have free for a shot of ``estimate``."""
     return int(estimate.peak.total * (1 + HOLES) + CONTEXT_BYTES)
@@ -196,20 +265,29 @@ _DOING = {
 
 
 def _why(machine: Machine, ways: Sequence[Choice], number: int) -> str:
-    chosen = ways[number].runtime
-    placed = f"offload={chosen.offload}" + (" and vae_tiling" if chosen.vae_tiling else "")
-    preset = _WAYS[number][2] if len(ways) > 1 else ""
-    says = f"{machine}: {placed}{f', as runtime={preset}' if preset else ''}"
+    says = f"{machine}: {_placement(ways[number].runtime)}"
     if number:
         faster = ways[number - 1]
         says += f", since for offload={faster.runtime.offload} {faster.reason}"
     return says
 
 
+def _placement(runtime: RuntimeSettings) -> str:
+    """How the weights are placed, and the preset that is of, if there is one."""
+    presets = {(offload, tiling): preset for offload, tiling, preset in _WAYS if preset}
+    preset = presets.get((runtime.offload, runtime.vae_tiling))
+    placed = f"offload={runtime.offload}" + (" and vae_tiling" if runtime.vae_tiling else "")
+    return f"{placed}, as runtime={preset}" if preset else placed
+
+
+def _needs(estimate: MemoryEstimate) -> str:
+    return f"{needed_bytes(estimate) / _GB:.0f} GB on the card and {estimate.host / _GB:.0f} GB of main memory"
+
+
 def _what_would(options: Sequence[tuple[str, Choice]], last: Choice, machine: Machine) -> str:
     fitting = [name for name, option in options if option.fits]
     if fitting:
         return f"{' or '.join(fitting)} would fit"
-    card = "" if machine.memory is None else f"{needed_bytes(last.estimate) / _GB:.0f} GB on the card and "
-    host = last.estimate.host if card else max(last.estimate.host, last.estimate.peak.total)
-    return f"a machine with {card}{host / _GB:.0f} GB of main memory would do, or a smaller model.video"
+    whole = max(last.estimate.host, last.estimate.peak.total)
+    needs = f"{whole / _GB:.0f} GB of main memory" if machine.memory is None else _needs(last.estimate)
+    return f"a machine with {needs} would do, or a smaller model.video"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT
+from storymem.config import STRICT, check_bounds
 from storymem.wan.spec import A14B, T2V_A14B, TI2V_5B, ModelSpec
 from storymem.weights import Weights
 
@@ -21,6 +21,12 @@ BaseName = Literal["wan2.2-a14b", "wan2.2-ti2v-5b"]
 MemoryCache = Literal["device", "cpu", "recompute"]
 Offload = Literal["none", "model", "group", "auto"]
 Precision = Literal["as_is", "fp8_storage", "fp8", "int8"]
+
+#: Positions on the temporal axis that a network knows, where its configuration does not say it.
+POSITIONS = 1024
+LONGEST_SIDE, MOST_PIXELS = 8192, 2 * 10**9
+_MOST_FRAMES = 4 * (POSITIONS - 1) + 1
+_MOST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -38,8 +44,12 @@ class VideoSettings:
                 raise ValueError(f"{name} must be a positive multiple of 16, not {getattr(self, name)}")
         if self.frames < 5 or self.frames % 4 != 1:
             raise ValueError(f"frames must be 4n + 1 and at least 5, not {self.frames}")
-        if self.fps < 1:
-            raise ValueError(f"fps must be 1 or more, not {self.fps}")
+        check_bounds(self, height=(16, LONGEST_SIDE), width=(16, LONGEST_SIDE), frames=(5, _MOST_FRAMES), fps=(1, 240))
+        if self.height * self.width * self.frames > MOST_PIXELS:
+            raise ValueError(
+                f"height x width x frames is {self.height * self.width * self.frames:,} pixels; at most "
+                f"{MOST_PIXELS:,} are a shot: make it smaller or shorter"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -61,6 +71,18 @@ class NetworkSettings:
     text_encoder: dict[str, Any] = field(default_factory=dict)
     text_tokens: int = 512
 
+    def __post_init__(self) -> None:
+        check_bounds(self, text_tokens=(1, 4096))
+        for name in ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "text_dim", "freq_dim"):
+            value = self.transformer.get(name)
+            if type(value) is not int or not 1 <= value <= 1_000_000:
+                raise ValueError(f"transformer.{name} must be a whole number from 1 to 1,000,000, not {value!r}")
+
+    @property
+    def positions(self) -> int:
+        """How many positions on the temporal axis the transformer knows, on either side of 0."""
+        return self.transformer.get("rope_max_seq_len", POSITIONS)
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdapterSettings:
@@ -69,8 +91,8 @@ class AdapterSettings:
     Args:
         weights: where it lies; a local folder or a hub repository.
         folders: for each ``continuity`` the sub-folder that holds its two files; empty if ``weights`` is that folder.
-        alpha: for files that do not say it; None: the published 128.
-        use_rslora: for files that do not say it; None: the published true.
+        alpha: for files that do not say it; None: the published 128 in the released layout, else the rank.
+        use_rslora: for files that do not say it; None: the published true in the released layout, else false.
         weight: strength of the adapter; 1.0 as trained.
     """
 
@@ -79,6 +101,9 @@ class AdapterSettings:
     alpha: float | None = None
     use_rslora: bool | None = None
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_bounds(self, alpha=(1e-6, 1e6), weight=(-10, 10))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -153,8 +178,8 @@ class ModelSettings:
             raise ValueError(f"boundary stands between two experts; {self.spec.name} has {len(self.spec.experts)}")
         if self.has_text_to_video and self.base != "wan2.2-a14b":
             raise ValueError(f"{self.spec.name} makes first shots itself: set has_text_to_video to false")
-        if self.rope_stride < 1:
-            raise ValueError(f"rope_stride must be 1 or more, not {self.rope_stride}")
+        check_bounds(self, rope_stride=(1, POSITIONS - 1), seed=(0, _MOST_SEED))
+        check_bounds(self, boundary=(0, 1), text_to_video_boundary=(0, 1))
         if self.gguf is not None and self.weights is None:
             raise ValueError("gguf holds the experts alone: weights must name where VAE and text encoder come from")
         if self.weights is not None and self.has_text_to_video and self.text_to_video is None:
@@ -177,6 +202,9 @@ class StepAdapterSettings:
     text_to_video: Weights | None = None
     weight: float = 1.0
     weight_low: float | None = None
+
+    def __post_init__(self) -> None:
+        check_bounds(self, weight=(-10, 10), weight_low=(-10, 10))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -207,10 +235,8 @@ class SamplerSettings:
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be 1 or more, not {self.steps}")
-        if self.guidance < 1 or (self.guidance_low is not None and self.guidance_low < 1):
-            raise ValueError("guidance must be 1 (none) or more")
+        check_bounds(self, steps=(1, 1000), shift=(0.01, 100), text_to_video_shift=(0.01, 100))
+        check_bounds(self, guidance=(1, 100), guidance_low=(1, 100))  # 1: none
         if self.guidance == 1 and (self.guidance_low or 1) > 1:
             raise ValueError("guidance_low needs guidance above 1: without it no negative prompt is run at all")
         if self.guidance == 1 and not self.negative_sees_memory:
@@ -272,12 +298,9 @@ class RuntimeSettings:
     def __post_init__(self) -> None:
         if self.cache == "none" and self.cache_threshold is not None:
             raise ValueError("cache_threshold needs a cache: first_block or taylor")
-        if self.cache_threshold is not None and self.cache_threshold < 0:
-            raise ValueError(f"cache_threshold must be 0 or more, not {self.cache_threshold}")
+        check_bounds(self, threads=(1, 4096), processes_per_film=(1, 65536), cache_threshold=(0, 1000))
         if self.cache == "taylor" and self.cache_threshold is not None and self.cache_threshold % 1:
             raise ValueError(f"with cache: taylor, cache_threshold is a number of steps, not {self.cache_threshold}")
-        if self.processes_per_film is not None and self.processes_per_film < 1:
-            raise ValueError(f"processes_per_film must be 1 or more, not {self.processes_per_film}")
         if self.guidance_batch and self.cache != "none":
             raise ValueError(
                 f"guidance_batch does not combine with cache: {self.cache}, which skips steps for each of the two "
@@ -298,6 +321,20 @@ class RuntimeSettings:
     def spread(self) -> bool:
         """Whether one film is made by several processes."""
         return self.context_parallel != "none" or self.guidance_parallel or self.shard_weights
+
+
+def check_reach(model: ModelSettings, memory_frames: int, name: str) -> None:
+    """Raise ``ValueError`` if a memory of so many frames lies beyond the positions that the network knows.
+
+    Args:
+        name: of the setting that says how many.
+    """
+    most = (model.network.positions - 1) // model.rope_stride
+    if memory_frames > most:
+        raise ValueError(
+            f"{name}={memory_frames}: with model.rope_stride={model.rope_stride} {model.name} can look back at {most} "
+            "frames at most; write fewer, or a smaller stride"
+        )
 
 
 def check_speed(model: ModelSettings, sampler: SamplerSettings, runtime: RuntimeSettings) -> None:

@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from storymem.io import check_finite
 from storymem.wan.acceleration import check_acceleration, compiled_graphs
+from storymem.wan.conditioning import decode_video
 from storymem.wan.loading import load_pipeline, load_text_to_video
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.precision import check_precision
-from storymem.wan.presets import settle
-from storymem.wan.runtime import check_runtime, release_memory
+from storymem.wan.presets import check_room
+from storymem.wan.runtime import check_runtime, release_memory, warn_of_small_shared_memory
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
 from storymem.wan.sources import check_weights
 
@@ -89,9 +91,16 @@ class WanShotGenerator:
         Args:
             text_to_video: whether :meth:`first` will be called.
         """
-        check_precision(self.model, self.runtime, check_runtime(self.runtime))
-        check_acceleration(self.model, self.sampler, self.runtime)
         check_weights(self.model, text_to_video=text_to_video, continuity=self.continuity, sampler=self.sampler)
+        self.check_machine()
+
+    def check_machine(self) -> None:
+        """Raise ``ValueError`` for a machine that cannot run the settings, and say what it is short of."""
+        device = check_runtime(self.runtime)
+        check_precision(self.model, self.runtime, device)
+        warn_of_small_shared_memory(self.runtime, device)
+        check_acceleration(self.model, self.sampler, self.runtime)
+        _ = self._settled
 
     @torch.no_grad()  # else the embeddings' graph would keep the text encoder alive
     def prepare(self, prompts: Iterable[str], negative_prompts: Iterable[str | None]) -> None:
@@ -112,13 +121,20 @@ class WanShotGenerator:
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.model.network.text_tokens,
             )
+            check_finite(embeds, f"the embeddings of {text[:60]!r}", "check the text encoder's weights")
             self._embeds[text] = embeds.cpu()
         pipe.remove_all_hooks()
         del pipe
         release_memory()
 
     def generate(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray:
-        """The frames of a shot by memory-to-video, uint8 [F, H, W, 3], given frames included."""
+        """The frames of a shot by memory-to-video, uint8 [F, H, W, 3], given frames included.
+
+        Raises:
+            NotFiniteError: if the networks compute NaN or infinity, with likely causes.
+        """
+        for number, latents in enumerate(request.memory):
+            check_finite(latents, f"the latents of memory frame {number + 1}")
         pictures = [Image.fromarray(frame) for frame in request.given]
         return self._run(
             self._memory_to_video(),
@@ -133,7 +149,8 @@ class WanShotGenerator:
     def first(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray:
         """The frames of a film's first shot from text alone, uint8 [F, H, W, 3].
 
-        By the text-to-video networks, or by those with memory where the model has no others.
+        By the text-to-video networks, or by those with memory where the model has no others. Raises as
+        :meth:`generate`.
         """
         if not self.model.has_text_to_video:
             return self.generate(request, on_step)
@@ -143,7 +160,9 @@ class WanShotGenerator:
         """Normalised latents [16, 1, h, w] of pictures, uint8 [H, W, 3], each encoded alone."""
         if not frames:
             return []
-        return list(self._memory_to_video().encode_memory([Image.fromarray(frame) for frame in frames]))
+        latents = self._memory_to_video().encode_memory([Image.fromarray(frame) for frame in frames])
+        check_finite(latents, "the latents of a keyframe", "check the VAE's weights, or use model.vae_dtype=float32")
+        return list(latents)
 
     @property
     def _uses_guidance(self) -> bool:
@@ -153,6 +172,7 @@ class WanShotGenerator:
         if self._pipe is None:
             self._free_experts()
             self._pipe = self._load(text_encoder=False, experts=True)
+            self._pipe.blank_latents = {}
         return self._pipe
 
     def _text_to_video(self) -> WanMemoryToVideoPipeline:
@@ -177,7 +197,7 @@ class WanShotGenerator:
     @cached_property
     def _settled(self) -> RuntimeSettings:
         """``runtime`` with nothing left open: settled once, before anything takes room."""
-        return settle(self.model, self.runtime, sampler=self.sampler, scorers=self.scorers)
+        return check_room(self.model, self.runtime, sampler=self.sampler, scorers=self.scorers)
 
     def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
         return load_pipeline(
@@ -205,9 +225,10 @@ class WanShotGenerator:
             return {}
 
         pipe.set_progress_bar_config(disable=True)
-        (videos,) = pipe(
-            prompt_embeds=self._embeds[request.prompt],
-            negative_prompt_embeds=self._embeds[negative] if self._uses_guidance else None,
+        device = pipe._execution_device  # not where offloaded weights lie
+        (latents,) = pipe(
+            prompt_embeds=self._embeds[request.prompt].to(device),
+            negative_prompt_embeds=self._embeds[negative].to(device) if self._uses_guidance else None,
             height=video.height,
             width=video.width,
             num_frames=request.frames,
@@ -216,11 +237,37 @@ class WanShotGenerator:
             guidance_scale_2=sampler.guidance_low,
             # Noise from the CPU's generator is the same on every device.
             generator=torch.Generator().manual_seed(request.seed),
-            output_type="np",
+            output_type="latent",
             return_dict=False,
             callback_on_step_end=stepped,
             **conditions,
         )
         if self.runtime.compile != "none":
             logger.info("compiled graphs so far: %d", compiled_graphs())
-        return (videos[0] * 255).round().astype(np.uint8)
+        check_finite(latents, "the latents of the shot", f"likely causes: {self._doubtful(pipe)}")
+        return self._decoded(pipe, latents)
+
+    def _decoded(self, pipe: WanMemoryToVideoPipeline, latents: Tensor) -> np.ndarray:
+        video = decode_video(pipe.vae, latents)
+        pipe.maybe_free_model_hooks()
+        check_finite(video, "the frames of the shot", "check the VAE's weights, or use model.vae_dtype=float32")
+        (frames,) = pipe.video_processor.postprocess_video(video, "np")
+        return (frames * 255).round().astype(np.uint8)
+
+    def _doubtful(self, pipe: WanMemoryToVideoPipeline) -> str:
+        """What may have made numbers that are not finite, the likeliest first."""
+        model, sampler, runtime = self.model, self.sampler, self.runtime
+        found = []
+        if sampler.adapter is not None:
+            found.append(f"the adapter {sampler.adapter.weights.name} (sampler.adapter)")
+        if model.adapter is not None and pipe is self._pipe:
+            found.append(f"the adapter {model.adapter.weights.name} (model.adapter)")
+        if runtime.precision != "as_is":
+            found.append(f"runtime.precision={runtime.precision}")
+        if runtime.cache != "none":
+            found.append(f"runtime.cache={runtime.cache}")
+        if model.dtype == "float16":
+            found.append("model.dtype=float16, which overflows easily (bfloat16 does not)")
+        if self._uses_guidance:
+            found.append(f"sampler.guidance={sampler.guidance:g}")
+        return ", ".join([*found, f"the weights of {model.name}"])

@@ -295,7 +295,10 @@ def test_a_picture_can_be_added_by_hand(tmp_path: Path) -> None:
     bank.save(tmp_path)
     assert_equal(MemoryBank.load(tmp_path), bank)
     bank.forget_from(2)
-    assert "mine" not in bank
+    assert "mine" in bank, "what a person added stays"
+    assert "ref_boat_1" in bank
+    bank.forget_from(1)
+    assert "ref_boat_1" not in bank
 
 
 @pytest.mark.parametrize(
@@ -336,7 +339,7 @@ def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, content: str, m
     [
         ("memory.json", None, r"memory\.json does not exist"),
         ("keyframes/s000_f012.png", None, r"s000_f012\.png is missing"),
-        ("keyframes/s000_f012.png", b"\x89PNG", r"s000_f012\.png cannot be read as a picture"),
+        ("keyframes/s000_f012.png", b"\x89PNG", r"s000_f012\.png cannot be read as an image"),
         ("keyframes/s000_f012.safetensors", None, r"s000_f012\.safetensors is missing"),
         ("keyframes/s000_f012.safetensors", b"half", r"s000_f012\.safetensors is corrupt"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import PyramidAttentionBroadcastConfig
 
 from storymem.config import build_settings
 from storymem.wan import acceleration
@@ -23,7 +24,7 @@ from storymem.wan.lora import memory_lora_config
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings, StepAdapterSettings, check_speed
 from storymem.weights import Weights
-from tests.wan.tiny import CPU, generate, pictures, settings
+from tests.wan.tiny import CPU, counting, generate, pictures, settings
 
 STEPS = 6  # two of the high-noise expert, four of the other
 SAMPLER = SamplerSettings(steps=STEPS)
@@ -168,6 +169,47 @@ def holds_state(expert: Any) -> bool:
         hook for m in expert.modules() if hasattr(m, "_diffusers_hook") for hook in m._diffusers_hook.hooks.values()
     ]
     return any(hook.state_manager._state_cache for hook in hooks if hasattr(hook, "state_manager"))
+
+
+# Caches of diffusers that keep one state for both passes
+
+
+def broadcasting(mode: str) -> WanMemoryToVideoPipeline:
+    """With PyramidAttentionBroadcast in every other forward of every block."""
+    pipe = load_pipeline(settings(memory_attention=mode), runtime=CPU)
+    for expert in pipe.experts.values():
+        expert.enable_cache(
+            PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2,
+                spatial_attention_timestep_skip_range=(-1, 1001),
+                spatial_attention_block_identifiers=("blocks",),
+                current_timestep_callback=lambda: pipe.current_timestep,
+            )
+        )
+    return pipe
+
+
+@pytest.mark.parametrize("mode", ["joint", "cached"])
+def test_passes_that_see_different_memory_are_refused_with_a_cache_for_both(
+    mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe, memory = broadcasting(mode), pictures(2)
+    with (
+        counting(pipe.transformer, pipe.vae.encoder) as calls,
+        pytest.raises(ValueError, match="negative_sees_memory=False"),
+    ):
+        generate(pipe, memory=memory, negative_sees_memory=False, **GUIDED)
+    assert not any(calls.values()), "refused before anything is computed"
+    generate(pipe, memory=memory, **GUIDED)
+    assert "PyramidAttentionBroadcast of diffusers keeps one state for both passes" in caplog.text
+    caplog.clear()
+    generate(pipe, memory=memory, guidance_scale=1.0)
+    assert not caplog.text
+    for expert in pipe.experts.values():
+        expert.disable_cache()  # as advised
+    shot = generate(pipe, memory=memory, negative_sees_memory=False, **GUIDED)
+    plain = load_pipeline(settings(memory_attention=mode), runtime=CPU)
+    assert torch.equal(shot, generate(plain, memory=memory, negative_sees_memory=False, **GUIDED))
 
 
 # Compiled blocks

@@ -236,6 +236,7 @@ def test_another_architecture_is_named(others: Path, weights: dict[str, torch.Te
         (lambda b: b[:24] + struct.pack("<Q", 1 << 62) + b[32:], r"a text of [\d,]+ bytes"),
         (lambda b: b[:8] + struct.pack("<QQ", 0, 1) + nested(100_000), r"cut off or damaged"),
         (lambda b: b[:8] + struct.pack("<QQ", 0, 1) + long_list(), r"a list of 1,152,921,504,606,846,976 entries"),
+        (lambda b: moved(b, "proj_out.bias"), r"proj_out\.bias begins at byte 0, and the tensor before it says [\d,]+"),
     ],
 )
 def test_damage_is_told_at_once_and_takes_no_room(
@@ -255,6 +256,14 @@ def nested(depth: int) -> bytes:
 
 def long_list() -> bytes:
     return struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + struct.pack("<IQ", 0, 1 << 60)
+
+
+def moved(content: bytes, name: str) -> bytes:
+    """A tensor is said to lie where the first one lies."""
+    place = (
+        content.index(name.encode()) + len(name) + 4 + 8 + 4
+    )  # after the number of dimensions, the only one, and type
+    return content[:place] + bytes(8) + content[place + 8 :]
 
 
 def test_pipes_and_folders_are_refused(others: Path, tmp_path: Path) -> None:

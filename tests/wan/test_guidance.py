@@ -202,19 +202,10 @@ def test_without_guidance_it_is_refused(guided: WanMemoryToVideoPipeline) -> Non
 
 
 def test_a_pipeline_whose_passes_must_see_the_same_says_so(guided: WanMemoryToVideoPipeline) -> None:
-    from diffusers import PyramidAttentionBroadcastConfig
-
     made = model(guided.config.memory_attention)
     batched = load_pipeline(made, runtime=ONE_BATCH)
     with pytest.raises(ValueError, match="as one batch, of one memory"):
         generate(batched, memory=pictures(1), **UNSEEN)
-    broadcasting = load_pipeline(made, runtime=CPU)
-    config = PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
-    )
-    broadcasting.transformer.enable_cache(config)
-    with pytest.raises(ValueError, match="transformer has PyramidAttentionBroadcast"):
-        generate(broadcasting, memory=pictures(1), **UNSEEN)
 
 
 @pytest.mark.parametrize(

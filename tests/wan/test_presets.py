@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from storymem.generate import generate as films
+from storymem.wan import presets
 from storymem.wan.loading import load_pipeline
 from storymem.wan.memory_estimate import estimate_memory
-from storymem.wan.presets import Choice, Machine, choose_runtime, needed_bytes, settle, this_machine
-from storymem.wan.settings import ModelSettings, RuntimeSettings
-from tests.composing import generate_settings
+from storymem.wan.presets import Choice, Machine, choose_runtime, main_memory, needed_bytes, settle, this_machine
+from storymem.wan.runtime import check_runtime, planned_device
+from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
+from storymem.wan.shots import WanShotGenerator
+from tests.composing import composed, generate_settings
 from tests.wan.tiny import generate, settings
 
 AUTO = RuntimeSettings(offload="auto")
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ada_and_the_tent.yaml"
 HPSV3_AND_CLIP, LAION_AND_CLIP = int(17.2e9), int(2.3e9)
 
 
@@ -128,7 +135,8 @@ def test_settling_says_what_was_chosen(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(a14b: ModelSettings) -> None:
-    endless = replace(a14b, video=replace(a14b.video, frames=40001), weights=None)
+    transformer = a14b.network.transformer | {"num_layers": 40_000}
+    endless = replace(a14b, network=replace(a14b.network, transformer=transformer), weights=None)
     with pytest.raises(ValueError, match=r"runtime.offload=auto finds no room for wan2.2-a14b on the CPU.*smaller"):
         settle(endless, RuntimeSettings(device="cpu", offload="auto"))
     settled = settle(endless, RuntimeSettings(device="cpu", offload="auto"), experts=False)
@@ -138,6 +146,82 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(a14b: ModelSetti
 def test_auto_is_settled_by_whoever_loads() -> None:
     pipe = load_pipeline(settings(), runtime=RuntimeSettings(device="cpu", offload="auto"))
     assert torch.equal(generate(pipe), generate(load_pipeline(settings(), runtime=RuntimeSettings(device="cpu"))))
+
+
+# Placements that are asked for
+
+
+def huge(layers: int) -> ModelSettings:
+    """Random weights, of which a layer takes 40 GB in each expert."""
+    model = settings()
+    model.network.transformer.update(num_layers=layers, num_attention_heads=100, attention_head_dim=50, ffn_dim=10**6)
+    return model
+
+
+def test_main_memory_that_can_never_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = RuntimeSettings(device="cpu", offload="none")
+    with pytest.raises(ValueError, match=r"needs [\d.]+ GB of main memory, and this machine has [\d.]+ GB in all"):
+        WanShotGenerator(model=huge(100), sampler=SamplerSettings(), runtime=asked).check(text_to_video=False)
+
+
+def test_a_machine_that_is_short_of_memory_is_told_before_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = WanShotGenerator(model=settings(), sampler=SamplerSettings(), runtime=RuntimeSettings(device="cpu"))
+    made.check_machine()
+    assert not caplog.messages
+    memory = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    made = WanShotGenerator(model=settings(), sampler=SamplerSettings(), runtime=RuntimeSettings(device="cpu"))
+    made.check_machine()
+    (told,) = caplog.messages
+    assert "runtime.offload=none as asked, although on the CPU" in told
+    assert "of main memory are needed" in told
+
+
+def test_a_containers_limit_is_the_memory_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "job").mkdir()
+    for name, text in {"max": "3000000", "current": "2500000", "stat": "anon 1\ninactive_file 400000\n"}.items():
+        (tmp_path / "job" / f"memory.{name}").write_text(text)
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(presets, "_control_groups", lambda: [tmp_path / "job", tmp_path])
+    assert main_memory() == (900_000, 3_000_000)
+    assert this_machine(torch.device("cpu")).host == 900_000
+
+
+# Plans for another machine
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            "runtime=gpu-24gb",
+            "for cuda, not for this machine: offload=group and vae_tiling, as runtime=gpu-24gb, needs 23 ",
+        ),
+        ("runtime=gpu-80gb runtime.precision=fp8", "offload=model, as runtime=gpu-80gb, needs 27 GB on the card"),
+        ("runtime.device=cuda", "offload=model, as runtime=gpu-80gb, needs 42 GB on the card and 77 GB of main memory"),
+        ("runtime.device=cuda:1 runtime.attention=flash3", "planned for cuda:1, not for this machine"),
+        ("runtime.device=xpu runtime.offload=none", "planned for xpu, not for this machine"),
+    ],
+)
+def test_a_plan_may_be_for_a_machine_with_a_card(
+    overrides: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = ("model=wan2.2-a14b", *overrides.split(), "dry_run=true", f"output={tmp_path / 'film'}")
+    assert films(composed(f"story={EXAMPLE}", *command)) == []
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("machine")]
+    assert told in line
+    assert "TOO SMALL" not in line
+    with pytest.raises(ValueError, match=r"cannot be used here|With dry_run=true it is planned|no such"):
+        check_runtime(generate_settings(*overrides.split()).runtime)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta"])
+def test_a_plan_is_not_made_for_a_device_that_nobody_has(device: str) -> None:
+    with pytest.raises(ValueError, match=f"runtime.device={device} cannot be used here"):
+        planned_device(RuntimeSettings(device=device))
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")

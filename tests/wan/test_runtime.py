@@ -26,10 +26,10 @@ def threads() -> Iterator[None]:
 def test_auto_is_the_accelerator_or_the_cpu() -> None:
     expected = torch.accelerator.current_accelerator().type if HAS_ACCELERATOR else "cpu"
     assert resolve_device("auto").type == expected
-    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("cpu") == resolve_device("cpu:0") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "xpu", "gpu", ""])
+@pytest.mark.parametrize("device", ["cuda:99", "xpu", "gpu", "", "meta", "hpu"])
 def test_a_device_that_is_not_there_is_refused_in_one_line(device: str) -> None:
     with pytest.raises(ValueError, match=f"runtime.device={device} cannot be used here.*try auto or cpu") as error:
         check_runtime(RuntimeSettings(device=device))
@@ -44,7 +44,7 @@ def test_offloading_needs_an_accelerator(offload: str) -> None:
 
 def test_threads_must_be_positive_and_are_set(threads: None) -> None:
     with pytest.raises(ValueError, match="threads must be 1 or more, not 0"):
-        check_runtime(RuntimeSettings(device="cpu", threads=0))
+        RuntimeSettings(device="cpu", threads=0)
     load_pipeline(settings(), runtime=RuntimeSettings(device="cpu", threads=2), experts=False, text_encoder=False)
     assert torch.get_num_threads() == 2
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from storymem.io import NotFiniteError
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings, SamplerSettings
 from storymem.wan.shots import ShotRequest, WanShotGenerator
 from storymem.weights import MissingWeights
+from tests.wan.test_step_adapter import write_adapter
 from tests.wan.tiny import CPU, FRAMES, HEIGHT, WIDTH, generate, pictures, settings
 
 SAMPLER = SamplerSettings(steps=3, guidance=3.0, negative_prompt="blurred")
@@ -83,6 +85,63 @@ def test_the_sampler_says_whether_guidance_strengthens_memory(
     given = {"negative_prompt": "blurred", "guidance_scale": 3.0, "num_inference_steps": 3, "memory": memory}
     expected = generate(pipe, **given, negative_sees_memory=False, output_type="np")
     np.testing.assert_allclose(frames, expected[0] * 255, atol=0.51)
+
+
+# Numbers that are none
+
+
+def broken(model: ModelSettings, part: str, weight: str, **changes: Any) -> WanShotGenerator:
+    """A generator with infinity in one weight of one of its networks."""
+
+    class Broken(WanShotGenerator):
+        def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
+            pipe = super()._load(text_encoder=text_encoder, experts=experts)
+            if (network := getattr(pipe, part)) is not None:
+                network.get_parameter(weight).data.view(-1)[0] = float("inf")
+            return pipe
+
+    return Broken(**{"model": model, "sampler": SAMPLER, "runtime": CPU} | changes)
+
+
+@pytest.mark.parametrize(
+    ("part", "weight", "told"),
+    [
+        ("transformer", "blocks.0.ffn.net.2.weight", r"the latents of the shot: NaN.*sampler\.guidance=3"),
+        ("transformer_2", "proj_out.bias", r"the latents of the shot: NaN.*the weights of tiny"),
+        ("vae", "post_quant_conv.bias", r"the frames of the shot: NaN.*VAE"),
+    ],
+)
+def test_a_shot_of_numbers_that_are_none_is_refused(
+    tiny_model: ModelSettings, part: str, weight: str, told: str
+) -> None:
+    made = broken(tiny_model, part, weight)
+    made.prepare(["a fox"], [None])
+    with pytest.raises(NotFiniteError, match=told):
+        made.generate(request())
+
+
+def test_an_adapter_in_use_is_named_first(tiny_model: ModelSettings, tmp_path: Any) -> None:
+    adapter = {"weights": {"name": "my steps", "source": str(write_adapter(tiny_model, tmp_path, "storymem", seed=1))}}
+    made = broken(tiny_model, "transformer", "proj_out.bias", sampler=replace(SAMPLER, adapter=adapter))
+    made.prepare(["a fox"], [None])
+    with pytest.raises(NotFiniteError, match=r"likely causes: the adapter my steps \(sampler\.adapter\), sampler"):
+        made.generate(request())
+
+
+def test_what_goes_into_a_shot_is_checked_too(ready: WanShotGenerator, tiny_model: ModelSettings) -> None:
+    latents = ready.encode_keyframes([np.asarray(picture) for picture in pictures(2)])
+    latents[1][0, 0, 0, 0] = float("nan")
+    with pytest.raises(NotFiniteError, match="the latents of memory frame 2"):
+        ready.generate(request(memory=latents))
+    made = broken(tiny_model, "vae", "quant_conv.bias")
+    with pytest.raises(NotFiniteError, match=r"the latents of a keyframe: NaN.*VAE"):
+        made.encode_keyframes([np.asarray(pictures(1)[0])])
+
+
+def test_embeddings_that_are_none_are_refused_with_their_prompt(tiny_model: ModelSettings) -> None:
+    made = broken(tiny_model, "text_encoder", "encoder.final_layer_norm.weight")
+    with pytest.raises(NotFiniteError, match=r"the embeddings of 'a fox': NaN.*text encoder"):
+        made.prepare(["a fox"], ["a fox"])
 
 
 @pytest.mark.parametrize(
@@ -157,13 +216,6 @@ def test_a_pair_of_experts_is_loaded_once_and_freed_for_the_other(tiny_model: Mo
     assert made.loads == 1
 
 
-def test_m2v_as_first_shot_loads_no_text_to_video_networks(tmp_path: Any) -> None:
-    model = settings(
-        weights={"name": "i2v", "source": str(tmp_path)}, text_to_video={"name": "t2v", "source": "./absent"}
-    )
-    generator(model).check(text_to_video=False)
-
-
 def test_each_text_is_encoded_once(tiny_model: ModelSettings) -> None:
     made = Watched(model=tiny_model, sampler=SAMPLER, runtime=CPU)
     made.prepare(["a", "b", "a"], [None, "fog", None])
@@ -203,7 +255,8 @@ def test_keyframes_are_encoded_alone(ready: WanShotGenerator, pipe: WanMemoryToV
     assert ready.encode_keyframes([]) == []
 
 
-def test_missing_weights_are_told_by_check(tmp_path: Any) -> None:
+def test_weights_of_the_first_shot_are_needed_by_it_alone(pipe: WanMemoryToVideoPipeline, tmp_path: Any) -> None:
+    pipe.save_pretrained(tmp_path)
     model = settings(
         weights={"name": "i2v", "source": str(tmp_path)}, text_to_video={"name": "t2v", "source": "./absent"}
     )
