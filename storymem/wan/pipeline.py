@@ -421,7 +421,11 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         self.spec.latent_size(height, width)
         if num_frames < 1:
             raise ValueError(f"a shot has 4n + 1 frames, not {num_frames}")
-        self.spec.latent_frames(num_frames)
+        longest = min(expert.rope.max_seq_len for expert in self.experts.values())
+        if self.spec.latent_frames(num_frames) > longest:
+            raise ValueError(
+                f"a shot has {self.spec.temporal_stride * (longest - 1) + 1} frames at most, not {num_frames}"
+            )
         if first_frame is not None and motion_frames is not None:
             raise ValueError("first_frame (MI2V) and motion_frames (MM2V) exclude each other: give one of them")
         given = {} if first_frame is None else {"first_frame": first_frame}
@@ -456,7 +460,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             expert.rope.check_positions(memory_positions(len(frames), stride))
 
     def _check_sampling(self, steps: int, *guidance: float | None) -> None:
-        if not 1 <= steps <= (most := self.scheduler.config.num_train_timesteps):
+        most = self.scheduler.config.num_train_timesteps
+        if not 1 <= steps <= most:
             raise ValueError(f"num_inference_steps must be 1 to {most}, not {steps}")
         if not all(scale is None or math.isfinite(scale) for scale in guidance):
             raise ValueError(f"guidance_scale and guidance_scale_2 must be finite numbers, not {guidance}")

@@ -133,7 +133,7 @@ def test_a_network_of_another_task_is_refused(pipe: WanMemoryToVideoPipeline) ->
 
     config = dict(pipe.transformer.config)
     for channels, message in (
-        (16, r"transformer_2 has 16 input channels, .*Wan2.2-A14B, with 36"),
+        (16, r"transformer_2 has 16 input channels, .*Wan2.2-I2V-A14B, with 36"),
         (20, "no base model"),
     ):
         other = WanTransformer3DModel.from_config(config | {"in_channels": channels})
