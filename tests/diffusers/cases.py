@@ -1,7 +1,6 @@
-"""diffusers' own pipeline tests on the memory-to-video pipeline; ``python -m tests.diffusers`` puts this file among them.
+"""diffusers' own pipeline tests on the memory-to-video pipeline; ``python -m tests.diffusers`` runs this file there.
 
-Each class joins one of our kinds of call with diffusers' test mixins: the pipeline itself, offloading, group offloading,
-layerwise casting, LoRA and step caches.
+Each class joins a kind of call with one of diffusers' test mixins: the pipeline itself, offloading, LoRA, step caches.
 """
 
 import pytest
@@ -45,7 +44,7 @@ class MemoryToVideo(BasePipelineTesterConfig):
         ["num_inference_steps", "num_videos_per_prompt", "generator", "latents", "output_type", "return_dict"]
     )
     memory_attention = "joint"
-    given: dict = {}
+    given: dict = {}  # noqa: RUF012
 
     def get_dummy_components(self, num_layers: int = 2) -> dict:
         def expert() -> WanTransformer3DModel:
