@@ -1,12 +1,10 @@
 """What each way of making a shot faster saves, and by how much it changes the shot: ratios from one run on the CPU.
 
     python -m benchmarks.acceleration [--model toy] [--story FILE] [--memory 4] [--steps 40] [--repeats 3] [--quick]
-    python -m benchmarks.acceleration --calibrate ratios.json [--model toy] [--steps 40] [sampler.shift=4 ...]
 
 Denoises one shot, with memory, guided, again and again: as published, and with one thing changed. Both take turns, so
 that a busy machine slows both; times are CPU seconds of one thread. A change is the norm of the difference of the
-latents over the norm of those as published. The second form measures the ratios that ``runtime.cache=mag`` needs, on
-the device that ``runtime=`` says.
+latents over the norm of those as published.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
@@ -32,10 +29,9 @@ from storymem.settings import GenerateSettings
 from storymem.story import load_story
 from storymem.wan.acceleration import compiled_graphs
 from storymem.wan.loading import load_pipeline
-from storymem.wan.magnitudes import measured, write_ratios
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.runtime import release_memory
-from storymem.wan.settings import MemoryMode, ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
+from storymem.wan.settings import MemoryMode, RuntimeSettings, SamplerSettings, VideoSettings
 
 STORY = Path(__file__).parents[1] / "examples" / "ada_and_the_tent.yaml"
 CPU = RuntimeSettings(device="cpu", threads=1)
@@ -77,7 +73,7 @@ class Shot:
             num_inference_steps=self.sampler.steps,
             guidance_scale=self.sampler.guidance,
             guidance_scale_2=self.sampler.guidance_low,
-            guide_memory=self.sampler.guide_memory,
+            negative_sees_memory=self.sampler.negative_sees_memory,
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
             return_dict=False,
@@ -143,25 +139,17 @@ def compare(
     return row
 
 
-def runtimes(ratios: Path) -> dict[str, dict[str, Any]]:
+def runtimes() -> dict[str, dict[str, Any]]:
     """Every change of ``runtime`` that is compared, by its name in the table."""
     return {
         "guidance in one batch": {"guidance_batch": True},
         "cache first_block at 0.05": {"cache": "first_block", "cache_threshold": 0.05},
         "cache first_block at 0.1": {"cache": "first_block", "cache_threshold": 0.1},
-        "cache mag at 0.06": {"cache": "mag", "cache_threshold": 0.06, "cache_ratios": str(ratios)},
         "cache taylor, every 2nd step": {"cache": "taylor", "cache_threshold": 1},
         "cache taylor, every 3rd step": {"cache": "taylor", "cache_threshold": 2},
         "compile blocks": {"compile": "blocks"},
         "compile blocks, first_block at 0.05": {"compile": "blocks", "cache": "first_block", "cache_threshold": 0.05},
     }
-
-
-def calibrate(path: Path, shot: Shot, pipe: WanMemoryToVideoPipeline, model: ModelSettings, memory: int) -> None:
-    """Measure MagCache's ratios in one guided shot and keep them."""
-    with measured(pipe.experts) as found:
-        shot.denoise(pipe, memory)
-    write_ratios(path, found, model=model, sampler=shot.sampler)
 
 
 def loaded(settings: GenerateSettings, **changes: Any) -> WanMemoryToVideoPipeline:
@@ -184,11 +172,8 @@ def compare_all(settings: GenerateSettings, *, memory: int, repeats: int) -> lis
         for mode in get_args(MemoryMode)
     )
     rows = [compare("memory_attention cached", shot, joint, cached, size, repeats) for size in MEMORY_SIZES]
-    with TemporaryDirectory() as folder:
-        ratios = Path(folder) / "ratios.json"
-        calibrate(ratios, shot, plain, settings.model, memory)
-        for what, changes in runtimes(ratios).items():
-            rows.append(compare(what, shot, plain, loaded(settings, **changes), memory, repeats))
+    for what, changes in runtimes().items():
+        rows.append(compare(what, shot, plain, loaded(settings, **changes), memory, repeats))
     print(f"\ncompiled graphs: {compiled_graphs()}, for one shape")
     return rows
 
@@ -201,21 +186,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="15 steps, each shot once")
-    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure ratios for runtime.cache=mag, and stop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, with versions and date")
     parser.add_argument("overrides", nargs="*", help="settings as scripts/generate.py takes them")
     arguments = parser.parse_args()
     steps, repeats = (15, 1) if arguments.quick else (arguments.steps, arguments.repeats)
     overrides = [f"story={arguments.story}", f"model={arguments.model}", f"sampler.steps={steps}"]
     settings = build_settings(GenerateSettings, composed("generate", [*overrides, *arguments.overrides]))
-    if arguments.calibrate is not None:
-        pipe = loaded(settings)
-        shot = prepare(settings, pipe, max(arguments.memory, 1))
-        calibrate(arguments.calibrate, shot, pipe, settings.model, arguments.memory)
-        print(arguments.calibrate)
-        return
     torch.set_num_threads(1)
-    published = replace(settings.sampler, guide_memory=False)  # both passes alike, so that they can be one batch
+    published = replace(settings.sampler, negative_sees_memory=True)  # both passes alike, so that they can be one batch
     settings = replace(settings, runtime=CPU, sampler=published)
     rows = compare_all(settings, memory=arguments.memory, repeats=repeats)
     result = {"model": settings.model.name, "steps": steps, "rows": [asdict(row) for row in rows]}

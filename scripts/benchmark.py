@@ -60,7 +60,7 @@ def planned(arguments: argparse.Namespace) -> Iterator[GenerateSettings]:
 def run(made: GenerateSettings, arguments: argparse.Namespace) -> list[dict]:
     """Measure one model, printing as it goes."""
     # A shot is that of the published sampler, however few steps a small model takes.
-    sampler = replace(made.sampler, steps=40, guidance=3.5, guidance_low=None, guide_memory=False)
+    sampler = replace(made.sampler, steps=40, guidance=3.5, guidance_low=None, negative_sees_memory=True)
     runtime, reason = benchmark.settled(made.model, made.runtime, sampler)
     device = resolve_device(runtime.device)
     ceiling = benchmark.matmul_ceiling(device, getattr(torch, made.model.dtype))

@@ -12,26 +12,27 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from storymem.wan.acceleration import accelerate, check_acceleration, forget_steps
-from storymem.wan.conditioning import latent_frames
 from storymem.wan.flops import ForwardFlops, cached_flops, forward_flops
 from storymem.wan.lora import memory_lora_config
-from storymem.wan.memory_attention import reading_memory
 from storymem.wan.memory_estimate import estimate_memory
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.precision import check_precision, lower_precision
 from storymem.wan.presets import choose_runtime
-from storymem.wan.rope import install_memory_rope
 from storymem.wan.runtime import place, release_memory, resolve_device
 from storymem.wan.schedule import wan_scheduler
+from storymem.wan.segments import memory_cached, memory_joint
 from storymem.wan.settings import ModelSettings, NetworkSettings, RuntimeSettings, SamplerSettings, VideoSettings
+from storymem.wan.transformer import SegmentCache
 
 #: The shape of Wan2.1's small model, for machines that the large one is too large for.
 WAN_1_3B = {
@@ -166,10 +167,9 @@ def random_pipeline(model: ModelSettings, runtime: RuntimeSettings, sampler: Sam
         rope_stride=model.rope_stride,
         memory_attention=model.memory_attention,
     )
-    pipe.memory_cache = runtime.memory_cache
     lower_precision(pipe.experts.values(), model, runtime)
     # Forwards are measured one by one, already with both passes in them.
-    accelerate(pipe, model, sampler, replace(runtime, guidance_batch=False))
+    accelerate(pipe, model, replace(runtime, guidance_batch=False))
     place(pipe, runtime)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -178,14 +178,17 @@ def random_pipeline(model: ModelSettings, runtime: RuntimeSettings, sampler: Sam
 @torch.no_grad()
 def _random_expert(model: ModelSettings, device: torch.device) -> Any:
     with torch.device("meta"):
-        expert = WanTransformer3DModel(**model.network.transformer, in_channels=36).eval()
+        expert = WanTransformer3DModel(**model.network.transformer, in_channels=model.spec.in_channels).eval()
         if model.adapter is not None:
             expert.add_adapter(memory_lora_config())
     kept = set(expert._keep_in_fp32_modules)
     for name, weight in expert.named_parameters():
         if not kept & set(name.split(".")):
             weight.data = weight.data.to(getattr(torch, model.dtype))
-    expert.to_empty(device=device)  # the pipeline builds the rotary tables anew
+    rope = expert.rope
+    expert.to_empty(device=device)
+    with device:  # tables, which are not weights
+        expert.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
     for name, weight in expert.named_parameters():
         if not name.startswith("blocks.") or name.startswith("blocks.0."):
             weight.fill_(1.0) if weight.ndim == 1 and name.endswith("weight") else weight.normal_(std=0.02)
@@ -237,16 +240,15 @@ def _measured(
 ) -> Row:
     model, runtime = case.model, case.runtime
     batch = 2 if runtime.guidance_batch and sampler.guidance > 1 else 1
-    with _forward(pipe, model, runtime, memory, batch, device) as forward:
-        first = timed(forward, device)
-        second = timed(forward, device)  # what is compiled or traced is so now
-        peak = _peak_bytes(forward, device, pipe)
-        seconds = min(timed(forward, device) for _ in range(repeats))  # other work on the machine can only add
+    prefill_call, forward = forwards(pipe, model, runtime, memory, batch, device)
+    prefill = None if prefill_call is None else timed(prefill_call, device)
+    for _ in range(2):
+        forward()  # what is compiled or traced is so now
+    peak = _peak_bytes(forward, device, pipe)
+    seconds = min(timed(forward, device) for _ in range(repeats))  # other work on the machine can only add
     flops = flops_of(model, memory, runtime)
     tflop = batch * flops.total / 1e12
     passes = sampler.steps * (2 if sampler.guidance > 1 else 1) / batch
-    cached = memory > 0 and model.memory_attention == "cached" and runtime.memory_cache != "recompute"
-    prefill = max(0.0, first - second) if cached else None
     predicted = next(
         stage.total
         for stage in estimate_memory(model, runtime, sampler=sampler, memory_frames=memory).stages
@@ -272,56 +274,49 @@ def _measured(
 
 def flops_of(model: ModelSettings, memory: int, runtime: RuntimeSettings) -> ForwardFlops:
     """Operations of one forward of one pass."""
-    slots = latent_frames(model.video.frames)
-    size: dict[str, int] = {
-        "height": model.video.height // 8,
-        "width": model.video.width // 8,
-        "text_tokens": model.network.text_tokens,
-    }
+    height, width = model.spec.latent_size(model.video.height, model.video.width)
+    slots = model.spec.latent_frames(model.video.frames)
+    size: dict[str, int] = {"height": height, "width": width, "text_tokens": model.network.text_tokens}
     if model.memory_attention == "joint" or memory == 0:
         return forward_flops(model.network.transformer, slots=slots + memory, **size)
     flops = cached_flops(model.network.transformer, memory_frames=memory, slots=slots, **size)
     return flops.whole if runtime.memory_cache == "recompute" else flops.read
 
 
-@contextmanager
-def _forward(
+def forwards(
     pipe: Any, model: ModelSettings, runtime: RuntimeSettings, memory: int, batch: int, device: torch.device
-) -> Iterator[Callable[[], Any]]:
-    """A forward of the high-noise expert as the denoising loop makes it."""
-    expert, dtype = pipe.transformer, getattr(torch, model.dtype)
-    height, width, slots = model.video.height // 8, model.video.width // 8, latent_frames(model.video.frames)
-    joint = model.memory_attention == "joint"
-    inputs = {
-        "hidden_states": _noise(batch, 36, slots + memory * joint, height, width, device=device, dtype=dtype),
-        "timestep": torch.full((batch,), 950.0, device=device),
-        "encoder_hidden_states": _noise(
-            batch, model.network.text_tokens, model.network.transformer["text_dim"], device=device, dtype=dtype
-        ),
-        "return_dict": False,
-    }
+) -> tuple[Callable[[], Any] | None, Callable[[], Any]]:
+    """Forwards of the high-noise expert as the denoising loop makes them: of memory that is kept, and of a step."""
+    expert, dtype, spec = pipe.transformer, getattr(torch, model.dtype), model.spec
+    height, width = spec.latent_size(model.video.height, model.video.width)
+    slots, cached = spec.latent_frames(model.video.frames), model.memory_attention == "cached"
+    layout = (memory_cached if cached else memory_joint)(memory, slots, model.rope_stride)
+    kept = cached and memory and runtime.memory_cache != "recompute"
+    cache = SegmentCache(on_cpu=runtime.memory_cache == "cpu") if kept else None
+    frames = layout.frames - (memory if kept else 0)
+    text = _noise(batch, model.network.text_tokens, model.network.transformer["text_dim"], device=device, dtype=dtype)
 
-    def forward() -> Any:
-        with expert.cache_context("cond"):
-            return expert(**inputs)
+    def forward(frames: int, layout: Any, context: str = "cond") -> Any:
+        count = 1 if context == "memory" else batch
+        latents = _noise(count, spec.in_channels, frames, height, width, device=device, dtype=dtype)
+        timestep = torch.full((count,), 950.0, device=device)
+        arguments = {"encoder_hidden_states": text[:count], "layout": layout, "cache": cache, "return_dict": False}
+        with torch.no_grad(), expert.cache_context(context):
+            return expert(hidden_states=latents, timestep=timestep, **arguments)
 
     forget_steps(pipe.experts)  # of another size of memory
-    with ExitStack() as stack:
-        if joint:
-            rope = install_memory_rope(expert)
-            rope.memory_frames, rope.stride = memory, model.rope_stride
-            stack.callback(setattr, rope, "memory_frames", 0)
-        elif memory:
-            latents = _noise(1, 16, memory, height, width, device=device, dtype=dtype)
-            stack.enter_context(reading_memory([expert], latents, stride=model.rope_stride, cache=runtime.memory_cache))
-        yield forward
+    prefill = partial(forward, memory, layout.only(layout.constant), "memory") if kept else None
+    return prefill, partial(forward, frames, layout)
 
 
 def measure_shot(case: Case, *, sampler: SamplerSettings, memory: int, steps: int) -> ShotRow:
     """A whole shot by the pipeline, once to warm up: condition, ``steps`` steps with guidance, decoding, frames."""
     device, model = resolve_device(case.runtime.device), case.model
     pipe = random_pipeline(model, case.runtime, sampler)
-    latents = [torch.randn(16, 1, model.video.height // 8, model.video.width // 8) for _ in range(memory)]
+    latents = [
+        torch.randn(model.spec.latent_channels, 1, *model.spec.latent_size(model.video.height, model.video.width))
+        for _ in range(memory)
+    ]
     shape = (1, model.network.text_tokens, model.network.transformer["text_dim"])
 
     def shot(steps: int) -> None:

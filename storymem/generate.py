@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # What has no say in what the film looks like, and so may differ when a film is gone on with.
 _BESIDES = ("story", "output", "resume", "dry_run", "runtime")
-_APPROXIMATE = ("precision", "cache", "cache_threshold", "cache_ratios")  # of the runtime, what changes the picture
+_APPROXIMATE = ("precision", "cache", "cache_threshold")  # of the runtime, what changes the picture
 
 
 def generate(config: Mapping[str, Any]) -> list[Film]:

@@ -18,7 +18,6 @@ from storymem.scorers.sources import scorer_bytes, scorer_weights
 from storymem.settings import GenerateSettings, uses_text_to_video
 from storymem.story import Story
 from storymem.wan.acceleration import check_acceleration
-from storymem.wan.conditioning import latent_frames
 from storymem.wan.flops import ForwardFlops, cached_flops, forward_flops
 from storymem.wan.layout import Launch, find_layout
 from storymem.wan.memory_estimate import estimate_memory, memory_cache_bytes
@@ -106,15 +105,14 @@ def _flops(settings: GenerateSettings, memory: int, frames: int, *, text: bool) 
     model, sampler = settings.model, settings.sampler
     passes = sampler.steps * (2 if sampler.guidance > 1 else 1)
     size: dict[str, int] = {
-        "height": model.video.height // 8,
-        "width": model.video.width // 8,
+        "height": model.spec.latent_size(model.video.height, model.video.width)[0],
+        "width": model.spec.latent_size(model.video.height, model.video.width)[1],
         "text_tokens": model.network.text_tokens,
     }
-    transformer, slots = model.network.transformer, latent_frames(frames)
-    channels = 16 if text and model.has_text_to_video else 36
+    transformer, slots = model.network.transformer, model.spec.latent_frames(frames)
+    channels = (model.text_spec if text else model.spec).in_channels
     alone = forward_flops(transformer, slots=slots, in_channels=channels, **size).total
-    # With guide_memory every second pass is of the shot alone.
-    seeing = sampler.steps if sampler.guide_memory and memory else passes
+    seeing = passes if sampler.negative_sees_memory or not memory else sampler.steps
     hidden = (passes - seeing) * alone
     if model.memory_attention == "cached" and memory:
         flops = cached_flops(transformer, memory_frames=memory, slots=slots, **size)

@@ -36,6 +36,7 @@ from storymem.wan.settings import (
     check_reach,
     check_speed,
 )
+from storymem.wan.spec import Expert
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -136,7 +137,15 @@ class TrainSettings:
     samples: SampleSettings = field(default_factory=SampleSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
+    @property
+    def trained(self) -> tuple[Expert, ...]:
+        """The experts of the base that train."""
+        named: dict[WhichExpert, tuple[Expert, ...]] = {"high": ("high_noise",), "low": ("low_noise",)}
+        return named.get(self.expert, self.model.spec.experts)
+
     def __post_init__(self) -> None:
+        if not set(self.trained) <= set(self.model.spec.experts):
+            raise ValueError(f"expert={self.expert}: {self.model.spec.name} has one expert; write expert=both")
         check_bounds(self, steps=(1, MAX_STEPS), seed=(0, MAX_SEED))
         if self.model.dtype == "float16":
             raise ValueError("model.dtype=float16 overflows in training: use bfloat16 or float32")

@@ -56,11 +56,11 @@ def train(config: Mapping[str, Any]) -> Path:
         story = load_story(settings.samples.story or "")
         continuity = CONTINUITY[settings.conditioning]
         check_lengths(story, frames=settings.model.video.frames, continuity=continuity, first_shot="m2v")
-    from storymem.training.experts import EXPERTS, check_start
+    from storymem.training.experts import check_start
     from storymem.wan.sources import check_weights
 
-    trained = EXPERTS[settings.expert]
-    experts = EXPERTS["both"] if settings.samples.every else trained
+    trained = settings.trained
+    experts = settings.model.spec.experts if settings.samples.every else trained
     model, texts = replace(settings.model, adapter=None), bool(settings.samples.every)
     check_weights(model, text_to_video=False, text_encoder=texts, experts=experts)
     if not begun:
@@ -427,17 +427,17 @@ class Run:
 
     def _load_experts(self) -> Experts:
         """The experts that are needed: those that train, and for sampling the other too."""
-        from storymem.training.experts import EXPERTS, Experts, add_adapter
+        from storymem.training.experts import Experts, add_adapter
         from storymem.wan.loading import load_pipeline
         from storymem.wan.names import experts_of
 
         settings = self.settings
-        trained = EXPERTS[settings.expert]
+        trained = settings.trained
         pipe = load_pipeline(
             replace(settings.model, adapter=None),
             runtime=RuntimeSettings(device="cpu"),
             text_encoder=False,
-            experts=EXPERTS["both"] if settings.samples.every else trained,
+            experts=settings.model.spec.experts if settings.samples.every else trained,
         )
         needed = experts_of(pipe)
         del pipe

@@ -26,8 +26,10 @@ from storymem.wan.layout import Launch
 from storymem.wan.loading import load_pipeline
 from storymem.wan.parallel import join, leave
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.segments import Text, holocine, memento, memory_cached, memory_joint, single_shot, with_given
 from storymem.wan.settings import MemoryMode, RuntimeSettings
 from storymem.wan.shots import OnStep, ShotRequest
+from storymem.wan.transformer import SegmentCache
 from tests import stories
 from tests.forking import fork
 from tests.wan import tiny
@@ -37,7 +39,20 @@ HEIGHTS = (32, 16)  # 6 tokens a slot, which two processes share evenly, and 3, 
 CPU = torch.device("cpu")
 
 _ULYSSES = RuntimeSettings(device="cpu", context_parallel="ulysses")
+_RING = RuntimeSettings(device="cpu", context_parallel="ring")
 _GUIDANCE = RuntimeSettings(device="cpu", guidance_parallel=True)
+
+
+_TEXTS = [Text(spans=((0, 3), (5, 9), (12, 16))), Text(spans=((0, 3), (9, 16)))]
+LAYOUTS = {
+    "single shot": single_shot(3),
+    **{f"joint {memory}": memory_joint(memory, 3) for memory in MEMORY},
+    **{f"cached {memory}": memory_cached(memory, 3) for memory in MEMORY},
+    "cached, given": with_given(memory_cached(3, 3), 1),
+    "full": holocine([2, 3], _TEXTS, sparse=False),
+    "sparse": holocine([2, 3], _TEXTS, sparse=True),
+    "memento": memento([-40, -9, -3], 2, subject=False),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +63,13 @@ class Case:
         runtime: what is shared, and what else is to go together with that.
         world: how many processes.
         memory: joint or cached.
-        guide_memory: whether the second pass of guidance sees no memory.
+        negative_sees_memory: whether the second pass of guidance sees the memory.
     """
 
     runtime: RuntimeSettings
     world: int = 2
     memory: MemoryMode = "joint"
-    guide_memory: bool = False
+    negative_sees_memory: bool = True
 
     @property
     def alone(self) -> Case:
@@ -74,13 +89,14 @@ CASES = {
     "ulysses_batch": Case(runtime=replace(_ULYSSES, guidance_batch=True)),
     "ulysses_taylor": Case(runtime=replace(_ULYSSES, cache="taylor", cache_threshold=1)),
     "ulysses_cached": Case(runtime=_ULYSSES, memory="cached"),
-    "ulysses_guide_memory": Case(runtime=_ULYSSES, guide_memory=True),
-    "ring": Case(runtime=RuntimeSettings(device="cpu", context_parallel="ring")),
+    "ulysses_unseen": Case(runtime=_ULYSSES, negative_sees_memory=False),
+    "ring": Case(runtime=_RING),
+    "ring_cached": Case(runtime=_RING, memory="cached"),
     "guidance": Case(runtime=_GUIDANCE),
     "guidance_sharded": Case(runtime=replace(_GUIDANCE, shard_weights=True)),
     "guidance_first_block": Case(runtime=replace(_GUIDANCE, cache="first_block", cache_threshold=0.5)),
     "guidance_cached": Case(runtime=_GUIDANCE, memory="cached"),
-    "guidance_guide_memory": Case(runtime=_GUIDANCE, memory="cached", guide_memory=True),
+    "guidance_unseen": Case(runtime=_GUIDANCE, memory="cached", negative_sees_memory=False),
     "both": Case(runtime=replace(_ULYSSES, guidance_parallel=True), world=4),
 }
 
@@ -101,7 +117,7 @@ def shots(case: Case, pipe: WanMemoryToVideoPipeline, heights: Sequence[int] = H
         for frames in MEMORY:
             tokens[0] = 0
             memory = tiny.pictures(frames, size=(tiny.WIDTH, height)) or None
-            shot = tiny.generate(pipe, height=height, memory=memory, guide_memory=case.guide_memory)
+            shot = tiny.generate(pipe, height=height, memory=memory, negative_sees_memory=case.negative_sees_memory)
             found[f"{height}_{frames}"] = shot.contiguous()
             found[f"work_{height}_{frames}"] = torch.tensor(tokens)
     return found
@@ -124,6 +140,44 @@ def shots_together(folder: Path, world: int) -> None:
                 assert isinstance(weight, DTensor)
                 assert weight.to_local().numel() * world == weight.numel()
     leave()
+
+
+def layouts_together(folder: Path, method: str) -> None:
+    """What a transformer predicts in every layout, with tokens shared among the processes."""
+    _cpu_as_accelerator()
+    launch = Launch.of_environment()
+    join(launch, CPU)
+    runtime = _ULYSSES if method == "ulysses" else _RING
+    save_file(layout_predictions(runtime), folder / f"layouts_{method}_{launch.rank}.safetensors")
+    leave()
+
+
+def layout_predictions(runtime: RuntimeSettings | None = None) -> dict[str, Tensor]:
+    """By layout and height; constant segments are kept first, where there are some."""
+    model, found = tiny.settings(), {}
+    model.network.transformer["num_layers"] = 2
+    expert: Any = load_pipeline(model, runtime=runtime or tiny.CPU, text_encoder=False).transformer
+    for height in (4, 2):  # 6 tokens a frame, which two processes share evenly, and 3
+        for name, layout in LAYOUTS.items():
+            generator, cache = torch.Generator().manual_seed(0), SegmentCache()
+            latents = torch.randn(1, 36, layout.frames, height, 6, generator=generator)
+            text = torch.randn(1, 16, 32, generator=generator)
+            kept = sum(segment.frames for segment in layout.segments if segment.name in layout.constant)
+            with torch.no_grad():
+                if kept:
+                    given = {"layout": layout.only(layout.constant), "cache": cache}
+                    expert(
+                        hidden_states=latents[:, :, :kept], timestep=torch.zeros(1), encoder_hidden_states=text, **given
+                    )
+                found[f"{name} {height}"] = expert(
+                    hidden_states=latents[:, :, kept:],
+                    timestep=torch.tensor([700.0]),
+                    encoder_hidden_states=text,
+                    layout=layout,
+                    cache=cache,
+                    return_dict=False,
+                )[0].contiguous()
+    return found
 
 
 def unguided(pipe: WanMemoryToVideoPipeline) -> str:
@@ -200,6 +254,8 @@ def main(arguments: Sequence[str]) -> int:
     statuses = {
         "two": fork(2, partial(shots_together, folder, 2)),
         "four": fork(4, partial(shots_together, folder, 4)),
+        "ulysses": fork(2, partial(layouts_together, folder, "ulysses")),
+        "ring": fork(2, partial(layouts_together, folder, "ring")),
         "film": fork(2, partial(tell, folder / "whole" / "film", _GUIDANCE)),
         "unfit": fork(2, partial(unfit, folder)),
     }

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from storymem import benchmark, benchmark_report
 from storymem.benchmark import Case, flops_of, measure, measure_shot, random_pipeline, small_model, variations
 from storymem.wan.flops import forward_flops
-from storymem.wan.memory_attention import MemoryAttention, install_memory_attention
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings, SamplerSettings
 from storymem.weights import Weights
 from tests.wan.tiny import CPU, settings
@@ -74,10 +73,11 @@ def test_predicted_memory_is_near_the_measured() -> None:
 def test_torch_counts_the_same_operations(mode: str, memory: int) -> None:
     model = settings(memory_attention=mode)
     pipe = random_pipeline(model, CPU, SAMPLER)
-    with torch.no_grad(), benchmark._forward(pipe, model, CPU, memory, 1, DEVICE) as forward:
-        forward()  # computes the memory that is kept
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            forward()
+    prefill, forward = benchmark.forwards(pipe, model, CPU, memory, 1, DEVICE)
+    if prefill is not None:
+        prefill()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forward()
     assert flops_of(model, memory, CPU).total == counter.get_total_flops()
 
 
@@ -85,13 +85,7 @@ def test_cached_memory_is_kept_for_the_forwards_that_are_measured() -> None:
     joint, cached = measured(case(), 3), measured(case(settings(memory_attention="cached")), 3)
     assert cached[0].prefill is not None
     assert cached[0].tokens < joint[0].tokens
-    model = settings(memory_attention="cached")
-    pipe = random_pipeline(model, CPU, SAMPLER)
-    memory: MemoryAttention = install_memory_attention(pipe.transformer)
-    with torch.no_grad(), benchmark._forward(pipe, model, CPU, 3, 1, DEVICE) as forward:
-        forward()
-        assert memory.role == "read"
-    assert memory.role == "none"
+    assert joint[0].prefill is None
 
 
 def test_random_networks_carry_an_adapter_where_the_model_does() -> None:

@@ -81,13 +81,14 @@ def test_the_networks_of_a_model_can_be_built(name: str) -> None:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
-    network = generate_settings(f"model={name}").model.network
+    model = generate_settings(f"model={name}").model
+    network = model.network
     with torch.device("meta"):
-        for in_channels in (16, 36):
-            transformer = WanTransformer3DModel(**network.transformer, in_channels=in_channels)
-            assert transformer.config.out_channels == 16
+        for spec in (model.spec, model.text_spec):
+            transformer = WanTransformer3DModel(**network.transformer, in_channels=spec.in_channels)
+            assert transformer.config.out_channels == spec.latent_channels
         if network.vae:
-            assert AutoencoderKLWan(**network.vae).config.z_dim == 16
+            assert AutoencoderKLWan(**network.vae).config.z_dim == model.spec.latent_channels
         if network.text_encoder:
             text_encoder = UMT5EncoderModel(UMT5Config(**network.text_encoder))
             assert text_encoder.config.d_model == transformer.config.text_dim

@@ -132,9 +132,11 @@ def test_cached_memory_is_paid_for_once_and_its_size_is_told(five: Story) -> Non
 
 
 @pytest.mark.parametrize("mode", ["joint", "cached"])
-def test_every_second_pass_of_guide_memory_is_of_the_shot_alone(five: Story, mode: str) -> None:
+def test_every_second_pass_without_memory_is_of_the_shot_alone(five: Story, mode: str) -> None:
     chosen = ("model=wan2.2-a14b", f"model.memory_attention={mode}", "model.adapter=null", "runtime=cpu")
-    shots, plain = (rows(planned(five, *chosen, f"sampler.guide_memory={value}")) for value in ("true", "false"))
+    shots, plain = (
+        rows(planned(five, *chosen, f"sampler.negative_sees_memory={value}")) for value in ("false", "true")
+    )
     without = rows(planned(five, *chosen, "memory=none"))
     for shot, seeing, alone in zip(shots, plain, without, strict=True):
         mean = (float(seeing[7]) + float(alone[7])) / 2  # but the memory of the cached mode is computed as before

@@ -72,7 +72,7 @@ def test_negative_prompts_are_read_where_there_is_guidance(tmp_path: Path) -> No
             tmp_path,
             "Ada waits.",
             "Ada turns.",
-            overrides=(negative, "sampler.guidance=1", "sampler.guide_memory=false"),
+            overrides=(negative, "sampler.guidance=1", "sampler.negative_sees_memory=true"),
         )
         == []
     )

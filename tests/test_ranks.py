@@ -79,6 +79,17 @@ def test_each_process_does_its_part_of_the_work_and_no_more(left: Left, name: st
         assert max(work) <= 1.3 * sum(work) / case.world
 
 
+@pytest.mark.parametrize("method", ["ulysses", "ring"])
+def test_every_layout_shares_its_tokens(left: Left, method: str) -> None:
+    assert left.statuses[method] == [0, 0], left.said
+    expected = processes.layout_predictions()
+    for rank in range(2):
+        found = load_file(left.folder / f"layouts_{method}_{rank}.safetensors")
+        assert found.keys() == expected.keys()
+        for name, prediction in found.items():
+            torch.testing.assert_close(prediction, expected[name], rtol=1e-5, atol=1e-5, msg=f"{name} on rank {rank}")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_call_without_guidance_is_refused_where_guidance_is_divided(left: Left, rank: int) -> None:
     assert "guidance_scale must be above 1" in (left.folder / f"unguided_{rank}").read_text()

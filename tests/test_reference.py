@@ -37,7 +37,7 @@ from tests.references import ROOT, folders_with, json_files, label
 
 # Memory-to-video and keyframe selection
 
-WAN_CASES = folders_with("case.json")
+WAN_CASES = [f for f in folders_with("case.json") if "rope_stride" in json.loads((f / "case.json").read_text())]
 WITH_MEMORY = [folder for folder in WAN_CASES if json.loads((folder / "case.json").read_text())["memory"]]
 KEYFRAME_CASES = [case for path in json_files("cases", "dim") for case in json.loads(path.read_text())["cases"]]
 TOLERANCES = {"condition": 1e-6, "latents_final": 1e-4, "video": 1e-3}

@@ -18,7 +18,7 @@ from transformers import T5Tokenizer, UMT5EncoderModel
 from storymem.toy.fitting import Run, Schedule, fit
 from storymem.toy.latents import LatentShots
 from storymem.toy.text import embed
-from storymem.wan.conditioning import condition_mask
+from storymem.wan.conditioning import condition_channels
 from storymem.wan.schedule import shifted, unshifted
 
 BOUNDARY = 0.9
@@ -75,8 +75,7 @@ def draw_batch(data: LatentShots, step: int, size: int, span: tuple[float, float
     given = (chance[0] < FIRST_FRAME) & (not plain)
     x0 = data.shots[index].float()
     latents = torch.where(given[:, None, None, None, None], data.firsts[index].float(), data.blank.float())
-    frames, height, width = x0.shape[2:]
-    masks = [condition_mask(0, frames, int(g), height, width) for g in given]
+    condition = [condition_channels(None, each[None], int(g)) for each, g in zip(latents, given, strict=True)]
     texts = []
     for i, silent, looks in zip(index.tolist(), chance[1] < NO_TEXT, chance[2] < LOOKS, strict=True):
         text = data.described[i] if looks or plain else data.prompts[i]
@@ -86,7 +85,7 @@ def draw_batch(data: LatentShots, step: int, size: int, span: tuple[float, float
     noise = torch.randn(x0.shape, generator=rng)
     return Batch(
         x0=x0,
-        condition=torch.cat([torch.cat(masks), latents], dim=1),
+        condition=torch.cat(condition),
         people=data.people[index].float(),
         texts=texts,
         noise=noise,

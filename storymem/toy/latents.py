@@ -14,7 +14,7 @@ from torch import Tensor
 from storymem.toy.attributes import FRAMES, HEIGHT, WIDTH
 from storymem.toy.vae import to_video
 from storymem.toy.world import ToyShot, people_mask, render_layers, story
-from storymem.wan.conditioning import blank_padded, latent_mask, normalise_latents
+from storymem.wan.conditioning import blank_padded, encode_video, latent_mask
 
 SHARD = 250  # shots in one file
 BATCH = 5
@@ -47,8 +47,7 @@ def shot_of_story(seed: int) -> tuple[ToyShot, str]:
 def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """Normalised latents [B, 16, T, h, w] of videos, as `storymem.wan` encodes them but in batches and bf16."""
     with torch.autocast("cpu", torch.bfloat16):
-        latents = vae.encode(video.contiguous(memory_format=torch.channels_last_3d)).latent_dist.mode()
-    return normalise_latents(latents.float(), vae)
+        return encode_video(vae, video.contiguous(memory_format=torch.channels_last_3d))
 
 
 def channel_statistics(vae: AutoencoderKLWan, seeds: range) -> tuple[list[float], list[float]]:

@@ -32,7 +32,7 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 PLACE_PARTS = ("place", "time", "framing", "landmark", "side", "flag")
 LOOK_PARTS = ("shape", "colour", "hat", "eyes")
 STEPS = 20
-GUIDANCE, GUIDE_MEMORY = 2.5, True  # as sampler=toy guides
+GUIDANCE, NEGATIVE_SEES_MEMORY = 2.5, False  # as sampler=toy guides
 MEMORY = 6  # frames; what the adapter was trained with
 FILTER = 3.0  # the threshold of scorer/quality=toy
 
@@ -81,7 +81,7 @@ def generate(
     guidance: float = GUIDANCE,
     first: npt.NDArray[np.uint8] | None = None,
     memory: Sequence[Image.Image] | None = None,
-    guide_memory: bool = GUIDE_MEMORY,
+    negative_sees_memory: bool = NEGATIVE_SEES_MEMORY,
 ) -> npt.NDArray[np.uint8]:
     """A shot, uint8 [17, 64, 96, 3], from text and perhaps a first frame and memory."""
     result = pipe(
@@ -96,7 +96,7 @@ def generate(
         max_sequence_length=TEXT_TOKENS,
         first_frame=None if first is None else Image.fromarray(first),
         memory=memory,
-        guide_memory=guide_memory,
+        negative_sees_memory=negative_sees_memory or not memory,
     )
     assert isinstance(result, WanPipelineOutput)
     made = result.frames[0]
@@ -158,8 +158,10 @@ def measure_memory(
         shot = told.shots[index]
         for name, given in answers.items():
             memory = None if name == "without" else remembered(told, index)
-            guided = name == "with_memory"
-            made = generate(pipe, shot.prompt, seed, steps=steps, guidance=guidance, memory=memory, guide_memory=guided)
+            both = name != "with_memory"
+            made = generate(
+                pipe, shot.prompt, seed, steps=steps, guidance=guidance, memory=memory, negative_sees_memory=both
+            )
             pairs = agreement(shot.seen(FRAMES // 2), read_shot(made).seen)
             given += [(part, right) for part, right in pairs if part in LOOK_PARTS]
     shares_of = {name: shares(given) for name, given in answers.items()}

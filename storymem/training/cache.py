@@ -22,7 +22,7 @@ from storymem.io import FileError, parse_json, read_bytes, text_lines
 from storymem.training.fingerprint import differences
 from storymem.training.sealed import NO_LIMIT, read_sealed
 from storymem.training.shards import ShardReader, padded
-from storymem.wan.conditioning import SPATIAL_STRIDE, latent_frames
+from storymem.wan.spec import SPECS, ModelSpec
 
 Split = Literal["train", "valid"]
 CACHE_FORMAT = 2
@@ -59,13 +59,14 @@ class CachedClip:
 class LatentCache:
     """A finished cache, read clip by clip. Made by :func:`storymem.training.caching.build_cache`.
 
-    All tensors come out as float32 on the CPU. Letters: T = (F - 1) / 4 + 1 latent frames, h and w an eighth of the
-    clip's height and width, L text tokens of width D. A cache may be sent to data-loading processes.
+    All tensors come out as float32 on the CPU. Letters: T = (F - 1) / 4 + 1 latent frames, h and w the
+    latents' height and width, L text tokens of width D. A cache may be sent to data-loading processes.
 
     Attributes:
         folder: where it lies.
         fingerprint: what it was made with, in hashes and words.
         clips: all clips, ordered by id.
+        spec: the base model whose VAE made the latents.
         given_kinds: the numbers of first frames, beside 0, for which :meth:`given` has an answer.
     """
 
@@ -74,6 +75,7 @@ class LatentCache:
         self.clips = clips
         self.fingerprint: dict[str, str] = dict(description["fingerprint"])
         self.given_kinds: tuple[int, ...] = tuple(description["given"])
+        self.spec: ModelSpec = next(spec for spec in SPECS if spec.name == description["base"])
         self._text_tokens: int = description["text_tokens"]
         self._texts: dict[str, str] = description["texts"]
         self._blanks: dict[str, str] = description["blanks"]
@@ -121,15 +123,15 @@ class LatentCache:
         return len(self.clips)
 
     def video(self, index: int) -> Tensor:
-        """Normalised latents of clip ``index``, [16, T, h, w]."""
+        """Normalised latents of clip ``index``, [z, T, h, w]."""
         return self._of_clip(index, "video")
 
     def keyframes(self, index: int) -> Tensor:
-        """Latents of its candidate keyframes, each encoded alone, in the clip's order: [K, 16, 1, h, w]."""
+        """Latents of its candidate keyframes, each encoded alone, in the clip's order: [K, z, 1, h, w]."""
         return self._of_clip(index, "keyframes")
 
     def given(self, index: int, frames: int) -> Tensor:
-        """Latents of the blank-padded video that conditions it, [16, T, h, w].
+        """Latents of the blank-padded video that conditions it, [z, T, h, w].
 
         Args:
             index: the clip.
@@ -155,7 +157,7 @@ class LatentCache:
         if clip.mask:
             return self._of_clip(index, "mask")
         frames, height, width = clip.bucket
-        return torch.zeros(latent_frames(frames), height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
+        return torch.zeros(self.spec.latent_frames(frames), *self.spec.latent_size(height, width))
 
     def text(self, index: int) -> Tensor:
         """Prompt embeds of its caption, [L, D], zeros after the caption's end, as the pipeline makes them."""

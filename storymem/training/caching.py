@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,15 +23,9 @@ from storymem.training.data_settings import CacheSettings
 from storymem.training.fingerprint import fingerprint_name
 from storymem.training.sealed import write_sealed
 from storymem.training.shards import Finished, ShardWriter, finished, remove_damaged
-from storymem.wan.conditioning import (
-    SPATIAL_STRIDE,
-    blank_padded,
-    encode_frames,
-    encode_video,
-    latent_frames,
-    latent_mask,
-)
+from storymem.wan.conditioning import blank_padded, encode_frames, encode_video, latent_mask
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.spec import A14B, ModelSpec
 
 Score = Callable[[np.ndarray], float]
 """The quality of one frame, uint8 [H, W, 3]."""
@@ -106,6 +101,7 @@ class CacheBuilder:
         fingerprint: what the cache depends on; see :func:`storymem.training.fingerprint.cache_fingerprint`.
         settings: what is stored.
         text_tokens: L, to which prompt embeds are padded.
+        spec: the base model.
         worker: several workers may fill one cache, each with its own number.
     """
 
@@ -116,9 +112,10 @@ class CacheBuilder:
         fingerprint: Mapping[str, str],
         settings: CacheSettings,
         text_tokens: int,
+        spec: ModelSpec = A14B,
         worker: int = 0,
     ) -> None:
-        self.settings, self.text_tokens, self.worker = settings, text_tokens, worker
+        self.settings, self.text_tokens, self.spec, self.worker = settings, text_tokens, spec, worker
         stored = f"{settings.dtype}, conditions of {sorted(settings.given)} first frames"
         self.fingerprint = {**fingerprint, "stored": stored}
         self.folder = Path(folder) / fingerprint_name(self.fingerprint)
@@ -148,10 +145,12 @@ class CacheBuilder:
         records = {text: done.get(text_key(text)) for text in captions}
         return {text: record["tokens"] for text, record in records.items() if record is not None}
 
-    def check_room(self, items: Iterable[CacheItem], channels: int) -> None:
-        """``FileError`` if the disk has less room than the latents of ``items``, of so many channels, need."""
+    def check_room(self, items: Iterable[CacheItem]) -> None:
+        """``FileError`` if the disk has less room than the latents of ``items`` need."""
         values = sum(
-            channels * latent_frames(frames) * (height // SPATIAL_STRIDE) * (width // SPATIAL_STRIDE)
+            self.spec.latent_channels
+            * self.spec.latent_frames(frames)
+            * math.prod(self.spec.latent_size(height, width))
             for frames, height, width in (item.bucket for item in items)
         )
         size = values * (1 + len(self.settings.given)) * getattr(torch, self.settings.dtype).itemsize
@@ -244,6 +243,7 @@ class CacheBuilder:
         used = sorted({clip.shard for clip in clips} | {*text_shards.values(), *blank_shards.values()})
         description = {
             "format": CACHE_FORMAT,
+            "base": self.spec.name,
             "fingerprint": self.fingerprint,
             "given": sorted(self.settings.given),
             "text_tokens": self.text_tokens,
@@ -278,9 +278,8 @@ class CacheBuilder:
         }
         for given in sorted(self.settings.given):
             latents[f"given_{given}"] = encode_video(pipe.vae, blank_padded(pixels[:, :given], *item.bucket))[0]
-        assert latents["video"].shape[1] == latent_frames(item.bucket[0])
         if item.mask is not None:
-            latents["mask"] = latent_mask(torch.from_numpy(item.mask()))
+            latents["mask"] = latent_mask(torch.from_numpy(item.mask()), self.spec)
         return {name: self._stored(latent, f"the latents {name!r}") for name, latent in latents.items()}
 
     def _stored(self, latents: Tensor, what: str) -> Tensor:
@@ -302,13 +301,14 @@ def build_cache(
     fingerprint: Mapping[str, str],
     settings: CacheSettings,
     text_tokens: int,
+    spec: ModelSpec = A14B,
 ) -> LatentCache:
     """The cache of a few clips in one call, without workers and progress; a clip that is broken is an error."""
 
     def refuse(item: CacheItem, reason: str) -> None:
         raise ValueError(f"{item.id}: {reason}")
 
-    builder = CacheBuilder(folder, fingerprint=fingerprint, settings=settings, text_tokens=text_tokens)
+    builder = CacheBuilder(folder, fingerprint=fingerprint, settings=settings, text_tokens=text_tokens, spec=spec)
     builder.add_texts(builder.missing_texts(item.caption for item in items), pipe)
     builder.add_clips(builder.missing_clips(items), pipe, keyframes, reject=refuse)
     builder.add_blanks(builder.missing_blanks(items), pipe)

@@ -23,7 +23,8 @@ from torch import Tensor
 from storymem.io import NotFiniteError
 from storymem.training.sealed import digest
 from storymem.training.settings import GIVEN_FRAMES, BatchSettings, Conditioning
-from storymem.wan.conditioning import latent_frames, memory_condition
+from storymem.wan.conditioning import condition_channels
+from storymem.wan.spec import ModelSpec
 
 Split = Literal["train", "valid"]
 _SPLIT_NUMBERS: dict[Split, int] = {"train": 0, "valid": 1}
@@ -53,6 +54,8 @@ class Latents(Protocol):
 
     @property
     def clips(self) -> Sequence[Clip]: ...
+    @property
+    def spec(self) -> ModelSpec: ...
     def cure(self, index: int) -> str: ...
     def video(self, index: int) -> Tensor: ...
     def keyframes(self, index: int) -> Tensor: ...
@@ -116,6 +119,7 @@ class SamplePlanner:
         given_probability: float = 0.0,
         text_dropout: float = 0.0,
     ) -> None:
+        self._same_given = not latents.spec.condition_channels  # it is part of the layout there
         self._clips, self._split, self._seed = latents.clips, split, seed
         self.samples, self.max_memory = samples, max_memory
         self._given_frames, self._given_probability = given_frames, given_probability
@@ -168,7 +172,10 @@ class SamplePlanner:
             pool = others if len(others) >= self.samples - 1 else fitting
             repeat = len(pool) < self.samples - 1
             chosen += random.choice(pool, self.samples - 1, replace=repeat).tolist()
-        return tuple(self._sample(int(self._targets[target]), memory, random) for target in chosen)
+        samples = [self._sample(int(self._targets[target]), memory, random) for target in chosen]
+        if self._same_given:
+            samples = [replace(sample, given=samples[0].given) for sample in samples]
+        return tuple(samples)
 
     def _sample(self, clip: int, memory: int, random: np.random.Generator) -> SamplePlan:
         frames = [
@@ -196,21 +203,23 @@ class Batch:
         x0: clean latents [B, 16, M + T, h, w].
         noise: e, of the same shape.
         u: [B] in 0..1, from which the noise level follows.
-        condition: mask and condition latents [B, 20, M + T, h, w].
+        condition: mask and condition latents [B, 20, M + T, h, w]; None: the base has no condition channels.
         mask: where the subject of the video is, [B, T, h, w] in 0..1; 0 everywhere if that is not known.
         text: prompt embeds [B, L, D].
         memory_frames: M.
+        given: latent frames that begin the video and are given, of every sample; with ``condition`` it says it itself.
         ids: of the target clips.
     """
 
     x0: Tensor
     noise: Tensor
     u: Tensor
-    condition: Tensor
+    condition: Tensor | None
     mask: Tensor
     text: Tensor
     memory_frames: int
     ids: tuple[str, ...]
+    given: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -242,18 +251,23 @@ class MemoryDataset:
             for clip, keyframe in plan.memory
         ]
         remembered = torch.cat(memory, dim=1)[None] if memory else None
-        given = self._checked(self.latents.given(plan.clip, plan.given), "given frames of clip", plan.clip)[None]
         text = self.latents.empty_text() if plan.drop_text else self.latents.text(plan.clip)
         x0 = video if remembered is None else torch.cat([remembered, video], dim=2)
         generator = torch.Generator().manual_seed(plan.seed)
+        spec, condition = self.latents.spec, None
+        slots = spec.latent_frames(plan.given)
+        if spec.condition_channels:
+            given = self._checked(self.latents.given(plan.clip, plan.given), "given frames of clip", plan.clip)[None]
+            condition = condition_channels(remembered, given, slots, spec)
         return Batch(
             x0=x0,
             noise=torch.randn(x0.shape, generator=generator),
             u=torch.rand(1, generator=generator),
-            condition=memory_condition(remembered, given, latent_frames(plan.given)),
+            condition=condition,
             mask=self._checked(self.latents.mask(plan.clip), "mask of clip", plan.clip)[None],
             text=self._checked(text, "text embeds of clip", plan.clip)[None],
             memory_frames=len(memory),
+            given=slots,
             ids=(self.latents.clips[plan.clip].id,),
         )
 
@@ -267,9 +281,12 @@ class MemoryDataset:
 def collate(samples: Sequence[Batch]) -> Batch:
     """Batches of one M as one batch."""
     assert len({sample.memory_frames for sample in samples}) == 1, "a batch has one number of memory frames"
+    if samples[0].condition is None:
+        assert len({sample.given for sample in samples}) == 1, "a batch has one number of given frames"
 
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(sample, name) for sample in samples])
+    def joined(name: str) -> Any:
+        values = [getattr(sample, name) for sample in samples]
+        return None if values[0] is None else torch.cat(values)
 
     return Batch(
         x0=joined("x0"),
@@ -279,6 +296,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
         mask=joined("mask"),
         text=joined("text"),
         memory_frames=samples[0].memory_frames,
+        given=samples[0].given,
         ids=tuple(id for sample in samples for id in sample.ids),
     )
 

@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from storymem.training.objective import ExpertName
-from storymem.training.settings import AdapterTrainingSettings, ParallelSettings, WhichExpert
+from storymem.training.settings import AdapterTrainingSettings, ParallelSettings
 from storymem.training.sharding import assign, shard
+from storymem.wan.acceleration import set_attention
 from storymem.wan.lora import (
     AdapterInfo,
     Layout,
@@ -27,21 +28,15 @@ from storymem.wan.lora import (
     read_memory_lora,
     write_memory_lora,
 )
-from storymem.wan.memory_attention import checkpointing
 from storymem.wan.names import COMPONENTS
-from storymem.wan.rope import install_memory_rope
 from storymem.wan.runtime import make_current
 from storymem.wan.settings import MemoryMode, ModelSettings
+from storymem.wan.transformer import enable_layouts
 from storymem.weights import locate
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = "memory"
-EXPERTS: dict[WhichExpert, tuple[ExpertName, ...]] = {
-    "high": ("high_noise",),
-    "low": ("low_noise",),
-    "both": ("high_noise", "low_noise"),
-}
 
 
 def add_adapter(transformer: Any, expert: ExpertName, settings: AdapterTrainingSettings, *, seed: int) -> None:
@@ -75,7 +70,7 @@ def check_start(settings: AdapterTrainingSettings, model: ModelSettings, experts
     if settings.start is None:
         return
     if model.weights is None:
-        shape = {**model.network.transformer, "in_channels": 36}
+        shape = {**model.network.transformer, "in_channels": model.spec.in_channels}
         networks = dict.fromkeys(experts, on_meta("WanTransformer3DModel", shape, "model.network.transformer"))
     else:
         networks = {expert: check_component(locate(model.weights), COMPONENTS[expert]) for expert in experts}
@@ -162,9 +157,12 @@ class Experts:
         self.networks: dict[ExpertName, nn.Module] = {}
         for name, transformer in self.transformers.items():
             check_only_adapters_train(transformer, name)
-            install_memory_rope(transformer)
+            enable_layouts(transformer)
             if parallel.gradient_checkpointing:
-                transformer.enable_gradient_checkpointing(checkpointing(transformer))
+                transformer.enable_gradient_checkpointing()
+            if self.device.type == "cpu":
+                # The backward pass of the fused attention takes several times as long as that of the plain one.
+                set_attention(transformer, "_native_math")
             _keep_time_embedding_exact(transformer, self.device)
             network = self._placed(transformer, name in trained, accelerator)
             if name in trained:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from storymem.training.dataset import Batch
 from storymem.training.experts import Experts, read_adapters, write_adapters
@@ -76,7 +74,5 @@ class MemoryTraining:
     def _loss(self, expert: ExpertName, batch: Batch) -> Losses:
         batch = batch.to(self.experts.device)
         autocast = torch.autocast(self.experts.device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16)
-        # On CPUs the backward pass of the fused attention takes several times as long as that of the plain one.
-        plain = sdpa_kernel(SDPBackend.MATH) if self.experts.device.type == "cpu" else nullcontext()
-        with autocast, plain:
+        with autocast:
             return self.objective(self.experts.networks[expert], expert, batch)

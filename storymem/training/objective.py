@@ -14,24 +14,26 @@ from torch import Tensor, nn
 
 from storymem.training.dataset import Batch
 from storymem.training.settings import ObjectiveSettings, check_memory_weight
-from storymem.wan.memory_attention import install_memory_attention, slot_tokens, token_timesteps
-from storymem.wan.rope import install_memory_rope
+from storymem.wan.conditioning import model_input
 from storymem.wan.schedule import shifted, unshifted
+from storymem.wan.segments import Layout, memory_cached, memory_joint, with_given
 from storymem.wan.settings import MemoryMode
 
 ExpertName = Literal["high_noise", "low_noise"]
 TIMESTEPS = 1000
 
 
-def noise_level(u: Tensor, *, expert: ExpertName, boundary: float, shift: float) -> Tensor:
+def noise_level(u: Tensor, *, expert: ExpertName, boundary: float | None, shift: float) -> Tensor:
     """s of the shifted uniform, restricted to what an expert is used for.
 
     Args:
         u: [B], uniform in 0..1.
         expert: the high-noise one sees s >= boundary, the low-noise one s < boundary.
-        boundary: between the two.
+        boundary: between the two; None: there is one expert, for all levels.
         shift: see :func:`storymem.wan.schedule.shifted`.
     """
+    if boundary is None:
+        return shifted(u, shift)
     edge = unshifted(boundary, shift)
     if expert == "high_noise":
         return shifted(edge + (1 - edge) * u, shift).clamp(min=boundary)
@@ -64,11 +66,13 @@ def mask_weights(mask: Tensor, mask_weight: float) -> Tensor:
     return weights / weights.mean(dim=(1, 2, 3), keepdim=True)
 
 
-def slot_weights(memory_frames: int, slots: int, memory_weight: float) -> Tensor:
-    """Weights [M + T] of the slots' losses, adding up to 1: a video slot counts 1, a memory slot ``memory_weight``."""
-    weights = torch.ones(slots)
-    weights[:memory_frames] = memory_weight
-    return weights / weights.sum()
+def slot_weights(layout: Layout, memory_weight: float) -> Tensor:
+    """Weights [N] of the frames' losses, adding up to 1: noisy ones 1, of memory ``memory_weight``; clean ones 0."""
+    each = {"memory": memory_weight}
+    weights = [each.get(part.name, 1.0) if part.timestep is None else 0.0 for part in layout.segments]
+    frames = torch.tensor([part.frames for part in layout.segments])
+    by_frame = torch.tensor(weights).repeat_interleave(frames)
+    return by_frame / by_frame.sum()
 
 
 def bin_sums(losses: Tensor, s: Tensor, bins: int) -> tuple[Tensor, Tensor]:
@@ -96,18 +100,18 @@ class Losses:
 class MemoryObjective:
     """The loss of an expert on a batch.
 
-    In the ``joint`` memory mode memory slots are noise and denoised as well. In the ``cached`` one they are clean, at
-    timestep 0, and have no loss: what is learnt about them comes through the video slots that look at them.
+    The layout says which frames are noisy: in ``joint`` memory is denoised as well; in ``cached`` it is clean, at
+    timestep 0, and has no loss: what is learnt about it comes through the video frames that read it.
 
     Args:
         settings: noise levels and weights.
-        boundary: between the experts' noise levels.
+        boundary: between the experts' noise levels; None: there is one expert.
         rope_stride: S, the distance between memory slots on the temporal axis.
         memory_attention: the mode.
     """
 
     settings: ObjectiveSettings
-    boundary: float
+    boundary: float | None
     rope_stride: int
     memory_attention: MemoryMode = "joint"
 
@@ -117,17 +121,22 @@ class MemoryObjective:
     def __call__(self, network: nn.Module, expert: ExpertName, batch: Batch) -> Losses:
         """The loss of ``network``, a Wan transformer (wrapped or not), on a batch that lies on its device."""
         s = noise_level(batch.u, expert=expert, boundary=self.boundary, shift=self.settings.shift)
-        slots, cached = batch.x0.shape[2], self.memory_attention == "cached"
-        by_slot = s[:, None].repeat(1, slots)
-        if cached:
-            by_slot[:, : batch.memory_frames] = 0
-        x = torch.cat([noised(batch.x0, batch.noise, by_slot), batch.condition], dim=1)
-        prediction = (self._predict_cached if cached else self._predict)(network, x, by_slot * TIMESTEPS, batch)
+        layout = self.layout(batch)
+        noisy = torch.cat([torch.full((part.frames,), part.timestep is None) for part in layout.segments]).to(s.device)
+        x = model_input(noised(batch.x0, batch.noise, s[:, None] * noisy), batch.condition)
+        dtype: Any = getattr(network, "module", network).dtype
+        (prediction,) = network(x.to(dtype), s * TIMESTEPS, batch.text.to(dtype), return_dict=False, layout=layout)
         errors = squared_errors(prediction, velocity(batch.x0, batch.noise))
-        weights = slot_weights(batch.memory_frames, slots, self.settings.memory_weight).to(errors.device)
+        weights = slot_weights(layout, self.settings.memory_weight).to(errors.device)
         # A product of matrices would be rounded by autocast.
         losses = (self._weighted(errors, batch).mean(dim=(2, 3)) * weights).sum(dim=1)
         return Losses(total=losses.mean(), sums=self._sums(expert, losses.detach(), errors.detach(), s, batch))
+
+    def layout(self, batch: Batch) -> Layout:
+        """What the frames of a batch are to the network."""
+        build = memory_cached if self.memory_attention == "cached" else memory_joint
+        video = build(batch.memory_frames, batch.x0.shape[2] - batch.memory_frames, self.rope_stride)
+        return video if batch.condition is not None else with_given(video, batch.given)
 
     def _weighted(self, errors: Tensor, batch: Batch) -> Tensor:
         """The errors [B, M + T, h, w] with those of the video weighted by its mask."""
@@ -135,24 +144,6 @@ class MemoryObjective:
             return errors
         memory, video = errors.split([batch.memory_frames, batch.mask.shape[1]], dim=1)
         return torch.cat([memory, video * mask_weights(batch.mask, self.settings.mask_weight)], dim=1)
-
-    def _predict(self, network: nn.Module, x: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
-        """The prediction [B, 16, M + T, h, w] for x [B, 36, M + T, h, w] at timesteps [B, M + T], all of one time."""
-        rope = install_memory_rope(_transformer(network))
-        rope.memory_frames, rope.stride = batch.memory_frames, self.rope_stride
-        try:
-            return _forward(network, x, timesteps[:, 0], batch)
-        finally:
-            rope.memory_frames = 0
-
-    def _predict_cached(self, network: nn.Module, x: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
-        """The same at timesteps that are 0 in memory slots."""
-        transformer, memory_frames = _transformer(network), batch.memory_frames
-        if memory_frames == 0:
-            return _forward(network, x, timesteps[:, 0], batch)
-        memory = install_memory_attention(transformer)
-        with memory.whole(memory_frames, stride=self.rope_stride, tokens=memory_frames * slot_tokens(x, transformer)):
-            return _forward(network, x, token_timesteps(timesteps, x, transformer), batch)
 
     def _sums(
         self, expert: ExpertName, losses: Tensor, errors: Tensor, s: Tensor, batch: Batch
@@ -174,14 +165,3 @@ class MemoryObjective:
             "memory_frames": mean_of(torch.full_like(losses, M)),
             "loss_by_level": bin_sums(losses, s, self.settings.bins),
         }
-
-
-def _transformer(network: nn.Module) -> Any:
-    """The Wan transformer without ``DistributedDataParallel`` around it."""
-    return getattr(network, "module", network)
-
-
-def _forward(network: nn.Module, x: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-    dtype = _transformer(network).dtype
-    (prediction,) = network(x.to(dtype), timestep, batch.text.to(dtype), return_dict=False)
-    return prediction

@@ -160,10 +160,11 @@ def cache_clips(data: Preparation) -> LatentCache | None:
         fingerprint=cache_fingerprint(settings.model, settings.data) | {"keyframes": keyframes},
         settings=settings.cache,
         text_tokens=settings.model.network.text_tokens,
+        spec=settings.model.spec,
         worker=settings.worker,
     )
     _tell_damaged(builder.folder, builder.damaged())
-    builder.check_room(builder.missing_clips(items), settings.model.network.vae.get("z_dim", 16))
+    builder.check_room(builder.missing_clips(items))
     _cache_texts(data, builder, [item.caption for item in items])
     _cache_latents(data, builder, items)
     refused = _refused(data, builder, items)  # read now: other workers have written theirs meanwhile

@@ -6,7 +6,6 @@ put on a pipeline before its networks are placed, so that what a cache skips is 
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.util
 import logging
@@ -17,15 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, ModelHook, TaylorSeerCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, ModelHook, TaylorSeerCacheConfig
 from diffusers.hooks.hooks import StateManager
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from torch.nn import functional as F
 
-from storymem.wan.guidance import batch_guidance
-from storymem.wan.magnitudes import read_ratios
-from storymem.wan.names import COMPONENTS, experts_of
 from storymem.wan.parallel import can_share_tokens
 from storymem.wan.runtime import resolve_device
 from storymem.wan.settings import (
@@ -56,7 +51,7 @@ _TOLERANCE = 0.1  # of a small attention in 16 bits or, by Sage, in 8; a kernel 
 RECOMPILE_LIMIT = 32
 
 #: ``runtime.cache_threshold`` where it is None.
-DEFAULT_THRESHOLDS = {"first_block": 0.05, "mag": 0.06, "taylor": 2.0}
+DEFAULT_THRESHOLDS = {"first_block": 0.05, "taylor": 2.0}
 
 
 def check_acceleration(
@@ -82,49 +77,39 @@ def check_acceleration(
             _check_compiler(device)
         says.append("compiled blocks")
     if runtime.cache != "none":
-        ratios = read_ratios(runtime.cache_ratios, model=model, sampler=sampler) if runtime.cache_ratios else {}
         says.append(f"cache {runtime.cache} at {_threshold(runtime):g}")
-        if runtime.cache == "mag" and not ratios.keys() >= {"transformer", "transformer_2"}:
-            raise ValueError(f"runtime.cache_ratios={runtime.cache_ratios} lacks the ratios of one of the experts")
     if runtime.guidance_batch:
         says.append("guidance in one batch")
     return ", ".join(says)
 
 
-def accelerate(
-    pipe: DiffusionPipeline,
-    model: ModelSettings,
-    sampler: SamplerSettings,
-    runtime: RuntimeSettings,
-    *,
-    text_to_video: bool = False,
-) -> None:
-    """Make the experts of ``pipe`` as fast as ``runtime`` asks; before they are placed.
+def accelerate(pipe: Any, model: ModelSettings, runtime: RuntimeSettings) -> None:
+    """Make the experts of a :class:`storymem.wan.pipeline.WanMemoryToVideoPipeline` as fast as ``runtime`` asks.
 
-    Args:
-        text_to_video: whether these are the networks of the first shot, of which no magnitudes are measured: with
-            ``cache: mag`` that shot is computed in full.
+    Before they are placed.
     """
-    experts = _experts(pipe)
+    experts = pipe.experts
+    pipe.guidance_batch, pipe.memory_cache = runtime.guidance_batch, runtime.memory_cache
     attention = _attention(model, runtime, resolve_device(runtime.device))
     logger.info("attention: %s, %s", attention.name, attention.reason)
     if attention.name != "native" or runtime.attention == "native":
-        name = BACKENDS[attention.name]
-        with attention_backend(name):  # an expert's backend becomes the process's default; here that is undone
-            for expert in experts.values():
-                expert.set_attention_backend(name)
-    if runtime.guidance_batch:
-        batch_guidance(experts)
+        for expert in experts.values():
+            set_attention(expert, BACKENDS[attention.name])
     if runtime.compile == "blocks":
         for expert in experts.values():
             _compile(expert)
-    if runtime.cache != "none" and not (runtime.cache == "mag" and text_to_video):
-        for name, config in _cache_configs(pipe, model, sampler, runtime).items():
-            experts[name].enable_cache(config)
-        _forget_at_the_switch(experts)
+    if runtime.cache != "none":
+        for expert in experts.values():
+            expert.enable_cache(_cache_config(runtime))
 
 
 # Attention
+
+
+def set_attention(expert: Any, backend: str) -> None:
+    """Have a transformer use one of diffusers' attention backends, and leave the process's default as it is."""
+    with attention_backend(backend):
+        expert.set_attention_backend(backend)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,11 +236,6 @@ def _check_compiler(device: torch.device) -> None:
 # Caches across steps
 
 
-def _experts(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The transformers that a pipeline has loaded, by their names in it."""
-    return {COMPONENTS[name]: expert for name, expert in experts_of(pipe).items()}
-
-
 def check_shared_states(experts: Collection[Any], *, guided: bool, passes_differ: bool) -> None:
     """Refuse caches that hand what the pass with the prompt computed to the one with the negative prompt.
 
@@ -276,7 +256,7 @@ def check_shared_states(experts: Collection[Any], *, guided: bool, passes_differ
     what = f"{' and '.join(sorted(names))} of diffusers keeps one state for both passes of guidance"
     if passes_differ:
         raise ValueError(
-            f"{what}, and with guide_memory one of them sees no memory: write guide_memory=False, or disable the cache "
+            f"{what}, and with negative_sees_memory=False one of them sees no memory: write True, or disable the cache "
             "by disable_cache() of both transformers"
         )
     logger.warning("%s: that with the negative prompt is given what that with the prompt computed", what)
@@ -300,47 +280,13 @@ def _threshold(runtime: RuntimeSettings) -> float:
     return DEFAULT_THRESHOLDS[runtime.cache] if runtime.cache_threshold is None else runtime.cache_threshold
 
 
-def _cache_configs(
-    pipe: DiffusionPipeline, model: ModelSettings, sampler: SamplerSettings, runtime: RuntimeSettings
-) -> dict[str, Any]:
-    """diffusers' configuration of the cache, for each expert."""
-    threshold, experts = _threshold(runtime), _experts(pipe)
+def _cache_config(runtime: RuntimeSettings) -> Any:
+    """diffusers' configuration of the cache."""
+    threshold = _threshold(runtime)
     if runtime.cache == "first_block":
-        return {name: FirstBlockCacheConfig(threshold=threshold) for name in experts}
-    if runtime.cache == "taylor":
-        # Its usual form keeps the outputs of all attentions, 80 times half a gigabyte at true size; the light form
-        # extrapolates the output of the whole network.
-        config = TaylorSeerCacheConfig(
-            cache_interval=int(threshold) + 1, use_lite_mode=True, taylor_factors_dtype=torch.float32
-        )
-        return dict.fromkeys(experts, config)
-    assert runtime.cache_ratios is not None
-    ratios = read_ratios(runtime.cache_ratios, model=model, sampler=sampler)
-    steps = expert_steps(pipe, sampler.steps)
-    return {
-        name: MagCacheConfig(threshold=threshold, mag_ratios=ratios[name], num_inference_steps=steps[name])
-        for name in experts
-        if steps[name] and ratios[name]
-    }
-
-
-def expert_steps(pipe: DiffusionPipeline, steps: int) -> dict[str, int]:
-    """How many of a shot's steps each expert makes."""
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(steps)
-    boundary = (pipe.config.boundary_ratio or 0.0) * scheduler.config.num_train_timesteps
-    high = int((scheduler.timesteps >= boundary).sum())
-    return {"transformer": high, "transformer_2": len(scheduler.timesteps) - high}
-
-
-def _forget_at_the_switch(experts: Mapping[str, Any]) -> None:
-    """When an expert takes over, free what the other has cached; each has a cache of its own in any case."""
-    active: list[str] = []
-
-    def enter(name: str, *_: Any) -> None:
-        if active != [name]:
-            forget_steps({other: expert for other, expert in experts.items() if other != name})
-            active[:] = [name]
-
-    for name, expert in experts.items():
-        expert.register_forward_pre_hook(functools.partial(enter, name))
+        return FirstBlockCacheConfig(threshold=threshold)
+    # Its usual form keeps the outputs of all attentions, 80 times half a gigabyte at true size; the light form
+    # extrapolates the output of the whole network.
+    return TaylorSeerCacheConfig(
+        cache_interval=int(threshold) + 1, use_lite_mode=True, taylor_factors_dtype=torch.float32
+    )

@@ -71,7 +71,7 @@ def cached_flops(
     width: int,
     text_tokens: int,
 ) -> CachedFlops:
-    """Operations of the ``cached`` memory mode (:mod:`storymem.wan.memory_attention`).
+    """Operations of the ``cached`` memory mode (:mod:`storymem.wan.segments`).
 
     Args:
         memory_frames: M.
@@ -90,7 +90,7 @@ def cached_flops(
             video=video,
             pairs=own + read,
             text_tokens=text_tokens,
-            timesteps=memory + video if memory else 1,
+            timesteps=2 if memory else 1,
         ),
     )
 
@@ -120,7 +120,7 @@ def _flops(
         block += (video + text_tokens) * 2 * dim * dim + 2 * video * text_tokens * dim
     embeddings = (
         tokens * dim * patch * (in_channels + transformer.get("out_channels", 16))
-        + text_tokens * (transformer["text_dim"] * dim + dim * dim)
+        + (text_tokens if video else 0) * (transformer["text_dim"] * dim + dim * dim)
         + timesteps * (transformer["freq_dim"] * dim + dim * dim + 6 * dim * dim)
     )
     return ForwardFlops(

@@ -25,6 +25,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from storymem.config import nearest
 from storymem.io import FileError, check_regular, read_json_object
+from storymem.wan.spec import SPECS, ModelSpec
 from storymem.weights import check_tensors, read_header, read_index
 
 #: The library and class of each component in ``model_index.json``.
@@ -111,14 +112,14 @@ def check_component(folder: Path, name: str) -> Any:
     return network
 
 
-def check_channels(folder: Path, built: Mapping[str, Any], expected: int, *, repository: str, setting: str) -> None:
-    """Raise FileError unless the transformers take so many input channels: 36 with an image, 16 from text alone."""
+def check_channels(folder: Path, built: Mapping[str, Any], spec: ModelSpec, *, setting: str) -> None:
+    """Raise FileError unless the transformers take the input channels of a base model."""
+    kinds = {known.in_channels: f" (as {known.name})" for known in SPECS}
     for name in ("transformer", "transformer_2"):
-        if name in built and (found := built[name].config.in_channels) != expected:
-            kind = {36: " (image-to-video)", 16: " (text-to-video)"}
+        if name in built and (found := built[name].config.in_channels) != spec.in_channels:
             raise FileError(
-                f"{folder / name} takes {found} input channels{kind.get(found, '')}, and {setting} needs {expected}"
-                f"{kind.get(expected, '')}: use {repository}"
+                f"{folder / name} takes {found} input channels{kinds.get(found, '')}, and {setting} needs "
+                f"{spec.in_channels} (as {spec.name}): use {spec.repository}"
             )
 
 

@@ -108,7 +108,7 @@ def load_gguf_experts(model: ModelSettings, names: Collection[str]) -> dict[str,
     experts = {}
     with TemporaryDirectory() as shape:
         with torch.device("meta"):
-            WanTransformer3DModel(**model.network.transformer, in_channels=36).save_config(shape)
+            WanTransformer3DModel(**model.network.transformer, in_channels=model.spec.in_channels).save_config(shape)
         for name in [name for name in files if name in names]:
             path = locate(files[name])
             experts[name] = WanTransformer3DModel.from_single_file(

@@ -191,7 +191,7 @@ def _check_together(runtime: RuntimeSettings, layout: Layout) -> None:
     if runtime.cache == "first_block" and runtime.shard_weights:
         raise ValueError(
             "runtime.cache=first_block skips a step in one pass and not in the other, and processes that share weights "
-            "must gather them at the same time: write runtime.cache=mag, taylor or none"
+            "must gather them at the same time: write runtime.cache=taylor or none"
         )
     if layout.method == "ring" and (runtime.attention == "native" or runtime.device == "cpu"):
         raise ValueError(

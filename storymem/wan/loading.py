@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from storymem.wan.acceleration import accelerate, check_acceleration
 from storymem.wan.folders import load_tokenizer, weights_file
@@ -59,7 +59,7 @@ def load_pipeline(
         ValueError: for weights or a machine that do not fit the settings.
     """
     sampler = sampler or SamplerSettings()
-    names = _names(experts)
+    names = _names(model, experts)
     check_weights(
         model,
         text_to_video=False,
@@ -102,8 +102,7 @@ def load_pipeline(
         _load_step_adapter(pipe, sampler.adapter, sampler.adapter.weights)
     if names:
         lower_precision(pipe.experts.values(), model, runtime)
-        accelerate(pipe, model, sampler, runtime)
-        pipe.memory_cache = runtime.memory_cache
+        accelerate(pipe, model, runtime)
     place(pipe, runtime)
     return pipe
 
@@ -114,7 +113,7 @@ def load_text_to_video(
     vae: AutoencoderKLWan,
     runtime: RuntimeSettings | None = None,
     sampler: SamplerSettings | None = None,
-) -> WanPipeline:
+) -> WanMemoryToVideoPipeline:
     """The text-to-video pipeline of the first shot, without a text encoder; it shares ``vae``."""
     assert model.has_text_to_video
     sampler = sampler or SamplerSettings()
@@ -126,7 +125,7 @@ def load_text_to_video(
             _seeded(
                 model.seed + 10 + k,
                 model.dtype,
-                lambda: WanTransformer3DModel(**model.network.transformer, in_channels=16),
+                lambda: WanTransformer3DModel(**model.network.transformer, in_channels=model.text_spec.in_channels),
             )
             for k in range(2)
         ]
@@ -140,7 +139,7 @@ def load_text_to_video(
             expert = WanTransformer3DModel.from_pretrained(folder / name, torch_dtype=dtype, use_safetensors=True)
             check_values(expert.named_parameters(), weights_file(folder, name))
             experts.append(expert)
-    pipe = WanPipeline(
+    pipe = WanMemoryToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
@@ -152,7 +151,7 @@ def load_text_to_video(
     if sampler.adapter is not None:
         _load_step_adapter(pipe, sampler.adapter, step_weights_for_text(sampler))
     lower_precision(experts, model, runtime)
-    accelerate(pipe, model, sampler, runtime, text_to_video=True)
+    accelerate(pipe, model, runtime)
     place(pipe, runtime)
     return pipe
 
@@ -184,9 +183,9 @@ def _load_step_adapter(pipe: Any, adapter: StepAdapterSettings, weights: Weights
     load_memory_lora(pipe, locate(weights), adapter_name=STEP_ADAPTER, weight=strength, strict=False)
 
 
-def _names(experts: bool | Collection[Expert]) -> frozenset[str]:
+def _names(model: ModelSettings, experts: bool | Collection[Expert]) -> frozenset[str]:
     """The pipeline's names of the transformers to load."""
-    wanted: Collection[Expert] = (COMPONENTS if experts else ()) if isinstance(experts, bool) else experts
+    wanted: Collection[Expert] = (model.spec.experts if experts else ()) if isinstance(experts, bool) else experts
     return frozenset(COMPONENTS[expert] for expert in wanted)
 
 
@@ -205,7 +204,11 @@ def _random_pipeline(
     def expert(k: int, name: str) -> WanTransformer3DModel | None:
         if name not in names:
             return None
-        return _seeded(seed + k, model.dtype, lambda: WanTransformer3DModel(**network.transformer, in_channels=36))
+        return _seeded(
+            seed + k,
+            model.dtype,
+            lambda: WanTransformer3DModel(**network.transformer, in_channels=model.spec.in_channels),
+        )
 
     def text() -> UMT5EncoderModel:
         return _seeded(seed + 3, model.dtype, lambda: UMT5EncoderModel(UMT5Config(**network.text_encoder)))
@@ -218,6 +221,7 @@ def _random_pipeline(
         transformer=expert(0, "transformer"),
         transformer_2=expert(1, "transformer_2"),
         boundary_ratio=model.boundary,
+        expand_timesteps=model.spec.clean_frames,  # how the stock pipelines know this kind of base
         rope_stride=model.rope_stride,
         memory_attention=model.memory_attention,
     )

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from storymem.io import read_json_object
-from storymem.wan.conditioning import latent_frames
 from storymem.wan.folders import on_meta
 from storymem.wan.layout import Layout
 from storymem.wan.settings import Dtype, ModelSettings, Precision, RuntimeSettings, SamplerSettings
@@ -264,9 +263,14 @@ def memory_cache_bytes(model: ModelSettings, memory_frames: int) -> int:
     if model.memory_attention == "joint":
         return 0
     network = model.network.transformer
-    _, down, across = network.get("patch_size", (1, 2, 2))
-    tokens = memory_frames * (model.video.height // 8 // down) * (model.video.width // 8 // across)
+    tokens = memory_frames * frame_tokens(model)
     return network["num_layers"] * 2 * tokens * _dim(network) * SIZES[model.dtype]
+
+
+def frame_tokens(model: ModelSettings) -> int:
+    """Tokens of a latent frame."""
+    height, width = model.spec.latent_size(model.video.height, model.video.width)
+    return (height // model.spec.patch) * (width // model.spec.patch)
 
 
 def _expert(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSettings | None) -> ExpertBytes:
@@ -299,9 +303,8 @@ def _denoise_bytes(
 ) -> int:
     """Activations of a forward, and what is kept between forwards: the memory's keys and values, the step cache."""
     network, size = model.network.transformer, SIZES[model.dtype]
-    _, down, across = network.get("patch_size", (1, 2, 2))
-    per_slot = (model.video.height // 8 // down) * (model.video.width // 8 // across)
-    memory, tokens = memory_frames * per_slot, latent_frames(frames) * per_slot
+    per_slot = frame_tokens(model)
+    memory, tokens = memory_frames * per_slot, model.spec.latent_frames(frames) * per_slot
     kept = 0
     if model.memory_attention == "joint" or runtime.memory_cache == "recompute":
         tokens += memory
@@ -310,7 +313,7 @@ def _denoise_bytes(
             1 if runtime.memory_cache == "device" else network["num_layers"]
         )
     guided = (sampler or SamplerSettings()).guidance > 1
-    residuals = {"first_block": 2, "mag": 1}.get(runtime.cache, 0) * (2 if guided else 1)
+    residuals = {"first_block": 2}.get(runtime.cache, 0) * (2 if guided else 1)
     kept += residuals * tokens * _dim(network) * size
     batch = 2 if runtime.guidance_batch and guided else 1
     activations = forward_bytes(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-Expert = Literal["high_noise", "low_noise"]
+from storymem.wan.spec import Expert
 
 #: The attribute of a diffusers pipeline that holds each expert; also the prefix of its keys in a file for both.
 COMPONENTS: dict[Expert, str] = {"high_noise": "transformer", "low_noise": "transformer_2"}

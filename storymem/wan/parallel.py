@@ -7,10 +7,9 @@ same tensors on all of them, so that all take the same steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,10 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from storymem.wan.layout import Launch, Layout, divide
-from storymem.wan.passes import PASSES, PassHook
 from storymem.wan.settings import ContextParallel, RuntimeSettings
 
-GUIDANCE_PARALLEL = "guidance_parallel"
 _LENGTHS = "context_parallel_lengths"
 
 
@@ -72,8 +69,8 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def parallelize(experts: Iterable[Any], runtime: RuntimeSettings, device: torch.device) -> None:
-    """Spread Wan transformers over the processes as ``runtime`` says; nothing for a runtime of one process.
+def parallelize(pipe: Any, runtime: RuntimeSettings, device: torch.device) -> None:
+    """Spread a pipeline's transformers over the processes as ``runtime`` says; nothing for a runtime of one process.
 
     Their adapters must be loaded and their attention backend chosen. Whole weights may still lie on the CPU: shares of
     them go to ``device``.
@@ -85,22 +82,13 @@ def parallelize(experts: Iterable[Any], runtime: RuntimeSettings, device: torch.
         return
     layout = divide(runtime, dist.get_world_size() if dist.is_initialized() else 1)
     mesh = _film_mesh(layout, device.type)
-    for expert in experts:
+    for expert in pipe.experts.values():
         if layout.context > 1:
             _share_tokens(expert, mesh, layout)
         if runtime.shard_weights:
             _shard(expert, mesh)
-        if layout.guidance > 1:
-            hook = GuidanceParallelHook(mesh["guidance"])
-            HookRegistry.check_if_exists_or_initialize(expert).register_hook(hook, GUIDANCE_PARALLEL)
-
-
-def check_guidance(experts: Iterable[Any], guidance_scale: float) -> None:
-    """Raise ``ValueError`` for a call without guidance on networks that expect both passes."""
-    for expert in experts:
-        registry = getattr(expert, "_diffusers_hook", None)
-        if guidance_scale <= 1 and registry is not None and registry.get_hook(GUIDANCE_PARALLEL) is not None:
-            raise ValueError("with guidance_parallel both passes of guidance must run: guidance_scale must be above 1")
+    if layout.guidance > 1:
+        pipe.guidance_halves = GuidanceHalves(mesh["guidance"])
 
 
 def can_share_tokens(backend: str, method: ContextParallel) -> bool:
@@ -123,13 +111,11 @@ def _film_mesh(layout: Layout, device_type: str) -> DeviceMesh:
 def _share_tokens(expert: Any, mesh: DeviceMesh, layout: Layout) -> None:
     """Split tokens before the first block and gather them after the last; attention sees all of them.
 
-    diffusers' plan for Wan also splits rotary tables where :class:`storymem.wan.rope.MemoryRotaryPosEmbed` returns
-    them. Its entry for timesteps per token is left out: the forwards of the loop have one timestep for all.
+    See :func:`storymem.wan.transformer.make_plan` for which token lies where.
     """
     sizes = layout.mesh
     config = ContextParallelConfig(ring_degree=sizes["ring"], ulysses_degree=sizes["ulysses"], mesh=mesh)
-    plan = {module: split for module, split in expert._cp_plan.items() if module}
-    expert.enable_parallelism(config=config, cp_plan=plan)
+    expert.enable_parallelism(config=config)
     HookRegistry.check_if_exists_or_initialize(expert).register_hook(_LengthsHook(config, layout), _LENGTHS)
 
 
@@ -153,51 +139,22 @@ class _LengthsHook(ModelHook):
         return args, kwargs
 
 
-class GuidanceParallelHook(PassHook):
-    """Run the pass with the prompt and the one with the negative prompt at the same time.
-
-    diffusers' loop calls the network twice a step and names the calls by ``cache_context``. In each call one half of
-    the processes computes and the other passes on at once, so that the two computations coincide. The second call
-    exchanges the results: its own is returned, and the first call's is written into the tensor that the first call
-    returned, which until then holds NaN where it was not computed.
-
-    Calls under another name (such as that which computes cached memory) are made by all.
+class GuidanceHalves:
+    """The pass with the prompt runs on one half of the processes, that with the negative prompt on the other.
 
     Args:
         mesh: the two processes that belong together, first that of the prompt.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        super().__init__()
         self.group = mesh.get_group()
-        self.own = PASSES[mesh.get_local_rank()]  # the place of a process along "guidance" is its pass
-        self._first: Tensor | None = None
+        self.own: Literal["cond", "uncond"] = "uncond" if mesh.get_local_rank() else "cond"
 
-    def new_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-        """(noise prediction,); in the first call of a step not yet that of the other half."""
-        name = self.pass_name
-        if name not in PASSES:
-            return self.fn_ref.original_forward(*args, **kwargs)
-        assert not kwargs.get("return_dict", True), "diffusers' loop asks for a tuple"
-        if name == self.own:
-            (result,) = self.fn_ref.original_forward(*args, **kwargs)
-            result = result.contiguous()
-        else:
-            latents = kwargs["hidden_states"]
-            result = latents.new_full((latents.shape[0], module.config.out_channels, *latents.shape[2:]), torch.nan)
-        if name == PASSES[0]:
-            self._first = result
-            return (result,)
-        assert self._first is not None, "the pass with the prompt comes first"
-        ours = self._first if self.own == PASSES[0] else result
-        dist.all_gather([self._first, result], ours, group=self.group)
-        self._first = None
-        return (result,)
-
-    def reset_state(self, module: Any) -> Any:
-        """Between shots nothing is kept."""
-        self._first = None
-        return super().reset_state(module)
+    def exchange(self, prediction: Tensor) -> list[Tensor]:
+        """Predictions with the prompt and with the negative prompt, from this process's own."""
+        both = [torch.empty_like(prediction) for _ in range(2)]
+        dist.all_gather(both, prediction.contiguous(), group=self.group)
+        return both
 
 
 def _shard(expert: nn.Module, mesh: DeviceMesh) -> None:

@@ -1,101 +1,109 @@
 """Memory-to-video as a diffusers pipeline (paper section 3.3): M2V, MI2V, MM2V, MR2V and plain text-to-video."""
 
-from __future__ import annotations
+# No postponed annotations here: diffusers reads the components' classes from the signature of ``__init__``.
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
 from storymem.wan.acceleration import check_shared_states, forget_steps
 from storymem.wan.conditioning import (
     MOTION_FRAMES,
-    TEMPORAL_STRIDE,
     blank_padded,
+    condition_channels,
     decode_video,
     encode_frames,
     encode_video,
-    latent_frames,
-    memory_condition,
+    memory_input,
+    model_input,
 )
-from storymem.wan.memory_attention import install_memory_attention, reading_memory
-from storymem.wan.memory_guidance import hiding_memory
-from storymem.wan.parallel import check_guidance
-from storymem.wan.rope import DEFAULT_STRIDE, install_memory_rope
-from storymem.wan.settings import MemoryCache
+from storymem.wan.parallel import GuidanceHalves
+from storymem.wan.segments import DEFAULT_STRIDE, Layout, memory_cached, memory_joint, memory_positions, with_given
+from storymem.wan.spec import ModelSpec, spec_of
+from storymem.wan.transformer import SegmentCache, enable_layouts
 
 Memory = Sequence[Image.Image] | Sequence[Tensor] | Tensor
+Pass = Literal["cond", "uncond"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Call:
-    """What one call adds to the image-to-video pipeline; lives from ``__call__`` to its end."""
+class _Shot:
+    """What is constant in the denoising loop of one call.
 
-    memory: Tensor | None  # normalised latents [1, 16, M, h, w] that are denoised with the shot
-    cached_memory: Tensor | None  # the same in the mode "cached", where the loop is of the shot alone
-    given: Tensor | None  # first or motion frames [3, n, H, W] in -1..1
-    rope_stride: int
-    guide_memory: bool
+    Args:
+        layout: of the pass with the prompt.
+        negative_layout: of the pass with the negative prompt, which may see no memory.
+        condition: condition channels [1, C, N, h, w] of the N denoised latent frames; None: the base has none.
+        memory: clean input [1, C, M, h, w] of memory frames that are not denoised; None: there are none.
+        given: clean latents [1, z, n, h, w] that begin the video, for a base without condition channels.
+    """
 
-    @property
-    def memory_frames(self) -> int:
-        return 0 if self.memory is None else self.memory.shape[2]
+    layout: Layout
+    negative_layout: Layout
+    condition: Tensor | None
+    memory: Tensor | None
+    given: Tensor | None
 
-    @property
-    def given_slots(self) -> int:
-        return 0 if self.given is None else latent_frames(self.given.shape[1])
+    def clean(self, latents: Tensor) -> Tensor:
+        """``latents`` of the denoised frames with the given ones as they are."""
+        if self.given is None:
+            return latents
+        given = self.given.to(latents).expand(latents.shape[0], -1, -1, -1, -1)
+        return torch.cat([given, latents[:, :, given.shape[2] :]], dim=2)
 
 
 class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
-    """Wan2.2 image-to-video with memory: generates one shot that looks back at keyframes of earlier shots.
+    """Wan2.2 with memory: generates one shot that looks back at keyframes of earlier shots.
 
-    Memory frames are encoded one by one and put before the shot's latents as extra slots, which are denoised with
-    the rest, sit at negative temporal positions and are dropped before decoding. The denoising loop is inherited:
-    callbacks, caching hooks, offloading, attention backends and quantised loading work as in diffusers.
-
-    That is the published mode, ``joint``. In ``cached`` (see :mod:`storymem.wan.memory_attention`) memory slots are
-    not denoised: they are computed once in a call, and only the shot's slots go round the loop.
+    What the network denoises is stated by a layout (:mod:`storymem.wan.segments`): ``joint`` as published, or
+    ``cached``, in which memory is computed once a shot. Base models: Wan2.2-I2V-A14B and Wan2.2-TI2V-5B.
 
     Args:
-        rope_stride: S, the default distance between memory slots on the temporal axis; saved with the pipeline.
+        rope_stride: S, the default distance between memory frames on the temporal axis; saved with the pipeline.
         memory_attention: ``joint`` or ``cached``; saved with the pipeline.
 
     Attributes:
-        memory_cache: where ``cached`` keeps keys and values, see :class:`storymem.wan.settings.RuntimeSettings`.
+        memory_cache: where ``cached`` keeps keys and values: "device", "cpu", or "recompute" for nowhere.
         blank_latents: for callers that never change the VAE: a dictionary, empty at first, that keeps the latents of
             blank videos between calls, by (frames, height, width). None: they are computed in every call.
+        guidance_batch: run both passes of guidance as one batch of two.
+        guidance_halves: run each pass on one half of the processes.
 
-    The other arguments are those of ``diffusers.WanImageToVideoPipeline``; the transformers must have 36 input
-    channels (16 noisy, 4 mask, 16 condition) and no image encoder, which is Wan2.2-I2V-A14B's shape.
+    The other arguments are those of ``diffusers.WanImageToVideoPipeline``.
     """
 
     _callback_tensor_inputs = [*WanImageToVideoPipeline._callback_tensor_inputs, "condition"]  # noqa: RUF012
 
     def __init__(
         self,
-        tokenizer: Any,
-        text_encoder: Any,
-        vae: Any,
-        scheduler: Any,
-        image_processor: Any = None,
-        image_encoder: Any = None,
-        transformer: Any = None,
-        transformer_2: Any = None,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        image_processor: CLIPImageProcessor = None,
+        image_encoder: CLIPVisionModel = None,
+        transformer: WanTransformer3DModel = None,
+        transformer_2: WanTransformer3DModel = None,
         boundary_ratio: float | None = None,
         expand_timesteps: bool = False,
         rope_stride: int = DEFAULT_STRIDE,
         memory_attention: str = "joint",
     ) -> None:
+        for expert in (transformer, transformer_2):
+            if expert is not None:
+                enable_layouts(expert)
         super().__init__(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -108,19 +116,16 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
-        self.register_to_config(rope_stride=rope_stride, memory_attention=memory_attention)
+        memory_attention = memory_attention or "joint"
         if memory_attention not in ("joint", "cached"):
             raise ValueError(f"memory_attention must be joint or cached, not {memory_attention!r}")
-        if expand_timesteps:
-            raise ValueError("memory-to-video needs Wan2.2-A14B's conditioning; Wan2.2-TI2V-5B has another")
-        for name, expert in self.experts.items():
-            _check_expert(name, expert)
-            install_memory_rope(expert)
-            if memory_attention == "cached":
-                install_memory_attention(expert)
-        self.memory_cache: MemoryCache = "device"
+        self.register_to_config(rope_stride=rope_stride, memory_attention=memory_attention)
+        self.memory_cache = "device"
         self.blank_latents: dict[tuple[int, int, int], Tensor] | None = None
-        self._call: _Call | None = None
+        self.guidance_batch = False
+        self.guidance_halves: GuidanceHalves | None = None
+        for name, expert in self.experts.items():
+            self._check_expert(name, expert)
 
     @property
     def experts(self) -> dict[str, Any]:
@@ -128,7 +133,11 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         both = {"transformer": self.transformer, "transformer_2": self.transformer_2}
         return {name: expert for name, expert in both.items() if expert is not None}
 
-    # The signature is that of WanImageToVideoPipeline with `image` replaced by the four arguments of a shot.
+    @property
+    def spec(self) -> ModelSpec:
+        """The base model, told by the shapes of the networks."""
+        return self._spec(next(iter(self.experts.values())))
+
     @torch.no_grad()
     def __call__(
         self,
@@ -156,11 +165,11 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         first_frame: Image.Image | None = None,
         motion_frames: Sequence[Image.Image] | None = None,
         rope_stride: int | None = None,
-        guide_memory: bool = False,
+        negative_sees_memory: bool = True,
     ) -> WanPipelineOutput | tuple:
         """Generate one shot. Arguments not named here are those of ``WanImageToVideoPipeline``.
 
-        Latents in the loop have M + T slots, memory first; in the mode ``cached`` T.
+        Latents in the loop have N frames: M + T, memory first, in the layout ``joint``; T in ``cached``.
 
         Args:
             memory: M keyframes, oldest first: pictures of exactly ``width`` x ``height``, or normalised one-frame
@@ -168,125 +177,197 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             first_frame: the picture the shot begins with (MI2V); it is the first frame of the output.
             motion_frames: five pictures the shot begins with (MM2V); they are the first five frames of the output.
             rope_stride: S for this call; by default the pipeline's own.
-            guide_memory: whether guidance strengthens memory too, see :mod:`storymem.wan.memory_guidance`.
-            latents: the noise to start from, [B, 16, M + T, h, w].
-            callback_on_step_end_tensor_inputs: also "condition", the 20 condition channels [B, 20, M + T, h, w].
+            negative_sees_memory: whether the pass with the negative prompt sees the memory, as published. If not,
+                guidance strengthens memory as it does the prompt.
+            latents: the noise to start from, [B, z, N, h, w].
+            callback_on_step_end_tensor_inputs: also "condition", the condition channels [B, C, N, h, w].
 
         Returns:
             The F frames of the shot in the form ``output_type`` asks for; with "latent" the normalised latents
-            [B, 16, T, h, w] of the shot. Memory slots are never part of the output.
+            [B, z, T, h, w] of the shot. Memory is never part of the output.
 
         Raises:
             ValueError: for wrong sizes, counts or combinations, before anything is computed.
         """
         stride = self.config.rope_stride if rope_stride is None else rope_stride
-        image = torch.zeros(1, 3, 16, 16)  # a stand-in: prepare_latents builds the true condition
-        self._check_shot(height, width, num_frames, first_frame, motion_frames)
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check_shot(height, width, num_frames, first_frame, motion_frames, output_type)
         self._check_memory(memory, height, width, stride)
         self._check_sampling(num_inference_steps, guidance_scale, guidance_scale_2)
-        check_guidance(self.experts.values(), guidance_scale)
-        looks_back = memory is not None and len(memory) > 0
-        check_shared_states(self.experts.values(), guided=guidance_scale > 1, passes_differ=guide_memory and looks_back)
-        if guide_memory and self.memory_cache == "recompute":
-            raise ValueError("guide_memory needs a memory that is kept: memory_cache must be device or cpu")
-        if guide_memory and guidance_scale <= 1:
-            raise ValueError("guide_memory needs guidance: guidance_scale must be above 1")
-        self.check_inputs(
-            *(prompt, negative_prompt, image, height, width, prompt_embeds, negative_prompt_embeds, None),
-            *(list(callback_on_step_end_tensor_inputs), guidance_scale_2),
+        self._check_guidance(guidance_scale, negative_sees_memory, memory)
+        texts = (prompt, negative_prompt, torch.zeros(1), height, width, prompt_embeds, negative_prompt_embeds, None)
+        self.check_inputs(*texts, list(callback_on_step_end_tensor_inputs), guidance_scale_2)
+        prompts: Any = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
+        batch = len(prompts) * num_videos_per_prompt
+        shape = self._noise_shape(batch, memory, num_frames, height, width, latents, generator)
+
+        self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
+        device = self._execution_device
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            num_videos_per_prompt=num_videos_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length,
+            device=device,
         )
-        if output_type not in ("latent", "np", "pt", "pil"):
-            raise ValueError(f"output_type must be latent, np, pt or pil, not {output_type!r}")
-        texts = [prompt] if isinstance(prompt, str) else prompt_embeds if prompt is None else prompt
-        assert texts is not None, "check_inputs asks for one of the two"
-        cached = self.config.memory_attention == "cached"
-        slots = (0 if memory is None or cached else len(memory)) + latent_frames(num_frames)
-        self._check_noise(len(texts) * num_videos_per_prompt, slots, height, width, latents, generator)
-        forget_steps(self.experts)  # of a call that was broken off; diffusers does it after one that was not
-        prompt_embeds, negative_prompt_embeds = self._on_device(prompt_embeds), self._on_device(negative_prompt_embeds)
-        memory_latents = self._memory_latents(memory)
-        self._call = _Call(
-            memory=None if cached else memory_latents,
-            cached_memory=memory_latents if cached else None,
-            given=self._given_frames(first_frame, motion_frames),
-            rope_stride=stride,
-            guide_memory=guide_memory,
-        )
-        try:
-            with self._looking_back(self._call):
-                (denoised,) = super().__call__(
-                    image=image,
-                    prompt=prompt,
-                    negative_prompt=negative_prompt,
-                    height=height,
-                    width=width,
-                    num_frames=num_frames,
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    guidance_scale_2=guidance_scale_2,
-                    num_videos_per_prompt=num_videos_per_prompt,
-                    generator=generator,
-                    latents=latents,
-                    prompt_embeds=prompt_embeds,
-                    negative_prompt_embeds=negative_prompt_embeds,
-                    output_type="latent",
-                    return_dict=False,
-                    attention_kwargs=attention_kwargs,
-                    callback_on_step_end=callback_on_step_end,
-                    callback_on_step_end_tensor_inputs=list(callback_on_step_end_tensor_inputs),
-                    max_sequence_length=max_sequence_length,
-                )
-            video = denoised[:, :, self._call.memory_frames :]
-        finally:
-            self._call = None
+        given = list(motion_frames or ([] if first_frame is None else [first_frame]))
+        shot = self._shot(memory, given, num_frames, height, width, stride, negative_sees_memory)
+        condition = None if shot.condition is None else shot.condition.expand(batch, -1, -1, -1, -1)
+        noise = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents
+        latents = noise.to(device, torch.float32)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+
+        active = cache = None
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(self.scheduler.timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                expert, scale = self._expert_at(t, guidance_scale, guidance_scale_2)
+                if expert is not active:  # experts take turns once: what was kept for the first is dropped
+                    active, cache = expert, self._memory_of(expert, shot, prompt_embeds)
+                latents = shot.clean(latents)
+                predict = partial(self._predict, expert, latents, t, shot=shot, cache=cache)
+                prediction = self._guided(predict, prompt_embeds, negative_prompt_embeds, scale)
+                latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds, "condition": condition}
+                    tensors["negative_prompt_embeds"] = negative_prompt_embeds
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, asked)
+                    latents = changed.pop("latents", latents)
+                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
+                progress_bar.update()
+        self._current_timestep = active = cache = None
+
+        video = shot.clean(latents)[:, :, -self.spec.latent_frames(num_frames) :]
         if output_type != "latent":
             video = self.video_processor.postprocess_video(decode_video(self.vae, video), output_type)
-            self.maybe_free_model_hooks()
+        self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
-    def prepare_latents(
-        self,
-        image: Tensor,
-        batch_size: int,
-        num_channels_latents: int = 16,
-        height: int = 480,
-        width: int = 832,
-        num_frames: int = 81,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        last_image: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Noise [B, 16, M + T, h, w] and condition [B, 20, M + T, h, w] of the call that is under way."""
-        call = self._call
-        assert call is not None, "prepare_latents belongs to a call of the pipeline"
-        video = self._video_latents(call.given, num_frames, height, width).to(device, dtype)
-        memory = None if call.memory is None else call.memory.to(device, dtype)
-        condition = memory_condition(memory, video, call.given_slots).expand(batch_size, -1, -1, -1, -1)
-        shape = (batch_size, num_channels_latents, *condition.shape[2:])
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        return latents.to(device, dtype), condition
-
     def encode_memory(self, frames: Sequence[Image.Image]) -> Tensor:
-        """Normalised latents [M, 16, 1, h, w] of memory frames, to be kept and passed as ``memory`` again."""
-        pixels = torch.cat([self.video_processor.preprocess(frame) for frame in frames])
-        return encode_frames(self.vae, pixels).cpu()
+        """Normalised latents [M, z, 1, h, w] of memory frames, to be kept and passed as ``memory`` again."""
+        return encode_frames(self.vae, self._pixels(frames)).cpu()
 
-    def _on_device(self, embeds: Tensor | None) -> Tensor | None:
-        """Embeddings where the networks run, which is not where offloaded weights lie; diffusers expects them there."""
-        return None if embeds is None else embeds.to(self._execution_device)
+    # One step
 
-    def _video_latents(self, given: Tensor | None, frames: int, height: int, width: int) -> Tensor:
-        """Latents [1, 16, T, h, w] of the conditioning video."""
-        key, kept = (frames, height, width), self.blank_latents if given is None else None
-        if kept is not None and key in kept:
-            return kept[key]
-        latents = encode_video(self.vae, blank_padded(given, frames, height, width))
-        if kept is not None:
-            kept[key] = latents.cpu()
-        return latents
+    def _expert_at(self, t: Tensor, scale: float, scale_low: float | None) -> tuple[Any, float]:
+        """The expert of a timestep and its guidance."""
+        ratio = self.config.boundary_ratio
+        if ratio is None or t >= ratio * self.scheduler.config.num_train_timesteps:
+            return self.transformer, scale
+        return self.transformer_2, scale if scale_low is None else scale_low
+
+    def _guided(self, predict: Callable[..., Tensor], text: Tensor, negative: Tensor | None, scale: float) -> Tensor:
+        """The prediction with guidance: negative + scale * (positive - negative)."""
+        if not self.do_classifier_free_guidance:
+            return predict("cond", text)
+        assert negative is not None
+        if self.guidance_batch:
+            with_prompt, without = predict("cond", torch.cat([text, negative])).chunk(2)
+        elif self.guidance_halves is not None:
+            own = self.guidance_halves.own
+            with_prompt, without = self.guidance_halves.exchange(predict(own, text if own == "cond" else negative))
+        else:
+            with_prompt, without = predict("cond", text), predict("uncond", negative)
+        # Of memory that the second pass does not see and that is denoised, the first pass's prediction stands.
+        unseen = with_prompt.shape[2] - without.shape[2]
+        without = torch.cat([with_prompt[:, :, :unseen], without], dim=2) if unseen else without
+        return without + scale * (with_prompt - without)
+
+    def _predict(
+        self,
+        expert: Any,
+        latents: Tensor,
+        t: Tensor,
+        name: Pass,
+        text: Tensor,
+        *,
+        shot: _Shot,
+        cache: SegmentCache | None,
+    ) -> Tensor:
+        """What an expert predicts for the denoised frames that a pass sees, [B, z, N, h, w]."""
+        layout = shot.layout if name == "cond" else shot.negative_layout
+        latents = latents.repeat(text.shape[0] // latents.shape[0], 1, 1, 1, 1)  # both passes in one batch
+        seen = model_input(latents, shot.condition)
+        if cache is None and shot.memory is not None:
+            seen = torch.cat([shot.memory.to(seen).expand(seen.shape[0], -1, -1, -1, -1), seen], dim=2)
+        with expert.cache_context(name):
+            (prediction,) = expert(
+                hidden_states=seen[:, :, -layout.frames :].to(expert.dtype),
+                timestep=t.expand(seen.shape[0]),
+                encoder_hidden_states=text.to(seen.device, expert.dtype),
+                attention_kwargs=self.attention_kwargs,
+                return_dict=False,
+                layout=layout,
+                cache=cache,
+            )
+        return prediction[:, :, -latents.shape[2] :]
+
+    def _memory_of(self, expert: Any, shot: _Shot, text: Tensor) -> SegmentCache | None:
+        """Keys and values of memory that does not change between steps; what step caches hold is dropped."""
+        forget_steps(self.experts)
+        if shot.memory is None or self.memory_cache == "recompute":
+            return None
+        cache, device = SegmentCache(on_cpu=self.memory_cache == "cpu"), self._execution_device
+        # Two forwards a shot are not worth a graph of their own.
+        with expert.cache_context("memory"), torch.compiler.set_stance("force_eager"):
+            expert(
+                hidden_states=shot.memory.to(device, expert.dtype),
+                timestep=torch.zeros(1, device=device),
+                encoder_hidden_states=text[:1].to(device, expert.dtype),  # not read
+                return_dict=False,
+                layout=shot.layout.only(shot.layout.constant),
+                cache=cache,
+            )
+        forget_steps(self.experts)  # of this forward, where a cache has one state for all
+        return cache
+
+    # What a shot is made from
+
+    def _shot(
+        self,
+        memory: Memory | None,
+        given: Sequence[Image.Image],
+        frames: int,
+        height: int,
+        width: int,
+        stride: int,
+        negative_sees_memory: bool,
+    ) -> _Shot:
+        device, spec = self._execution_device, self.spec
+        slots, given_slots = spec.latent_frames(frames), spec.latent_frames(len(given))
+        kept = self._memory_latents(memory)
+        kept = None if kept is None else kept.to(device)
+        cached = self.config.memory_attention == "cached"
+        build = memory_cached if cached else memory_joint
+        layouts = [build(count, slots, stride) for count in (0 if kept is None else kept.shape[2], 0)]
+        pixels = rearrange(self._pixels(given), "n c h w -> c n h w") if given else None
+        condition = first = None
+        if spec.condition_channels:
+            video = self._video_latents(pixels, frames, height, width).to(device)
+            condition = condition_channels(None if cached else kept, video, given_slots, spec)
+        elif pixels is not None:
+            first = encode_video(self.vae, pixels[None]).to(device)
+            layouts = [with_given(layout, given_slots) for layout in layouts]
+        return _Shot(
+            layout=layouts[0],
+            negative_layout=layouts[0] if negative_sees_memory else layouts[1],
+            condition=condition,
+            memory=memory_input(kept, spec) if cached and kept is not None else None,
+            given=first,
+        )
+
+    def _pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """[n, 3, H, W] in -1..1."""
+        return torch.cat([self.video_processor.preprocess(picture) for picture in pictures])
 
     def _memory_latents(self, memory: Memory | None) -> Tensor | None:
         if memory is None or len(memory) == 0:
@@ -297,39 +378,36 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             latents = memory if isinstance(memory, Tensor) else torch.stack(list(memory))  # type: ignore[arg-type]
         return rearrange(latents, "m c 1 h w -> 1 c m h w")
 
-    def _given_frames(
-        self, first_frame: Image.Image | None, motion_frames: Sequence[Image.Image] | None
-    ) -> Tensor | None:
-        frames = list(motion_frames or ([first_frame] if first_frame is not None else []))
-        if not frames:
-            return None
-        pixels = torch.cat([self.video_processor.preprocess(frame) for frame in frames])
-        return rearrange(pixels, "n c h w -> c n h w")
+    def _video_latents(self, given: Tensor | None, frames: int, height: int, width: int) -> Tensor:
+        """Latents [1, z, T, h, w] of the conditioning video."""
+        key, kept = (frames, height, width), self.blank_latents if given is None else None
+        if kept is not None and key in kept:
+            return kept[key]
+        latents = encode_video(self.vae, blank_padded(given, frames, height, width))
+        if kept is not None:
+            kept[key] = latents.cpu()
+        return latents
 
-    @contextmanager
-    def _looking_back(self, call: _Call) -> Iterator[None]:
-        """Have the experts look back at the memory of a call, and forget it again."""
-        experts, stride, kept = list(self.experts.values()), call.rope_stride, call.cached_memory
-        with ExitStack() as stack:
-            if kept is not None:
-                stack.enter_context(reading_memory(experts, kept, stride=stride, cache=self.memory_cache))
-            else:
-                stack.enter_context(self._memory_rope(call.memory_frames, stride))
-            if call.guide_memory and (call.memory_frames or kept is not None):
-                stack.enter_context(hiding_memory(experts, slots=call.memory_frames))
-            yield
+    # Checks, before anything is computed
 
-    @contextmanager
-    def _memory_rope(self, memory_frames: int, stride: int) -> Iterator[None]:
-        """Tell both experts' rotary embeddings about the memory, and make them forget it again."""
-        ropes = [install_memory_rope(expert) for expert in self.experts.values()]
-        for rope in ropes:
-            rope.memory_frames, rope.stride = memory_frames, stride
-        try:
-            yield
-        finally:
-            for rope in ropes:
-                rope.memory_frames = 0
+    def _spec(self, expert: Any) -> ModelSpec:
+        return spec_of(
+            in_channels=expert.config.in_channels,
+            latent_channels=self.vae.config.z_dim,
+            spatial_stride=self.vae_scale_factor_spatial,
+        )
+
+    def _check_expert(self, name: str, expert: Any) -> None:
+        config, layout, spec = expert.config, self.config.memory_attention, self._spec(expert)
+        if config.image_dim is not None:
+            raise ValueError(f"{name} reads image embeddings, as Wan2.1's does: use a Wan2.2 base model")
+        if spec != self.spec:
+            raise ValueError(
+                f"{name} has {config.in_channels} input channels, as {spec.name} has; the other expert belongs to "
+                f"{self.spec.name}, with {self.spec.in_channels}"
+            )
+        if spec.layouts and layout not in spec.layouts:
+            raise ValueError(f"memory_attention={layout} is not for {spec.name}: use {' or '.join(spec.layouts)}")
 
     def _check_shot(
         self,
@@ -338,15 +416,16 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         num_frames: int,
         first_frame: Image.Image | None,
         motion_frames: Sequence[Image.Image] | None,
+        output_type: str | None,
     ) -> None:
-        if height < 16 or width < 16 or height % 16 or width % 16:
-            raise ValueError(f"height and width must be positive multiples of 16, not {height} and {width}")
+        self.spec.latent_size(height, width)
         if num_frames < 1:
             raise ValueError(f"a shot has 4n + 1 frames, not {num_frames}")
-        for expert in self.experts.values():
-            if latent_frames(num_frames) > expert.rope.max_seq_len:
-                longest = TEMPORAL_STRIDE * (expert.rope.max_seq_len - 1) + 1
-                raise ValueError(f"this model's shots have {longest} frames at most, not {num_frames}")
+        longest = min(expert.rope.max_seq_len for expert in self.experts.values())
+        if self.spec.latent_frames(num_frames) > longest:
+            raise ValueError(
+                f"a shot has {self.spec.temporal_stride * (longest - 1) + 1} frames at most, not {num_frames}"
+            )
         if first_frame is not None and motion_frames is not None:
             raise ValueError("first_frame (MI2V) and motion_frames (MM2V) exclude each other: give one of them")
         given = {} if first_frame is None else {"first_frame": first_frame}
@@ -357,21 +436,19 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         if len(given) >= num_frames:
             raise ValueError(f"a shot of {num_frames} frames has no room after {len(given)} given frames")
         for name, picture in given.items():
+            if not (self.spec.mask_channels or self.spec.clean_frames):
+                raise ValueError(f"{name}: {self.spec.name} makes shots from text alone")
             _check_picture(name, picture, height, width)
-
-    def _check_sampling(self, steps: int, *guidance: float | None) -> None:
-        if not 1 <= steps <= self.scheduler.config.num_train_timesteps:
-            raise ValueError(
-                f"num_inference_steps must be 1 to {self.scheduler.config.num_train_timesteps}, not {steps}"
-            )
-        if not all(scale is None or math.isfinite(scale) for scale in guidance):
-            raise ValueError(f"guidance_scale and guidance_scale_2 must be finite numbers, not {guidance}")
+        if output_type not in ("latent", "np", "pt", "pil"):
+            raise ValueError(f"output_type must be latent, np, pt or pil, not {output_type!r}")
 
     def _check_memory(self, memory: Memory | None, height: int, width: int, stride: int) -> None:
         if memory is not None and not isinstance(memory, Sequence | Tensor):
             raise ValueError(f"memory must be a list of PIL images or of latents, not one {type(memory).__name__}")
         frames = [] if memory is None else list(memory)
-        expected = [self.vae.config.z_dim, 1, height // 8, width // 8]
+        if frames and not self.spec.layouts:
+            raise ValueError(f"{self.spec.name} makes shots from text alone: it knows no memory")
+        expected = [self.spec.latent_channels, 1, *self.spec.latent_size(height, width)]
         for number, frame in enumerate(frames):
             if not isinstance(frame, Tensor):
                 _check_picture(f"memory[{number}]", frame, height, width)
@@ -380,23 +457,50 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         if len({isinstance(frame, Tensor) for frame in frames}) > 1:
             raise ValueError("memory must be all pictures or all latents, not a mixture")
         for expert in self.experts.values():
-            install_memory_rope(expert).check_reach(len(frames), stride)
+            expert.rope.check_positions(memory_positions(len(frames), stride))
 
-    def _check_noise(
+    def _check_sampling(self, steps: int, *guidance: float | None) -> None:
+        most = self.scheduler.config.num_train_timesteps
+        if not 1 <= steps <= most:
+            raise ValueError(f"num_inference_steps must be 1 to {most}, not {steps}")
+        if not all(scale is None or math.isfinite(scale) for scale in guidance):
+            raise ValueError(f"guidance_scale and guidance_scale_2 must be finite numbers, not {guidance}")
+
+    def _check_guidance(self, scale: float, negative_sees_memory: bool, memory: Memory | None) -> None:
+        differ = not negative_sees_memory and memory is not None and len(memory) > 0
+        check_shared_states(self.experts.values(), guided=scale > 1, passes_differ=differ)
+        if scale <= 1 and self.guidance_halves is not None:
+            raise ValueError("with guidance_parallel both passes of guidance must run: guidance_scale must be above 1")
+        if negative_sees_memory:
+            return
+        refused = "negative_sees_memory=False"
+        if scale <= 1:
+            raise ValueError(f"{refused} needs guidance: guidance_scale must be above 1")
+        if self.guidance_batch:
+            raise ValueError(f"{refused}: guidance_batch runs both passes as one batch, of one memory")
+        if self.config.memory_attention == "joint" and self.guidance_halves is not None:
+            raise ValueError(f"{refused}: in joint it needs both passes in one process, not guidance_parallel")
+
+    def _noise_shape(
         self,
         batch: int,
-        slots: int,
+        memory: Memory | None,
+        frames: int,
         height: int,
         width: int,
         latents: Tensor | None,
         generator: torch.Generator | list[torch.Generator] | None,
-    ) -> None:
+    ) -> tuple[int, ...]:
+        """[B, z, N, h, w] of the denoised frames, which ``latents`` must have."""
+        joint = self.config.memory_attention == "joint"
+        slots = (len(memory) if joint and memory is not None else 0) + self.spec.latent_frames(frames)
+        shape = (batch, self.spec.latent_channels, slots, *self.spec.latent_size(height, width))
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one for each video")
-        expected = [batch, self.vae.config.z_dim, slots, height // 8, width // 8]
-        if latents is not None and list(latents.shape) != expected:
-            which = " (memory slots first)" if self.config.memory_attention == "joint" else ""
-            raise ValueError(f"latents must be {expected}{which}, not {list(latents.shape)}")
+        if latents is not None and tuple(latents.shape) != shape:
+            which = " (memory slots first)" if joint else ""
+            raise ValueError(f"latents must be {list(shape)}{which}, not {list(latents.shape)}")
+        return shape
 
 
 def _check_picture(name: str, picture: Any, height: int, width: int) -> None:
@@ -405,13 +509,4 @@ def _check_picture(name: str, picture: Any, height: int, width: int) -> None:
     if picture.size != (width, height):
         raise ValueError(
             f"{name} is {picture.size[0]}x{picture.size[1]} pixels; resize it to the shot's {width}x{height} first"
-        )
-
-
-def _check_expert(name: str, expert: Any) -> None:
-    config = expert.config
-    if config.in_channels != 36 or config.image_dim is not None:
-        raise ValueError(
-            f"{name} has {config.in_channels} input channels and image_dim={config.image_dim}; memory-to-video needs "
-            "an image-to-video network with 36 channels and no image encoder, such as Wan2.2-I2V-A14B"
         )

@@ -100,8 +100,7 @@ def place(pipe: DiffusionPipeline, runtime: RuntimeSettings, *, device: torch.de
     if runtime.vae_tiling:
         pipe.vae.enable_tiling()
     if runtime.offload == "none":
-        experts = [expert for expert in (pipe.transformer, pipe.transformer_2) if expert is not None]
-        parallelize(experts, runtime, device)
+        parallelize(pipe, runtime, device)
         pipe.to(device)
     elif runtime.offload == "model":
         pipe.enable_model_cpu_offload(device=device)

@@ -7,15 +7,17 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT, UserPath, check_bounds
+from storymem.config import STRICT, check_bounds
+from storymem.wan.spec import A14B, T2V_A14B, TI2V_5B, ModelSpec
 from storymem.weights import Weights
 
 Continuity = Literal["none", "mi2v", "mm2v"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ContextParallel = Literal["none", "ulysses", "ring"]
 Attention = Literal["auto", "flash3", "flash2", "cudnn", "sage", "native"]
-StepCache = Literal["none", "first_block", "mag", "taylor"]
+StepCache = Literal["none", "first_block", "taylor"]
 MemoryMode = Literal["joint", "cached"]
+BaseName = Literal["wan2.2-a14b", "wan2.2-ti2v-5b"]
 MemoryCache = Literal["device", "cpu", "recompute"]
 Offload = Literal["none", "model", "group", "auto"]
 Precision = Literal["as_is", "fp8_storage", "fp8", "int8"]
@@ -118,6 +120,7 @@ class ModelSettings:
 
     Args:
         name: for plans and manifests.
+        base: which base model the networks are of, in kind; see :mod:`storymem.wan.spec`.
         video: size and length of its shots.
         network: shape of its networks.
         weights: a diffusers folder or repository of the image-to-video model; None builds the networks from
@@ -131,7 +134,7 @@ class ModelSettings:
         rope_stride: S, the distance between memory slots on the temporal axis.
         memory_attention: "joint", as published: memory slots are denoised with the video. "cached": they are clean and
             look only at memory, which is then computed once a shot; another function, for an adapter trained for it.
-        boundary: timesteps >= boundary * 1000 go to the high-noise expert.
+        boundary: timesteps >= boundary * 1000 go to the high-noise expert; None: there is one expert.
         text_to_video_boundary: the same for the text-to-video model.
         dtype: of the transformers and the text encoder.
         vae_dtype: of the VAE.
@@ -139,6 +142,7 @@ class ModelSettings:
     """
 
     name: str
+    base: BaseName = "wan2.2-a14b"
     video: VideoSettings
     network: NetworkSettings
     weights: Weights | None = None
@@ -148,13 +152,32 @@ class ModelSettings:
     adapter: AdapterSettings | None = None
     rope_stride: int = 5
     memory_attention: MemoryMode = "joint"
-    boundary: float = 0.9
+    boundary: float | None = 0.9
     text_to_video_boundary: float = 0.875
     dtype: Dtype = "bfloat16"
     vae_dtype: Dtype = "float32"
     seed: int = 0
 
+    @property
+    def spec(self) -> ModelSpec:
+        """Sizes, condition and experts of the base model."""
+        return {"wan2.2-a14b": A14B, "wan2.2-ti2v-5b": TI2V_5B}[self.base]
+
+    @property
+    def text_spec(self) -> ModelSpec:
+        """The same of the networks that make a first shot from text alone."""
+        return T2V_A14B if self.has_text_to_video else self.spec
+
     def __post_init__(self) -> None:
+        self.spec.latent_size(self.video.height, self.video.width)
+        if self.memory_attention not in self.spec.layouts:
+            raise ValueError(
+                f"memory_attention={self.memory_attention} is not for {self.spec.name}: use {self.spec.layouts[0]}"
+            )
+        if (self.boundary is None) != (len(self.spec.experts) == 1):
+            raise ValueError(f"boundary stands between two experts; {self.spec.name} has {len(self.spec.experts)}")
+        if self.has_text_to_video and self.base != "wan2.2-a14b":
+            raise ValueError(f"{self.spec.name} makes first shots itself: set has_text_to_video to false")
         check_bounds(self, rope_stride=(1, POSITIONS - 1), seed=(0, _MOST_SEED))
         check_bounds(self, boundary=(0, 1), text_to_video_boundary=(0, 1))
         if self.gguf is not None and self.weights is None:
@@ -194,8 +217,8 @@ class SamplerSettings:
         steps: denoising steps.
         guidance: classifier-free guidance of the high-noise expert; 1.0 means none (and half the work).
         guidance_low: of the low-noise expert; None: as ``guidance``.
-        guide_memory: whether the pass with the negative prompt sees no memory, so that guidance strengthens memory as
-            it does the prompt; false as published. See :mod:`storymem.wan.memory_guidance`.
+        negative_sees_memory: whether the pass with the negative prompt sees the memory, as published. If not, guidance
+            strengthens memory as it does the prompt; for adapters that were trained without memory at times.
         shift: of the noise levels, for memory-to-video.
         text_to_video_shift: for a first shot by text-to-video.
         negative_prompt: what a shot should not show, unless the shot says its own.
@@ -206,7 +229,7 @@ class SamplerSettings:
     steps: int = 40
     guidance: float = 3.5
     guidance_low: float | None = None
-    guide_memory: bool = False
+    negative_sees_memory: bool = True
     shift: float = 4.0
     text_to_video_shift: float = 12.0
     negative_prompt: str = ""
@@ -216,8 +239,8 @@ class SamplerSettings:
         check_bounds(self, guidance=(1, 100), guidance_low=(1, 100))  # 1: none
         if self.guidance == 1 and (self.guidance_low or 1) > 1:
             raise ValueError("guidance_low needs guidance above 1: without it no negative prompt is run at all")
-        if self.guidance == 1 and self.guide_memory:
-            raise ValueError("guide_memory needs guidance above 1: without it there is no pass to hide the memory from")
+        if self.guidance == 1 and not self.negative_sees_memory:
+            raise ValueError("negative_sees_memory=false needs guidance above 1: without it there is no such pass")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -246,11 +269,10 @@ class RuntimeSettings:
         attention: "auto" takes the fastest exact kernel that is installed and works on the device; "sage", which
             rounds queries and keys to int8, is taken only when named.
         compile: "blocks" compiles the block that the transformers repeat, once for each size of memory.
-        cache: skips work in steps that resemble the step before: "first_block" where the first block says so, "mag"
-            where magnitudes measured beforehand say so, "taylor" in all but every n-th step, by extrapolation.
-        cache_threshold: 0 skips nothing. first_block: relative change of the first block's residual; mag: accumulated
-            error of magnitudes; taylor: steps extrapolated after each one computed. None: 0.05, 0.06 and 2.
-        cache_ratios: for mag: the file of magnitudes that ``python -m benchmarks.acceleration --calibrate`` writes.
+        cache: skips work in steps that resemble the step before: "first_block" where the first block says so,
+            "taylor" in all but every n-th step, by extrapolation.
+        cache_threshold: 0 skips nothing. first_block: relative change of the first block's residual; taylor: steps
+            extrapolated after each one computed. None: 0.05 and 2.
         guidance_batch: run both passes of guidance as one batch of two.
         memory_cache: where the memory's keys and values lie that ``memory_attention: cached`` keeps (12.8 GB an expert
             for 10 frames at 480p): on the "device"; in the memory of the "cpu", from where each block fetches its own;
@@ -270,21 +292,15 @@ class RuntimeSettings:
     compile: Literal["none", "blocks"] = "none"
     cache: StepCache = "none"
     cache_threshold: float | None = None
-    cache_ratios: UserPath | None = None
     guidance_batch: bool = False
     memory_cache: MemoryCache = "device"
 
     def __post_init__(self) -> None:
-        if self.cache == "none" and (self.cache_threshold is not None or self.cache_ratios is not None):
-            raise ValueError("cache_threshold and cache_ratios need a cache: first_block, mag or taylor")
+        if self.cache == "none" and self.cache_threshold is not None:
+            raise ValueError("cache_threshold needs a cache: first_block or taylor")
         check_bounds(self, threads=(1, 4096), processes_per_film=(1, 65536), cache_threshold=(0, 1000))
         if self.cache == "taylor" and self.cache_threshold is not None and self.cache_threshold % 1:
             raise ValueError(f"with cache: taylor, cache_threshold is a number of steps, not {self.cache_threshold}")
-        if (self.cache == "mag") != (self.cache_ratios is not None):
-            raise ValueError(
-                "cache: mag and cache_ratios go together: magnitudes belong to a model, and this one's are measured by "
-                "python -m benchmarks.acceleration --calibrate FILE"
-            )
         if self.guidance_batch and self.cache != "none":
             raise ValueError(
                 f"guidance_batch does not combine with cache: {self.cache}, which skips steps for each of the two "
@@ -298,7 +314,7 @@ class RuntimeSettings:
         if self.cache == "first_block" and self.context_parallel != "none":
             raise ValueError(
                 "cache: first_block does not combine with context_parallel: each process sees its own tokens, and they "
-                "would skip different steps; use cache: taylor or mag"
+                "would skip different steps; use cache: taylor"
             )
 
     @property
@@ -325,8 +341,8 @@ def check_speed(model: ModelSettings, sampler: SamplerSettings, runtime: Runtime
     """Raise ``ValueError`` for a way of running that does nothing, or harm, with a model or a sampler."""
     if runtime.guidance_batch and sampler.guidance == 1:
         raise ValueError("runtime.guidance_batch batches the two passes of guidance; sampler.guidance=1 has only one")
-    if sampler.guide_memory:
-        _check_guide_memory(model, runtime)
+    if not sampler.negative_sees_memory:
+        _check_unseen_memory(model, runtime)
     if runtime.cache != "none" and sampler.adapter is not None:
         raise ValueError(
             f"runtime.cache={runtime.cache} skips steps that resemble the one before; the {sampler.steps} steps of a "
@@ -342,22 +358,15 @@ def check_speed(model: ModelSettings, sampler: SamplerSettings, runtime: Runtime
             f"runtime.memory_cache={runtime.memory_cache} is for model.memory_attention=cached: with joint nothing of "
             "the memory is kept between steps"
         )
-    if model.memory_attention == "cached" and runtime.guidance_batch and runtime.memory_cache == "recompute":
-        raise ValueError(
-            "runtime.guidance_batch does not combine with runtime.memory_cache=recompute, which puts the memory before "
-            "each of the two passes anew: use memory_cache=device or cpu"
-        )
 
 
-def _check_guide_memory(model: ModelSettings, runtime: RuntimeSettings) -> None:
+def _check_unseen_memory(model: ModelSettings, runtime: RuntimeSettings) -> None:
     """Refuse ways of running in which the two passes of guidance cannot see different memory."""
-    refused = "sampler.guide_memory hides the memory from one of the two passes of guidance, and "
+    refused = "sampler.negative_sees_memory=false hides the memory from one of the two passes of guidance, and "
     if runtime.guidance_batch:
-        raise ValueError(f"{refused}runtime.guidance_batch gives both the same tokens: set one of them to false")
-    if runtime.memory_cache == "recompute":
-        raise ValueError(f"{refused}runtime.memory_cache=recompute puts it before both: use memory_cache=device or cpu")
+        raise ValueError(f"{refused}runtime.guidance_batch gives both the same tokens: set it to false")
     if runtime.guidance_parallel and model.memory_attention == "joint":
         raise ValueError(
             f"{refused}with memory_attention=joint that pass needs what the other predicts, which "
-            "runtime.guidance_parallel computes elsewhere at the same time: set one of them to false"
+            "runtime.guidance_parallel computes elsewhere at the same time: set it to false"
         )

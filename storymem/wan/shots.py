@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -79,7 +78,7 @@ class WanShotGenerator:
         self.scorers = scorers
         self._embeds: dict[str, Tensor] = {}
         self._pipe: WanMemoryToVideoPipeline | None = None
-        self._text_pipe: WanPipeline | None = None
+        self._text_pipe: WanMemoryToVideoPipeline | None = None
 
     @property
     def video(self) -> VideoSettings:
@@ -142,7 +141,7 @@ class WanShotGenerator:
             request,
             on_step,
             memory=list(request.memory) or None,
-            guide_memory=self.sampler.guide_memory,
+            negative_sees_memory=self.sampler.negative_sees_memory,
             first_frame=pictures[0] if len(pictures) == 1 else None,
             motion_frames=pictures if len(pictures) > 1 else None,
         )
@@ -176,7 +175,7 @@ class WanShotGenerator:
             self._pipe.blank_latents = {}
         return self._pipe
 
-    def _text_to_video(self) -> WanPipeline:
+    def _text_to_video(self) -> WanMemoryToVideoPipeline:
         if self._text_pipe is None:
             self._free_experts()
             self._text_pipe = load_text_to_video(
@@ -212,7 +211,7 @@ class WanShotGenerator:
 
     def _run(
         self,
-        pipe: WanMemoryToVideoPipeline | WanPipeline,
+        pipe: WanMemoryToVideoPipeline,
         request: ShotRequest,
         on_step: OnStep | None,
         **conditions: Any,
@@ -248,14 +247,14 @@ class WanShotGenerator:
         check_finite(latents, "the latents of the shot", f"likely causes: {self._doubtful(pipe)}")
         return self._decoded(pipe, latents)
 
-    def _decoded(self, pipe: WanMemoryToVideoPipeline | WanPipeline, latents: Tensor) -> np.ndarray:
+    def _decoded(self, pipe: WanMemoryToVideoPipeline, latents: Tensor) -> np.ndarray:
         video = decode_video(pipe.vae, latents)
         pipe.maybe_free_model_hooks()
         check_finite(video, "the frames of the shot", "check the VAE's weights, or use model.vae_dtype=float32")
         (frames,) = pipe.video_processor.postprocess_video(video, "np")
         return (frames * 255).round().astype(np.uint8)
 
-    def _doubtful(self, pipe: WanMemoryToVideoPipeline | WanPipeline) -> str:
+    def _doubtful(self, pipe: WanMemoryToVideoPipeline) -> str:
         """What may have made numbers that are not finite, the likeliest first."""
         model, sampler, runtime = self.model, self.sampler, self.runtime
         found = []

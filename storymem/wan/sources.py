@@ -15,10 +15,9 @@ from typing import Any
 from storymem.io import FileError
 from storymem.wan.names import COMPONENTS, Expert
 from storymem.wan.settings import AdapterSettings, Continuity, ModelSettings, SamplerSettings
+from storymem.wan.spec import T2V_A14B, ModelSpec
 from storymem.weights import MissingWeights, Weights, locate
 
-_IMAGE_TO_VIDEO = {"repository": "Wan-AI/Wan2.2-I2V-A14B-Diffusers", "setting": "model.weights"}
-_TEXT_TO_VIDEO = {"repository": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "setting": "model.text_to_video"}
 _ORIGINAL_REPOSITORY = re.compile(r"Wan-AI/Wan2\.\d-.+(?<!-Diffusers)")
 
 Networks = dict[str, Any]  # component -> network on the meta device
@@ -115,7 +114,7 @@ def look_at_weights(
     Raises:
         ValueError: if the settings name no weights for what they ask.
     """
-    names = [COMPONENTS[expert] for expert in COMPONENTS if expert in experts]
+    names = [COMPONENTS[expert] for expert in model.spec.experts if expert in experts]
     by_text = text_to_video and model.has_text_to_video
     networks: Networks = {}
     networks_by_text: Networks = {}
@@ -136,16 +135,16 @@ def look_at_weights(
     if model.weights is not None:
         parts = ["vae", "text_encoder", "tokenizer"] if text_encoder else ["vae"]
         parts += names if model.gguf is None else []
-        look(model.weights, partial(_check_base, components=parts, networks=networks))
+        look(model.weights, partial(_check_base, components=parts, networks=networks, spec=model.spec))
     if names and (model.gguf is not None or (model.weights is None and _adapters(model, sampler))):
-        networks |= _from_settings(model, names, in_channels=36)
+        networks |= _from_settings(model, names, in_channels=model.spec.in_channels)
     if model.gguf is not None:
         for name, weights in zip(COMPONENTS.values(), (model.gguf.high_noise, model.gguf.low_noise), strict=True):
             look(weights, partial(_check_expert, network=networks.get(name)))
     if by_text and model.text_to_video is not None:
         look(model.text_to_video, partial(_check_by_text, networks=networks_by_text))
     elif by_text and _adapters(model, sampler):
-        networks_by_text |= _from_settings(model, list(COMPONENTS.values()), in_channels=16)
+        networks_by_text |= _from_settings(model, list(COMPONENTS.values()), in_channels=model.text_spec.in_channels)
     if names and model.adapter is not None:
         look(adapter_weights(model.adapter, continuity), partial(_check_memory, networks=networks, model=model))
     if names and sampler is not None and sampler.adapter is not None:
@@ -166,11 +165,11 @@ def _from_settings(model: ModelSettings, names: Collection[str], *, in_channels:
     return dict.fromkeys(names, on_meta("WanTransformer3DModel", shape, "model.network.transformer"))
 
 
-def _check_base(path: Path, components: Collection[str], networks: Networks) -> list[str]:
+def _check_base(path: Path, components: Collection[str], networks: Networks, spec: ModelSpec) -> list[str]:
     from storymem.wan.folders import check_channels, check_model
 
-    built = check_model(path, components, **_IMAGE_TO_VIDEO)
-    check_channels(path, built, 36, **_IMAGE_TO_VIDEO)
+    built = check_model(path, components, repository=spec.repository, setting="model.weights")
+    check_channels(path, built, spec, setting="model.weights")
     networks |= built
     return []
 
@@ -180,7 +179,7 @@ def check_text_to_video(folder: Path) -> Networks:
     from storymem.wan.folders import check_channels, check_component
 
     built = {name: check_component(folder, name) for name in COMPONENTS.values()}
-    check_channels(folder, built, 16, **_TEXT_TO_VIDEO)
+    check_channels(folder, built, T2V_A14B, setting="model.text_to_video")
     return built
 
 

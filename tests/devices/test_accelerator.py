@@ -59,10 +59,10 @@ TINY = ("model=tiny", *SMALL)  # joint; first shot from text
 FILMS: dict[str, tuple[str, ...]] = {
     "cached, kept on the device": TOY,
     "cached, kept on the CPU": (*TOY, "runtime.memory_cache=cpu"),
-    "cached, recomputed": (*TOY, "runtime.memory_cache=recompute", "sampler.guide_memory=false"),
-    "cached, one batch": (*TOY, "runtime.guidance_batch=true", "sampler.guide_memory=false"),
+    "cached, recomputed": (*TOY, "runtime.memory_cache=recompute", "sampler.negative_sees_memory=true"),
+    "cached, one batch": (*TOY, "runtime.guidance_batch=true", "sampler.negative_sees_memory=true"),
     "joint": (*TINY, "continuity=mm2v"),
-    "joint, hidden": (*TINY, "sampler.guide_memory=true", "runtime.vae_tiling=true"),
+    "joint, hidden": (*TINY, "sampler.negative_sees_memory=false", "runtime.vae_tiling=true"),
     "joint, one batch": (*TINY, "runtime.guidance_batch=true", "model.has_text_to_video=false"),
     "joint, 8 bits": (*TINY, "runtime.precision=fp8_storage", "runtime.cache=first_block"),
 }
@@ -132,7 +132,7 @@ def test_tensors_may_come_from_anywhere(mode: str, offload: Offload) -> None:
         "latents": torch.randn(1, 16, slots, *tiny.LATENT, generator=generator),
         "memory": torch.randn(2, 16, 1, *tiny.LATENT, generator=generator),
     }
-    rest = {"guidance_scale": 3.0, "guide_memory": True, "first_frame": tiny.pictures(1)[0]}
+    rest = {"guidance_scale": 3.0, "negative_sees_memory": False, "first_frame": tiny.pictures(1)[0]}
     model = tiny.settings(memory_attention=mode)
     expected = tiny.generate(load_pipeline(model, runtime=tiny.CPU), **tensors, **rest)
     pipe = load_pipeline(model, runtime=RuntimeSettings(offload=offload))

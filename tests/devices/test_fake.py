@@ -29,7 +29,7 @@ def test_a_generator_makes_shots_there(offload: Offload, mode: MemoryMode) -> No
     with fake_card():
         made = WanShotGenerator(
             model=replace(stories.MODEL, memory_attention=mode),
-            sampler=replace(stories.SAMPLER, guide_memory=mode == "cached"),
+            sampler=replace(stories.SAMPLER, negative_sees_memory=mode != "cached"),
             runtime=replace(WHERE, offload=offload, memory_cache="device" if mode == "joint" else "cpu"),
         )
         made.prepare(["a fox"], [None])

@@ -84,7 +84,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ablation_no_filter": {"scorer.quality._target_": "storymem.scorers.quality.NoQuality"},
     "ablation_no_sink": {"memory.recall.sink": 0, "memory.recall.capacity": 10},
     "ablation_stride_1": {"model.rope_stride": 1},
-    "ablation_published_guidance": {"sampler.guide_memory": False},
+    "ablation_published_guidance": {"sampler.negative_sees_memory": True},
     "ablation_no_memory": {"memory.recall.sink": 0, "memory.recall.capacity": 0},
     "ablation_memory_1": {"memory.recall.sink": 0, "memory.recall.capacity": 1},
     "ablation_memory_3": {"memory.recall.sink": 1, "memory.recall.capacity": 3},

@@ -9,7 +9,7 @@ import pytest
 from storymem.toy.attributes import UNKNOWN
 from storymem.toy.build import WEIGHTS
 from storymem.toy.damage import DAMAGES
-from storymem.toy.report import FILTER, GUIDANCE, GUIDE_MEMORY, agreement, held_out_shots, measure, shares
+from storymem.toy.report import FILTER, GUIDANCE, NEGATIVE_SEES_MEMORY, agreement, held_out_shots, measure, shares
 from tests.composing import composed
 
 
@@ -45,7 +45,10 @@ def test_prompts_with_looks_belong_to_the_same_shots() -> None:
 
 def test_what_is_measured_is_what_the_embedded_model_does() -> None:
     config = composed("story=story.yaml")
-    assert (config["sampler"]["guidance"], config["sampler"]["guide_memory"]) == (GUIDANCE, GUIDE_MEMORY)
+    assert (config["sampler"]["guidance"], config["sampler"]["negative_sees_memory"]) == (
+        GUIDANCE,
+        NEGATIVE_SEES_MEMORY,
+    )
     assert config["scorer"]["quality"]["threshold"] == FILTER
 
 

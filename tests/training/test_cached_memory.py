@@ -16,11 +16,12 @@ from storymem.training.dataset import Batch
 from storymem.training.experts import adapter_parameters, add_adapter
 from storymem.training.objective import MemoryObjective, noise_level
 from storymem.training.settings import ObjectiveSettings
-from storymem.wan.conditioning import memory_condition
+from storymem.wan.conditioning import condition_channels
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora_files import AdapterInfo
-from storymem.wan.memory_attention import checkpointing, install_memory_attention, reading_memory
+from storymem.wan.segments import Layout, memory_cached
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings
+from storymem.wan.transformer import SegmentCache
 from storymem.weights import Weights
 from tests import stories
 from tests.training.tiny import ADAPTER, config, expert, run
@@ -28,7 +29,7 @@ from tests.training.tiny import ADAPTER, config, expert, run
 VIDEO_ALONE = ObjectiveSettings(memory_weight=0.0)
 OBJECTIVE = MemoryObjective(settings=VIDEO_ALONE, boundary=0.9, rope_stride=5, memory_attention="cached")
 CPU = RuntimeSettings(device="cpu")
-FRAMES, SLOTS, TOKENS = 2, 3, 6  # of memory, of video, of a slot
+FRAMES, SLOTS, TOKENS = 2, 3, 6  # of memory, of video, of a latent frame
 
 
 def batch(memory_frames: int = FRAMES, x0: Tensor | None = None) -> Batch:
@@ -40,7 +41,7 @@ def batch(memory_frames: int = FRAMES, x0: Tensor | None = None) -> Batch:
         x0=x0,
         noise=noise,
         u=torch.tensor([0.2]),
-        condition=memory_condition(memory, torch.zeros(1, 16, SLOTS, 4, 6), 0),
+        condition=condition_channels(memory, torch.zeros(1, 16, SLOTS, 4, 6), 0),
         mask=torch.zeros(1, SLOTS, 4, 6),
         text=torch.randn(1, 16, 16, generator=generator),
         memory_frames=memory_frames,
@@ -60,18 +61,12 @@ def trained(seed: int = 0) -> Any:
 
 
 class Recorder(nn.Module):
-    """A network that notes what it was called with, and what its attention knew of memory."""
+    """A network that notes what it was called with."""
 
     dtype = torch.float32
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.transformer = expert()
-        self.config, self.blocks, self.rope = self.transformer.config, self.transformer.blocks, self.transformer.rope
-
-    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, return_dict: bool) -> tuple[Tensor]:
-        memory = install_memory_attention(self)
-        self.seen = (x, timestep, memory.role, memory.tokens, memory.rope.memory_frames, memory.rope.stride)
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, return_dict: bool, layout: Layout) -> tuple[Tensor]:
+        self.seen = (x, timestep, layout)
         return (torch.zeros_like(x[:, :16]),)
 
 
@@ -79,17 +74,15 @@ def test_memory_is_clean_at_timestep_zero_and_without_a_loss() -> None:
     network, of = Recorder(), batch()
     losses = OBJECTIVE(network, "high_noise", of)
     s = noise_level(of.u, expert="high_noise", boundary=0.9, shift=4.0).item()
-    x, timestep, *knew = network.seen
-    assert knew == ["whole", FRAMES * TOKENS, FRAMES, 5]
+    x, timestep, layout = network.seen
+    assert layout == memory_cached(FRAMES, SLOTS, 5)
     assert torch.equal(x[:, :16, :FRAMES], of.x0[:, :, :FRAMES])
     torch.testing.assert_close(x[:, :16, FRAMES:], (1 - s) * of.x0[:, :, FRAMES:] + s * of.noise[:, :, FRAMES:])
     assert torch.equal(x[:, 16:], of.condition)
-    assert timestep.tolist() == [[0.0] * FRAMES * TOKENS + [pytest.approx(1000 * s)] * SLOTS * TOKENS]
+    assert timestep.tolist() == [pytest.approx(1000 * s)]
     expected = (of.noise - of.x0)[:, :, FRAMES:].square().mean()
     assert losses.total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert "loss_memory" not in losses.sums
-    after = install_memory_attention(network)
-    assert (after.role, after.tokens, after.rope.memory_frames) == ("none", 0, 0)
 
 
 def test_without_memory_both_modes_are_the_same() -> None:
@@ -103,13 +96,12 @@ def test_training_computes_what_generation_computes() -> None:
     network, of = expert().eval(), batch()
     s = noise_level(of.u, expert="low_noise", boundary=0.9, shift=4.0)
     x0, noise = of.x0[:, :, FRAMES:], of.noise[:, :, FRAMES:]
-    with reading_memory([network], of.x0[:, :, :FRAMES], stride=5), torch.no_grad():
-        (prediction,) = network(
-            hidden_states=torch.cat([(1 - s) * x0 + s * noise, of.condition[:, :, FRAMES:]], dim=1),
-            timestep=1000 * s,
-            encoder_hidden_states=of.text,
-            return_dict=False,
-        )
+    layout, cache = memory_cached(FRAMES, SLOTS, 5), SegmentCache()
+    clean = torch.cat([of.x0, of.condition], dim=1)[:, :, :FRAMES]
+    noisy = torch.cat([(1 - s) * x0 + s * noise, of.condition[:, :, FRAMES:]], dim=1)
+    with torch.no_grad():
+        network(clean, 0 * s, of.text, layout=layout.only(layout.constant), cache=cache)
+        (prediction,) = network(noisy, 1000 * s, of.text, return_dict=False, layout=layout, cache=cache)
     expected = (prediction - (noise - x0)).square().mean()
     assert OBJECTIVE(network, "low_noise", of).total.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -149,7 +141,7 @@ def test_checkpointing_changes_no_gradient(memory_frames: int) -> None:
     def gradients(checkpointed: bool) -> dict[str, Tensor]:
         network = trained()
         if checkpointed:
-            network.enable_gradient_checkpointing(checkpointing(network))
+            network.enable_gradient_checkpointing()
         OBJECTIVE(network, "high_noise", batch(memory_frames)).total.backward()
         return {name: p.grad for name, p in adapter_parameters(network).items()}
 

@@ -23,8 +23,8 @@ from storymem.training.objective import (
     velocity,
 )
 from storymem.training.settings import ObjectiveSettings
-from storymem.wan.conditioning import memory_condition
-from storymem.wan.rope import install_memory_rope
+from storymem.wan.conditioning import condition_channels
+from storymem.wan.segments import Layout, memory_cached, memory_joint, with_given
 from tests.training.tiny import expert
 
 
@@ -72,9 +72,10 @@ def test_levels_lie_in_the_experts_range_and_share_out_the_whole(shift: float) -
 
 
 def test_weights_of_slots() -> None:
-    assert slot_weights(2, 5, 1.0).tolist() == pytest.approx([0.2] * 5)
-    assert slot_weights(2, 5, 0.0).tolist() == pytest.approx([0, 0, 1 / 3, 1 / 3, 1 / 3])
-    assert slot_weights(2, 4, 0.5).tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3])
+    assert slot_weights(memory_joint(2, 3), 1.0).tolist() == pytest.approx([0.2] * 5)
+    assert slot_weights(memory_joint(2, 3), 0.0).tolist() == pytest.approx([0, 0, 1 / 3, 1 / 3, 1 / 3])
+    assert slot_weights(memory_joint(2, 2), 0.5).tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 3, 1 / 3])
+    assert slot_weights(with_given(memory_cached(1, 3), 1), 0.0).tolist() == pytest.approx([0, 0, 0.5, 0.5])
 
 
 def test_bins() -> None:
@@ -107,7 +108,7 @@ def batch(memory_frames: int) -> Batch:
         x0=x0,
         noise=noise,
         u=torch.tensor([0.2, 0.7]),
-        condition=memory_condition(memory, torch.zeros(2, 16, 3, 4, 6), 0),
+        condition=condition_channels(memory, torch.zeros(2, 16, 3, 4, 6), 0),
         mask=(torch.arange(6) < 2).float().expand(2, 3, 4, 6),
         text=torch.randn(2, 16, 16, generator=generator),
         memory_frames=memory_frames,
@@ -116,17 +117,12 @@ def batch(memory_frames: int) -> Batch:
 
 
 class Recorder(nn.Module):
-    """A network that notes what it was called with and at which positions its memory lay."""
+    """A network that notes what it was called with."""
 
     dtype = torch.float32
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.transformer = expert()
-        self.rope = install_memory_rope(self.transformer)
-
-    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, return_dict: bool) -> tuple[Tensor]:
-        self.seen = (x, timestep, text, self.rope.memory_frames, self.rope.stride)
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, return_dict: bool, layout: Layout) -> tuple[Tensor]:
+        self.seen = (x, timestep, text, layout)
         return (torch.zeros_like(x[:, :16]),)
 
 
@@ -134,9 +130,9 @@ def test_the_network_sees_what_generation_shows_it() -> None:
     network, of = Recorder(), batch(2)
     objective = MemoryObjective(settings=ObjectiveSettings(shift=4.0), boundary=0.9, rope_stride=5)
     losses = objective(network, "high_noise", of)
-    x, timestep, text, memory_frames, stride = network.seen
+    x, timestep, text, layout = network.seen
     s = noise_level(of.u, expert="high_noise", boundary=0.9, shift=4.0)
-    assert (memory_frames, stride, network.rope.memory_frames) == (2, 5, 0)
+    assert layout == memory_joint(2, 3, 5)
     assert torch.equal(timestep, s * 1000)
     assert torch.equal(x[:, 16:], of.condition)
     # Memory slots are noise as well.

@@ -27,6 +27,8 @@ from storymem.training.settings import (
     ParallelSettings,
 )
 from storymem.training.trainer import Trainer
+from storymem.wan.spec import A14B, ModelSpec
+from storymem.wan.transformer import enable_layouts
 from tests import stories
 
 ADAPTER = AdapterTrainingSettings(rank=4, alpha=4.0, dropout=0.1)
@@ -49,6 +51,7 @@ class MemoryLatents:
     """Random latents by seed, made when they are asked for."""
 
     clips: tuple[TinyClip, ...]
+    spec: ModelSpec = A14B
 
     def _drawn(self, seed: int, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -111,7 +114,9 @@ def expert(seed: int = 0, width: int = 12) -> WanTransformer3DModel:
     """A transformer of two blocks and two heads of ``width`` channels."""
     shape = stories.MODEL.network.transformer | {"num_layers": 2, "attention_head_dim": width}
     torch.manual_seed(seed)
-    return WanTransformer3DModel(**shape, in_channels=36)
+    made = WanTransformer3DModel(**shape, in_channels=36)
+    enable_layouts(made)
+    return made
 
 
 def method(

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers.hooks import MagCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.hooks import PyramidAttentionBroadcastConfig
 
 from storymem.config import build_settings
 from storymem.wan import acceleration
@@ -21,11 +18,9 @@ from storymem.wan.acceleration import (
     check_acceleration,
     choose_attention,
     compiled_graphs,
-    expert_steps,
 )
-from storymem.wan.loading import load_pipeline, load_text_to_video
+from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config
-from storymem.wan.magnitudes import measured, read_ratios, write_ratios
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings, StepAdapterSettings, check_speed
 from storymem.weights import Weights
@@ -48,20 +43,8 @@ def plain() -> WanMemoryToVideoPipeline:
     return load_pipeline(deep(), runtime=CPU)
 
 
-@pytest.fixture(scope="module")
-def ratios(plain: WanMemoryToVideoPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MagCache's ratios of the tiny model, measured in one guided shot."""
-    path = tmp_path_factory.mktemp("ratios") / "ratios.json"
-    with measured(plain.experts) as found:
-        generate(plain, memory=pictures(2), **GUIDED)
-    write_ratios(path, found, model=deep(), sampler=SAMPLER)
-    return path
-
-
-def caching(cache: str, ratios: Path, threshold: float) -> WanMemoryToVideoPipeline:
+def caching(cache: str, threshold: float) -> WanMemoryToVideoPipeline:
     values = {"device": "cpu", "cache": cache, "cache_threshold": threshold}
-    if cache == "mag":
-        values["cache_ratios"] = str(ratios)
     return load_pipeline(deep(), sampler=SAMPLER, runtime=build_settings(RuntimeSettings, values))
 
 
@@ -121,25 +104,23 @@ def test_kernels_of_torch_make_the_same_shot_on_cuda(name: str) -> None:
 
 # Caches across steps
 
-CACHES = ["first_block", "mag", "taylor"]
+CACHES = ["first_block", "taylor"]
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_a_cache_at_threshold_zero_changes_nothing(plain: WanMemoryToVideoPipeline, ratios: Path, cache: str) -> None:
-    pipe = caching(cache, ratios, 0)
+def test_a_cache_at_threshold_zero_changes_nothing(plain: WanMemoryToVideoPipeline, cache: str) -> None:
+    pipe = caching(cache, 0)
     with computed(pipe) as forwards:
         shot = generate(pipe, memory=pictures(2), **GUIDED)
     assert len(forwards) == 2 * STEPS
     torch.testing.assert_close(shot, generate(plain, memory=pictures(2), **GUIDED), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("mag", 9), ("taylor", 2)])
-def test_a_shot_leaves_nothing_for_the_next(
-    plain: WanMemoryToVideoPipeline, ratios: Path, cache: str, threshold: float
-) -> None:
+@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("taylor", 2)])
+def test_a_shot_leaves_nothing_for_the_next(plain: WanMemoryToVideoPipeline, cache: str, threshold: float) -> None:
     first = {"prompt": "an owl", "memory": pictures(3), **GUIDED}
     second = {"memory": pictures(1), **GUIDED}
-    pipe = caching(cache, ratios, threshold)
+    pipe = caching(cache, threshold)
     with computed(pipe) as forwards:
         alone = generate(pipe, **second)
     assert len(forwards) < 2 * STEPS, "something is skipped"
@@ -157,9 +138,9 @@ def test_a_shot_leaves_nothing_for_the_next(
     assert torch.equal(generate(pipe, **second), alone)
 
 
-@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("mag", 9), ("taylor", 2)])
-def test_the_passes_of_guidance_have_caches_of_their_own(ratios: Path, cache: str, threshold: float) -> None:
-    pipe = caching(cache, ratios, threshold)
+@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("taylor", 2)])
+def test_the_passes_of_guidance_have_caches_of_their_own(cache: str, threshold: float) -> None:
+    pipe = caching(cache, threshold)
     with computed(pipe) as one_pass:
         single = generate(pipe, num_inference_steps=STEPS, guidance_scale=1.0)
     with computed(pipe) as two_passes:
@@ -169,9 +150,9 @@ def test_the_passes_of_guidance_have_caches_of_their_own(ratios: Path, cache: st
     torch.testing.assert_close(double, single, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("mag", 9), ("taylor", 2)])
-def test_at_the_switch_the_first_expert_forgets(ratios: Path, cache: str, threshold: float) -> None:
-    pipe = caching(cache, ratios, threshold)
+@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("taylor", 2)])
+def test_at_the_switch_the_first_expert_forgets(cache: str, threshold: float) -> None:
+    pipe = caching(cache, threshold)
     holding: list[list[str]] = []
 
     def look(_pipe: Any, _step: int, _t: Any, _tensors: Any) -> dict:
@@ -188,64 +169,6 @@ def holds_state(expert: Any) -> bool:
         hook for m in expert.modules() if hasattr(m, "_diffusers_hook") for hook in m._diffusers_hook.hooks.values()
     ]
     return any(hook.state_manager._state_cache for hook in hooks if hasattr(hook, "state_manager"))
-
-
-def test_mag_computes_the_first_shot_by_text_in_full(ratios: Path, plain: WanMemoryToVideoPipeline) -> None:
-    runtime = RuntimeSettings(device="cpu", cache="mag", cache_ratios=str(ratios))
-    from_text = load_text_to_video(deep(), vae=plain.vae, runtime=runtime, sampler=SAMPLER)
-    assert not from_text.transformer.is_cache_enabled
-
-
-# MagCache's ratios
-
-
-def test_ratios_are_those_that_diffusers_measures(
-    plain: WanMemoryToVideoPipeline, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = {"memory": pictures(2), "num_inference_steps": STEPS, "guidance_scale": 1.0}
-    with measured(plain.experts) as found:
-        generate(plain, **given)
-    theirs = load_pipeline(deep(), runtime=CPU)
-    for expert, steps in zip(theirs.experts.values(), (2, 4), strict=True):
-        expert.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps))
-    capsys.readouterr()
-    generate(theirs, **given)
-    printed = [
-        ast.literal_eval(line) for line in re.findall(r"^\[[\d., e-]+\]$", capsys.readouterr().out, re.MULTILINE)
-    ]
-    assert [len(steps) for steps in printed] == [2, 4]
-    for ours, expected in zip(found.values(), printed, strict=True):
-        assert [step[0] for step in ours.ratios] == pytest.approx(expected, rel=1e-4)
-
-
-def test_ratios_belong_to_a_model_and_a_sampler(ratios: Path, tmp_path: Path) -> None:
-    found = read_ratios(ratios, model=deep(), sampler=SAMPLER)
-    assert {name: len(steps) for name, steps in found.items()} == {"transformer": 2, "transformer_2": 4}
-    with pytest.raises(ValueError, match=r"measured with steps 6, and this is steps 8; measure again: python -m"):
-        read_ratios(ratios, model=deep(), sampler=SamplerSettings(steps=8))
-    with pytest.raises(ValueError, match="measured with model tiny, and this is model other"):
-        read_ratios(ratios, model=deep(name="other"), sampler=SAMPLER)
-    with pytest.raises(ValueError, match=r"absent\.json cannot be read \(No such file"):
-        read_ratios(tmp_path / "absent.json", model=deep(), sampler=SAMPLER)
-    (tmp_path / "empty.json").write_text("[]")
-    with pytest.raises(ValueError, match="it holds no ratios"):
-        read_ratios(tmp_path / "empty.json", model=deep(), sampler=SAMPLER)
-
-
-def test_an_expert_without_ratios_is_told_before_loading(ratios: Path, tmp_path: Path) -> None:
-    content = json.loads(ratios.read_text())
-    del content["ratios"]["transformer_2"]
-    (tmp_path / "half.json").write_text(json.dumps(content))
-    runtime = RuntimeSettings(device="cpu", cache="mag", cache_ratios=str(tmp_path / "half.json"))
-    with pytest.raises(ValueError, match="lacks the ratios of one of the experts"):
-        check_acceleration(deep(), SAMPLER, runtime)
-
-
-def test_steps_of_each_expert(plain: WanMemoryToVideoPipeline) -> None:
-    assert expert_steps(plain, STEPS) == {"transformer": 2, "transformer_2": 4}
-    timesteps = plain.scheduler.timesteps
-    expert_steps(plain, 17)
-    assert plain.scheduler.timesteps is timesteps, "the pipeline's own scheduler is left alone"
 
 
 # Caches of diffusers that keep one state for both passes
@@ -271,8 +194,11 @@ def test_passes_that_see_different_memory_are_refused_with_a_cache_for_both(
     mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe, memory = broadcasting(mode), pictures(2)
-    with counting(pipe.transformer, pipe.vae.encoder) as calls, pytest.raises(ValueError, match="guide_memory=False"):
-        generate(pipe, memory=memory, guide_memory=True, **GUIDED)
+    with (
+        counting(pipe.transformer, pipe.vae.encoder) as calls,
+        pytest.raises(ValueError, match="negative_sees_memory=False"),
+    ):
+        generate(pipe, memory=memory, negative_sees_memory=False, **GUIDED)
     assert not any(calls.values()), "refused before anything is computed"
     generate(pipe, memory=memory, **GUIDED)
     assert "PyramidAttentionBroadcast of diffusers keeps one state for both passes" in caplog.text
@@ -281,9 +207,9 @@ def test_passes_that_see_different_memory_are_refused_with_a_cache_for_both(
     assert not caplog.text
     for expert in pipe.experts.values():
         expert.disable_cache()  # as advised
-    shot = generate(pipe, memory=memory, guide_memory=True, **GUIDED)
+    shot = generate(pipe, memory=memory, negative_sees_memory=False, **GUIDED)
     plain = load_pipeline(settings(memory_attention=mode), runtime=CPU)
-    assert torch.equal(shot, generate(plain, memory=memory, guide_memory=True, **GUIDED))
+    assert torch.equal(shot, generate(plain, memory=memory, negative_sees_memory=False, **GUIDED))
 
 
 # Compiled blocks
@@ -329,12 +255,12 @@ def test_a_block_is_compiled_once_for_each_size_of_memory(adapters: bool) -> Non
 
 
 @pytest.mark.usefixtures("_dynamo_alone")
-def test_caches_stay_outside_the_compiled_blocks(ratios: Path) -> None:
+def test_caches_stay_outside_the_compiled_blocks() -> None:
     runtime = RuntimeSettings(device="cpu", compile="blocks", cache="first_block", cache_threshold=9)
     pipe, before = load_pipeline(deep(), runtime=runtime), compiled_graphs()
     shot = generate(pipe, memory=pictures(2), **GUIDED)
     assert compiled_graphs() - before == 1
-    expected = generate(caching("first_block", ratios, 9), memory=pictures(2), **GUIDED)
+    expected = generate(caching("first_block", 9), memory=pictures(2), **GUIDED)
     torch.testing.assert_close(shot, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -357,11 +283,9 @@ def test_without_a_compiler_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"cache_threshold": 0.1}, "need a cache"),
+        ({"cache_threshold": 0.1}, "needs a cache"),
         ({"cache": "first_block", "cache_threshold": -1}, "0 or more"),
         ({"cache": "taylor", "cache_threshold": 1.5}, "number of steps, not 1.5"),
-        ({"cache": "mag"}, "magnitudes belong to a model"),
-        ({"cache": "first_block", "cache_ratios": "x.json"}, "go together"),
         ({"cache": "taylor", "guidance_batch": True}, "guidance_batch does not combine with cache: taylor"),
         ({"guidance_parallel": True, "guidance_batch": True}, "use one of them"),
         ({"cache": "first_block", "context_parallel": "ring"}, "would skip different steps"),
@@ -388,16 +312,8 @@ def test_one_block_leaves_the_first_block_cache_nothing_to_skip() -> None:
     check_speed(deep(), SAMPLER, RuntimeSettings(cache="first_block"))
 
 
-def test_one_batch_needs_a_memory_that_is_kept() -> None:
-    runtime = RuntimeSettings(device="cpu", guidance_batch=True, memory_cache="cpu")
-    assert "guidance in one batch" in check_acceleration(deep(memory_attention="cached"), SAMPLER, runtime)
-    runtime = RuntimeSettings(device="cpu", guidance_batch=True, memory_cache="recompute")
-    with pytest.raises(ValueError, match=r"does not combine with runtime\.memory_cache=recompute"):
-        check_speed(deep(memory_attention="cached"), SAMPLER, runtime)
-
-
-def test_what_is_fast_is_said(ratios: Path) -> None:
-    runtime = RuntimeSettings(device="cpu", cache="mag", cache_ratios=str(ratios), compile="blocks")
+def test_what_is_fast_is_said() -> None:
+    runtime = RuntimeSettings(device="cpu", cache="taylor", compile="blocks")
     assert check_acceleration(deep(), SAMPLER, runtime) == (
-        "attention native (torch's own, since the device is cpu), compiled blocks, cache mag at 0.06"
+        "attention native (torch's own, since the device is cpu), compiled blocks, cache taylor at 2"
     )

@@ -8,17 +8,16 @@ from diffusers import AutoencoderKLWan
 
 from storymem.wan.conditioning import (
     blank_padded,
-    condition_mask,
+    condition_channels,
     decode_video,
-    denormalise_latents,
     encode_frames,
     encode_video,
-    latent_frames,
     latent_mask,
-    memory_condition,
-    normalise_latents,
+    memory_input,
+    model_input,
 )
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.spec import A14B, TI2V_5B, spec_of
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +31,12 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize(("frames", "slots"), [(0, 0), (1, 1), (5, 2), (17, 5), (81, 21)])
 def test_latent_frames(frames: int, slots: int) -> None:
-    assert latent_frames(frames) == slots
+    assert A14B.latent_frames(frames) == slots
 
 
 @pytest.mark.parametrize("frames", [1, 5, 17])
 def test_latent_frames_are_those_of_the_vae(vae: AutoencoderKLWan, frames: int) -> None:
-    assert encode_video(vae, torch.zeros(1, 3, frames, 16, 16)).shape == (1, 16, latent_frames(frames), 2, 2)
+    assert encode_video(vae, torch.zeros(1, 3, frames, 16, 16)).shape == (1, 16, A14B.latent_frames(frames), 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ def test_latent_frames_are_those_of_the_vae(vae: AutoencoderKLWan, frames: int) 
 )
 def test_other_counts_are_refused_with_the_nearest(frames: int, below: int, above: int) -> None:
     with pytest.raises(ValueError, match=rf"4n \+ 1 frames, not {frames}: the nearest are {below} and {above}"):
-        latent_frames(frames)
+        A14B.latent_frames(frames)
 
 
 @pytest.mark.parametrize(
@@ -54,36 +53,41 @@ def test_other_counts_are_refused_with_the_nearest(frames: int, below: int, abov
     ids=["m2v", "mi2v", "mm2v"],
 )
 def test_the_mask_of_each_mode(given: int, believed: list[int]) -> None:
-    mask = condition_mask(3, 4, given, 2, 3)
-    assert mask.shape == (1, 4, 7, 2, 3)
-    expected = torch.tensor(believed, dtype=torch.float32).view(1, 1, 7, 1, 1).expand(1, 4, 7, 2, 3)
-    assert torch.equal(mask, expected)
-
-
-def test_the_mask_without_memory_is_that_of_image_to_video() -> None:
-    assert not condition_mask(0, 3, 0, 2, 2).any()
-    assert condition_mask(0, 3, 1, 2, 2)[0, :, :, 0, 0].tolist() == [[1, 0, 0]] * 4
-
-
-def test_the_condition_is_mask_then_memory_then_video() -> None:
     memory, video = random(2, 16, 3, 2, 2), random(2, 16, 4, 2, 2, seed=1)
-    condition = memory_condition(memory, video, given_slots=1)
+    condition = condition_channels(memory, video, given)
     assert condition.shape == (2, 20, 7, 2, 2)
-    assert torch.equal(condition[:, :4], condition_mask(3, 4, 1, 2, 2).expand(2, -1, -1, -1, -1))
+    expected = torch.tensor(believed, dtype=torch.float32).view(1, 1, 7, 1, 1).expand(2, 4, 7, 2, 2)
+    assert torch.equal(condition[:, :4], expected)
     assert torch.equal(condition[:, 4:, :3], memory)
     assert torch.equal(condition[:, 4:, 3:], video)
 
 
-def test_the_condition_without_memory_is_as_long_as_the_video() -> None:
+def test_the_condition_without_memory_is_that_of_image_to_video() -> None:
     video = random(1, 16, 4, 2, 2)
-    condition = memory_condition(None, video, given_slots=0)
+    condition = condition_channels(None, video, 1)
     assert torch.equal(condition[:, 4:], video)
-    assert not condition[:, :4].any()
+    assert condition[0, :4, :, 0, 0].tolist() == [[1, 0, 0, 0]] * 4
+    assert not condition_channels(None, video, 0)[:, :4].any()
 
 
 def test_the_condition_takes_the_videos_dtype() -> None:
-    condition = memory_condition(random(1, 16, 1, 2, 2), random(1, 16, 2, 2, 2).bfloat16(), given_slots=0)
+    condition = condition_channels(random(1, 16, 1, 2, 2), random(1, 16, 2, 2, 2).bfloat16(), 0)
     assert condition.dtype == torch.bfloat16
+
+
+def test_clean_memory_is_its_own_condition() -> None:
+    memory = random(1, 16, 2, 2, 2)
+    seen = memory_input(memory)
+    assert torch.equal(seen, torch.cat([memory, torch.ones(1, 4, 2, 2, 2), memory], dim=1))
+    assert torch.equal(memory_input(memory, TI2V_5B), memory)
+    assert torch.equal(model_input(memory, None), memory)
+
+
+def test_base_models_are_told_by_their_shapes() -> None:
+    assert spec_of(in_channels=36, latent_channels=16, spatial_stride=8) is A14B
+    assert spec_of(in_channels=48, latent_channels=48, spatial_stride=16) is TI2V_5B
+    with pytest.raises(ValueError, match=r"20 input channels, .* no base model that is known"):
+        spec_of(in_channels=20, latent_channels=16, spatial_stride=8)
 
 
 def test_blank_is_zero_and_given_frames_come_first() -> None:
@@ -101,30 +105,19 @@ def test_each_memory_frame_is_encoded_alone(vae: AutoencoderKLWan) -> None:
     assert together.shape == (3, 16, 1, 2, 4)
     for number in range(3):
         alone = vae.encode(frames[number][None, :, None]).latent_dist.mode()
-        torch.testing.assert_close(together[number][None], normalise_latents(alone, vae))
+        mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+        torch.testing.assert_close(together[number][None], (alone - mean) / std)
     as_video = encode_video(vae, torch.stack([frames[0]] * 5, dim=1)[None])
     assert as_video.shape[2] == 2
     assert not torch.allclose(as_video[0, :, 1:], together[0], atol=1e-3), "a video's later slots differ"
 
 
-def test_normalised_latents_follow_the_published_statistics(vae: AutoencoderKLWan) -> None:
-    mean = torch.tensor(vae.config.latents_mean).view(1, 16, 1, 1, 1)
-    std = torch.tensor(vae.config.latents_std).view(1, 16, 1, 1, 1)
-    latents = mean + 2 * std * torch.ones(1, 16, 2, 3, 4)
-    torch.testing.assert_close(normalise_latents(latents, vae), torch.full_like(latents, 2.0))
-    assert latents.std() > 0.1, "channels have means of their own"
-
-
-def test_denormalising_is_the_inverse(vae: AutoencoderKLWan) -> None:
-    latents = random(2, 16, 3, 2, 2)
-    torch.testing.assert_close(denormalise_latents(normalise_latents(latents, vae), vae), latents)
-
-
 def test_a_video_is_decoded_from_normalised_latents(vae: AutoencoderKLWan) -> None:
+    mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     raw = random(1, 16, 3, 2, 2)
     with torch.no_grad():
         expected = vae.decode(raw).sample
-    video = decode_video(vae, normalise_latents(raw, vae))
+    video = decode_video(vae, (raw - mean) / std)
     assert video.shape == (1, 3, 9, 16, 16)
     torch.testing.assert_close(video, expected, rtol=1e-4, atol=1e-4)
 

@@ -10,7 +10,8 @@ from diffusers import WanTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from storymem.wan.flops import cached_flops, forward_flops
-from storymem.wan.memory_attention import reading_memory
+from storymem.wan.segments import memory_cached
+from storymem.wan.transformer import SegmentCache, enable_layouts
 
 TINY = {
     "num_layers": 2,
@@ -94,23 +95,20 @@ def test_the_published_size_without_memory() -> None:
 def test_torch_counts_the_same_in_cached_memory(memory_frames: int) -> None:
     with torch.device("meta"):
         network = WanTransformer3DModel(**TINY, in_channels=36)
-        memory = torch.empty(1, 16, memory_frames, 4, 6)
-        inputs = {
-            "hidden_states": torch.empty(1, 36, 3, 4, 6),
-            "timestep": torch.empty(1),
-            "encoder_hidden_states": torch.empty(1, 16, 20),
-            "return_dict": False,
-        }
+        enable_layouts(network)
+        inputs = {"timestep": torch.empty(1), "encoder_hidden_states": torch.empty(1, 16, 20), "return_dict": False}
     flops = cached_flops(TINY, memory_frames=memory_frames, slots=3, height=4, width=6, text_tokens=16)
-    counted: dict[str, list[int]] = {}
-    for cache in ("device", "recompute"):
-        with reading_memory([network], memory, stride=5, cache=cache), torch.no_grad():
-            for _ in range(2):
-                with FlopCounterMode(display=False) as counter:
-                    network(**inputs)
-                counted.setdefault(cache, []).append(counter.get_total_flops())
-    assert counted["device"] == [flops.prefill.total + flops.read.total, flops.read.total]
-    assert counted["recompute"] == [flops.whole.total] * 2
+    layout, cache = memory_cached(memory_frames, 3), SegmentCache()
+
+    def counted(frames: int, **arguments: Any) -> int:
+        latents = torch.empty(1, 36, frames, 4, 6, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(hidden_states=latents, **inputs, **arguments)
+        return counter.get_total_flops()
+
+    assert counted(memory_frames + 3, layout=layout) == flops.whole.total
+    assert counted(memory_frames, layout=layout.only({"memory"}), cache=cache) == flops.prefill.total
+    assert counted(3, layout=layout, cache=cache) == flops.read.total
     assert (flops.prefill.tokens, flops.read.tokens) == (6 * memory_frames, 18)
 
 

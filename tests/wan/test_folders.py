@@ -247,7 +247,9 @@ def test_networks_of_the_other_task(pipe: WanMemoryToVideoPipeline, base: Path, 
     by_text.save_pretrained(tmp_path / "t2v")
     for name in ("transformer", "transformer_2"):
         shutil.copytree(tmp_path / "t2v" / name, base / name, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=r"takes 16 input channels \(text-to-video\), and model\.weights needs 36"):
+    with pytest.raises(
+        ValueError, match=r"takes 16 input channels \(as Wan2\.2-T2V-A14B\), and model\.weights needs 36"
+    ):
         check(base)
     model = settings(
         weights={"name": "a", "source": "b"}, text_to_video={"name": "t2v", "source": str(tmp_path / "t2v")}

@@ -1,4 +1,4 @@
-"""Guidance in one batch: the same shots as pass after pass, whatever the loop does."""
+"""Guidance: both passes of a step in turn or as one batch, and a negative pass that sees no memory."""
 
 from __future__ import annotations
 
@@ -8,66 +8,67 @@ import pytest
 import torch
 from torch import Tensor
 
-from storymem.wan.guidance import GuidanceBatch, batch_guidance
 from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
-from storymem.wan.settings import RuntimeSettings
-from tests.wan.tiny import CPU, STEPS, counting, generate, pictures, settings, shot_by_text
+from storymem.wan.segments import memory_cached, memory_joint
+from storymem.wan.settings import MemoryMode, ModelSettings, RuntimeSettings, SamplerSettings, check_speed
+from tests.wan.tiny import CPU, SLOTS, STEPS, counting, generate, pictures, settings, shot_by_text
 
 ONE_BATCH = RuntimeSettings(device="cpu", guidance_batch=True)
-GUIDED: dict[str, Any] = {"negative_prompt": "fog", "guidance_scale": 3.0}
+SCALE = 3.0
+GUIDED: dict[str, Any] = {"negative_prompt": "fog", "guidance_scale": SCALE}
+UNSEEN: dict[str, Any] = GUIDED | {"negative_sees_memory": False}
+
+
+def model(mode: MemoryMode) -> ModelSettings:
+    made = settings(memory_attention=mode)
+    made.network.transformer["num_layers"] = 2  # caches need a first block and others
+    return made
+
+
+@pytest.fixture(scope="module", params=["joint", "cached"])
+def guided(request: pytest.FixtureRequest) -> WanMemoryToVideoPipeline:
+    return load_pipeline(model(request.param), runtime=CPU)
 
 
 @pytest.fixture(scope="module")
-def counted() -> tuple[WanMemoryToVideoPipeline, GuidanceBatch]:
-    pipe = load_pipeline(settings(), runtime=CPU)
-    return pipe, batch_guidance(pipe.experts)
+def batched() -> WanMemoryToVideoPipeline:
+    return load_pipeline(settings(), runtime=ONE_BATCH)
 
 
 def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+# One batch
+
+
 @pytest.mark.parametrize("memory", [0, 3, 10])
-def test_one_batch_makes_the_same_shot(pipe: WanMemoryToVideoPipeline, memory: int) -> None:
-    batched = load_pipeline(settings(), runtime=ONE_BATCH)
+def test_one_batch_makes_the_same_shot(
+    pipe: WanMemoryToVideoPipeline, batched: WanMemoryToVideoPipeline, memory: int
+) -> None:
     given = {**GUIDED, "guidance_scale_2": 2.0, "memory": pictures(memory)}
-    with counting(batched.transformer_2.blocks[0]) as calls:
+    with counting(batched.transformer.blocks[0]) as calls:
         ours = generate(batched, **given)
     close(ours, generate(pipe, **given))
-    assert calls == {"WanTransformerBlock": 2}, "two of the four steps, one forward each, after the switch of experts"
-
-
-def test_only_the_first_step_runs_pass_after_pass(counted: tuple[WanMemoryToVideoPipeline, GuidanceBatch]) -> None:
-    pipe, batch = counted
-    batch.forwards.clear()
-    generate(pipe, **GUIDED)
-    assert batch.forwards == {1: 2, 2: STEPS - 1}
-
-
-def test_the_next_shot_has_texts_of_its_own(
-    pipe: WanMemoryToVideoPipeline, counted: tuple[WanMemoryToVideoPipeline, GuidanceBatch]
-) -> None:
-    batched, _ = counted
-    generate(batched, **GUIDED)
-    other = {"prompt": "an owl", "negative_prompt": "rain", "guidance_scale": 2.0, "memory": pictures(2)}
-    close(generate(batched, **other), generate(pipe, **other))
+    assert calls == {"WanTransformerBlock": STEPS // 2}, "one forward a step"
 
 
 def test_without_guidance_nothing_is_computed_twice(
-    pipe: WanMemoryToVideoPipeline, counted: tuple[WanMemoryToVideoPipeline, GuidanceBatch]
+    pipe: WanMemoryToVideoPipeline, batched: WanMemoryToVideoPipeline
 ) -> None:
-    batched, batch = counted
-    embeds, _ = pipe.encode_prompt("a fox", do_classifier_free_guidance=False, max_sequence_length=16)
-    generate(batched, prompt_embeds=embeds, negative_prompt_embeds=embeds + 1, guidance_scale=3.0)
-    batch.forwards.clear()
-    ours = generate(batched, prompt_embeds=embeds, guidance_scale=1.0)
-    assert batch.forwards == {1: STEPS - 1, 2: 1}, "the first step still expects the negative prompt of the shot before"
-    close(ours, generate(pipe, prompt_embeds=embeds, guidance_scale=1.0))
+    tokens: list[int] = []
+    hook = batched.transformer.register_forward_pre_hook(
+        lambda _m, _a, given: tokens.append(len(given["hidden_states"])), with_kwargs=True
+    )
+    ours = generate(batched, guidance_scale=1.0)
+    hook.remove()
+    assert tokens == [1] * (STEPS // 2)
+    close(ours, generate(pipe, guidance_scale=1.0))
 
 
 def test_a_callback_may_change_the_negative_prompt(
-    pipe: WanMemoryToVideoPipeline, counted: tuple[WanMemoryToVideoPipeline, GuidanceBatch]
+    pipe: WanMemoryToVideoPipeline, batched: WanMemoryToVideoPipeline
 ) -> None:
     def change(_pipe: Any, step: int, _t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"negative_prompt_embeds": tensors["negative_prompt_embeds"] * (1 if step else 2)}
@@ -77,14 +78,12 @@ def test_a_callback_may_change_the_negative_prompt(
         "callback_on_step_end": change,
         "callback_on_step_end_tensor_inputs": ["latents", "negative_prompt_embeds"],
     }
-    close(generate(counted[0], **given), generate(pipe, **given))
+    close(generate(batched, **given), generate(pipe, **given))
 
 
-def test_several_videos_in_one_call(
-    pipe: WanMemoryToVideoPipeline, counted: tuple[WanMemoryToVideoPipeline, GuidanceBatch]
-) -> None:
+def test_several_videos_in_one_call(pipe: WanMemoryToVideoPipeline, batched: WanMemoryToVideoPipeline) -> None:
     given = {**GUIDED, "num_videos_per_prompt": 2, "memory": pictures(1)}
-    close(generate(counted[0], **given), generate(pipe, **given))
+    close(generate(batched, **given), generate(pipe, **given))
 
 
 def test_a_first_shot_by_text_to_video(pipe: WanMemoryToVideoPipeline) -> None:
@@ -94,9 +93,130 @@ def test_a_first_shot_by_text_to_video(pipe: WanMemoryToVideoPipeline) -> None:
     close(shot(ONE_BATCH), shot(CPU))
 
 
-def test_cached_memory_serves_both_passes() -> None:
-    model = settings(memory_attention="cached")
+@pytest.mark.parametrize("cache", ["device", "cpu", "recompute"])
+def test_cached_memory_serves_both_passes(cache: Any) -> None:
+    made = settings(memory_attention="cached")
     given = {**GUIDED, "memory": pictures(3)}
-    close(
-        generate(load_pipeline(model, runtime=ONE_BATCH), **given), generate(load_pipeline(model, runtime=CPU), **given)
-    )
+    runtimes = [RuntimeSettings(device="cpu", guidance_batch=batch, memory_cache=cache) for batch in (True, False)]
+    close(*(generate(load_pipeline(made, runtime=runtime), **given) for runtime in runtimes))
+
+
+# A negative pass without memory
+
+
+def guided_step(pipe: WanMemoryToVideoPipeline, **given: Any) -> tuple[list[dict[str, Any]], Tensor]:
+    """The inputs of the forwards of a one-step shot, and the noise prediction that the scheduler gets."""
+    inputs: list[dict[str, Any]] = []
+    predicted: list[Tensor] = []
+    step = pipe.scheduler.step
+
+    def watched(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        predicted.append(model_output)
+        return step(model_output, *args, **kwargs)
+
+    hook = pipe.transformer.register_forward_pre_hook(lambda _module, _args, kw: inputs.append(kw), with_kwargs=True)
+    pipe.scheduler.step = watched
+    try:
+        generate(pipe, num_inference_steps=1, **given)
+    finally:
+        pipe.scheduler.step = step
+        hook.remove()
+    return inputs, predicted[0]
+
+
+def test_guidance_leads_from_a_shot_of_nothing_to_prompt_and_memory(guided: WanMemoryToVideoPipeline) -> None:
+    (*prefill, cond, uncond), predicted = guided_step(guided, memory=pictures(3), **UNSEEN)
+    joint = guided.config.memory_attention == "joint"
+    whole, layout = cond["hidden_states"], memory_joint(3, SLOTS) if joint else memory_cached(3, SLOTS)
+    if not joint:
+        whole = torch.cat([prefill[0]["hidden_states"], whole], dim=2)
+    plain = {"timestep": cond["timestep"], "return_dict": False}
+    with torch.no_grad():
+        (seeing,) = guided.transformer(
+            whole, encoder_hidden_states=cond["encoder_hidden_states"], layout=layout, **plain
+        )
+        (without,) = guided.transformer(whole[:, :, 3:], encoder_hidden_states=uncond["encoder_hidden_states"], **plain)
+    expected = without + SCALE * (seeing[:, :, 3:] - without)
+    if joint:
+        expected = torch.cat([seeing[:, :, :3], expected], dim=2)
+    torch.testing.assert_close(predicted, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_second_pass_is_of_the_shot_alone(guided: WanMemoryToVideoPipeline) -> None:
+    inputs, _ = guided_step(guided, memory=pictures(3), **UNSEEN)
+    frames = [given["hidden_states"].shape[2] for given in inputs]
+    joint = guided.config.memory_attention == "joint"
+    assert frames == ([3 + SLOTS, SLOTS] if joint else [3, SLOTS, SLOTS])
+
+
+def test_without_memory_there_is_nothing_to_hide(guided: WanMemoryToVideoPipeline) -> None:
+    assert torch.equal(generate(guided, **UNSEEN), generate(guided, **GUIDED))
+
+
+def test_memory_pulls_further(guided: WanMemoryToVideoPipeline) -> None:
+    """With one text in both passes, published guidance does nothing and this one still leads to the memory."""
+    same = {"negative_prompt": "a fox", "memory": pictures(3)}
+    plain = generate(guided, **same, guidance_scale=1.0)
+    torch.testing.assert_close(generate(guided, **same, guidance_scale=SCALE), plain, rtol=1e-4, atol=1e-4)
+    pulled = generate(guided, **same, guidance_scale=SCALE, negative_sees_memory=False)
+    assert (pulled - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        {"cache": "first_block", "cache_threshold": 0.0},
+        {"cache": "taylor", "cache_threshold": 0.0},
+        {"memory_cache": "recompute"},
+    ],
+    ids=lambda runtime: next(iter(runtime.values())),
+)
+def test_it_goes_with_caches(guided: WanMemoryToVideoPipeline, runtime: dict[str, Any]) -> None:
+    mode = guided.config.memory_attention
+    if mode == "joint" and "memory_cache" in runtime:
+        return
+    fast = load_pipeline(model(mode), runtime=RuntimeSettings(device="cpu", **runtime))
+    for frames in (3, 2):
+        memory = pictures(frames, seed=frames)
+        shot = generate(fast, memory=memory, **UNSEEN)
+        torch.testing.assert_close(shot, generate(guided, memory=memory, **UNSEEN), rtol=1e-4, atol=1e-4)
+
+
+def test_it_goes_with_streamed_blocks(guided: WanMemoryToVideoPipeline) -> None:
+    streamed = load_pipeline(model(guided.config.memory_attention), runtime=CPU)
+    for expert in streamed.experts.values():
+        expert.enable_group_offload(
+            onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+        )
+    for frames in (3, 2):
+        memory = pictures(frames, seed=frames)
+        shot = generate(streamed, memory=memory, **UNSEEN)
+        torch.testing.assert_close(shot, generate(guided, memory=memory, **UNSEEN), rtol=1e-5, atol=1e-5)
+
+
+def test_without_guidance_it_is_refused(guided: WanMemoryToVideoPipeline) -> None:
+    with pytest.raises(ValueError, match="negative_sees_memory=False needs guidance: guidance_scale must be above 1"):
+        generate(guided, memory=pictures(1), **UNSEEN | {"guidance_scale": 1.0})
+    with pytest.raises(ValueError, match="negative_sees_memory=false needs guidance above 1"):
+        SamplerSettings(guidance=1.0, negative_sees_memory=False)
+
+
+def test_a_pipeline_whose_passes_must_see_the_same_says_so(guided: WanMemoryToVideoPipeline) -> None:
+    made = model(guided.config.memory_attention)
+    batched = load_pipeline(made, runtime=ONE_BATCH)
+    with pytest.raises(ValueError, match="as one batch, of one memory"):
+        generate(batched, memory=pictures(1), **UNSEEN)
+
+
+@pytest.mark.parametrize(
+    ("mode", "runtime", "message"),
+    [
+        ("joint", {"guidance_batch": True}, r"runtime\.guidance_batch gives both the same tokens"),
+        ("cached", {"guidance_batch": True}, r"runtime\.guidance_batch gives both the same tokens"),
+        ("joint", {"guidance_parallel": True}, r"needs what the other predicts"),
+    ],
+)
+def test_where_both_passes_must_see_the_same_it_is_refused(mode: MemoryMode, runtime: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_speed(model(mode), SamplerSettings(negative_sees_memory=False), RuntimeSettings(**runtime))
+    check_speed(model(mode), SamplerSettings(), RuntimeSettings(**runtime))

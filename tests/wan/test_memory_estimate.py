@@ -288,12 +288,12 @@ def test_every_setting_that_takes_memory_does(a14b: ModelSettings) -> None:
 
 
 def test_without_guidance_nothing_is_doubled(a14b: ModelSettings) -> None:
-    runtime = RuntimeSettings(offload="model", cache="mag", cache_ratios="measured.json")
+    runtime = RuntimeSettings(offload="model", cache="first_block")
     guided, alone = (
         estimate_memory(a14b, runtime, sampler=SamplerSettings(guidance=guidance), memory_frames=10).stages[2].total
         for guidance in (3.5, 1.0)
     )
-    assert guided - alone == 31 * 1560 * 5120 * 2
+    assert guided - alone == 2 * 31 * 1560 * 5120 * 2
 
 
 def test_several_cards_share_tokens_and_weights(a14b: ModelSettings) -> None:
@@ -325,6 +325,20 @@ def test_shapes_left_to_the_weights_are_read_from_them(tmp_path: Path) -> None:
     assert found == expected
     absent = replace(saved, weights=Weights(name="absent", source="./absent"))
     assert estimate_memory(absent, RuntimeSettings(), memory_frames=2).stages[0].weights > 4 * 5e9, "Wan's own"
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["{", "[1]", '{"z_dim": "many"}', '{"base_dim": -5}', '{"base_dim": 1e9}', '{"dim_mult": [1, 1e400]}', "\x00"],
+)
+def test_a_damaged_configuration_counts_as_wans(a14b: ModelSettings, tmp_path: Path, config: str) -> None:
+    """What is wrong with weights is said where they are checked."""
+    for part in ("vae", "text_encoder"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(config)
+    local = replace(a14b, weights=Weights(name="damaged", source=str(tmp_path)))
+    whole = {"runtime": RuntimeSettings(), "memory_frames": 3}
+    assert estimate_memory(local, **whole) == estimate_memory(a14b, **whole)
 
 
 def test_a_model_without_adapter_is_smaller() -> None:

@@ -78,12 +78,12 @@ def test_motion_frames_are_five_given_frames(ready: WanShotGenerator, pipe: WanM
 def test_the_sampler_says_whether_guidance_strengthens_memory(
     tiny_model: ModelSettings, pipe: WanMemoryToVideoPipeline
 ) -> None:
-    made = generator(tiny_model, sampler=replace(SAMPLER, guide_memory=True))
+    made = generator(tiny_model, sampler=replace(SAMPLER, negative_sees_memory=False))
     made.prepare(["a fox"], [None])
     memory = pictures(2)
     frames = made.generate(request(memory=made.encode_keyframes([np.asarray(picture) for picture in memory])))
     given = {"negative_prompt": "blurred", "guidance_scale": 3.0, "num_inference_steps": 3, "memory": memory}
-    expected = generate(pipe, **given, guide_memory=True, output_type="np")
+    expected = generate(pipe, **given, negative_sees_memory=False, output_type="np")
     np.testing.assert_allclose(frames, expected[0] * 255, atol=0.51)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from storymem.plan import make_plan
+from storymem.wan import transformer
 from storymem.wan.loading import STEP_ADAPTER, load_pipeline
 from storymem.wan.lora import memory_lora_config, save_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
@@ -115,7 +115,7 @@ def lightning(i2v: Path, t2v: Path | None = None) -> SamplerSettings:
 
 
 def test_a_film_takes_four_steps_of_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, seen = WanTransformer3DModel.forward, []
+    forward, seen = transformer.forward, []
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         adapters = list(getattr(self, "peft_config", {}))
@@ -123,7 +123,7 @@ def test_a_film_takes_four_steps_of_one_pass(tmp_path: Path, monkeypatch: pytest
         return forward(self, *args, **kwargs)
 
     files = write_adapter(MODEL, tmp_path / "steps", "comfyui", seed=3)
-    monkeypatch.setattr(WanTransformer3DModel, "forward", counted)
+    monkeypatch.setattr(transformer, "forward", counted)
     teller = storyteller(sampler=lightning(files, files))
     film = teller.tell(story(tmp_path, TWO_SHOTS), tmp_path / "film")
     assert len(film.shots) == 2

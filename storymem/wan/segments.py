@@ -1,0 +1,257 @@
+"""What a system denoises, as data: one token sequence made of segments.
+
+Every system here runs the same network over one sequence of latent frames. Systems differ only in where each run of
+frames sits on the temporal axis, at which timestep it is, whose keys its queries read, and which text it reads. A
+:class:`Segment` states exactly that; a :class:`Layout` is a sequence of them, and
+:mod:`storymem.wan.transformer` executes it.
+
+With M memory frames, T latent frames of video, stride S and the step's timestep t:
+
+``single_shot``, Wan itself::
+
+    segment   positions    timestep   reads              text
+    video     0 .. T-1     t          video              prompt
+
+``memory_joint``, StoryMem as published (paper section 3.3): memory slots are noise and are denoised with the video; a
+clean copy of each memory frame is given in condition channels, and negative positions say that it came before::
+
+    memory    -MS .. -S    t          memory, video      prompt
+    video     0 .. T-1     t          memory, video      prompt
+
+``memory_cached``, ours: memory slots are clean. They read nothing that changes between steps, so their keys and values
+are computed once a shot (:attr:`Layout.constant`)::
+
+    memory    -MS .. -S    0          memory             none
+    video     0 .. T-1     t          memory, video      prompt
+
+``given``: latent frames that begin the video and are clean, as Wan2.2-TI2V-5B is told its first frame::
+
+    given     0 .. n-1     0          given, video       prompt
+    video     n .. T-1     t          given, video       prompt
+
+``holocine``: all shots of a film at once, each with its own caption. ``full``: every shot reads all. ``sparse``: a shot
+reads itself and the first latent frame of every shot, its own included, which therefore counts twice::
+
+    shot i    its frames   t          shot i, first of 1, first of 2, ...    global caption + caption i
+
+``memento``: a picture of the subject is denoised beside the shot. Memory reads two key sets and takes the mean of both
+results, so that subject and video exchange information through memory alone::
+
+    subject   -512         t          subject, memory                        subject caption
+    memory    film time    t          mean of {subject, memory} and {memory, video}   prompt
+    video     0 .. T-1     t          memory, video                          prompt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+DEFAULT_STRIDE = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """Keys and values of the first ``frames`` latent frames of a segment."""
+
+    segment: str
+    frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Tokens of a text.
+
+    Args:
+        name: of the text among those that a forward is given; a forward with one text calls it "prompt".
+        spans: token ranges [first, last + 1), disjoint; None: all, padding included, as Wan reads.
+    """
+
+    name: str = "prompt"
+    spans: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A run of latent frames.
+
+    Args:
+        name: unique in a layout.
+        positions: temporal RoPE position of each latent frame; height and width are as in Wan.
+        reads: key sets, each of segments' names or parts of segments. The queries take one softmax over all keys of a
+            set; a segment named twice in a set counts twice. Of several sets the mean of the results is taken.
+        text: what cross-attention reads; None: nothing, and cross-attention adds nothing.
+        timestep: fixed, in 0..1000, such as 0 for clean latents; None: that of the step.
+    """
+
+    name: str
+    positions: tuple[int, ...]
+    reads: tuple[tuple[str | Keys, ...], ...]
+    text: Text | None = Text()
+    timestep: float | None = None
+
+    @property
+    def frames(self) -> int:
+        """Latent frames."""
+        return len(self.positions)
+
+    @property
+    def read_names(self) -> frozenset[str]:
+        """Names of all segments it reads, wholly or in part."""
+        return frozenset(name_of(keys) for key_set in self.reads for keys in key_set)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A sequence of segments, in the order of their latent frames; hashable, so that plans made of it can be kept.
+
+    Raises:
+        ValueError: for names that stand twice or are read and not there, or parts longer than their segment.
+    """
+
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        frames = {segment.name: segment.frames for segment in self.segments}
+        if len(frames) < len(self.segments):
+            raise ValueError("segments of a layout must have different names")
+        for segment in self.segments:
+            for keys in (keys for key_set in segment.reads for keys in key_set):
+                if name_of(keys) not in frames:
+                    raise ValueError(f"segment {segment.name} reads {name_of(keys)}, which the layout does not have")
+                if isinstance(keys, Keys) and not 0 < keys.frames <= frames[keys.segment]:
+                    raise ValueError(f"{keys.segment} has {frames[keys.segment]} frames, not {keys.frames}")
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of all segments."""
+        return sum(segment.frames for segment in self.segments)
+
+    @cached_property
+    def constant(self) -> frozenset[str]:
+        """Names of segments whose keys and values are the same at every step and for every text.
+
+        Their timestep is fixed, they read no text, and they read only each other.
+        """
+        names = frozenset(s.name for s in self.segments if s.timestep is not None and s.text is None)
+        while names != (
+            closed := frozenset(s.name for s in self.segments if s.name in names and s.read_names <= names)
+        ):
+            names = closed
+        return names
+
+    def only(self, names: Iterable[str]) -> Layout:
+        """The segments of these names; they must read only each other."""
+        return Layout(tuple(segment for segment in self.segments if segment.name in set(names)))
+
+    def span(self, name: str) -> slice:
+        """Where the latent frames of a segment lie."""
+        start = 0
+        for segment in self.segments:
+            if segment.name == name:
+                return slice(start, start + segment.frames)
+            start += segment.frames
+        raise KeyError(name)
+
+
+def name_of(keys: str | Keys) -> str:
+    """Of the segment that is read, wholly or in part."""
+    return keys if isinstance(keys, str) else keys.segment
+
+
+def memory_positions(frames: int, stride: int = DEFAULT_STRIDE) -> tuple[int, ...]:
+    """(-M*S, ..., -2S, -S), the negative temporal positions of M memory frames (paper section 3.3).
+
+    Args:
+        frames: M.
+        stride: S; published adapters were trained with 5, the first public release ran with 1.
+    """
+    if stride < 1:
+        raise ValueError(f"the RoPE stride of the memory must be 1 or more, not {stride}")
+    return tuple(-stride * k for k in range(frames, 0, -1))
+
+
+def single_shot(frames: int) -> Layout:
+    """Wan's own sequence: ``frames`` latent frames of video."""
+    return Layout((Segment(name="video", positions=tuple(range(frames)), reads=(("video",),)),))
+
+
+def memory_joint(memory: int, video: int, stride: int = DEFAULT_STRIDE) -> Layout:
+    """StoryMem as published: ``memory`` frames are denoised with ``video`` latent frames."""
+    everything = (("memory", "video"),)
+    before = Segment(name="memory", positions=memory_positions(memory, stride), reads=everything)
+    shot = Segment(name="video", positions=tuple(range(video)), reads=everything)
+    return Layout((before, shot)) if memory else single_shot(video)
+
+
+def memory_cached(memory: int, video: int, stride: int = DEFAULT_STRIDE) -> Layout:
+    """Ours: ``memory`` clean frames at timestep 0, which read only each other."""
+    positions = memory_positions(memory, stride)
+    before = Segment(name="memory", positions=positions, reads=(("memory",),), text=None, timestep=0)
+    shot = Segment(name="video", positions=tuple(range(video)), reads=(("memory", "video"),))
+    return Layout((before, shot)) if memory else single_shot(video)
+
+
+def with_given(layout: Layout, frames: int) -> Layout:
+    """``layout`` with the first ``frames`` latent frames of its video clean, as Wan2.2-TI2V-5B is told them."""
+    if frames == 0:
+        return layout
+    segments = []
+    for segment in layout.segments:
+        reads = tuple(_with_part(key_set, "video", "given") for key_set in segment.reads)
+        if segment.name == "video":
+            segments.append(
+                replace(segment, name="given", positions=segment.positions[:frames], reads=reads, timestep=0)
+            )
+            segment = replace(segment, positions=segment.positions[frames:])
+        segments.append(replace(segment, reads=reads))
+    return Layout(tuple(segments))
+
+
+def _with_part(key_set: tuple[str | Keys, ...], whole: str, part: str) -> tuple[str | Keys, ...]:
+    return tuple(name for keys in key_set for name in ((part, whole) if keys == whole else (keys,)))
+
+
+def holocine(shots: Sequence[int], texts: Sequence[Text], *, sparse: bool) -> Layout:
+    """HoloCine (arXiv 2510.20822): a film's shots at once, one segment each.
+
+    Args:
+        shots: latent frames of each shot.
+        texts: tokens that each shot reads: those of the global caption, of its own, and padding.
+        sparse: whether a shot reads of the others their first latent frame alone.
+    """
+    names = [f"shot{number}" for number in range(1, len(shots) + 1)]
+    summaries = tuple(Keys(segment=name, frames=1) for name in names)
+    starts = [sum(shots[:i]) for i in range(len(shots))]
+    return Layout(
+        tuple(
+            Segment(
+                name=name,
+                positions=tuple(range(start, start + frames)),
+                reads=((name, *summaries) if sparse else tuple(names),),
+                text=text,
+            )
+            for name, start, frames, text in zip(names, starts, shots, texts, strict=True)
+        )
+    )
+
+
+def memento(memory: Sequence[int], video: int, *, subject: bool = True, split: bool = True) -> Layout:
+    """Memento (arXiv 2606.14667).
+
+    Args:
+        memory: film-time positions of the memory frames, before 0.
+        video: latent frames of the shot.
+        subject: whether a picture of the subject is denoised too.
+        split: without a subject: whether memory takes the mean of {memory} and {memory, video} all the same, as in
+            training; released inference does not.
+    """
+    apart = (("subject", "memory"),) if subject else (("memory",),) if split else ()
+    inner = (*apart, ("memory", "video"))
+    segments = (
+        Segment(name="memory", positions=tuple(memory), reads=inner),
+        Segment(name="video", positions=tuple(range(video)), reads=(("memory", "video"),)),
+    )
+    portrait = Segment(name="subject", positions=(-512,), reads=(("subject", "memory"),), text=Text(name="subject"))
+    return Layout((portrait, *segments) if subject else segments)

@@ -1,0 +1,470 @@
+"""Wan's transformer over a sequence of segments; see :mod:`storymem.wan.segments`.
+
+The network is diffusers' ``WanTransformer3DModel``, class, weights and blocks unchanged; :func:`enable_layouts` gives
+it the forward below. A forward is told its layout, and nothing about it is kept between calls. Two things reach the
+attention processors through the block's own arguments: the rotary tables come as :class:`SelfReads`, the text as
+:class:`TextReads`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed, _get_qkv_projections
+from diffusers.utils import apply_lora_scale
+from einops import rearrange
+from torch import Tensor
+
+from storymem.wan.segments import Keys, Layout, Segment, Text, name_of, single_shot
+
+KeysAndValues = tuple[Tensor, Tensor]  # each [1 or B, tokens, heads, head_dim]
+
+
+class Piece(NamedTuple):
+    """Tokens [start, stop) of a forward's own sequence, or, with ``kept``, of a kept segment."""
+
+    start: int
+    stop: int
+    kept: str | None = None
+
+
+class SelfQuery(NamedTuple):
+    """Queries of tokens [start, stop) read key sets made of pieces."""
+
+    start: int
+    stop: int
+    sets: tuple[tuple[Piece, ...], ...]
+
+
+class TextQuery(NamedTuple):
+    """Queries of tokens [start, stop) read tokens of a text, or nothing."""
+
+    start: int
+    stop: int
+    text: Text | None
+
+
+class Plan(NamedTuple):
+    """A layout in tokens of this process."""
+
+    self_queries: tuple[SelfQuery, ...]
+    text_queries: tuple[TextQuery, ...]
+    tokens: tuple[int, ...]  # of each computed segment
+    keeps: tuple[tuple[str, int, int], ...]  # constant segments: name, start, stop
+
+
+class BlockCache:
+    """Keys and values that one block keeps, by segment; a class of its own, so that hooks pass it on as it is."""
+
+    def __init__(self) -> None:
+        self.segments: dict[str, KeysAndValues] = {}
+
+
+class SelfReads(NamedTuple):
+    """What a block's self-attention is given in place of the rotary tables ``cos`` and ``sin`` [1, tokens, 1, D]."""
+
+    cos: Tensor
+    sin: Tensor
+    queries: tuple[SelfQuery, ...]
+    kept: BlockCache
+    keeps: tuple[tuple[str, int, int], ...]
+
+
+class TextReads(NamedTuple):
+    """What a block's cross-attention is given in place of one text: texts [B, L, dim] by name."""
+
+    texts: dict[str, Tensor]
+    queries: tuple[TextQuery, ...]
+
+
+class SegmentCache:
+    """Keys and values of constant segments, per block, kept between the steps of one shot.
+
+    Args:
+        on_cpu: keep them in RAM and copy them to the device block by block.
+    """
+
+    def __init__(self, *, on_cpu: bool = False) -> None:
+        self.on_cpu = on_cpu
+        self.names: frozenset[str] = frozenset()
+        self._blocks: dict[int, BlockCache] = {}
+
+    def block(self, index: int) -> BlockCache:
+        """What one block keeps, on the device of the computation or in RAM."""
+        return self._blocks.setdefault(index, BlockCache())
+
+    def complete(self, names: frozenset[str]) -> None:
+        """Note that segments were computed in every block."""
+        self.names |= names
+        if self.on_cpu:
+            for block in self._blocks.values():
+                block.segments = {name: (_to_ram(k), _to_ram(v)) for name, (k, v) in block.segments.items()}
+
+
+class SegmentRope(WanRotaryPosEmbed):
+    """Wan's rotary tables at given temporal positions, which may be negative; height and width are as in Wan."""
+
+    def forward(
+        self, hidden_states: Tensor, positions: tuple[int, ...] | None = None, order: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each [1, tokens, 1, head_dim], for latents [B, C, N, h, w].
+
+        Args:
+            positions: of the N / p_t latent frames; None: 0, 1, ...
+            order: [tokens], the order in which tokens are wanted.
+
+        """
+        cos, sin = super().forward(hidden_states)
+        frames = hidden_states.shape[2] // self.patch_size[0]
+        if positions is not None and positions != tuple(range(frames)):
+            self.check_positions(positions)
+            index = torch.tensor(positions, device=cos.device)
+            # The table holds 0, 1, ...: cos(-x) = cos(x) and sin(-x) = -sin(x) give the negative positions.
+            time_cos = self.freqs_cos[index.abs(), : self.t_dim]
+            time_sin = self.freqs_sin[index.abs(), : self.t_dim] * index.sign().unsqueeze(1)
+            cos, sin = self._at(cos, time_cos, frames), self._at(sin, time_sin, frames)
+        return (cos, sin) if order is None else (cos[:, order], sin[:, order])
+
+    def check_positions(self, positions: tuple[int, ...]) -> None:
+        """Raise ``ValueError`` for a position outside the model's table."""
+        far = max(positions, key=abs, default=0)
+        if abs(far) >= self.max_seq_len:
+            raise ValueError(
+                f"{len(positions)} frames reach position {far}; this model's table ends at {self.max_seq_len - 1}: use "
+                "fewer memory frames or a smaller RoPE stride"
+            )
+
+    def _at(self, table: Tensor, time: Tensor, frames: int) -> Tensor:
+        """``table`` [1, frames * n, 1, D] with its temporal channels replaced by ``time`` [frames, t_dim]."""
+        by_frame = table.unflatten(1, (frames, -1))
+        time = time.to(table.dtype)[None, :, None, None, :].expand(*by_frame.shape[:-1], -1)
+        return torch.cat([time, by_frame[..., self.t_dim :]], dim=-1).flatten(1, 2)
+
+
+class SegmentAttnProcessor(WanAttnProcessor):
+    """Wan's attention, in which each segment's queries read what its layout says; plain inputs give Wan's own."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | TextReads | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | SelfReads | None = None,
+    ) -> Tensor:
+        """[B, tokens, dim] -> the same shape."""
+        if isinstance(encoder_hidden_states, TextReads):
+            return self._read_texts(attn, hidden_states, encoder_hidden_states)
+        if isinstance(rotary_emb, SelfReads):
+            if rotary_emb.queries or rotary_emb.keeps:
+                return self._read_segments(attn, hidden_states, rotary_emb)
+            rotary_emb = rotary_emb[:2]
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+
+    def _read_segments(self, attn: Any, hidden_states: Tensor, reads: SelfReads) -> Tensor:
+        query, key, value = _get_qkv_projections(attn, hidden_states, None)
+        query, key, value = (
+            projected.unflatten(2, (attn.heads, -1)) for projected in (attn.norm_q(query), attn.norm_k(key), value)
+        )
+        query, key = (_rotated(projected, reads.cos, reads.sin) for projected in (query, key))
+        for name, start, stop in reads.keeps:
+            reads.kept.segments[name] = (key[:, start:stop], value[:, start:stop])
+        outputs = []
+        for start, stop, sets in reads.queries or (SelfQuery(0, query.shape[1], ((Piece(0, query.shape[1]),),)),):
+            results = [
+                self._attend(
+                    query[:, start:stop],
+                    _gathered(key, reads.kept, pieces, 0),
+                    _gathered(value, reads.kept, pieces, 1),
+                )
+                for pieces in sets
+            ]
+            outputs.append(results[0] if len(results) == 1 else torch.stack(results).mean(dim=0))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        output = output.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](output))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+
+    def _read_texts(self, attn: Any, hidden_states: Tensor, reads: TextReads) -> Tensor:
+        outputs = []
+        for start, stop, text in reads.queries:
+            queries = hidden_states[:, start:stop]
+            if text is None:
+                outputs.append(torch.zeros_like(queries))
+                continue
+            tokens = reads.texts[text.name]
+            if text.spans is not None:
+                tokens = torch.cat([tokens[:, first:last] for first, last in text.spans], dim=1)
+            outputs.append(super().__call__(attn, queries, tokens))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def enable_layouts(transformer: WanTransformer3DModel) -> None:
+    """Let a transformer be told layouts, in place; once is enough, twice is harmless.
+
+    Its class, weights and saved form stay diffusers' own, and without a layout its predictions. Gradient checkpointing,
+    LoRA, compiled blocks, attention backends, offloading, layerwise casting, step caches and context parallelism are
+    diffusers' as well.
+
+    Raises:
+        ValueError: if hooks are on it already, which would go on calling the forward that they have wrapped.
+    """
+    if isinstance(transformer.rope, SegmentRope):
+        return
+    registry = getattr(transformer, "_diffusers_hook", None)
+    if hasattr(transformer, "_hf_hook") or (registry is not None and registry.hooks):
+        raise ValueError(
+            "the transformer has hooks already (offloading, a step cache, context parallelism): make the "
+            "memory-to-video pipeline first, and enable them then"
+        )
+    transformer.forward = MethodType(forward, transformer)
+    transformer.rope.__class__ = SegmentRope  # the same tables
+    transformer._cp_plan = _CP_PLAN
+    for block in transformer.blocks:
+        for attn in (block.attn1, block.attn2):
+            processor = SegmentAttnProcessor()
+            processor._attention_backend = attn.processor._attention_backend
+            processor._parallel_config = attn.processor._parallel_config
+            attn.set_processor(processor)
+
+
+#: diffusers' plan for Wan, but for timesteps, which are per segment here and not split.
+_CP_PLAN = {
+    "rope": {
+        0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+        1: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
+    },
+    "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3, split_output=False)},
+    "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+}
+
+
+@apply_lora_scale("attention_kwargs")
+def forward(
+    self: WanTransformer3DModel,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor | Mapping[str, Tensor],
+    encoder_hidden_states_image: Tensor | None = None,
+    return_dict: bool = True,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    layout: Layout | None = None,
+    cache: SegmentCache | None = None,
+) -> Transformer2DModelOutput | tuple[Tensor]:
+    """The forward of a transformer that is told a layout: a prediction for all frames that ``cache`` does not hold.
+
+    Args:
+        hidden_states: latents and condition channels [B, C, N, h, w] of the computed segments, in their order.
+        timestep: of the step, [B]; or [B, segments], one for each computed segment, which is then taken as it is.
+            [B, tokens], as Wan2.2-TI2V-5B's stock pipeline passes it, is possible without a layout.
+        encoder_hidden_states: text embeddings [B, L, text_dim], or several by the names that segments read.
+        layout: what the frames are; None: one shot of N latent frames.
+        cache: keys and values of constant segments. Those it holds are read and not computed; constant segments
+            that are computed are added to it.
+
+    Returns:
+        The prediction [B, out_channels, N, h, w].
+    """
+    p_t, p_h, p_w = self.config.patch_size
+    frames, height, width = (
+        hidden_states.shape[2] // p_t,
+        hidden_states.shape[3] // p_h,
+        hidden_states.shape[4] // p_w,
+    )
+    layout = single_shot(frames) if layout is None else layout
+    held = frozenset() if cache is None else cache.names
+    segments = [segment for segment in layout.segments if segment.name not in held]
+    if sum(segment.frames for segment in segments) != frames:
+        raise ValueError(f"the layout's segments {[s.name for s in segments]} do not have {frames} latent frames")
+    rank, processes = _share(self)
+    plan = make_plan(layout, held, height * width, rank, processes, cache is not None)
+
+    order = _strided(frames * height * width, processes, hidden_states.device) if processes > 1 else None
+    cos, sin = self.rope(hidden_states, sum((s.positions for s in segments), ()), order)
+    hidden_states = rearrange(self.patch_embedding(hidden_states), "b d t h w -> b (t h w) d").contiguous()
+    if order is not None:
+        hidden_states = hidden_states[:, order]
+    temb, modulation = _timesteps(self.condition_embedder, timestep, segments, hidden_states, plan.tokens)
+    text = _texts(self.condition_embedder, encoder_hidden_states, encoder_hidden_states_image, plan)
+
+    for index, block in enumerate(self.blocks):
+        kept = BlockCache() if cache is None else cache.block(index)
+        arguments = (hidden_states, text, modulation, SelfReads(cos, sin, plan.self_queries, kept, plan.keeps))
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            hidden_states = self._gradient_checkpointing_func(block, *arguments)
+        else:
+            hidden_states = block(*arguments)
+    if cache is not None and plan.keeps:
+        cache.complete(frozenset(name for name, _, _ in plan.keeps))
+
+    shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(-2)).unbind(dim=-2)
+    if temb.ndim == 2:
+        shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
+    shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
+    hidden_states = (self.norm_out(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
+    output = self.proj_out(hidden_states)
+    if order is not None:
+        output = output[:, order.argsort()]
+    sizes = {"t": frames, "h": height, "w": width, "pt": p_t, "ph": p_h, "pw": p_w}
+    output = rearrange(output, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", **sizes)
+    return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def _share(transformer: WanTransformer3DModel) -> tuple[int, int]:
+    """This process's number, and how many share the tokens."""
+    config = getattr(transformer._parallel_config, "context_parallel_config", None)
+    if config is None:
+        return 0, 1
+    return torch.distributed.get_rank(config._flattened_mesh.get_group()), config._flattened_mesh.size()
+
+
+def _timesteps(
+    embedder: Any, timestep: Tensor, segments: list[Segment], hidden_states: Tensor, tokens: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Embedding [B, D] and modulation [B, 6, D] of one timestep for all, or [B, tokens, ...] of several."""
+    if timestep.ndim == 1 and any(segment.timestep is not None for segment in segments):
+        fixed = [timestep if s.timestep is None else torch.full_like(timestep, s.timestep) for s in segments]
+        timestep = torch.stack(fixed, dim=1)
+    if timestep.ndim == 2 and timestep.shape[1] == 1:
+        timestep = timestep[:, 0]
+    projected = embedder.timesteps_proj(timestep.flatten())
+    dtype = next(iter(embedder.time_embedder.parameters())).dtype
+    if dtype != torch.int8:
+        projected = projected.to(dtype)
+    temb = embedder.time_embedder(projected).to(hidden_states.dtype)
+    modulation = embedder.time_proj(embedder.act_fn(temb)).unflatten(1, (6, -1))
+    if timestep.ndim == 1:
+        return temb, modulation
+    temb, modulation = (x.unflatten(0, timestep.shape) for x in (temb, modulation))
+    if timestep.shape[1] == len(segments):
+        repeats = torch.tensor(tokens, device=temb.device)
+        total = sum(tokens)
+        temb, modulation = (x.repeat_interleave(repeats, dim=1, output_size=total) for x in (temb, modulation))
+    return temb, modulation
+
+
+def _texts(embedder: Any, texts: Tensor | Mapping[str, Tensor], image: Tensor | None, plan: Plan) -> Tensor | TextReads:
+    by_name = {"prompt": texts} if isinstance(texts, Tensor) else texts
+    read = {query.text.name for query in plan.text_queries if query.text} if plan.text_queries else {"prompt"}
+    embedded = {name: embedder.text_embedder(by_name[name]) for name in read}
+    if image is not None:
+        pictures = embedder.image_embedder(image)
+        embedded = {name: torch.cat([pictures, text], dim=1) for name, text in embedded.items()}
+    return TextReads(embedded, plan.text_queries) if plan.text_queries else embedded["prompt"]
+
+
+@lru_cache(maxsize=256)
+def make_plan(
+    layout: Layout, held: frozenset[str], frame_tokens: int, rank: int, processes: int, keeping: bool
+) -> Plan:
+    """``layout`` in tokens of one process.
+
+    Token i of the computed segments lies in process i mod P, in order, so that a range of tokens is a range in every
+    process, and shares of ranges differ by at most one token.
+
+    Args:
+        held: names of segments that are kept and not computed.
+        frame_tokens: tokens of one latent frame.
+        rank: of this process among the ``processes`` that share the tokens.
+        keeping: whether keys and values of constant segments are wanted.
+    """
+    segments = [segment for segment in layout.segments if segment.name not in held]
+    spans: dict[str, tuple[int, int]] = {}
+    start = 0
+    for segment in segments:
+        spans[segment.name] = (start, start + segment.frames * frame_tokens)
+        start += segment.frames * frame_tokens
+
+    def local(token: int) -> int:
+        return max(0, -(-(token - rank) // processes))
+
+    def piece(keys: str | Keys) -> Piece:
+        name = name_of(keys)
+        begin, end = spans.get(name) or (0, sum(s.frames for s in layout.segments if s.name == name) * frame_tokens)
+        if isinstance(keys, Keys):
+            end = begin + keys.frames * frame_tokens
+        return Piece(local(begin), local(end), name if name in held else None)
+
+    self_queries: list[SelfQuery] = []
+    text_queries: list[TextQuery] = []
+    for segment in segments:
+        begin, end = (local(token) for token in spans[segment.name])
+        sets = tuple(_merged(piece(keys) for keys in key_set) for key_set in segment.reads)
+        if self_queries and self_queries[-1].sets == sets:
+            self_queries[-1] = self_queries[-1]._replace(stop=end)
+        else:
+            self_queries.append(SelfQuery(begin, end, sets))
+        if text_queries and text_queries[-1].text == segment.text:
+            text_queries[-1] = text_queries[-1]._replace(stop=end)
+        else:
+            text_queries.append(TextQuery(begin, end, segment.text))
+    total = local(start)
+    plain = self_queries == [SelfQuery(0, total, ((Piece(0, total),),))]
+    tokens = tuple(local(spans[s.name][1]) - local(spans[s.name][0]) for s in segments)
+    return Plan(
+        self_queries=() if plain else tuple(self_queries),
+        text_queries=() if [query.text for query in text_queries] == [Text()] else tuple(text_queries),
+        tokens=tokens,
+        keeps=tuple(
+            (s.name, local(spans[s.name][0]), local(spans[s.name][1]))
+            for s in segments
+            if keeping and s.name in layout.constant
+        ),
+    )
+
+
+def _merged(pieces: Any) -> tuple[Piece, ...]:
+    """Pieces with neighbours joined: keys that already lie side by side are not copied."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        if merged and merged[-1].kept is None and piece.kept is None and merged[-1].stop == piece.start:
+            merged[-1] = merged[-1]._replace(stop=piece.stop)
+        else:
+            merged.append(piece)
+    return tuple(merged)
+
+
+def _strided(tokens: int, processes: int, device: torch.device) -> Tensor:
+    """[tokens]: first those of process 0, i mod P = 0, then those of process 1, ..."""
+    index = torch.arange(tokens, device=device)
+    return torch.cat([index[rank::processes] for rank in range(processes)])
+
+
+def _rotated(projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys [B, tokens, heads, head_dim] with rotary positions, computed as in diffusers' processor."""
+    first, second = projected.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(projected)
+
+
+def _gathered(own: Tensor, kept: BlockCache, pieces: tuple[Piece, ...], which: int) -> Tensor:
+    """Keys (``which`` 0) or values (1) of pieces, one after the other."""
+    if len(pieces) == 1 and pieces[0].kept is None:
+        return own[:, pieces[0].start : pieces[0].stop]
+    parts = []
+    for start, stop, name in pieces:
+        if name is None:
+            parts.append(own[:, start:stop])
+        else:
+            held = kept.segments[name][which][:, start:stop].to(own.device, non_blocking=True)
+            parts.append(held.expand(own.shape[0], -1, -1, -1))
+    return torch.cat(parts, dim=1)
+
+
+def _to_ram(tensor: Tensor) -> Tensor:
+    """A copy in RAM, page-locked where that makes the way back faster."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    return copy.copy_(tensor, non_blocking=True)

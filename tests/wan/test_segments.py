@@ -1,0 +1,107 @@
+"""Layouts: what the systems are, and what a layout refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from storymem.wan.segments import (
+    Keys,
+    Layout,
+    Segment,
+    Text,
+    holocine,
+    memento,
+    memory_cached,
+    memory_joint,
+    memory_positions,
+    single_shot,
+    with_given,
+)
+
+
+def positions(layout: Layout) -> list[int]:
+    return [position for segment in layout.segments for position in segment.positions]
+
+
+@pytest.mark.parametrize("build", [memory_joint, memory_cached])
+@pytest.mark.parametrize(
+    ("memory", "video", "stride", "expected"),
+    [
+        (0, 3, 5, [0, 1, 2]),
+        (1, 2, 5, [-5, 0, 1]),
+        (3, 4, 5, [-15, -10, -5, 0, 1, 2, 3]),
+        (3, 2, 1, [-3, -2, -1, 0, 1]),
+    ],
+)
+def test_memory_lies_at_negative_positions(build, memory: int, video: int, stride: int, expected: list[int]) -> None:  # type: ignore[no-untyped-def]
+    layout = build(memory, video, stride)
+    assert positions(layout) == expected
+    assert layout.frames == memory + video
+    assert layout == single_shot(video) or memory
+
+
+@pytest.mark.parametrize("stride", [0, -5])
+def test_a_stride_that_is_not_positive_is_refused(stride: int) -> None:
+    with pytest.raises(ValueError, match=f"1 or more, not {stride}"):
+        memory_positions(2, stride)
+
+
+def test_only_cached_memory_is_constant() -> None:
+    assert memory_cached(3, 2).constant == {"memory"}
+    assert memory_cached(3, 2).only({"memory"}).frames == 3
+    assert with_given(memory_cached(3, 2), 1).constant == {"memory"}, "given frames read the noisy video"
+    for layout in (single_shot(2), memory_joint(3, 2), memento([-3], 2), holocine([1, 2], [Text()] * 2, sparse=True)):
+        assert layout.constant == frozenset()
+
+
+def test_a_segment_is_constant_only_if_all_that_it_reads_is() -> None:
+    def clean(name: str, *reads: str, text: Text | None = None) -> Segment:
+        return Segment(name=name, positions=(0,), reads=(reads,), text=text, timestep=0)
+
+    video = Segment(name="video", positions=(1,), reads=(("a", "b", "video"),))
+    assert Layout((clean("a", "a"), clean("b", "a", "b"), video)).constant == {"a", "b"}
+    assert Layout((clean("a", "a", "video"), clean("b", "a", "b"), video)).constant == frozenset()
+    assert Layout((clean("a", "a"), clean("b", "b", text=Text()), video)).constant == {"a"}
+
+
+def test_given_frames_are_clean_and_read_as_the_video_is() -> None:
+    memory, given, video = with_given(memory_cached(2, 4), 2).segments
+    assert (given.positions, video.positions) == ((0, 1), (2, 3))
+    assert (given.timestep, video.timestep) == (0, None)
+    assert given.reads == video.reads == (("memory", "given", "video"),)
+    assert memory.reads == (("memory",),)
+    assert with_given(single_shot(3), 0) == single_shot(3)
+
+
+def test_holocine_counts_its_own_summary_twice() -> None:
+    texts = [Text(spans=((0, 2), (4, 6))), Text(spans=((0, 2), (6, 8)))]
+    first, second = holocine([2, 3], texts, sparse=True).segments
+    summaries = (Keys(segment="shot1", frames=1), Keys(segment="shot2", frames=1))
+    assert first.reads == (("shot1", *summaries),)
+    assert second.positions == (2, 3, 4)
+    assert [segment.text for segment in (first, second)] == texts
+    assert holocine([2, 3], texts, sparse=False).segments[0].reads == (("shot1", "shot2"),)
+
+
+def test_memento_exchanges_through_memory_alone() -> None:
+    subject, memory, video = memento([-56, -3], 3).segments
+    assert "video" not in subject.read_names
+    assert "subject" not in video.read_names
+    assert memory.reads == (("subject", "memory"), ("memory", "video"))
+    assert subject.text == Text(name="subject")
+    without = memento([-3], 3, subject=False)
+    assert [segment.name for segment in without.segments] == ["memory", "video"]
+    assert without.segments[0].reads == (("memory",), ("memory", "video"))
+
+
+def test_faulty_layouts_are_refused() -> None:
+    video = Segment(name="video", positions=(0, 1), reads=(("video",),))
+    with pytest.raises(ValueError, match="different names"):
+        Layout((video, video))
+    with pytest.raises(ValueError, match="video reads memory, which the layout does not have"):
+        memory_cached(2, 2).only({"video"})
+    with pytest.raises(ValueError, match="video has 2 frames, not 3"):
+        Layout((Segment(name="video", positions=(0, 1), reads=((Keys(segment="video", frames=3),),)),))
+    with pytest.raises(KeyError):
+        single_shot(2).span("memory")
+    assert memory_cached(3, 2).span("video") == slice(3, 5)
