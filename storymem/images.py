@@ -72,6 +72,8 @@ def read_picture(path: str | Path) -> Picture:
             warnings.simplefilter("ignore")  # of sizes, for which the limit here is lower, and of odd metadata
             with Image.open(path) as picture:
                 _check_size(path, picture.width * picture.height)
+                with Image.open(path) as stored:
+                    stored.verify()  # the checksums of PNG, which loading does not compare for pixels
                 if getattr(picture, "is_animated", False) and picture.format != "MPO":
                     notes.append("is animated: its first picture is taken")
                 if any(";16" in str(tile) for tile in picture.tile):

@@ -342,7 +342,7 @@ def naming_full_disk(path: str | Path) -> Iterator[None]:
 
 
 def describe_os_error(error: OSError) -> str | None:
-    """An error of the operating system in one line that names the file, for the user; None for others (of a network)."""
+    """An error of the operating system in one line that names the file; None for others, such as of a network."""
     if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
         return None
     if (known := _FULL.get(error.errno)) is not None:

@@ -187,7 +187,7 @@ def vae_parameters(config: Mapping[str, Any]) -> int:
     return sum(weight.numel() for weight in on_meta("AutoencoderKLWan", config, "model.network.vae").parameters())
 
 
-def decode_bytes(*, frames: int, height: int, width: int, base_dim: int = 96, tiled: bool = False) -> int:
+def decode_bytes(*, frames: int, height: int, width: int, base_dim: float = 96, tiled: bool = False) -> int:
     """Peak of the activations when the VAE decodes F frames, in float32 (its norms use it for any dtype)."""
     video = 4 * 3 * frames * height * width
     tiled = tiled and (height > _TILE or width > _TILE)
@@ -197,7 +197,7 @@ def decode_bytes(*, frames: int, height: int, width: int, base_dim: int = 96, ti
     return int(_DECODER_TENSORS * piece + kept * video)
 
 
-def encode_bytes(*, frames: int, height: int, width: int, base_dim: int = 96, tiled: bool = False) -> int:
+def encode_bytes(*, frames: int, height: int, width: int, base_dim: float = 96, tiled: bool = False) -> int:
     """Peak of the activations when the VAE encodes F frames, in float32."""
     piece = _full_resolution(height, width, base_dim, tiled and (height > _TILE or width > _TILE))
     return int(_ENCODER_TENSORS * piece + 4 * 3 * frames * height * width)
@@ -230,7 +230,8 @@ def estimate_memory(
     text_shape = _shape_of(model, "text_encoder", model.network.text_encoder)
     expert, vae = _expert(model, runtime, sampler), SIZES[model.vae_dtype] * vae_parameters(vae_shape)
     texts = SIZES[model.dtype] * text_encoder_parameters(text_shape)
-    experts = {"none": 2 * expert.total, "model": 0, "group": 0}[runtime.offload]
+    count = len(model.spec.experts)
+    experts = {"none": count * expert.total, "model": 0, "group": 0}[runtime.offload]
     if runtime.shard_weights:
         experts = experts // (layout.guidance * layout.context)
     working = {"none": experts, "model": expert.total, "group": expert.streamed}[runtime.offload]
@@ -241,7 +242,8 @@ def estimate_memory(
         "frames": frames or video.frames,
         "height": video.height,
         "width": video.width,
-        "base_dim": vae_shape.get("base_dim", 96),
+        # Channels for each pixel: a VAE of patches works at a lower resolution.
+        "base_dim": vae_shape.get("base_dim", 96) / vae_shape.get("patch_size", 1) ** 2,
         "tiled": runtime.vae_tiling,
     }
     denoise = _denoise_bytes(model, runtime, sampler, memory_frames, shape["frames"], layout.context)
@@ -253,7 +255,7 @@ def estimate_memory(
         Stage(name="score", weights=experts + always + scorers, activations=int(_SCORING * scorers)),
     )
     # Weights are read whole, in the model's own dtype; their precision falls afterwards.
-    read = 2 * _expert(model, RuntimeSettings(), sampler).total + vae
+    read = count * _expert(model, RuntimeSettings(), sampler).total + vae
     cached = memory_cache_bytes(model, memory_frames) if runtime.memory_cache == "cpu" else 0
     return MemoryEstimate(stages=stages, host=max(read, texts + vae) + scorers + cached)
 
@@ -276,7 +278,13 @@ def frame_tokens(model: ModelSettings) -> int:
 def _expert(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSettings | None) -> ExpertBytes:
     network, ranks = model.network.transformer, _ranks(model, sampler)
     if model.gguf is None:
-        return expert_bytes(network, dtype=model.dtype, precision=runtime.precision, ranks=ranks)
+        return expert_bytes(
+            network,
+            dtype=model.dtype,
+            in_channels=model.spec.in_channels,
+            precision=runtime.precision,
+            ranks=ranks,
+        )
     # Adapters on quantised linears stay in their files' float32.
     adapters = [expert_bytes(network, dtype="float32", ranks=each).total for each in (ranks, ())]
     whole = max(_file_bytes(weights) for weights in (model.gguf.high_noise, model.gguf.low_noise))
@@ -349,10 +357,10 @@ def _shape_of(model: ModelSettings, part: str, given: Mapping[str, Any]) -> Mapp
 _CLASSES = {"vae": "AutoencoderKLWan", "text_encoder": "UMT5EncoderModel"}
 
 
-def _full_resolution(height: int, width: int, base_dim: int, tiled: bool) -> int:
+def _full_resolution(height: int, width: int, base_dim: float, tiled: bool) -> int:
     """Bytes of four frames of ``base_dim`` channels, of a whole picture or a tile."""
     limit = _TILE if tiled else max(height, width)
-    return 4 * 4 * base_dim * min(height, limit) * min(width, limit)
+    return int(4 * 4 * base_dim * min(height, limit) * min(width, limit))
 
 
 def _dim(transformer: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Wan2.2-TI2V-5B: as diffusers runs it, with clean memory before it, from settings to shots and to a trained adapter."""
+"""Wan2.2-TI2V-5B: as diffusers runs it, with clean memory before it, from settings to shots and a trained adapter."""
 
 from __future__ import annotations
 
