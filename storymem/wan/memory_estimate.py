@@ -243,7 +243,7 @@ def estimate_memory(
         "height": video.height,
         "width": video.width,
         # Channels for each pixel: a VAE of patches works at a lower resolution.
-        "base_dim": vae_shape.get("base_dim", 96) / vae_shape.get("patch_size", 1) ** 2,
+        "base_dim": vae_shape.get("base_dim", 96) / (vae_shape.get("patch_size") or 1) ** 2,
         "tiled": runtime.vae_tiling,
     }
     denoise = _denoise_bytes(model, runtime, sampler, memory_frames, shape["frames"], layout.context)
