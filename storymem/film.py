@@ -377,6 +377,7 @@ class Film:
         for name, digest in self._replaced.items():
             if name not in named and (self.folder / name).is_file() and file_hash(self.folder / name) == digest:
                 self._remove(name)
+            _remove_if_empty_end((self.folder / name).parent)  # killed before that, in the run before
         self._replaced = {}
         now = json.loads(json.dumps(self._manifest()))
         if {**now, "versions": None} != {**(self._saved or {}), "versions": None}:
@@ -430,7 +431,7 @@ def _end_names(file: str) -> list[str]:
 
 
 def _remove_if_empty_end(folder: Path) -> None:
-    if folder.name.endswith("_end") and folder.is_dir() and not any(folder.iterdir()):
+    if folder.name.endswith("_end") and folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
 
 
