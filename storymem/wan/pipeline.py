@@ -2,7 +2,6 @@
 
 # No postponed annotations here: diffusers reads the components' classes from the signature of ``__init__``.
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +17,17 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
-from storymem.wan.acceleration import check_shared_states, forget_steps
+from storymem.wan.acceleration import forget_steps
+from storymem.wan.checks import (
+    Memory,
+    check_expert,
+    check_guidance,
+    check_memory,
+    check_sampling,
+    check_shot,
+    noise_shape,
+)
 from storymem.wan.conditioning import (
-    MOTION_FRAMES,
     blank_padded,
     condition_channels,
     decode_video,
@@ -30,11 +37,10 @@ from storymem.wan.conditioning import (
     model_input,
 )
 from storymem.wan.parallel import GuidanceHalves
-from storymem.wan.segments import DEFAULT_STRIDE, Layout, memory_cached, memory_joint, memory_positions, with_given
+from storymem.wan.segments import DEFAULT_STRIDE, Layout, memory_cached, memory_joint, with_given
 from storymem.wan.spec import ModelSpec, spec_of
 from storymem.wan.transformer import SegmentCache, enable_layouts
 
-Memory = Sequence[Image.Image] | Sequence[Tensor] | Tensor
 Pass = Literal["cond", "uncond"]
 
 
@@ -125,7 +131,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         self.guidance_batch = False
         self.guidance_halves: GuidanceHalves | None = None
         for name, expert in self.experts.items():
-            self._check_expert(name, expert)
+            check_expert(self, name, expert)
 
     @property
     def experts(self) -> dict[str, Any]:
@@ -136,7 +142,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
     @property
     def spec(self) -> ModelSpec:
         """The base model, told by the shapes of the networks."""
-        return self._spec(next(iter(self.experts.values())))
+        return self.spec_of(next(iter(self.experts.values())))
 
     @torch.no_grad()
     def __call__(
@@ -192,15 +198,15 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         stride = self.config.rope_stride if rope_stride is None else rope_stride
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_shot(height, width, num_frames, first_frame, motion_frames, output_type)
-        self._check_memory(memory, height, width, stride)
-        self._check_sampling(num_inference_steps, guidance_scale, guidance_scale_2)
-        self._check_guidance(guidance_scale, negative_sees_memory, memory)
+        check_shot(self, height, width, num_frames, first_frame, motion_frames, output_type)
+        check_memory(self, memory, height, width, stride)
+        check_sampling(self, num_inference_steps, guidance_scale, guidance_scale_2)
+        check_guidance(self, guidance_scale, negative_sees_memory, memory)
         texts = (prompt, negative_prompt, torch.zeros(1), height, width, prompt_embeds, negative_prompt_embeds, None)
         self.check_inputs(*texts, list(callback_on_step_end_tensor_inputs), guidance_scale_2)
         prompts: Any = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
         batch = len(prompts) * num_videos_per_prompt
-        shape = self._noise_shape(batch, memory, num_frames, height, width, latents, generator)
+        shape = noise_shape(self, batch, memory, num_frames, height, width, latents, generator)
 
         self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
         device = self._execution_device
@@ -388,125 +394,10 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             kept[key] = latents.cpu()
         return latents
 
-    # Checks, before anything is computed
-
-    def _spec(self, expert: Any) -> ModelSpec:
+    def spec_of(self, expert: Any) -> ModelSpec:
+        """The base model that a transformer belongs to."""
         return spec_of(
             in_channels=expert.config.in_channels,
             latent_channels=self.vae.config.z_dim,
             spatial_stride=self.vae_scale_factor_spatial,
-        )
-
-    def _check_expert(self, name: str, expert: Any) -> None:
-        config, layout, spec = expert.config, self.config.memory_attention, self._spec(expert)
-        if config.image_dim is not None:
-            raise ValueError(f"{name} reads image embeddings, as Wan2.1's does: use a Wan2.2 base model")
-        if spec != self.spec:
-            raise ValueError(
-                f"{name} has {config.in_channels} input channels, as {spec.name} has; the other expert belongs to "
-                f"{self.spec.name}, with {self.spec.in_channels}"
-            )
-        if spec.layouts and layout not in spec.layouts:
-            raise ValueError(f"memory_attention={layout} is not for {spec.name}: use {' or '.join(spec.layouts)}")
-
-    def _check_shot(
-        self,
-        height: int,
-        width: int,
-        num_frames: int,
-        first_frame: Image.Image | None,
-        motion_frames: Sequence[Image.Image] | None,
-        output_type: str | None,
-    ) -> None:
-        self.spec.latent_size(height, width)
-        if num_frames < 1:
-            raise ValueError(f"a shot has 4n + 1 frames, not {num_frames}")
-        longest = min(expert.rope.max_seq_len for expert in self.experts.values())
-        if self.spec.latent_frames(num_frames) > longest:
-            raise ValueError(
-                f"a shot has {self.spec.temporal_stride * (longest - 1) + 1} frames at most, not {num_frames}"
-            )
-        if first_frame is not None and motion_frames is not None:
-            raise ValueError("first_frame (MI2V) and motion_frames (MM2V) exclude each other: give one of them")
-        given = {} if first_frame is None else {"first_frame": first_frame}
-        if motion_frames is not None:
-            if len(motion_frames) != MOTION_FRAMES:
-                raise ValueError(f"motion_frames must be exactly {MOTION_FRAMES} pictures, not {len(motion_frames)}")
-            given = {f"motion_frames[{number}]": frame for number, frame in enumerate(motion_frames)}
-        if len(given) >= num_frames:
-            raise ValueError(f"a shot of {num_frames} frames has no room after {len(given)} given frames")
-        for name, picture in given.items():
-            if not (self.spec.mask_channels or self.spec.clean_frames):
-                raise ValueError(f"{name}: {self.spec.name} makes shots from text alone")
-            _check_picture(name, picture, height, width)
-        if output_type not in ("latent", "np", "pt", "pil"):
-            raise ValueError(f"output_type must be latent, np, pt or pil, not {output_type!r}")
-
-    def _check_memory(self, memory: Memory | None, height: int, width: int, stride: int) -> None:
-        if memory is not None and not isinstance(memory, Sequence | Tensor):
-            raise ValueError(f"memory must be a list of PIL images or of latents, not one {type(memory).__name__}")
-        frames = [] if memory is None else list(memory)
-        if frames and not self.spec.layouts:
-            raise ValueError(f"{self.spec.name} makes shots from text alone: it knows no memory")
-        expected = [self.spec.latent_channels, 1, *self.spec.latent_size(height, width)]
-        for number, frame in enumerate(frames):
-            if not isinstance(frame, Tensor):
-                _check_picture(f"memory[{number}]", frame, height, width)
-            elif list(frame.shape) != expected:
-                raise ValueError(f"memory[{number}] must be latents of shape {expected}, not {list(frame.shape)}")
-        if len({isinstance(frame, Tensor) for frame in frames}) > 1:
-            raise ValueError("memory must be all pictures or all latents, not a mixture")
-        for expert in self.experts.values():
-            expert.rope.check_positions(memory_positions(len(frames), stride))
-
-    def _check_sampling(self, steps: int, *guidance: float | None) -> None:
-        most = self.scheduler.config.num_train_timesteps
-        if not 1 <= steps <= most:
-            raise ValueError(f"num_inference_steps must be 1 to {most}, not {steps}")
-        if not all(scale is None or math.isfinite(scale) for scale in guidance):
-            raise ValueError(f"guidance_scale and guidance_scale_2 must be finite numbers, not {guidance}")
-
-    def _check_guidance(self, scale: float, negative_sees_memory: bool, memory: Memory | None) -> None:
-        differ = not negative_sees_memory and memory is not None and len(memory) > 0
-        check_shared_states(self.experts.values(), guided=scale > 1, passes_differ=differ)
-        if scale <= 1 and self.guidance_halves is not None:
-            raise ValueError("with guidance_parallel both passes of guidance must run: guidance_scale must be above 1")
-        if negative_sees_memory:
-            return
-        refused = "negative_sees_memory=False"
-        if scale <= 1:
-            raise ValueError(f"{refused} needs guidance: guidance_scale must be above 1")
-        if self.guidance_batch:
-            raise ValueError(f"{refused}: guidance_batch runs both passes as one batch, of one memory")
-        if self.config.memory_attention == "joint" and self.guidance_halves is not None:
-            raise ValueError(f"{refused}: in joint it needs both passes in one process, not guidance_parallel")
-
-    def _noise_shape(
-        self,
-        batch: int,
-        memory: Memory | None,
-        frames: int,
-        height: int,
-        width: int,
-        latents: Tensor | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> tuple[int, ...]:
-        """[B, z, N, h, w] of the denoised frames, which ``latents`` must have."""
-        joint = self.config.memory_attention == "joint"
-        slots = (len(memory) if joint and memory is not None else 0) + self.spec.latent_frames(frames)
-        shape = (batch, self.spec.latent_channels, slots, *self.spec.latent_size(height, width))
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one for each video")
-        if latents is not None and tuple(latents.shape) != shape:
-            which = " (memory slots first)" if joint else ""
-            raise ValueError(f"latents must be {list(shape)}{which}, not {list(latents.shape)}")
-        return shape
-
-
-def _check_picture(name: str, picture: Any, height: int, width: int) -> None:
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"{name} must be a PIL image, not {type(picture).__name__}")
-    if picture.size != (width, height):
-        raise ValueError(
-            f"{name} is {picture.size[0]}x{picture.size[1]} pixels; resize it to the shot's {width}x{height} first"
         )

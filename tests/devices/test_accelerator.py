@@ -36,7 +36,7 @@ from tests.scorers import tiny as tiny_scorers
 from tests.training.commands import SMALL as SMALL_SET
 from tests.training.commands import TRAIN, make_set
 from tests.training.drawn_clips import FRAMES, HEIGHT, WIDTH
-from tests.wan import tiny
+from tests.wan import test_ti2v, tiny
 from tests.wan.test_step_adapter import write_adapter
 
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
@@ -147,6 +147,14 @@ def test_the_pipeline_alone_takes_texts_and_gives_frames(offload: Offload) -> No
     expected = tiny.generate(load_pipeline(tiny.settings(), runtime=tiny.CPU), **given)
     found = tiny.generate(load_pipeline(tiny.settings(), runtime=RuntimeSettings(offload=offload)), **given)
     np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("offload", PLACEMENTS)
+def test_a_base_without_condition_channels_runs_there(offload: Offload) -> None:
+    given = {"memory": torch.ones(2, 48, 1, 4, 6), "first_frame": tiny.pictures(1, size=(96, 64))[0]}
+    pipes = [load_pipeline(test_ti2v.model(), runtime=where) for where in (tiny.CPU, RuntimeSettings(offload=offload))]
+    expected, found = (test_ti2v.shot(pipe, **given) for pipe in pipes)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_offloading_leaves_room_on_the_device() -> None:
