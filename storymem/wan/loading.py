@@ -98,6 +98,8 @@ def load_pipeline(
                 check_values(network.named_parameters(), weights_file(folder, name))
     if names and model.adapter is not None:
         _load_adapter(pipe, model, continuity)
+    if names:
+        _load_extra_adapters(pipe, model)
     if names and sampler.adapter is not None:
         _load_step_adapter(pipe, sampler.adapter, sampler.adapter.weights)
     if names:
@@ -148,6 +150,7 @@ def load_text_to_video(
         transformer_2=experts[1],
         boundary_ratio=model.text_to_video_boundary,
     )
+    _load_extra_adapters(pipe, model)
     if sampler.adapter is not None:
         _load_step_adapter(pipe, sampler.adapter, step_weights_for_text(sampler))
     lower_precision(experts, model, runtime)
@@ -173,6 +176,19 @@ def _load_adapter(pipe: WanMemoryToVideoPipeline, model: ModelSettings, continui
             folder,
             info.rope_stride,
             model.rope_stride,
+        )
+
+
+def _load_extra_adapters(pipe: Any, model: ModelSettings) -> None:
+    """Load the adapters beside the memory adapter, named extra_1, extra_2, ..."""
+    for number, extra in enumerate(model.adapters, start=1):
+        load_memory_lora(
+            pipe,
+            locate(extra.weights),
+            adapter_name=f"extra_{number}",
+            weight=extra.weight,
+            strict=False,
+            experts=None if extra.expert == "both" else [extra.expert],
         )
 
 

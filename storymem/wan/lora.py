@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -244,6 +244,7 @@ def load_memory_lora(
     alpha: float | None = None,
     use_rslora: bool | None = None,
     strict: bool = True,
+    experts: Collection[Expert] | None = None,
 ) -> AdapterInfo:
     """Load an adapter into the experts of a Wan pipeline, active beside the adapters that already are.
 
@@ -265,6 +266,7 @@ def load_memory_lora(
             networks and bring differences of their own parameters (``.diff``, ``.diff_b``, ``.diff_m``). These are
             added to the parameters for good: ``set_adapters`` and ``delete_adapters`` do not change them. What was not
             read is logged.
+        experts: those that get it; None: all that the pipeline has.
 
     Returns:
         What the adapter says about itself; of the high-noise expert where the two differ in rank or scale.
@@ -275,7 +277,7 @@ def load_memory_lora(
         ValueError: if a key is missing, unexpected or misshapen; if the file contradicts ``alpha`` or
             ``use_rslora``; if ``adapter_name`` is taken, or other adapters are fused.
     """
-    transformers = experts_of(pipe)
+    transformers = {name: it for name, it in experts_of(pipe).items() if experts is None or name in experts}
     for expert, transformer in transformers.items():
         _check_can_load(transformer, COMPONENTS[expert], adapter_name)
     adapters = read_memory_lora(

@@ -298,7 +298,7 @@ def _file_bytes(weights: Weights) -> int:
 
 def _ranks(model: ModelSettings, sampler: SamplerSettings | None) -> list[int]:
     stepped = sampler is not None and sampler.adapter is not None
-    return [MEMORY_RANK] * (model.adapter is not None) + [STEP_RANK] * stepped
+    return [MEMORY_RANK] * (model.adapter is not None) + [STEP_RANK] * (stepped + len(model.adapters))
 
 
 def _denoise_bytes(

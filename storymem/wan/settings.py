@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT, check_bounds
+from storymem.config import STRICT, UserPath, check_bounds
 from storymem.wan.spec import A14B, T2V_A14B, TI2V_5B, ModelSpec
 from storymem.weights import Weights
 
@@ -107,6 +107,29 @@ class AdapterSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExtraAdapterSettings:
+    """A LoRA beside the memory adapter: of a style, a character, few steps. It may cover any part of the networks.
+
+    Args:
+        source: a file or folder, or a hub repository that was downloaded before.
+        weight: strength, a factor on the scale that it was trained at.
+        expert: which expert it is put on.
+    """
+
+    source: UserPath
+    weight: float = 1.0
+    expert: Literal["both", "high_noise", "low_noise"] = "both"
+
+    def __post_init__(self) -> None:
+        check_bounds(self, weight=(-10, 10))
+
+    @property
+    def weights(self) -> Weights:
+        """Where it lies."""
+        return Weights(name=f"adapter {self.source}", source=self.source)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class GgufSettings:
     """Both experts as GGUF single files, in few bits."""
 
@@ -131,6 +154,7 @@ class ModelSettings:
         has_text_to_video: whether ``first_shot: t2v`` has a model of its own. If not, the memory-to-video model
             makes the first shot from text alone.
         adapter: the memory LoRA; None: the weights themselves know memory, or are random.
+        adapters: others beside it, also on the networks of a first shot by text-to-video.
         rope_stride: S, the distance between memory slots on the temporal axis.
         memory_attention: "joint", as published: memory slots are denoised with the video. "cached": they are clean and
             look only at memory, which is then computed once a shot; another function, for an adapter trained for it.
@@ -150,6 +174,7 @@ class ModelSettings:
     text_to_video: Weights | None = None
     has_text_to_video: bool = True
     adapter: AdapterSettings | None = None
+    adapters: tuple[ExtraAdapterSettings, ...] = ()
     rope_stride: int = 5
     memory_attention: MemoryMode = "joint"
     boundary: float | None = 0.9

@@ -57,6 +57,7 @@ def required_weights(
         wanted.append(model.text_to_video)
     if model.adapter is not None:
         wanted.append(adapter_weights(model.adapter, continuity))
+    wanted += [extra.weights for extra in model.adapters]
     if sampler is not None and sampler.adapter is not None:
         wanted.append(sampler.adapter.weights)
         if text_to_video and model.has_text_to_video:
@@ -147,6 +148,9 @@ def look_at_weights(
         networks_by_text |= _from_settings(model, list(COMPONENTS.values()), in_channels=model.text_spec.in_channels)
     if names and model.adapter is not None:
         look(adapter_weights(model.adapter, continuity), partial(_check_memory, networks=networks, model=model))
+    for extra in model.adapters if names else ():
+        of = {COMPONENTS[expert] for expert in COMPONENTS if extra.expert in ("both", expert)}
+        look(extra.weights, partial(_check_steps, networks={name: it for name, it in networks.items() if name in of}))
     if names and sampler is not None and sampler.adapter is not None:
         look(sampler.adapter.weights, partial(_check_steps, networks=networks))
         if by_text:
@@ -155,7 +159,7 @@ def look_at_weights(
 
 
 def _adapters(model: ModelSettings, sampler: SamplerSettings | None) -> bool:
-    return model.adapter is not None or (sampler is not None and sampler.adapter is not None)
+    return model.adapter is not None or bool(model.adapters) or (sampler is not None and sampler.adapter is not None)
 
 
 def _from_settings(model: ModelSettings, names: Collection[str], *, in_channels: int) -> Networks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from storymem.config import build_settings
 from storymem.plan import make_plan
 from storymem.wan import transformer
 from storymem.wan.loading import STEP_ADAPTER, load_pipeline
@@ -175,3 +176,29 @@ def test_the_plan_shows_them(tmp_path: Path) -> None:
 def test_every_setting_of_the_adapter_can_be_overridden() -> None:
     adapter = composed("story=story.yaml", "sampler=lightning")["sampler"]["adapter"]
     assert set(adapter) == {field.name for field in fields(StepAdapterSettings)}
+
+
+# Other adapters beside the memory adapter
+
+
+def test_adapters_of_a_list_add_up_each_with_its_weight_and_expert(files: dict[str, Path]) -> None:
+    source = str(files["steps"])
+    model = settings()
+    plain = load_pipeline(model, runtime=CPU)
+    both = [{"source": source, "weight": 0.5}, {"source": source, "weight": 0.25, "expert": "low_noise"}]
+    pipe = load_pipeline(build_settings(ModelSettings, asdict(model) | {"adapters": both}), runtime=CPU)
+    assert [list(expert.peft_config) for expert in pipe.experts.values()] == [["extra_1"], ["extra_1", "extra_2"]]
+    inputs = {"memory": pictures(1), "num_inference_steps": 4}
+    assert not torch.equal(generate(pipe, **inputs), generate(plain, **inputs))
+    for expert, names in zip(pipe.experts.values(), (["extra_1"], ["extra_1", "extra_2"]), strict=True):
+        scales = {name: expert.blocks[0].attn1.to_q.scaling[name] for name in names}
+        assert scales == {name: pytest.approx(weight * 2**0.5) for name, weight in zip(names, (0.5, 0.25), strict=False)}
+
+
+def test_an_adapter_of_a_list_that_is_absent_is_named_before_anything_loads(tmp_path: Path) -> None:
+    absent = {"source": str(tmp_path / "style.safetensors")}
+    model = build_settings(ModelSettings, asdict(MODEL) | {"adapters": [absent]})
+    with pytest.raises(MissingWeights, match=r"style\.safetensors"):
+        check_weights(model, text_to_video=False)
+    with pytest.raises(ValueError, match=r"adapters\.0\.weight|weight must be"):
+        build_settings(ModelSettings, asdict(MODEL) | {"adapters": [{"source": "x", "weight": 99}]})
