@@ -192,7 +192,9 @@ def test_adapters_of_a_list_add_up_each_with_its_weight_and_expert(files: dict[s
     assert not torch.equal(generate(pipe, **inputs), generate(plain, **inputs))
     for expert, names in zip(pipe.experts.values(), (["extra_1"], ["extra_1", "extra_2"]), strict=True):
         scales = {name: expert.blocks[0].attn1.to_q.scaling[name] for name in names}
-        assert scales == {name: pytest.approx(weight * 2**0.5) for name, weight in zip(names, (0.5, 0.25), strict=False)}
+        assert scales == {
+            name: pytest.approx(weight * 2**0.5) for name, weight in zip(names, (0.5, 0.25), strict=False)
+        }
 
 
 def test_an_adapter_of_a_list_that_is_absent_is_named_before_anything_loads(tmp_path: Path) -> None:
