@@ -440,7 +440,7 @@ TEXT_KEYS = (
         "model.gguf.low_noise.source",
         "sampler.adapter.weights.source",
         "model.adapter.folders.mi2v",
-        "runtime.cache_ratios",
+        "runtime.device",
     ),
     *("scorer.clip.folder", "scorer.quality.source", "+memory.selector.file"),
 )

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_prepare_data_finds_every_clip_with_its_prompt(folder: Path) -> None:
     videos = find_videos(folder)
-    captions = read_captions(folder, videos, None)
+    captions = read_captions(folder, videos, [], None)
     assert len(videos) == 24
     for video in videos:
         seed, number = int(video[:6]), int(video.split("/")[1][:2])
