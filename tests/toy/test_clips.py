@@ -14,7 +14,7 @@ from storymem.toy.report import agreement
 from storymem.toy.world import HELD_OUT, people_mask, render_layers, story
 from storymem.training.captions import read_captions
 from storymem.training.masks import find_masks
-from storymem.training.video_folder import find_videos
+from storymem.training.video_folder import find_videos, scan_videos
 from storymem.video import probe, read_video
 
 
@@ -26,8 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_prepare_data_finds_every_clip_with_its_prompt(folder: Path) -> None:
-    videos = find_videos(folder)
-    captions = read_captions(folder, videos, [], None)
+    found = scan_videos(folder)
+    videos = found.videos
+    captions = read_captions(folder, videos, found.texts, None)
     assert len(videos) == 24
     for video in videos:
         seed, number = int(video[:6]), int(video.split("/")[1][:2])
