@@ -32,7 +32,7 @@ def test_prepare_data_finds_every_clip_with_its_prompt(folder: Path) -> None:
     assert len(videos) == 24
     for video in videos:
         seed, number = int(video[:6]), int(video.split("/")[1][:2])
-        assert captions.of(video, 0, FRAMES / FPS) == story(seed).shots[number - 1].prompt
+        assert captions.of(video, 0, FRAMES / FPS).text == story(seed).shots[number - 1].prompt
 
 
 def test_a_folder_holds_the_shots_of_the_same_people(folder: Path) -> None:
