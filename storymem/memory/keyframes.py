@@ -40,7 +40,7 @@ class Keyframe:
         character: whom it shows, for a reference image of a character and a frame of a shot with one character.
         quality: the quality scorer's verdict, if one was asked.
         similarity: highest cosine to what the bank held when it was added; ``None`` if that was nothing.
-        latent: [16, 1, h, w], the picture encoded alone by the VAE, once that is done.
+        latent: [z, 1, h, w], the picture encoded alone by the VAE, once that is done.
     """
 
     id: str

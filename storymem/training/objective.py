@@ -129,8 +129,9 @@ class MemoryObjective:
         errors = squared_errors(prediction, velocity(batch.x0, batch.noise))
         weights = slot_weights(layout, self.settings.memory_weight).to(errors.device)
         # A product of matrices would be rounded by autocast.
-        losses = (self._weighted(errors, batch).mean(dim=(2, 3)) * weights).sum(dim=1)
-        return Losses(total=losses.mean(), sums=self._sums(expert, losses.detach(), errors.detach(), s, batch))
+        video = layout.span("video")
+        losses = (self._weighted(errors, batch, video).mean(dim=(2, 3)) * weights).sum(dim=1)
+        return Losses(total=losses.mean(), sums=self._sums(expert, losses.detach(), errors.detach(), s, batch, video))
 
     def layout(self, batch: Batch) -> Layout:
         """What the frames of a batch are to the network."""
@@ -138,15 +139,16 @@ class MemoryObjective:
         video = build(batch.memory_frames, batch.x0.shape[2] - batch.memory_frames, self.rope_stride)
         return video if batch.condition is not None else with_given(video, batch.given)
 
-    def _weighted(self, errors: Tensor, batch: Batch) -> Tensor:
-        """The errors [B, M + T, h, w] with those of the video weighted by its mask."""
+    def _weighted(self, errors: Tensor, batch: Batch, video: slice) -> Tensor:
+        """The errors [B, M + T, h, w] with those of the noisy frames of the video weighted by its mask."""
         if self.settings.mask_weight == 1:
             return errors
-        memory, video = errors.split([batch.memory_frames, batch.mask.shape[1]], dim=1)
-        return torch.cat([memory, video * mask_weights(batch.mask, self.settings.mask_weight)], dim=1)
+        mask = batch.mask[:, video.start - video.stop :]
+        weighted = errors[:, video] * mask_weights(mask, self.settings.mask_weight)
+        return torch.cat([errors[:, : video.start], weighted], dim=1)
 
     def _sums(
-        self, expert: ExpertName, losses: Tensor, errors: Tensor, s: Tensor, batch: Batch
+        self, expert: ExpertName, losses: Tensor, errors: Tensor, s: Tensor, batch: Batch, video: slice
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """What is logged; of the video and of the subject the plain errors, whatever the weights are."""
 
@@ -156,11 +158,12 @@ class MemoryObjective:
         M = batch.memory_frames  # noqa: N806
         besides = {"loss_memory": mean_of(errors[:, :M])} if self.memory_attention == "joint" else {}
         if self.settings.mask_weight != 1:
-            besides["loss_subject"] = ((errors[:, M:] * batch.mask).sum(), batch.mask.sum())
+            mask = batch.mask[:, video.start - video.stop :]
+            besides["loss_subject"] = ((errors[:, video] * mask).sum(), mask.sum())
         return {
             "loss": mean_of(losses),
             f"loss_{expert}": mean_of(losses),
-            "loss_video": mean_of(errors[:, M:]),
+            "loss_video": mean_of(errors[:, video]),
             **besides,
             "memory_frames": mean_of(torch.full_like(losses, M)),
             "loss_by_level": bin_sums(losses, s, self.settings.bins),

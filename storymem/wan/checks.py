@@ -13,6 +13,7 @@ from torch import Tensor
 from storymem.wan.acceleration import check_shared_states
 from storymem.wan.conditioning import MOTION_FRAMES
 from storymem.wan.segments import memory_positions
+from storymem.wan.transformer import enable_layouts
 
 Memory = Sequence[Image.Image] | Sequence[Tensor] | Tensor
 
@@ -40,7 +41,13 @@ def check_shot(
     motion_frames: Sequence[Image.Image] | None,
     output_type: str | None,
 ) -> None:
-    """Raise for a size, a length or given frames that cannot be."""
+    """Raise for missing experts, and for a size, a length or given frames that cannot be."""
+    ratio, experts = pipe.config.boundary_ratio, pipe.experts
+    needed = {"transformer": ratio is None or ratio < 1, "transformer_2": ratio is not None and ratio > 0}
+    if absent := [name for name, used in needed.items() if used and name not in experts]:
+        raise ValueError(f"the pipeline has no {' and no '.join(absent)}: load both experts to make shots")
+    for expert in experts.values():  # one may have been put there since the pipeline was made
+        enable_layouts(expert)
     pipe.spec.latent_size(height, width)
     if num_frames < 1:
         raise ValueError(f"a shot has 4n + 1 frames, not {num_frames}")
@@ -90,6 +97,9 @@ def check_sampling(pipe: Any, steps: int, *guidance: float | None) -> None:
         raise ValueError(f"num_inference_steps must be 1 to {most}, not {steps}")
     if not all(scale is None or math.isfinite(scale) for scale in guidance):
         raise ValueError(f"guidance_scale and guidance_scale_2 must be finite numbers, not {guidance}")
+    first, second = guidance
+    if first is not None and second is not None and first <= 1 < second:
+        raise ValueError("guidance_scale_2 needs guidance_scale above 1: without it no negative prompt is run at all")
 
 
 def check_guidance(pipe: Any, scale: float, negative_sees_memory: bool, memory: Memory | None) -> None:
@@ -123,7 +133,7 @@ def noise_shape(
     joint = pipe.config.memory_attention == "joint"
     slots = (len(memory) if joint and memory is not None else 0) + pipe.spec.latent_frames(frames)
     shape = (batch, pipe.spec.latent_channels, slots, *pipe.spec.latent_size(height, width))
-    if isinstance(generator, list) and len(generator) != batch:
+    if isinstance(generator, list | tuple) and len(generator) != batch:
         raise ValueError(f"{len(generator)} generators for a batch of {batch}: give one for each video")
     if latents is not None and tuple(latents.shape) != shape:
         which = " (memory slots first)" if joint else ""

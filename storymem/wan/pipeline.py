@@ -3,7 +3,7 @@
 # No postponed annotations here: diffusers reads the components' classes from the signature of ``__init__``.
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -208,7 +208,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         batch = len(prompts) * num_videos_per_prompt
         shape = noise_shape(self, batch, memory, num_frames, height, width, latents, generator)
 
-        self._guidance_scale, self._attention_kwargs, self._interrupt = guidance_scale, attention_kwargs, False
+        self._guidance_scale, self._guidance_scale_2 = guidance_scale, guidance_scale_2
+        self._attention_kwargs, self._interrupt = attention_kwargs, False
         device = self._execution_device
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt=prompt,
@@ -245,7 +246,10 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds, "condition": condition}
                     tensors["negative_prompt_embeds"] = negative_prompt_embeds
                     asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, t, asked)
+                    changed = callback_on_step_end(self, i, t, asked) or {}
+                    if "condition" in changed:
+                        condition = changed["condition"]
+                        shot = replace(shot, condition=condition)
                     latents = changed.pop("latents", latents)
                     prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
@@ -277,7 +281,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             return predict("cond", text)
         assert negative is not None
         if self.guidance_batch:
-            with_prompt, without = predict("cond", torch.cat([text, negative])).chunk(2)
+            with_prompt, without = predict("cond", text, negative).chunk(2)
         elif self.guidance_halves is not None:
             own = self.guidance_halves.own
             with_prompt, without = self.guidance_halves.exchange(predict(own, text if own == "cond" else negative))
@@ -294,14 +298,14 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         latents: Tensor,
         t: Tensor,
         name: Pass,
-        text: Tensor,
-        *,
+        *texts: Tensor,
         shot: _Shot,
         cache: SegmentCache | None,
     ) -> Tensor:
-        """What an expert predicts for the denoised frames that a pass sees, [B, z, N, h, w]."""
+        """What an expert predicts for the denoised frames that a pass sees, [B, z, N, h, w]; of two texts 2 B."""
         layout = shot.layout if name == "cond" else shot.negative_layout
-        latents = latents.repeat(text.shape[0] // latents.shape[0], 1, 1, 1, 1)  # both passes in one batch
+        text = torch.cat([_rows(text, latents.shape[0]) for text in texts])
+        latents = latents.repeat(len(texts), 1, 1, 1, 1)
         seen = model_input(latents, shot.condition)
         if cache is None and shot.memory is not None:
             seen = torch.cat([shot.memory.to(seen).expand(seen.shape[0], -1, -1, -1, -1), seen], dim=2)
@@ -329,6 +333,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
                 hidden_states=shot.memory.to(device, expert.dtype),
                 timestep=torch.zeros(1, device=device),
                 encoder_hidden_states=text[:1].to(device, expert.dtype),  # not read
+                attention_kwargs=self.attention_kwargs,
                 return_dict=False,
                 layout=shot.layout.only(shot.layout.constant),
                 cache=cache,
@@ -401,3 +406,10 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             latent_channels=self.vae.config.z_dim,
             spatial_stride=self.vae_scale_factor_spatial,
         )
+
+
+def _rows(embeds: Tensor, batch: int) -> Tensor:
+    """Text embeddings [rows, L, D], one for each of a batch of videos, or for as many as have one prompt: [B, L, D]."""
+    if batch % embeds.shape[0]:
+        raise ValueError(f"{embeds.shape[0]} text embeddings for {batch} videos: give one for each prompt")
+    return embeds.repeat_interleave(batch // embeds.shape[0], dim=0)

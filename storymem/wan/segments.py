@@ -71,6 +71,12 @@ class Text:
     name: str = "prompt"
     spans: tuple[tuple[int, int], ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.spans is not None:
+            ends = [end for span in self.spans for end in span]
+            if not ends or ends != sorted(ends) or any(first == last for first, last in self.spans):
+                raise ValueError(f"spans must be token ranges in order that do not overlap, not {self.spans}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
@@ -117,6 +123,8 @@ class Layout:
         if len(frames) < len(self.segments):
             raise ValueError("segments of a layout must have different names")
         for segment in self.segments:
+            if not segment.reads or not all(segment.reads):
+                raise ValueError(f"segment {segment.name} has no keys to read")
             for keys in (keys for key_set in segment.reads for keys in key_set):
                 if name_of(keys) not in frames:
                     raise ValueError(f"segment {segment.name} reads {name_of(keys)}, which the layout does not have")
@@ -167,8 +175,8 @@ def memory_positions(frames: int, stride: int = DEFAULT_STRIDE) -> tuple[int, ..
         frames: M.
         stride: S; published adapters were trained with 5, the first public release ran with 1.
     """
-    if stride < 1:
-        raise ValueError(f"the RoPE stride of the memory must be 1 or more, not {stride}")
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"the RoPE stride of the memory must be a whole number, 1 or more, not {stride}")
     return tuple(-stride * k for k in range(frames, 0, -1))
 
 
@@ -194,9 +202,16 @@ def memory_cached(memory: int, video: int, stride: int = DEFAULT_STRIDE) -> Layo
 
 
 def with_given(layout: Layout, frames: int) -> Layout:
-    """``layout`` with the first ``frames`` latent frames of its video clean, as Wan2.2-TI2V-5B is told them."""
+    """``layout`` with the first ``frames`` latent frames of its segment "video" clean, as Wan2.2-TI2V-5B is told them.
+
+    Raises:
+        ValueError: if no noisy frame would be left.
+    """
     if frames == 0:
         return layout
+    span = layout.span("video")
+    if frames >= span.stop - span.start:
+        raise ValueError(f"{frames} given frames leave none of {span.stop - span.start} to denoise")
     segments = []
     for segment in layout.segments:
         reads = tuple(_with_part(key_set, "video", "given") for key_set in segment.reads)

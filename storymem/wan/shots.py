@@ -38,7 +38,7 @@ class ShotRequest:
         negative_prompt: likewise; None: the sampler's.
         frames: F = 4n + 1.
         seed: of the noise.
-        memory: normalised one-frame latents [16, 1, h, w] of the keyframes, oldest first.
+        memory: normalised one-frame latents [z, 1, h, w] of the keyframes, oldest first.
         given: uint8 [n, H, W, 3], the frames that the shot begins with: 0 (M2V), 1 (MI2V) or 5 (MM2V).
     """
 
@@ -157,7 +157,7 @@ class WanShotGenerator:
         return self._run(self._text_to_video(), request, on_step)
 
     def encode_keyframes(self, frames: Sequence[np.ndarray]) -> list[Tensor]:
-        """Normalised latents [16, 1, h, w] of pictures, uint8 [H, W, 3], each encoded alone."""
+        """Normalised latents [z, 1, h, w] of pictures, uint8 [H, W, 3], each encoded alone."""
         if not frames:
             return []
         latents = self._memory_to_video().encode_memory([Image.fromarray(frame) for frame in frames])

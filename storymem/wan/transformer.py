@@ -64,8 +64,14 @@ class Plan(NamedTuple):
 class BlockCache:
     """Keys and values that one block keeps, by segment; a class of its own, so that hooks pass it on as it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_cpu: bool = False) -> None:
+        self.on_cpu = on_cpu
         self.segments: dict[str, KeysAndValues] = {}
+
+    def keep(self, name: str, key: Tensor, value: Tensor) -> None:
+        """Keep keys and values [B, tokens, heads, head_dim], without the larger tensors that they may be parts of."""
+        keep = _to_ram if self.on_cpu else _alone
+        self.segments[name] = (keep(key), keep(value))
 
 
 class SelfReads(NamedTuple):
@@ -99,14 +105,11 @@ class SegmentCache:
 
     def block(self, index: int) -> BlockCache:
         """What one block keeps, on the device of the computation or in RAM."""
-        return self._blocks.setdefault(index, BlockCache())
+        return self._blocks.setdefault(index, BlockCache(on_cpu=self.on_cpu))
 
     def complete(self, names: frozenset[str]) -> None:
         """Note that segments were computed in every block."""
         self.names |= names
-        if self.on_cpu:
-            for block in self._blocks.values():
-                block.segments = {name: (_to_ram(k), _to_ram(v)) for name, (k, v) in block.segments.items()}
 
 
 class SegmentRope(WanRotaryPosEmbed):
@@ -176,7 +179,7 @@ class SegmentAttnProcessor(WanAttnProcessor):
         )
         query, key = (_rotated(projected, reads.cos, reads.sin) for projected in (query, key))
         for name, start, stop in reads.keeps:
-            reads.kept.segments[name] = (key[:, start:stop], value[:, start:stop])
+            reads.kept.keep(name, key[:, start:stop], value[:, start:stop])
         outputs = []
         for start, stop, sets in reads.queries or (SelfQuery(0, query.shape[1], ((Piece(0, query.shape[1]),),)),):
             results = [
@@ -206,6 +209,8 @@ class SegmentAttnProcessor(WanAttnProcessor):
                 continue
             tokens = reads.texts[text.name]
             if text.spans is not None:
+                if text.spans[-1][1] > tokens.shape[1]:
+                    raise ValueError(f"the text {text.name!r} has {tokens.shape[1]} tokens, and {text.spans} are read")
                 tokens = torch.cat([tokens[:, first:last] for first, last in text.spans], dim=1)
             outputs.append(super().__call__(attn, queries, tokens))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -223,6 +228,8 @@ def enable_layouts(transformer: WanTransformer3DModel) -> None:
     """
     if isinstance(transformer.rope, SegmentRope):
         return
+    if hasattr(transformer, "_orig_mod"):
+        raise ValueError("the transformer is compiled: make the memory-to-video pipeline first, then compile it")
     registry = getattr(transformer, "_diffusers_hook", None)
     if hasattr(transformer, "_hf_hook") or (registry is not None and registry.hooks):
         raise ValueError(
@@ -340,6 +347,8 @@ def _timesteps(
         timestep = torch.stack(fixed, dim=1)
     if timestep.ndim == 2 and timestep.shape[1] == 1:
         timestep = timestep[:, 0]
+    if timestep.ndim == 2 and timestep.shape[1] not in (len(segments), sum(tokens)):
+        raise ValueError(f"timesteps are for {timestep.shape[1]} of {len(segments)} segments or {sum(tokens)} tokens")
     projected = embedder.timesteps_proj(timestep.flatten())
     dtype = next(iter(embedder.time_embedder.parameters())).dtype
     if dtype != torch.int8:
@@ -359,6 +368,8 @@ def _timesteps(
 def _texts(embedder: Any, texts: Tensor | Mapping[str, Tensor], image: Tensor | None, plan: Plan) -> Tensor | TextReads:
     by_name = {"prompt": texts} if isinstance(texts, Tensor) else texts
     read = {query.text.name for query in plan.text_queries if query.text} if plan.text_queries else {"prompt"}
+    if absent := read - by_name.keys():
+        raise ValueError(f"segments read the texts {sorted(absent)}, and only {sorted(by_name)} are given")
     embedded = {name: embedder.text_embedder(by_name[name]) for name in read}
     if image is not None:
         pictures = embedder.image_embedder(image)
@@ -466,5 +477,11 @@ def _gathered(own: Tensor, kept: BlockCache, pieces: tuple[Piece, ...], which: i
 
 def _to_ram(tensor: Tensor) -> Tensor:
     """A copy in RAM, page-locked where that makes the way back faster."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-    return copy.copy_(tensor, non_blocking=True)
+    pinned = tensor.device.type == "cuda"
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+    return copy.copy_(tensor, non_blocking=pinned)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it is a part of a larger one, which would be kept with it."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

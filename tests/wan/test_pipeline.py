@@ -195,6 +195,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no step": ({"num_inference_steps": 0}, "num_inference_steps must be 1 to 1000, not 0"),
     "1001 steps": ({"num_inference_steps": 1001}, "num_inference_steps must be 1 to 1000, not 1001"),
     "guidance that is no number": ({"guidance_scale": float("nan")}, "guidance_scale.*finite"),
+    "guidance of the second expert alone": ({"guidance_scale": 1.0, "guidance_scale_2": 5.0}, "needs guidance_scale"),
+    "a broken stride": ({"memory": [FRAME], "rope_stride": 2.5}, "whole number, 1 or more, not 2.5"),
     "infinite guidance": ({"guidance_scale_2": float("inf")}, "guidance_scale_2.*finite"),
     "a stride of 0": ({"memory": [FRAME], "rope_stride": 0}, "stride.*1 or more, not 0"),
     "a stride beyond the table": ({"memory": [FRAME] * 2, "rope_stride": 512}, "reach position -1024"),
@@ -453,3 +455,32 @@ def test_memory_is_forgotten_after_a_call_and_after_a_failure(pipe: WanMemoryToV
     with pytest.raises(StopError):
         generate(pipe, memory=pictures(3), callback_on_step_end=fail)
     assert torch.equal(generate(pipe), before)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_one_embedding_serves_all_videos_of_its_prompt(tiny_model: ModelSettings, batched: bool) -> None:
+    pipe = load_pipeline(tiny_model, runtime=CPU)
+    pipe.guidance_batch = batched
+    embeds = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(2))
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds * 0, "guidance_scale": 3.0}
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    both = generate(pipe, num_videos_per_prompt=2, generator=generators, **given)
+    for seed, shot in zip((3, 4), both, strict=True):
+        alone = generate(pipe, generator=torch.Generator().manual_seed(seed), **given)
+        torch.testing.assert_close(shot, alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_expert_is_told_before_anything_is_computed(tiny_model: ModelSettings) -> None:
+    pipe = load_pipeline(tiny_model, runtime=CPU)
+    pipe.transformer_2 = None
+    with counting(pipe.transformer) as calls, pytest.raises(ValueError, match="no transformer_2: load both experts"):
+        generate(pipe)
+    assert not any(calls.values())
+
+
+def test_a_callback_can_change_the_condition(pipe: WanMemoryToVideoPipeline) -> None:
+    def blank(_pipe: object, _step: int, _timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
+        return {"condition": torch.zeros_like(tensors["condition"])}
+
+    given = {"first_frame": FRAME, "callback_on_step_end_tensor_inputs": ["condition"]}
+    assert not torch.equal(generate(pipe, callback_on_step_end=blank, **given), generate(pipe, first_frame=FRAME))

@@ -102,6 +102,12 @@ def test_faulty_layouts_are_refused() -> None:
         memory_cached(2, 2).only({"video"})
     with pytest.raises(ValueError, match="video has 2 frames, not 3"):
         Layout((Segment(name="video", positions=(0, 1), reads=((Keys(segment="video", frames=3),),)),))
+    with pytest.raises(ValueError, match="video has no keys to read"):
+        Layout((Segment(name="video", positions=(0,), reads=()),))
+    with pytest.raises(ValueError, match="do not overlap"):
+        Text(spans=((0, 4), (3, 6)))
+    with pytest.raises(ValueError, match="leave none of 2"):
+        with_given(single_shot(2), 2)
     with pytest.raises(KeyError):
         single_shot(2).span("memory")
     assert memory_cached(3, 2).span("video") == slice(3, 5)

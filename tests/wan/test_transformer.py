@@ -16,6 +16,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanR
 from torch import Tensor
 
 from storymem.wan.loading import load_pipeline
+from storymem.wan.lora import memory_lora_config
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.segments import (
     Layout,
@@ -326,6 +327,43 @@ def test_content_order_and_stride_of_memory_matter(cached: WanMemoryToVideoPipel
     for number, shot in enumerate(shots):
         for other in shots[:number]:
             assert (shot - other).norm() / other.norm() > 1e-4
+
+
+def test_the_scale_of_an_adapter_reaches_the_memory_too() -> None:
+    pipe = load_pipeline(cached_model(), runtime=CPU)
+    for expert in pipe.experts.values():
+        expert.add_adapter(memory_lora_config(rank=2, alpha=2, dropout=0.0), adapter_name="memory")
+        for name, weight in expert.named_parameters():
+            if "lora_B" in name:
+                weight.data = 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+    shots = {}
+    for cache in ("device", "recompute"):
+        pipe.memory_cache = cache
+        shots[cache] = generate(pipe, memory=pictures(2), attention_kwargs={"scale": 0.5})
+    torch.testing.assert_close(shots["device"], shots["recompute"], rtol=1e-4, atol=1e-4)
+
+
+def test_kept_keys_and_values_hold_nothing_else() -> None:
+    of, layout = network(), memory_cached(2, 2)
+    for block in of.blocks:
+        block.attn1.fuse_projections()
+    for on_cpu in (False, True):
+        cache = SegmentCache(on_cpu=on_cpu)
+        with torch.no_grad():
+            of(**inputs(2), layout=layout.only(layout.constant), cache=cache)
+        for tensor in cache.block(0).segments["memory"]:
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_texts_and_timesteps_that_do_not_fit_are_refused() -> None:
+    of, given = network(), inputs(3)
+    beyond = holocine([1, 2], [Text(spans=((0, 3), (9, 17)))] * 2, sparse=False)
+    with pytest.raises(ValueError, match="has 16 tokens"):
+        of(**given, layout=beyond)
+    with pytest.raises(ValueError, match=r"the texts \['subject'\], and only \['prompt'\]"):
+        of(**given, layout=memento([-3], 1))
+    with pytest.raises(ValueError, match="timesteps are for 4 of 2 segments"):
+        of(**given | {"timestep": torch.zeros(1, 4)}, layout=memory_joint(1, 2))
 
 
 @contextmanager
