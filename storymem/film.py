@@ -115,6 +115,17 @@ class Film:
         """Whether a memory was saved with the film."""
         return os.path.lexists(self.folder / MEMORY)
 
+    def missing_memory(self) -> list[Path]:
+        """Files of the memory that the last finished shot left and that are not there."""
+        if self._memory is None:
+            return []
+        if not self.has_memory:
+            return [self.folder / MEMORY]
+        from storymem.memory.storage import read_entries  # with torch
+
+        pictures = [self.folder / entry["image"] for entry in read_entries(self.folder)]
+        return [path for path in pictures if not path.exists()]
+
     @property
     def memory_changed(self) -> bool:
         """Whether ``memory.json`` is another than the last finished shot left."""

@@ -87,7 +87,9 @@ def _as_value(text: str, annotation: Any, key: str, settings: type | None) -> st
         inner = annotation_at(annotation, ["0"])
         return "[" + ",".join(_as_value(item, inner, "", settings) for item in items) + "]"
     if str not in kinds:
-        return _quoted(text) if _is_sweep(text) is None else text
+        several = _is_sweep(text)
+        # Of an unknown key let the composition complain, and not the grammar of its value.
+        return _quoted(text) if several is None or (several and annotation is None) else text
     if not text or _is_quoted(text) or (None in kinds and text.lower() == "null"):
         return text
     return _quoted(text, settings)

@@ -419,6 +419,8 @@ def _score_frame(quality: QualityScorer, frames: np.ndarray, frame: int) -> floa
 
 def finish_film(film: Film, say: Say = lambda line: None) -> None:
     """Join the shots of a film that has them all and write its page, if need be; delete earlier takes."""
+    for path in film.missing_memory():
+        say(f"memory: {path} is missing: the film is whole, and shots cannot be made again from here; put it back")
     if not film.is_joined:
         film.join(say)
     write_storyboard(film, say)

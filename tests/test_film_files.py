@@ -23,6 +23,7 @@ from storymem.film import Film, FilmError
 from storymem.generate import generate
 from storymem.progress import Progress
 from storymem.storyboard import write_storyboard
+from storymem.storyteller import finish_film
 from storymem.video import probe, read_video, write_video
 from tests.composing import SMALL, composed
 from tests.stories import content, single_thread, story, storyteller
@@ -494,3 +495,12 @@ def test_a_signal_stops_within_seconds_and_says_how_to_go_on(
     assert "Traceback" not in said
     storyteller()  # the lock is free
     command(tmp_path, f"output={tmp_path / 'film'}")
+
+
+def test_a_memory_that_is_gone_is_told_by_the_same_command(tmp_path: Path) -> None:
+    told, folder = story(tmp_path, TWO_SHOTS), tmp_path / "film"
+    storyteller().tell(told, folder)
+    (folder / "memory.json").unlink()
+    said: list[str] = []
+    finish_film(Film.open(folder), said.append)
+    assert any("memory.json is missing: the film is whole" in line for line in said)
