@@ -50,7 +50,7 @@ def run_script(
             yield
             if sys.stdout is not None:
                 sys.stdout.flush()  # what was printed may not be written
-        except KeyboardInterrupt as stop:  # io.Stopped is one
+        except KeyboardInterrupt as stop:  # stopping.Stopped is one
             notes = getattr(stop, "__notes__", ["the same command goes on from here"])
             print(f"\n{str(stop) or 'stopped'}; {'; '.join(notes)}", file=sys.stderr)
             sys.exit(getattr(stop, "status", 130))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from storymem.config import build_settings
 from storymem.film_folder import check_folder
-from storymem.io import stopping_on_signals
 from storymem.modes import check_lengths, parse_resume
 from storymem.settings import GenerateSettings, uses_text_to_video
+from storymem.stopping import stopping_on_signals
 from storymem.story import Story, load_stories
 from storymem.wan.layout import Launch, find_layout
 

@@ -11,9 +11,7 @@ import math
 import os
 import re
 import shutil
-import signal
 import stat
-import threading
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -444,7 +442,7 @@ def _umask() -> int:
 _UMASK: int | None = None
 
 
-# --- numbers and signals --------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------------------------
 
 
 class NotFiniteError(ValueError):
@@ -471,93 +469,6 @@ def check_finite(values: Any, what: str, causes: str = "") -> None:
         finite = bool(np.isfinite(values).all())
     if not finite:
         raise NotFiniteError(f"{what}: NaN or infinite values" + (f"; {causes}" if causes else ""))
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGINT, SIGTERM or SIGUSR1 arrived; ``status`` is the exit status that the shell expects (128 + signal)."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.status = 128 + number
-
-
-@contextmanager
-def stopping_on_signals() -> Iterator[None]:
-    """Inside the block SIGINT, SIGTERM and SIGUSR1 raise :class:`Stopped` in the main thread, once.
-
-    Python delivers signals between bytecodes, so a wait in a library with a timeout is left within that timeout.
-    Inside a block of :func:`noting_signals` this does nothing.
-    """
-    if _noting or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _frame: Any) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)  # what is being saved is not interrupted again
-        raise Stopped(number)
-
-    numbers = _stop_signals()
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class NotedSignals:
-    """The first of SIGINT, SIGTERM and SIGUSR1 that arrived in a block of :func:`noting_signals`.
-
-    Attributes:
-        number: of the signal; 0: none has arrived.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._raising = False
-
-    @contextmanager
-    def raising(self) -> Iterator[None]:
-        """Inside the block a signal raises :class:`Stopped` at once, as one that has arrived does: for waits."""
-        self._raising = True
-        try:
-            if self.number:
-                raise Stopped(self.number)
-            yield
-        finally:
-            self._raising = False
-
-    def _note(self, number: int, _frame: Any) -> None:
-        self.number = self.number or number
-        if self._raising:
-            self._raising = False
-            raise Stopped(self.number)
-
-
-@contextmanager
-def noting_signals() -> Iterator[NotedSignals]:
-    """Inside the block SIGINT, SIGTERM and SIGUSR1 are noted, for work that must not be left at any place."""
-    global _noting
-    noted = NotedSignals()
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    before = {number: signal.signal(number, noted._note) for number in _stop_signals()}
-    _noting = True
-    try:
-        yield noted
-    finally:
-        _noting = False
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-_noting = False
-
-
-def _stop_signals() -> list[signal.Signals]:
-    return [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])
 
 
 def _reason(error: Exception) -> str:

@@ -20,10 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from storymem.film import Film, FilmError
-from storymem.io import FileError, NotFiniteError, Stopped
+from storymem.io import FileError, NotFiniteError
 from storymem.memory import MemoryBank, SinkAndRecent
 from storymem.progress import Progress
 from storymem.scorers.quality import NoQuality
+from storymem.stopping import Stopped
 from storymem.story import Story
 from storymem.storyteller import Storyteller
 from storymem.video import read_image, read_video

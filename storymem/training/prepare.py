@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from storymem.config import build_settings
-from storymem.io import FileError, folder_lock, stopping_on_signals
+from storymem.io import FileError, folder_lock
+from storymem.stopping import stopping_on_signals
 from storymem.training import journal
 from storymem.training.captions import read_captions
 from storymem.training.data_settings import PrepareSettings, Step
@@ -43,7 +44,7 @@ def prepare(config: Mapping[str, Any]) -> LatentCache | None:
     Raises:
         ValueError: for settings, captions, masks or videos with which nothing can be prepared.
         MissingWeights: before anything is decoded.
-        storymem.io.Stopped: after SIGINT, SIGTERM or SIGUSR1; what was done is written down.
+        storymem.stopping.Stopped: after SIGINT, SIGTERM or SIGUSR1; what was done is written down.
     """
     settings = build_settings(PrepareSettings, config)
     output = Path(settings.output)

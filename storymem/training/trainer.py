@@ -15,7 +15,8 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from storymem.io import FileError, NotedSignals, NotFiniteError, Stopped, check_finite, noting_signals, replacing
+from storymem.io import FileError, NotFiniteError, check_finite, replacing
+from storymem.stopping import NotedSignals, Stopped, noting_signals
 from storymem.training.checkpoints import Checkpoints, read_checkpoint
 from storymem.training.ema import MovingAverage
 from storymem.training.optimizers import build_optimizer, learning_rate, load_optimizer_state, optimizer_state

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from storymem.io import Stopped
+from storymem.stopping import Stopped
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.experts import make_accelerator
 from storymem.training.settings import ParallelSettings

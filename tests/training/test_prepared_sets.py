@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storymem.io import Stopped
+from storymem.stopping import Stopped
 from storymem.training import preparation_steps
 from storymem.training.cache import LatentCache
 from storymem.training.prepare import prepare

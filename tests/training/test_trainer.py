@@ -16,8 +16,9 @@ import yaml
 from safetensors.torch import load_file
 
 from storymem.config import ConfigError, build_settings
-from storymem.io import NotFiniteError, Stopped
+from storymem.io import NotFiniteError
 from storymem.settings import TrainSettings
+from storymem.stopping import Stopped
 from storymem.train import check_masks, check_run_folder, check_sizes
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.ema import MovingAverage
