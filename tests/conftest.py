@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from storymem.wan.settings import ModelSettings
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that train in forked processes come first: after a backward pass torch refuses another one in a fork."""
+    items.sort(key=lambda item: item.get_closest_marker("trains_in_forks") is None)
+
+
 def pytest_collection_finish() -> None:
     """Leave what imports made out of all later collections: each film makes three, which took half of its time."""
     gc.collect()

@@ -29,6 +29,8 @@ from storymem.wan.shots import WanShotGenerator
 from tests import stories
 from tests.training.commands import SCRIPT, TRAIN, Command, prepare_set, train
 
+pytestmark = pytest.mark.trains_in_forks
+
 TIMED = ("seconds_", "samples_per_second", "memory_gb")
 
 
