@@ -229,7 +229,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
 
-        active = cache = None
+        active = cache = dtype = None
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
@@ -238,8 +238,9 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
                 expert, scale = self._expert_at(t, guidance_scale, guidance_scale_2)
                 if expert is not active:  # experts take turns once: what was kept for the first is dropped
                     active, cache = expert, self._memory_of(expert, shot, prompt_embeds)
+                    dtype = expert.dtype  # looked up once: the look-up walks through every module
                 latents = shot.clean(latents)
-                predict = partial(self._predict, expert, latents, t, shot=shot, cache=cache)
+                predict = partial(self._predict, expert, latents, t, shot=shot, cache=cache, dtype=dtype)
                 prediction = self._guided(predict, prompt_embeds, negative_prompt_embeds, scale)
                 latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
@@ -301,6 +302,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         *texts: Tensor,
         shot: _Shot,
         cache: SegmentCache | None,
+        dtype: torch.dtype | None,
     ) -> Tensor:
         """What an expert predicts for the denoised frames that a pass sees, [B, z, N, h, w]; of two texts 2 B."""
         layout = shot.layout if name == "cond" else shot.negative_layout
@@ -311,9 +313,9 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             seen = torch.cat([shot.memory.to(seen).expand(seen.shape[0], -1, -1, -1, -1), seen], dim=2)
         with expert.cache_context(name):
             (prediction,) = expert(
-                hidden_states=seen[:, :, -layout.frames :].to(expert.dtype),
+                hidden_states=seen[:, :, -layout.frames :].to(dtype),
                 timestep=t.expand(seen.shape[0]),
-                encoder_hidden_states=text.to(seen.device, expert.dtype),
+                encoder_hidden_states=text.to(seen.device, dtype),
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
                 layout=layout,
