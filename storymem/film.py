@@ -15,7 +15,6 @@ and only if they still are what was written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -30,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from storymem.images import fit_image, read_image
-from storymem.io import naming_full_disk, remove_leftovers, write_json
+from storymem.io import hash_file, hash_json, naming_full_disk, remove_leftovers, write_json
 from storymem.manifest import (
     FOLDERS,
     MANIFEST,
@@ -107,8 +106,7 @@ class Film:
     @property
     def config_hash(self) -> str:
         """SHA-256 of the settings, as 16 hexadecimal digits."""
-        canonical = json.dumps(self.config, sort_keys=True, ensure_ascii=False).encode()
-        return hashlib.sha256(canonical).hexdigest()[:16]
+        return hash_json(self.config)[:16]
 
     @property
     def has_memory(self) -> bool:
@@ -130,7 +128,7 @@ class Film:
     def memory_changed(self) -> bool:
         """Whether ``memory.json`` is another than the last finished shot left."""
         path = self.folder / MEMORY
-        return self._memory is not None and path.is_file() and file_hash(path) != self._memory
+        return self._memory is not None and path.is_file() and hash_file(path) != self._memory
 
     def save(self) -> None:
         """Write the manifest."""
@@ -165,7 +163,7 @@ class Film:
         self.shots.append(replace(record, sha256=self._hashes(record.file)))
         self._video = None
         if (self.folder / _NEXT_MEMORY).is_file():
-            self._memory = file_hash(self.folder / _NEXT_MEMORY)
+            self._memory = hash_file(self.folder / _NEXT_MEMORY)
         self.save()
         self._take_over_memory()
 
@@ -192,7 +190,7 @@ class Film:
         for keyframe in gone:
             if keyframe.id not in named and self._dropped.get(keyframe.id) in (None, keyframe.sha256):
                 paths = {name: self.folder / name for name in keyframe_files(keyframe.id)}
-                self._replaced |= {name: file_hash(path) for name, path in paths.items() if path.is_file()}
+                self._replaced |= {name: hash_file(path) for name, path in paths.items() if path.is_file()}
         for name in bank.files():
             self._replaced.pop(name, None)
 
@@ -228,7 +226,7 @@ class Film:
             again = f"put it back, or make this shot and all later ones again with resume=from_shot:{record.index + 1}"
             if not path.is_file():
                 raise FilmError(f"{path}, the video of {record.label}, is missing: {again}")
-            digest = file_hash(path)
+            digest = hash_file(path)
             if record.sha256.get(record.file) == digest:
                 continue
             try:
@@ -254,7 +252,7 @@ class Film:
         except (ValueError, FileNotFoundError):
             whole = False
         found = [name for name in (PAGE, *([VIDEO] if whole else [])) if (self.folder / name).is_file()]
-        self._made = {name: file_hash(self.folder / name) for name in found}
+        self._made = {name: hash_file(self.folder / name) for name in found}
 
     def write_shot(
         self, shot: Shot, frames: np.ndarray, *, repeated: int, fps: int, memory: MemoryBank | None = None
@@ -322,7 +320,7 @@ class Film:
                 f"make that shot again too, with resume=from_shot:{shot + 1}"
             ) from None
         for name in names:
-            if record.sha256.get(name) not in (None, file_hash(self.folder / name)):
+            if record.sha256.get(name) not in (None, hash_file(self.folder / name)):
                 say(f"{self.folder / name} was changed since it was written: the next shot goes on from it as it is")
         return np.stack(pictures)
 
@@ -369,13 +367,13 @@ class Film:
     def is_joined(self) -> bool:
         """Whether ``film.mp4`` is there as it was joined of these shots."""
         path = self.folder / VIDEO
-        return self._video is not None and path.is_file() and file_hash(path) == self._made.get(VIDEO)
+        return self._video is not None and path.is_file() and hash_file(path) == self._made.get(VIDEO)
 
     def put(self, name: str, made: Path, say: Say = lambda line: None) -> None:
         """Give a finished file its name; one of that name that a person changed is kept under another name."""
         path = self.folder / name
-        digest = file_hash(made)
-        if path.is_file() and file_hash(path) not in (digest, self._made.get(name)):
+        digest = hash_file(made)
+        if path.is_file() and hash_file(path) not in (digest, self._made.get(name)):
             aside = next(p for n in count(1) if not os.path.lexists(p := path.with_stem(f"{path.stem}_{n}")))
             path.rename(aside)
             say(f"{path} was changed since it was made: it is now {aside.name}, and {name} is made again")
@@ -386,7 +384,7 @@ class Film:
         """Delete the files of earlier takes, now that the film is whole, and save the manifest if it has changed."""
         named = {name for shot in self.shots for name in (shot.file, *shot.sha256)}
         for name, digest in self._replaced.items():
-            if name not in named and (self.folder / name).is_file() and file_hash(self.folder / name) == digest:
+            if name not in named and (self.folder / name).is_file() and hash_file(self.folder / name) == digest:
                 self._remove(name)
             _remove_if_empty_end((self.folder / name).parent)  # killed before that, in the run before
         self._replaced = {}
@@ -396,7 +394,7 @@ class Film:
 
     def _hashes(self, file: str) -> dict[str, str]:
         names = [file, *_end_names(file)]
-        return {name: file_hash(self.folder / name) for name in names if (self.folder / name).is_file()}
+        return {name: hash_file(self.folder / name) for name in names if (self.folder / name).is_file()}
 
     def _free_name(self, stem: str) -> str:
         taken = {shot.file for shot in self.shots} | self._replaced.keys()
@@ -412,7 +410,7 @@ class Film:
 
     def _take_over_memory(self) -> None:
         following = self.folder / _NEXT_MEMORY
-        if following.is_file() and file_hash(following) == self._memory:
+        if following.is_file() and hash_file(following) == self._memory:
             following.replace(self.folder / MEMORY)
         following.unlink(missing_ok=True)
 
@@ -444,12 +442,6 @@ def _end_names(file: str) -> list[str]:
 def _remove_if_empty_end(folder: Path) -> None:
     if folder.name.endswith("_end") and folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def estimated_bytes(frames: int, height: int, width: int) -> int:

@@ -6,6 +6,7 @@ Every error names the file. Loads no torch.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -440,6 +441,20 @@ def _umask() -> int:
 
 
 _UMASK: int | None = None
+
+
+# --- digests --------------------------------------------------------------------------------------------------------
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_json(content: Any) -> str:
+    """SHA-256 of anything that JSON can hold, as 64 hexadecimal digits; the order of keys makes no difference."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from storymem.film import Film, FilmError, differences, flat
 from storymem.images import read_image
+from storymem.io import hash_json
 from storymem.story import Story
 
 
@@ -60,7 +60,7 @@ def _video(config: Mapping[str, Any]) -> dict[str, Any]:
 def encoders(config: Mapping[str, Any]) -> str:
     """What tells the networks that encode pictures from others: a hash of all settings that may have a say in it."""
     chosen = {key: config.get(key) for key in ("model", "scorer", "weights", "runtime")}
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+    return hash_json(chosen)[:16]
 
 
 def check_restart(film: Film, story: Story, now: Told, start: int) -> None:

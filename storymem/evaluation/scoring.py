@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from storymem.evaluation.layouts import FilmFiles, ShotFile
 from storymem.evaluation.metric import Metric, Scores, Screening
-from storymem.io import FileError, NotFiniteError, naming_full_disk, read_json, write_json
+from storymem.io import FileError, NotFiniteError, hash_file, hash_json, naming_full_disk, read_json, write_json
 from storymem.story import Shot, Story
 from storymem.video import READER, READING, probe, read_video
 
@@ -145,12 +143,12 @@ def result_key(story: Story, film: FilmFiles, settings: Mapping[str, Any]) -> st
         "metrics": settings,
         "reader": [READER, READING],
     }
-    return _sha256_of(content)
+    return hash_json(content)
 
 
 def story_sha256(story: Story) -> str:
     """SHA-256 of what a story says."""
-    return _sha256_of(story.to_dict())
+    return hash_json(story.to_dict())
 
 
 def score_film(
@@ -334,13 +332,4 @@ def _strip(frames: np.ndarray) -> bytes:
 
 def _hashes(film: FilmFiles) -> dict[Path, str]:
     """SHA-256 of each file of a film; one in which all shots lie is read once."""
-    return {path: _sha256(path) for path in {shot.path for shot in film.shots if shot.path is not None}}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _sha256_of(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return {path: hash_file(path) for path in {shot.path for shot in film.shots if shot.path is not None}}

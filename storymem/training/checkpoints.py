@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import sys
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from storymem.io import FileError, check_regular, replacing_folder, settle_folder
+from storymem.io import FileError, check_regular, hash_file, replacing_folder, settle_folder
 from storymem.training.sealed import read_sealed, write_sealed
 
 MANIFEST = "checkpoint.json"
@@ -161,11 +160,6 @@ def _folder_name(step: int) -> str:
 
 def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """The sha256 of each file, several at a time: a checkpoint of a large model has many gigabytes."""
-
-    def digest(name: str) -> str:
-        with (folder / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     names = list(names)
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
+        return dict(zip(names, pool.map(hash_file, [folder / name for name in names]), strict=True))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from storymem.io import hash_json
 from storymem.training.data_settings import DataSettings
 from storymem.wan.settings import ModelSettings
 from storymem.weights import locate, sample_hash
@@ -51,4 +50,4 @@ def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str
 
 
 def _hash_of(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    return hash_json(content)[:12]

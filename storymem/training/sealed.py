@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from storymem.io import FileError, parse_json, read_json, write_json
+from storymem.io import FileError, hash_json, parse_json, read_json, write_json
 
 NO_LIMIT = 1 << 40  # bytes: these files grow with the number of clips
 _DIGEST = "digest"
@@ -16,7 +14,7 @@ _DIGEST = "digest"
 
 def digest(*conditions: Any) -> str:
     """A short hash of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(conditions, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hash_json(conditions)[:16]
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

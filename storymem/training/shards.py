@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 import time
@@ -19,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from storymem.io import FileError, check_regular, naming_full_disk, remove_leftovers, replacing
+from storymem.io import FileError, check_regular, hash_file, naming_full_disk, remove_leftovers, replacing
 from storymem.training.sealed import read_sealed, write_sealed
 
 OPEN_SHARDS = 64
@@ -74,7 +73,7 @@ class ShardWriter:
         with replacing(path) as partial:
             partial.write_bytes(save(self._tensors))  # save_file has a temporary file of its own, which a kill leaves
         written = path.stat()
-        done = {"bytes": written.st_size, "mtime_ns": written.st_mtime_ns, "sha256": sha256_of(path)}
+        done = {"bytes": written.st_size, "mtime_ns": written.st_mtime_ns, "sha256": hash_file(path)}
         write_sealed(path.with_suffix(".json"), {**done, "records": self._records})
         self._next += 1
         self._tensors, self._records, self._bytes = {}, [], 0
@@ -151,7 +150,7 @@ def _check(path: Path, done: Mapping[str, Any]) -> None:
 
 @lru_cache(maxsize=4096)
 def _sha256_at(path: Path, _mtime_ns: int) -> str:
-    return sha256_of(path)
+    return hash_file(path)
 
 
 class ShardReader:
@@ -194,7 +193,7 @@ class ShardReader:
     def _check(self, shard: str, path: Path) -> None:
         if not path.is_file():
             raise FileError(f"{path} is missing: run prepare_data again, and it is made again")
-        if sha256_of(check_regular(path)) != self.hashes[shard]:
+        if hash_file(check_regular(path)) != self.hashes[shard]:
             raise FileError(
                 f"{path} is damaged: its sha256 is not the one written down when it was made. Delete it and run "
                 "prepare_data again, and it is made again"
@@ -203,12 +202,6 @@ class ShardReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.folder, self.hashes)
-
-
-def sha256_of(path: Path) -> str:
-    """Of a whole file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def padded(rows: Tensor, length: int) -> Tensor:

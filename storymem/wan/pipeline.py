@@ -223,41 +223,15 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         )
         given = list(motion_frames or ([] if first_frame is None else [first_frame]))
         shot = self._shot(memory, given, num_frames, height, width, stride, negative_sees_memory)
-        condition = None if shot.condition is None else shot.condition.expand(batch, -1, -1, -1, -1)
         noise = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents
         latents = noise.to(device, torch.float32)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
 
-        active = cache = dtype = None
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-            for i, t in enumerate(self.scheduler.timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = t
-                expert, scale = self._expert_at(t, guidance_scale, guidance_scale_2)
-                if expert is not active:  # experts take turns once: what was kept for the first is dropped
-                    active, cache = expert, self._memory_of(expert, shot, prompt_embeds)
-                    dtype = expert.dtype  # looked up once: the look-up walks through every module
-                latents = shot.clean(latents)
-                predict = partial(self._predict, expert, latents, t, shot=shot, cache=cache, dtype=dtype)
-                prediction = self._guided(predict, prompt_embeds, negative_prompt_embeds, scale)
-                latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds, "condition": condition}
-                    tensors["negative_prompt_embeds"] = negative_prompt_embeds
-                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, t, asked) or {}
-                    if "condition" in changed:
-                        condition = changed["condition"]
-                        shot = replace(shot, condition=condition)
-                    latents = changed.pop("latents", latents)
-                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
-                progress_bar.update()
-        self._current_timestep = active = cache = None
-
-        video = shot.clean(latents)[:, :, -self.spec.latent_frames(num_frames) :]
+        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+        after_step = partial(self._after_step, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        latents = self._denoise(latents, embeds, shot, guidance_scale, guidance_scale_2, after_step)
+        video = latents[:, :, -self.spec.latent_frames(num_frames) :]
         if output_type != "latent":
             video = self.video_processor.postprocess_video(decode_video(self.vae, video), output_type)
         self.maybe_free_model_hooks()
@@ -267,7 +241,47 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         """Normalised latents [M, z, 1, h, w] of memory frames, to be kept and passed as ``memory`` again."""
         return encode_frames(self.vae, self._pixels(frames)).cpu()
 
-    # One step
+    # The denoising loop
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        embeds: dict[str, Tensor],
+        shot: _Shot,
+        scale: float,
+        scale_low: float | None,
+        after_step: Callable[..., dict[str, Any]],
+    ) -> Tensor:
+        """``latents`` [B, z, N, h, w] from noise to the last step; ``after_step`` may change any tensor in between."""
+        active = cache = dtype = None
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
+            for i, t in enumerate(self.scheduler.timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                expert, guidance = self._expert_at(t, scale, scale_low)
+                if expert is not active:  # experts take turns once: what was kept for the first is dropped
+                    active, cache = expert, self._memory_of(expert, shot, embeds["prompt_embeds"])
+                    dtype = expert.dtype  # looked up once: the look-up walks through every module
+                latents = shot.clean(latents)
+                predict = partial(self._predict, expert, latents, t, shot=shot, cache=cache, dtype=dtype)
+                prediction = self._guided(predict, embeds["prompt_embeds"], embeds["negative_prompt_embeds"], guidance)
+                latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+                condition = shot.condition
+                condition = None if condition is None else condition.expand(latents.shape[0], -1, -1, -1, -1)
+                changed = after_step(i, t, {"latents": latents, "condition": condition, **embeds})
+                latents = changed.get("latents", latents)
+                embeds = {name: changed.get(name, value) for name, value in embeds.items()}
+                shot = replace(shot, condition=changed.get("condition", shot.condition))
+                progress_bar.update()
+        self._current_timestep = None
+        return shot.clean(latents)
+
+    def _after_step(
+        self, callback: Callable[..., dict] | None, names: Sequence[str], i: int, t: Tensor, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What a callback that is shown the tensors of these names puts in their place."""
+        return {} if callback is None else callback(self, i, t, {name: tensors[name] for name in names}) or {}
 
     def _expert_at(self, t: Tensor, scale: float, scale_low: float | None) -> tuple[Any, float]:
         """The expert of a timestep and its guidance."""
@@ -307,8 +321,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         """What an expert predicts for the denoised frames that a pass sees, [B, z, N, h, w]; of two texts 2 B."""
         layout = shot.layout if name == "cond" else shot.negative_layout
         text = torch.cat([_rows(text, latents.shape[0]) for text in texts])
-        latents = latents.repeat(len(texts), 1, 1, 1, 1)
-        seen = model_input(latents, shot.condition)
+        seen = model_input(latents, shot.condition).repeat(len(texts), 1, 1, 1, 1)
         if cache is None and shot.memory is not None:
             seen = torch.cat([shot.memory.to(seen).expand(seen.shape[0], -1, -1, -1, -1), seen], dim=2)
         with expert.cache_context(name):

@@ -18,13 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from storymem.io import FileError
+from storymem.io import FileError, hash_file
 from storymem.training.cache import LatentCache
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.method import MemoryTraining
 from storymem.training.run_log import read_metrics
 from storymem.training.sealed import read_sealed, write_sealed
-from storymem.training.shards import sha256_of
 from storymem.wan.shots import WanShotGenerator
 from tests import stories
 from tests.training.commands import SCRIPT, TRAIN, Command, prepare_set, train
@@ -323,7 +322,7 @@ def poison(folder: Path) -> None:
     tensors = {key: tensor.clone() for key, tensor in load_file(shard).items()}
     next(tensor for key, tensor in tensors.items() if key.endswith("/video"))[0, 0, 0, 0] = float("nan")
     save_file(tensors, shard)
-    written = {"bytes": shard.stat().st_size, "mtime_ns": shard.stat().st_mtime_ns, "sha256": sha256_of(shard)}
+    written = {"bytes": shard.stat().st_size, "mtime_ns": shard.stat().st_mtime_ns, "sha256": hash_file(shard)}
     write_sealed(shard.with_suffix(".json"), {**read_sealed(shard.with_suffix(".json")), **written})
     cache = read_sealed(shard.with_name("cache.json"))
     cache["shards"][shard.stem] = written["sha256"]

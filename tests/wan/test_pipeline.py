@@ -484,3 +484,19 @@ def test_a_callback_can_change_the_condition(pipe: WanMemoryToVideoPipeline) -> 
 
     given = {"first_frame": FRAME, "callback_on_step_end_tensor_inputs": ["condition"]}
     assert not torch.equal(generate(pipe, callback_on_step_end=blank, **given), generate(pipe, first_frame=FRAME))
+
+
+@pytest.mark.parametrize("guidance_batch", [False, True])
+def test_a_callback_can_change_the_condition_of_several_videos(
+    pipe: WanMemoryToVideoPipeline, guidance_batch: bool
+) -> None:
+    def blank(_pipe: object, _step: int, _timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
+        assert tensors["condition"].shape[0] == 2
+        return {"condition": torch.zeros_like(tensors["condition"])}
+
+    pipe.guidance_batch = guidance_batch
+    given = {"first_frame": FRAME, "num_videos_per_prompt": 2, "generator": torch.Generator().manual_seed(1)}
+    shots = generate(
+        pipe, callback_on_step_end=blank, callback_on_step_end_tensor_inputs=["condition"], guidance_scale=3.0, **given
+    )
+    assert len(shots) == 2
