@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.compose import composed
-from storymem import benchmark_report
+from storymem.commands import benchmark_report
 from storymem.config import build_settings
-from storymem.settings import GenerateSettings
+from storymem.film.settings import GenerateSettings
 from storymem.story import load_story
 from storymem.wan.acceleration import compiled_graphs
 from storymem.wan.loading import load_pipeline

@@ -7,7 +7,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from storymem.cli import CONFIGS
+from storymem.commands.cli import CONFIGS
 
 
 def composed(name: str, overrides: list[str]) -> dict[str, Any]:

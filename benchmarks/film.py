@@ -71,8 +71,8 @@ def main() -> None:
     from diffusers.schedulers import UniPCMultistepScheduler
 
     from storymem.config import build_settings
-    from storymem.generate import build_storyteller
-    from storymem.settings import GenerateSettings
+    from storymem.film.generate import build_storyteller
+    from storymem.film.settings import GenerateSettings
     from storymem.story import load_story
 
     timer = LoopTimer()

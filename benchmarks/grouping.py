@@ -24,9 +24,9 @@ import numpy as np
 import psutil
 import torch
 
+from storymem.data.grouping import group_clips
+from storymem.data.settings import GroupSettings
 from storymem.memory.keyframes import normalised
-from storymem.training.data_settings import GroupSettings
-from storymem.training.grouping import group_clips
 
 DIMENSIONS, CLUSTER = 512, 8
 

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from benchmarks.compose import composed
 from storymem.config import build_settings
+from storymem.data.cache import LatentCache
+from storymem.data.caching import CacheItem, KeyframeChooser, build_cache
+from storymem.data.clips import Clip, read_clip
+from storymem.data.settings import Bucket, CacheSettings
+from storymem.media.video import write_video
 from storymem.memory import UniformSelector
-from storymem.training.cache import LatentCache
-from storymem.training.caching import CacheItem, KeyframeChooser, build_cache
-from storymem.training.clips import Clip, read_clip
-from storymem.training.data_settings import Bucket, CacheSettings
-from storymem.video import write_video
 from storymem.wan.conditioning import blank_padded, encode_frames, encode_video
 from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline

@@ -32,12 +32,12 @@ from storymem.evaluation.films import find_films
 from storymem.evaluation.metric import Metric, as_pictures
 from storymem.evaluation.metrics import AestheticQuality, ViclipScores
 from storymem.evaluation.scoring import StoryResult, score_film
+from storymem.media.video import read_video, write_video
 from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.scorer import resolve_device
 from storymem.scorers.viclip import ViclipScorer
 from storymem.scorers.viclip_network import VICLIP_B_16, VICLIP_L_14
 from storymem.story import Story, load_story
-from storymem.video import read_video, write_video
 
 
 def now() -> float:

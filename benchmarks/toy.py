@@ -18,8 +18,8 @@ from typing import Any
 import diffusers
 import torch
 
-from storymem.toy.build import WEIGHTS
-from storymem.toy.report import GUIDANCE, measure
+from toyworld.build import WEIGHTS
+from toyworld.report import GUIDANCE, measure
 
 #: Part, figure, how it is called, what it should reach.
 AIMS = (

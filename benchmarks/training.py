@@ -93,9 +93,9 @@ class Watch:
 def measure(strategy: str, steps: int) -> dict[str, Any] | None:
     """One run; the row of the main process."""
     from storymem.config import build_settings
-    from storymem.settings import TrainSettings
-    from storymem.train import Run
     from storymem.training.callbacks import memory_gb
+    from storymem.training.run import Run
+    from storymem.training.run_settings import TrainSettings
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.compose import composed
-from storymem.film import Film
-from storymem.generate import generate
-from storymem.video import probe, read_video
+from storymem.film.folder import Film
+from storymem.film.generate import generate
+from storymem.media.video import probe, read_video
 
 #: One with reference pictures, one without.
 STORIES = ("examples/ada_and_the_tent.yaml", "st_bench/toy/01_lou_on_the_beach.yaml")

@@ -21,10 +21,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from storymem import benchmark, benchmark_report
-from storymem.cli import CONFIGS
+from storymem.commands import benchmark, benchmark_report
+from storymem.commands.cli import CONFIGS
 from storymem.config import build_settings
-from storymem.settings import GenerateSettings
+from storymem.film.settings import GenerateSettings
 from storymem.wan.runtime import resolve_device
 from storymem.wan.settings import VideoSettings
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from storymem.toy.build import STAGES, WEIGHTS, Recipe
+from toyworld.build import STAGES, WEIGHTS, Recipe
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from storymem.cli import run_script
+from storymem.commands.cli import run_script
 from storymem.evaluation.choosing import experiment_chosen, with_method
 from storymem.evaluation.stbench import EvaluateSettings, evaluate
 

@@ -2,9 +2,9 @@
 
 from omegaconf import DictConfig, OmegaConf
 
-from storymem.cli import run_script
-from storymem.generate import generate
-from storymem.settings import GenerateSettings
+from storymem.commands.cli import run_script
+from storymem.film.generate import generate
+from storymem.film.settings import GenerateSettings
 
 
 def main(config: DictConfig) -> None:

@@ -2,9 +2,9 @@
 
 from omegaconf import DictConfig, OmegaConf
 
-from storymem.cli import run_script
-from storymem.training.data_settings import PrepareSettings
-from storymem.training.prepare import prepare
+from storymem.commands.cli import run_script
+from storymem.data.prepare import prepare
+from storymem.data.settings import PrepareSettings
 
 
 def main(config: DictConfig) -> None:

@@ -2,9 +2,9 @@
 
 from omegaconf import DictConfig, OmegaConf
 
-from storymem.cli import run_script
-from storymem.settings import TrainSettings
-from storymem.train import train
+from storymem.commands.cli import run_script
+from storymem.training.run import train
+from storymem.training.run_settings import TrainSettings
 
 
 def main(config: DictConfig) -> None:

@@ -7,6 +7,7 @@ must never begin as the side effect of a typing mistake. Loads no torch.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from storymem.config import STRICT
 from storymem.io import FileError, NotFiniteError, check_regular, read_json_object
 
-_PACKAGE = "package:"  # what comes with the package needs no path
+_PACKAGE = "package:"  # package:NAME/PATH is a path in the folder of an installed Python package
 _SAMPLES = 16  # of a file, and the bytes of each
 _SAMPLE_BYTES = 1 << 16
 _LARGEST = 1e6  # of a weight: the largest in published networks are a few hundred
@@ -41,7 +42,7 @@ class Weights:
 
     Args:
         name: what it is, for messages ("ViCLIP-L/14").
-        source: a local file or folder, one that comes with this package ("package:toy/weights"), or a Hugging Face
+        source: a local file or folder, one that comes with this package ("package:toyworld/weights"), or a Hugging Face
             repository id ("owner/name").
         file: a file (or glob pattern) inside the repository; ``None`` means the whole repository.
         size_gb: size of the download in gigabytes (10^9 bytes), for messages.
@@ -60,7 +61,10 @@ class Weights:
     def path(self) -> Path:
         """``source`` as a path."""
         if self.source.startswith(_PACKAGE):
-            return Path(__file__).parent / self.source.removeprefix(_PACKAGE)
+            package, _, inside = self.source.removeprefix(_PACKAGE).partition("/")
+            spec = importlib.util.find_spec(package) if package.isidentifier() else None
+            where = next(iter(spec.submodule_search_locations or ()), None) if spec is not None else None
+            return Path(where or package) / inside
         try:
             return Path(self.source).expanduser()
         except RuntimeError:  # ~somebody who has no home here

@@ -7,9 +7,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from storymem.cli import CONFIGS
+from storymem.commands.cli import CONFIGS
 from storymem.config import build_settings
-from storymem.settings import GenerateSettings
+from storymem.film.settings import GenerateSettings
 
 
 def composed(*overrides: str, name: str = "generate") -> dict[str, Any]:

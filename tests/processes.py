@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from storymem.ranks import among_ranks
+from storymem.film.ranks import among_ranks
 from storymem.wan.layout import Launch
 from storymem.wan.loading import load_pipeline
 from storymem.wan.parallel import join, leave

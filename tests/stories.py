@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from storymem.film.storyteller import Storyteller
 from storymem.memory import KeyframeSelector
 from storymem.scorers.clip import ClipScorer
 from storymem.story import Story, load_story
-from storymem.storyteller import Storyteller
 from storymem.wan.settings import (
     Continuity,
     ModelSettings,
@@ -142,7 +142,7 @@ scenes:
 
 def all_frames(folder: Path) -> dict[str, bytes]:
     """Decoded pixels of every video, and the bytes of every picture and of the memory, of a film's folder."""
-    from storymem.video import read_image, read_video
+    from storymem.media.video import read_image, read_video
 
     found = {str(p.relative_to(folder)): read_video(p).tobytes() for p in sorted(folder.rglob("*.mp4"))}
     found |= {str(p.relative_to(folder)): read_image(p).tobytes() for p in sorted(folder.rglob("*.png"))}
@@ -152,9 +152,9 @@ def all_frames(folder: Path) -> dict[str, bytes]:
 
 def content(folder: Path) -> dict[str, Any]:
     """What a film shows and remembers, whatever its files are called: equal for films that are told alike."""
-    from storymem.film import Film
+    from storymem.film.folder import Film
+    from storymem.media.video import read_image, read_video
     from storymem.memory import MemoryBank
-    from storymem.video import read_image, read_video
 
     def pictures(ids: Iterable[str]) -> list[bytes]:
         return [read_image(folder / "keyframes" / f"{id}.png").tobytes() for id in ids]

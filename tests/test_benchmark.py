@@ -14,8 +14,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from storymem import benchmark, benchmark_report
-from storymem.benchmark import Case, flops_of, measure, measure_shot, random_pipeline, small_model, variations
+from storymem.commands import benchmark, benchmark_report
+from storymem.commands.benchmark import Case, flops_of, measure, measure_shot, random_pipeline, small_model, variations
 from storymem.wan.flops import forward_flops
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings, SamplerSettings
 from storymem.weights import Weights

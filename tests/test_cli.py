@@ -18,12 +18,12 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from storymem.cli import CONFIGS, run_script
+from storymem.commands.cli import CONFIGS, run_script
+from storymem.commands.overrides import hydra_arguments
 from storymem.config import build_settings
+from storymem.data.settings import PrepareSettings
+from storymem.film.settings import GenerateSettings
 from storymem.io import FileError, replacing
-from storymem.overrides import hydra_arguments
-from storymem.settings import GenerateSettings
-from storymem.training.data_settings import PrepareSettings
 
 ROOT = Path(__file__).parents[1]
 STORY = """\

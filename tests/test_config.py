@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from storymem.config import ConfigError, annotation_at, build_settings, kinds_of, nearest
-from storymem.settings import GenerateSettings
-from storymem.training.data_settings import PrepareSettings
+from storymem.data.settings import PrepareSettings
+from storymem.film.settings import GenerateSettings
 from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
 from storymem.weights import Weights
 

@@ -12,12 +12,12 @@ import pytest
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
-from storymem.cli import CONFIGS
+from storymem.commands.cli import CONFIGS
 from storymem.config import build_settings
-from storymem.generate import build_storyteller
+from storymem.film.generate import build_storyteller
+from storymem.film.settings import GenerateSettings, MemorySettings
 from storymem.memory import Keyframe
 from storymem.scorers.sources import scorer_bytes
-from storymem.settings import GenerateSettings, MemorySettings
 from storymem.wan.flops import forward_flops
 from storymem.wan.presets import Machine, choose_runtime
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings, SamplerSettings

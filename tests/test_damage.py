@@ -26,14 +26,14 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storymem.film import Film
-from storymem.images import read_image
+from storymem.data.cache import LatentCache
+from storymem.film.folder import Film
+from storymem.film.storyteller import as_tensor
+from storymem.media.images import read_image
+from storymem.media.video import probe, read_video
 from storymem.memory import MemoryBank
 from storymem.scorers.clip import ClipScorer
 from storymem.story import load_story
-from storymem.storyteller import as_tensor
-from storymem.training.cache import LatentCache
-from storymem.video import probe, read_video
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import AdapterInfo, Layout, memory_lora_config, read_memory_lora, write_memory_lora
 from storymem.wan.names import experts_of
@@ -229,7 +229,7 @@ def digest(tensors: dict[str, Tensor]) -> dict[str, bytes]:
 
 
 def make_set(folder: Path) -> None:
-    from storymem.training.prepare import prepare
+    from storymem.data.prepare import prepare
     from tests.training.preparing import config
 
     for number in range(4):
@@ -251,7 +251,7 @@ def digest_of(value: Any) -> Any:
 
 
 def use_prepare(folder: Path, _: Any) -> Any:
-    from storymem.training.prepare import prepare
+    from storymem.data.prepare import prepare
     from tests.training.preparing import config
 
     prepare(config(folder, "cache.shard_mb=0.001"))
@@ -272,8 +272,8 @@ def make_run(folder: Path) -> None:
 
 def use_run(folder: Path, _: Any) -> Any:
     from storymem.config import build_settings
-    from storymem.settings import TrainSettings
-    from storymem.train import check_run_folder
+    from storymem.training.run import check_run_folder
+    from storymem.training.run_settings import TrainSettings
 
     values = runs.config(folder / "run", **TRAINED)
     check_run_folder(folder / "run", build_settings(TrainSettings, values), values)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from storymem.film import (
+from storymem.film.folder import (
     END_FRAMES,
     Film,
     FilmError,
@@ -22,11 +22,11 @@ from storymem.film import (
     estimated_bytes,
     library_versions,
 )
-from storymem.film_folder import film_folder
+from storymem.film.manifest import KeyframeRecord
+from storymem.film.ownership import film_folder
 from storymem.io import FileError
-from storymem.manifest import KeyframeRecord
+from storymem.media.video import probe, read_video, write_video
 from storymem.story import Shot
-from storymem.video import probe, read_video, write_video
 
 ROOT = Path(__file__).parents[1]
 STORY = {"title": "Two", "scenes": [{"shots": [{"prompt": "a"}, {"prompt": "b"}]}]}
@@ -304,7 +304,7 @@ def test_a_failure_inside_gives_the_folder_back(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, time
-from storymem.film_folder import film_folder
+from storymem.film.ownership import film_folder
 with film_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storymem.cli import run_script
-from storymem.film import Film, FilmError
-from storymem.generate import generate
-from storymem.progress import Progress
-from storymem.storyboard import write_storyboard
-from storymem.storyteller import finish_film
-from storymem.video import probe, read_video, write_video
+from storymem.commands.cli import run_script
+from storymem.film.folder import Film, FilmError
+from storymem.film.generate import generate
+from storymem.film.progress import Progress
+from storymem.film.storyboard import write_storyboard
+from storymem.film.storyteller import finish_film
+from storymem.media.video import probe, read_video, write_video
 from tests.composing import SMALL, composed
 from tests.stories import content, single_thread, story, storyteller
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from storymem.config import build_settings
-from storymem.film import Film, differences
-from storymem.generate import _recorded, build_storyteller, generate
-from storymem.settings import GenerateSettings
+from storymem.film.folder import Film, differences
+from storymem.film.generate import _recorded, build_storyteller, generate
+from storymem.film.settings import GenerateSettings
 from tests.composing import composed
 
 TWO = """\

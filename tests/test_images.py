@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from storymem.generate import generate
-from storymem.images import MAX_PIXELS, fit_image, fit_note, read_image, read_picture
+from storymem.film.generate import generate
+from storymem.media.images import MAX_PIXELS, fit_image, fit_note, read_image, read_picture
 from storymem.story import StoryError, load_story
 from tests.composing import SMALL, composed
 
@@ -244,5 +244,6 @@ def test_the_plan_and_the_run_say_what_is_done_to_references(
 
 
 def test_a_picture_needs_no_torch() -> None:
-    code = "import storymem.images, storymem.references, sys; sys.exit('torch' in sys.modules or 'av' in sys.modules)"
+    modules = "storymem.media.images, storymem.story.references"
+    code = f"import {modules}, sys; sys.exit(bool({{'torch', 'av'}} & {{*sys.modules}}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

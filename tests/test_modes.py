@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storymem.modes import GIVEN_FRAMES, check_lengths, mode_of
+from storymem.film.modes import GIVEN_FRAMES, check_lengths, mode_of
 from storymem.story import Character, Scene, Shot, Story
 
 

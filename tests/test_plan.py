@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from storymem.film import Film, estimated_bytes
-from storymem.generate import generate
-from storymem.plan import make_plan
+from storymem.film.folder import Film, estimated_bytes
+from storymem.film.generate import generate
+from storymem.film.plan import make_plan
 from storymem.scorers.sources import scorer_bytes
 from storymem.story import Story
 from storymem.wan.flops import forward_flops

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from storymem.film import Film, ShotRecord
-from storymem.manifest import KeyframeRecord
-from storymem.progress import Progress, duration, film_table, format_table
+from storymem.film.folder import Film, ShotRecord
+from storymem.film.manifest import KeyframeRecord
+from storymem.film.progress import Progress, duration, film_table, format_table
 from storymem.story import Shot
 
 

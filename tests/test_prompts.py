@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from storymem.generate import generate
-from storymem.prompts import story_remarks
+from storymem.film.generate import generate
 from storymem.story import load_story
-from storymem.toy.build import WEIGHTS
-from storymem.toy.text import write_known_words
+from storymem.story.prompts import story_remarks
 from storymem.wan.texts import KNOWN_WORDS, TextReader
 from tests.composing import composed, generate_settings
 from tests.stories import story
+from toyworld.build import WEIGHTS
+from toyworld.text import write_known_words
 
 ROOT = Path(__file__).parents[1]
 LONG = "Ada waits in the desert at noon. " * 20
@@ -133,7 +133,7 @@ def test_the_plan_and_the_run_say_it(
     plan = capsys.readouterr()
     (line,) = [line for line in plan.out.splitlines() if line.startswith("text     shot 1 (scene 1, shot 1): ")]
     assert line.endswith('THE END" (541 characters)')
-    monkeypatch.setattr("storymem.generate.build_generator", lambda settings: 1 / 0)
+    monkeypatch.setattr("storymem.film.generate.build_generator", lambda settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(config)
     assert line.removeprefix("text     ") in capsys.readouterr().err.splitlines(), "said before anything is made"

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from storymem.film import Film
-from storymem.ranks import LOST
-from storymem.video import read_video
+from storymem.film.folder import Film
+from storymem.film.ranks import LOST
+from storymem.media.video import read_video
 from tests import processes, stories
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ import av
 import numpy as np
 import pytest
 
-from storymem.training.prepare import prepare
-from storymem.video import READER, frames_at, iter_frames, join_videos, probe, read_video, write_video
+from storymem.data.prepare import prepare
+from storymem.media.video import READER, frames_at, iter_frames, join_videos, probe, read_video, write_video
 from tests.encoding import (
     COLOURS,
     HEIGHT,

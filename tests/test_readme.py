@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from storymem import WanMemoryToVideoPipeline
+from storymem.commands.overrides import hydra_arguments
+from storymem.data.settings import PrepareSettings
 from storymem.evaluation.stbench import EvaluateSettings
-from storymem.overrides import hydra_arguments
-from storymem.settings import GenerateSettings, TrainSettings
-from storymem.training.data_settings import PrepareSettings
+from storymem.film.settings import GenerateSettings
+from storymem.training.run_settings import TrainSettings
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config, save_memory_lora
 from tests.composing import composed

@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from storymem.film import Film, FilmError
+from storymem.film.folder import Film, FilmError
+from storymem.film.progress import Progress
+from storymem.film.storyteller import Storyteller
 from storymem.io import FileError, NotFiniteError
+from storymem.media.video import read_image, read_video
 from storymem.memory import MemoryBank, SinkAndRecent
-from storymem.progress import Progress
 from storymem.scorers.quality import NoQuality
 from storymem.stopping import Stopped
 from storymem.story import Story
-from storymem.storyteller import Storyteller
-from storymem.video import read_image, read_video
 from storymem.wan.shots import OnStep, ShotRequest
 from tests.stories import CountingGenerator, content, picture, story, storyteller
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from storymem.film import Film
-from storymem.generate import generate
+from storymem.film.folder import Film
+from storymem.film.generate import generate
 from storymem.io import FileError
 from storymem.memory import MemoryBank
 from tests.composing import SMALL, composed

@@ -6,7 +6,7 @@ import re
 from html import unescape
 from pathlib import Path
 
-from storymem.storyboard import PAGE
+from storymem.film.storyboard import PAGE
 from tests.stories import FOUR_SHOTS, story, storyteller
 
 

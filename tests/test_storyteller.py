@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from storymem.film import Film, FilmError
+from storymem.film.folder import Film, FilmError
+from storymem.film.modes import parse_resume
+from storymem.media.video import read_video
 from storymem.memory import CharacterFirst, KeyframeSelector, MemoryBank, SinkAndRecent
-from storymem.modes import parse_resume
 from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.quality import NoQuality
-from storymem.video import read_video
 from tests.stories import CLIP, FOUR_SHOTS, MODEL, content, picture, story, storyteller
 
 

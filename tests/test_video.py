@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storymem.video import (
+from storymem.media.video import (
     iter_frames,
     join_videos,
     probe,

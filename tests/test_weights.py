@@ -193,11 +193,11 @@ def test_it_is_an_error_of_files() -> None:
 
 def test_what_comes_with_the_package_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    weights = Weights(name="toy models", source="package:toy/weights")
+    weights = Weights(name="toy models", source="package:toyworld/weights")
     assert weights.is_local
     assert (locate(weights) / "model_index.json").is_file()
-    with pytest.raises(MissingWeights, match="package:toy/nothing does not exist"):
-        locate(Weights(name="nothing", source="package:toy/nothing"))
+    with pytest.raises(MissingWeights, match="package:toyworld/nothing does not exist"):
+        locate(Weights(name="nothing", source="package:toyworld/nothing"))
 
 
 # What is not weights at all

@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from storymem.cli import CONFIGS
+from storymem.commands.cli import CONFIGS
 from storymem.config import nearest
 
 _PRIMARY = "eval_stbench"

@@ -24,7 +24,7 @@ from storymem.evaluation.layouts import (
     whole_film,
 )
 from storymem.evaluation.mapping import FilmsMapping, mapped_films, read_mapping
-from storymem.film import Film
+from storymem.film.folder import Film
 from storymem.story import STORY_SUFFIXES, Story, StoryError, load_stories
 
 K = TypeVar("K")

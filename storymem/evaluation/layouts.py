@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from storymem.film import MANIFEST, Film, FilmError
+from storymem.film.folder import MANIFEST, Film, FilmError
 from storymem.story import Story
 
 MAPPING = "films.yaml"

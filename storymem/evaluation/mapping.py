@@ -12,8 +12,8 @@ from pydantic.dataclasses import dataclass
 from storymem.config import STRICT, UserPath, build_settings, nearest
 from storymem.evaluation.layouts import FilmFiles, Root, ShotFile, find_shots, is_video, quoted, said_twice, whole_film
 from storymem.io import FileError, read_yaml
+from storymem.media.video import probe
 from storymem.story import Shot, Story
-from storymem.video import probe
 
 _FIELD = re.compile(r"\{(\w+)(?::0?([1-9])d)?\}")
 

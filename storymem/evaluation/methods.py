@@ -12,15 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from storymem.config import build_settings
-from storymem.film import Film, ShotRecord, differences
-from storymem.film_folder import film_folder
-from storymem.generate import build_generator, build_storyteller
+from storymem.film.folder import Film, ShotRecord, differences
+from storymem.film.generate import build_generator, build_storyteller
+from storymem.film.ownership import film_folder
+from storymem.film.progress import Progress
+from storymem.film.resume import story_record
+from storymem.film.settings import GenerateSettings, uses_text_to_video
+from storymem.film.storyteller import Storyteller, finish_film
 from storymem.io import check_room
-from storymem.progress import Progress
-from storymem.resume import story_record
-from storymem.settings import GenerateSettings, uses_text_to_video
 from storymem.story import Shot, Story
-from storymem.storyteller import Storyteller, finish_film
 from storymem.wan.shots import ShotRequest
 from storymem.wan.sources import check_weights
 

@@ -13,7 +13,7 @@ from storymem.evaluation.results import Results
 from storymem.evaluation.scoring import ShotResult, StoryResult, picture_name
 from storymem.evaluation.tables import ABSENT, COMPARED, mean_and_interval, number, percent
 from storymem.io import write_text
-from storymem.video import READER
+from storymem.media.video import READER
 
 PAGE = "index.html"
 

@@ -12,7 +12,7 @@ import numpy as np
 from storymem.evaluation.metric import Column
 from storymem.evaluation.scoring import StoryResult
 from storymem.evaluation.statistics import Comparison, StatisticsSettings, bootstrap_interval, compare
-from storymem.film import library_versions
+from storymem.film.folder import library_versions
 
 PUBLISHED_COLUMNS = (
     "aesthetic_quality",

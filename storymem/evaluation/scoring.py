@@ -16,8 +16,8 @@ from pydantic import TypeAdapter, ValidationError
 from storymem.evaluation.layouts import FilmFiles, ShotFile
 from storymem.evaluation.metric import Metric, Scores, Screening
 from storymem.io import FileError, NotFiniteError, hash_file, hash_json, naming_full_disk, read_json, write_json
+from storymem.media.video import READER, READING, probe, read_video
 from storymem.story import Shot, Story
-from storymem.video import READER, READING, probe, read_video
 
 FORMAT = 2
 _DIGITS = 6  # of values in files: beyond what another batch size or processor changes
@@ -38,7 +38,7 @@ class ShotResult:
         sha256: of the file.
         frames: how many were read.
         reader: the library that read them.
-        notes: how they were read (turned, tone-mapped ...); see :class:`storymem.video.VideoInfo`.
+        notes: how they were read (turned, tone-mapped ...); see :class:`storymem.media.video.VideoInfo`.
         missing: see above.
     """
 

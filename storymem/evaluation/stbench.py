@@ -19,9 +19,9 @@ from storymem.evaluation.layouts import MAPPING, MAPPING_SUFFIXES
 from storymem.evaluation.output import check_output, owned_output, written_by_one
 from storymem.evaluation.statistics import StatisticsSettings
 from storymem.evaluation.workers import Workers
+from storymem.film.modes import FirstShot
+from storymem.film.settings import MemorySettings
 from storymem.io import FileError, naming_full_disk, remove_leftovers, write_atomically, write_text
-from storymem.modes import FirstShot
-from storymem.settings import MemorySettings
 from storymem.story import Story
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings
 from storymem.weights import MissingWeights, locate
@@ -134,7 +134,7 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
         gc.collect()
         check_methods(made, stories)
         if workers.is_first:
-            from storymem.prompts import remarks_on
+            from storymem.story.prompts import remarks_on
 
             for remark in remarks_on(stories, settings.model, settings.sampler):
                 say(remark)

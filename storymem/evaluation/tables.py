@@ -13,7 +13,7 @@ from storymem.evaluation.metric import Scores
 from storymem.evaluation.results import Results, Summary
 from storymem.evaluation.scoring import ShotResult
 from storymem.evaluation.statistics import Comparison
-from storymem.video import READER
+from storymem.media.video import READER
 
 ABSENT = "–"
 COMPARED = ("difference", "relative", "higher / lower", "sign test p", "permutation p")

@@ -41,8 +41,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
-from storymem.images import encode_png, read_image
 from storymem.io import FileError, check_finite, check_regular, naming_full_disk, read_json, write_atomically
+from storymem.media.images import encode_png, read_image
 from storymem.memory.keyframes import (
     ID_PATTERN,
     EmbedFrames,

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from storymem.data.sealed import read_sealed, write_sealed
 from storymem.io import FileError, check_regular, hash_file, replacing_folder, settle_folder
-from storymem.training.sealed import read_sealed, write_sealed
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from storymem.data.sealed import digest
 from storymem.io import NotFiniteError
-from storymem.training.sealed import digest
 from storymem.training.settings import GIVEN_FRAMES, BatchSettings, Conditioning
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.spec import ModelSpec
@@ -34,7 +34,7 @@ _END_SECONDS = 2.0  # how long readers are waited for: a read that hangs cannot 
 
 
 class Clip(Protocol):
-    """What is known of a clip without reading it; see :class:`storymem.training.cache.CachedClip`."""
+    """What is known of a clip without reading it; see :class:`storymem.data.cache.CachedClip`."""
 
     @property
     def id(self) -> str: ...
@@ -47,7 +47,7 @@ class Clip(Protocol):
 
 
 class Latents(Protocol):
-    """Where clips' latents come from; :class:`storymem.training.cache.LatentCache` is one.
+    """Where clips' latents come from; :class:`storymem.data.cache.LatentCache` is one.
 
     Several threads read at the same time.
     """

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, UserPath, check_bounds
-from storymem.wan.settings import MemoryMode, RuntimeSettings
+from storymem.wan.settings import MAX_SEED, MemoryMode, RuntimeSettings
 
 Conditioning = Literal["m2v", "mi2v", "mm2v"]
 #: How many first frames of the target a sample may be given: none, its first frame, or its motion frames.
@@ -16,7 +16,6 @@ GIVEN_FRAMES: dict[Conditioning, int] = {"m2v": 0, "mi2v": 1, "mm2v": 5}
 WhichExpert = Literal["high", "low", "both"]
 #: The names of checkpoints have eight digits.
 MAX_STEPS = 99_999_999
-MAX_SEED = 2**63 - 1
 LayoutName = Literal["storymem", "released", "diffusers", "comfyui"]
 
 

@@ -76,7 +76,7 @@ def parallelize(pipe: Any, runtime: RuntimeSettings, device: torch.device) -> No
     them go to ``device``.
 
     Raises:
-        ValueError: if this process has not met others; see :func:`storymem.ranks.among_ranks`.
+        ValueError: if this process has not met others; see :func:`storymem.film.ranks.among_ranks`.
     """
     if not runtime.spread:
         return

@@ -26,7 +26,7 @@ Precision = Literal["as_is", "fp8_storage", "fp8", "int8"]
 POSITIONS = 1024
 LONGEST_SIDE, MOST_PIXELS = 8192, 2 * 10**9
 _MOST_FRAMES = 4 * (POSITIONS - 1) + 1
-_MOST_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -203,7 +203,7 @@ class ModelSettings:
             raise ValueError(f"boundary stands between two experts; {self.spec.name} has {len(self.spec.experts)}")
         if self.has_text_to_video and self.base != "wan2.2-a14b":
             raise ValueError(f"{self.spec.name} makes first shots itself: set has_text_to_video to false")
-        check_bounds(self, rope_stride=(1, POSITIONS - 1), seed=(0, _MOST_SEED))
+        check_bounds(self, rope_stride=(1, POSITIONS - 1), seed=(0, MAX_SEED))
         check_bounds(self, boundary=(0, 1), text_to_video_boundary=(0, 1))
         if self.gguf is not None and self.weights is None:
             raise ValueError("gguf holds the experts alone: weights must name where VAE and text encoder come from")

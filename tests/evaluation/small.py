@@ -12,8 +12,8 @@ import numpy as np
 from storymem.evaluation.films import FilmFiles, find_films
 from storymem.evaluation.metric import Metric, Screening
 from storymem.evaluation.metrics import AestheticQuality, Appearance, ViclipScores
+from storymem.media.video import write_video
 from storymem.story import Story, load_story
-from storymem.video import write_video
 from tests.scorers import tiny
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48

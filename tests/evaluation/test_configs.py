@@ -11,14 +11,14 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
-from storymem.cli import CONFIGS
+from storymem.commands.cli import CONFIGS
 from storymem.config import build_settings
 from storymem.evaluation.choosing import compose_with_method, experiments_among
 from storymem.evaluation.films import stories_of
 from storymem.evaluation.methods import StoryMem
 from storymem.evaluation.metric import Metric
 from storymem.evaluation.stbench import EvaluateSettings
-from storymem.settings import GenerateSettings
+from storymem.film.settings import GenerateSettings
 from storymem.weights import MissingWeights
 from tests.composing import composed
 
@@ -178,7 +178,7 @@ def test_a_benchmark_names_stories_and_methods_that_exist(name: str) -> None:
     settings = evaluation(f"experiment={name}")
     told = stories_of(CONFIGS.parent / settings.stbench.stories, settings.stbench.only)
     assert len(told) == len(settings.stbench.only or range(30))
-    assert (settings.model.name, settings.scorer["quality"]["folder"]) == ("toy", "package:toy/weights/clip")
+    assert (settings.model.name, settings.scorer["quality"]["folder"]) == ("toy", "package:toyworld/weights/clip")
     assert settings.method is None
     known = {*files("method"), *files("experiment", "ablation_*.yaml")}
     assert settings.methods[0] == "independent", "what the others are compared with"

@@ -13,9 +13,9 @@ import pytest
 
 from storymem.evaluation.films import find_all, find_films, stories_of
 from storymem.evaluation.mapping import read_mapping
-from storymem.film import Film, FilmError, ShotRecord
+from storymem.film.folder import Film, FilmError, ShotRecord
+from storymem.media.video import write_video
 from storymem.story import Story, load_story
-from storymem.video import write_video
 from tests.evaluation import small
 
 

@@ -12,9 +12,9 @@ from storymem.evaluation.choosing import compose_with_method
 from storymem.evaluation.films import find_films
 from storymem.evaluation.methods import IndependentShots, StoryMem
 from storymem.evaluation.stbench import evaluate
-from storymem.film import Film
+from storymem.film.folder import Film
+from storymem.media.video import read_video
 from storymem.story import Story, load_story
-from storymem.video import read_video
 from tests.composing import composed
 from tests.evaluation import small
 

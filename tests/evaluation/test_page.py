@@ -14,7 +14,7 @@ from PIL import Image
 
 from storymem.evaluation.plots import Mark, Scale, interval_plot, matrix, story_plot
 from storymem.evaluation.stbench import evaluate
-from storymem.video import write_video
+from storymem.media.video import write_video
 from tests.composing import composed
 from tests.evaluation import small
 

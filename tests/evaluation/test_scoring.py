@@ -14,8 +14,8 @@ from PIL import Image
 
 from storymem.evaluation.metric import Column, Metric, Scores, Screening
 from storymem.evaluation.scoring import metric_settings, read_result, result_key, score_film
+from storymem.media.video import READER
 from storymem.story import Shot, Story
-from storymem.video import READER
 from tests.encoding import turned
 from tests.evaluation import small
 

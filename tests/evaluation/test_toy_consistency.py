@@ -13,15 +13,15 @@ import pytest
 
 from storymem.evaluation.metric import Scores, Screening
 from storymem.evaluation.stbench import evaluate
-from storymem.evaluation.toy_consistency import CHANCE, ToyConsistency, things_of
+from storymem.media.video import write_video
 from storymem.story import Story, load_story
-from storymem.toy.attributes import LOOKS, UNKNOWN, Character, Look, Scenery, Seen
-from storymem.toy.shot_reader import ShotSeen
-from storymem.toy.stories import benchmark
-from storymem.toy.world import HELD_OUT, ToyShot, ToyStory, story
-from storymem.video import write_video
 from tests.composing import composed
 from tests.evaluation import small
+from toyworld.attributes import LOOKS, UNKNOWN, Character, Look, Scenery, Seen
+from toyworld.consistency import CHANCE, ToyConsistency, things_of
+from toyworld.shot_reader import ShotSeen
+from toyworld.stories import benchmark
+from toyworld.world import HELD_OUT, ToyShot, ToyStory, story
 
 FOLDER = Path(__file__).parents[2] / "st_bench" / "toy"
 CHARACTERS, PLACES = (1 / 4 + 1 / 7 + 1 / 5 + 1 / 4) / 4, (1 / 6 + 1 / 2 + 1 / 6) / 3

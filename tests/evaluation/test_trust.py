@@ -24,8 +24,8 @@ from storymem.evaluation.scoring import FORMAT, metric_settings
 from storymem.evaluation.stbench import System, evaluate, score
 from storymem.evaluation.workers import Workers
 from storymem.io import FileError, NotFiniteError
+from storymem.media.video import READER, write_video
 from storymem.story import Shot
-from storymem.video import READER, write_video
 from storymem.weights import MissingWeights
 from tests.composing import composed
 from tests.evaluation import small

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 
 import storymem.training.callbacks
 import storymem.wan.loading  # noqa: F401  once here, and not in every process that is forked
-from storymem.cli import CONFIGS
-from storymem.training.prepare import prepare
+from storymem.commands.cli import CONFIGS
+from storymem.data.prepare import prepare
 from tests.training.drawn_clips import FRAMES, HEIGHT, WIDTH, scene, video
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"

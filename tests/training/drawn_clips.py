@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from storymem.training.data_settings import Bucket, DataSettings
-from storymem.video import write_video
+from storymem.data.settings import Bucket, DataSettings
+from storymem.media.video import write_video
 
 HEIGHT, WIDTH, FRAMES, FPS = 32, 48, 9, 8
 DATA = DataSettings(buckets=(Bucket(frames=FRAMES, height=HEIGHT, width=WIDTH),), fps=FPS)

@@ -11,8 +11,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from storymem.cli import CONFIGS
-from storymem.training.cache import LatentCache
+from storymem.commands.cli import CONFIGS
+from storymem.data.cache import LatentCache
 from storymem.training.dataset import train_batches, train_planner
 from storymem.training.settings import BatchSettings
 from tests.training.drawn_clips import FRAMES, HEIGHT, WIDTH

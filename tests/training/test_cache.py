@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from storymem.data.cache import LatentCache
+from storymem.data.caching import CacheBuilder, CacheItem, KeyframeChooser, build_cache
+from storymem.data.fingerprint import cache_fingerprint
+from storymem.data.settings import Bucket, CacheSettings, DataSettings
 from storymem.memory import UniformSelector
-from storymem.training.cache import LatentCache
-from storymem.training.caching import CacheBuilder, CacheItem, KeyframeChooser, build_cache
-from storymem.training.data_settings import Bucket, CacheSettings, DataSettings
-from storymem.training.fingerprint import cache_fingerprint
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings
 from tests.training.drawn_clips import DATA, scene
@@ -268,7 +268,7 @@ def test_frames_below_the_quality_threshold_are_no_keyframes() -> None:
 
 
 def test_many_shards_do_not_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from storymem.training import shards
+    from storymem.data import shards
 
     monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
     writer = shards.ShardWriter(tmp_path, "x", shard_bytes=1)
@@ -283,7 +283,7 @@ def test_many_shards_do_not_stay_open(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_shard_without_its_record_was_never_written(tmp_path: Path) -> None:
-    from storymem.training import shards
+    from storymem.data import shards
 
     save_file({"a/t": torch.zeros(1)}, tmp_path / "x-00000.safetensors")
     assert shards.finished(tmp_path, "x") == shards.Finished({}, {}, [])
@@ -293,7 +293,7 @@ def test_a_shard_without_its_record_was_never_written(tmp_path: Path) -> None:
 
 
 def test_a_shard_is_written_before_it_is_full_if_it_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from storymem.training import shards
+    from storymem.data import shards
 
     writer = shards.ShardWriter(tmp_path, "x", shard_bytes=2**30)
     writer.add("a", {"t": torch.zeros(2)})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storymem.training.captions import Captions, read_captions
+from storymem.data.captions import Captions, read_captions
 
 VIDEOS = ["a.mp4", "far/b.mp4"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from storymem.training.clips import (
+from storymem.data.clips import (
     Clip,
     Shot,
     choose_bucket,
@@ -20,10 +20,10 @@ from storymem.training.clips import (
     spread,
     video_times,
 )
-from storymem.training.data_settings import Bucket, CheckSettings, DataSettings, SplitSettings
-from storymem.training.splitting import load_splitter, shots_between
-from storymem.training.video_folder import find_videos
-from storymem.video import VideoInfo, frames_at, read_video
+from storymem.data.settings import Bucket, CheckSettings, DataSettings, SplitSettings
+from storymem.data.splitting import load_splitter, shots_between
+from storymem.data.video_folder import find_videos
+from storymem.media.video import VideoInfo, frames_at, read_video
 from tests.training.drawn_clips import DATA, FRAMES, HEIGHT, WIDTH, counted, number_of, scene, video
 
 needs_scenedetect = pytest.mark.skipif(

@@ -7,10 +7,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from storymem.data import grouping
+from storymem.data.grouping import Grouping, find_neighbours, group_clips, search_exact, search_faiss, split_groups
+from storymem.data.settings import GroupSettings
 from storymem.memory.keyframes import normalised
-from storymem.training import grouping
-from storymem.training.data_settings import GroupSettings
-from storymem.training.grouping import Grouping, find_neighbours, group_clips, search_exact, search_faiss, split_groups
 
 SETTINGS = GroupSettings(similarity=0.75, near_duplicate=0.97, max_size=5)
 needs_faiss = pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss is optional")

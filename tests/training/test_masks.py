@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storymem.training.clips import Clip
-from storymem.training.data_settings import Bucket
-from storymem.training.masks import find_masks
+from storymem.data.clips import Clip
+from storymem.data.masks import find_masks
+from storymem.data.settings import Bucket
 from tests.encoding import encode, turned
 from tests.training.drawn_clips import FRAMES, scene, video
 

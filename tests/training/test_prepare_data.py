@@ -20,15 +20,15 @@ import pytest
 import torch
 import yaml
 
-from storymem.cli import CONFIGS
+from storymem.commands.cli import CONFIGS
 from storymem.config import ConfigError, build_settings
-from storymem.training import preparation_steps, step_progress
-from storymem.training.cache import LatentCache
-from storymem.training.caching import CacheBuilder
-from storymem.training.data_settings import DataSettings, PrepareSettings
-from storymem.training.fingerprint import cache_fingerprint
-from storymem.training.journal import Journal
-from storymem.training.prepare import prepare
+from storymem.data import preparation_steps, step_progress
+from storymem.data.cache import LatentCache
+from storymem.data.caching import CacheBuilder
+from storymem.data.fingerprint import cache_fingerprint
+from storymem.data.journal import Journal
+from storymem.data.prepare import prepare
+from storymem.data.settings import DataSettings, PrepareSettings
 from tests.training.drawn_clips import HEIGHT, WIDTH, scene, video
 from tests.training.preparing import config, rejected
 
@@ -262,7 +262,7 @@ def test_every_data_config_is_valid(name: str) -> None:
 
 def test_faulty_settings_are_told_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from storymem.training.prepare import prepare\n"
+        "import sys; from storymem.data.prepare import prepare\n"
         "try: prepare({'videos': 1})\n"
         "except ValueError: print('torch' in sys.modules)"
     )

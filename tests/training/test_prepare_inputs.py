@@ -12,11 +12,11 @@ import torch
 import yaml
 
 from storymem.config import ConfigError, build_settings
-from storymem.training import preparation_steps
-from storymem.training.cache import LatentCache
-from storymem.training.caching import CacheBuilder, build_cache
-from storymem.training.data_settings import CacheSettings, PrepareSettings
-from storymem.training.prepare import prepare
+from storymem.data import preparation_steps
+from storymem.data.cache import LatentCache
+from storymem.data.caching import CacheBuilder, build_cache
+from storymem.data.prepare import prepare
+from storymem.data.settings import CacheSettings, PrepareSettings
 from storymem.wan.loading import load_pipeline
 from storymem.wan.settings import ModelSettings
 from tests.training.drawn_clips import FPS, scene, video

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from storymem.data import preparation_steps
+from storymem.data.cache import LatentCache
+from storymem.data.prepare import prepare
 from storymem.stopping import Stopped
-from storymem.training import preparation_steps
-from storymem.training.cache import LatentCache
-from storymem.training.prepare import prepare
 from tests.forking import fork
 from tests.training.drawn_clips import scene, video
 from tests.training.killing import count_changes, run_killed

@@ -18,12 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from storymem.data.cache import LatentCache
+from storymem.data.sealed import read_sealed, write_sealed
 from storymem.io import FileError, hash_file
-from storymem.training.cache import LatentCache
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.method import MemoryTraining
 from storymem.training.run_log import read_metrics
-from storymem.training.sealed import read_sealed, write_sealed
 from storymem.wan.shots import WanShotGenerator
 from tests import stories
 from tests.training.commands import SCRIPT, TRAIN, Command, prepare_set, train

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from storymem.config import build_settings
 from storymem.io import FileError, NotFiniteError
-from storymem.settings import TrainSettings
-from storymem.train import Run, check_run_folder, train
 from storymem.training.checkpoints import Checkpoints
+from storymem.training.run import Run, check_run_folder, train
 from storymem.training.run_log import RunLog, read_metrics
+from storymem.training.run_settings import TrainSettings
 from storymem.training.settings import LogSettings
 from storymem.training.trainer import StepReport, Trainer
 from tests.training.tiny import ADAPTER, BATCH, MemoryLatents, config, latents, run
@@ -383,7 +383,7 @@ def test_an_adapter_to_start_from_that_does_not_fit_is_refused_before_anything_i
         file.unlink()
     elif wrong == "another network":
         save_file({"blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 5)}, file)
-    monkeypatch.setattr("storymem.train.open_cache", lambda _: latents())
+    monkeypatch.setattr("storymem.training.run.open_cache", lambda _: latents())
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         train(config(tmp_path / "run", **CHANGES, adapter=settings))
     assert not (tmp_path / "run").exists()

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 
 from storymem.config import ConfigError, build_settings
 from storymem.io import NotFiniteError
-from storymem.settings import TrainSettings
 from storymem.stopping import Stopped
-from storymem.train import check_masks, check_run_folder, check_sizes
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.ema import MovingAverage
 from storymem.training.experts import add_adapter, check_only_adapters_train, check_parallel, make_accelerator
 from storymem.training.optimizers import check_optimizer
+from storymem.training.run import check_masks, check_run_folder, check_sizes
 from storymem.training.run_log import read_metrics
+from storymem.training.run_settings import TrainSettings
 from storymem.training.settings import OptimizerSettings, ParallelSettings
 from storymem.training.trainer import StepReport, Trainer
 from tests import stories
@@ -268,7 +268,7 @@ def test_the_run_folder_holds_everything(tmp_path: Path) -> None:
     assert {"loss", "loss_by_level", "lr", "grad_norm", "samples_per_second", "memory_gb"} <= rows.keys()
     assert {"valid_loss_high_noise", "valid_loss_low_noise"} <= rows.keys()
     assert -1 <= rows["cross_shot"] <= 1
-    from storymem.images import read_image
+    from storymem.media.images import read_image
 
     assert read_image(folder / "samples" / "step_00000002.png").shape == (4 * 32, 3 * 48, 3)
     assert len(list((folder / "samples" / "step_00000002" / "shots").glob("*.mp4"))) == 4

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storymem.training.video_folder import VideoFolder, scan_videos
+from storymem.data.video_folder import VideoFolder, scan_videos
 
 
 def touch(*paths: Path) -> None:

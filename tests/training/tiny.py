@@ -13,12 +13,12 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from storymem.config import build_settings
-from storymem.settings import TrainSettings
-from storymem.train import Run
 from storymem.training.dataset import Split, train_batches, train_planner
 from storymem.training.experts import Experts, adapter_info, add_adapter, make_accelerator
 from storymem.training.method import MemoryTraining
 from storymem.training.objective import MemoryObjective
+from storymem.training.run import Run
+from storymem.training.run_settings import TrainSettings
 from storymem.training.settings import (
     AdapterTrainingSettings,
     BatchSettings,

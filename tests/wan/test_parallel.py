@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from storymem.config import ConfigError, build_settings
-from storymem.generate import build_storyteller
-from storymem.settings import TrainSettings
-from storymem.training.data_settings import PrepareSettings
+from storymem.data.settings import PrepareSettings
+from storymem.film.generate import build_storyteller
+from storymem.training.run_settings import TrainSettings
 from storymem.wan.loading import load_pipeline
 from storymem.wan.parallel import can_share_tokens
 from storymem.wan.runtime import check_runtime

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from storymem.generate import generate as films
+from storymem.film.generate import generate as films
 from storymem.wan import presets
 from storymem.wan.loading import load_pipeline
 from storymem.wan.memory_estimate import estimate_memory

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from storymem.config import build_settings
-from storymem.plan import make_plan
+from storymem.film.plan import make_plan
 from storymem.wan import transformer
 from storymem.wan.loading import STEP_ADAPTER, load_pipeline
 from storymem.wan.lora import memory_lora_config, save_memory_lora

@@ -1,0 +1,1 @@
+"""The command line: Hydra, overrides, and the measurement of speed at true size."""

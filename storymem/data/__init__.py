@@ -1,0 +1,1 @@
+"""From videos to training data: clips, captions, groups, cached latents."""

@@ -1,0 +1,1 @@
+"""Films: the shot loop, the folder of a film, its page."""

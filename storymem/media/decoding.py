@@ -1,0 +1,308 @@
+"""Video files as FFmpeg decodes them: which frames there are, when they are shown, and how to get at them.
+
+:mod:`storymem.media.video` makes pictures of them.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from storymem.io import FileError, check_regular
+from storymem.media.pixels import FrameConverter
+
+# Each packet of these is one frame; of others (VP8 has invisible frames) frames are counted by decoding.
+_FRAME_PER_PACKET = {
+    *("h264", "hevc", "libdav1d", "av1", "vp9", "mpeg1video", "mpeg2video", "mpeg4", "h263"),
+    *("mjpeg", "png", "prores", "dnxhd", "ffv1", "huffyuv", "ffvhuff", "utvideo", "qtrle", "rawvideo", "v210", "cfhd"),
+}
+_SEEK_FROM = 16  # frames; decoding fewer is as quick as seeking
+LONGEST_STILL = 0.5  # seconds; where no frame comes for longer, frames are missing or the picture stands still
+
+
+class VideoError(FileError):
+    """A file that is no video, is damaged, or holds what cannot be read; ``reason`` says why, without its name."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path} {reason}")
+        self.reason = reason
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VideoInfo:
+    """What a video file holds; frames are those that can be decoded, whatever the header says.
+
+    Args:
+        times: when each frame is shown, float64 [frames], in seconds after the first, ascending.
+        fps: frames per second, on average and without pauses; 0 for a single frame without a stated rate.
+        height: of a frame as it is shown: upright, of square pixels.
+        width: likewise.
+        missing: frames that the file states and does not hold whole; not 0 if it is cut off or pieces are lost.
+        notes: how what is read differs from what is stored ("rotated: by 90 degrees ..."), and what was guessed
+            ("untagged: ..."); each begins with a word to count by.
+    """
+
+    times: np.ndarray
+    fps: float
+    height: int
+    width: int
+    missing: int
+    notes: tuple[str, ...]
+
+    @property
+    def frames(self) -> int:
+        """How many."""
+        return len(self.times)
+
+
+def file_url(path: str | Path) -> str:
+    """A path that FFmpeg takes for a file, whatever characters it has (``a:b.mp4``, ``-i``, ``%d``)."""
+    return f"file:{path}"
+
+
+class Video:
+    """An open file: its packets and its frames as they are stored."""
+
+    def __init__(self, path: str | Path, container: InputContainer, stream: VideoStream) -> None:
+        self.path, self.container, self.stream = path, container, stream
+        self.pixel_aspect = stream.sample_aspect_ratio
+        self.empty_packets = 0  # "show the last frame again" in AVI
+        if stream.codec_context is None:
+            raise VideoError(path, "holds video of a codec that is not known")
+        stream.thread_type = "AUTO"
+        self._decoder = stream.codec_context
+        if stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in ("vp8", "vp9"):
+            with suppress(av.FFmpegError, ValueError):  # FFmpeg's own decoders drop the alpha channel
+                name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.codec_context.name]
+                self._decoder = av.CodecContext.create(name, "r")
+
+    def packets(self) -> Iterator[av.Packet]:
+        """All packets with content."""
+        count = 0
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size:  # an empty one would end the decoding
+                    yield packet
+                    count += 1
+                self.empty_packets += packet.size == 0 and packet.dts is not None
+        except av.FFmpegError as error:
+            raise VideoError(self.path, f"is damaged after {count} packets of data ({error.strerror})") from error
+
+    def frames(self, packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
+        """Frames in the order in which they are shown; packets that refer to what is not in the file give none."""
+        count = 0
+        try:
+            for packet in chain(packets, [None]):
+                try:
+                    frames = self._decoder.decode(packet)
+                except av.error.InvalidDataError:
+                    if count:
+                        raise
+                    continue
+                for frame in frames:
+                    yield frame
+                    count += 1
+        except av.FFmpegError as error:
+            raise VideoError(self.path, f"is damaged: only {count} frames can be decoded ({error.strerror})") from error
+
+    def numbered(self, index: Index) -> Iterator[tuple[int, av.VideoFrame]]:
+        """Frames with their numbers, from where the container was sought to."""
+        frames = self.frames(self.packets())
+        if index.deinterlace:
+            frames = _deinterlaced(frames, self.stream)
+        if index.stamps is None:
+            yield from enumerate(frames)
+            return
+        for frame in frames:
+            number = bisect_left(index.stamps, frame.pts or 0)
+            if number < len(index.stamps) and index.stamps[number] == frame.pts:
+                yield number, frame
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Video]:
+    """A file for reading. Raises as :func:`index_of`."""
+    check_regular(path)
+    try:
+        # Files that name other files (playlists) may name local ones alone.
+        container = av.open(file_url(path), metadata_errors="replace", options={"protocol_whitelist": "file"})
+    except av.FFmpegError as error:
+        raise VideoError(path, f"cannot be read as a video: {error.strerror}") from error
+    with container:
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            raise VideoError(path, "holds no video stream")
+        yield Video(path, container, stream)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Index:
+    """Where the frames of a file are.
+
+    Args:
+        info: for the caller.
+        stamps: presentation times of the frames in the stream's own unit, ascending; None where frames are found by
+            counting alone.
+        deinterlace: fields are made into whole frames.
+    """
+
+    info: VideoInfo
+    stamps: list[int] | None
+    deinterlace: bool
+
+
+def index_of(path: str | Path) -> Index:
+    """The index of a file; kept for when the file is read again.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        VideoError: if it is no video, or one that cannot be read.
+    """
+    status = check_regular(path).stat()
+    return _indexed(str(Path(path).absolute()), path, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=256)
+def _indexed(absolute: str, path: str | Path, version: tuple[int, ...]) -> Index:
+    """``absolute`` and ``version`` tell a file from others and from what it was before."""
+    with opened(path) as video:
+        seen: list[_Packet] = []
+        packets = _noted(video.packets(), seen)
+        first = next(video.frames(packets), None)
+        if first is None:
+            raise VideoError(path, "holds no frame that can be decoded")
+        for _ in packets:
+            pass
+        try:
+            look = FrameConverter(first, video.pixel_aspect).look
+        except ValueError as error:
+            raise VideoError(path, f"cannot be read: {error}") from error
+        stamps = _stamps(seen, first, video)
+        missing = max(0, video.stream.frames - len(seen) - video.empty_packets)
+        missing += sum(packet.corrupt and (packet.pts or 0) >= (first.pts or 0) for packet in seen)
+        base, rate = float(video.stream.time_base or 0), float(video.stream.average_rate or 0)
+        stated_end = _seconds(video.stream.metadata.get("DURATION", ""))  # Matroska and WebM
+    notes = list(look.notes)
+    if first.interlaced_frame:
+        notes.append("interlaced: fields made into whole frames by bwdif")
+    if stamps and (lost := sum(not packet.discard and (packet.pts or 0) < stamps[0] for packet in seen)):
+        notes.append(f"late start: {lost} frames before the first that can be decoded are left out")
+    shown = _decoded_stamps(path) if stamps is None else stamps
+    times = (np.array(shown, np.float64) - shown[0]) * base
+    if (np.diff(times) <= 0).any():
+        notes.append("no times: frames are taken to follow each other at the stated rate")
+        times = np.arange(len(times)) / (rate or 25)
+    fps = _average_rate(times, rate)
+    if not missing and fps and len(times) > 1 and stated_end - times[-1] > max(3 / fps, 2 * np.diff(times).max()):
+        missing = round((stated_end - times[-1]) * fps)
+    if missing:
+        notes.append(f"incomplete: about {missing} frames of those that it states are cut off or damaged")
+    info = VideoInfo(times=times, fps=fps, height=look.size[0], width=look.size[1], missing=missing, notes=tuple(notes))
+    return Index(info=info, stamps=stamps, deinterlace=first.interlaced_frame)
+
+
+class _Packet(NamedTuple):
+    pts: int | None
+    dts: int | None
+    discard: bool
+    corrupt: bool
+
+
+def _noted(packets: Iterator[av.Packet], seen: list[_Packet]) -> Iterator[av.Packet]:
+    for packet in packets:
+        seen.append(_Packet(packet.pts, packet.dts, packet.is_discard, packet.is_corrupt))
+        yield packet
+
+
+def _stamps(seen: Sequence[_Packet], first: av.VideoFrame, video: Video) -> list[int] | None:
+    """When the frames are shown, by the packets; None where these do not tell."""
+    if video.stream.codec_context.name not in _FRAME_PER_PACKET or video.container.format.name == "avi":
+        return None
+    times = [packet.pts for packet in seen if packet.pts is not None and not packet.discard]
+    if first.interlaced_frame or first.pts is None or len(times) < sum(not packet.discard for packet in seen):
+        return None
+    order = [packet.dts for packet in seen if packet.dts is not None]
+    stamps = sorted(time for time in times if time >= first.pts)
+    if any(after < before for before, after in pairwise(order)) or len(set(stamps)) < len(stamps):
+        return None  # recordings put one after the other, each with times of its own
+    if not stamps or stamps[0] != first.pts:
+        return None
+    return stamps
+
+
+def _seconds(duration: str) -> float:
+    """Seconds of ``01:02:03.5``; 0 if it is none."""
+    found = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", duration)
+    return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) if found else 0.0
+
+
+def _decoded_stamps(path: str | Path) -> list[int]:
+    """Presentation times of all frames, 0 for those that have none."""
+    with opened(path) as video:
+        return [frame.pts or 0 for frame in video.frames(video.packets())]
+
+
+def _average_rate(times: np.ndarray, stated: float) -> float:
+    """Frames per second, as stated if that agrees with the times."""
+    if len(times) < 2:
+        return stated
+    steps = np.diff(times)
+    measured = 1 / float(steps[steps <= max(LONGEST_STILL, 3 * np.median(steps))].mean())
+    return stated if abs(stated - measured) < 0.01 * measured else measured
+
+
+def wanted_frames(
+    path: str | Path, index: Index, wanted: set[int], *, seek: bool = True
+) -> Iterator[tuple[int, av.VideoFrame, Video]]:
+    """The frames that are wanted, in order; those that cannot be decoded are missing."""
+    remaining = sorted(wanted, reverse=True)
+    if not remaining:
+        return
+    seek = seek and index.stamps is not None and remaining[-1] >= _SEEK_FROM
+    with opened(path) as video:
+        if seek and index.stamps is not None:
+            video.container.seek(index.stamps[remaining[-1]], stream=video.stream, backward=True)
+        for number, frame in video.numbered(index):
+            # After seeking, frames may be missing that are there when all is decoded from the beginning.
+            if seek and (number > remaining[-1] or (number == remaining[-1] and frame.is_corrupt)):
+                break
+            while remaining and remaining[-1] < number:
+                remaining.pop()
+            if remaining and remaining[-1] == number:
+                yield number, frame, video
+                remaining.pop()
+            if not remaining:
+                return
+    if seek:
+        yield from wanted_frames(path, index, set(remaining), seek=False)
+
+
+def _deinterlaced(frames: Iterator[av.VideoFrame], stream: VideoStream) -> Iterator[av.VideoFrame]:
+    """As many frames, each with the lines of the field that it lacks."""
+    graph = av.filter.Graph()
+    first = next(frames, None)
+    if first is None:
+        return
+    source = graph.add_buffer(
+        width=first.width, height=first.height, format=first.format, time_base=stream.time_base or Fraction(1, 1000)
+    )
+    graph.link_nodes(source, graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink"))
+    graph.configure()
+    for frame in chain([first], frames, [None]):
+        graph.push(frame)
+        with suppress(av.BlockingIOError, av.EOFError):
+            while True:
+                yield graph.pull()

@@ -1,0 +1,340 @@
+"""Frames <-> video files. Frames are uint8 [F, H, W, 3] in sRGB; files are H.264 in MP4.
+
+Everything that reads videos reads them here, by PyAV: as a player shows them (see :mod:`storymem.media.pixels`), and
+with frames numbered from the first that can be decoded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange
+from av.video.stream import VideoStream
+
+from storymem.io import replacing
+from storymem.media.decoding import VideoError, VideoInfo, file_url, index_of, opened, wanted_frames
+from storymem.media.images import read_image, write_image
+from storymem.media.pixels import FrameConverter
+
+__all__ = [
+    "READER",
+    "READING",
+    "VideoError",
+    "VideoInfo",
+    "frames_at",
+    "iter_frames",
+    "join_videos",
+    "numbered_frames",
+    "probe",
+    "read_image",
+    "read_video",
+    "write_image",
+    "write_video",
+]
+
+READER = f"PyAV {av.__version__}"
+"""What reads videos, for files that state results."""
+READING = 2
+"""Raised when the same file is read as other pixels or times than before."""
+
+_ROUNDING = 2e-3  # seconds; containers round times, at worst to milliseconds
+
+# x264 writes other bytes with another number of threads, so that is fixed. With its macroblock tree on, it
+# was seen to write other bytes on every run where the CPU has AVX-512: off, though files grow by a third.
+_ENCODER_THREADS = 4
+_ENCODER_OPTIONS = {"preset": "medium", "x264-params": "mbtree=0"}
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Read a video's packets and decode its first frame.
+
+    All frames are decoded only where packets do not tell frames: AVI and raw streams, VP8, interlaced video.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        VideoError: if it is no video, holds no frame that can be decoded, or colours that are not known.
+    """
+    return index_of(path).info
+
+
+def read_video(path: str | Path, indices: Sequence[int] | None = None) -> np.ndarray:
+    """Decode frames of a file.
+
+    Args:
+        path: a video file of any format that FFmpeg reads.
+        indices: which frames, in this order, repeats allowed; all of them by default.
+
+    Returns:
+        uint8 [len(indices), H, W, 3].
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        VideoError: as :func:`probe`; also if a frame asked for is damaged, or all are and the file is cut off.
+        ValueError: if an index is out of range.
+    """
+    info = probe(path)
+    wanted = list(range(info.frames)) if indices is None else list(indices)
+    outside = [index for index in wanted if not 0 <= index < info.frames]
+    if outside:
+        raise ValueError(f"{path} has {info.frames} frames: there is no frame {outside[0]} (frames count from 0)")
+    if not wanted:
+        raise ValueError(f"{path}: no frames were asked for")
+    places: dict[int, list[int]] = {}
+    for place, number in enumerate(wanted):
+        places.setdefault(number, []).append(place)
+    frames = np.empty((len(wanted), info.height, info.width, 3), np.uint8)
+    for number, frame in numbered_frames(path, indices):
+        frames[places[number]] = frame
+    return frames
+
+
+def iter_frames(path: str | Path) -> Iterator[np.ndarray]:
+    """Decode a file frame by frame, uint8 [H, W, 3] each, in memory that does not grow with its length.
+
+    Raises as :func:`read_video` does; a damaged file yields the frames before the damage first.
+    """
+    return (frame for _, frame in numbered_frames(path))
+
+
+def numbered_frames(
+    path: str | Path,
+    indices: Iterable[int] | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    interpolation: str | None = None,
+    damaged: bool = False,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Decode frames one by one, in the order of the file, each with its number.
+
+    Args:
+        path: of the video.
+        indices: which, in any order; all by default.
+        size: height and width; those of the file by default.
+        interpolation: of swscale, for ``size``.
+        damaged: take frames that were decoded from damaged data, and leave out those that were not decoded at all.
+
+    Yields:
+        number and uint8 [H, W, 3].
+
+    Raises:
+        As :func:`read_video`.
+    """
+    index = index_of(path)
+    wanted = set(range(index.info.frames) if indices is None else indices)
+    converter: FrameConverter | None = None
+    for number, frame, video in wanted_frames(path, index, wanted):
+        if frame.is_corrupt and not damaged:
+            raise VideoError(path, f"is damaged: frame {number} cannot be decoded whole")
+        try:
+            if converter is None:
+                converter = FrameConverter(frame, video.pixel_aspect)
+            yield number, converter.picture(frame, size, interpolation)
+        except ValueError as error:
+            raise VideoError(path, f"cannot be read: {error}") from error
+        wanted.discard(number)
+    if wanted and not damaged:
+        raise VideoError(path, f"is damaged: frame {min(wanted)} cannot be decoded")
+    if indices is None and not damaged and index.info.missing:
+        raise VideoError(path, f"is cut off or has lost pieces: about {index.info.missing} frames are missing")
+
+
+def frames_at(path: str | Path, times: Sequence[float]) -> list[int]:
+    """The number of the frame that a player shows at each of ``times``, in seconds after the first frame.
+
+    Raises:
+        VideoError: as :func:`probe`; also if the video ends before one of them.
+    """
+    info = probe(path)
+    end = info.times[-1] + 1.5 / (info.fps or 1)
+    late = [time for time in times if time + _ROUNDING >= end]
+    if late:
+        raise VideoError(path, f"ends before {late[0]:.2f} s")
+    found = np.searchsorted(info.times, np.asarray(times) + _ROUNDING, side="right") - 1
+    return np.maximum(found, 0).tolist()
+
+
+def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float | Fraction, *, crf: int = 16) -> None:
+    """Write frames as H.264 (yuv420p, BT.601) in one step: the file is complete or not there.
+
+    The same frames give the same bytes, run after run and whatever the number of cores.
+
+    Args:
+        path: the file, with any suffix; the container is MP4.
+        frames: uint8 [F, H, W, 3], or an iterable of [H, W, 3] that need not fit into memory.
+        fps: frames per second.
+        crf: x264's constant rate factor, 0 (largest) to 51; 16 is hard to tell from the source.
+
+    Raises:
+        ValueError: if there is no frame, a side is odd (yuv420p halves both), or a frame has another type or
+            size.
+        FileError: if the file cannot be written.
+    """
+    remaining = iter(frames)
+    first = next(remaining, None)
+    if first is None:
+        raise ValueError(f"{path}: there are no frames to write")
+    height, width = first.shape[:2]
+    if height % 2 or width % 2:
+        raise ValueError(f"{path}: frames are {width}x{height}; H.264 needs an even width and height")
+    with replacing(path) as partial, av.open(file_url(partial), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        _set_up_encoder(stream, height, width, crf)
+        for frame in chain([first], remaining):
+            if frame.dtype != np.uint8 or frame.shape != (height, width, 3):
+                raise ValueError(
+                    f"{path}: frames must all be uint8 [{height}, {width}, 3], one is {frame.dtype} {list(frame.shape)}"
+                )
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def join_videos(paths: Sequence[str | Path], out: str | Path) -> list[str]:
+    """Put videos one after the other.
+
+    What :func:`write_video` wrote is not encoded again: the result decodes to exactly its frames. What comes from
+    another encoder, or was written with other settings, is encoded again. Sound is left out.
+
+    Args:
+        paths: videos of equal size and frame rate.
+        out: the joined file, written in one step.
+
+    Returns:
+        a line for each part that was encoded again, and for each whose sound was left out.
+
+    Raises:
+        ValueError: if there are no parts, or one differs from most in size or frame rate.
+        VideoError: as :func:`probe`.
+    """
+    if not paths:
+        raise ValueError(f"{out}: there are no videos to join")
+    rate = _common_rate(paths)
+    parts = [_part(path) for path in paths]
+    told = [f"{part.path} has sound, which is left out of {Path(out).name}" for part in parts if part.sound]
+    written: list[Path] = []
+    try:
+        if parts[0].format is None or any(part.format != parts[0].format for part in parts):
+            ours = _own_format(Path(out), parts[0], rate, written)
+            for number, part in enumerate(parts):
+                if part.format != ours:
+                    written.append(_beside(out, number))
+                    write_video(written[-1], iter_frames(part.path), rate)
+                    parts[number] = _part(written[-1])
+                    told.append(f"{part.path} comes from another encoder and is encoded again for {Path(out).name}")
+        _concatenate(parts, out)
+    finally:
+        for path in written:
+            path.unlink(missing_ok=True)
+    return told
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A video to be joined.
+
+    Args:
+        path: of the file.
+        format: what must be equal for packets to follow each other in one stream; None if they cannot be copied.
+        delay: by how many frames decoding must run ahead of display; very short files have no B-frames.
+        sound: there is some.
+    """
+
+    path: Path
+    format: tuple[object, ...] | None
+    delay: int
+    sound: bool
+
+
+def _part(path: str | Path) -> _Part:
+    index = index_of(path)
+    with opened(path) as video:
+        stream, sound = video.stream, bool(video.container.streams.audio)
+        as_stored = all(note.startswith("untagged") for note in index.info.notes)
+        ticks = _ticks_per_frame(stream)
+        if (
+            not (as_stored and ticks and index.stamps)
+            or "mp4" not in video.container.format.name
+            or len(index.stamps) != stream.frames
+            or any(stamp != round(number * ticks) for number, stamp in enumerate(index.stamps))
+        ):
+            return _Part(path=Path(path), format=None, delay=0, sound=sound)
+        context = stream.codec_context
+        form = (
+            *(context.name, context.pix_fmt, stream.width, stream.height),
+            *(stream.average_rate, stream.time_base, context.extradata),
+        )
+        first = next(video.packets())
+        assert first.pts is not None and first.dts is not None, path  # noqa: PT018
+        return _Part(path=Path(path), format=form, delay=round((first.pts - first.dts) / ticks), sound=sound)
+
+
+def _common_rate(paths: Sequence[str | Path]) -> Fraction:
+    """The frame rate of the parts; ``ValueError`` for a part that differs from most in rate or size."""
+    infos = [probe(path) for path in paths]
+    shapes = [(f"{info.width}x{info.height}", round(info.fps, 3)) for info in infos]
+    most = shapes.index(Counter(shapes).most_common(1)[0][0])
+    size, fps = shapes[most]
+    for path, shape in zip(paths, shapes, strict=True):
+        if shape[0] != size:
+            differs = f"the size differs ({shape[0]!r}, not {size!r})"
+        elif abs(shape[1] - fps) > 0.01 * fps:
+            differs = f"the frame rate differs ({shape[1]:g}, not {fps:g})"
+        else:
+            continue
+        raise ValueError(f"{path} cannot be joined to {paths[most]}: {differs}; export it with {size}, {fps:g} fps")
+    return Fraction(infos[most].fps).limit_denominator(1001)
+
+
+def _own_format(out: Path, like: _Part, rate: Fraction, written: list[Path]) -> tuple[object, ...] | None:
+    """The format that :func:`write_video` gives to videos like this."""
+    written.append(_beside(out, "own"))
+    write_video(written[-1], [next(iter_frames(like.path))], rate)
+    return _part(written[-1]).format
+
+
+def _beside(out: str | Path, what: object) -> Path:
+    """A temporary file; its name is one that :func:`storymem.io.remove_leftovers` deletes."""
+    return Path(out).with_name(f".{Path(out).name}.{what}.partial")
+
+
+def _concatenate(parts: Sequence[_Part], out: str | Path) -> None:
+    """Copy the packets of parts of one format, so that frames follow each other without gap.
+
+    Packets come in decoding order, so the decoding times simply count up, ``delay`` frames early.
+    """
+    delay, start = max(part.delay for part in parts), 0
+    with opened(parts[0].path) as first, replacing(out) as partial, av.open(file_url(partial), "w", "mp4") as film:
+        stream = film.add_stream_from_template(first.stream)
+        ticks = _ticks_per_frame(first.stream)
+        for part in parts:
+            count = 0
+            with opened(part.path) as video:
+                for packet in video.packets():
+                    assert packet.pts is not None, part.path
+                    packet.pts += round(start * ticks)
+                    packet.dts = round((start + count - delay) * ticks)
+                    packet.stream = stream
+                    film.mux(packet)
+                    count += 1
+            start += count
+
+
+def _ticks_per_frame(stream: VideoStream) -> Fraction:
+    return 1 / (stream.average_rate * stream.time_base) if stream.average_rate and stream.time_base else Fraction(0)
+
+
+def _set_up_encoder(stream: VideoStream, height: int, width: int, crf: int) -> None:
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    stream.options = {"crf": str(crf), **_ENCODER_OPTIONS}
+    context = stream.codec_context
+    context.thread_count, context.thread_type = _ENCODER_THREADS, "FRAME"
+    # Name the YUV, lest players guess by size: limited range, BT.601 (6 in H.264's tables).
+    context.color_range = ColorRange.MPEG
+    context.colorspace = context.color_primaries = context.color_trc = 6

@@ -1,0 +1,475 @@
+"""Stories: what a person writes, read from YAML or from ST-Bench's JSON into plain records.
+
+Whatever is wrong in a story is found here, all of it at once and before any model loads: reading imports
+neither torch nor numpy, and Pillow only if the story names reference images.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from storymem.io import FileError, check_regular, find_sibling, folded, folded_siblings
+from storymem.story.parser import (
+    STORY_SUFFIXES,
+    StoryError,
+    StoryFile,
+    as_written,
+    kind,
+    listing,
+    nearest,
+    nearest_file,
+    quoted,
+    shorten,
+)
+
+__all__ = ["Character", "Scene", "Shot", "Story", "StoryError", "load_stories", "load_story"]
+
+logger = logging.getLogger(__name__)
+
+MAX_SHOTS = 5000
+MAX_CHARACTERS = 1000
+MAX_FRAMES = 4093  # of one shot: 1023 latent frames after the first, which is as far as the networks' positions go
+MAX_NAME = 300  # characters of a title, a style or a name
+MAX_PATH = 4096
+_STORY_KEYS = ("title", "overview", "style", "characters", "scenes")
+_CHARACTER_KEYS = ("name", "references")
+_SCENE_KEYS = ("shots",)
+_SHOT_KEYS = ("prompt", "cut", "characters", "frames", "seed", "negative_prompt", "references")
+_BENCH_STORY_KEYS = ("story_name", "story_overview", "scenes")
+_BENCH_SCENE_KEYS = ("scene_num", "video_prompts", "first_frame_prompt", "cut")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Character:
+    """Someone who appears in the story, with pictures of how they look (paths that exist)."""
+
+    name: str
+    references: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """One shot: a prompt and what the generator is told beside it.
+
+    Args:
+        prompt: one to four sentences, white space collapsed.
+        cut: false if the shot begins where the one before it ended.
+        scene: the scene's number in the story, from 1.
+        number: the shot's number in its scene, from 1.
+        characters: names out of ``Story.characters``.
+        frames: length in frames, 4n + 1; ``None``, here and in the next two, leaves it to the config.
+        seed: of the shot's noise.
+        negative_prompt: what should not be seen; may be empty.
+        references: pictures that join the memory just before this shot and stay in it.
+        index: place in the film, from 0.
+    """
+
+    prompt: str
+    cut: bool
+    scene: int
+    number: int
+    characters: tuple[str, ...] = ()
+    frames: int | None = None
+    seed: int | None = None
+    negative_prompt: str | None = None
+    references: tuple[Path, ...] = ()
+    index: int
+
+    @property
+    def label(self) -> str:
+        """How the shot is named to people: ``shot 3 (scene 2, shot 1)``."""
+        return _label(self.index, self.scene, self.number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Shots that belong together, numbered from 1."""
+
+    number: int
+    shots: tuple[Shot, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """A story as it was written, checked.
+
+    ``source`` is the absolute path of its file, if it has one; ``remarks`` say where a name was taken for another.
+    """
+
+    title: str
+    overview: str
+    characters: tuple[Character, ...] = ()
+    scenes: tuple[Scene, ...]
+    style: str | None = None
+    source: Path | None = None
+    remarks: tuple[str, ...] = field(default=(), compare=False)
+
+    @cached_property
+    def shots(self) -> tuple[Shot, ...]:
+        """All shots in the film's order."""
+        return tuple(shot for scene in self.scenes for shot in scene.shots)
+
+    @property
+    def references(self) -> tuple[Path, ...]:
+        """The reference images of all characters, in order; those of single shots are not among them."""
+        return tuple(path for character in self.characters for path in character.references)
+
+    @property
+    def slug(self) -> str:
+        """The title as a folder's name: lower case, words joined by ``_``, at most 60 characters."""
+        words = re.findall(r"\w+", unicodedata.normalize("NFKC", self.title).lower().replace("'", ""))
+        return "_".join(words).strip("_")[:60].rstrip("_") or "story"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the story says, as plain JSON types; equal for two stories that say the same.
+
+        Paths are relative to the story's folder as they were written, so a moved story stays equal; what the
+        pictures show is not part of it.
+        """
+        return {
+            "title": self.title,
+            "overview": self.overview,
+            "style": self.style,
+            "characters": [{"name": one.name, "references": self.written(one.references)} for one in self.characters],
+            "scenes": [
+                {"number": scene.number, "shots": [self._shot_dict(shot) for shot in scene.shots]}
+                for scene in self.scenes
+            ],
+        }
+
+    def _shot_dict(self, shot: Shot) -> dict[str, Any]:
+        return {
+            "prompt": shot.prompt,
+            "cut": shot.cut,
+            "characters": list(shot.characters),
+            "frames": shot.frames,
+            "seed": shot.seed,
+            "negative_prompt": shot.negative_prompt,
+            "references": self.written(shot.references),
+        }
+
+    def written(self, paths: Iterable[Path]) -> list[str]:
+        """Paths relative to the story's folder where they lie below it, with forward slashes."""
+        folder = None if self.source is None else self.source.parent
+        return [
+            (path.relative_to(folder) if folder and path.is_relative_to(folder) else path).as_posix() for path in paths
+        ]
+
+
+def load_story(path: str | os.PathLike[str]) -> Story:
+    """Read a story from our YAML or from ST-Bench's JSON; its keys tell which of the two it is.
+
+    A shot is a cut unless the story says ``cut: false``. JSON may hold comments (``//``, ``/* */``) and
+    trailing commas. In ST-Bench's format ``cut`` may be the strings ``"True"`` and ``"False"``, and
+    ``first_frame_prompt`` is ignored. Reference images are looked for beside the story file.
+
+    Raises:
+        StoryError: naming every problem: file, line, shot, what was expected, what to write instead.
+    """
+    reader = _Reader(Path(path))
+    story = reader.read()
+    reader.raise_if_faulty()
+    return story
+
+
+def load_stories(paths: Iterable[str | os.PathLike[str]]) -> list[Story]:
+    """The stories of files and of folders (with sub-folders, ordered by file name), in this order.
+
+    Args:
+        paths: in folders all YAML and JSON files must be stories; hidden ones are skipped with a warning.
+
+    Raises:
+        StoryError: naming every problem of all files; for a folder without stories, or no path at all; for two stories
+            whose films would have one name.
+    """
+    stories: list[Story] = []
+    faults: list[str] = []
+    for path in map(Path, paths):
+        files = _stories_below(path) if path.is_dir() else [path]
+        if not files:
+            faults.append(f"{path}: there are no stories (*.yaml, *.json) in this folder")
+        for file in files:
+            try:
+                stories.append(load_story(file))
+            except StoryError as error:
+                faults += error.problems
+    if not stories and not faults:
+        faults.append("no story was named: write the path of a story's file, of several, or of a folder of stories")
+    if faults:
+        raise StoryError(faults)
+    by_folder: dict[str, list[Story]] = {}
+    for story in stories:
+        by_folder.setdefault(story.slug, []).append(story)
+    for slug, alike in by_folder.items():
+        if len(alike) > 1:
+            where = ", ".join(str(story.source) for story in alike)
+            titles = " and ".join(dict.fromkeys(f'"{shorten(story.title)}"' for story in alike))
+            which = "two" if len(alike) == 2 else str(len(alike))
+            faults.append(f"{which} stories are called {slug} ({where}): give each a title of its own, not {titles}")
+    if faults:
+        raise StoryError(faults)
+    return stories
+
+
+def _stories_below(folder: Path) -> list[Path]:
+    """Story files in a folder and below, through links too, in the order of their paths."""
+    found: list[Path] = []
+    hidden: list[str] = []
+    seen: set[str] = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(here))
+        folders[:] = [one for one in folders if os.path.realpath(os.path.join(here, one)) not in seen]
+        folders[:] = [one for one in folders if not one.startswith(".")]
+        stories = [name for name in files if Path(name).suffix.lower() in STORY_SUFFIXES]
+        found += [Path(here, name) for name in stories if not name.startswith(".")]
+        hidden += [name for name in stories if name.startswith(".")]
+    if hidden:
+        logger.warning("%s: hidden files are not read as stories: %s", folder, listing(sorted(hidden)))
+    return sorted(found)
+
+
+class _Reader(StoryFile):
+    """From nodes to records. A faulty value is noted and a default stands in for it until all is read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._names: set[str] | None = None  # what shots may list; None while the story's own list is faulty
+        self._pictures: dict[Path, tuple[Path, tuple[str, str] | None]] = {}
+        self._remarks: dict[str, None] = {}
+        self._shots = 0  # read so far
+
+    def read(self) -> Story:
+        keys = _BENCH_STORY_KEYS if self._is_bench() else _STORY_KEYS
+        title, overview = keys[:2]
+        entries = self.mapping(self.root, "story", keys, required=(title, overview, "scenes"), example=f"{title}: ...")
+        characters = self.characters(entries.get("characters"))
+        return Story(
+            title=self.string(entries.get(title), "story", title, at_most=MAX_NAME) or "",
+            overview=self.string(entries.get(overview), "story", overview) or "",
+            characters=characters,
+            scenes=self.scenes(entries.get("scenes")),
+            style=self.string(entries.get("style"), "story", "style", at_most=MAX_NAME),
+            source=self.path.absolute(),
+            remarks=tuple(self._remarks),
+        )
+
+    def _is_bench(self) -> bool:
+        pairs = self.root.value if isinstance(self.root, yaml.MappingNode) else []
+        return any(key.value in ("story_name", "story_overview") for key, _ in pairs)
+
+    def characters(self, node: yaml.Node | None) -> tuple[Character, ...]:
+        found: list[Character] = []
+        taken: set[str] = set()
+        listed = self.items(node, "story", "characters")
+        if len(listed) > MAX_CHARACTERS:
+            raise self.refuse(listed[0], f"{len(listed):,} characters", f"at most {MAX_CHARACTERS:,}", "name fewer")
+        for place, item in enumerate(listed):
+            where = f"character {place + 1}"
+            example = _example(item, "name")
+            entries = self.mapping(item, where, _CHARACTER_KEYS, required=("name",), example=example)
+            name = self.string(entries.get("name"), where, "name", at_most=MAX_NAME) or ""
+            if name and folded(name).lower() in taken:
+                wrong = f"the name {name} is taken"
+                self.note(entries["name"], where, wrong, "a name of its own for each", "write another name")
+            taken.add(folded(name).lower())
+            found.append(Character(name=name, references=self.references(entries.get("references"), where)))
+        names = {character.name for character in found}
+        # A list that could not be read says nothing about the names in the shots.
+        faulty = "" in names or (not names and bool(self.problems))
+        self._names = None if faulty else names
+        return tuple(found)
+
+    def scenes(self, node: yaml.Node | None) -> tuple[Scene, ...]:
+        read_scene = self.bench_scene if self._is_bench() else self.scene
+        found: list[Scene] = []
+        for item in self.items(node, "story", "scenes", at_least=1):
+            found.append(read_scene(item, found))
+        return tuple(found)
+
+    def scene(self, node: yaml.Node, before: list[Scene]) -> Scene:
+        number, start = len(before) + 1, self._shots
+        where = f"scene {number}"
+        example = 'shots: [{prompt: "..."}]'
+        entries = self.mapping(node, where, _SCENE_KEYS, required=("shots",), example=example)
+        nodes = self.shot_nodes(entries.get("shots"), where, "shots")
+        shots = (self.shot(shot, number, place, start + place) for place, shot in enumerate(nodes))
+        return Scene(number=number, shots=tuple(shots))
+
+    def shot(self, node: yaml.Node, scene: int, place: int, index: int) -> Shot:
+        where = _label(index, scene, place + 1)
+        example = _example(node, "prompt")
+        entries = self.mapping(node, where, _SHOT_KEYS, required=("prompt",), example=example)
+        return Shot(
+            prompt=self.string(entries.get("prompt"), where, "prompt") or "",
+            cut=self.cut(entries.get("cut"), where, index),
+            scene=scene,
+            number=place + 1,
+            characters=self.cast(entries.get("characters"), where),
+            frames=self.frames(entries.get("frames"), where),
+            seed=self.integer(entries.get("seed"), where, "seed"),
+            negative_prompt=self.string(entries.get("negative_prompt"), where, "negative_prompt", empty=True),
+            references=self.references(entries.get("references"), where),
+            index=index,
+        )
+
+    def bench_scene(self, node: yaml.Node, before: list[Scene]) -> Scene:
+        number, start = len(before) + 1, self._shots
+        entries = self.mapping(
+            node,
+            f"scene {number}",
+            _BENCH_SCENE_KEYS,
+            required=("video_prompts",),
+            example="video_prompts: [...]",
+        )
+        number = self.scene_number(entries.get("scene_num"), before)
+        where = f"scene {number}"
+        prompts = self.shot_nodes(entries.get("video_prompts"), where, "video_prompts")
+        cuts = self.items(entries.get("cut"), where, "cut")
+        if cuts and prompts and len(cuts) != len(prompts):
+            wrong = f"cut has {len(cuts)} entries and video_prompts has {len(prompts)}"
+            self.note(entries["cut"], where, wrong, "as many of each", "write one true or false for each prompt")
+        shots = []
+        for place, prompt in enumerate(prompts):
+            label = _label(start + place, number, place + 1)
+            shot = Shot(
+                prompt=self.string(prompt, label, "video_prompts", item=True) or "",
+                cut=self.cut(cuts[place] if place < len(cuts) else None, label, start + place, strings=True),
+                scene=number,
+                number=place + 1,
+                index=start + place,
+            )
+            shots.append(shot)
+        return Scene(number=number, shots=tuple(shots))
+
+    def shot_nodes(self, node: yaml.Node | None, where: str, key: str) -> list[yaml.Node]:
+        nodes = self.items(node, where, key, at_least=1)
+        self._shots += len(nodes)
+        if nodes and self._shots > MAX_SHOTS:
+            raise self.refuse(nodes[0], f"more than {MAX_SHOTS:,} shots", "a shorter story", "divide it into several")
+        return nodes
+
+    def scene_number(self, node: yaml.Node | None, before: list[Scene]) -> int:
+        """``scene_num`` as written, by which other tools name files; without one, scenes are counted."""
+        following = before[-1].number + 1 if before else 1
+        where = f"scene {len(before) + 1}"
+        number = self.integer(node, where, "scene_num")
+        if node is None or number is None:
+            return following
+        if before and number < following:
+            wrong = f"scene_num {number} comes after scene_num {following - 1}"
+            self.note(node, where, wrong, "numbers that rise", f"write scene_num: {following} instead")
+            return following
+        return number
+
+    # What a shot may say
+
+    def cut(self, node: yaml.Node | None, where: str, index: int, strings: bool = False) -> bool:
+        if node is None:
+            return True
+        found, value = kind(node), str(node.value).lower()
+        if found == "bool" or (strings and found == "str" and value in ("true", "false")):
+            cut = value in ("true", "yes", "on")
+        else:
+            meant = "false" if value in ("false", "no", "off", "0", "n", "f") else "true"
+            cure = f"write {meant} instead" if strings else f"write cut: {meant} instead"
+            self.note(node, where, f"cut is {self.excerpt(node)}", "true or false without quotes", cure)
+            return True
+        if index == 0 and not cut:
+            wrong = "the first shot of a film has nothing to continue"
+            self.note(node, where, wrong, "a cut", "write true instead" if strings else "write cut: true instead")
+        return cut
+
+    def cast(self, node: yaml.Node | None, where: str) -> tuple[str, ...]:
+        found: list[str] = []
+        for item in self.items(node, where, "characters"):
+            name = self.string(item, where, "characters", item=True, at_most=MAX_NAME)
+            if name is None:
+                continue
+            name = self.known_name(name)
+            if name in found:
+                self.note(item, where, f"{name} is listed twice", "each character once", "remove one of the two")
+            elif self._names is not None and name not in self._names:
+                near = nearest(name, self._names)
+                cure = f"write {near} instead" if near else f"add - {{name: {name}}} to the story's characters"
+                known = listing(sorted(self._names)) or "none, for the story lists no characters"
+                self.note(item, where, f"{name} is not a character of this story", known, cure)
+            found.append(name)
+        return tuple(found)
+
+    def known_name(self, name: str) -> str:
+        """The character that ``name`` names, by equal letters, whichever way accents are encoded."""
+        if not self._names or name in self._names:
+            return name
+        same = [one for one in self._names if folded(one) == folded(name)]
+        return same[0] if len(same) == 1 else name
+
+    def frames(self, node: yaml.Node | None, where: str) -> int | None:
+        frames = self.integer(node, where, "frames")
+        if node is not None and frames is not None and frames > MAX_FRAMES:
+            self.note(node, where, f"frames is {frames}", f"at most {MAX_FRAMES}", f"write frames: {MAX_FRAMES}")
+            return None
+        if node is None or frames is None or (frames >= 5 and frames % 4 == 1):
+            return frames
+        below = (frames - 1) // 4 * 4 + 1
+        cure = f"write frames: {below} or {below + 4} instead" if below >= 5 else "write frames: 5 or more"
+        self.note(node, where, f"frames is {frames}", "4n + 1, from 5", cure)
+        return None
+
+    def references(self, node: yaml.Node | None, where: str) -> tuple[Path, ...]:
+        found = []
+        for item in self.items(node, where, "references"):
+            written = self.string(item, where, "references", item=True, verbatim=True, at_most=MAX_PATH)
+            if written is None:
+                continue
+            path = self.path.absolute().parent / os.path.expanduser(written)
+            if path not in self._pictures:
+                taken = find_sibling(path) or path
+                self._pictures[path] = taken, _picture_fault(taken)
+            taken, fault = self._pictures[path]
+            if fault is not None:
+                wrong, cure = fault
+                self.note(item, where, f"reference {as_written(written)} {wrong}", f"an image at {path}", cure)
+            elif taken != path:
+                told = f"reference {as_written(written)} is read from {as_written(taken.name)}"
+                self._remarks[f"{self.path}:{item.start_mark.line + 1}: {where}: {told}"] = None
+            found.append(taken)
+        return tuple(found)
+
+
+def _label(index: int, scene: int, number: int) -> str:
+    return f"shot {index + 1} (scene {scene}, shot {number})"
+
+
+def _example(node: yaml.Node, key: str) -> str:
+    """The list item to write, where text stands alone in place of a mapping."""
+    return f"- {{{key}: {quoted(node.value)}}}" if isinstance(node, yaml.ScalarNode) else f'- {{{key}: "..."}}'
+
+
+def _picture_fault(path: Path) -> tuple[str, str] | None:
+    """What keeps ``path`` from being used as a reference image and what to do about it, or None."""
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        alike = folded_siblings(path)  # several, or one would have been taken
+        near = nearest_file(path, (".png", ".jpg", ".jpeg", ".webp"))
+        names = " or ".join(as_written(one.name) for one in alike or ([near] if near else []))
+        return "does not exist", f"write {names} instead" if names else "put the picture there or mend the path"
+    except FileError as error:
+        return f"cannot be used: {error}", "name a picture"
+    from storymem.media.images import PictureError, read_picture
+
+    try:
+        read_picture(path)
+    except PictureError as error:
+        return error.reason, error.cure
+    return None

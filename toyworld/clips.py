@@ -1,0 +1,73 @@
+"""Shots of training stories as video files with captions: what `prepare_data` and the tutorial start from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from storymem.io import write_atomically
+from storymem.media.video import write_video
+from toyworld.attributes import FPS
+from toyworld.world import HELD_OUT, ToyShot, people_mask, render_layers, story
+
+CRF = 4  # nearly without loss: the reader must still tell colours
+
+
+def write_clips(folder: Path, stories: range, *, masks: Path | None = None) -> int:
+    """Write all shots of the stories with these seeds as `000123_ada/01.mp4`, each with its prompt in a `.txt`.
+
+    A clip is 17 frames of 96x64 at 8 a second. Clips that are there already are left alone, and several processes may
+    work on one folder. Characters keep their looks within a story and only there, and pictures do not say who is who:
+    so a folder holds the shots of a story in which the same people appear.
+
+    Args:
+        folder: of the clips.
+        stories: their seeds.
+        masks: a folder for a mask of each clip, of the same path: white where people are.
+
+    Returns:
+        how many clips were written now.
+
+    Raises:
+        ValueError: for stories that are held out for measuring.
+    """
+    if stories and not 0 <= min(stories) <= max(stories) < HELD_OUT:
+        raise ValueError(
+            f"clips are for training, so stories have seeds from 0 to {HELD_OUT - 1}; asked for are "
+            f"{min(stories)} to {max(stories)}"
+        )
+    written = 0
+    for seed in stories:
+        for number, shot in enumerate(story(seed).shots, start=1):
+            names = sorted(character.name.lower() for character in shot.cast)
+            name = Path("_".join([f"{seed:06d}", *names])) / f"{number:02d}.mp4"
+            if masks is not None and not (masks / name).exists():
+                mask = people_mask(*render_layers(shot, slice(None)))
+                _write(masks / name, np.repeat(255 * mask[..., None].astype(np.uint8), 3, axis=-1))
+            if not (folder / name).exists():
+                _write_clip(folder / name, shot)
+                written += 1
+    return written
+
+
+def _write_clip(path: Path, shot: ToyShot) -> None:
+    """The clip comes last, so that it never lacks its caption."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _part(path)
+    write_atomically(part, f"{shot.prompt}\n".encode())
+    os.replace(part, path.with_suffix(".txt"))
+    _write(path, shot.frames)
+
+
+def _write(path: Path, frames: npt.NDArray[np.uint8]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(_part(path), frames, FPS, crf=CRF)
+    os.replace(_part(path), path)
+
+
+def _part(path: Path) -> Path:
+    """Where a file is written first, each process's own."""
+    return path.with_name(f".{path.stem}.{os.getpid()}")

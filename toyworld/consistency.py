@@ -1,0 +1,270 @@
+"""What stays the same in films of the toy world, exactly: attributes are read from the pixels by fitting its renderer.
+
+Not part of the paper.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from storymem.evaluation.metric import Column, Metric, Pair, Scores, Screening, Value, mean, reasons_for
+from storymem.story import Shot, Story
+from toyworld.attributes import LOOKS, PROP_COLOURS, SIDES, UNKNOWN, Look, Scenery
+from toyworld.prompts import Said, left_to_right, read_prompt
+from toyworld.shot_reader import ShotSeen, read_shot
+
+LOOK_PARTS = tuple(field.name for field in fields(Look))
+SCENERY_PARTS = tuple(field.name for field in fields(Scenery))
+ASKED = ("place", "time", "framing", "action")
+
+
+def chance_of(values: Sequence[str]) -> float:
+    """How often two values drawn independently are the same: the share of equal ones among all pairs."""
+    return sum((count / len(values)) ** 2 for count in Counter(values).values())
+
+
+# The world draws looks and scenery evenly; a film of independent shots draws them anew for each shot.
+CHANCE = {part: chance_of([getattr(look, part) for look in LOOKS]) for part in LOOK_PARTS}
+CHANCE |= {"landmark": chance_of(PROP_COLOURS), "side": chance_of(SIDES), "flag": chance_of(PROP_COLOURS)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thing:
+    """A character, or the scenery of a place: what should look the same wherever it appears.
+
+    Args:
+        name: of the character or the place.
+        parts: its attributes.
+        shots: the shots it appears in, from 0; the first is what the others are held against.
+        stands: for a character in each of these shots: its place from the left, and among how many.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    shots: tuple[int, ...]
+    stands: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_character(self) -> bool:
+        """Whether it is someone."""
+        return bool(self.stands)
+
+
+def things_of(story: Story) -> list[Thing]:
+    """Characters in the order of the story's list, then places in the order in which they are named.
+
+    Raises:
+        ValueError: for a story that is not in the toy world's words.
+    """
+    casts = [left_to_right(shot.prompt, shot.characters) for shot in story.shots]
+    found = []
+    for character in story.characters:
+        shots = tuple(index for index, cast in enumerate(casts) if character.name in cast)
+        stands = tuple((casts[index].index(character.name), len(casts[index])) for index in shots)
+        found.append(Thing(name=character.name, parts=LOOK_PARTS, shots=shots, stands=stands))
+    places = [_said(shot).place for shot in story.shots]
+    for place in dict.fromkeys(places):
+        shots = tuple(index for index, name in enumerate(places) if name == place)
+        found.append(Thing(name=place, parts=SCENERY_PARTS, shots=shots))
+    return [thing for thing in found if thing.shots]
+
+
+class ToyConsistency(Metric):
+    """Do characters and places of the toy world keep their attributes from shot to shot?
+
+    Attributes are shape, colour, hat and eyes of a character, and the landmark's colour and side and the flag's colour
+    in a place. Each is read in every shot in which the story has its character or place, and held against the shot in
+    which these first appear. Consistency is the share of equal ones, over all attributes and later appearances. The
+    story alone decides how many are compared: what cannot be read in one of the two shots counts as different. Of two
+    characters, the one whom the prompt names first is taken to stand on the left, as everywhere in the world.
+
+    A prompt does not say how anyone looks, and a picture does not say who is in it. So in a story with several
+    characters the pictures in memory do not tell who is meant; stories with one have a column of their own. A film in
+    which all look alike is consistent as well: whether characters differ from each other stands beside it.
+
+    Args:
+        every: of a shot, each so-many-th frame is read.
+    """
+
+    columns = (
+        Column(name="attribute_consistency", title="Attributes as at first appearance", heading="Attributes"),
+        Column(name="attribute_chance", title="The same in independent shots, computed", heading="Chance"),
+        Column(name="character_consistency", title="Attributes of characters", heading="Characters"),
+        Column(name="lone_character_consistency", title="Attributes of a story's only character", heading="Lone char."),
+        Column(name="place_consistency", title="Attributes of places", heading="Places"),
+        Column(name="characters_apart", title="Pairs of characters who differ", heading="Apart"),
+        Column(name="attributes_unread", title="Attributes that cannot be read", heading="Unread"),
+        Column(name="prompt_attributes", title="Place, time, framing and action as asked", heading="As asked"),
+    )
+
+    def __init__(self, *, every: int = 4) -> None:
+        if every < 1:
+            raise ValueError(f"every={every}: must be at least 1")
+        self.every = every
+
+    def see(self, shot: Shot, frames: np.ndarray, screening: Screening) -> ShotSeen:
+        """What can be read of a shot.
+
+        Raises:
+            ValueError: for frames or a prompt that are not of the toy world.
+        """
+        _said(shot)
+        return read_shot(frames, self.every)
+
+    def conclude(self, seen: Sequence[ShotSeen | None], screening: Screening) -> Scores:
+        """See :meth:`Metric.conclude`."""
+        story = screening.story
+        things = things_of(story)
+        characters = [thing for thing in things if thing.is_character]
+        compared = [one for thing in things for one in _comparisons(thing, seen)]
+        of_characters = [one for one in compared if one.of_character]
+        alone, apart = len(characters) == 1, _apart(characters, seen)
+        asked = tuple(
+            None if shown is None else _as_asked(shown, shot) for shown, shot in zip(seen, story.shots, strict=True)
+        )
+        columns = {
+            "attribute_consistency": mean([one.same for one in compared]),
+            "attribute_chance": mean([CHANCE[one.part] for one in compared]),
+            "character_consistency": mean([one.same for one in of_characters]),
+            "lone_character_consistency": mean([one.same for one in of_characters]) if alone else None,
+            "place_consistency": mean([one.same for one in compared if not one.of_character]),
+            "characters_apart": mean(apart),
+            "attributes_unread": mean([value for thing in things for value in _unread(thing, seen)]),
+            "prompt_attributes": mean(asked),
+        }
+        undefined = _undefined(compared, alone, apart)
+        return Scores(
+            columns=columns,
+            reasons={**reasons_for(columns, screening), **undefined},
+            undefined=tuple(undefined),
+            shots={
+                "attribute_consistency": tuple(
+                    mean([one.same for one in compared if one.shot == shot.index]) for shot in story.shots
+                ),
+                "prompt_attributes": asked,
+            },
+            pairs={"attribute_consistency": tuple(_pairs(things, seen))},
+            details={
+                "kept": {thing.name: mean([one.same for one in _comparisons(thing, seen)]) for thing in things},
+                "read": [None if one is None else _plain(one) for one in seen],
+            },
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`Metric.settings`."""
+        return {
+            "every": self.every,
+            "unreadable": "counts as different",
+            "chance_of_characters": round(float(np.mean([CHANCE[part] for part in LOOK_PARTS])), 6),
+            "chance_of_places": round(float(np.mean([CHANCE[part] for part in SCENERY_PARTS])), 6),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Comparison:
+    """One attribute in a later shot: whether it is as in the first; None if one of the shots is missing."""
+
+    part: str
+    shot: int
+    of_character: bool
+    same: Value
+
+
+def _comparisons(thing: Thing, seen: Sequence[ShotSeen | None]) -> Iterator[_Comparison]:
+    first = _read(thing, 0, seen)
+    for place, shot in enumerate(thing.shots[1:], start=1):
+        now = _read(thing, place, seen)
+        for at, part in enumerate(thing.parts):
+            same = None if first is None or now is None else float(first[at] == now[at] != UNKNOWN)
+            yield _Comparison(part=part, shot=shot, of_character=thing.is_character, same=same)
+
+
+def _read(thing: Thing, place: int, seen: Sequence[ShotSeen | None]) -> tuple[str, ...] | None:
+    """Its attributes at an appearance; None if the shot is missing.
+
+    Where more or fewer people are seen than the prompt names, nobody can say who is who: all is unknown.
+    """
+    shown = seen[thing.shots[place]]
+    if shown is None:
+        return None
+    if not thing.is_character:
+        return tuple(getattr(shown.seen, part) for part in thing.parts)
+    position, among = thing.stands[place]
+    if len(shown.seen.looks) != among:
+        return (UNKNOWN,) * len(thing.parts)
+    return tuple(getattr(shown.seen.looks[position], part) for part in thing.parts)
+
+
+def _unread(thing: Thing, seen: Sequence[ShotSeen | None]) -> Iterator[Value]:
+    """For each attribute at each appearance, 1 if it cannot be read."""
+    for place in range(len(thing.shots)):
+        read = _read(thing, place, seen)
+        yield from [None] * len(thing.parts) if read is None else [float(value == UNKNOWN) for value in read]
+
+
+def _apart(characters: Sequence[Thing], seen: Sequence[ShotSeen | None]) -> list[Value]:
+    """For each pair of characters, 1 if they are read to differ in some attribute where each first appears."""
+    verdicts: list[Value] = []
+    for one, other in combinations([_read(thing, 0, seen) for thing in characters], 2):
+        if one is None or other is None:
+            verdicts.append(None)
+            continue
+        known = [(a, b) for a, b in zip(one, other, strict=True) if UNKNOWN not in (a, b)]
+        verdicts.append(float(any(a != b for a, b in known)))
+    return verdicts
+
+
+def _pairs(things: Sequence[Thing], seen: Sequence[ShotSeen | None]) -> Iterator[Pair]:
+    """For all pairs of shots with a character or place in common, the share of its attributes that are the same."""
+    same: dict[tuple[int, int], list[Value]] = {}
+    for thing in things:
+        for a, b in combinations(range(len(thing.shots)), 2):
+            one, other = _read(thing, a, seen), _read(thing, b, seen)
+            found = same.setdefault((thing.shots[a], thing.shots[b]), [])
+            if one is None or other is None:
+                found.append(None)
+            else:
+                found += [float(x == y != UNKNOWN) for x, y in zip(one, other, strict=True)]
+    for (i, j), values in sorted(same.items()):
+        yield i, j, mean(values)
+
+
+def _said(shot: Shot) -> Said:
+    try:
+        return read_prompt(shot.prompt)
+    except ValueError as error:
+        raise ValueError(f"{shot.label}: {error}. metrics=toy is for stories like those in st_bench/toy") from None
+
+
+def _plain(shown: ShotSeen) -> dict[str, Any]:
+    """What was read, for people to look at."""
+    return {**vars(shown.seen), "looks": [dict(vars(look)) for look in shown.seen.looks], "action": shown.action}
+
+
+def _as_asked(shown: ShotSeen, shot: Shot) -> float:
+    """Share of place, time, framing and action that are read as the prompt says."""
+    said, read = _said(shot), {**vars(shown.seen), "action": shown.action}
+    return float(np.mean([read[name] == getattr(said, name) for name in ASKED]))
+
+
+def _undefined(compared: Sequence[_Comparison], alone: bool, apart: Sequence[Value]) -> dict[str, str]:
+    """Columns that the story cannot have, and why."""
+    reasons: dict[str, str] = {}
+    characters = any(one.of_character for one in compared)
+    if not compared:
+        reasons |= dict.fromkeys(("attribute_consistency", "attribute_chance"), "nothing appears in two shots")
+    if not characters:
+        reasons["character_consistency"] = "no character is listed in two shots"
+    if not any(not one.of_character for one in compared):
+        reasons["place_consistency"] = "no place is in two shots"
+    if not (alone and characters):
+        reasons["lone_character_consistency"] = "the story has not one character alone"
+    if not apart:
+        reasons["characters_apart"] = "the story has no two characters"
+    return reasons

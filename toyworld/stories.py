@@ -1,0 +1,93 @@
+"""The toy stories of ST-Bench as story files: ten stories each with one, two and three characters.
+
+python -m toyworld.stories          # writes st_bench/toy/*.yaml
+python -m toyworld.stories FOLDER
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from toyworld.words import PLACE_WORDS
+from toyworld.world import HELD_OUT, ToyShot, ToyStory, story
+
+FOLDER = Path("st_bench/toy")
+START = HELD_OUT + 1000  # the figures on the models are taken on stories before these
+EACH = 10
+
+
+def benchmark() -> dict[str, ToyStory]:
+    """File name -> story: the first held-out stories in which everybody comes back after a cut.
+
+    The stories know what is true of their shots: `ToyStory.seed`, `ToyShot.seen`, `ToyShot.frames`.
+    """
+    chosen: dict[int, list[ToyStory]] = {1: [], 2: [], 3: []}
+    titles: set[str] = set()
+    for seed in itertools.count(START):
+        told = story(seed)
+        group = chosen[len(told.cast)]
+        if len(group) < EACH and _all_come_back(told) and title(told) not in titles:
+            group.append(told)
+            titles.add(title(told))
+        if all(len(group) == EACH for group in chosen.values()):
+            break
+    stories = [told for group in chosen.values() for told in group]
+    return {f"{number:02d}_{_slug(title(told))}.yaml": told for number, told in enumerate(stories, start=1)}
+
+
+def _all_come_back(told: ToyStory) -> bool:
+    """Whether every character is in two or more shots that do not just go on from another."""
+    return all(sum(shot.cut and character in shot.cast for shot in told.shots) >= 2 for character in told.cast)
+
+
+def title(told: ToyStory) -> str:
+    """Who, and where the story begins: "Ada and Bo on the Moon"."""
+    where = PLACE_WORDS[told.shots[0].place][0]
+    words = [word if word in ("in", "on", "the") else word.capitalize() for word in where.split()]
+    return " ".join([_listed([character.name for character in told.cast]), *words])
+
+
+def story_text(told: ToyStory) -> str:
+    """The story as a file: prompts, cuts and who is in each shot; no looks."""
+    places = list(dict.fromkeys(PLACE_WORDS[shot.place][0] for shot in told.shots))
+    content = {
+        "title": title(told),
+        "overview": f"{_listed([character.name for character in told.cast])} {_listed(places)}.",
+        "style": "toy",
+        "characters": [{"name": character.name} for character in told.cast],
+        "scenes": [{"shots": [_entry(shot) for shot in scene]} for scene in told.scenes],
+    }
+    written = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
+    return f"# Its shots as they truly are: toyworld.world.story({told.seed})\n{written}"
+
+
+def _entry(shot: ToyShot) -> dict[str, Any]:
+    entry: dict[str, Any] = {"prompt": shot.prompt, "characters": [character.name for character in shot.cast]}
+    return entry if shot.cut else {**entry, "cut": False}
+
+
+def _listed(words: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _slug(text: str) -> str:
+    return "_".join(re.findall(r"\w+", text.lower()))
+
+
+def write_stories(folder: Path) -> None:
+    """Write all files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, told in benchmark().items():
+        (folder / name).write_text(story_text(told), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_stories(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
