@@ -1,4 +1,4 @@
-# `make film` and `make test` need Python 3.11 or newer and nothing else: they set up what they use.
+# Every target needs Python 3.11 or newer and nothing else: they set up what they use.
 PYTHON ?= python3
 VENV ?= .venv
 quick ?=
@@ -6,23 +6,29 @@ STORY ?= examples/ada_and_the_tent.yaml
 ARGS ?=
 RUN = $(VENV)/bin/python
 
-.PHONY: film test test-slow lint bench toy-report stbench-toy clean
+.PHONY: help install film test test-slow lint docs bench toy-report stbench-toy clean
 
-film: $(VENV)/.ready  ## the example story as a film, on the embedded model
-	$(RUN) scripts/generate.py $(STORY) $(ARGS)
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  %-12s%s\n", $$1, $$2}'
+	@echo 'Settings: PYTHON=python3.12 VENV=folder STORY=story.yaml ARGS="further arguments"'
 
-test: $(VENV)/.ready  ## the tests, under three minutes on two cores
+install: $(VENV)/.ready  ## set up the environment in .venv
+
+film: $(VENV)/.ready  ## generate the example film with the embedded model
+	$(VENV)/bin/storymem generate $(STORY) $(ARGS)
+
+test: $(VENV)/.ready  ## run the fast tests, under three minutes on two cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.ready  ## the tests that take longer
+test-slow: $(VENV)/.ready  ## run the tests that take longer
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow $(ARGS)
 
-lint: $(VENV)/.ready  ## style and types
+lint: $(VENV)/.ready  ## check style and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-bench: $(VENV)/.ready  ## every figure of speed, as ratios in one run
+bench: $(VENV)/.ready  ## measure every figure of speed in the docs
 	$(RUN) -m benchmarks.keyframes $(ARGS)
 	$(RUN) -m benchmarks.film $(ARGS)
 	$(RUN) -m benchmarks.scorers $(ARGS)
@@ -31,13 +37,13 @@ bench: $(VENV)/.ready  ## every figure of speed, as ratios in one run
 	$(RUN) -m benchmarks.training $(ARGS)
 	$(RUN) -m benchmarks.scoring $(ARGS)
 	$(RUN) -m benchmarks.acceleration $(ARGS)
-	$(RUN) scripts/benchmark.py
+	$(VENV)/bin/storymem benchmark
 
-toy-report: $(VENV)/.ready  ## what the embedded models reach on held-out stories
+toy-report: $(VENV)/.ready  ## measure the embedded models on held-out stories
 	$(RUN) -m benchmarks.toy $(ARGS)
 
-stbench-toy: $(VENV)/.ready  ## the toy stories by seven methods, scored (quick=true: six of them, by three)
-	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node=2 scripts/eval_stbench.py \
+stbench-toy: $(VENV)/.ready  ## generate and score the toy benchmark (quick=true: six stories, three methods)
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node=2 -m storymem evaluate \
 	    experiment=stbench_toy$(if $(filter true,$(quick)),_quick) $(ARGS)
 
 $(VENV)/.ready: pyproject.toml
@@ -46,5 +52,8 @@ $(VENV)/.ready: pyproject.toml
 	$(VENV)/bin/pip install --quiet -e '.[dev]'
 	touch $@
 
-clean:
+docs: $(VENV)/.ready  ## build the documentation to build/docs
+	$(VENV)/bin/mkdocs build --strict --quiet --site-dir build/docs
+
+clean:  ## remove the environment and everything built
 	rm -rf $(VENV) films build *.egg-info .pytest_cache .mypy_cache .ruff_cache

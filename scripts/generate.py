@@ -1,15 +1,9 @@
-"""Turn a story into a film: ``python scripts/generate.py story.yaml [key=value ...]``."""
+"""Generate a film from a story: the same as ``storymem generate``."""
 
-from omegaconf import DictConfig, OmegaConf
-
-from storymem.commands.cli import run_script
-from storymem.film.generate import generate
-from storymem.film.settings import GenerateSettings
-
-
-def main(config: DictConfig) -> None:
-    generate(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
-
+try:
+    from storymem.commands.cli import main
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run `source .venv/bin/activate` first (`make install` creates it)") from None
 
 if __name__ == "__main__":
-    run_script(main, config_name="generate", positional="story", settings=GenerateSettings)
+    main("generate")

@@ -1,15 +1,9 @@
-"""Train a memory adapter: ``python scripts/train.py experiment=NAME dataset=FOLDER [key=value ...]``."""
+"""Train a memory adapter: the same as ``storymem train``."""
 
-from omegaconf import DictConfig, OmegaConf
-
-from storymem.commands.cli import run_script
-from storymem.training.run import train
-from storymem.training.run_settings import TrainSettings
-
-
-def main(config: DictConfig) -> None:
-    train(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
-
+try:
+    from storymem.commands.cli import main
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: run `source .venv/bin/activate` first (`make install` creates it)") from None
 
 if __name__ == "__main__":
-    run_script(main, config_name="train", settings=TrainSettings)
+    main("train")

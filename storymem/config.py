@@ -13,11 +13,17 @@ import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+PACKAGE = Path(__file__).resolve().parent
+#: The folder of configs/, examples/ and st_bench/: the installed package, or the root of a checkout.
+SHARED = PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent
+CONFIGS = SHARED / "configs"
 
 T = TypeVar("T")
 
@@ -32,6 +38,15 @@ def _user_path(path: str) -> str:
 
 #: A path that a person writes: ``~`` is the home folder; not empty.
 UserPath = Annotated[str, AfterValidator(_user_path)]
+
+
+def _story_path(path: str) -> str:
+    shipped = os.path.join(SHARED, path := _user_path(path))
+    return shipped if os.path.exists(shipped) and not os.path.exists(path) else path
+
+
+#: A path to stories; ``examples/...`` and ``st_bench/...`` that do not exist here are those of the package.
+StoryPath = Annotated[str, AfterValidator(_story_path)]
 
 
 class ConfigError(ValueError):

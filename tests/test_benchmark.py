@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -14,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from storymem.commands import benchmark, benchmark_report
+from storymem.commands import benchmark, benchmark_command, benchmark_report
 from storymem.commands.benchmark import Case, flops_of, measure, measure_shot, random_pipeline, small_model, variations
 from storymem.wan.flops import forward_flops
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings, SamplerSettings
@@ -22,7 +21,6 @@ from storymem.weights import Weights
 from tests.wan.tiny import CPU, settings
 
 SAMPLER = SamplerSettings(steps=40, guidance=3.5)
-SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 DEVICE = torch.device("cpu")
 
 
@@ -127,15 +125,10 @@ def test_the_ceiling_is_positive_and_the_same_in_any_unit() -> None:
 def test_the_script_prints_a_table_and_saves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     path = tmp_path / "found" / "rows.json"
     arguments = ["--model", "tiny", "--runtime", "cpu", "--memory", "0", "2", "--repeats", "1", "--layers", "1"]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments, "--shot", "--steps", "2", "--json", str(path)])
-    script.main()
+    benchmark_command.main()
     said = capsys.readouterr().out
     for text in ("ceiling: ", "tiny: 1 layers, 96x64, 17 frames", "calculated", "327.8 s, 41.0 GB", "outside the"):
         assert text in said

@@ -18,12 +18,15 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from storymem.commands.cli import CONFIGS, run_script
+from storymem import __version__
+from storymem.commands import download
+from storymem.commands.cli import COMMANDS, main, run_command
 from storymem.commands.overrides import hydra_arguments
-from storymem.config import build_settings
+from storymem.config import CONFIGS, build_settings
 from storymem.data.settings import PrepareSettings
 from storymem.film.settings import GenerateSettings
 from storymem.io import FileError, replacing
+from storymem.weights import MissingWeights
 
 ROOT = Path(__file__).parents[1]
 STORY = """\
@@ -67,7 +70,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def test_help_is_for_people(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     result = run("--help")
     assert result.returncode == 0
-    for text in ("python scripts/generate.py story.yaml", "model=wan2.2-a14b", "dry_run=true", "resume=from_shot:N"):
+    for text in ("storymem generate story.yaml", "model=wan2.2-a14b", "dry_run=true", "resume=from_shot:N"):
         assert text in result.stdout
     shown = [line.strip() for line in result.stdout.splitlines()]
     for group in ("model", "sampler", "memory", "scorer/clip", "scorer/quality", "runtime"):
@@ -116,18 +119,88 @@ def test_the_whole_configuration_can_be_printed(run: Callable[..., subprocess.Co
     assert "hydra" not in config
 
 
+def test_a_script_outside_the_environment_says_how_to_activate_it() -> None:
+    for name in ("generate", "prepare_data", "train", "eval_stbench", "benchmark"):
+        result = subprocess.run(
+            [sys.executable, "-S", str(ROOT / "scripts" / f"{name}.py")],
+            env={},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (result.returncode, result.stdout) == (1, "")
+        assert "Traceback" not in result.stderr
+        assert "source .venv/bin/activate" in result.stderr
+
+
+# The console command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "printed"),
+    [
+        (["--version"], 0, f"storymem {__version__}"),
+        (["--help"], 0, "generate   generate a film from a story"),
+        ([], 0, "usage: storymem COMMAND"),
+        (["generat", "a.yaml"], 2, "generat is not a command of storymem; did you mean 'generate'?"),
+        (["train", "--help"], 0, "storymem train experiment=NAME dataset=FOLDER"),
+        (["benchmark", "--help"], 0, "usage: storymem benchmark"),
+    ],
+)
+def test_the_console_command(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    status: int,
+    printed: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["storymem", *arguments])
+    ended = 0
+    try:
+        main()
+    except SystemExit as stop:
+        ended = int(stop.code or 0)
+    captured = capsys.readouterr()
+    assert ended == status
+    assert printed in captured.out + captured.err
+
+
+def test_download_lists_sizes_and_licences_and_fetches_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import huggingface_hub
+
+    fetched: list[str] = []
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(download, "locate", raising(MissingWeights("not here")))
+    monkeypatch.setattr(download, "_check_disk", lambda gigabytes: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda source, **_: fetched.append(source))
+    overrides = ["model=wan2.2-a14b", "scorer/quality=none"]
+    for flags, expected in ([], 0), (["--yes"], 4):
+        monkeypatch.setattr(sys, "argv", ["storymem", "download", *overrides, *flags])
+        main()
+        assert len(fetched) == expected
+    printed = capsys.readouterr().out
+    assert re.search(r"69 GB +Wan2.2-I2V-A14B +Wan-AI/Wan2.2-I2V-A14B-Diffusers +Apache-2.0", printed)
+    assert re.search(r"4.9 GB +StoryMem memory adapter .* CC BY-NC 4.0", printed)
+    assert "Nothing was fetched: add --yes" in printed
+
+
 # In this process
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Runs a script's main with a command line: its exit status and what it said."""
+    """Runs a command with another function in place of its own: its exit status and its errors."""
 
-    def script(*arguments: str, main: Callable[[Any], None] = lambda config: None) -> tuple[int, str]:
+    def script(
+        *arguments: str, main: Callable[[Any], Any] = lambda config: None, name: str = "generate"
+    ) -> tuple[int, str]:
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["storymem", *arguments])
         try:
-            run_script(main, config_name="generate", positional="story", settings=GenerateSettings)
+            run_command(name, COMMANDS[name]._replace(run=main))
             status = 0
         except SystemExit as stop:
             status = int(stop.code or 0)
@@ -136,37 +209,30 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return script
 
 
-def read(config: Any) -> None:
-    """A main that looks at everything."""
-    from omegaconf import OmegaConf
-
-    OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-
-
 def test_main_is_given_the_composed_configuration(script: Callable[..., tuple[int, str]]) -> None:
     seen: list[Any] = []
     assert script("my story.yaml", "sampler.steps=3", "runtime=cpu", main=seen.append) == (0, "")
-    assert (seen[0].story, seen[0].sampler.steps, seen[0].runtime.device) == ("my story.yaml", 3, "cpu")
+    assert (seen[0]["story"], seen[0]["sampler"]["steps"], seen[0]["runtime"]["device"]) == ("my story.yaml", 3, "cpu")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "which story? Write: python scripts/generate.py story.yaml"),
+        ([], "story is missing; write: storymem generate story.yaml"),
         (["a.yaml", "samplr.steps=3"], "samplr: unknown key; did you mean 'sampler'?"),
         (["a.yaml", "sampler.stepps=3"], "sampler.stepps: unknown key; did you mean 'steps'?"),
         (["a.yaml", "steps=3"], "steps: unknown key; did you mean 'sampler.steps'?"),
         (["a.yaml", "model=tiny", "model.weights.source=x"], "model.weights.source: unknown key"),
         (
             ["stories/x=1.yaml"],
-            "stories/x=...: there is no group of this name (--help shows them), and no such file",
+            "stories/x=...: no such group (--help lists them), and no such file",
         ),
     ],
 )
 def test_mistakes_are_told_in_one_line(
     script: Callable[..., tuple[int, str]], arguments: list[str], message: str
 ) -> None:
-    assert script(*arguments, main=read) == (2, message)
+    assert script(*arguments) == (2, message)
 
 
 def test_an_unknown_choice_is_told_with_those_there_are(script: Callable[..., tuple[int, str]]) -> None:
@@ -179,19 +245,16 @@ def test_an_unknown_choice_is_told_with_those_there_are(script: Callable[..., tu
 def test_errors_of_our_own_checks_are_the_users(script: Callable[..., tuple[int, str]]) -> None:
     from storymem.story import load_story
 
-    status, said = script("absent.yaml", main=lambda config: load_story(config.story) and None)
+    status, said = script("absent.yaml", main=lambda config: load_story(config["story"]) and None)
     assert (status, said) == (2, "absent.yaml: the file does not exist; expected a story file; check the path")
 
 
-def test_a_bad_part_is_told_with_its_key(script: Callable[..., tuple[int, str]]) -> None:
+def test_the_error_of_a_part_is_reported_alone(script: Callable[..., tuple[int, str]]) -> None:
     from hydra.utils import instantiate
 
-    status, said = script(
-        *("a.yaml", "model=tiny", "memory.recall.sink=99"),
-        main=lambda config: instantiate(config.memory.recall) and None,
-    )
-    assert status == 2
-    assert said.startswith("memory.recall: sink=99 does not fit into capacity=10")
+    arguments = ("a.yaml", "model=tiny", "memory.recall.sink=99")
+    status, said = script(*arguments, main=lambda config: instantiate(config["memory"]["recall"]))
+    assert (status, said.startswith("sink=99 does not fit into capacity=10")) == (2, True)
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("out of memory"), ValueError("inside a library"), KeyError("x")])
@@ -207,7 +270,7 @@ def test_stopping_is_no_fault(script: Callable[..., tuple[int, str]]) -> None:
     def stop(config: Any) -> None:
         raise KeyboardInterrupt
 
-    assert script("a.yaml", main=stop) == (130, "stopped; the same command goes on from here")
+    assert script("a.yaml", main=stop) == (130, "stopped; the same command resumes")
 
 
 def test_a_fault_of_a_configuration_file_names_the_file(script: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
@@ -298,14 +361,14 @@ def test_a_target_chosen_on_the_command_line_replaces_the_node(
 ) -> None:
     seen: list[Any] = []
     assert script("a.yaml", *arguments, main=seen.append) == (0, "")
-    assert OmegaConf.select(seen[0], node) == {"_target_": "mine.Recall", **content}
+    assert OmegaConf.select(OmegaConf.create(seen[0]), node) == {"_target_": "mine.Recall", **content}
 
 
 def test_without_a_target_a_node_keeps_its_class(script: Callable[..., tuple[int, str]]) -> None:
     seen: list[Any] = []
     assert script("a.yaml", "memory.recall={capacity: 4}", main=seen.append) == (0, "")
-    recall = seen[0].memory.recall
-    assert (recall._target_, recall.capacity, recall.sink) == ("storymem.memory.SinkAndRecent", 4, 2)
+    recall = seen[0]["memory"]["recall"]
+    assert (recall["_target_"], recall["capacity"], recall["sink"]) == ("storymem.memory.SinkAndRecent", 4, 2)
 
 
 def test_a_node_that_does_not_exist_is_told(script: Callable[..., tuple[int, str]]) -> None:
@@ -323,7 +386,7 @@ def test_a_class_in_the_working_folder_is_found(
     (tmp_path / "policies_of_my_own.py").write_text("class Recall:\n    pass\n")
     made: list[Any] = []
     arguments = ("a.yaml", "memory.recall={_target_: policies_of_my_own.Recall}")
-    assert script(*arguments, main=lambda config: made.append(instantiate(config.memory.recall))) == (0, "")
+    assert script(*arguments, main=lambda config: made.append(instantiate(config["memory"]["recall"]))) == (0, "")
     assert type(made[0]).__name__ == "Recall"
 
 
@@ -491,7 +554,7 @@ def test_a_value_that_hydra_cannot_read_is_told_by_the_settings(
     script: Callable[..., tuple[int, str]], value: str
 ) -> None:
     def main(config: Any) -> None:
-        build_settings(GenerateSettings, OmegaConf.to_container(config))  # type: ignore[arg-type]
+        build_settings(GenerateSettings, config)
 
     status, said = script("a.yaml", "model=tiny", f"seed={value}", main=main)
     assert status == 2
@@ -515,15 +578,10 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("argument", ["été=3", "my key=3", "no setting"])
-def test_what_is_no_setting_is_told_without_grammar(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", argument])
-    with pytest.raises(SystemExit) as stop:
-        run_script(read, config_name="prepare_data", settings=PrepareSettings)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert said.startswith(f"{argument}: this is no setting; write key=value")
+def test_what_is_no_setting_is_told_without_grammar(script: Callable[..., tuple[int, str]], argument: str) -> None:
+    status, said = script(argument, name="prepare")
+    assert status == 2
+    assert said.startswith(f"{argument}: not a setting; write key=value")
     assert not re.search("mismatched|token recognition|hydra.cc", said)
     advice = shlex.split(said.rsplit(": ", 1)[1])[0].replace("key", "captions")
     assert given(advice, settings=PrepareSettings) == ["a, b"]

@@ -1,4 +1,4 @@
-"""What the scripts share: Hydra behind a command line that a person can use."""
+"""The console command ``storymem`` and the scripts: Hydra behind a command line that needs no quoting."""
 
 from __future__ import annotations
 
@@ -6,70 +6,137 @@ import codecs
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
-from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from storymem import io
+from storymem import __version__, io
 from storymem.commands.overrides import hydra_arguments
-from storymem.config import nearest
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+from storymem.config import CONFIGS, nearest
 
 
-def run_script(
-    main: Callable[[Any], None], *, config_name: str, positional: str | None = None, settings: type | None = None
-) -> None:
-    """Compose ``configs/<config_name>.yaml`` with the command line and call ``main`` with it.
+def _prepare(config: Mapping[str, Any]) -> None:
+    from storymem.data.prepare import prepare
 
-    Args:
-        main: takes the composed ``DictConfig``.
-        config_name: the primary configuration.
-        positional: the key that an argument without ``=`` stands for.
-        settings: the settings class of the configuration; values of its text keys need no quotes.
+    if (cache := prepare(config)) is not None:
+        print(cache.folder)
+
+
+def _evaluate(config: Mapping[str, Any]) -> None:
+    from storymem.evaluation.choosing import experiment_chosen, with_method
+    from storymem.evaluation.stbench import evaluate
+
+    evaluate({"label": experiment_chosen(), **config}, with_method)
+
+
+class Command(NamedTuple):
+    """One command: what it runs, and for those that Hydra configures, with what."""
+
+    help: str
+    run: Callable[..., Any] | str  # takes the configuration as plain containers; or where it is found, "module:name"
+    config: str | None = None  # a file of configs/; None: `run` parses sys.argv
+    settings: str = ""  # the settings class; values of its text keys need no quotes
+    positional: str | None = None  # the key that arguments without = stand for
+    flags: Mapping[str, str] = MappingProxyType({})  # shorthands for overrides
+
+
+COMMANDS = {
+    "generate": Command(
+        *("generate a film from a story", "storymem.film.generate:generate"),
+        *("generate", "storymem.film.settings:GenerateSettings", "story"),
+    ),
+    "prepare": Command(
+        *("turn captioned videos into a training set", _prepare),
+        *("prepare_data", "storymem.data.settings:PrepareSettings"),
+    ),
+    "train": Command(
+        *("train a memory adapter", "storymem.training.run:train"),
+        *("train", "storymem.training.run_settings:TrainSettings"),
+    ),
+    "evaluate": Command(
+        *("score films, or the films of a method, on ST-Bench", _evaluate),
+        *("eval_stbench", "storymem.evaluation.stbench:EvaluateSettings"),
+    ),
+    "download": Command(
+        *("list or fetch the weights that settings need", "storymem.commands.download:download"),
+        *("download", "storymem.commands.download:DownloadSettings"),
+        flags={"--yes": "dry_run=false"},
+    ),
+    "benchmark": Command("measure a model at true size, random weights", "storymem.commands.benchmark_command:main"),
+}
+
+
+def main(name: str | None = None) -> None:
+    """Run the command ``name``, or the one that the first argument names (the console command ``storymem``)."""
+    if name is None:
+        name, *sys.argv[1:] = sys.argv[1:] or ["--help"]
+        if name in ("--version", "-V"):
+            sys.exit(print(f"storymem {__version__}"))
+        if name in ("--help", "-h"):
+            sys.exit(print(_usage()))
+        if name not in COMMANDS:
+            sys.exit(_report(f"{name} is not a command of storymem{nearest(name, COMMANDS)}"))
+    run_command(name, COMMANDS[name])
+
+
+def _usage() -> str:
+    lines = [f"  {name:<11}{command.help}" for name, command in COMMANDS.items()]
+    usage = "usage: storymem COMMAND [key=value ...]; storymem COMMAND --help; storymem --version"
+    return "\n".join([usage, "", *lines])
+
+
+def run_command(name: str, command: Command) -> None:
+    """Compose the configuration of ``command`` with the command line and run it.
 
     Mistakes of the user (``ValueError``, ``OSError``, Hydra's own errors) end the process with status 2 and their
     message alone; faults of the program keep their traceback.
     """
-    import hydra
-
     composed = False
 
     def task(config: Any) -> None:
-        # Errors are told here, inside Hydra's job, so that jobs on a cluster tell them too.
+        # Errors are reported inside Hydra's job, so that jobs on a cluster report them too.
         nonlocal composed
         composed = True
-        with telling():
-            main(config)
+        from omegaconf import OmegaConf
+
+        with reporting():
+            run(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
 
     @contextmanager
-    def telling() -> Iterator[None]:
+    def reporting() -> Iterator[None]:
         try:
             yield
             if sys.stdout is not None:
-                sys.stdout.flush()  # what was printed may not be written
+                sys.stdout.flush()  # writing what was printed may fail
         except KeyboardInterrupt as stop:  # stopping.Stopped is one
-            notes = getattr(stop, "__notes__", ["the same command goes on from here"])
+            notes = getattr(stop, "__notes__", ["the same command resumes"])
             print(f"\n{str(stop) or 'stopped'}; {'; '.join(notes)}", file=sys.stderr)
             sys.exit(getattr(stop, "status", 130))
-        except BrokenPipeError:  # who reads the output has seen enough, as in `... | head`
+        except BrokenPipeError:  # the reader of the output has closed it, as in `... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(141)
         except Exception as error:
             message = None if composed else _describe_reading(error)
-            message = message or _describe(error, config_name, positional)
+            message = message or _describe(error, name, command.positional)
             if message is None:
                 raise
-            sys.exit(_said(message))
+            sys.exit(_report(message))
 
     never_raise_on_characters()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # faults keep their traceback, and mistakes in the composition reach us
-    sys.path.append(os.getcwd())  # where a `_target_` of the user's own may lie
-    with telling():
-        sys.argv[1:] = hydra_arguments(sys.argv[1:], positional, settings)
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors of the composition reach us, and faults keep their traceback
+    sys.path.append(os.getcwd())  # where a `_target_` of the user may lie
+    with reporting():
+        run = resolve_name(command.run) if isinstance(command.run, str) else command.run
+        if command.config is None:
+            return run()
+        import hydra
+
+        arguments = [command.flags.get(argument, argument) for argument in sys.argv[1:]]
+        sys.argv[1:] = hydra_arguments(arguments, command.positional, resolve_name(command.settings))
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=command.config)(task)()
 
 
 def never_raise_on_characters() -> None:
@@ -84,8 +151,19 @@ def never_raise_on_characters() -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
+def _report(message: str) -> int:
+    """Print an error; returns the exit status. Of processes started together one per machine prints it."""
+    process = os.environ.get("LOCAL_RANK", "0")
+    distributed = sys.modules.get("torch.distributed")
+    if process == "0":
+        print(message, file=sys.stderr)
+    elif distributed is not None and distributed.is_available() and distributed.is_initialized():
+        print(f"process {process}: {message}", file=sys.stderr)  # once they work, each has errors of its own
+    return 2
+
+
 def _describe_reading(error: Exception) -> str | None:
-    """An error from before the task: of a configuration file, or of flags that do not go together; else None."""
+    """An error from before the task: of a configuration file, or of flags that exclude each other; else None."""
     from yaml import YAMLError
 
     trace = error.__traceback__
@@ -97,57 +175,52 @@ def _describe_reading(error: Exception) -> str | None:
     return str(error) if isinstance(error, ValueError) else None
 
 
-def _describe(error: Exception, config_name: str, positional: str | None) -> str | None:
-    """What an error says to the user, or None if it is a fault of the program."""
+def _describe(error: Exception, name: str, positional: str | None) -> str | None:
+    """The message for the user, or None if the error is a fault of the program."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _describe_composition(error, config_name, positional)
+        return _describe_composition(error, name, positional)
     if isinstance(error, UnicodeEncodeError) and error.encoding == codecs.lookup(sys.getfilesystemencoding()).name:
         return f"this system cannot write file names with {error.object!a}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
-    if isinstance(error, ValueError | FileNotFoundError) and _is_the_users(error):
+    if isinstance(error, ValueError | FileNotFoundError) and _is_ours(error):
         return str(error)
     return io.describe_os_error(error) if isinstance(error, OSError) else None
 
 
-def _is_the_users(error: Exception) -> bool:
-    """Whether an error is of this package's own checks, and not from somewhere inside a library.
-
-    Its class says so, or else the innermost frame, where it was raised.
-    """
+def _is_ours(error: Exception) -> bool:
+    """Whether an error comes from this package's checks: by its class, or by the module that raised it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     raised_in = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    return any(name.split(".")[0] == "storymem" for name in (type(error).__module__, raised_in))
+    return any(module.split(".")[0] in ("storymem", "toyworld") for module in (type(error).__module__, raised_in))
 
 
-def _describe_composition(error: Exception, config_name: str, positional: str | None) -> str:
-    """A Hydra or OmegaConf error in words that name the key and its nearest neighbour."""
+def _describe_composition(error: Exception, name: str, positional: str | None) -> str:
+    """The message for a Hydra or OmegaConf error, with the key and the nearest known one."""
     from hydra.errors import InstantiationException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
     cause: BaseException | None = error
     while cause is not None:
+        key = str(getattr(cause, "full_key", None) or "")
         if isinstance(cause, OverrideParseException):
             return (
-                f"{cause.override}: this is no setting; write key=value, with a key that --help shows. A value that "
-                "holds commas or brackets as text stands in quotes of its own: 'key=\"a, b\"'"
+                f"{cause.override}: not a setting; write key=value, with a key that --help shows. Quote text that "
+                "holds commas or brackets: 'key=\"a, b\"'"
             )
         if isinstance(cause, MissingMandatoryValue):
-            key = str(cause.full_key)
-            argument = f"{positional}.yaml" if key == positional else f"{key}=..."
-            return f"which {key}? Write: python scripts/{config_name}.py {argument}"
-        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "/" in str(cause.full_key):
-            return f"{cause.full_key}=...: there is no group of this name (--help shows them), and no such file"
-        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
-            return f"{cause.full_key}: unknown key{_nearest_key(str(cause.full_key), cause.parent_node)}"
+            return f"{key} is missing; write: storymem {name} {f'{key}.yaml' if key == positional else f'{key}=...'}"
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "/" in key:
+            return f"{key}=...: no such group (--help lists them), and no such file"
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and key:
+            return f"{key}: unknown key{_nearest_key(key, cause.parent_node)}"
         if isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-            where = str(cause).splitlines()[-1].removeprefix("full_key: ") if "full_key" in str(cause) else ""
-            return f"{where}: {cause.__cause__}" if where else str(cause.__cause__)
-        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-            return f"{cause.full_key}: {str(cause.msg or cause).splitlines()[0]}"
+            return str(cause.__cause__)
+        if isinstance(cause, OmegaConfBaseException) and key:
+            return f"{key}: {str(cause.msg or cause).splitlines()[0]}"
         cause = cause.__cause__
     return str(error)
 
@@ -156,13 +229,12 @@ def _nearest_key(wrong: str, parent: Any) -> str:
     """The known key most like ``wrong``: beside it, else anywhere in the configuration."""
     from omegaconf import OmegaConf
 
-    beside = [str(key) for key in parent] if parent is not None else []
-    hint = nearest(wrong.rpartition(".")[2], beside)
+    name = wrong.rpartition(".")[2]
+    hint = nearest(name, [] if parent is None else map(str, parent))
     if "did you mean" in hint or parent is None:
         return hint
-    whole = OmegaConf.to_container(parent._get_root(), resolve=False)
-    elsewhere = {key.rpartition(".")[2]: key for key in _dotted_keys(whole)}
-    close = difflib.get_close_matches(wrong.rpartition(".")[2], elsewhere, n=1, cutoff=0.75)
+    elsewhere = {key.rpartition(".")[2]: key for key in _dotted_keys(OmegaConf.to_container(parent._get_root()))}
+    close = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75)
     return f"; did you mean {elsewhere[close[0]]!r}?" if close else hint
 
 
@@ -170,15 +242,3 @@ def _dotted_keys(node: Any, path: str = "") -> Iterator[str]:
     if isinstance(node, dict):
         for key, value in node.items():
             yield from (name := f"{path}{key}", *_dotted_keys(value, f"{name}."))
-
-
-def _said(message: str) -> int:
-    # Processes that make one film find the same mistake at the start, and one on each machine says it. Later each
-    # speaks for itself.
-    process = os.environ.get("LOCAL_RANK", "0")
-    distributed = sys.modules.get("torch.distributed")
-    if process == "0":
-        print(message, file=sys.stderr)
-    elif distributed is not None and distributed.is_available() and distributed.is_initialized():
-        print(f"process {process}: {message}", file=sys.stderr)
-    return 2

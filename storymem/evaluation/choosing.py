@@ -10,8 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from storymem.commands.cli import CONFIGS
-from storymem.config import nearest
+from storymem.config import CONFIGS, nearest
 
 _PRIMARY = "eval_stbench"
 _BENCHMARK = "stbench"  # experiments called so say what is compared; all others, how films are made

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT, UserPath, build_settings
+from storymem.config import STRICT, StoryPath, UserPath, build_settings
 from storymem.evaluation.films import FilmFiles, Films, find_all, find_films, stories_of
 from storymem.evaluation.layouts import MAPPING, MAPPING_SUFFIXES
 from storymem.evaluation.output import check_output, owned_output, written_by_one
@@ -47,7 +47,7 @@ Compose = Callable[[str], Mapping[str, Any]]
 class StbenchSettings:
     """Which stories: all of a folder, or those that ``only`` names by title, slug or file."""
 
-    stories: UserPath = "st_bench/stories"
+    stories: StoryPath = "st_bench/stories"
     only: tuple[str, ...] = ()
 
 

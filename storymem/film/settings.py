@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT, UserPath, check_bounds
+from storymem.config import STRICT, StoryPath, UserPath, check_bounds
 from storymem.film.modes import FirstShot, mode_of
 from storymem.story import MAX_SHOTS, Story
 from storymem.wan.settings import (
@@ -47,7 +47,7 @@ class GenerateSettings:
         output: the film's folder, films/<title> by default; of several stories, the folder in which their films lie.
     """
 
-    story: UserPath | tuple[UserPath, ...]
+    story: StoryPath | tuple[StoryPath, ...]
     model: ModelSettings
     sampler: SamplerSettings
     memory: MemorySettings
