@@ -24,6 +24,7 @@ import torch
 
 from storymem.memory import EmbedFrames, KeyframeSelector, embed_in_batches
 from storymem.scorers.clip import ClipScorer
+from storymem.scorers.scorer import as_images
 
 NO_BANK = np.zeros((0, 0), dtype=np.float32)
 FALLS = 10
@@ -57,8 +58,7 @@ class CountedEncoder:
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         self.count += len(frames)
-        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
-        return self.scorer.embed_images(pixels).numpy()
+        return self.scorer.embed_images(as_images(frames)).numpy()
 
 
 def select_as_published(frames: np.ndarray, embed: EmbedFrames, selector: KeyframeSelector) -> list[int]:

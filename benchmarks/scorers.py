@@ -1,37 +1,38 @@
-"""Speed of each scorer at its true size with random weights, and what batching is worth to ViCLIP.
+"""Speed of each scorer at its true size with random weights, and of ViCLIP with several clips at once.
 
     python -m benchmarks.scorers
     python -m benchmarks.scorers --quick    # fewer rounds, smaller batches, no L/14
 
-Networks have their true sizes. HPSv3 (8 billion parameters) is measured at its true width with one layer of
-each tower, and the time of its other layers is added by calculation, so that it fits into any machine.
+HPSv3 (8 billion parameters) is measured at its true width with one layer of each tower, and the time of its other
+layers is added by calculation, so that it fits into any machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import open_clip
 import torch
 
+from storymem.devices import resolve_device
 from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.clip import ClipScorer
-from storymem.scorers.hpsv3_inputs import PixelPatcher, selector_size, visual_tokens
+from storymem.scorers.hpsv3 import patches_of, selector_size
 from storymem.scorers.hpsv3_network import PUBLISHED, Hpsv3Network, cast_backbone
-from storymem.scorers.scorer import resolve_device, resolve_dtype
+from storymem.scorers.scorer import resolve_dtype
 from storymem.scorers.viclip import ViclipScorer
 from storymem.scorers.viclip_network import VICLIP_B_16, VICLIP_L_14
 
 FRAME = (480, 832)  # height and width of a published shot
-PROMPT_TOKENS = 600  # HPSv3's text around the picture, about (its tokenizer is not at hand here)
+PROMPT_TOKENS = 600  # HPSv3's text around the image, about
 
 
 def seconds(run: Callable[[], object], rounds: int) -> float:
@@ -45,7 +46,7 @@ def seconds(run: Callable[[], object], rounds: int) -> float:
 
 
 def now() -> float:
-    """The clock, after the accelerator has caught up."""
+    """The clock, after the accelerator has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -58,20 +59,20 @@ def frames(count: int) -> torch.Tensor:
 def measure_clip(quick: bool, place: dict) -> dict[str, float]:
     batch = 4 if quick else 32
     scorer = ClipScorer.from_config(open_clip.get_model_config("ViT-B-32-quickgelu"), batch_size=batch, **place)
-    pictures = frames(batch)
-    return {"CLIP ViT-B/32": batch / seconds(lambda: scorer.embed_images(pictures), 1 if quick else 3)}
+    images = frames(batch)
+    return {"CLIP ViT-B/32": batch / seconds(lambda: scorer.embed_images(images), 1 if quick else 3)}
 
 
 def measure_aesthetic(quick: bool, place: dict) -> dict[str, float]:
     batch = 2 if quick else 8
     config = open_clip.get_model_config("ViT-L-14-quickgelu")
     scorer = AestheticScorer.from_config(config, batch_size=batch, **place)
-    pictures = frames(batch)
-    return {"LAION V1 on CLIP ViT-L/14": batch / seconds(lambda: scorer.score(pictures), 1 if quick else 3)}
+    images = frames(batch)
+    return {"LAION V1 on CLIP ViT-L/14": batch / seconds(lambda: scorer.score(images), 1 if quick else 3)}
 
 
 def measure_viclip(quick: bool, place: dict) -> tuple[dict[str, float], dict[str, float]]:
-    """Frames per second, and how much faster one call for all clips is than one call for each."""
+    """Frames per second, and the speed-up of one call for all clips over one call per clip."""
     rates, ratios = {}, {}
     count, rounds = (2, 1) if quick else (4, 2)
     sizes = {"B/16": VICLIP_B_16} if quick else {"B/16": VICLIP_B_16, "L/14": VICLIP_L_14}
@@ -88,9 +89,9 @@ def measure_viclip(quick: bool, place: dict) -> tuple[dict[str, float], dict[str
             scorer.embed_clips(clips)
             times.append((middle - start, now() - middle))
         one_by_one, at_once = (min(column) for column in zip(*times, strict=True))
-        rates[f"ViCLIP {name}, called once a clip"] = 8 * count / one_by_one
+        rates[f"ViCLIP {name}, one call per clip"] = 8 * count / one_by_one
         rates[f"ViCLIP {name}, {count} clips at once"] = 8 * count / at_once
-        ratios[f"ViCLIP {name}, {count} clips at once against once a clip"] = one_by_one / at_once
+        ratios[f"ViCLIP {name}, {count} clips at once over one call per clip"] = one_by_one / at_once
     return rates, ratios
 
 
@@ -111,33 +112,28 @@ class Stopwatch:
 
 @torch.no_grad()
 def measure_hpsv3(quick: bool, place: dict) -> dict[str, float]:
-    """From uint8 frames to scores with one layer of each tower; the missing ones are added as often."""
+    """From uint8 frames to scores with one layer of each tower; the missing ones are added by calculation."""
     batch, rounds = (1, 1) if quick else (2, 3)
     device, dtype = resolve_device(place["device"]), resolve_dtype(place["dtype"])
-    # A short token table: looking up rows costs nothing, 150,000 of them cost memory.
-    ids = {
-        "image_token": 1001,
-        "video_token": 1002,
-        "vision_start": 1003,
-        "vision_end": 1004,
-        "reward_token": 1005,
-    }
-    network = Hpsv3Network(replace(PUBLISHED, layers=1, vision_depth=1, vocab_size=1024, **ids))
-    network = cast_backbone(network, dtype).eval().to(device)
-    layer, block = (
-        Stopwatch(network.model.language_model.layers[0]),
-        Stopwatch(network.model.visual.blocks[0]),
-    )
-    patcher = PixelPatcher()
-    pictures = (torch.rand(batch, 3, *selector_size(*FRAME)) * 255).to(torch.uint8)
+    config = copy.deepcopy(PUBLISHED)
+    text, vision = config.text_config, config.vision_config
+    layers, depth = text.num_hidden_layers, vision.depth
+    text.num_hidden_layers = vision.depth = 1
+    text.vocab_size = 1024  # looking up rows takes no time, and 150,000 of them take RAM
+    config.image_token_id, config.video_token_id = 1001, 1002
+    network = Hpsv3Network(config)
+    cast_backbone(network, dtype)
+    network.eval().to(device)
+    layer, block = Stopwatch(network.model.language_model.layers[0]), Stopwatch(network.model.visual.blocks[0])
+    images = (torch.rand(batch, 3, *selector_size(*FRAME)) * 255).to(torch.uint8)
     missing: list[float] = []
 
     def run() -> None:
-        patches, grids = patcher(pictures)
-        image = [ids["image_token"]] * visual_tokens(grids[0].tolist(), network.config.merge)
-        row = torch.tensor([*image, *[7] * PROMPT_TOKENS, ids["reward_token"]], device=device).expand(batch, -1)
+        patches, grids = patches_of(images)
+        image = [config.image_token_id] * (len(patches) // batch // 4)
+        row = torch.tensor([*image, *[7] * PROMPT_TOKENS, network.reward_token], device=device).expand(batch, -1)
         network(row, torch.ones_like(row), patches.to(device), grids.to(device))
-        missing.append((PUBLISHED.layers - 1) * layer.seconds + (PUBLISHED.vision_depth - 1) * block.seconds)
+        missing.append((layers - 1) * layer.seconds + (depth - 1) * block.seconds)
 
     measured = seconds(run, rounds)
     whole = measured + statistics.median(missing[1:])
@@ -159,9 +155,9 @@ def main() -> None:
     viclip_rates, ratios = measure_viclip(arguments.quick, place)
     rates |= viclip_rates | measure_hpsv3(arguments.quick, place)
     for name, rate in rates.items():
-        print(f"{name:55s} {rate:8.3f} frames/s {1 / rate:8.2f} s/frame")
+        print(f"{name:60s} {rate:8.3f} frames/s {1 / rate:8.2f} s/frame")
     for name, ratio in ratios.items():
-        print(f"{name:55s} {ratio:8.2f} times as fast")
+        print(f"{name:60s} {ratio:8.2f} times as fast")
     if arguments.json:
         record = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -28,13 +28,14 @@ import open_clip
 import torch
 from torch import Tensor
 
+from storymem.devices import resolve_device
 from storymem.evaluation.films import find_films
-from storymem.evaluation.metric import Metric, as_pictures
+from storymem.evaluation.metric import Metric
 from storymem.evaluation.metrics import AestheticQuality, ViclipScores
 from storymem.evaluation.scoring import StoryResult, score_film
 from storymem.media.video import read_video, write_video
 from storymem.scorers.aesthetic import AestheticScorer
-from storymem.scorers.scorer import resolve_device
+from storymem.scorers.scorer import as_images
 from storymem.scorers.viclip import ViclipScorer
 from storymem.scorers.viclip_network import VICLIP_B_16, VICLIP_L_14
 from storymem.story import Story, load_story
@@ -72,10 +73,10 @@ class Straight:
 
     def aesthetic_quality(self, shot: int) -> float:
         frames = read_video(self.files[shot])
-        return float(np.mean([self.aesthetic.score(as_pictures(frame[None])).item() for frame in frames])) / 10
+        return float(np.mean([self.aesthetic.score(as_images(frame[None])).item() for frame in frames])) / 10
 
     def clip(self, shot: int) -> Tensor:
-        return self.viclip.embed_clips(as_pictures(read_video(self.files[shot]))[None])[0]
+        return self.viclip.embed_clips(as_images(read_video(self.files[shot]))[None])[0]
 
     def following(self, shot: int) -> float:
         text = self.viclip.embed_texts([self.story.shots[shot].prompt])[0]
@@ -83,7 +84,7 @@ class Straight:
 
     def whole_film(self) -> float:
         frames = np.concatenate([read_video(file) for file in self.files])
-        clip = as_pictures(frames[self.viclip.frame_indices(len(frames))])
+        clip = as_images(frames[self.viclip.frame_indices(len(frames))])
         return float(self.viclip.embed_clips(clip[None])[0] @ self.viclip.embed_texts([self.story.overview])[0])
 
     def pair(self, first: int, second: int) -> float:

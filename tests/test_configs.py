@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
@@ -17,7 +18,7 @@ from storymem.config import build_settings
 from storymem.film.generate import build_storyteller
 from storymem.film.settings import GenerateSettings, MemorySettings
 from storymem.memory import Keyframe
-from storymem.scorers.sources import scorer_bytes
+from storymem.scorers import scorer_bytes
 from storymem.wan.flops import forward_flops
 from storymem.wan.presets import Machine, choose_runtime
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings, SamplerSettings
@@ -197,5 +198,5 @@ def test_the_embedded_default_builds_a_storyteller() -> None:
 
 
 def test_unknown_keys_of_a_target_are_refused() -> None:
-    with pytest.raises(TypeError, match="colour"):
-        bind(generate_settings("+scorer.clip.colour=red").scorer.clip)
+    with pytest.raises(InstantiationException, match="colour"):
+        instantiate(generate_settings("+scorer.clip.colour=red").scorer.clip)

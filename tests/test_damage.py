@@ -28,11 +28,11 @@ from torch import Tensor
 
 from storymem.data.cache import LatentCache
 from storymem.film.folder import Film
-from storymem.film.storyteller import as_tensor
 from storymem.media.images import read_image
 from storymem.media.video import probe, read_video
 from storymem.memory import MemoryBank
 from storymem.scorers.clip import ClipScorer
+from storymem.scorers.scorer import as_images
 from storymem.story import load_story
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import AdapterInfo, Layout, memory_lora_config, read_memory_lora, write_memory_lora
@@ -152,7 +152,7 @@ def use_film(folder: Path, _: Any, resume: str = "auto") -> Any:
 
 
 def use_memory(folder: Path, _: Any) -> Any:
-    bank = MemoryBank.load(folder / "film", embed=lambda frames: encoder().embed_images(as_tensor(frames)).numpy())
+    bank = MemoryBank.load(folder / "film", embed=lambda frames: encoder().embed_images(as_images(frames)).numpy())
     for done in bank.by_hand.values():
         print(done)
     latents = [None if keyframe.latent is None else keyframe.latent.numpy().tobytes() for keyframe in bank]

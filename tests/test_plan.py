@@ -9,7 +9,7 @@ import pytest
 from storymem.film.folder import Film, estimated_bytes
 from storymem.film.generate import generate
 from storymem.film.plan import make_plan
-from storymem.scorers.sources import scorer_bytes
+from storymem.scorers import scorer_bytes
 from storymem.story import Story
 from storymem.wan.flops import forward_flops
 from storymem.wan.memory_estimate import estimate_memory

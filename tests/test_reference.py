@@ -21,13 +21,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers import Qwen2VLConfig
 
 from storymem.memory import KeyframeSelector, Selection
 from storymem.scorers.checkpoint import load_strictly
-from storymem.scorers.hpsv3_inputs import PixelPatcher, assemble_prompt, resized_size, visual_tokens
-from storymem.scorers.hpsv3_network import Hpsv3Config, Hpsv3Network, load_network
+from storymem.scorers.clip import ClipTokenizer
+from storymem.scorers.hpsv3 import assemble_prompt, patches_of, resized_size
+from storymem.scorers.hpsv3_network import Hpsv3Network, load_network
 from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD, crop_in_bytes, normalise
-from storymem.scorers.texts import ClipTokenizer
 from storymem.scorers.viclip import middle_frames
 from storymem.scorers.viclip_network import Viclip, ViclipConfig
 from storymem.wan.lora import load_memory_lora
@@ -275,7 +276,6 @@ def test_viclip_tokens_agree(weights: Path) -> None:
         assert torch.equal(io["vocab_ids"][io["token_ids_compact"]], io["token_ids"])
     counts = sizes["token_counts_before_truncation"]
     assert tokenizer.token_counts(sizes["prompts"]) == counts
-    assert tokenizer.texts_truncated == sum(count > tokenizer.context_length for count in counts)
 
 
 @pytest.mark.parametrize("path", SAMPLINGS, ids=label)
@@ -290,7 +290,7 @@ def test_viclip_preprocessing_agrees(path: Path) -> None:
     tensors = load_file(path)
     for name in (key.removesuffix("_clip_uint8") for key in tensors if key.endswith("_clip_uint8")):
         frames = tensors[f"{name}_clip_uint8"].permute(0, 3, 1, 2) / 255
-        ours = normalise(crop_in_bytes(frames, (224, 224)), CLIP_MEAN, CLIP_STD)
+        ours = normalise(crop_in_bytes(frames, 224), CLIP_MEAN, CLIP_STD)
         assert gap(ours.mean(dim=(2, 3)), tensors[f"{name}_out_mean"]) <= 1e-4
         assert gap(ours.std(dim=(2, 3)), tensors[f"{name}_out_std"]) <= 1e-4
         (key,) = (key for key in tensors if re.fullmatch(rf"{name}_out_every\d+", key))
@@ -303,40 +303,23 @@ def test_viclip_preprocessing_agrees(path: Path) -> None:
 # --- HPSv3
 
 
-def hpsv3_config(weights: Path) -> Hpsv3Config:
+def hpsv3(weights: Path) -> Hpsv3Network:
     sizes = sizes_of(weights)
     text, vision, ids, head = sizes["text"], sizes["vision"], sizes["token_ids"], sizes["head"]
     assert head["key_indices"] == [0, 3, 5]
-    assert head["sizes"][0] == text["hidden_size"] == vision["hidden_size"]
-    return Hpsv3Config(
-        hidden=text["hidden_size"],
-        intermediate=text["intermediate_size"],
-        layers=text["num_hidden_layers"],
-        heads=text["num_attention_heads"],
-        kv_heads=text["num_key_value_heads"],
-        vocab_size=text["vocab_size"],
-        rms_norm_eps=text["rms_norm_eps"],
-        rope_theta=text["rope_theta"],
-        mrope_section=text["mrope_section"],
-        max_position=text["max_position_embeddings"],
-        vision_depth=vision["depth"],
-        vision_width=vision["embed_dim"],
-        vision_heads=vision["num_heads"],
-        vision_mlp_ratio=vision["mlp_ratio"],
-        patch=vision["patch_size"],
-        temporal_patch=vision["temporal_patch_size"],
-        merge=vision["spatial_merge_size"],
-        head_widths=head["sizes"][1:-1],
-        image_token=ids["image_pad"],
-        video_token=ids["video_pad"],
-        vision_start=ids["vision_start"],
-        vision_end=ids["vision_end"],
-        reward_token=ids["reward"],
+    assert head["sizes"] == [text["hidden_size"], 1024, 16, 2]
+    rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta"), "mrope_section": text.pop("mrope_section")}
+    config = Qwen2VLConfig(
+        text_config=text | {"rope_parameters": rope, "bos_token_id": None, "eos_token_id": None},
+        vision_config=vision,
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
     )
-
-
-def hpsv3(weights: Path) -> Hpsv3Network:
-    return load_network(weights, hpsv3_config(weights), torch.float32).eval().requires_grad_(False)
+    network = load_network(weights, config)
+    assert network.reward_token == ids["reward"]
+    return network.eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("weights", HPSV3, ids=label)
@@ -358,9 +341,10 @@ def test_hpsv3_rewards_agree(weights: Path) -> None:
 @pytest.mark.parametrize("path", RESIZINGS, ids=label)
 def test_hpsv3_resizing_agrees(path: Path) -> None:
     rule = json.loads(path.read_text())
-    bounds = {"min_pixels": rule["min_pixels"], "max_pixels": rule["max_pixels"]}
+    assert rule["factor"] == 28
+    assert rule["min_pixels"] == rule["max_pixels"]
     for row in rule["table"]:
-        size = resized_size(*row["input_hw"], factor=rule["factor"], **bounds)
+        size = resized_size(*row["input_hw"], pixels=rule["max_pixels"])
         assert list(size) == row["output_hw"], f"{row['input_hw']}"
         assert size[0] * size[1] // rule["factor"] ** 2 == row["visual_tokens"]
 
@@ -369,12 +353,11 @@ def test_hpsv3_resizing_agrees(path: Path) -> None:
 def test_hpsv3_preprocessing_agrees(path: Path) -> None:
     tensors = load_file(path)
     for name in (key.removesuffix("_image_uint8") for key in tensors if key.endswith("_image_uint8")):
-        patcher = PixelPatcher()
-        picture = tensors[f"{name}_image_uint8"]
-        assert list(patcher.size(*picture.shape[:2])) == tensors[f"{name}_resized_hw"].tolist()
-        pixels, grid = patcher(picture.permute(2, 0, 1)[None])
+        image = tensors[f"{name}_image_uint8"]
+        assert list(resized_size(*image.shape[:2])) == tensors[f"{name}_resized_hw"].tolist()
+        pixels, grid = patches_of(image.permute(2, 0, 1)[None])
         assert grid[0].tolist() == tensors[f"{name}_grid_thw"].tolist()
-        assert len(pixels) == visual_tokens(grid[0].tolist(), patcher.merge) * patcher.merge**2
+        assert len(pixels) == grid[0].prod()
         (key,) = (key for key in tensors if re.fullmatch(rf"{name}_pixel_values_every_\d+(st|nd|rd|th)_row", key))
         assert gap(pixels[:: int(re.findall(r"\d+", key)[-1])], tensors[key]) <= 1e-5
         assert gap(torch.stack([pixels.mean(), pixels.std()]), tensors[f"{name}_pixel_values_mean_std"]) <= 1e-5

@@ -25,7 +25,7 @@ from storymem.film.storyteller import Storyteller
 from storymem.io import FileError, NotFiniteError
 from storymem.media.video import read_image, read_video
 from storymem.memory import MemoryBank, SinkAndRecent
-from storymem.scorers.quality import NoQuality
+from storymem.scorers.scorer import NoQuality
 from storymem.stopping import Stopped
 from storymem.story import Story
 from storymem.wan.shots import OnStep, ShotRequest
@@ -179,7 +179,7 @@ class Broken:
     def embed_images(self, frames: Tensor) -> Tensor:
         return self.inner.embed_images(frames) * self.value
 
-    def score(self, frames: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
+    def score(self, frames: Tensor) -> Tensor:
         return torch.full((len(frames),), self.value)
 
     def to(self, device: Any = None) -> Broken:

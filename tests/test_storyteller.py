@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from storymem.film.modes import parse_resume
 from storymem.media.video import read_video
 from storymem.memory import CharacterFirst, KeyframeSelector, MemoryBank, SinkAndRecent
 from storymem.scorers.aesthetic import AestheticScorer
-from storymem.scorers.quality import NoQuality
+from storymem.scorers.scorer import NoQuality
 from tests.stories import CLIP, FOUR_SHOTS, MODEL, content, picture, story, storyteller
 
 
@@ -88,9 +87,9 @@ def test_frames_are_embedded_once_in_batches_and_scored_lazily(tmp_path: Path) -
 class CountingAesthetic(AestheticScorer):
     """The real scorer, which also writes down how many frames it is asked for at a time."""
 
-    def score(self, frames: torch.Tensor, prompts: Sequence[str] | None = None) -> torch.Tensor:
+    def score(self, frames: torch.Tensor) -> torch.Tensor:
         self.calls = [*getattr(self, "calls", []), len(frames)]
-        return super().score(frames, prompts)
+        return super().score(frames)
 
 
 def test_bad_frames_are_not_remembered(tmp_path: Path) -> None:

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import open_clip
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from storymem.scorers.clip import ClipScorer
+from storymem.scorers.clip import ClipScorer, ClipTokenizer
 from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD, crop_in_bytes, normalise, squash
-from storymem.scorers.texts import ClipTokenizer
+from storymem.scorers.scorer import as_images
 from storymem.scorers.viclip import ViclipScorer, middle_frames
 from storymem.scorers.viclip_network import Viclip, ViclipConfig
 from toyworld.attributes import FRAMES
@@ -74,12 +73,7 @@ def picture_batch(step: int, count: int, start: int = 0) -> tuple[Tensor, list[s
             frame, text = damage(rng, frame, kind), f"{kind.capitalize()}. {text}"
         pictures.append(frame)
         texts.append(text)
-    return as_pictures(np.stack(pictures)), texts, torch.tensor(clean)
-
-
-def as_pictures(frames: npt.NDArray[np.uint8]) -> Tensor:
-    """Frames uint8 [..., H, W, 3] as [..., 3, H, W] in 0..1, as scorers take them."""
-    return torch.from_numpy(frames).movedim(-1, -3).float() / 255
+    return as_images(np.stack(pictures)), texts, torch.tensor(clean)
 
 
 def contrastive_loss(pictures: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
@@ -134,7 +128,7 @@ def train_clip(
     def loss(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         pictures, texts, clean = picture_batch(step, size)
         prepare = squash if step % 2 else crop_in_bytes
-        pixels = normalise(prepare(pictures, (SIDE, SIDE)), CLIP_MEAN, CLIP_STD)
+        pixels = normalise(prepare(pictures, SIDE), CLIP_MEAN, CLIP_STD)
         pairs, damage_loss = training(pixels, tokenizer(texts), clean)
         return pairs + damage_loss, {"pairs": float(pairs.detach()), "damage": float(damage_loss.detach())}
 
@@ -152,7 +146,7 @@ def place_and_time_top1(scorer: ClipScorer, count: int) -> float:
     """Share of held-out frames whose nearest sentence, among those of all the shots, has their place and time."""
     shots = [story(HELD_OUT + i).shots[i % 8] for i in range(count)]
     frames = np.concatenate([render(shot, slice(8, 9)) for shot in shots])
-    scores = scorer.embed_images(as_pictures(frames)) @ scorer.embed_texts([shot.prompt for shot in shots]).T
+    scores = scorer.embed_images(as_images(frames)) @ scorer.embed_texts([shot.prompt for shot in shots]).T
     best = [shots[i] for i in scores.argmax(dim=1).tolist()]
     return float(np.mean([(a.place, a.time) == (b.place, b.time) for a, b in zip(shots, best, strict=True)]))
 
@@ -161,7 +155,7 @@ def save_clip(scorer: ClipScorer, folder: Path) -> None:
     """Write the model as a folder in open_clip's layout, weights in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     write_vocabulary(folder)
-    config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {"mean": list(CLIP_MEAN), "std": list(CLIP_STD)}}
+    config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {"mean": CLIP_MEAN, "std": CLIP_STD}}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     state = {name: value.half().contiguous() for name, value in scorer.network.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
@@ -175,8 +169,8 @@ def train_viclip(run: Run, schedule: Schedule, *, size: int = 32, held_out: int 
 
     def loss(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         pairs = _shots(step, size)
-        clips = as_pictures(np.stack([shot.frames[frames] for shot, _ in pairs]))
-        pixels = normalise(crop_in_bytes(clips.flatten(0, 1), (SIDE, SIDE)), CLIP_MEAN, CLIP_STD)
+        clips = as_images(np.stack([shot.frames[frames] for shot, _ in pairs]))
+        pixels = normalise(crop_in_bytes(clips.flatten(0, 1), SIDE), CLIP_MEAN, CLIP_STD)
         with torch.autocast("cpu", torch.bfloat16):
             seen = network.vision_encoder(pixels.unflatten(0, clips.shape[:2]))
             said = network.text_encoder(tokenizer([text for _, text in pairs]))
@@ -203,7 +197,7 @@ def save_viclip(scorer: ViclipScorer, folder: Path) -> None:
 def clip_top1(scorer: ViclipScorer, count: int) -> float:
     """Share of held-out shots whose nearest sentence has their place, time and action."""
     shots = [story(HELD_OUT + i).shots[i % 8] for i in range(count)]
-    clips = as_pictures(np.stack([shot.frames for shot in shots]))
+    clips = as_images(np.stack([shot.frames for shot in shots]))
     scores = scorer.embed_clips(clips) @ scorer.embed_texts([shot.prompt for shot in shots]).T
     best = [shots[i] for i in scores.argmax(dim=1).tolist()]
     same = [(a.place, a.time, a.action) == (b.place, b.time, b.action) for a, b in zip(shots, best, strict=True)]
@@ -217,7 +211,7 @@ def quality_frames(count: int, start: int) -> tuple[Tensor, Tensor]:
     other = [shot.frames[int(rng.integers(FRAMES))] for shot, _ in _shots(start + 1, count, start)]
     broken = np.stack([damage(rng, frame, DAMAGES[i % len(DAMAGES)]) for i, frame in enumerate(other)])
     labels = torch.cat([torch.ones(count), torch.zeros(count)])
-    return as_pictures(np.concatenate([clean, broken])), labels
+    return as_images(np.concatenate([clean, broken])), labels
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float:

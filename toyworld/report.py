@@ -16,12 +16,13 @@ from PIL import Image
 
 from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.clip import ClipScorer
+from storymem.scorers.scorer import as_images
 from storymem.scorers.viclip import ViclipScorer
 from storymem.wan.lora import load_memory_lora
 from storymem.wan.lora_files import AdapterInfo, open_adapter_file
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from toyworld.attributes import FRAMES, HEIGHT, LOOKS, UNKNOWN, WIDTH, Look, Seen
-from toyworld.contrast import THRESHOLD, as_pictures, auroc, clip_top1, place_and_time_top1, quality_frames
+from toyworld.contrast import THRESHOLD, auroc, clip_top1, place_and_time_top1, quality_frames
 from toyworld.damage import DAMAGES, damage
 from toyworld.reader import read_attributes
 from toyworld.shot_reader import read_shot
@@ -204,7 +205,7 @@ def measure_filter(pipe: WanMemoryToVideoPipeline, weights: Path, count: int, st
     damaged = {kind: np.stack([damage(rng, frame, kind) for frame in made]) for kind in DAMAGES}
 
     def kept(frames: npt.NDArray[np.uint8]) -> float:
-        return float((quality.score(as_pictures(frames)) >= quality.threshold).float().mean())
+        return float((quality.score(as_images(frames)) >= quality.threshold).float().mean())
 
     refused = {kind: 1 - kept(frames) for kind, frames in damaged.items()}
     return {

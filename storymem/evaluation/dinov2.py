@@ -15,9 +15,8 @@ from transformers import Dinov2Config, Dinov2Model
 from storymem.config import STRICT, ConfigError, build_settings
 from storymem.io import FileError, read_json_object
 from storymem.scorers.checkpoint import CheckpointError
-from storymem.scorers.inputs import check_frames
 from storymem.scorers.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalise, squash
-from storymem.scorers.scorer import Scorer, unit
+from storymem.scorers.scorer import Scorer, check_frames, unit
 from storymem.weights import Weights, check_values, listed, locate, read_header
 
 _WEIGHTS_FILE, _CONFIG_FILE = "model.safetensors", "config.json"
@@ -110,7 +109,7 @@ class Dinov2Embedder(Scorer[Dinov2Model]):
         return self._in_batches(check_frames(frames), self._encode, self.dim)
 
     def _encode(self, frames: Tensor) -> Tensor:
-        pixels = squash(frames, (self.resolution, self.resolution))
+        pixels = squash(frames, self.resolution)
         pixels = normalise(pixels, IMAGENET_MEAN, IMAGENET_STD).to(self.dtype)
         return unit(self.network(pixel_values=pixels).pooler_output)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from storymem.scorers.scorer import Origin
+from storymem.scorers.scorer import Origin, as_images
 from storymem.story import Shot, Story
 
 Value = float | None
@@ -132,14 +132,9 @@ def weights_sha256(*networks: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def as_pictures(frames: np.ndarray) -> Tensor:
-    """uint8 [..., H, W, 3] as scorers take it: float32 [..., 3, H, W] in 0..1."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 255
-
-
 def in_chunks(frames: np.ndarray, size: int, run: Callable[[Tensor], Tensor]) -> np.ndarray:
     """``run`` over ``frames`` [N, H, W, 3], ``size`` at a time, so that few are float at once -> float64 [N, ...]."""
-    results = [run(as_pictures(frames[start : start + size])) for start in range(0, len(frames), size)]
+    results = [run(as_images(frames[start : start + size])) for start in range(0, len(frames), size)]
     return torch.cat(results).double().numpy()
 
 

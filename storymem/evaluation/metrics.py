@@ -18,7 +18,6 @@ from storymem.evaluation.metric import (
     Scores,
     Screening,
     Value,
-    as_pictures,
     in_chunks,
     mean,
     reasons_for,
@@ -26,7 +25,7 @@ from storymem.evaluation.metric import (
 )
 from storymem.io import check_finite
 from storymem.scorers.aesthetic import AestheticScorer
-from storymem.scorers.scorer import Origin
+from storymem.scorers.scorer import Origin, as_images
 from storymem.scorers.viclip import ViclipScorer, middle_frames
 from storymem.scorers.viclip_network import VICLIP_L_14
 from storymem.story import Shot, Story
@@ -185,7 +184,7 @@ class ViclipScores(Metric):
             same = [number for number, clip in clips.items() if clip.shape == size]
             for start in range(0, len(same), self.scorer.batch_size):
                 batch = same[start : start + self.scorer.batch_size]
-                embedded = self.scorer.embed_clips(as_pictures(np.stack([clips[number] for number in batch])))
+                embedded = self.scorer.embed_clips(as_images(np.stack([clips[number] for number in batch])))
                 check_finite(embedded, "embeddings of shots")
                 found |= dict(zip(batch, embedded.double().numpy(), strict=True))
         return [found.get(number) for number in range(len(seen))], found.get(-1)

@@ -178,7 +178,7 @@ def _summary(
 
 def missing_weights(nodes: Mapping[str, Mapping[str, Any]]) -> list[MissingWeights]:
     """The published weights that metrics need and that are not on this machine."""
-    from storymem.scorers.sources import scorer_weights
+    from storymem.scorers import scorer_weights
 
     missing = {}
     for weights in (found for node in nodes.values() for target in _targets(node) for found in scorer_weights(target)):

@@ -117,7 +117,7 @@ def _folder(story: Story, settings: GenerateSettings) -> Path:
 
 def build_generator(settings: GenerateSettings) -> WanShotGenerator:
     """What makes the shots; it loads its networks when they are needed."""
-    from storymem.scorers.sources import scorer_bytes
+    from storymem.scorers import scorer_bytes
     from storymem.wan.shots import WanShotGenerator
 
     return WanShotGenerator(
@@ -186,7 +186,7 @@ def _hashes(settings: GenerateSettings) -> dict[str, str]:
 
     Text-to-video is left out: it makes a film's first shot and no other, and a film that is gone on with has that.
     """
-    from storymem.scorers.sources import scorer_weights
+    from storymem.scorers import scorer_weights
     from storymem.wan.sources import required_weights
     from storymem.weights import locate, sample_hash
 

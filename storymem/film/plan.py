@@ -13,7 +13,7 @@ from storymem.film.modes import GIVEN_FRAMES, mode_of
 from storymem.film.progress import format_table
 from storymem.film.settings import GenerateSettings, uses_text_to_video
 from storymem.memory import Keyframe, RecallPolicy
-from storymem.scorers.sources import scorer_bytes, scorer_weights
+from storymem.scorers import scorer_bytes, scorer_weights
 from storymem.story import Story
 from storymem.story.prompts import remarks_on
 from storymem.story.references import reference_remarks

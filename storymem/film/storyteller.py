@@ -52,7 +52,7 @@ from storymem.memory import (
     ids_on_disk,
     reference_id,
 )
-from storymem.scorers.quality import NoQuality, QualityScorer
+from storymem.scorers.scorer import NoQuality, QualityScorer, as_images
 from storymem.story import Shot, Story
 from storymem.wan.settings import Continuity, VideoSettings
 from storymem.wan.shots import OnStep, ShotRequest
@@ -387,7 +387,7 @@ class Storyteller:
         ]
 
     def _embed(self, frames: np.ndarray) -> np.ndarray:
-        return self.embedder.embed_images(as_tensor(frames)).numpy()
+        return self.embedder.embed_images(as_images(frames)).numpy()
 
     def _with_latents(self, bank: MemoryBank, keyframes: list[Keyframe]) -> list[Keyframe]:
         """``keyframes`` with latents; those that had none are encoded now and put back into the bank."""
@@ -406,13 +406,8 @@ class Storyteller:
         return found
 
 
-def as_tensor(frames: np.ndarray) -> Tensor:
-    """uint8 [N, H, W, 3] as scorers take it: float32 [N, 3, H, W] in 0..1."""
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
-
-
 def _score_frame(quality: QualityScorer, frames: np.ndarray, frame: int) -> float:
-    score = quality.score(as_tensor(frames[frame : frame + 1]))
+    score = quality.score(as_images(frames[frame : frame + 1]))
     check_finite(score, f"the quality score of frame {frame}", "check the weights of scorer.quality")
     return score.item()
 

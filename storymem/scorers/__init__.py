@@ -1,13 +1,40 @@
-"""Scorers: pictures, clips and texts become embeddings or scores.
-
-Nothing is imported here, so that a film without a quality filter loads no transformers:
+"""Scorers: images, clips and texts become embeddings or scores.
 
 - `storymem.scorers.clip.ClipScorer`: image and text embeddings (keyframe selection, aesthetics).
 - `storymem.scorers.viclip.ViclipScorer`: clip and text embeddings (prompt following, consistency).
-- `storymem.scorers.quality.QualityScorer`: what a quality filter is; `NoQuality` lets every frame pass.
+- `storymem.scorers.scorer.QualityScorer`: the protocol of a quality filter; `NoQuality` lets every frame pass.
 - `storymem.scorers.aesthetic.AestheticScorer`: LAION aesthetic score, V1 and V2.
 - `storymem.scorers.hpsv3.Hpsv3Scorer`: human preference score, version 3.
 
-One contract for all: pictures are float tensors in 0..1, RGB, [N, 3, H, W] (clips [B, T, 3, H, W]); results
-are float32 on the CPU, one row per picture, clip or text, and an empty input gives an empty result.
+One contract for all: images are float tensors in 0..1, RGB, [N, 3, H, W] (clips [B, T, 3, H, W]); results are float32
+on the CPU, one row per image, clip or text, and an empty input gives an empty result.
+
+This module loads no torch, and no scorer is imported before it is used.
 """
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from storymem.weights import Weights
+
+_LOADS = ".from_pretrained"
+
+
+def scorer_weights(scorer: Mapping[str, Any]) -> list[Weights]:
+    """The published weights that a scorer's ``_target_`` node loads; empty for scorers that load none."""
+    target = str(scorer["_target_"])
+    if not target.endswith(_LOADS):
+        return []
+    module, name = target.removesuffix(_LOADS).rsplit(".", 1)
+    required = getattr(getattr(importlib.import_module(module), name), "required_weights", None)
+    if required is None:  # a user's own scorer
+        return []
+    return required(**{key: value for key, value in scorer.items() if key != "_target_"})
+
+
+def scorer_bytes(*scorers: Mapping[str, Any]) -> int:
+    """Total size of the published weights of scorers; those that come with the package count as nothing."""
+    return int(sum(weights.size_gb for scorer in scorers for weights in scorer_weights(scorer)) * 1e9)

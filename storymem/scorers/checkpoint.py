@@ -1,22 +1,23 @@
-"""Reading checkpoints without running their code, and loading them so that nothing is left to chance."""
+"""Reading checkpoints without running their code, and loading every tensor of them into a network."""
 
 from __future__ import annotations
 
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from storymem.io import FileError, check_regular
-from storymem.weights import check_values, read_header
+from storymem.weights import check_values, listed, read_header
 
-_LISTED = 8  # names written out in a message before "and N more"
+Network = TypeVar("Network", bound=nn.Module)
+
 _POINTER = b"version https://git-lfs"
 _UNPICKLING = (
     *(RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, MemoryError),
@@ -33,14 +34,18 @@ def read_checkpoint(path: Path, *, inside: str | None = None) -> dict[str, Tenso
 
     Args:
         path: of the file.
-        inside: the key under which some files keep the tensors, beside other things.
+        inside: the key under which some files store the tensors, beside other things.
 
     Raises:
         FileNotFoundError, FileError: if there is no such file, it is damaged, or a Git LFS pointer.
         CheckpointError: if it holds something else than tensors by name.
         NotFiniteError: if a tensor holds NaN or infinity.
     """
-    content = _safetensors(path) if path.suffix == ".safetensors" else _pickle(path)
+    if path.suffix == ".safetensors":
+        read_header(path)  # its errors say what is wrong with a file
+        content: Any = load_file(path)
+    else:
+        content = _pickle(path)
     if isinstance(content, dict) and inside is not None and inside in content:
         content = content[inside]
     if not isinstance(content, dict) or not content:
@@ -52,11 +57,6 @@ def read_checkpoint(path: Path, *, inside: str | None = None) -> dict[str, Tenso
     return content
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    read_header(path)  # which names what is wrong
-    return load_file(path)
-
-
 def _pickle(path: Path) -> Any:
     with check_regular(path).open("rb") as opened:
         if opened.read(len(_POINTER)) == _POINTER:
@@ -64,8 +64,8 @@ def _pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except _UNPICKLING as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileError(f"{path} cannot be read as a checkpoint of torch with weights_only=True: {said}") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileError(f"{path} cannot be read as a checkpoint of torch with weights_only=True: {reason}") from None
 
 
 def load_strictly(
@@ -84,30 +84,28 @@ def load_strictly(
     """
     wanted = network.state_dict()
     both = [(name, tensors[name], wanted[name]) for name in wanted if name in tensors]
-    found = {
+    problems = {
         "missing": [name for name in wanted if name not in tensors],
         "unexpected": [name for name in tensors if name not in wanted],
         "misshapen": [
-            f"{name} is {list(theirs.shape)}, should be {list(ours.shape)}"
-            for name, theirs, ours in both
-            if theirs.shape != ours.shape
+            f"{name} is {list(found.shape)}, not {list(ours.shape)}"
+            for name, found, ours in both
+            if found.shape != ours.shape
         ],
-        "not of the right type": [
-            f"{name} is {theirs.dtype}" for name, theirs, ours in both if _kind(theirs) != _kind(ours)
-        ],
+        "of the wrong type": [f"{name} is {found.dtype}" for name, found, ours in both if _kind(found) != _kind(ours)],
     }
-    if any(found.values()):
-        lines = [f"{source} does not fit {type(network).__name__}:"]
-        lines += [f"  {kind}: {_listing(names)}" for kind, names in found.items() if names]
-        raise CheckpointError("\n".join(lines))
+    if any(problems.values()):
+        raise CheckpointError(listed(f"{source} does not fit {type(network).__name__}:", problems))
     network.load_state_dict(dict(tensors), strict=True, assign=assign)
+
+
+def seeded(seed: int, build: Callable[[], Network]) -> Network:
+    """An untrained network, the same for the same ``seed``; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
 
 
 def _kind(tensor: Tensor) -> bool:
     """Whether it holds floating-point numbers that can be computed with as they are (8 bits need scales)."""
     return tensor.is_floating_point() and tensor.element_size() > 1
-
-
-def _listing(names: list[str]) -> str:
-    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + rest

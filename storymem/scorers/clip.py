@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
+import logging
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, Unpack
 
 import open_clip
 import torch
@@ -16,19 +21,90 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from storymem.config import STRICT, ConfigError, build_settings
-from storymem.io import FileError, read_json_object
-from storymem.scorers.checkpoint import load_strictly, read_checkpoint
-from storymem.scorers.inputs import check_frames, check_texts
-from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_PREPROCESSINGS, CLIP_STD, normalise
-from storymem.scorers.scorer import Scorer, unit
-from storymem.scorers.texts import ClipTokenizer
+from storymem.io import FileError, check_regular, read_json_object
+from storymem.scorers.checkpoint import CheckpointError, load_strictly, read_checkpoint, seeded
+from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD, crop, normalise, squash
+from storymem.scorers.scorer import Placement, Scorer, check_frames, check_texts, unit
 from storymem.weights import Weights, locate
 
+logger = logging.getLogger(__name__)
+
+VOCABULARY_FILE = "bpe_vocabulary.txt.gz"  # beside the weights of a network with a vocabulary of its own
+_MAX_VOCABULARY = 16 << 20  # bytes when unpacked; CLIP's own has 3.2 million
 _WEIGHTS_FILE = "open_clip_model.safetensors"
 _CONFIG_FILE = "open_clip_config.json"
 _SIZES_GB = {"ViT-B-32": 0.6, "ViT-B-16": 0.6, "ViT-L-14": 1.7}
-_Width = Annotated[int, Field(ge=1, le=8192)]
-_Count = Annotated[int, Field(ge=1, le=96)]  # of layers and heads
+_PREPROCESSINGS = {"published_selector": squash, "published_aesthetic": crop}
+Width = Annotated[int, Field(ge=1, le=8192)]
+Count = Annotated[int, Field(ge=1, le=96)]  # of layers and heads
+
+
+class ClipTokenizer:
+    """open_clip's byte-pair tokenizer at a fixed context length.
+
+    Args:
+        context_length: a longer text keeps its first tokens and the end-of-text token.
+        vocabulary: a gzipped list of merges; open_clip's own by default.
+
+    Attributes:
+        vocab_size: 512 + merges + 2.
+
+    Raises:
+        FileError: if the vocabulary is damaged.
+    """
+
+    def __init__(self, context_length: int, vocabulary: Path | None = None) -> None:
+        self.context_length = context_length
+        self._tokenizer = _tokenizer(context_length, vocabulary, "" if vocabulary is None else _checked(vocabulary))
+        self.vocab_size: int = self._tokenizer.eot_token_id + 1  # the last; merges written twice count twice
+
+    @classmethod
+    def from_folder(cls, folder: Path, context_length: int, rows: int) -> Self:
+        """The tokenizer of a model's folder: with the vocabulary in it, or CLIP's where there is none.
+
+        Raises:
+            FileError: if the vocabulary is damaged.
+            CheckpointError: if it gives more ids than the model has ``rows`` of embeddings.
+        """
+        path = folder / VOCABULARY_FILE
+        has_own = path.exists()
+        tokenizer = cls(context_length, path if has_own else None)
+        if tokenizer.vocab_size > rows:
+            which = f"its {VOCABULARY_FILE}" if has_own else f"CLIP's vocabulary (it has no {VOCABULARY_FILE})"
+            raise CheckpointError(f"the model in {folder} embeds {rows} tokens, but {which} has {tokenizer.vocab_size}")
+        return tokenizer
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """The number of tokens of each text before truncation, start and end of text included."""
+        return [len(self._tokenizer.encode(text)) + 2 for text in texts]
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Token ids, int64 [N, context_length], padded with 0; warns of texts that are cut."""
+        if cut := sum(count > self.context_length for count in self.token_counts(texts)):
+            logger.warning(
+                "%d of %d texts are longer than %d tokens and were cut", cut, len(texts), self.context_length
+            )
+        return self._tokenizer(list(texts)) if texts else torch.zeros(0, self.context_length, dtype=torch.int64)
+
+
+@cache  # reading the vocabulary takes longer than building a small model
+def _tokenizer(context_length: int, vocabulary: Path | None, content: str) -> open_clip.SimpleTokenizer:
+    """``content`` is the hash of the file, which may change."""
+    bpe = {} if vocabulary is None else {"bpe_path": str(vocabulary)}
+    return open_clip.SimpleTokenizer(**bpe, context_length=context_length)
+
+
+def _checked(vocabulary: Path) -> str:
+    """The hash of a vocabulary that is text of a sensible size, else ``FileError``."""
+    try:
+        with gzip.open(check_regular(vocabulary)) as opened:
+            content = opened.read(_MAX_VOCABULARY + 1)
+        content.decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise FileError(f"{vocabulary} is not a gzipped list of merges in UTF-8: {error}") from None
+    if len(content) > _MAX_VOCABULARY:
+        raise FileError(f"{vocabulary} unpacks to more than {_MAX_VOCABULARY:,} bytes; no vocabulary is so large")
+    return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -37,9 +113,9 @@ class ClipVision:
 
     image_size: Annotated[int, Field(ge=1, le=1024)] = 224
     patch_size: Annotated[int, Field(ge=1, le=256)] = 16
-    width: _Width = 768
-    head_width: _Width = 64
-    layers: _Count = 12
+    width: Width = 768
+    head_width: Width = 64
+    layers: Count = 12
     mlp_ratio: Annotated[float, Field(gt=0, le=16)] = 4.0
 
     def __post_init__(self) -> None:
@@ -55,9 +131,9 @@ class ClipText:
 
     context_length: Annotated[int, Field(ge=3, le=4096)] = 77
     vocab_size: Annotated[int, Field(ge=1, le=1 << 20)] = 49408
-    width: _Width = 512
-    heads: _Count = 8
-    layers: _Count = 12
+    width: Width = 512
+    heads: Count = 8
+    layers: Count = 12
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -66,12 +142,9 @@ class ClipText:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ClipConfig:
-    """A plain CLIP model as open_clip writes it.
+    """A plain CLIP model as open_clip describes it. Other towers are refused: building one may download it."""
 
-    Nothing else that open_clip knows is taken: other towers may be fetched from a hub when they are built.
-    """
-
-    embed_dim: _Width
+    embed_dim: Width
     quick_gelu: bool = False
     vision_cfg: ClipVision
     text_cfg: ClipText
@@ -84,8 +157,8 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         network: an open_clip model.
         preprocessing: ``"published_selector"`` (squash to the input size, bilinear, no antialias, no crop) or
             ``"published_aesthetic"`` (bicubic of the short side without antialias, centre crop, not clamped).
-        mean: normalisation the weights were trained with, one number a channel.
-        std: the same.
+        mean: per channel, of the normalisation that the weights were trained with.
+        std: likewise.
         tokenizer: CLIP's own by default.
         device, dtype, batch_size: see `Scorer`.
     """
@@ -94,23 +167,19 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         self,
         network: open_clip.CLIP,
         *,
-        tokenizer: ClipTokenizer | None = None,
         preprocessing: str = "published_selector",
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
-        batch_size: int = 32,
+        tokenizer: ClipTokenizer | None = None,
+        **placement: Unpack[Placement],
     ) -> None:
-        if preprocessing not in CLIP_PREPROCESSINGS:
-            names = ", ".join(CLIP_PREPROCESSINGS)
-            raise ValueError(f"unknown preprocessing {preprocessing!r}; write one of {names}")
-        super().__init__(network, device=device, dtype=dtype, batch_size=batch_size)
+        if preprocessing not in _PREPROCESSINGS:
+            raise ValueError(f"unknown preprocessing {preprocessing!r}; write one of {', '.join(_PREPROCESSINGS)}")
+        super().__init__(network, **placement)
         self.preprocessing = preprocessing
         self.mean, self.std = _channels("mean", mean), _channels("std", std)
         if min(self.std) <= 0:
             raise ValueError(f"std={list(self.std)}: must be above 0")
-        self.image_size: tuple[int, int] = tuple(network.visual.image_size)
         self.dim: int = network.visual.output_dim
         self.tokenizer = tokenizer or ClipTokenizer(network.context_length)
 
@@ -119,8 +188,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         model: str = "ViT-B-32-quickgelu", pretrained: str = "openai", source: str | None = None, **_: Any
     ) -> list[Weights]:
         """What :meth:`from_pretrained` loads."""
-        tag = _model_and_tag(model, pretrained)[1]
-        owner, name, *file = tag["hf_hub"].strip("/").split("/")
+        owner, name, *file = _model_and_tag(model, pretrained)[1]["hf_hub"].strip("/").split("/")
         weights = Weights(
             name=f"CLIP {model} ({pretrained})",
             source=source or f"{owner}/{name}",
@@ -138,39 +206,29 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         source: str | None = None,
         *,
         preprocessing: str = "published_selector",
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
-        batch_size: int = 32,
+        **placement: Unpack[Placement],
     ) -> Self:
         """Load published weights.
 
         Args:
             model: open_clip's name of the architecture.
-            pretrained: open_clip's tag for who trained the weights; it decides activation and normalisation.
-            source: a local file or folder, or a hub id; by default the repository the tag stands for.
-            preprocessing, device, dtype, batch_size: see the class.
+            pretrained: open_clip's tag of the weights; it decides activation and normalisation.
+            source: a local file or folder, or a hub id; by default the repository of the tag.
+            preprocessing, placement: see the class.
 
         Raises:
-            ValueError: for unknown names, and for a model whose activation is not the one the weights were
-                trained with: OpenAI's load into the plain ``ViT-...`` names and are silently wrong there.
+            ValueError: for unknown names, and for a model whose activation is not the one the weights were trained
+                with: OpenAI's load into the plain ``ViT-...`` names and give wrong embeddings there.
             MissingWeights: if the weights are not on this machine.
             CheckpointError: if the file holds another model.
         """
         config, tag = _model_and_tag(model, pretrained)
-        (weights,) = cls.required_weights(model, pretrained, source)
-        path = locate(weights)
+        path = locate(cls.required_weights(model, pretrained, source)[0])
         beside = path.parent / _CONFIG_FILE
         if beside.is_file():
             _check_activation(model, config, read_json_object(beside).get("model_cfg"), str(beside))
-        scorer = cls(
-            _load(config, path),
-            preprocessing=preprocessing,
-            mean=tag.get("mean") or CLIP_MEAN,
-            std=tag.get("std") or CLIP_STD,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-        )
+        mean, std = tag.get("mean") or CLIP_MEAN, tag.get("std") or CLIP_STD
+        scorer = cls(_load(config, path), preprocessing=preprocessing, mean=mean, std=std, **placement)
         scorer.origin = "published"
         return scorer
 
@@ -180,64 +238,51 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         folder: str | Path,
         *,
         preprocessing: str = "published_selector",
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
-        batch_size: int = 32,
+        **placement: Unpack[Placement],
     ) -> Self:
         """Load a model of any size from a folder in open_clip's own layout.
 
-        It holds ``open_clip_config.json``, that is ``{"model_cfg": ..., "preprocess_cfg": ...}``, and the
-        state dict in ``open_clip_model.safetensors``; for a smaller vocabulary than CLIP's also
-        ``bpe_vocabulary.txt.gz``, as open_clip's ``SimpleTokenizer`` reads it.
+        It holds ``open_clip_config.json``, that is ``{"model_cfg": ..., "preprocess_cfg": ...}``, and the state dict in
+        ``open_clip_model.safetensors``; for another vocabulary than CLIP's also ``bpe_vocabulary.txt.gz``, as
+        open_clip's ``SimpleTokenizer`` reads it.
 
         Raises:
             MissingWeights: if the folder lacks one of the first two files.
             FileError, CheckpointError: if a file is damaged, describes another kind of model, or they do not fit.
         """
-        name = f"CLIP model in {folder}"
-        described = locate(Weights(name=name, source=str(folder), file=_CONFIG_FILE))
-        config, published = _read_config(described)
-        path = locate(Weights(name=name, source=str(folder), file=_WEIGHTS_FILE))
-        network = _load(config, path)
-        return cls(
-            network,
-            tokenizer=ClipTokenizer.from_folder(path.parent, network.context_length, network.vocab_size),
-            preprocessing=preprocessing,
-            mean=published.get("mean", CLIP_MEAN),
-            std=published.get("std", CLIP_STD),
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
+        described, path = (
+            locate(Weights(name=f"CLIP model in {folder}", source=str(folder), file=file))
+            for file in (_CONFIG_FILE, _WEIGHTS_FILE)
         )
+        config, normalisation = _read_config(described)
+        network = _load(config, path)
+        tokenizer = ClipTokenizer.from_folder(path.parent, network.context_length, network.vocab_size)
+        return cls(network, preprocessing=preprocessing, tokenizer=tokenizer, **normalisation, **placement)
 
     @classmethod
     def from_config(
         cls,
-        config: ClipConfig | Mapping[str, Any],
+        config: Mapping[str, Any],
         *,
         seed: int = 0,
         preprocessing: str = "published_selector",
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
-        batch_size: int = 32,
+        **placement: Unpack[Placement],
     ) -> Self:
         """An untrained model of any size, the same for the same ``seed``; for tests and trials only.
 
         Args:
-            config: of the model, as open_clip writes it: ``embed_dim``, ``quick_gelu``, ``vision_cfg``,
-                ``text_cfg``.
+            config: of the model, as open_clip writes it: ``embed_dim``, ``quick_gelu``, ``vision_cfg``, ``text_cfg``.
             seed: of the random weights; the global random state is left as it was.
-            preprocessing, device, dtype, batch_size: see the class.
+            preprocessing, placement: see the class.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = _build(config if isinstance(config, ClipConfig) else _plain_config(config))
-        scorer = cls(network, preprocessing=preprocessing, device=device, dtype=dtype, batch_size=batch_size)
+        plain = json.loads(json.dumps(config, default=dict))  # from OmegaConf's containers too
+        settings = build_settings(ClipConfig, plain)
+        scorer = cls(seeded(seed, lambda: _build(settings)), preprocessing=preprocessing, **placement)
         scorer.origin = "untrained"
         return scorer
 
     def embed_images(self, frames: Tensor) -> Tensor:
-        """Embeddings of pictures.
+        """Embeddings of images.
 
         Args:
             frames: [N, 3, H, W], float in 0..1, RGB, of any size.
@@ -247,6 +292,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
 
         Raises:
             ValueError: for anything else; see `check_frames`.
+            NotFiniteError: if an embedding is NaN or infinite.
         """
         return self._in_batches(check_frames(frames), self._encode_images, self.dim)
 
@@ -256,37 +302,30 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         return self._in_batches(ids, lambda batch: unit(self.network.encode_text(batch)), self.dim)
 
     def _encode_images(self, frames: Tensor) -> Tensor:
-        pixels = CLIP_PREPROCESSINGS[self.preprocessing](frames, self.image_size)
-        pixels = normalise(pixels, self.mean, self.std).to(self.dtype)
-        return unit(self.network.encode_image(pixels))
+        pixels = _PREPROCESSINGS[self.preprocessing](frames, self.network.visual.image_size[0])
+        return unit(self.network.encode_image(normalise(pixels, self.mean, self.std).to(self.dtype)))
 
 
-def _channels(name: str, values: Any) -> tuple[float, ...]:
-    """``values`` as one finite number for each of three channels. Raises ``ValueError``."""
-    if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != 3:
+def _channels(name: str, values: Any) -> list[float]:
+    """``values`` as one finite number for each of three channels; ``ValueError`` for anything else."""
+    numbers = values if isinstance(values, Sequence) and not isinstance(values, str) else []
+    numbers = [float(v) for v in numbers if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
+    if len(numbers) != 3 or len(values) != 3:
         raise ValueError(f"{name}={values!r}: write three numbers")
-    if any(isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in values):
-        raise ValueError(f"{name}={values!r}: write three numbers")
-    return tuple(float(value) for value in values)
+    return numbers
 
 
-def _read_config(path: Path) -> tuple[ClipConfig, Mapping[str, Any]]:
-    """Model and preprocessing of an ``open_clip_config.json``. Raises ``FileError``."""
+def _read_config(path: Path) -> tuple[ClipConfig, dict[str, Any]]:
+    """The model, and mean and std where given, of an ``open_clip_config.json``. Raises ``FileError``."""
     content = read_json_object(path)
     model, preprocess = content.get("model_cfg"), content.get("preprocess_cfg", {})
     if not isinstance(model, dict) or not isinstance(preprocess, dict):
         raise FileError(f"{path}: model_cfg and preprocess_cfg must be JSON objects")
     try:
-        for name in preprocess.keys() & {"mean", "std"}:
-            _channels(name, preprocess[name])
-        return build_settings(ClipConfig, model), preprocess
+        normalisation = {name: _channels(name, preprocess[name]) for name in ("mean", "std") if name in preprocess}
+        return build_settings(ClipConfig, model), normalisation
     except ValueError as error:
         raise FileError(f"{path}: {error}") from None
-
-
-def _plain_config(config: Mapping[str, Any]) -> ClipConfig:
-    """From plain or OmegaConf containers."""
-    return build_settings(ClipConfig, json.loads(json.dumps(config, default=dict)))
 
 
 def _build(config: ClipConfig) -> open_clip.CLIP:
@@ -321,16 +360,15 @@ def _model_and_tag(model: str, pretrained: str) -> tuple[ClipConfig, dict[str, A
     return config, tag
 
 
-def _check_activation(model: str, ours: ClipConfig, theirs: Any, whose: str) -> None:
-    """Raise if the architecture's activation is not the one its weights were trained with."""
-    if not isinstance(theirs, Mapping):
-        raise FileError(f"{whose} does not describe a model: model_cfg must be a JSON object")
-    quick = bool(theirs.get("quick_gelu", False))
-    if ours.quick_gelu == quick:
-        return
-    plain = model.removesuffix("-quickgelu")
-    raise ValueError(
-        f"{whose} were trained with {'QuickGELU' if quick else 'GELU'}, but {model} computes"
-        f" {'GELU' if quick else 'QuickGELU'}: they would load without complaint and give wrong embeddings;"
-        f" write {plain + '-quickgelu' if quick else plain}"
-    )
+def _check_activation(model: str, config: ClipConfig, trained: Any, source: str) -> None:
+    """Raise if the activation of the architecture is not the one that the weights of ``source`` were trained with."""
+    if not isinstance(trained, Mapping):
+        raise FileError(f"{source} does not describe a model: model_cfg must be a JSON object")
+    quick = bool(trained.get("quick_gelu", False))
+    if config.quick_gelu != quick:
+        plain = model.removesuffix("-quickgelu")
+        used, computed = ("QuickGELU", "GELU") if quick else ("GELU", "QuickGELU")
+        raise ValueError(
+            f"{source} were trained with {used}, but {model} computes {computed}: the embeddings would be wrong;"
+            f" write {plain + '-quickgelu' if quick else plain}"
+        )

@@ -1,65 +1,54 @@
-"""HPSv3: human preference score of pictures, by a vision-language model (arXiv 2508.03789)."""
+"""HPSv3: human preference score of images, by a vision-language model (arXiv 2508.03789)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from torchvision.transforms.functional import resize
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2VLImageProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from storymem.config import build_settings
+from storymem.devices import resolve_device
 from storymem.io import FileError, read_text
-from storymem.scorers.hpsv3_inputs import (
-    IMAGE_TOKEN,
-    PIXELS,
-    REWARD_TOKEN,
-    PixelPatcher,
-    assemble_prompt,
-    reduce_as_selector,
-    selector_size,
-    visual_tokens,
-)
-from storymem.scorers.hpsv3_network import (
-    PUBLISHED,
-    Hpsv3Config,
-    Hpsv3Network,
-    cast_backbone,
-    load_network,
-    load_network_in_4_bits,
-)
-from storymem.scorers.inputs import check_frames, check_prompts
+from storymem.scorers.hpsv3_network import PUBLISHED, Hpsv3Network, cast_backbone, in_4_bits, load_network
 from storymem.scorers.preprocessing import to_bytes
-from storymem.scorers.scorer import Scorer, check_threshold, resolve_device, resolve_dtype
+from storymem.scorers.scorer import Placement, Scorer, check_frames, check_threshold
 from storymem.weights import Weights, locate
 
+REWARD_TOKEN = "<|Reward|>"
+IMAGE_TOKEN = "<|image_pad|>"
+PIXELS = 256 * 28 * 28  # the area to which images are resized, up to rounding
+_SELECTOR_MIN_PIXELS = 48 * 28 * 28  # the published selector enlarges smaller frames only
 _PREPROCESSINGS = ("published_selector", "published_hpsv3")
 _TOKENIZER_FILE = "tokenizer.json"
 
 
 class Hpsv3Scorer(Scorer[Hpsv3Network]):
-    """Human preference score of pictures, given a prompt or none; unbounded, about 10 for good generators.
+    """Human preference score of images for an empty prompt; unbounded, about 10 for good generators.
 
     Args:
         network: the network.
         tokenizer: that of Qwen2-VL; the reward token is added to it.
-        threshold: a frame that scores less is of low quality; 3.0 as published with StoryMem, for empty
-            prompts.
-        preprocessing: ``"published_selector"`` (frames are first reduced as StoryMem's selector does, so that
-            480x832 is scored at 364x616; the threshold belongs to it) or ``"published_hpsv3"`` (as the scorer
-            alone does).
-        max_batch_pixels: bound on the pixels, after resizing, that go through the network at once (at least
-            one picture does).
+        threshold: a frame that scores less is of low quality; 3.0 as published with StoryMem.
+        preprocessing: ``"published_selector"`` (frames are first reduced as StoryMem's selector does, so that 480x832
+            is scored at 364x616; the threshold belongs to it) or ``"published_hpsv3"`` (as the scorer alone does).
+        max_batch_pixels: bound on the pixels, after resizing, that go through the network at once (at least one image
+            does).
         device, dtype, batch_size: see `Scorer`. The head computes in float32 whatever ``dtype`` is.
 
     Raises:
         ValueError: if tokenizer and network do not agree on the special tokens.
     """
 
-    name = "hpsv3"
+    pixels = PIXELS
 
     def __init__(
         self,
@@ -74,21 +63,12 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
         batch_size: int = 32,
     ) -> None:
         if preprocessing not in _PREPROCESSINGS:
-            names = ", ".join(_PREPROCESSINGS)
-            raise ValueError(f"unknown preprocessing {preprocessing!r}; write one of {names}")
-        self.config = network.config
-        self._quantised = getattr(network.model, "is_quantized", False)
+            raise ValueError(f"unknown preprocessing {preprocessing!r}; write one of {', '.join(_PREPROCESSINGS)}")
         super().__init__(network, device=device, dtype=dtype, batch_size=batch_size)
         self.threshold = check_threshold(threshold)
         self.preprocessing = preprocessing
         self.max_batch_pixels = max_batch_pixels
-        self.tokenizer = _with_reward_token(tokenizer, self.config)
-        self._patcher = PixelPatcher(
-            patch=self.config.patch,
-            merge=self.config.merge,
-            temporal_patch=self.config.temporal_patch,
-            pixels=self.config.pixels,
-        )
+        self.tokenizer = _with_reward_token(tokenizer, network)
 
     @staticmethod
     def required_weights(
@@ -121,9 +101,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
         threshold: float = 3.0,
         preprocessing: str = "published_selector",
         max_batch_pixels: int = 8 * PIXELS,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "bfloat16",
-        batch_size: int = 32,
+        **placement: Unpack[Placement],
     ) -> Self:
         """Load the published weights.
 
@@ -131,122 +109,118 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
             source: file, folder or hub repository of the checkpoint.
             tokenizer_source: folder or hub repository of Qwen2-VL's tokenizer.
             four_bit: the backbone in 4 bits by bitsandbytes (about 6 GB instead of 17); scores move a little.
-            threshold, preprocessing, max_batch_pixels, device, dtype, batch_size: see the class.
+            threshold, preprocessing, max_batch_pixels, placement: see the class.
 
         Raises:
             MissingWeights: if the weights or the tokenizer are not on this machine.
             FileError, CheckpointError: if a file is damaged or holds something else.
-            ImportError: if ``four_bit`` is asked for and bitsandbytes is not installed.
+            ImportError: if ``four_bit`` is set and bitsandbytes is not installed.
         """
-        path, words = (locate(weights) for weights in cls.required_weights(source, tokenizer_source))
+        path, tokenizer = (locate(weights) for weights in cls.required_weights(source, tokenizer_source))
+        network = load_network(path, PUBLISHED)
         if four_bit:
-            network = load_network_in_4_bits(path, PUBLISHED, resolve_device(device))
-        else:
-            network = load_network(path, PUBLISHED, resolve_dtype(dtype))
+            network = in_4_bits(network, resolve_device(placement.get("device", "cpu"), "device"))
         scorer = cls(
             network,
-            _read_tokenizer(words),
+            _read_tokenizer(tokenizer),
             threshold=threshold,
             preprocessing=preprocessing,
             max_batch_pixels=max_batch_pixels,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
+            **placement,
         )
         scorer.origin = "published"
         return scorer
 
-    @classmethod
-    def from_config(
-        cls,
-        config: Hpsv3Config | Mapping[str, Any],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        seed: int = 0,
-        threshold: float = 3.0,
-        preprocessing: str = "published_selector",
-        max_batch_pixels: int = 8 * PIXELS,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
-        batch_size: int = 32,
-    ) -> Self:
-        """An untrained network of any size, the same for the same ``seed``; for tests and trials only."""
-        sizes = config if isinstance(config, Hpsv3Config) else build_settings(Hpsv3Config, config)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = Hpsv3Network(sizes)
-        scorer = cls(
-            network,
-            tokenizer,
-            threshold=threshold,
-            preprocessing=preprocessing,
-            max_batch_pixels=max_batch_pixels,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-        )
-        scorer.origin = "untrained"
-        return scorer
-
     @torch.no_grad()
-    def score(self, frames: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
-        """Scores of pictures.
+    def score(self, frames: Tensor) -> Tensor:
+        """Scores of images.
 
         Args:
             frames: [N, 3, H, W], float in 0..1, RGB, of any size.
-            prompts: what each picture should show; ``None`` is an empty prompt for each, as the keyframe
-                filter asks.
 
         Returns:
             [N] float32 on the CPU, unbounded, higher is better.
 
         Raises:
             ValueError: for anything else; see `check_frames`.
-            NotFiniteError: if a score is NaN or infinite: every frame would be refused, or pass.
+            NotFiniteError: if a score is NaN or infinite.
         """
-        frames = check_frames(frames)
-        prompts = check_prompts(prompts, len(frames))
-        rows = self._rows_at_once(*frames.shape[-2:])
-        scores = [
-            self._score_batch(frames[start : start + rows], prompts[start : start + rows])
-            for start in range(0, len(frames), rows)
-        ]
-        return self._finite(torch.cat(scores), "scores") if scores else torch.empty(0)
-
-    def _rows_at_once(self, height: int, width: int) -> int:
+        images = to_bytes(check_frames(frames)).cpu()
+        if not len(images):
+            return torch.empty(0)
         if self.preprocessing == "published_selector":
-            height, width = selector_size(height, width)
-        height, width = self._patcher.size(height, width)
-        return max(1, min(self.batch_size, self.max_batch_pixels // (height * width)))
+            images = resize(images, list(selector_size(*images.shape[-2:])), antialias=True)
+        height, width = resized_size(images.shape[-2], images.shape[-1], self.pixels)
+        rows = max(1, min(self.batch_size, self.max_batch_pixels // (height * width)))
+        return self._finite(torch.cat([self._score_batch(batch) for batch in images.split(rows)]), "scores")
 
-    def _score_batch(self, frames: Tensor, prompts: list[str]) -> Tensor:
-        pictures = to_bytes(frames).to(torch.uint8).cpu()
-        if self.preprocessing == "published_selector":
-            pictures = reduce_as_selector(pictures)
-        patches, grids = self._patcher(pictures)
-        tokens = visual_tokens(grids[0].tolist(), self.config.merge)
-        texts = self.tokenizer(
-            [assemble_prompt(prompt, tokens) for prompt in prompts],
-            padding=True,
-            padding_side="right",  # positions count padding too
-            return_tensors="pt",
-        )
-        rewards = self.network(
-            texts["input_ids"].to(self.device),
-            texts["attention_mask"].to(self.device),
-            patches.to(self.device),
-            grids.to(self.device),
-        )
+    def _score_batch(self, images: Tensor) -> Tensor:
+        patches, grids = patches_of(images, self.pixels)
+        text = assemble_prompt("", visual_tokens=len(patches) // len(images) // 4)
+        ids = self.tokenizer([text] * len(images), return_tensors="pt")["input_ids"].to(self.device)
+        rewards = self.network(ids, torch.ones_like(ids), patches.to(self.device), grids.to(self.device))
         return rewards[:, 0].float().cpu()
 
-    def _move(self) -> None:
-        self.network.to(self.device)
-        if not self._quantised:
+    def _cast(self) -> None:
+        if getattr(self.network.model, "is_quantized", False):
+            self.network.rm_head.float()
+        else:
             cast_backbone(self.network, self.dtype)
 
 
+def assemble_prompt(prompt: str, visual_tokens: int = 1) -> str:
+    """The text around ``prompt`` in the published template, with placeholders for ``visual_tokens`` tokens of image."""
+    template = _template()
+    prefix = template["chat_prefix"].replace(IMAGE_TOKEN, IMAGE_TOKEN * visual_tokens)
+    instruction = template["instruction"].replace(template["instruction_placeholder"], prompt)
+    return prefix + instruction + template["suffix"] + template["chat_suffix"]
+
+
+@cache
+def _template() -> dict[str, str]:
+    return json.loads((Path(__file__).parent / "data" / "hpsv3_prompt.json").read_text(encoding="utf-8"))
+
+
+def resized_size(height: int, width: int, pixels: int = PIXELS) -> tuple[int, int]:
+    """Height and width, multiples of 28, of an image resized to about ``pixels`` pixels.
+
+    The rule is not idempotent, for rounding up may exceed the area: 480x832 becomes 336x588, and that 364x616.
+
+    Raises:
+        ValueError: if one side is more than 200 times the other.
+    """
+    return smart_resize(height, width, 28, pixels, pixels)
+
+
+def selector_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width to which the published keyframe selector reduces frames before it scores them."""
+    return smart_resize(height, width, 28, _SELECTOR_MIN_PIXELS, PIXELS)
+
+
+def patches_of(images: Tensor, pixels: int = PIXELS) -> tuple[Tensor, Tensor]:
+    """Images as Qwen2-VL's vision tower takes them: resized (Pillow's bicubic), normalised and cut into patches.
+
+    Args:
+        images: uint8 [N, 3, H, W] on the CPU, N > 0.
+        pixels: see `resized_size`.
+
+    Returns:
+        float32 [patches of all images, 3 * 2 * 14 * 14] and the patch grid [N, 3] of each image; four patches are one
+        visual token.
+    """
+    height, width = resized_size(images.shape[-2], images.shape[-1], pixels)
+    resized = [
+        np.array(Image.fromarray(image.numpy()).resize((width, height), Image.Resampling.BICUBIC))
+        for image in images.permute(0, 2, 3, 1).contiguous()
+    ]
+    cut = Qwen2VLImageProcessor(do_resize=False)(
+        images=list(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)), return_tensors="pt"
+    )
+    return cut["pixel_values"], cut["image_grid_thw"]
+
+
 def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a ``tokenizer.json``; what lies beside it, code included, is not looked at.
+    """The tokenizer in a ``tokenizer.json``; other files beside it, code included, are not read.
 
     Raises:
         FileError: if it is damaged.
@@ -259,14 +233,13 @@ def _read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|endoftext|>")
 
 
-def _with_reward_token(tokenizer: PreTrainedTokenizerBase, config: Hpsv3Config) -> PreTrainedTokenizerBase:
+def _with_reward_token(tokenizer: PreTrainedTokenizerBase, network: Hpsv3Network) -> PreTrainedTokenizerBase:
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-    wanted = {REWARD_TOKEN: config.reward_token, IMAGE_TOKEN: config.image_token}
-    for token, number in wanted.items():
+    for token, wanted in ((REWARD_TOKEN, network.reward_token), (IMAGE_TOKEN, network.config.image_token_id)):
         found = tokenizer.convert_tokens_to_ids(token)
-        if found != number:
+        if found != wanted:
             raise ValueError(
-                f"the tokenizer gives {token} the id {found}, the network expects {number};"
+                f"the tokenizer gives {token} the id {found}, the network expects {wanted};"
                 " use the tokenizer of Qwen/Qwen2-VL-7B-Instruct, without added tokens"
             )
     return tokenizer

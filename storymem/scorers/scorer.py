@@ -1,70 +1,81 @@
-"""What all scorers share: a frozen network, its device and dtype, and giving the memory back."""
+"""What all scorers share: the checks of their input, their settings, and a frozen network in batches on a device."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Generic, Literal, Self, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, Protocol, Self, TypedDict, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from storymem.devices import resolve_device
 from storymem.io import check_finite
 
 Network = TypeVar("Network", bound=nn.Module)
 
-#: Where weights are from: a published checkpoint, somebody's own training, or chance.
 Origin = Literal["published", "own", "untrained"]
+"""Where weights are from: a published checkpoint, the user's own training, or random initialisation."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """A torch device; ``"auto"`` is the accelerator if there is one, else the CPU.
+class QualityScorer(Protocol):
+    """Scores frames. Any class with these members can be the ``_target_`` of ``scorer.quality``.
 
-    Raises:
-        ValueError: for a name that torch does not know.
+    Attributes:
+        threshold: a frame that scores less is of low quality.
     """
-    if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {device!r}; write auto, cpu, cuda or cuda:0") from None
+
+    threshold: float
+
+    def score(self, frames: Tensor) -> Tensor:
+        """[N, 3, H, W] float in 0..1 -> [N] float32 on the CPU."""
+        ...
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the weights, for example off the accelerator between shots."""
+        ...
 
 
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A torch dtype from its name (``"float32"``, ``"bfloat16"``, ``"float16"``) or itself.
+class NoQuality:
+    """No filter: every frame scores 0 against a threshold of 0, and so passes."""
 
-    Raises:
-        ValueError: for any other name.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; write one of {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+    threshold = 0.0
+
+    def score(self, frames: Tensor) -> Tensor:
+        """Zeros [N]."""
+        return torch.zeros(len(check_frames(frames)))
+
+    def to(self, device: str | torch.device) -> Self:
+        """There is nothing to move."""
+        return self
 
 
-def check_threshold(threshold: Any) -> float:
-    """A threshold of quality as a float. Raises ``ValueError`` for what is no number: no frame would pass."""
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
-        raise ValueError(f"threshold={threshold!r}: write a number")
-    return float(threshold)
+class Placement(TypedDict, total=False):
+    """Keyword arguments of every scorer; see `Scorer`."""
+
+    device: str | torch.device
+    dtype: str | torch.dtype
+    batch_size: int
 
 
 class Scorer(Generic[Network]):
-    """A frozen network in eval mode that can be moved and freed.
+    """A frozen network in eval mode.
 
     Attributes:
-        origin: where its weights are from; `from_pretrained` and `from_config` say so.
+        origin: where its weights are from; set by `from_pretrained` and `from_config`.
 
     Args:
         network: the network; it is moved, not copied.
         device: where it runs; ``"auto"``: the accelerator if there is one.
-        dtype: the type its weights and activations have; inputs and results are float32 all the same.
+        dtype: of its weights and activations; inputs and results are float32 all the same.
         batch_size: how many rows go through the network at once.
+
+    Raises:
+        ValueError: for a device that this machine lacks, another dtype, or a batch size below 1.
     """
 
     origin: Origin = "own"
@@ -78,41 +89,24 @@ class Scorer(Generic[Network]):
         batch_size: int = 32,
     ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size!r}")
-        self._network: Network | None = network.eval().requires_grad_(False)
+            raise ValueError(f"batch_size={batch_size!r}: must be 1 or more")
         self.batch_size = batch_size
-        self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype)
-        self._move()
+        self.device = resolve_device(device, "device")
+        self.network = network.eval().requires_grad_(False)
+        self._cast()
+        self.network.to(self.device)
 
-    @property
-    def network(self) -> Network:
-        """The network.
-
-        Raises:
-            RuntimeError: after `free`.
-        """
-        if self._network is None:
-            raise RuntimeError(f"this {type(self).__name__} was freed; build it again to use it")
-        return self._network
-
-    def to(self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Self:
+    def to(self, device: str | torch.device) -> Self:
         """Move the weights, for example ``to("cpu")`` between shots; returns the scorer itself."""
-        was = self.device
-        self.device = self.device if device is None else resolve_device(device)
-        self.dtype = self.dtype if dtype is None else resolve_dtype(dtype)
-        self._move()
-        if was != self.device:
-            _return_memory(was)
+        before, self.device = self.device, resolve_device(device, "device")
+        self.network.to(self.device)
+        if before.type != "cpu" and before != self.device:
+            torch.accelerator.empty_cache()
         return self
 
-    def free(self) -> None:
-        """Drop the weights for good and give accelerator memory back; a second call does nothing."""
-        self._network = None
-        _return_memory(self.device)
-
-    def _move(self) -> None:
-        self.network.to(device=self.device, dtype=self.dtype)
+    def _cast(self) -> None:
+        self.network.to(self.dtype)
 
     @torch.no_grad()
     def _in_batches(self, rows: Tensor, run: Callable[[Tensor], Tensor], width: int) -> Tensor:
@@ -122,15 +116,29 @@ class Scorer(Generic[Network]):
             NotFiniteError: if a result is NaN or infinite.
         """
         results = [run(batch.to(self.device)).float().cpu() for batch in rows.split(self.batch_size) if len(batch)]
-        if not results:
-            return torch.empty(0, width)
-        return self._finite(torch.cat(results), "embeddings")
+        return self._finite(torch.cat(results), "embeddings") if results else torch.empty(0, width)
 
     def _finite(self, results: Tensor, what: str) -> Tensor:
-        """``results``, if they are numbers: an embedding or score that is none must not decide anything."""
+        """``results``; ``NotFiniteError`` for NaN, which no threshold would treat as a fault."""
         narrow = f"{self.dtype} may be too narrow for these weights: try dtype=float32"
         check_finite(results, f"{what} by {type(self).__name__}", "" if self.dtype == torch.float32 else narrow)
         return results
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """``dtype`` itself, or the one named float32, bfloat16 or float16; ``ValueError`` for any other name."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; write one of {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def check_threshold(threshold: Any) -> float:
+    """A threshold of quality as a float; ``ValueError`` unless it is a finite number."""
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
+        raise ValueError(f"threshold={threshold!r}: write a number")
+    return float(threshold)
 
 
 def unit(features: Tensor) -> Tensor:
@@ -138,6 +146,78 @@ def unit(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1)
 
 
-def _return_memory(device: torch.device) -> None:
-    if device.type != "cpu" and torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+def as_images(frames: np.ndarray) -> Tensor:
+    """uint8 [..., H, W, 3] as scorers take it: float32 [..., 3, H, W] in 0..1."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 255
+
+
+# A wrong range or order of axes would give a plausible score, so every input is checked.
+
+
+def check_frames(frames: Tensor) -> Tensor:
+    """Return ``frames`` as float32 [N, 3, H, W] in 0..1 on the device they came from; N may be 0.
+
+    Raises:
+        ValueError: for another number or order of axes, another type, or values outside 0..1.
+    """
+    return _check_images(frames, what="frames", axes="[N, 3, H, W]", channels_first="permute(0, 3, 1, 2)")
+
+
+def check_clips(clips: Tensor) -> Tensor:
+    """Return ``clips`` as float32 [B, T, 3, H, W] in 0..1 on the device they came from; B may be 0, not T.
+
+    Raises:
+        ValueError: as `check_frames`, and for clips without frames.
+    """
+    clips = _check_images(clips, what="clips", axes="[B, T, 3, H, W]", channels_first="permute(0, 1, 4, 2, 3)")
+    if clips.shape[1] == 0:
+        raise ValueError(f"clips have no frames: shape {list(clips.shape)}; give at least one frame per clip")
+    return clips
+
+
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """Return ``texts`` as a list; may be empty.
+
+    Raises:
+        ValueError: for a bare string (its letters would be scored) and for anything that is not a string.
+    """
+    if isinstance(texts, str):
+        raise ValueError(f"texts must be a list of strings; write [{texts!r}]")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"texts[{number}] is {type(text).__name__}, not a string")
+    return list(texts)
+
+
+def _check_images(images: Tensor, *, what: str, axes: str, channels_first: str) -> Tensor:
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"{what} must be a torch tensor {axes}, float in 0..1; got {type(images).__name__}"
+            " (for uint8 numpy frames [..., H, W, 3]: storymem.scorers.scorer.as_images(frames))"
+        )
+    shape = list(images.shape)
+    if images.ndim != axes.count(",") + 1:
+        raise ValueError(f"{what} must have the axes {axes}; got shape {shape}")
+    if shape[-3] != 3:
+        hint = f"; the channels seem to be last: write {what}.{channels_first}" if shape[-1] == 3 else ""
+        raise ValueError(f"{what} must have the axes {axes} with 3 RGB channels; got shape {shape}{hint}")
+    if not images.is_floating_point():
+        raise ValueError(f"{what} must be floating point in 0..1; got {images.dtype}: write {what}.float() / 255")
+    if shape[-1] == 0 or shape[-2] == 0:
+        raise ValueError(f"{what} have no pixels: shape {shape}")
+    if images.numel() > 0:
+        _check_range(images, what)
+    return images.float()
+
+
+def _check_range(images: Tensor, what: str) -> None:
+    low, high = (bound.item() for bound in torch.aminmax(images))
+    if low >= 0.0 and high <= 1.0:
+        return
+    if high > 2.0:
+        hint = f"they are probably 0..255: write {what} / 255"
+    elif low < -0.5:
+        hint = f"they are probably -1..1: write ({what} + 1) / 2"
+    else:
+        hint = f"write {what}.clamp(0, 1), after looking for NaN"
+    raise ValueError(f"{what} must lie in 0..1; got values from {low:g} to {high:g}; {hint}")

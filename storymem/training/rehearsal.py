@@ -17,9 +17,10 @@ from storymem.film.folder import Film
 from storymem.film.generate import build_storyteller
 from storymem.film.progress import Progress
 from storymem.film.settings import GenerateSettings
-from storymem.film.storyteller import Storyteller, as_tensor
+from storymem.film.storyteller import Storyteller
 from storymem.media.images import write_image
 from storymem.media.video import probe, read_video
+from storymem.scorers.scorer import as_images
 from storymem.story import Story, load_story
 from storymem.training.experts import Experts
 from storymem.training.objective import ExpertName
@@ -150,7 +151,7 @@ class Rehearsal:
 
     def _cross_shot(self, film: Film) -> float | None:
         return cross_shot_score(
-            [self.teller.embedder.embed_images(as_tensor(frames)) for frames in _evenly(film, self.frames_per_shot)]
+            [self.teller.embedder.embed_images(as_images(frames)) for frames in _evenly(film, self.frames_per_shot)]
         )
 
 

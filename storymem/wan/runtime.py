@@ -15,29 +15,11 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from storymem.devices import resolve_device
 from storymem.wan.parallel import parallelize
 from storymem.wan.settings import RuntimeSettings
 
 logger = logging.getLogger(__name__)
-
-
-def resolve_device(device: str) -> torch.device:
-    """The torch device that a ``runtime.device`` setting means.
-
-    Raises:
-        ValueError: if this machine or this build of torch has no such device.
-    """
-    if device == "auto":
-        if torch.accelerator.is_available():
-            return torch.device(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
-        return torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-        torch.ones(1, device=chosen).item()  # the device named "meta" has no numbers
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"runtime.device={device} cannot be used here ({reason}); try auto or cpu") from None
-    return torch.device("cpu") if chosen.type == "cpu" else chosen
 
 
 def planned_device(runtime: RuntimeSettings) -> tuple[torch.device, bool]:

@@ -81,7 +81,7 @@ def test_the_method_that_knows_who_is_in_memory_differs_in_its_recall_alone() ->
 
 CHANGES: dict[str, dict[str, Any]] = {
     "ablation_no_selection": {"memory.selector._target_": "storymem.memory.UniformSelector"},
-    "ablation_no_filter": {"scorer.quality._target_": "storymem.scorers.quality.NoQuality"},
+    "ablation_no_filter": {"scorer.quality._target_": "storymem.scorers.scorer.NoQuality"},
     "ablation_no_sink": {"memory.recall.sink": 0, "memory.recall.capacity": 10},
     "ablation_stride_1": {"model.rope_stride": 1},
     "ablation_published_guidance": {"sampler.negative_sees_memory": True},
@@ -202,7 +202,7 @@ def test_methods_of_a_benchmark_keep_its_settings(name: str) -> None:
     assert (generate["model"]["name"], generate["sampler"]["steps"]) == ("toy", 3)
     assert of_method["stbench"]["stories"] == "st_bench/toy"
     assert generate["memory"]["recall"]["sink"] > 0, "another ablation is not kept"
-    filtered = generate["scorer"]["quality"]["_target_"] != "storymem.scorers.quality.NoQuality"
+    filtered = generate["scorer"]["quality"]["_target_"] != "storymem.scorers.scorer.NoQuality"
     assert filtered == (name == "independent")
 
 

@@ -16,9 +16,10 @@ from torch.nn.functional import cosine_similarity
 from transformers import Dinov2Config, Dinov2Model
 
 from storymem.evaluation.dinov2 import Dinov2Embedder
-from storymem.evaluation.metric import Metric, Scores, as_pictures, weights_sha256
+from storymem.evaluation.metric import Metric, Scores, weights_sha256
 from storymem.evaluation.metrics import AestheticQuality, Appearance, ViclipScores
 from storymem.scorers.clip import ClipScorer
+from storymem.scorers.scorer import as_images
 from storymem.scorers.viclip import ViclipScorer
 from storymem.story import Story, load_story
 from storymem.weights import MissingWeights
@@ -62,14 +63,13 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 def clip_of(scorer: ViclipScorer, frames: np.ndarray) -> Tensor:
     """The embedding of a whole clip, from which the scorer chooses its frames itself."""
-    return scorer.embed_clips(as_pictures(frames)[None])[0]
+    return scorer.embed_clips(as_images(frames)[None])[0]
 
 
 def test_aesthetic_quality_is_the_mean_over_frames_then_shots(story: Story) -> None:
     scorer = tiny.aesthetic(batch_size=4)
     per_shot = [
-        math.fsum(scorer.score(as_pictures(frame[None])).item() for frame in video) / len(video) / 10
-        for video in shots()
+        math.fsum(scorer.score(as_images(frame[None])).item() for frame in video) / len(video) / 10 for video in shots()
     ]
     found = scores(AestheticQuality(scorer), story, shots())
     assert found.shots["aesthetic_quality"] == pytest.approx(per_shot, abs=1e-6)
@@ -121,7 +121,7 @@ def test_identity_and_steadiness_are_means_over_pairs_of_frames(story: Story) ->
     found = scores(Appearance(embedder, frames=3), story, shots())
     # The middles of three equal parts of 9, 17 and 12 frames.
     looked_at = [video[list(chosen)] for video, chosen in zip(shots(), [(1, 4, 7), (2, 7, 13), (1, 5, 9)], strict=True)]
-    rows = [[embedder.embed_images(as_pictures(frame[None]))[0] for frame in video] for video in looked_at]
+    rows = [[embedder.embed_images(as_images(frame[None]))[0] for frame in video] for video in looked_at]
     steady = [np.mean([cosine(a, b) for a, b in combinations(video, 2)]) for video in rows]
     ada = [np.mean([cosine(a, b) for a in rows[i] for b in rows[j]]) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert found.shots["intra_shot_consistency"] == pytest.approx(steady, abs=1e-6)
@@ -216,7 +216,7 @@ def test_dinov2_can_take_clips_place(tmp_path: Path, story: Story) -> None:
     network = Dinov2Model(Dinov2Config(**sizes)).eval()
     network.save_pretrained(tmp_path / "dino")
     embedder = Dinov2Embedder.from_pretrained(str(tmp_path / "dino"), resolution=28)
-    embedded = embedder.embed_images(as_pictures(shots()[0]))
+    embedded = embedder.embed_images(as_images(shots()[0]))
     assert embedded.norm(dim=-1).tolist() == pytest.approx([1.0] * 9, abs=1e-5)
     found = scores(Appearance(embedder), story, shots())
     assert 0 < found.columns["identity_consistency"] < 1  # type: ignore[operator]

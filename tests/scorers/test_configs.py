@@ -1,22 +1,23 @@
-"""The scorers' config files: each builds, or says which weights it lacks, and knows no key too many."""
+"""The scorers' config files: each builds, or names the weights that the plan lists for it, and takes no unknown key."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 
+from storymem.scorers import scorer_bytes, scorer_weights
 from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.clip import ClipScorer
-from storymem.scorers.quality import NoQuality
+from storymem.scorers.scorer import NoQuality
 from storymem.scorers.viclip import ViclipScorer
 from storymem.weights import MissingWeights
+from tests.composing import composed
 from tests.scorers.tiny import CONFIGS, pictures
 
-FILES = sorted(CONFIGS.rglob("*.yaml"))
 SELF_SUFFICIENT = {
     "clip/tiny": ClipScorer,
     "viclip/tiny": ViclipScorer,
@@ -26,57 +27,58 @@ SELF_SUFFICIENT = {
     "viclip/toy": ViclipScorer,
     "quality/toy": AestheticScorer,
 }
+PUBLISHED = {"clip/vit-b-32", "viclip/l-14", "viclip/b-16", "quality/hpsv3", "quality/laion-v1", "quality/laion-v2"}
+NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 
 
-def name(path: Path) -> str:
-    return str(path.relative_to(CONFIGS).with_suffix(""))
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def read(path: Path) -> DictConfig:
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
-    return config
+def node(name: str) -> dict[str, Any]:
+    return composed(name=f"scorer/{name}")["scorer"][name.split("/")[0]]
 
 
 def test_the_files_are_there() -> None:
-    assert {name(path) for path in FILES} >= SELF_SUFFICIENT.keys() | {
-        "clip/vit-b-32",
-        "viclip/l-14",
-        "viclip/b-16",
-        "quality/hpsv3",
-        "quality/laion-v1",
-        "quality/laion-v2",
-    }
+    assert set(NAMES) == SELF_SUFFICIENT.keys() | PUBLISHED
 
 
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_config_builds_or_names_the_weights_it_lacks(
-    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    if name(path) in SELF_SUFFICIENT:
-        assert isinstance(instantiate(read(path)), SELF_SUFFICIENT[name(path)])
-    else:
-        with pytest.raises(InstantiationException) as caught:
-            instantiate(read(path))
-        assert isinstance(caught.value.__cause__, MissingWeights)
-
-
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_unknown_keys_are_refused(path: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scorer_builds_or_lacks_the_weights_that_the_plan_lists(name: str) -> None:
+    weights = scorer_weights(node(name))
+    if name in SELF_SUFFICIENT:
+        assert weights == []
+        assert isinstance(instantiate(node(name)), SELF_SUFFICIENT[name])
+        return
     with pytest.raises(InstantiationException) as caught:
-        instantiate(read(path), treshold=1.0)
+        instantiate(node(name))
+    assert isinstance(caught.value.__cause__, MissingWeights)
+    assert str(caught.value.__cause__).startswith(f"{weights[0].name}: {weights[0].source}")
+    assert weights[0].download_command in str(caught.value.__cause__)
+    assert scorer_weights(node(name) | {"source": "./elsewhere"})[0].source == "./elsewhere"
+
+
+@pytest.mark.parametrize("name", sorted(SELF_SUFFICIENT))
+def test_unknown_keys_are_refused(name: str) -> None:
+    with pytest.raises(InstantiationException) as caught:
+        instantiate(node(name), treshold=1.0)
     assert isinstance(caught.value.__cause__, TypeError)
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name == "quality"], ids=name)
-def test_quality_filters_are_interchangeable(path: Path) -> None:
-    if name(path) not in SELF_SUFFICIENT:
-        pytest.skip("needs weights")
-    scorer = instantiate(read(path))
+@pytest.mark.parametrize("name", [name for name in SELF_SUFFICIENT if name.startswith("quality")])
+def test_quality_filters_are_interchangeable(name: str) -> None:
+    scorer = instantiate(node(name)).to("cpu")
     passes = scorer.score(pictures(2, 3, 40, 56)) >= scorer.threshold
     assert passes.shape == (2,)
-    assert passes.all() == (name(path) != "quality/toy"), "the trained filter knows noise when it sees it"
-    assert scorer.name
-    scorer.to("cpu").free()
+    assert passes.all() == (name != "quality/toy"), "the trained filter refuses noise"
+
+
+def test_a_users_own_scorer_lists_no_weights() -> None:
+    assert scorer_weights({"_target_": "pathlib.Path.from_pretrained", "source": "x"}) == []
+
+
+def test_bytes_are_those_of_all_files() -> None:
+    assert scorer_bytes(node("clip/vit-b-32"), node("quality/hpsv3")) == pytest.approx(17.2e9, rel=0.01)
+    assert scorer_bytes(node("clip/tiny"), node("quality/none")) == 0

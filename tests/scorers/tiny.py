@@ -1,4 +1,4 @@
-"""Small, untrained scorers of the real classes, and pictures to show them."""
+"""Small, untrained scorers of the real classes, and images for them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig
 
 from storymem.scorers.aesthetic import AestheticScorer
+from storymem.scorers.checkpoint import seeded
 from storymem.scorers.clip import ClipScorer
 from storymem.scorers.hpsv3 import Hpsv3Scorer
-from storymem.scorers.hpsv3_network import Hpsv3Config
+from storymem.scorers.hpsv3_network import Hpsv3Network
 from storymem.scorers.viclip import ViclipScorer
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "scorer"
@@ -23,54 +24,49 @@ VICLIP_CONFIG: dict[str, Any] = yaml.safe_load((CONFIGS / "viclip" / "tiny.yaml"
 
 # The special tokens of Qwen2-VL in their order; the reward token comes after them.
 QWEN_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
+    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
 ]
 
-HPSV3_CONFIG = Hpsv3Config(
-    hidden=64,
-    intermediate=128,
-    layers=2,
-    heads=2,
-    kv_heads=1,
-    mrope_section=[4, 6, 6],
-    vocab_size=256 + len(QWEN_TOKENS) + 1,
-    max_position=4096,
-    vision_depth=1,
-    vision_width=64,
-    vision_heads=2,
-    vision_mlp_ratio=2,
-    head_widths=[32, 16],
-    vision_start=256 + QWEN_TOKENS.index("<|vision_start|>"),
-    vision_end=256 + QWEN_TOKENS.index("<|vision_end|>"),
-    image_token=256 + QWEN_TOKENS.index("<|image_pad|>"),
-    video_token=256 + QWEN_TOKENS.index("<|video_pad|>"),
-    reward_token=256 + len(QWEN_TOKENS),
-    pixels=16 * 28 * 28,
+HPSV3_CONFIG = Qwen2VLConfig(
+    text_config={
+        "vocab_size": 256 + len(QWEN_TOKENS) + 1,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        "initializer_range": 0.125,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    vision_config={
+        **{"depth": 1, "embed_dim": 64, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2},
+        "initializer_range": 0.125,
+    },
+    image_token_id=256 + QWEN_TOKENS.index("<|image_pad|>"),
+    video_token_id=256 + QWEN_TOKENS.index("<|video_pad|>"),
+    vision_start_token_id=256 + QWEN_TOKENS.index("<|vision_start|>"),
+    vision_end_token_id=256 + QWEN_TOKENS.index("<|vision_end|>"),
 )
 
 
+class TinyHpsv3(Hpsv3Scorer):
+    pixels = 16 * 28 * 28
+
+
 def pictures(*shape: int, seed: int = 0) -> Tensor:
-    """Smooth random pictures in 0..1 that are exact in 8 bits."""
+    """Smooth random images in 0..1 that are exact in 8 bits."""
     noise = torch.rand(*shape[:-2], 6, 8, generator=torch.Generator().manual_seed(seed))
     smooth = torch.nn.functional.interpolate(noise.flatten(0, -4), size=shape[-2:], mode="bilinear")
     return (smooth.reshape(shape) * 255).round() / 255
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Qwen2-VL's kind of tokenizer with no merges: a token a byte, then its special tokens."""
+    """Qwen2-VL's kind of tokenizer with no merges: a token per byte, then its special tokens."""
     alphabet = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -91,5 +87,6 @@ def viclip(**arguments: Any) -> ViclipScorer:
     return ViclipScorer.from_config(VICLIP_CONFIG, **arguments)
 
 
-def hpsv3(**arguments: Any) -> Hpsv3Scorer:
-    return Hpsv3Scorer.from_config(HPSV3_CONFIG, byte_tokenizer(), **arguments)
+def hpsv3(*, seed: int = 0, dtype: str = "float32", **arguments: Any) -> Hpsv3Scorer:
+    network = seeded(seed, lambda: Hpsv3Network(HPSV3_CONFIG))
+    return TinyHpsv3(network, byte_tokenizer(), dtype=dtype, **arguments)

@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from storymem.scorers.aesthetic import AestheticScorer
-from storymem.scorers.clip import ClipScorer
-from storymem.scorers.texts import ClipTokenizer
+from storymem.scorers.clip import ClipScorer, ClipTokenizer
 from storymem.scorers.viclip import ViclipScorer
 from toyworld.contrast import (
     THRESHOLD,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from storymem.scorers.texts import VOCABULARY_FILE
+from storymem.scorers.clip import VOCABULARY_FILE
 from storymem.wan.loading import load_pipeline
 from storymem.wan.settings import RuntimeSettings
 from tests.composing import generate_settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from storymem.scorers.texts import ClipTokenizer
+from storymem.scorers.clip import ClipTokenizer
 from toyworld.vocabulary import VOCABULARY, merges, write_vocabulary
 from toyworld.world import HELD_OUT, story
 

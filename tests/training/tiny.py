@@ -173,7 +173,7 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
             "recall": {"_target_": "storymem.memory.SinkAndRecent", "capacity": 2, "sink": 1},
             "selector": {"_target_": "storymem.memory.KeyframeSelector"},
         },
-        "scorer": {"clip": clip, "quality": {"_target_": "storymem.scorers.quality.NoQuality"}},
+        "scorer": {"clip": clip, "quality": {"_target_": "storymem.scorers.scorer.NoQuality"}},
         "runtime": {"device": "cpu"},
         "steps": 6,
         "seed": 0,
