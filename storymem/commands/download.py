@@ -72,7 +72,7 @@ def download(config: Mapping[str, Any]) -> None:
 
 
 def _needed(settings: DownloadSettings) -> Iterator[Weights]:
-    from storymem.scorers.sources import scorer_weights
+    from storymem.scorers import scorer_weights
     from storymem.wan.sources import required_weights
 
     text_to_video = settings.first_shot != "m2v"
