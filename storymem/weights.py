@@ -1,7 +1,7 @@
-"""Where published weights lie on this machine, and what their files hold; nothing here opens a network connection.
+"""Published weights on this machine: finding them, and reading and checking their files. Never opens a connection.
 
-Large files are fetched by the user, once, with the command that the error message prints: a 100 GB download
-must never begin as the side effect of a typing mistake. Loads no torch.
+Large files are downloaded by the user, once, with the command that the error message prints: a 100 GB download must
+not start as the side effect of a typing mistake. Imports no torch until tensors are read.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,17 +24,18 @@ _SAMPLES = 16  # of a file, and the bytes of each
 _SAMPLE_BYTES = 1 << 16
 _LARGEST = 1e6  # of a weight: the largest in published networks are a few hundred
 _LISTED = 8  # names in an error before the rest is only counted
-_NOT_SAFETENSORS = {
+_PICKLE = "a pickle (.pth, .bin): use the .safetensors file in its place"
+_FORMATS = {  # by their first bytes
     b"version https://git-lfs": "a Git LFS pointer and not the weights themselves: fetch them with git lfs pull",
     b"<": "a web page, of a broken download: fetch the file again",
     b"GGUF": "a GGUF file; for experts in GGUF use model.gguf",
-    b"PK": "a pickle (.pth, .bin): use the .safetensors file in its place",
-    b"\x80": "a pickle (.pth, .bin): use the .safetensors file in its place",
+    b"PK": _PICKLE,
+    b"\x80": _PICKLE,
 }
 
 
 class MissingWeights(FileNotFoundError):
-    """Weights that were asked for are not on this machine; the message says how to get them."""
+    """Weights that are needed are not on this machine; the message contains the command that downloads them."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -41,13 +43,13 @@ class Weights:
     """One set of published weights.
 
     Args:
-        name: what it is, for messages ("ViCLIP-L/14").
-        source: a local file or folder, one that comes with this package ("package:toyworld/weights"), or a Hugging Face
-            repository id ("owner/name").
+        name: for messages ("ViCLIP-L/14").
+        source: a local file or folder, a path in an installed Python package ("package:toyworld/weights"), or a Hugging
+            Face repository id ("owner/name").
         file: a file (or glob pattern) inside the repository; ``None`` means the whole repository.
         size_gb: size of the download in gigabytes (10^9 bytes), for messages.
-        licence: one line on the licence of the weights, for messages; empty if nothing need be said.
-        url: where the file is published, for what is on no hub; the download then goes to ``source``.
+        licence: one line on the licence of the weights, for messages; may be empty.
+        url: of a file that is not on the Hugging Face hub; it is downloaded to ``source``.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Weights:
             return Path(where or package) / inside
         try:
             return Path(self.source).expanduser()
-        except RuntimeError:  # ~somebody who has no home here
+        except RuntimeError:  # ~user, where there is no such user
             return Path(self.source)
 
     @property
@@ -92,50 +94,87 @@ class Weights:
 def locate(weights: Weights) -> Path:
     """The local path of ``weights``: a file if ``weights.file`` names one, else a folder.
 
-    Looks at ``source`` as a path first, then in the local Hugging Face cache.
+    ``source`` is first taken as a path, then searched for in the local Hugging Face cache.
 
     Raises:
         MissingWeights: with the file's name, size, licence note and the exact download command.
-        FileError: if a FIFO or a device lies there, or ``source`` is neither a path nor a repository id.
+        FileError: for a FIFO or a device, or a ``source`` that is neither a path nor a repository id.
     """
     if not weights.source.strip():
         raise FileError(f"{weights.name}: source is empty: give a path or a Hugging Face repository id")
     if weights.file is not None and Path(weights.file).is_absolute():
         raise FileError(f"{weights.name}: file={weights.file} must be relative to source={weights.source}")
-    if weights.is_local:
-        return _locate_on_disk(weights)
+    here = " in the local Hugging Face cache" if not weights.is_local else ""
+    place = weights.path if weights.is_local else _cached(weights)
+    if place is None or not _exists(place):
+        raise _missing(weights, "does not exist" if weights.is_local else f"is not{here}")
+    if not place.is_dir():
+        return check_regular(place)
+    if weights.file is None:
+        _check_shards(weights, place)
+        return place
+    # A folder of the user's may hold the repository, or only the part that is needed, without the folders around it.
+    for pattern in (weights.file, Path(weights.file).name) if weights.is_local else (weights.file,):
+        if "*" not in pattern and _exists(place / pattern):
+            return place / pattern
+        if "*" in pattern and any(place.glob(pattern)):
+            _check_shards(weights, place, pattern)
+            parts = Path(pattern).parts
+            return place.joinpath(*parts[: next(i for i, part in enumerate(parts) if "*" in part)])
+    raise _missing(weights, f"holds no {weights.file}{here}")
+
+
+def _cached(weights: Weights) -> Path | None:
+    """The repository in the local Hugging Face cache; None if it is not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     patterns = None if weights.file is None else [weights.file]
     try:
-        folder = Path(snapshot_download(weights.source, allow_patterns=patterns, local_files_only=True))
+        return Path(snapshot_download(weights.source, allow_patterns=patterns, local_files_only=True))
     except (LocalEntryNotFoundError, FileNotFoundError):
-        raise _missing(weights, "is not in the local Hugging Face cache") from None
+        return None
     except HFValidationError:
         reason = "is neither a path nor a Hugging Face repository id"
         raise FileError(f"{weights.name}: {weights.source} {reason}") from None
-    if weights.file is None:
-        _check_shards(weights, folder)
-        return folder
-    if "*" in weights.file:
-        if not any(folder.glob(weights.file)):
-            raise _missing(weights, f"has no {weights.file} in the local Hugging Face cache")
-        _check_shards(weights, folder, weights.file)
-        return folder / _fixed_part(weights.file)
-    if not (folder / weights.file).is_file():
-        raise _missing(weights, f"has no {weights.file} in the local Hugging Face cache")
-    return folder / weights.file
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _check_shards(weights: Weights, folder: Path, pattern: str = "**/*") -> None:
+    """Raise MissingWeights if an index names files that are absent: the sign of an interrupted download."""
+    for index in sorted(folder.glob(pattern)):
+        if index.name.endswith(".safetensors.index.json"):
+            files = set(read_index(index).values())
+            if absent := sorted(file for file in files if not (index.parent / file).exists()):
+                raise _missing(weights, f"is incomplete: {index.parent.name}/ lacks {', '.join(absent)}")
+
+
+def _missing(weights: Weights, what: str) -> MissingWeights:
+    lines = [f"{weights.name}: {weights.source} {what}."]
+    if weights.file is not None:
+        lines.append(f"  file:     {weights.file}")
+    if weights.size_gb:
+        size = f"{weights.size_gb * 1000:g} MB" if weights.size_gb < 0.1 else f"{weights.size_gb:g} GB"
+        lines.append(f"  size:     {size}")
+    if weights.licence:
+        lines.append(f"  licence:  {weights.licence}")
+    if weights.is_local and not weights.url:
+        lines.append("  Give the path of an existing file or folder, or a Hugging Face repository id.")
+    else:
+        lines += [f"  download: {weights.download_command}", "  or give the path of a local copy."]
+    return MissingWeights("\n".join(lines))
 
 
 def sample_hash(*places: Path) -> str:
-    """Twelve hexadecimal digits that tell whether weights are still the same.
+    """Twelve hexadecimal digits over names, sizes and samples of files, and of all files in folders.
 
-    Names, sizes and samples of all files count, but for Markdown, which only describes them. Reading all of 57 GB at
-    every start would take too long.
-
-    Args:
-        places: files, and folders with all that lies in them.
+    Reading all of 57 GB at every start would take too long. Markdown and lists of known words do not count.
     """
     content = hashlib.sha256()
     for place in places:
@@ -153,7 +192,7 @@ def sample_hash(*places: Path) -> str:
 
 
 class Header(NamedTuple):
-    """What a weights file says of its tensors: shapes and the file's own names of their types, in the file's order."""
+    """Shapes and data types (by the format's own names) of the tensors of a file, in its order, and its metadata."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
@@ -161,7 +200,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: str | Path) -> Header:
-    """The header of a safetensors file; its weights are not read.
+    """The header of a safetensors file; tensors are not read.
 
     Raises:
         FileNotFoundError, FileError: if there is no such file, or it is damaged, incomplete or of another format.
@@ -175,16 +214,34 @@ def read_header(path: str | Path) -> Header:
             shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
             return Header(shapes, {name: found.get_dtype() for name, found in slices.items()}, opened.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise FileError(f"{path} is not a readable safetensors file{_what_instead(path, error)}") from None
+        size = f"its {path.stat().st_size:,} bytes may be a broken download; fetch it again"
+        what = _other_format(path) or f" ({error}): {size}"
+        raise FileError(f"{path} is not a readable safetensors file{what}") from None
 
 
-def _what_instead(path: Path, error: Exception) -> str:
+def read_pickle(path: Path) -> Any:
+    """The content of a file of ``torch.save``: tensors are mapped into CPU memory, code does not run.
+
+    Raises:
+        FileNotFoundError, FileError: if there is no such file, or it is damaged or contains more than plain data.
+    """
+    import torch
+
+    path = check_regular(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch.load documents none; a dozen types were seen on damaged files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = _other_format(path, but=_PICKLE) or (
+            f": it is damaged, or contains more than tensors ({reason}). Use the .safetensors file in its place"
+        )
+        raise FileError(f"{path} is not a readable file of tensors{what}") from None
+
+
+def _other_format(path: Path, *, but: str = "") -> str:
     with path.open("rb") as file:
         start = file.read(64).lstrip()
-    for magic, what in _NOT_SAFETENSORS.items():
-        if start.startswith(magic):
-            return f", but {what}"
-    return f" ({error}): its {path.stat().st_size:,} bytes may be a broken download; fetch it again"
+    return next((f", but {it}" for magic, it in _FORMATS.items() if start.startswith(magic) and it != but), "")
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -195,7 +252,7 @@ def read_index(path: Path) -> dict[str, str]:
     """
     files = read_json_object(path).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
-        raise FileError(f"{path} is not an index of weights: weight_map must say which file holds each tensor")
+        raise FileError(f"{path} is not an index of weights: weight_map must map tensors to files")
     for file in set(files.values()):
         if Path(file).name != file or "\0" in file:
             raise FileError(f"{path} names {file!r}, which is not a file beside it")
@@ -205,40 +262,34 @@ def read_index(path: Path) -> dict[str, str]:
 def check_values(tensors: Iterable[tuple[str, Any]], where: str | Path) -> None:
     """Raise NotFiniteError if a weight is NaN, infinite or too large to be one.
 
-    One pass without a copy: 14 billion weights of 16 bits take about a second.
+    14 billion weights of 16 bits take about a second.
 
     Args:
-        tensors: names and torch tensors; those that are not floating point pass.
+        tensors: names and torch tensors; those that are not floating point are skipped.
         where: the file or folder they were read from.
     """
     for name, tensor in tensors:
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        if tensor.element_size() == 1:  # 8-bit floats, which know no minimum
-            tensor = tensor.float()
+        if tensor.element_size() == 1:
+            tensor = tensor.float()  # 8-bit floats have no aminmax
         low, high = (value.item() for value in tensor.aminmax())  # NaN if any value is
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise NotFiniteError(
-                f"{where}: {name} holds NaN or infinite values as {str(tensor.dtype).removeprefix('torch.')}: the file "
-                "is damaged or its training diverged; fetch it again or use an earlier checkpoint"
-            )
-        if max(-low, high) > _LARGEST:
-            raise NotFiniteError(
-                f"{where}: {name} holds values up to {max(-low, high):.3g}, which no trained network has: the file is "
-                "damaged or its training diverged; fetch it again or use an earlier checkpoint"
-            )
+            problem = f"NaN or infinite values as {str(tensor.dtype).removeprefix('torch.')}"
+        elif max(-low, high) > _LARGEST:
+            problem = f"values up to {max(-low, high):.3g}, which no trained network has"
+        else:
+            continue
+        raise NotFiniteError(
+            f"{where}: {name} holds {problem}: the file is damaged or its training diverged; fetch it again or use an "
+            "earlier checkpoint"
+        )
 
 
-def check_tensors(
-    found: Mapping[str, Sequence[int]],
-    expected: Mapping[str, Sequence[int]],
-    *,
-    where: str,
-    optional: Iterable[str] = (),
-) -> None:
-    """Raise FileError unless a file's tensors are exactly those of a network; ``optional`` ones may be absent."""
+def check_tensors(found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], *, where: str) -> None:
+    """Raise FileError, which begins with ``where``, unless names and shapes are exactly the expected ones."""
     problems = {
-        "missing": sorted(expected.keys() - found.keys() - set(optional)),
+        "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
         "misshapen": [
             f"{name} is {list(found[name])}, not {list(shape)}"
@@ -258,68 +309,3 @@ def listed(title: str, problems: Mapping[str, Sequence[str]]) -> str:
             more = [f"... and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
             lines += [f"  {kind} ({len(names)}):", *(f"    {name}" for name in [*names[:_LISTED], *more])]
     return "\n".join(lines)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
-def _locate_on_disk(weights: Weights) -> Path:
-    path = weights.path
-    if not _exists(path):
-        raise _missing(weights, "does not exist")
-    if not path.is_dir():
-        return check_regular(path)
-    if weights.file is None:
-        _check_shards(weights, path)
-        return path
-    if "*" in weights.file:
-        # A folder downloaded whole, or only the part of it that is needed.
-        for pattern in (weights.file, Path(weights.file).name):
-            if any(path.glob(pattern)):
-                _check_shards(weights, path, pattern)
-                return path / _fixed_part(pattern)
-        raise _missing(weights, f"holds no {weights.file}")
-    if (path / weights.file).exists():
-        return path / weights.file
-    # A folder downloaded or copied flat: the file's own name is enough.
-    if (path / Path(weights.file).name).is_file():
-        return path / Path(weights.file).name
-    raise _missing(weights, f"holds no {weights.file}")
-
-
-def _fixed_part(pattern: str) -> Path:
-    """The folders of a glob pattern before its first wildcard: "a/b*/c" -> "a"."""
-    parts = Path(pattern).parts
-    return Path(*parts[: next(i for i, part in enumerate(parts) if "*" in part)])
-
-
-def _check_shards(weights: Weights, folder: Path, pattern: str = "**/*") -> None:
-    """Raise if an index names shards that are not there: the sign of a download that was broken off."""
-    for index in sorted(folder.glob(pattern)):
-        if not index.name.endswith(".safetensors.index.json"):
-            continue
-        shards = set(read_index(index).values())
-        absent = sorted(shard for shard in shards if not (index.parent / shard).exists())
-        if absent:
-            raise _missing(weights, f"is incomplete: {index.parent.name}/ lacks {', '.join(absent)}")
-
-
-def _missing(weights: Weights, what: str) -> MissingWeights:
-    lines = [f"{weights.name}: {weights.source} {what}."]
-    if weights.file is not None:
-        lines.append(f"  file:     {weights.file}")
-    if weights.size_gb:
-        small = weights.size_gb < 0.1
-        lines.append(f"  size:     {weights.size_gb * (1000 if small else 1):g} {'MB' if small else 'GB'}")
-    if weights.licence:
-        lines.append(f"  licence:  {weights.licence}")
-    if weights.is_local and not weights.url:
-        lines.append("  Give the path of an existing file or folder, or a Hugging Face repository id.")
-    else:
-        lines.append(f"  download: {weights.download_command}")
-        lines.append("  or give the path of a local copy.")
-    return MissingWeights("\n".join(lines))

@@ -36,8 +36,8 @@ from storymem.scorers.scorer import as_images
 from storymem.story import load_story
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import AdapterInfo, Layout, memory_lora_config, read_memory_lora, write_memory_lora
-from storymem.wan.names import experts_of
 from storymem.wan.sources import check_weights
+from storymem.wan.spec import experts_of
 from tests import stories
 from tests.damage import damage, kinds_for
 from tests.training import tiny as runs

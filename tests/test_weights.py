@@ -150,7 +150,7 @@ def test_the_download_command_is_exact(cache: Path, file: str | None, command: s
     assert file is None or f"  file:     {file}\n" in text
     if file is not None:
         download(cache, "something/else.bin")
-        assert f"has no {file} in the local Hugging Face cache" in message(published(file))
+        assert f"holds no {file} in the local Hugging Face cache" in message(published(file))
 
 
 def test_small_sizes_are_told_in_megabytes() -> None:

@@ -19,7 +19,7 @@ from storymem.scorers.clip import ClipScorer
 from storymem.scorers.scorer import as_images
 from storymem.scorers.viclip import ViclipScorer
 from storymem.wan.lora import load_memory_lora
-from storymem.wan.lora_files import AdapterInfo, open_adapter_file
+from storymem.wan.lora_files import LoraFile
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from toyworld.attributes import FRAMES, HEIGHT, LOOKS, UNKNOWN, WIDTH, Look, Seen
 from toyworld.contrast import THRESHOLD, auroc, clip_top1, place_and_time_top1, quality_frames
@@ -219,7 +219,7 @@ def measure_filter(pipe: WanMemoryToVideoPipeline, weights: Path, count: int, st
 
 def memory_mode(adapter: Path) -> str:
     """What an adapter was trained for: joint or cached."""
-    info = AdapterInfo.from_file(open_adapter_file(adapter / "low_noise.safetensors"))
+    info = LoraFile(adapter / "low_noise.safetensors").info
     assert info is not None, "the recipe ships adapters in our own layout"
     return info.memory_attention
 

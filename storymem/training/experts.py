@@ -28,9 +28,9 @@ from storymem.wan.lora import (
     read_memory_lora,
     write_memory_lora,
 )
-from storymem.wan.names import COMPONENTS
 from storymem.wan.runtime import make_current
 from storymem.wan.settings import MemoryMode, ModelSettings
+from storymem.wan.spec import COMPONENTS
 from storymem.wan.transformer import enable_layouts
 from storymem.weights import locate
 

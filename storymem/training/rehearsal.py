@@ -25,11 +25,11 @@ from storymem.story import Story, load_story
 from storymem.training.experts import Experts
 from storymem.training.objective import ExpertName
 from storymem.training.run_settings import CONTINUITY, TrainSettings
-from storymem.wan.names import COMPONENTS
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.settings import RuntimeSettings
 from storymem.wan.shots import WanShotGenerator
+from storymem.wan.spec import COMPONENTS
 
 if TYPE_CHECKING:
     from storymem.training.run_log import RunLog

@@ -429,7 +429,7 @@ class Run:
         """The experts that are needed: those that train, and for sampling the other too."""
         from storymem.training.experts import Experts, add_adapter
         from storymem.wan.loading import load_pipeline
-        from storymem.wan.names import experts_of
+        from storymem.wan.spec import experts_of
 
         settings = self.settings
         trained = settings.trained

@@ -16,7 +16,6 @@ from storymem.wan.acceleration import accelerate, check_acceleration
 from storymem.wan.folders import load_tokenizer, weights_file
 from storymem.wan.gguf import load_gguf_experts
 from storymem.wan.lora import load_memory_lora
-from storymem.wan.names import COMPONENTS, Expert
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.precision import check_precision, lower_precision
 from storymem.wan.presets import settle
@@ -24,6 +23,7 @@ from storymem.wan.runtime import place, resolve_device
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, StepAdapterSettings
 from storymem.wan.sources import adapter_weights, check_text_to_video, check_weights, step_weights_for_text
+from storymem.wan.spec import COMPONENTS, Expert
 from storymem.weights import Weights, check_values, locate
 
 logger = logging.getLogger(__name__)

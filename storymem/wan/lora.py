@@ -1,9 +1,8 @@
 """LoRA adapters of the experts: checked against the networks by header, and loaded at the scale they were trained at.
 
-The memory adapter, which turns Wan2.2-I2V into a memory-to-video model, must fit exactly. Other adapters (such as
-step-distilled ones) may cover any part of the networks; what of their files is not read is reported. PEFT and diffusers
-inject the weights, so what diffusers offers for adapters goes on working: ``set_adapters`` with weights, several
-adapters at once, ``fuse_lora``, ``unload_lora_weights``, ``save_lora_adapter``.
+The memory adapter, which makes Wan2.2-I2V a memory-to-video model, must fit exactly. Other adapters (step-distilled,
+styles) may cover any part of the networks; keys that are not used are reported. PEFT and diffusers inject the weights,
+so ``set_adapters``, ``fuse_lora`` and ``unload_lora_weights`` work as with any adapter.
 """
 
 from __future__ import annotations
@@ -18,27 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from storymem.io import FileError
-from storymem.wan.lora_export import Layout, save_memory_lora, write_memory_lora
 from storymem.wan.lora_files import (
-    PUBLISHED_ALPHA,
-    PUBLISHED_USE_RSLORA,
-    AdapterFile,
+    ADAPTED_LINEARS,
+    PUBLISHED,
     AdapterInfo,
+    Layout,
+    LoraFile,
+    Part,
     expert_named,
-    find_adapter_files,
-    is_scale_number,
-    memory_lora_config,
-    most_common,
-    open_adapter_file,
+    find_lora_files,
+    original_name,
+    parse_key,
     peft_config,
+    scaled,
+    write_memory_lora,
 )
-from storymem.wan.lora_keys import ModuleKeys, adapted_linears, match_keys, parse_key
-from storymem.wan.names import COMPONENTS, Expert, experts_of
+from storymem.wan.spec import COMPONENTS, Expert, experts_of
 from storymem.weights import Weights, listed, locate
 
 __all__ = [
@@ -56,182 +56,317 @@ RELEASED_ADAPTERS = "Kevin-thu/StoryMem"
 _RELEASED_SIZE_GB = 4.9  # two files a sub-folder: 613 million float32 numbers each
 _RELEASED_LICENCE = "CC BY-NC 4.0 (not for commercial use)"
 _RELEASED_PREFIX = "base_model.model."
-_ALPHA_METADATA = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")
-_RANK_METADATA = ("r", "rank", "lora_rank", "ss_network_dim", "network_dim")
+# Adapters of which the low-rank matrices are one part: without the rest they are another function.
+_OTHER_KINDS = re.compile(r"dora_scale|lora_magnitude_vector|hada_w|hada_t|lokr_|oft_|glora|vera_|boft|set_weight")
+
+Parts = dict[str, dict[Part, str]]  # diffusers' name of a module -> part -> key in the file
 
 logger = logging.getLogger(__name__)
 
 
-# --- scale ----------------------------------------------------------------------------------------------------------
+def memory_lora_config(
+    rank: int = PUBLISHED.rank,
+    alpha: float = PUBLISHED.alpha,
+    use_rslora: bool = PUBLISHED.use_rslora,
+    dropout: float = 0.05,
+) -> LoraConfig:
+    """The PEFT configuration of a memory adapter, by default the published one: ten linears in every block."""
+    return LoraConfig(**peft_config({"": rank}, {"": alpha}, use_rslora), lora_dropout=dropout)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraScale:
-    """Alpha of every adapted module, whether rsLoRA divides it by sqrt(rank) in place of rank, and who says so."""
-
-    alphas: Mapping[str, float]
-    use_rslora: bool
-    source: str
-    stated: bool = True
+def adapted_linears(transformer: nn.Module) -> list[str]:
+    """Names of the linears that a memory adapter changes, ten per block."""
+    blocks: Any = transformer.get_submodule("blocks")
+    return [f"blocks.{index}.{inside}" for index in range(len(blocks)) for inside in ADAPTED_LINEARS]
 
 
-def resolve_scale(
-    file: AdapterFile,
-    modules: Mapping[str, ModuleKeys],
-    *,
-    prefix: str,
-    alpha: float | None,
-    use_rslora: bool | None,
-    memory: bool,
-) -> LoraScale:
-    """The scale that a file states; else the caller's; else the published one, or alpha = rank, which is scale 1.
+# --- checking -------------------------------------------------------------------------------------------------------
+
+
+def _targets(transformer: nn.Module) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """The shape of every weight and table of a transformer, with adapters or not, and whether it has a bias."""
+    found: dict[str, tuple[tuple[int, ...], bool]] = {}
+    for name, module in transformer.named_modules():
+        if ".lora_" in name or name.endswith(".base_layer"):
+            continue
+        base: Any = getattr(module, "base_layer", module)
+        table, weight = getattr(base, "scale_shift_table", None), base._parameters.get("weight")
+        if isinstance(table, Tensor):
+            found[f"{name}.scale_shift_table".lstrip(".")] = tuple(table.shape), False
+        if weight is not None:  # quantised weights have another shape
+            shape = (base.out_features, base.in_features) if hasattr(base, "out_features") else tuple(weight.shape)
+            found[name] = shape, getattr(base, "bias", None) is not None
+    return found
+
+
+def _shapes(target: tuple[tuple[int, ...], bool], rank: int, *, strict: bool) -> dict[Part, list[int]]:
+    """The parts that an adapter can have for a module, and their shapes."""
+    (out, *inside), has_bias = target
+    ones = [1] * (len(inside) - 1)  # of a convolution
+    shapes: dict[Part, list[int]] = {"A": [rank, *inside], "B": [out, rank, *ones], "alpha": []}
+    if not strict:
+        shapes["diff"] = [out, *inside]
+    if has_bias and not strict:
+        shapes |= {"bias": [out], "diff_b": [out]}
+    return shapes
+
+
+def _match(file: LoraFile, transformer: nn.Module, component: str | None, *, strict: bool) -> tuple[Parts, list[str]]:
+    """The keys of every module in a file, and the keys that fit no module.
 
     Args:
         file: the file.
-        modules: its modules with A and B.
-        prefix: of the keys of the expert meant, in a file for both.
-        alpha: the caller's.
-        use_rslora: likewise.
-        memory: whether it is a memory adapter: in the released layout these have the published scale.
+        transformer: on any device.
+        component: that of the expert, in a file for both; None: the file is for one expert.
+        strict: whether A and B of every linear of a memory adapter must be there, and nothing else.
 
     Raises:
-        ValueError: if the caller's ``alpha`` or ``use_rslora`` contradicts the file, or what it states is no number.
+        FileError: listing all keys that are missing, given twice, misshapen or (``strict``) unexpected.
     """
-    stated = _stated_scale(file, modules, prefix)
-    if stated is not None:
+    if foreign := [key for key in file.shapes if _OTHER_KINDS.search(key)]:
+        raise FileError(
+            listed(f"{file.path} is not a plain LoRA, the only kind that is supported:", {"found": foreign})
+        )
+    targets, linears = _targets(transformer), adapted_linears(transformer)
+    names = {way: name for name in (linears if strict else targets) for way in (name, original_name(name))}
+    names |= {way.replace(".", "_"): name for way, name in names.items()}
+    parts: Parts = {}
+    missing, unused, twice, misshapen = [], [], [], []
+    for key in file.shapes:
+        read = parse_key(key)
+        if read is not None and component is not None and read.component not in (None, component):
+            continue  # of the other expert
+        if read is None or read.module not in names or component not in (None, read.component):
+            unused.append(key)
+        elif (first := parts.setdefault(names[read.module], {}).setdefault(read.part, key)) != key:
+            twice.append(f"{first} and {key}")
+    for name in linears if strict else ():
+        parts.setdefault(name, {})
+    for name, keys in list(parts.items()):
+        rank = max(1, *file.shapes[keys["A"]][:1]) if "A" in keys else 1
+        right = _shapes(targets[name], rank, strict=strict)
+        unused += [keys.pop(part) for part in list(keys) if part not in right or keys.keys() == {"alpha"}]
+        if strict or keys.keys() & {"A", "B", "bias"}:
+            missing += [f"{original_name(name)}.lora_{part}" for part in ("A", "B") if part not in keys]
+        for part, key in keys.items():
+            shape = list(file.shapes[key])
+            if shape != right[part] and (part, shape) != ("alpha", [1]):
+                misshapen.append(f"{key} is {shape}, not {right[part] or 'one number'}")
+    problems = {
+        "missing": missing,
+        "given twice": twice,
+        "misshapen": misshapen,
+        "unexpected": unused if strict else [],
+    }
+    if any(problems.values()):
+        size = f"{len(linears) // len(ADAPTED_LINEARS)} blocks, {len(linears)} adapted linears"
+        raise FileError(listed(f"{file.path} does not fit this transformer of {size}:", problems))
+    if not any(parts.values()):
+        raise FileError(listed(f"{file.path} contains nothing for this transformer:", {"not used": unused}))
+    return {name: keys for name, keys in parts.items() if keys}, unused
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Alpha of every module with A and B, whether rsLoRA is used, and where this is from."""
+
+    alphas: dict[str, float]
+    use_rslora: bool
+    source: str
+    known: bool = True
+
+
+def _scale(
+    file: LoraFile, lora: Parts, prefix: str, *, alpha: float | None, use_rslora: bool | None, memory: bool
+) -> _Scale:
+    """The scale that a file states; else the caller's; else the published one, or alpha = rank, which is scale 1.
+
+    The published scale is that of memory adapters in the released layout.
+    """
+    if (stated := _stated_scale(file, lora, prefix)) is not None:
         differs = alpha is not None and not all(math.isclose(a, alpha, rel_tol=1e-6) for a in stated.alphas.values())
         if differs or use_rslora not in (None, stated.use_rslora):
-            asked = f"alpha={alpha}, use_rslora={use_rslora}"
-            says = f"alpha={most_common(stated.alphas.values()):g}, use_rslora={stated.use_rslora}"
-            raise ValueError(f"{file.path} states {says}, but {asked} was asked for; leave these arguments out")
+            states = f"alpha={next(iter(stated.alphas.values()), 1):g}, use_rslora={stated.use_rslora}"
+            given = f"alpha={alpha}, use_rslora={use_rslora}"
+            raise ValueError(f"{file.path} states {states}, which contradicts {given}: leave these arguments out")
         return stated
-    released = memory and all(keys.prefix == _RELEASED_PREFIX for keys in modules.values())
+    released = memory and all(parts["A"].startswith(_RELEASED_PREFIX) for parts in lora.values())
     if use_rslora is None:
-        use_rslora = released and PUBLISHED_USE_RSLORA
+        use_rslora = released and PUBLISHED.use_rslora
     if alpha is not None:
-        return LoraScale(alphas=dict.fromkeys(modules, float(alpha)), use_rslora=use_rslora, source="from the settings")
+        return _Scale(dict.fromkeys(lora, float(alpha)), use_rslora, "from the settings")
     if released:
-        return LoraScale(alphas=dict.fromkeys(modules, PUBLISHED_ALPHA), use_rslora=use_rslora, source="as published")
-    return LoraScale(
-        alphas={name: float(keys.rank) for name, keys in modules.items()},
-        use_rslora=use_rslora,
-        source="the file states no alpha, so it is taken to be the rank",
-        stated=False,
-    )
+        return _Scale(dict.fromkeys(lora, PUBLISHED.alpha), use_rslora, "as published")
+    unknown = "the file states no alpha, so it is taken to be the rank"
+    return _Scale(_ranks(file, lora), use_rslora, unknown, known=False)
 
 
-def _stated_scale(file: AdapterFile, modules: Mapping[str, ModuleKeys], prefix: str) -> LoraScale | None:
-    """From alpha tensors (these mean alpha / rank), else a PEFT configuration, our own metadata, or plain metadata."""
-    written = {name: keys.parts["alpha"] for name, keys in modules.items() if "alpha" in keys.parts}
-    if written:
-        numbers = file.tensors(written.values())
-        alphas = {name: float(keys.rank) for name, keys in modules.items()}
-        alphas |= {name: _alpha(numbers[key].item(), f"{file.path}: {key}") for name, key in written.items()}
-        return LoraScale(alphas=alphas, use_rslora=False, source="from its alphas")
-    if (found := file.peft_config(prefix)) is not None:
-        config, where = found
-        if config.get("use_dora") or config.get("peft_type", "LORA") != "LORA":
-            raise FileError(f"{where} is not that of a plain LoRA, the only kind of adapter read")
-        if "lora_alpha" in config:
-            return _peft_scale(config, modules, where)
-    if (info := AdapterInfo.from_file(file)) is not None:
-        alphas = dict.fromkeys(modules, float(info.alpha))
-        return LoraScale(alphas=alphas, use_rslora=info.use_rslora, source="from its metadata")
-    return _plain_scale(file, modules, prefix)
-
-
-def _peft_scale(config: Mapping[str, Any], modules: Mapping[str, ModuleKeys], where: str) -> LoraScale:
-    special, use_rslora = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
-    if not isinstance(special, dict) or not isinstance(use_rslora, bool):
+def _stated_scale(file: LoraFile, lora: Parts, prefix: str) -> _Scale | None:
+    """From alpha tensors, which mean alpha / rank, else from a configuration."""
+    if keys := {name: parts["alpha"] for name, parts in lora.items() if "alpha" in parts}:
+        tensors = file.tensors(keys.values())
+        alphas = {name: _alpha(tensors[key].item(), f"{file.path}: {key}") for name, key in keys.items()}
+        return _Scale(_ranks(file, lora) | alphas, False, "from its alphas")
+    if (found := file.scale_config(prefix)) is None:
+        return None
+    config, where = found
+    patterns, use_rslora = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
+    if not isinstance(patterns, dict) or not isinstance(use_rslora, bool):
         raise FileError(f"{where}: alpha_pattern must be an object, and use_rslora true or false")
     alphas = {}
-    for name, keys in modules.items():
+    for name, parts in lora.items():
+        read = parse_key(parts["A"])
+        assert read is not None
         try:
-            pattern = get_pattern_key(list(special), keys.written)
+            pattern = get_pattern_key(list(patterns), read.module)
         except re.error as error:
-            raise FileError(f"{where}: alpha_pattern holds an invalid expression: {error}") from None
-        alphas[name] = _alpha(special.get(pattern, config["lora_alpha"]), f"{where}: lora_alpha")
-    return LoraScale(alphas=alphas, use_rslora=use_rslora, source=f"from {where}")
+            raise FileError(f"{where}: alpha_pattern contains an invalid expression: {error}") from None
+        alphas[name] = _alpha(patterns.get(pattern, config["lora_alpha"]), f"{where}: lora_alpha")
+    return _Scale(alphas, use_rslora, f"from {where}")
 
 
-def _plain_scale(file: AdapterFile, modules: Mapping[str, ModuleKeys], prefix: str) -> LoraScale | None:
-    """From single entries of the metadata, as trainers write them (``lora_alpha``, ``ss_network_alpha``)."""
-    entries = {key.removeprefix(prefix): value for key, value in file.metadata.items()}
-    key = next((key for key in _ALPHA_METADATA if _parsed(entries.get(key)) is not None), None)
-    if key is None:
-        return None
-    source = f"from its metadata {key}"
-    rank = next((found for name in _RANK_METADATA if (found := _parsed(entries.get(name))) is not None), None)
-    if rank is not None and rank not in {keys.rank for keys in modules.values()}:
-        source += f", which also says rank {rank:g}"
-    alpha = _alpha(_parsed(entries[key]), f"{file.path}, metadata {key}")
-    use_rslora = entries.get("use_rslora", "").lower() in ("true", "1")
-    return LoraScale(alphas=dict.fromkeys(modules, alpha), use_rslora=use_rslora, source=source)
-
-
-def _parsed(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:  # "None", "Dynamic"
-        return None
+def _ranks(file: LoraFile, lora: Parts) -> dict[str, float]:
+    return {name: float(file.shapes[parts["A"]][0]) for name, parts in lora.items()}
 
 
 def _alpha(value: Any, where: str) -> float:
-    if not is_scale_number(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
         raise FileError(f"{where} must be a positive number, not {value!r}")
     return float(value)
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertAdapter:
-    """One expert's adapter, checked against its transformer; its weights are read by :meth:`tensors` only.
+    """One expert's adapter, checked against its transformer.
 
     Attributes:
-        file, keys: where its tensors lie, by diffusers' name of the module.
+        file: of which only the header was read.
+        parts: the keys of its tensors, by diffusers' name of the module.
         config: arguments of ``peft.LoraConfig``.
-        info: what it says about itself.
-        report: what was matched, at what scale, and what was not read: a line for people, and more if keys are unread.
-        as_usual: whether every linear of the blocks was matched, all keys were read, and the scale is stated.
+        info: its description.
+        report: for the user: what was matched, at what scale, and which keys are not used.
+        as_usual: whether all linears of the blocks were matched, all keys are used, and the scale is known.
     """
 
-    file: AdapterFile
-    keys: Mapping[str, ModuleKeys]
+    file: LoraFile
+    parts: Parts
     config: Mapping[str, Any]
     info: AdapterInfo
     report: str
     as_usual: bool
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The low-rank matrices under diffusers' names, ``blocks.0.attn1.to_q.lora_A.weight``, cast if asked.
+        """The low-rank matrices under diffusers' names, ``blocks.0.attn1.to_q.lora_A.weight``, cast to ``dtype``.
 
         Raises:
-            NotFiniteError: if one of them is NaN, infinite or too large to be a weight.
+            NotFiniteError: if one is NaN, infinite or too large to be a weight.
         """
-        lora = {name: keys.parts for name, keys in self.keys.items() if keys.is_lora}
-        names = {parts["A"]: f"{name}.lora_A.weight" for name, parts in lora.items()}
-        names |= {parts["B"]: f"{name}.lora_B.weight" for name, parts in lora.items()}
-        return {names[key]: tensor.to(dtype or tensor.dtype) for key, tensor in self.file.tensors(names).items()}
+        lora = [(name, part) for name, parts in self.parts.items() for part in parts if part in ("A", "B")]
+        tensors = self.file.tensors(self.parts[name][part] for name, part in lora)
+        return {
+            f"{name}.lora_{part}.weight": tensor.to(dtype or tensor.dtype)
+            for (name, part), tensor in zip(lora, tensors.values(), strict=True)
+        }
 
     def differences(self) -> dict[str, Tensor]:
         """What is added to the network's own parameters: ``blocks.0.norm2.weight`` ... -> float32 tensor."""
         found: dict[str, Tensor] = {}
-        for name, keys in self.keys.items():
-            parts = {part: key for part, key in keys.parts.items() if part in ("diff", "diff_b", "bias")}
-            tensors = self.file.tensors(parts.values())
-            for part, key in parts.items():
-                attribute = "weight" if part == "diff" else "bias"
-                parameter = name if name.endswith("scale_shift_table") else f"{name}.{attribute}"
-                value = tensors[key].float() * (self.scale(name) if part == "bias" else 1.0)
+        for name, parts in self.parts.items():
+            alpha = self.config["alpha_pattern"].get(name, self.config["lora_alpha"])
+            rank = self.config["rank_pattern"].get(name, self.config["r"])
+            own = {part: key for part, key in parts.items() if part in ("diff", "diff_b", "bias")}
+            for part, tensor in zip(own, self.file.tensors(own.values()).values(), strict=True):
+                value = tensor.float() * (replace(self.info, alpha=alpha).scale(rank) if part == "bias" else 1.0)
+                suffix = ".weight" if part == "diff" else ".bias"
+                parameter = name if name.endswith("scale_shift_table") else name + suffix
                 found[parameter] = found[parameter] + value if parameter in found else value
         return found
 
-    def scale(self, name: str) -> float:
-        """The factor of B @ A in a module."""
-        alpha = self.config["alpha_pattern"].get(name, self.config["lora_alpha"])
-        return replace(self.info, alpha=alpha).scale(self.keys[name].rank)
+
+def read_memory_lora(
+    transformers: Mapping[Expert, nn.Module],
+    folder_or_repo: str | Path,
+    *,
+    subfolder: str | None = None,
+    alpha: float | None = None,
+    use_rslora: bool | None = None,
+    strict: bool = True,
+) -> dict[Expert, ExpertAdapter]:
+    """Find and check an adapter by its header; see :func:`load_memory_lora`. ``transformers`` may be on meta."""
+    released = str(folder_or_repo) == RELEASED_ADAPTERS
+    weights = Weights(
+        name="memory adapter" if strict else "adapter",
+        source=str(folder_or_repo),
+        file=f"{subfolder}/*" if subfolder else None,
+        size_gb=_RELEASED_SIZE_GB if released and subfolder else 0.0,
+        licence=_RELEASED_LICENCE if released else "",
+    )
+    source = locate(weights)
+    files = {expert: LoraFile(path) for expert, path in find_lora_files(source, list(transformers), weights).items()}
+    shared = len(files) > 1 and len({file.path for file in files.values()}) == 1
+    if shared and not strict and (named := expert_named(source.stem)) is not None:
+        files, shared = {named: files[named]}, False  # the other expert gets no adapter
+    adapters = {}
+    for expert, file in files.items():
+        adapter = _read_expert(file, expert, transformers[expert], shared, alpha, use_rslora, strict)
+        if alone := transformers.keys() - files.keys():
+            report = f"{adapter.report}; nothing for the {alone.pop()} expert"
+            adapter = replace(adapter, as_usual=False, report=report)
+        adapters[expert] = adapter
+    for entry in ("memory_attention", "rope_stride", "conditioning"):
+        values = {adapter.file.path.name: getattr(adapter.info, entry) for adapter in adapters.values()}
+        if len(set(values.values())) > 1:
+            stated = ", ".join(f"{name}: {value!r}" for name, value in values.items())
+            raise ValueError(f"the experts' files belong to different adapters: {entry} differs ({stated})")
+    return adapters
+
+
+def _read_expert(
+    file: LoraFile,
+    expert: Expert,
+    transformer: nn.Module,
+    shared: bool,
+    alpha: float | None,
+    use_rslora: bool | None,
+    strict: bool,
+) -> ExpertAdapter:
+    components = {read.component for read in map(parse_key, file.shapes) if read is not None}
+    if shared and components == {None} and strict:
+        raise ValueError(
+            f"{file.path} does not say which expert its keys are for (they start with neither 'transformer.' nor "
+            "'transformer_2.'), and the pipeline has two; give a folder with one file for each"
+        )
+    component = COMPONENTS[expert] if components != {None} and (shared or len(components) > 1) else None
+    parts, unused = _match(file, transformer, component, strict=strict)
+    lora = {name: keys for name, keys in parts.items() if "A" in keys}
+    prefix = f"{component or next(iter(components), None) or ''}.".lstrip(".")
+    scale = _scale(file, lora, prefix, alpha=alpha, use_rslora=use_rslora, memory=strict)
+    ranks = {name: int(rank) for name, rank in _ranks(file, lora).items()} or {"": 1}
+    config = peft_config(ranks, scale.alphas or {"": 1.0}, scale.use_rslora, ADAPTED_LINEARS if strict else list(lora))
+    described = {"rank": config["r"], "alpha": config["lora_alpha"], "use_rslora": scale.use_rslora}
+    info = replace(file.info or AdapterInfo(), **described)
+    linears = set(adapted_linears(transformer))
+    matched = len(lora.keys() & linears)
+    others = f" and {len(parts) - matched} other modules" if len(parts) > matched else ""
+    both = "; used for both experts" if shared and component is None else ""
+    report = (
+        f"{file.path}: {matched} of {len(linears)} linears of the blocks{others}, scale {info.scale(info.rank):.4g} "
+        f"({scale.source}){both}"
+    )
+    return ExpertAdapter(
+        file=file,
+        parts=parts,
+        config=config,
+        info=info,
+        report=listed(report, {"keys that fit no part of this network, and are not used": sorted(unused)}),
+        as_usual=matched == len(linears) and not unused and scale.known,
+    )
+
+
+# --- loading and saving ---------------------------------------------------------------------------------------------
 
 
 def load_memory_lora(
@@ -248,34 +383,31 @@ def load_memory_lora(
 ) -> AdapterInfo:
     """Load an adapter into the experts of a Wan pipeline, active beside the adapters that already are.
 
-    All files are read and checked before either expert is touched. The weights take the dtype of the linears they
-    adapt. A pipeline with one expert (the other is ``None``) needs that expert's file only.
+    All files are read and checked before an expert is changed. Weights take the dtype of the linears they adapt.
 
     Args:
-        pipe: a diffusers pipeline whose ``transformer`` is the high-noise and ``transformer_2`` the low-noise
-            expert.
-        folder_or_repo: a folder or file in any layout in circulation (see :mod:`storymem.wan.lora_export`, and those
-            of kohya's scripts and DiffSynth), or a Hugging Face id whose files were downloaded before
-            (``Kevin-thu/StoryMem``).
+        pipe: a diffusers pipeline; ``transformer`` is the high-noise and ``transformer_2`` the low-noise expert, of
+            which one may be None.
+        folder_or_repo: a folder or file in one of the layouts of :mod:`storymem.wan.lora_files`, or a Hugging Face id
+            whose files were downloaded before (``Kevin-thu/StoryMem``).
         subfolder: a folder inside it (``Wan2.2-MI2V-A14B``, ``Wan2.2-MM2V-A14B``).
-        adapter_name: the name for ``pipe.set_adapters`` and its kin.
+        adapter_name: the name for ``pipe.set_adapters`` and the like.
         weight: strength, a factor on top of the scale the adapter was trained at; one for both experts, or one each.
         alpha: for files that do not state it; None: the published 128 in the released layout, else the rank.
         use_rslora: likewise; None: the published ``True`` in the released layout, else ``False``.
         strict: whether it is a memory adapter, which must fit exactly. Other adapters may cover any part of the
-            networks and bring differences of their own parameters (``.diff``, ``.diff_b``, ``.diff_m``). These are
-            added to the parameters for good: ``set_adapters`` and ``delete_adapters`` do not change them. What was not
-            read is logged.
+            networks; keys that are not used are logged. Their differences of the networks' own parameters (``.diff``,
+            ``.diff_b``, ``.diff_m``) are added permanently: ``set_adapters`` does not change them.
         experts: those that get it; None: all that the pipeline has.
 
     Returns:
-        What the adapter says about itself; of the high-noise expert where the two differ in rank or scale.
+        The adapter's description; of the high-noise expert where the two differ in rank or scale.
 
     Raises:
         MissingWeights: if the adapter, or the file of one expert, is not on this machine.
         NotFiniteError: for weights that are NaN, infinite or too large.
-        ValueError: if a key is missing, unexpected or misshapen; if the file contradicts ``alpha`` or
-            ``use_rslora``; if ``adapter_name`` is taken, or other adapters are fused.
+        ValueError: for a file that does not fit or contradicts ``alpha`` or ``use_rslora``; if ``adapter_name`` is
+            taken, or other adapters are fused.
     """
     transformers = {name: it for name, it in experts_of(pipe).items() if experts is None or name in experts}
     for expert, transformer in transformers.items():
@@ -287,111 +419,12 @@ def load_memory_lora(
     differences = {expert: adapter.differences() for expert, adapter in adapters.items()}
     for expert, adapter in adapters.items():
         if not adapter.as_usual:
-            _say_once(adapter.report)
+            _warn_once(adapter.report)
         strength = weight[expert] if isinstance(weight, Mapping) else weight
         if matrices[expert]:
             _inject(pipe, transformers[expert], matrices[expert], adapter.config, adapter_name, strength)
         _add(transformers[expert], differences[expert], strength)
     return next(iter(adapters.values())).info
-
-
-def read_memory_lora(
-    transformers: Mapping[Expert, nn.Module],
-    folder_or_repo: str | Path,
-    *,
-    subfolder: str | None = None,
-    alpha: float | None = None,
-    use_rslora: bool | None = None,
-    strict: bool = True,
-) -> dict[Expert, ExpertAdapter]:
-    """Find, open and check an adapter without loading its weights; see :func:`load_memory_lora`.
-
-    ``transformers`` may be on the meta device.
-    """
-    released = str(folder_or_repo) == RELEASED_ADAPTERS
-    weights = Weights(
-        name="memory adapter" if strict else "adapter",
-        source=str(folder_or_repo),
-        file=f"{subfolder}/*" if subfolder else None,
-        size_gb=_RELEASED_SIZE_GB if released and subfolder else 0.0,
-        licence=_RELEASED_LICENCE if released else "",
-    )
-    source = locate(weights)
-    files = find_adapter_files(source, list(transformers), weights)
-    one_file = len(files) > 1 and len(set(files.values())) == 1
-    if one_file and not strict and (named := expert_named(source.stem)) is not None:
-        files, one_file = {named: source}, False  # the other expert gets no adapter
-    adapters = {
-        expert: _read_expert(
-            path, expert, transformers[expert], one_file=one_file, alpha=alpha, use_rslora=use_rslora, strict=strict
-        )
-        for expert, path in files.items()
-    }
-    if alone := transformers.keys() - adapters.keys():
-        adapters = {
-            expert: replace(adapter, as_usual=False, report=f"{adapter.report}; nothing for the {alone.pop()} expert")
-            for expert, adapter in adapters.items()
-        }
-    _check_one_adapter(adapters)
-    return adapters
-
-
-def _read_expert(
-    path: Path,
-    expert: Expert,
-    transformer: nn.Module,
-    *,
-    one_file: bool,
-    alpha: float | None,
-    use_rslora: bool | None,
-    strict: bool,
-) -> ExpertAdapter:
-    file = open_adapter_file(path)
-    components = {read.component for read in map(parse_key, file.shapes) if read is not None}
-    if one_file and components == {None} and strict:
-        raise ValueError(
-            f"{path} does not say which expert its keys are for (they start with neither 'transformer.' nor "
-            "'transformer_2.'), and the pipeline has two; give a folder with one file for each"
-        )
-    component = COMPONENTS[expert] if components != {None} and (one_file or len(components) > 1) else None
-    modules, unread = match_keys(file.shapes, transformer, where=str(path), component=component, strict=strict)
-    lora = {name: keys for name, keys in modules.items() if keys.is_lora}
-    of_expert = component or next(iter(components), None)
-    prefix = f"{of_expert}." if of_expert else ""
-    scale = resolve_scale(file, lora, prefix=prefix, alpha=alpha, use_rslora=use_rslora, memory=strict)
-    ranks = {name: keys.rank for name, keys in lora.items()} or {"": 1}
-    config = peft_config(ranks, scale.alphas or {"": 1.0}, scale.use_rslora, () if strict else list(lora))
-    info = replace(
-        AdapterInfo.from_file(file) or AdapterInfo(),
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        use_rslora=scale.use_rslora,
-    )
-    linears = adapted_linears(transformer)
-    matched = len(lora.keys() & set(linears))
-    others = f" and {len(modules) - matched} other modules" if len(modules) > matched else ""
-    both = "; used for both experts" if one_file and component is None else ""
-    report = (
-        f"{path}: {matched} of {len(linears)} linears of the blocks{others}, scale {info.scale(info.rank):.4g} "
-        f"({scale.source}){both}"
-    )
-    return ExpertAdapter(
-        file=file,
-        keys=modules,
-        config=config,
-        info=info,
-        report=listed(report, {"keys that are for no part of this network, and not read": sorted(unread)}),
-        as_usual=matched == len(linears) and not unread and scale.stated,
-    )
-
-
-def _check_one_adapter(adapters: Mapping[Expert, ExpertAdapter]) -> None:
-    """Two experts trained for different memory modes, strides or conditionings are not one adapter."""
-    for entry in ("memory_attention", "rope_stride", "conditioning"):
-        values = {adapter.file.path: getattr(adapter.info, entry) for adapter in adapters.values()}
-        if len(set(values.values())) > 1:
-            says = ", ".join(f"{path.name} says {value!r}" for path, value in values.items())
-            raise ValueError(f"the experts' files belong to different adapters: {entry} is not the same: {says}")
 
 
 def _check_can_load(transformer: Any, component: str, adapter_name: str) -> None:
@@ -402,7 +435,7 @@ def _check_can_load(transformer: Any, component: str, adapter_name: str) -> None
             f"{component} already has an adapter called {adapter_name!r}; choose another adapter_name, "
             f"or remove it first with pipe.delete_adapters({adapter_name!r})"
         )
-    # PEFT runs a layer with fused adapters as its bare weight: a new adapter would have no effect, silently.
+    # PEFT runs a layer with fused adapters as its bare weight: a new adapter would have no effect.
     if any(isinstance(layer, LoraLayer) and layer.merged for layer in transformer.modules()):
         raise ValueError(f"{component} has fused adapters; call pipe.unfuse_lora() before loading another")
 
@@ -414,22 +447,11 @@ def _whole_dtype(transformer: Any) -> torch.dtype | None:
 
 
 def _inject(
-    pipe: Any,
-    transformer: Any,
-    state: dict[str, Tensor],
-    config: Mapping[str, Any],
-    adapter_name: str,
-    weight: float,
+    pipe: Any, transformer: Any, state: dict[str, Tensor], config: Mapping[str, Any], adapter_name: str, weight: float
 ) -> None:
     active = transformer.active_adapters() if getattr(transformer, "peft_config", None) else []
-    active = [active] if isinstance(active, str) else list(active)
     transformer.load_lora_adapter(
-        state,
-        prefix=None,
-        adapter_name=adapter_name,
-        metadata=dict(config),
-        low_cpu_mem_usage=True,
-        _pipeline=pipe,
+        state, prefix=None, adapter_name=adapter_name, metadata=dict(config), low_cpu_mem_usage=True, _pipeline=pipe
     )
     transformer.set_adapter([*active, adapter_name])
     for layer in transformer.modules():
@@ -438,10 +460,10 @@ def _inject(
 
 
 def _add(transformer: nn.Module, differences: Mapping[str, Tensor], weight: float) -> None:
-    """Add differences to a transformer's own parameters, whether its linears carry adapters or not."""
+    """Add differences to a transformer's own parameters, whether its linears have adapters or not."""
     for name, difference in differences.items():
-        of, _, attribute = name.rpartition(".")
-        module = transformer.get_submodule(of)
+        owner, _, attribute = name.rpartition(".")
+        module = transformer.get_submodule(owner)
         parameter = getattr(getattr(module, "base_layer", module), attribute)
         if not parameter.is_floating_point():
             raise ValueError(f"the adapter changes {name}, which is quantised here: use networks in 16 or 32 bits")
@@ -450,5 +472,55 @@ def _add(transformer: nn.Module, differences: Mapping[str, Tensor], weight: floa
 
 
 @cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     logger.warning(message)
+
+
+def save_memory_lora(
+    pipe_or_transformers: Any,
+    folder: str | Path,
+    *,
+    layout: Layout = "storymem",
+    adapter_name: str = "memory",
+    metadata: AdapterInfo | None = None,
+) -> list[Path]:
+    """Save a memory adapter from the transformers it is loaded or trained in, without the weight of ``set_adapters``.
+
+    Args:
+        pipe_or_transformers: a pipeline, or ``{"high_noise": transformer, "low_noise": transformer}`` (or one
+            of them).
+        folder: created if absent. Keep one layout per folder, so that loading need not choose.
+        layout: see :mod:`storymem.wan.lora_files`.
+        adapter_name: the adapter's name in the transformers.
+        metadata: memory mode, RoPE stride, conditioning and notes; rank, alpha and rsLoRA are those of the weights.
+
+    Returns:
+        The safetensors files written.
+
+    Raises:
+        ValueError: if a transformer has no such adapter, or one that differs from :func:`memory_lora_config`.
+    """
+    given = isinstance(pipe_or_transformers, Mapping)
+    transformers: Mapping[Expert, Any] = pipe_or_transformers if given else experts_of(pipe_or_transformers)
+    states: dict[Expert, dict[str, Tensor]] = {}
+    info = metadata or AdapterInfo()
+    for expert, transformer in transformers.items():
+        configs = getattr(transformer, "peft_config", {})
+        if adapter_name not in configs:
+            have = ", ".join(configs) or "none"
+            raise ValueError(f"{COMPONENTS[expert]} has no adapter called {adapter_name!r}; it has: {have}")
+        if not states:
+            config = configs[adapter_name]
+            info = replace(info, rank=config.r, alpha=float(config.lora_alpha), use_rslora=config.use_rslora)
+        state = get_peft_model_state_dict(transformer, adapter_name=adapter_name, save_embedding_layers=False)
+        linears = adapted_linears(transformer)
+        if strange := sorted(state.keys() ^ {f"{name}.lora_{part}.weight" for name in linears for part in "AB"}):
+            title = f"adapter {adapter_name!r} of {COMPONENTS[expert]} is not one of memory_lora_config():"
+            raise ValueError(listed(title, {"missing or unexpected": strange}))
+        for name in linears:  # B absorbs the difference between the scales of this module and of most
+            layer, key = transformer.get_submodule(name), f"{name}.lora_B.weight"
+            rank, alpha = layer.r[adapter_name], float(layer.lora_alpha[adapter_name])
+            own = replace(info, alpha=alpha, use_rslora=bool(layer.use_rslora.get(adapter_name, False)))
+            state[key] = scaled(state[key], own.scale(rank) / info.scale(rank))
+        states[expert] = state
+    return write_memory_lora(states, folder, info=info, layout=layout)

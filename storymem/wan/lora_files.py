@@ -1,182 +1,255 @@
-"""LoRA files on disk: which belongs to which expert, what one says of itself, and opening it without its weights."""
+"""LoRA files: which file is for which expert, what a key stands for, what a file states about itself, and writing.
+
+Every layout in circulation names the same modules in its own way:
+
+=========  =======================================  ==========================================================
+layout     files written                            a key
+=========  =======================================  ==========================================================
+storymem   {high,low}_noise.safetensors             blocks.0.attn1.to_q.lora_A.weight
+released   backbone_{high,low}_noise.safetensors    base_model.model.blocks.0.self_attn.q.lora_A.weight
+diffusers  pytorch_lora_weights.safetensors         transformer.blocks.0.attn1.to_q.lora_A.weight
+comfyui    memory_{high,low}_noise.safetensors      diffusion_model.blocks.0.self_attn.q.lora_down.weight
+kohya      (read only)                              lora_unet_blocks_0_self_attn_q.lora_down.weight
+DiffSynth  (read only)                              pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
+=========  =======================================  ==========================================================
+
+``storymem`` and ``diffusers`` store A and B as trained, and alpha and rsLoRA in the metadata. Readers of ``released``
+ignore metadata and take alpha = rank with rsLoRA, so B is rescaled to that, and each file is also written as ``.pth``,
+which the published code opens. ComfyUI knows alpha / rank only, so its alpha is chosen to give the true scale.
+
+diffusers reads the first and the third with ``load_lora_adapter`` of each transformer (``prefix=None`` and
+``prefix="transformer_2"``). Its converters of other layouts are not used here: they drop ``.diff`` of norms, and fail
+where a linear has no adapter.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
-import struct
-import zipfile
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
+from dataclasses import asdict, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
-from peft import LoraConfig
+from pydantic.dataclasses import dataclass
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from storymem.io import FileError, check_regular, parse_json, read_json_object
-from storymem.wan.names import ADAPTED_LINEARS, COMPONENTS, Expert
+from storymem.config import STRICT, ConfigError, build_settings, check_bounds
+from storymem.io import FileError, check_regular, parse_json, read_json_object, replacing
 from storymem.wan.settings import MemoryMode
-from storymem.weights import MissingWeights, Weights, check_values, read_header
+from storymem.wan.spec import COMPONENTS, Expert
+from storymem.weights import MissingWeights, Weights, check_values, read_header, read_pickle
 
-#: The published training configuration, which the released files do not carry.
-PUBLISHED_RANK = 128
-PUBLISHED_ALPHA = 128.0
-PUBLISHED_USE_RSLORA = True
+Layout = Literal["storymem", "released", "diffusers", "comfyui"]
+Part = Literal["A", "B", "bias", "alpha", "diff", "diff_b"]
 
-#: Keys of a file's metadata: diffusers' for a PEFT configuration, and ours for :class:`AdapterInfo`.
+#: The linears of a block that a memory adapter changes.
+ADAPTED_LINEARS = [f"attn{n}.to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out.0")]
+ADAPTED_LINEARS += ["ffn.net.0.proj", "ffn.net.2"]
+#: Key of a file's metadata under which diffusers stores a PEFT configuration.
 PEFT_METADATA = "lora_adapter_metadata"
-INFO_METADATA = "storymem"
-_INFO_VERSION = 1
+_INFO_METADATA, _INFO_VERSION = "storymem", 1
+_ALPHA_METADATA = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")
 _MOST = 1e6  # of a rank or an alpha
 
-T = TypeVar("T")
-
-# Raised by torch on a pickle with forbidden content (the first) or on a damaged one (all of them).
-_UNREADABLE = (
-    *(pickle.UnpicklingError, EOFError, OSError, RuntimeError, LookupError, ValueError),
-    *(TypeError, AttributeError, AssertionError, struct.error),
+_ORIGINAL = {  # diffusers' name of a part -> the original one
+    **{"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"},
+    **{"net.0.proj": "0", "net.2": "2", "norm2": "norm3", "scale_shift_table": "modulation"},
+    **{f"condition_embedder.text_embedder.linear_{n}": f"text_embedding.{2 * n - 2}" for n in (1, 2)},
+    **{f"condition_embedder.time_embedder.linear_{n}": f"time_embedding.{2 * n - 2}" for n in (1, 2)},
+    **{"condition_embedder.time_proj": "time_projection.1", "proj_out": "head.head"},
+}
+_PARTS = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, _ORIGINAL))})(?![^.])")
+_KEY = re.compile(
+    r"(?:(?P<component>transformer|transformer_2)\.)?"
+    r"(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|pipe\.dit\.|pipe\.|dit\.|model\.)*"
+    r"(?:lora_unet_+|lora_transformer_+|lycoris_+)?"
+    r"(?P<module>.+?)\."
+    r"(?:(?P<down>lora_A|lora_down|lora\.down)(?:\.(?!weight$)[^.]+)?\.weight"
+    r"|(?P<up>lora_B|lora_up|lora\.up)(?:\.(?!weight$|bias$)[^.]+)?\.(?P<kind>weight|bias)"
+    r"|(?P<other>alpha|diff|diff_b|diff_m))"
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """A key of a LoRA file: the expert's component in its prefix, the module as spelled there, and its part."""
+
+    component: str | None
+    module: str
+    part: Part
+
+
+def parse_key(key: str) -> Key | None:
+    """A key in any layout; None if it is not of that form."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    component, module = match["component"], match["module"]
+    if match["other"] == "diff_m":  # of a table of shifts and scales
+        return Key(component, f"{module}.modulation", "diff")
+    if match["other"]:
+        return Key(component, module, cast(Part, match["other"]))
+    if match["down"]:
+        return Key(component, module, "A")
+    return Key(component, module, "B" if match["kind"] == "weight" else "bias")
+
+
+def original_name(name: str) -> str:
+    """The name of a module or table in the original network: ``blocks.0.attn1.to_q`` -> ``blocks.0.self_attn.q``."""
+    if name == "scale_shift_table":
+        return "head.modulation"
+    return _PARTS.sub(lambda match: _ORIGINAL[match[0]], name)
+
+
+# --- description ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdapterInfo:
-    """What a memory adapter is and how it was trained; travels in the metadata of its files.
+    """What a memory adapter is and how it was trained; stored in the metadata of its files.
 
     Args:
-        rank: rank of the low-rank matrices; the most common one where modules differ.
+        rank: of the low-rank matrices; the most common one where modules differ.
         alpha: W + scale * B @ A with scale = alpha / sqrt(rank) under rsLoRA, else alpha / rank.
         use_rslora: which of the two.
         memory_attention: the memory mode it was trained for: ``joint``, the published one (memory slots are
-            denoised with the video), or ``cached`` (memory slots are clean and look only at memory).
+            denoised with the video), or ``cached`` (memory slots are clean and attend to memory only).
         rope_stride: S, the step between the temporal positions of memory slots.
         conditioning: beyond memory, what it was trained to continue from: ``m2v``, ``mi2v``, ``mm2v``;
-            ``None`` if the file does not say.
-        training: free notes on the training run, anything that JSON can hold.
+            ``None`` if unknown.
+        training: notes on the training run, any JSON.
     """
 
-    rank: int = PUBLISHED_RANK
-    alpha: float = PUBLISHED_ALPHA
-    use_rslora: bool = PUBLISHED_USE_RSLORA
+    rank: int = 128
+    alpha: float = 128.0
+    use_rslora: bool = True
     memory_attention: MemoryMode = "joint"
     rope_stride: int = 5
     conditioning: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name in ("rank", "rope_stride"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= _MOST:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if not is_scale_number(self.alpha):
-            raise ValueError(f"alpha must be a positive number, not {self.alpha!r}")
-        if self.memory_attention not in ("joint", "cached"):
-            raise ValueError(f"memory_attention must be 'joint' or 'cached', not {self.memory_attention!r}")
-        for name, kind in (("use_rslora", bool), ("conditioning", str | None), ("training", Mapping)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name} cannot be {getattr(self, name)!r}")
+        check_bounds(self, rank=(1, _MOST), alpha=(1 / _MOST, _MOST), rope_stride=(1, _MOST))
 
     def scale(self, rank: int) -> float:
-        """The factor of B @ A in a module of the given rank."""
+        """The factor of B @ A in a module of ``rank``."""
         return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def to_metadata(self) -> dict[str, str]:
-        """The entry of a file's metadata that :meth:`from_file` reads."""
-        return {INFO_METADATA: json.dumps({"version": _INFO_VERSION, **asdict(self)}, sort_keys=True)}
 
-    @classmethod
-    def from_file(cls, file: AdapterFile) -> AdapterInfo | None:
-        """What ``file`` says about itself; ``None`` if :func:`save_memory_lora` did not write it.
-
-        Raises:
-            ValueError: if the entry is damaged or of a newer version.
-        """
-        where = f"{file.path}, metadata {INFO_METADATA}"
-        values = file.json_metadata(INFO_METADATA)
-        if values is None:
-            return None
-        version = values.pop("version", None)
-        if version != _INFO_VERSION:
-            raise FileError(f"{where} has version {version}; this release of storymem reads version {_INFO_VERSION}")
-        if unknown := sorted(values.keys() - {known.name for known in fields(cls)}):
-            raise FileError(f"{where} has unknown entries: {', '.join(unknown)}")
-        try:
-            return cls(**values)
-        except ValueError as error:
-            raise FileError(f"{where}: {error}") from None
-
-
-def is_scale_number(value: Any) -> bool:
-    """Whether ``value`` can be an alpha."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _MOST
-
-
-def most_common(values: Iterable[T]) -> T:
-    """The value that occurs most often; of equals the first."""
-    return Counter(values).most_common(1)[0][0]
+#: The published training configuration, which the released files do not contain.
+PUBLISHED = AdapterInfo()
 
 
 def peft_config(
-    ranks: Mapping[str, int], alphas: Mapping[str, float], use_rslora: bool, targets: Sequence[str] = ()
+    ranks: Mapping[str, int], alphas: Mapping[str, float], use_rslora: bool, targets: Sequence[str] = ADAPTED_LINEARS
 ) -> dict[str, Any]:
-    """Keyword arguments of ``peft.LoraConfig`` for modules of given ranks and alphas; ``targets``: if not the ten."""
-    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
+    """Arguments of ``peft.LoraConfig`` for modules of given ranks and alphas."""
+    rank, alpha = (Counter(values).most_common(1)[0][0] for values in (ranks.values(), alphas.values()))
     return {
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
-        "target_modules": list(targets or ADAPTED_LINEARS.values()),
+        "target_modules": list(targets),
         "bias": "none",
     }
 
 
-def memory_lora_config(
-    rank: int = PUBLISHED_RANK,
-    alpha: float = PUBLISHED_ALPHA,
-    use_rslora: bool = PUBLISHED_USE_RSLORA,
-    dropout: float = 0.05,
-) -> LoraConfig:
-    """The PEFT configuration for training a memory adapter, by default the published one.
+# --- reading --------------------------------------------------------------------------------------------------------
 
-    It adapts q, k, v and o of self- and cross-attention and both linears of the feed-forward network of every
-    block, and nothing else; for ``WanTransformer3DModel.add_adapter``.
+
+class LoraFile:
+    """A ``.safetensors`` or ``.pth`` file, of which only the header is read until tensors are.
+
+    Attributes:
+        path: of the file.
+        shapes: of the tensors, by key.
+        metadata: of the file.
+
+    Raises:
+        FileNotFoundError, FileError: if it is absent, damaged, or contains anything but named tensors.
     """
-    return LoraConfig(**peft_config({"": rank}, {"": alpha}, use_rslora), lora_dropout=dropout)
 
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterFile:
-    """A LoRA file whose header has been read: the shape of every key, and the metadata; no weights yet."""
-
-    path: Path
-    shapes: Mapping[str, tuple[int, ...]]
-    metadata: Mapping[str, str]
-    unpickled: Mapping[str, Tensor] | None = None
+    def __init__(self, path: Path) -> None:
+        self.path, self._state = path, None
+        if path.suffix != ".pth":
+            self.shapes, _, self.metadata = read_header(path)
+            return
+        state = read_pickle(path)
+        if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
+            raise FileError(f"{path} does not contain a state dict (key -> tensor), but a {type(state).__name__}")
+        self._state, self.shapes = state, {key: tuple(tensor.shape) for key, tensor in state.items()}
+        notes = getattr(state, "_metadata", {})  # of modules' state dicts: versions; of ours: as in safetensors
+        self.metadata = {key: value for key, value in notes.items() if isinstance(value, str)}
 
     def tensors(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Read the tensors of ``keys`` (on the CPU, in the file's dtype).
-
-        Raises:
-            NotFiniteError: if one of them is NaN, infinite or too large to be a weight.
-        """
-        if self.unpickled is not None:
-            found = {key: self.unpickled[key] for key in keys}
+        """The tensors of ``keys``, on the CPU in the file's dtype; NotFiniteError if one is NaN or far too large."""
+        if self._state is not None:
+            found = {key: self._state[key] for key in keys}
         else:
             with safe_open(self.path, framework="pt") as file:
                 found = {key: file.get_tensor(key) for key in keys}
         check_values(found.items(), self.path)
         return found
 
-    def json_metadata(self, key: str) -> dict[str, Any] | None:
-        """The JSON object under ``key`` of the metadata; None if there is no such key."""
+    @property
+    def info(self) -> AdapterInfo | None:
+        """Its description; None if this package did not write it.
+
+        Raises:
+            FileError: if the description is damaged or of a newer version.
+        """
+        where = f"{self.path}, metadata {_INFO_METADATA}"
+        values = self._json(_INFO_METADATA)
+        if values is None:
+            return None
+        if (version := values.pop("version", None)) != _INFO_VERSION:
+            raise FileError(f"{where} has version {version}; this release of storymem reads version {_INFO_VERSION}")
+        try:
+            return build_settings(AdapterInfo, values)
+        except ConfigError as error:
+            raise FileError(f"{where}: {error}") from None
+
+    def scale_config(self, prefix: str) -> tuple[dict[str, Any], str] | None:
+        """The scale that the file states, as a PEFT configuration, and where it is stated.
+
+        It is read from a PEFT configuration (in the metadata, or in ``adapter_config.json`` beside the file), our own
+        description, or single entries of the metadata, as trainers write them (``lora_alpha``, ``ss_network_alpha``).
+
+        Args:
+            prefix: that names in the metadata may have, as the keys of the expert do (``transformer.``).
+        """
+        config, where = self._json(PEFT_METADATA), f"{self.path}, metadata {PEFT_METADATA}"
+        if config is not None:
+            config = {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
+        elif (beside := self.path.with_name("adapter_config.json")).exists():
+            config, where = read_json_object(beside), str(beside)
+        if config and (config.get("use_dora") or config.get("peft_type", "LORA") != "LORA"):
+            raise FileError(f"{where} is not that of a plain LoRA, the only kind of adapter that is supported")
+        if config and "lora_alpha" in config:
+            return config, where
+        if (info := self.info) is not None:
+            return {"lora_alpha": info.alpha, "use_rslora": info.use_rslora}, "its metadata"
+        entries = {key.removeprefix(prefix): value for key, value in self.metadata.items()}
+        for name in _ALPHA_METADATA:
+            try:
+                alpha = float(entries.get(name, ""))
+            except ValueError:  # "", "None", "Dynamic"
+                continue
+            use_rslora = entries.get("use_rslora", "").lower() in ("true", "1")
+            return {"lora_alpha": alpha, "use_rslora": use_rslora}, f"its metadata {name}"
+        return None
+
+    def _json(self, key: str) -> dict[str, Any] | None:
         if key not in self.metadata:
             return None
         where = f"{self.path}, metadata {key}"
@@ -185,109 +258,59 @@ class AdapterFile:
             raise FileError(f"{where} must be a JSON object, not {self.metadata[key][:40]!r}")
         return value
 
-    def peft_config(self, prefix: str) -> tuple[dict[str, Any], str] | None:
-        """The PEFT configuration and where it stands: the metadata, or ``adapter_config.json`` beside the file.
-
-        Args:
-            prefix: what the configuration's names start with in the metadata, as the keys of the expert do
-                (``transformer.``), or nothing.
-        """
-        config, where = self.json_metadata(PEFT_METADATA), f"{self.path}, metadata {PEFT_METADATA}"
-        if config is not None:
-            config = {key.removeprefix(prefix): config[key] for key in config if key.startswith(prefix)}
-        elif (beside := self.path.with_name("adapter_config.json")).exists():
-            config, where = read_json_object(beside), str(beside)
-        return (config, where) if config else None
-
-
-def open_adapter_file(path: Path) -> AdapterFile:
-    """Open a ``.safetensors`` or ``.pth`` LoRA file.
-
-    A ``.pth`` file is a pickle and is read with ``weights_only=True``: tensors load, code does not run.
-
-    Raises:
-        ValueError: if the file is damaged, or a pickle that holds anything but named tensors.
-    """
-    if path.suffix != ".pth":
-        header = read_header(path)
-        return AdapterFile(path=path, shapes=header.shapes, metadata=header.metadata)
-    check_regular(path)
-    try:
-        # Files of the zip format can be mapped, so that only the tensors that are used are read.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except _UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileError(
-            f"{path} was refused: it is damaged or holds more than tensors ({reason}). "
-            "Use the .safetensors file in its place."
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
-        raise FileError(f"{path} does not hold a state dict (key -> tensor), but a {type(state).__name__}")
-    said = getattr(state, "_metadata", {})  # where state dicts keep versions, and our own files their description
-    metadata = {key: value for key, value in said.items() if isinstance(value, str)}
-    return AdapterFile(
-        path=path, shapes={k: tuple(v.shape) for k, v in state.items()}, metadata=metadata, unpickled=state
-    )
-
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided
 
 
-# Words that say the expert, those that say it best first.
-_NAMES: list[dict[Expert, set[str]]] = [
-    {"high_noise": {"highnoise"}, "low_noise": {"lownoise"}},
-    {"high_noise": {"high"}, "low_noise": {"low"}},
-    {"high_noise": {"h", "hn"}, "low_noise": {"l", "ln"}},
-]
-
-
 def expert_named(name: str, *, by_letter: bool = False) -> Expert | None:
-    """The expert that a file's or folder's name says: ``x_high_noise``, ``x-HighNoise``, ``x_HIGH``; None if neither.
+    """The expert in the name of a file or folder: ``x_high_noise``, ``x-HighNoise``, ``x_HIGH``; None if neither.
 
     Args:
         name: without suffix.
-        by_letter: whether H and L (or HN and LN) alone count.
+        by_letter: whether H and L, or HN and LN, are names too.
     """
-    words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)]
-    said = {*words, *(first + second for first, second in pairwise(words))}
-    for names in _NAMES if by_letter else _NAMES[:2]:
-        found = [expert for expert, ways in names.items() if ways & said]
+    words = "_".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)).lower()
+    ways = [("high_?noise", "low_?noise"), ("high", "low"), ("hn?", "ln?")]  # from the clearest on
+    for pair in ways if by_letter else ways[:2]:
+        found = [it for it, way in zip(COMPONENTS, pair, strict=True) if re.search(rf"(?:^|_){way}(?:_|$)", words)]
         if found:
             return found[0] if len(found) == 1 else None
     return None
 
 
-def find_adapter_files(source: Path, experts: Sequence[Expert], weights: Weights) -> dict[Expert, Path]:
-    """The file of each expert: two names that say high and low, two sub-folders, or one file for both.
+def find_lora_files(source: Path, experts: Sequence[Expert], weights: Weights) -> dict[Expert, Path]:
+    """The file of each expert: two names with high and low, two sub-folders, or one file for both.
 
     Args:
-        source: a file, or a folder that holds LoRA files.
-        experts: the experts that are wanted; the others' files are not looked for.
-        weights: what is being looked for, for the message.
+        source: a file, or a folder of LoRA files.
+        experts: the experts that need a file.
+        weights: of which ``source`` is the place, for messages.
 
     Raises:
-        MissingWeights: if no file is found for an expert.
-        ValueError: if more than one file could be meant.
+        MissingWeights: if there is no file for an expert.
+        ValueError: if there are several.
     """
     if not source.is_dir():
         return dict.fromkeys(experts, check_regular(source))
-    here = _lora_files(source)
+    here = _files_in(source)
     named = {path: expert_named(path.stem) for path in here}
     if not any(named.values()):
         by_letter = {path: expert_named(path.stem, by_letter=True) for path in here}
-        named = by_letter if set(COMPONENTS) <= set(by_letter.values()) else named
-    folders = {path: expert_named(path.name) for path in sorted(source.iterdir()) if path.is_dir()}
+        named = by_letter if {*COMPONENTS} <= {*by_letter.values()} else named
+    folders = {path: _files_in(path) for path in sorted(source.iterdir()) if path.is_dir()}
     found: dict[Expert, Path] = {}
     for expert in experts:
-        candidates = [path for path, says in named.items() if says == expert]
+        candidates = [path for path, name in named.items() if name == expert]
+        candidates = candidates or [
+            file
+            for folder, files in folders.items()
+            for file in files
+            if expert_named(folder.name) == expert or folder.name == COMPONENTS[expert]
+        ]
+        candidates = candidates or (here if not any(named.values()) else [])
         if not candidates:
-            inside = [path for path, says in folders.items() if says == expert or path.name == COMPONENTS[expert]]
-            candidates = [file for folder in inside for file in _lora_files(folder)]
-        if not candidates and not any(named.values()):
-            candidates = here
-        if not candidates:
-            raise _missing(source, expert, here, weights)
+            raise _missing(source, expert, here, [path.name for path, files in folders.items() if files], weights)
         if len(candidates) > 1:
             names = ", ".join(str(path.relative_to(source)) for path in candidates)
             raise ValueError(
@@ -298,19 +321,113 @@ def find_adapter_files(source: Path, experts: Sequence[Expert], weights: Weights
     return found
 
 
-def _lora_files(folder: Path) -> list[Path]:
-    """Adapter files right in ``folder``; a ``.pth`` whose ``.safetensors`` twin is there is left out."""
+def _files_in(folder: Path) -> list[Path]:
+    """LoRA files directly in ``folder``, without those ``.pth`` that are there as ``.safetensors`` too."""
     safe = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     return safe + sorted(path for path in folder.glob("*.pth") if path.with_suffix(".safetensors") not in safe)
 
 
-def _missing(source: Path, expert: Expert, here: Sequence[Path], weights: Weights) -> MissingWeights:
+def _missing(
+    source: Path, expert: Expert, here: Sequence[Path], folders: Sequence[str], weights: Weights
+) -> MissingWeights:
     holds = ", ".join(path.name for path in here) or "no adapter file"
     lines = [f"{weights.name}: {source} holds {holds}, so nothing for the {expert} expert."]
-    inside = sorted(path.name for path in source.glob("*/") if path.is_dir() and _lora_files(path))
-    if inside:
-        lines.append(f"  Sub-folders with adapters, of which one can be chosen as subfolder=: {', '.join(inside)}")
+    if folders:
+        lines.append(f"  Sub-folders with adapters, of which one can be chosen as subfolder=: {', '.join(folders)}")
     lines.append(f"  wanted: backbone_{expert}.safetensors or .pth, or pytorch_lora_weights.safetensors for both")
     if not weights.is_local:
         lines.append(f"  download: {weights.download_command}")
     return MissingWeights("\n".join(lines))
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+class _Writing(NamedTuple):
+    """How a layout is written: file and prefix of each expert, original names or diffusers', names of A and B."""
+
+    file: str
+    prefix: str
+    original: bool
+    matrices: Mapping[str, str]
+
+
+_AB, _DOWN_UP = {"A": "lora_A", "B": "lora_B"}, {"A": "lora_down", "B": "lora_up"}
+_LAYOUTS: dict[Layout, _Writing] = {
+    "storymem": _Writing("{expert}.safetensors", "", False, _AB),
+    "released": _Writing("backbone_{expert}.safetensors", "base_model.model.", True, _AB),
+    "diffusers": _Writing("pytorch_lora_weights.safetensors", "{component}.", False, _AB),
+    "comfyui": _Writing("memory_{expert}.safetensors", "diffusion_model.", True, _DOWN_UP),
+}
+
+
+def write_memory_lora(
+    states: Mapping[Expert, Mapping[str, Tensor]],
+    folder: str | Path,
+    *,
+    info: AdapterInfo,
+    layout: Layout = "storymem",
+) -> list[Path]:
+    """Write the weights of an adapter.
+
+    Args:
+        states: for each expert, ``blocks.0.attn1.to_q.lora_A.weight`` ... -> tensor.
+        folder: created if absent.
+        info: the scale of these weights, and what else the metadata shall contain.
+        layout: one of those in the module's table.
+
+    Returns:
+        The safetensors files written.
+    """
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, not {layout!r}")
+    stated = info
+    if layout == "comfyui":
+        stated = replace(info, alpha=info.scale(info.rank) * info.rank, use_rslora=False)
+    elif layout == "released":
+        stated = replace(info, alpha=float(info.rank), use_rslora=True)
+    tensors: dict[Path, dict[str, Tensor]] = {}
+    configs: dict[Path, dict[str, Any]] = {}
+    for expert, state in states.items():
+        path = Path(folder) / _LAYOUTS[layout].file.format(expert=expert)
+        prefix = _LAYOUTS[layout].prefix.format(component=COMPONENTS[expert])
+        tensors.setdefault(path, {}).update(_in_layout(layout, prefix, state, info, stated))
+        if not _LAYOUTS[layout].original:  # diffusers reads these files
+            ranks = {key.split(".lora_A.")[0]: int(t.shape[0]) for key, t in state.items() if ".lora_A." in key}
+            config = peft_config(ranks, dict.fromkeys(ranks, info.alpha), info.use_rslora)
+            configs.setdefault(path, {}).update({f"{prefix}{key}": value for key, value in config.items()})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for path, state in tensors.items():
+        metadata = {_INFO_METADATA: json.dumps({"version": _INFO_VERSION, **asdict(stated)}, sort_keys=True)}
+        if path in configs:
+            metadata[PEFT_METADATA] = json.dumps(configs[path], sort_keys=True)
+        if layout == "released":
+            pickled = OrderedDict(state)
+            pickled._metadata = metadata  # type: ignore[attr-defined]  # where state dicts of modules have theirs
+            with replacing(path.with_suffix(".pth")) as partial:
+                torch.save(pickled, partial)
+        with replacing(path) as partial:
+            save_file(state, partial, metadata={"format": "pt", **metadata})
+    return list(tensors)
+
+
+def _in_layout(
+    layout: Layout, prefix: str, state: Mapping[str, Tensor], info: AdapterInfo, stated: AdapterInfo
+) -> dict[str, Tensor]:
+    """The tensors of one expert under the keys of ``layout``, for readers that take the scale to be ``stated``."""
+    written = {}
+    for key, tensor in state.items():
+        name, part = key.removesuffix(".weight").rsplit(".lora_", 1)
+        module = prefix + (original_name(name) if _LAYOUTS[layout].original else name)
+        rank = tensor.shape[0 if part == "A" else 1]
+        if layout == "comfyui":
+            written[f"{module}.alpha"] = torch.tensor(info.scale(rank) * rank)
+        elif part == "B":
+            tensor = scaled(tensor, info.scale(rank) / stated.scale(rank))
+        written[f"{module}.{_LAYOUTS[layout].matrices[part]}.weight"] = tensor.detach().cpu().contiguous()
+    return written
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """``factor * tensor``, computed in float32; the very same numbers where ``factor`` is 1."""
+    return tensor if math.isclose(factor, 1.0, rel_tol=1e-9) else (tensor.float() * factor).to(tensor.dtype)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from storymem.io import FileError
-from storymem.wan.names import COMPONENTS, Expert
 from storymem.wan.settings import AdapterSettings, Continuity, ModelSettings, SamplerSettings
-from storymem.wan.spec import T2V_A14B, ModelSpec
+from storymem.wan.spec import COMPONENTS, T2V_A14B, Expert, ModelSpec
 from storymem.weights import MissingWeights, Weights, locate
 
 _ORIGINAL_REPOSITORY = re.compile(r"Wan-AI/Wan2\.\d-.+(?<!-Diffusers)")

@@ -1,11 +1,23 @@
-"""What depends on the base model: sizes, condition, experts. Nothing else knows these numbers. Loads no torch."""
+"""All that depends on the base model: sizes, conditioning, experts. No other module has these numbers. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Expert = Literal["high_noise", "low_noise"]
+
+#: The attribute of a diffusers pipeline that holds each expert; also the prefix of its keys in a file for both.
+COMPONENTS: dict[Expert, str] = {"high_noise": "transformer", "low_noise": "transformer_2"}
+
+
+def experts_of(pipe: Any) -> dict[Expert, Any]:
+    """The transformers of a pipeline, of which one may be absent; a ``ValueError`` if both are."""
+    experts = {expert: getattr(pipe, name, None) for expert, name in COMPONENTS.items()}
+    present = {expert: transformer for expert, transformer in experts.items() if transformer is not None}
+    if not present:
+        raise ValueError(f"{type(pipe).__name__} has neither a transformer nor a transformer_2 to adapt")
+    return present
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,19 +26,19 @@ class ModelSpec:
 
     Args:
         name: for messages.
-        repository: where its weights are published in diffusers' layout.
+        repository: of its weights in diffusers' layout.
         latent_channels: z of its VAE.
-        temporal_stride: frames of video a latent frame stands for; the first latent frame stands for one.
-        spatial_stride: pixels a latent pixel stands for.
-        patch: latent pixels a token stands for, in height and width.
-        mask_channels: of the condition, which stands beside the noisy latents together with ``latent_channels`` clean
-            ones; 0: there are no condition channels.
-        clean_frames: without condition channels: whether given frames can be clean latents at timestep 0.
+        temporal_stride: video frames per latent frame, but for the first latent frame, which is one frame.
+        spatial_stride: pixels per latent pixel.
+        patch: latent pixels per token, in height and width.
+        mask_channels: of the conditioning, which is concatenated to the noisy latents with ``latent_channels`` clean
+            ones; 0: there are no conditioning channels.
+        clean_frames: without conditioning channels: whether given frames can be clean latents at timestep 0.
         experts: its transformers, from high to low noise.
         boundary: timesteps >= boundary * 1000 go to the first expert, others to the second; None: there is one.
-        layouts: of memory, which it can be trained for; none for a model of text alone.
+        layouts: of memory that it can be trained for; none for a text-to-video model.
         shift: of the noise levels.
-        fps: frames per second it was trained on.
+        fps: frames per second of its training data.
     """
 
     name: str
@@ -50,7 +62,7 @@ class ModelSpec:
 
     @property
     def condition_channels(self) -> int:
-        """Channels beside the noisy latents: mask and clean latents."""
+        """Channels concatenated to the noisy latents: mask and clean latents."""
         return self.mask_channels + self.latent_channels if self.mask_channels else 0
 
     @property
@@ -59,11 +71,7 @@ class ModelSpec:
         return self.spatial_stride * self.patch
 
     def latent_frames(self, frames: int) -> int:
-        """T for F frames of video (F = 4n + 1); 0 for none.
-
-        Raises:
-            ValueError: if F is not 4n + 1.
-        """
+        """T for F frames of video; 0 for none, and a ``ValueError`` unless F = 4n + 1."""
         stride = self.temporal_stride
         if frames == 0:
             return 0
@@ -124,20 +132,13 @@ SPECS = (A14B, T2V_A14B, TI2V_5B)
 
 
 def spec_of(*, in_channels: int, latent_channels: int, spatial_stride: int) -> ModelSpec:
-    """The base model that networks of these shapes belong to.
-
-    Raises:
-        ValueError: for shapes of another model.
-    """
+    """The base model whose networks have these shapes; a ``ValueError`` if there is none."""
+    wanted = (in_channels, latent_channels, spatial_stride)
     for spec in SPECS:
-        if (spec.in_channels, spec.latent_channels, spec.spatial_stride) == (
-            in_channels,
-            latent_channels,
-            spatial_stride,
-        ):
+        if (spec.in_channels, spec.latent_channels, spec.spatial_stride) == wanted:
             return spec
     known = "; ".join(f"{s.name}: {s.in_channels}, {s.latent_channels}, {s.spatial_stride}" for s in SPECS)
     raise ValueError(
-        f"networks of {in_channels} input channels, {latent_channels} latent channels and spatial stride "
-        f"{spatial_stride} belong to no base model that is known ({known})"
+        f"no known base model has {in_channels} input channels, {latent_channels} latent channels and spatial stride "
+        f"{spatial_stride} ({known})"
     )

@@ -185,7 +185,7 @@ def test_a_whole_file_passes(others: Path, weights: dict[str, torch.Tensor], tmp
 
 def original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights under the original network's names."""
-    from storymem.wan.names import original_name
+    from storymem.wan.lora_files import original_name
 
     renamed = {}
     for key, tensor in state.items():
