@@ -142,7 +142,8 @@ scenes:
 
 def all_frames(folder: Path) -> dict[str, bytes]:
     """Decoded pixels of every video, and the bytes of every picture and of the memory, of a film's folder."""
-    from storymem.media.video import read_image, read_video
+    from storymem.media.images import read_image
+    from storymem.media.video import read_video
 
     found = {str(p.relative_to(folder)): read_video(p).tobytes() for p in sorted(folder.rglob("*.mp4"))}
     found |= {str(p.relative_to(folder)): read_image(p).tobytes() for p in sorted(folder.rglob("*.png"))}
@@ -153,7 +154,8 @@ def all_frames(folder: Path) -> dict[str, bytes]:
 def content(folder: Path) -> dict[str, Any]:
     """What a film shows and remembers, whatever its files are called: equal for films that are told alike."""
     from storymem.film.folder import Film
-    from storymem.media.video import read_image, read_video
+    from storymem.media.images import read_image
+    from storymem.media.video import read_video
     from storymem.memory import MemoryBank
 
     def pictures(ids: Iterable[str]) -> list[bytes]:

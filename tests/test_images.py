@@ -1,4 +1,4 @@
-"""Pictures are read as a viewer shows them, whatever they come from, and fitted without losing heads."""
+"""Images are read as a viewer shows them, whatever program wrote them, and fitted without cutting heads off."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 from PIL import Image, ImageCms
 
 from storymem.film.generate import generate
-from storymem.media.images import MAX_PIXELS, fit_image, fit_note, read_image, read_picture
+from storymem.media.images import MAX_PIXELS, fit_image, fit_note, read_image, read_image_with_notes, write_image
 from storymem.story import StoryError, load_story
 from tests.composing import SMALL, composed
 
 STORED = np.full((8, 8, 3), (200, 40, 60), np.uint8)
 STORY = """\
 title: A Portrait
-overview: Somebody waits.
+overview: Ada waits.
 characters: [{{name: Ada, references: ["{name}"]}}]
 scenes:
   - shots:
@@ -56,12 +56,12 @@ def near(image: np.ndarray, colour: tuple[int, int, int], tolerance: int = 3) ->
 def test_a_profile_is_converted_to_srgb(tmp_path: Path, name: str) -> None:
     options = {"a.webp": {"lossless": True}, "a.jpg": {"quality": 100, "subsampling": 0}}.get(name, {})
     Image.fromarray(STORED).save(tmp_path / name, icc_profile=swapped_profile(), **options)
-    picture = read_picture(tmp_path / name)
-    assert near(picture.pixels, (40, 200, 60))
-    assert len(picture.notes) == 0, "this profile calls itself sRGB"
+    pixels, notes = read_image_with_notes(tmp_path / name)
+    assert near(pixels, (40, 200, 60))
+    assert notes == (), "this profile calls itself sRGB"
 
 
-def test_profiles_of_palettes_transparent_and_grey_pictures(tmp_path: Path) -> None:
+def test_profiles_of_palettes_transparent_and_grey_images(tmp_path: Path) -> None:
     profile = swapped_profile()
     Image.fromarray(STORED).quantize().save(tmp_path / "palette.png", icc_profile=profile)
     assert near(read_image(tmp_path / "palette.png"), (40, 200, 60))
@@ -76,7 +76,7 @@ def test_profiles_of_palettes_transparent_and_grey_pictures(tmp_path: Path) -> N
     assert near(read_image(tmp_path / "alpha.png"), (188, 188, 188))
     Image.new("L", (8, 8), 128).save(tmp_path / "grey.png", icc_profile=linear_grey_profile())
     assert near(read_image(tmp_path / "grey.png"), (188, 188, 188))
-    assert read_picture(tmp_path / "grey.png").notes == ("has the colour profile grey: converted to sRGB",)
+    assert read_image_with_notes(tmp_path / "grey.png")[1] == ("has the colour profile grey: converted to sRGB",)
 
 
 def test_lab_and_cmyk_are_converted(tmp_path: Path) -> None:
@@ -86,53 +86,45 @@ def test_lab_and_cmyk_are_converted(tmp_path: Path) -> None:
     assert lab is not None
     lab.save(tmp_path / "lab.tif")
     assert near(read_image(tmp_path / "lab.tif"), (200, 40, 60), 6)
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
-    assert near(read_image(tmp_path / "cmyk.jpg"), (255, 0, 0))
-    assert "CMYK" in read_picture(tmp_path / "cmyk.jpg").notes[0]
+    for profile, note in ((None, "is CMYK without"), (swapped_profile(), "it is for RGB, not for CMYK")):
+        Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", icc_profile=profile)
+        pixels, notes = read_image_with_notes(tmp_path / "cmyk.jpg")
+        assert near(pixels, (255, 0, 0))
+        assert note in notes[0]
 
 
-@pytest.mark.parametrize("profile", [b"no profile" * 20, b"", None])
-def test_a_broken_profile_is_said_and_ignored(tmp_path: Path, profile: bytes | None) -> None:
-    profile = swapped_profile()[:200] if profile is None else profile
+@pytest.mark.parametrize("profile", [b"no profile" * 20, b"", swapped_profile()[:200]])
+def test_a_broken_profile_is_reported_and_ignored(tmp_path: Path, profile: bytes) -> None:
     Image.fromarray(STORED).save(tmp_path / "a.png", icc_profile=profile)
-    picture = read_picture(tmp_path / "a.png")
-    assert (picture.pixels == STORED).all()
-    assert [note.startswith("has a colour profile that cannot be used") for note in picture.notes] == [True] * bool(
-        profile
-    )
-
-
-def test_a_profile_of_another_kind_of_colours_is_ignored(tmp_path: Path) -> None:
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", icc_profile=swapped_profile())
-    picture = read_picture(tmp_path / "a.jpg")
-    assert near(picture.pixels, (255, 0, 0))
-    assert "it is for RGB, not for CMYK" in picture.notes[0]
+    pixels, notes = read_image_with_notes(tmp_path / "a.png")
+    assert (pixels == STORED).all()
+    assert [note.startswith("has a colour profile that cannot be used") for note in notes] == [True] * bool(profile)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_cameras_orientation_is_obeyed(tmp_path: Path, orientation: int) -> None:
+def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
     picture = np.zeros((4, 6, 3), np.uint8)
     picture[0, 0] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
-    shown = read_picture(tmp_path / "a.png")
-    assert shown.pixels.shape[:2] == ((6, 4) if orientation > 4 else (4, 6))
+    shown, notes = read_image_with_notes(tmp_path / "a.png")
+    assert shown.shape[:2] == ((6, 4) if orientation > 4 else (4, 6))
     place = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
-    assert shown.pixels[place[orientation]].min() == 255
-    assert bool(shown.notes) == (orientation != 1)
+    assert shown[place[orientation]].min() == 255
+    assert bool(notes) == (orientation != 1)
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
-def test_of_an_animation_the_first_picture_is_taken_and_that_is_said(tmp_path: Path, name: str) -> None:
+def test_of_an_animation_the_first_image_is_used_with_a_note(tmp_path: Path, name: str) -> None:
     blue = Image.new("RGB", (8, 8), "blue")
     Image.new("RGB", (8, 8), "red").save(tmp_path / name, save_all=True, append_images=[blue])
-    picture = read_picture(tmp_path / name)
-    assert near(picture.pixels, (255, 0, 0))
-    assert picture.notes == ("is animated: its first picture is taken",)
+    pixels, notes = read_image_with_notes(tmp_path / name)
+    assert near(pixels, (255, 0, 0))
+    assert notes == ("is animated: its first image is used",)
 
 
-def test_more_than_8_bits_is_told_and_nothing_else_is_called_so(tmp_path: Path) -> None:
+def test_more_than_8_bits_per_channel_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "grey.png")
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
     for name in ("grey.png", "float.tif"):
@@ -141,14 +133,14 @@ def test_more_than_8_bits_is_told_and_nothing_else_is_called_so(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("size", [(20000, 10000), (13000, 13000), (8193, 8192)])
-def test_a_huge_picture_is_refused_before_it_is_decoded(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("1", size).save(tmp_path / "huge.png")
     (tmp_path / "story.yaml").write_text(STORY.format(name="huge.png"))
     with pytest.raises(StoryError, match=rf"huge\.png has {size[0] * size[1]:,} pixels, and at most {MAX_PIXELS:,}"):
         load_story(tmp_path / "story.yaml")
 
 
-def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
         read_image(tmp_path / "nothing.png")
     os.mkfifo(tmp_path / "fifo.png")
@@ -161,8 +153,8 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
             read_image(tmp_path / name)
 
 
-def test_damaged_pictures_are_read_or_named(tmp_path: Path) -> None:
-    """Bits turned, pieces zeroed or missing in pictures of several formats: an array or a message, nothing else."""
+def test_damaged_images_are_read_or_named(tmp_path: Path) -> None:
+    """Bits flipped, pieces zeroed or missing in images of several formats: an array or a message, nothing else."""
     random = np.random.default_rng(0)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -188,7 +180,7 @@ def test_damaged_pictures_are_read_or_named(tmp_path: Path) -> None:
 
 
 def portrait(height: int = 1344, width: int = 768) -> np.ndarray:
-    """A standing figure on blue, with a red head just below the upper edge."""
+    """A standing figure on blue, with a red head near the upper edge."""
     picture = np.full((height, width, 3), (60, 80, 160), np.uint8)
     picture[height // 60 : height // 6, width * 2 // 5 : width * 3 // 5] = (230, 30, 30)
     return picture
@@ -225,7 +217,7 @@ def test_any_shape_can_be_fitted(how: str, size: tuple[int, int]) -> None:
     assert fit_image(np.zeros((*size, 3), np.uint8), 32, 48, how).shape == (32, 48, 3)  # type: ignore[arg-type]
 
 
-def test_the_plan_and_the_run_say_what_is_done_to_references(
+def test_plan_and_run_report_what_is_done_to_references(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -234,16 +226,27 @@ def test_the_plan_and_the_run_say_what_is_done_to_references(
     fitted = "reference tall.png is shown whole: grey fills 67 % of the frame (48x32, memory.reference_fit=auto)"
     profile = "reference tall.png has a colour profile that cannot be used"
     generate(composed("story=story.yaml", *SMALL, "output=film", "dry_run=true"))
-    told = capsys.readouterr().out
-    assert fitted in told
-    assert profile in told
+    plan = capsys.readouterr().out
+    assert fitted in plan
+    assert profile in plan
     generate(composed("story=story.yaml", *SMALL, "output=film"))
-    told = capsys.readouterr().err
-    assert told.count(fitted) == 1
-    assert told.count(profile) == 1
+    warnings = capsys.readouterr().err
+    assert warnings.count(fitted) == 1
+    assert warnings.count(profile) == 1
 
 
-def test_a_picture_needs_no_torch() -> None:
+def test_reading_an_image_needs_no_torch() -> None:
     modules = "storymem.media.images, storymem.story.references"
     code = f"import {modules}, sys; sys.exit(bool({{'torch', 'av'}} & {{*sys.modules}}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_images_are_written_without_loss(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (31, 17, 3), dtype=np.uint8)
+    write_image(tmp_path / "noise.png", noise)
+    np.testing.assert_array_equal(read_image(tmp_path / "noise.png"), noise)
+    with pytest.raises(ValueError, match=r"must end in \.png"):
+        write_image(tmp_path / "noise.jpg", noise)
+    with pytest.raises(ValueError, match="uint8"):
+        write_image(tmp_path / "float.png", noise.astype(np.float32))
+    assert [path.name for path in tmp_path.iterdir()] == ["noise.png"]

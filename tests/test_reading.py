@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from storymem.data.prepare import prepare
-from storymem.media.video import READER, frames_at, iter_frames, join_videos, probe, read_video, write_video
+from storymem.media.video import frames_at, iter_frames, join_videos, probe, read_video, write_video
 from tests.encoding import (
     COLOURS,
     HEIGHT,
@@ -423,7 +423,3 @@ def test_the_odd_part_is_the_one_that_is_named(tmp_path: Path) -> None:
     ):
         join_videos(files, tmp_path / "film.mp4")
     assert not (tmp_path / "film.mp4").exists()
-
-
-def test_the_reader_has_a_name() -> None:
-    assert f"PyAV {av.__version__}" == READER

@@ -23,7 +23,8 @@ from storymem.film.folder import Film, FilmError
 from storymem.film.progress import Progress
 from storymem.film.storyteller import Storyteller
 from storymem.io import FileError, NotFiniteError
-from storymem.media.video import read_image, read_video
+from storymem.media.images import read_image
+from storymem.media.video import read_video
 from storymem.memory import MemoryBank, SinkAndRecent
 from storymem.scorers.scorer import NoQuality
 from storymem.stopping import Stopped

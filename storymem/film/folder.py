@@ -41,8 +41,8 @@ from storymem.film.manifest import (
     read_manifest,
 )
 from storymem.io import hash_file, hash_json, naming_full_disk, remove_leftovers, write_json
-from storymem.media.images import fit_image, read_image
-from storymem.media.video import VideoInfo, iter_frames, join_videos, probe, read_video, write_image, write_video
+from storymem.media.images import fit_image, read_image, write_image
+from storymem.media.video import VideoInfo, iter_frames, join_videos, probe, read_video, write_video
 from storymem.story import Shot
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
-"""Video files as FFmpeg decodes them: which frames there are, when they are shown, and how to get at them.
+"""Video files as FFmpeg decodes them: which frames there are, when they are shown, and how to decode them.
 
-:mod:`storymem.media.video` makes pictures of them.
+:mod:`storymem.media.video` turns them into images.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _FRAME_PER_PACKET = {
     *("mjpeg", "png", "prores", "dnxhd", "ffv1", "huffyuv", "ffvhuff", "utvideo", "qtrle", "rawvideo", "v210", "cfhd"),
 }
 _SEEK_FROM = 16  # frames; decoding fewer is as quick as seeking
-LONGEST_STILL = 0.5  # seconds; where no frame comes for longer, frames are missing or the picture stands still
+LONGEST_STILL = 0.5  # seconds; where no frame comes for longer, frames are missing or the image stands still
 
 
 class VideoError(FileError):
-    """A file that is no video, is damaged, or holds what cannot be read; ``reason`` says why, without its name."""
+    """A file that is no video, is damaged, or holds what cannot be read; ``reason`` is the message without its name."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{path} {reason}")
@@ -43,7 +43,7 @@ class VideoError(FileError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VideoInfo:
-    """What a video file holds; frames are those that can be decoded, whatever the header says.
+    """What a video file holds; frames are those that can be decoded, whatever the header states.
 
     Args:
         times: when each frame is shown, float64 [frames], in seconds after the first, ascending.
@@ -53,6 +53,9 @@ class VideoInfo:
         missing: frames that the file states and does not hold whole; not 0 if it is cut off or pieces are lost.
         notes: how what is read differs from what is stored ("rotated: by 90 degrees ..."), and what was guessed
             ("untagged: ..."); each begins with a word to count by.
+        stamps: presentation times of the frames in the stream's own unit, ascending; None where frames are found by
+            counting alone.
+        interlaced: fields are made into whole frames.
     """
 
     times: np.ndarray
@@ -61,6 +64,8 @@ class VideoInfo:
     width: int
     missing: int
     notes: tuple[str, ...]
+    stamps: list[int] | None = None
+    interlaced: bool = False
 
     @property
     def frames(self) -> int:
@@ -69,7 +74,7 @@ class VideoInfo:
 
 
 def file_url(path: str | Path) -> str:
-    """A path that FFmpeg takes for a file, whatever characters it has (``a:b.mp4``, ``-i``, ``%d``)."""
+    """A path that FFmpeg reads as a file, whatever characters it has (``a:b.mp4``, ``-i``, ``%d``)."""
     return f"file:{path}"
 
 
@@ -118,23 +123,23 @@ class Video:
         except av.FFmpegError as error:
             raise VideoError(self.path, f"is damaged: only {count} frames can be decoded ({error.strerror})") from error
 
-    def numbered(self, index: Index) -> Iterator[tuple[int, av.VideoFrame]]:
+    def numbered(self, info: VideoInfo) -> Iterator[tuple[int, av.VideoFrame]]:
         """Frames with their numbers, from where the container was sought to."""
         frames = self.frames(self.packets())
-        if index.deinterlace:
+        if info.interlaced:
             frames = _deinterlaced(frames, self.stream)
-        if index.stamps is None:
+        if info.stamps is None:
             yield from enumerate(frames)
             return
         for frame in frames:
-            number = bisect_left(index.stamps, frame.pts or 0)
-            if number < len(index.stamps) and index.stamps[number] == frame.pts:
+            number = bisect_left(info.stamps, frame.pts or 0)
+            if number < len(info.stamps) and info.stamps[number] == frame.pts:
                 yield number, frame
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Video]:
-    """A file for reading. Raises as :func:`index_of`."""
+    """A file for reading. Raises as :func:`probe`."""
     check_regular(path)
     try:
         # Files that name other files (playlists) may name local ones alone.
@@ -148,46 +153,32 @@ def opened(path: str | Path) -> Iterator[Video]:
         yield Video(path, container, stream)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Index:
-    """Where the frames of a file are.
+def probe(path: str | Path) -> VideoInfo:
+    """Read a video's packets and decode its first frame; the result is cached for as long as the file is the same.
 
-    Args:
-        info: for the caller.
-        stamps: presentation times of the frames in the stream's own unit, ascending; None where frames are found by
-            counting alone.
-        deinterlace: fields are made into whole frames.
-    """
-
-    info: VideoInfo
-    stamps: list[int] | None
-    deinterlace: bool
-
-
-def index_of(path: str | Path) -> Index:
-    """The index of a file; kept for when the file is read again.
+    All frames are decoded only where packets do not determine frames: AVI and raw streams, VP8, interlaced video.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        VideoError: if it is no video, or one that cannot be read.
+        VideoError: if it is no video, holds no frame that can be decoded, or colours that are not known.
     """
     status = check_regular(path).stat()
-    return _indexed(str(Path(path).absolute()), path, (status.st_ino, status.st_size, status.st_mtime_ns))
+    return _probed(str(Path(path).absolute()), path, (status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 @lru_cache(maxsize=256)
-def _indexed(absolute: str, path: str | Path, version: tuple[int, ...]) -> Index:
-    """``absolute`` and ``version`` tell a file from others and from what it was before."""
+def _probed(absolute: str, path: str | Path, version: tuple[int, ...]) -> VideoInfo:
+    """``absolute`` and ``version`` identify a file and its content; ``path`` is for messages."""
     with opened(path) as video:
         seen: list[_Packet] = []
-        packets = _noted(video.packets(), seen)
+        packets = _recorded(video.packets(), seen)
         first = next(video.frames(packets), None)
         if first is None:
             raise VideoError(path, "holds no frame that can be decoded")
         for _ in packets:
             pass
         try:
-            look = FrameConverter(first, video.pixel_aspect).look
+            images = FrameConverter(first, video.pixel_aspect)
         except ValueError as error:
             raise VideoError(path, f"cannot be read: {error}") from error
         stamps = _stamps(seen, first, video)
@@ -195,7 +186,7 @@ def _indexed(absolute: str, path: str | Path, version: tuple[int, ...]) -> Index
         missing += sum(packet.corrupt and (packet.pts or 0) >= (first.pts or 0) for packet in seen)
         base, rate = float(video.stream.time_base or 0), float(video.stream.average_rate or 0)
         stated_end = _seconds(video.stream.metadata.get("DURATION", ""))  # Matroska and WebM
-    notes = list(look.notes)
+    notes = list(images.notes)
     if first.interlaced_frame:
         notes.append("interlaced: fields made into whole frames by bwdif")
     if stamps and (lost := sum(not packet.discard and (packet.pts or 0) < stamps[0] for packet in seen)):
@@ -203,15 +194,23 @@ def _indexed(absolute: str, path: str | Path, version: tuple[int, ...]) -> Index
     shown = _decoded_stamps(path) if stamps is None else stamps
     times = (np.array(shown, np.float64) - shown[0]) * base
     if (np.diff(times) <= 0).any():
-        notes.append("no times: frames are taken to follow each other at the stated rate")
+        notes.append("no times: frames are assumed to follow each other at the stated rate")
         times = np.arange(len(times)) / (rate or 25)
     fps = _average_rate(times, rate)
     if not missing and fps and len(times) > 1 and stated_end - times[-1] > max(3 / fps, 2 * np.diff(times).max()):
         missing = round((stated_end - times[-1]) * fps)
     if missing:
         notes.append(f"incomplete: about {missing} frames of those that it states are cut off or damaged")
-    info = VideoInfo(times=times, fps=fps, height=look.size[0], width=look.size[1], missing=missing, notes=tuple(notes))
-    return Index(info=info, stamps=stamps, deinterlace=first.interlaced_frame)
+    return VideoInfo(
+        times=times,
+        fps=fps,
+        height=images.size[0],
+        width=images.size[1],
+        missing=missing,
+        notes=tuple(notes),
+        stamps=stamps,
+        interlaced=first.interlaced_frame,
+    )
 
 
 class _Packet(NamedTuple):
@@ -221,14 +220,14 @@ class _Packet(NamedTuple):
     corrupt: bool
 
 
-def _noted(packets: Iterator[av.Packet], seen: list[_Packet]) -> Iterator[av.Packet]:
+def _recorded(packets: Iterator[av.Packet], seen: list[_Packet]) -> Iterator[av.Packet]:
     for packet in packets:
         seen.append(_Packet(packet.pts, packet.dts, packet.is_discard, packet.is_corrupt))
         yield packet
 
 
 def _stamps(seen: Sequence[_Packet], first: av.VideoFrame, video: Video) -> list[int] | None:
-    """When the frames are shown, by the packets; None where these do not tell."""
+    """When the frames are shown, by the packets; None where these do not determine it."""
     if video.stream.codec_context.name not in _FRAME_PER_PACKET or video.container.format.name == "avi":
         return None
     times = [packet.pts for packet in seen if packet.pts is not None and not packet.discard]
@@ -238,13 +237,11 @@ def _stamps(seen: Sequence[_Packet], first: av.VideoFrame, video: Video) -> list
     stamps = sorted(time for time in times if time >= first.pts)
     if any(after < before for before, after in pairwise(order)) or len(set(stamps)) < len(stamps):
         return None  # recordings put one after the other, each with times of its own
-    if not stamps or stamps[0] != first.pts:
-        return None
-    return stamps
+    return stamps if stamps and stamps[0] == first.pts else None
 
 
 def _seconds(duration: str) -> float:
-    """Seconds of ``01:02:03.5``; 0 if it is none."""
+    """Seconds of ``01:02:03.5``; 0 for any other text."""
     found = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", duration)
     return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) if found else 0.0
 
@@ -265,17 +262,17 @@ def _average_rate(times: np.ndarray, stated: float) -> float:
 
 
 def wanted_frames(
-    path: str | Path, index: Index, wanted: set[int], *, seek: bool = True
+    path: str | Path, info: VideoInfo, wanted: set[int], *, seek: bool = True
 ) -> Iterator[tuple[int, av.VideoFrame, Video]]:
-    """The frames that are wanted, in order; those that cannot be decoded are missing."""
+    """The wanted frames, in order; those that cannot be decoded are missing."""
     remaining = sorted(wanted, reverse=True)
     if not remaining:
         return
-    seek = seek and index.stamps is not None and remaining[-1] >= _SEEK_FROM
+    seek = seek and info.stamps is not None and remaining[-1] >= _SEEK_FROM
     with opened(path) as video:
-        if seek and index.stamps is not None:
-            video.container.seek(index.stamps[remaining[-1]], stream=video.stream, backward=True)
-        for number, frame in video.numbered(index):
+        if seek and info.stamps is not None:
+            video.container.seek(info.stamps[remaining[-1]], stream=video.stream, backward=True)
+        for number, frame in video.numbered(info):
             # After seeking, frames may be missing that are there when all is decoded from the beginning.
             if seek and (number > remaining[-1] or (number == remaining[-1] and frame.is_corrupt)):
                 break
@@ -287,7 +284,7 @@ def wanted_frames(
             if not remaining:
                 return
     if seek:
-        yield from wanted_frames(path, index, set(remaining), seek=False)
+        yield from wanted_frames(path, info, set(remaining), seek=False)
 
 
 def _deinterlaced(frames: Iterator[av.VideoFrame], stream: VideoStream) -> Iterator[av.VideoFrame]:

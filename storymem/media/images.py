@@ -1,4 +1,4 @@
-"""Pictures <-> files: uint8 arrays [H, W, 3] in sRGB."""
+"""Images <-> files: uint8 arrays [H, W, 3] in sRGB."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,11 +15,11 @@ from PIL import Image, ImageCms, ImageOps
 
 from storymem.io import FileError, check_regular, write_atomically
 
-MAX_PIXELS = 1 << 26  # of a picture or a frame: 8192 x 8192
+MAX_PIXELS = 1 << 26  # of an image or a frame: 8192 x 8192
 
 Fit = Literal["auto", "cover", "contain"]
 
-_MOST_CUT = 0.25  # share of a picture that "auto" may cut off
+_MOST_CUT = 0.25  # share of an image that "auto" may cut off
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
 _UNDECODABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),  # Pillow's decoders raise all of these
@@ -28,59 +27,49 @@ _UNDECODABLE = (
 )
 
 
-class PictureError(FileError):
-    """A file that cannot be used as a picture: ``reason`` says why and ``cure`` what helps, without its name."""
+class ImageError(FileError):
+    """A file that cannot be used as an image: ``reason`` and ``cure`` are parts of the message, without its name."""
 
     def __init__(self, path: Path, reason: str, cure: str) -> None:
         super().__init__(f"{path} {reason}: {cure}")
         self.reason, self.cure = reason, cure
 
 
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A picture as a viewer shows it.
-
-    Args:
-        pixels: uint8 [H, W, 3], sRGB.
-        notes: what was done beyond decoding, each for a sentence that begins with the file's name.
-    """
-
-    pixels: np.ndarray
-    notes: tuple[str, ...]
-
-
 def read_image(path: str | Path) -> np.ndarray:
-    """Read a picture of any format Pillow knows -> uint8 [H, W, 3], sRGB; see :func:`read_picture`."""
-    return read_picture(path).pixels
+    """Read an image of any format Pillow knows -> uint8 [H, W, 3], sRGB; see :func:`read_image_with_notes`."""
+    return read_image_with_notes(path)[0]
 
 
-def read_picture(path: str | Path) -> Picture:
-    """Read a picture of any format Pillow knows.
+def read_image_with_notes(path: str | Path) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read an image of any format Pillow knows, as a viewer shows it.
 
-    A camera's rotation mark is obeyed, an embedded colour profile is converted to sRGB, what is transparent becomes
-    white, and of an animation the first picture is taken, as in a viewer.
+    The EXIF orientation is applied, an embedded colour profile is converted to sRGB, what is transparent becomes white,
+    and of an animation the first image is read.
+
+    Returns:
+        uint8 [H, W, 3] in sRGB, and what was done beyond decoding, each to follow the file's name in a sentence.
 
     Raises:
         FileNotFoundError: if there is no such file.
         FileError: naming the file, if it cannot be opened.
-        PictureError: if it is not a picture, is cut off, has more than 8 bits per channel or too many pixels.
+        ImageError: if it is not an image, is cut off, has more than 8 bits per channel or too many pixels.
     """
     path = check_regular(path)
     notes: list[str] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, for which the limit here is lower, and of odd metadata
-            with Image.open(path) as picture:
-                _check_size(path, picture.width * picture.height)
+            with Image.open(path) as image:
+                _check_size(path, image.width * image.height)
                 with Image.open(path) as stored:
                     stored.verify()  # the checksums of PNG, which loading does not compare for pixels
-                if getattr(picture, "is_animated", False) and picture.format != "MPO":
-                    notes.append("is animated: its first picture is taken")
-                if any(";16" in str(tile) for tile in picture.tile):
+                if getattr(image, "is_animated", False) and image.format != "MPO":
+                    notes.append("is animated: its first image is used")
+                if any(";16" in str(tile) for tile in image.tile):
                     notes.append("has 16 bits per channel: cut to 8")
-                before = picture.getexif().get(0x0112, 1)
-                ImageOps.exif_transpose(picture, in_place=True)
-                picture.load()
+                before = image.getexif().get(0x0112, 1)
+                ImageOps.exif_transpose(image, in_place=True)
+                image.load()
     except FileError:
         raise
     except Image.DecompressionBombError as error:
@@ -89,52 +78,52 @@ def read_picture(path: str | Path) -> Picture:
         raise
     except _UNDECODABLE as error:
         cure = f"save it again as PNG, JPEG or WebP ({error})"
-        raise PictureError(path, "cannot be read as an image", cure) from error
-    if picture.mode.startswith(("I", "F")):
-        raise PictureError(path, "has more than 8 bits per channel", "save it with 8 bits")
+        raise ImageError(path, "cannot be read as an image", cure) from error
+    if image.mode.startswith(("I", "F")):
+        raise ImageError(path, "has more than 8 bits per channel", "save it with 8 bits")
     if before != 1:
-        notes.append("is turned as its camera was held (EXIF orientation)")
-    return Picture(pixels=np.array(_on_white(picture, notes)), notes=tuple(notes))
+        notes.append("is rotated by its EXIF orientation")
+    return np.array(_on_white(image, notes)), tuple(notes)
 
 
 def _check_size(path: Path, pixels: int) -> None:
     if pixels > MAX_PIXELS:
-        raise PictureError(
+        raise ImageError(
             path,
             f"has {pixels:,} pixels, and at most {MAX_PIXELS:,} are read",
             "save it smaller, at 4000 pixels a side",
         )
 
 
-def _on_white(picture: Image.Image, notes: list[str]) -> Image.Image:
-    profile = picture.info.get("icc_profile") or None
-    if not picture.has_transparency_data:
-        return _in_srgb(picture, profile, notes)
-    transparent = picture.convert("LA" if picture.mode in ("L", "LA") else "RGBA")
+def _on_white(image: Image.Image, notes: list[str]) -> Image.Image:
+    profile = image.info.get("icc_profile") or None
+    if not image.has_transparency_data:
+        return _in_srgb(image, profile, notes)
+    transparent = image.convert("LA" if image.mode in ("L", "LA") else "RGBA")
     alpha = transparent.getchannel("A")
     if alpha.getextrema() != (255, 255):
         notes.append("is transparent in places: they become white")
-    shown = Image.new("RGB", picture.size, "white")
+    shown = Image.new("RGB", image.size, "white")
     shown.paste(_in_srgb(transparent.convert(transparent.mode[:-1]), profile, notes), mask=alpha)
     return shown
 
 
-def _in_srgb(picture: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    """A picture of any mode -> RGB, sRGB."""
-    if not profile and picture.mode == "RGB":
-        return picture
-    if not profile and picture.mode != "LAB":
-        if picture.mode == "CMYK":
+def _in_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
+    """An image of any mode -> RGB, sRGB."""
+    if not profile and image.mode == "RGB":
+        return image
+    if not profile and image.mode != "LAB":
+        if image.mode == "CMYK":
             notes.append("is CMYK without a colour profile: its colours are a guess")
-        return picture.convert("RGB")
+        return image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile) if profile else ImageCms.createProfile("LAB"))
         name = " ".join(ImageCms.getProfileDescription(source).split())[:60]
         mode = _PROFILE_MODES.get(source.profile.xcolor_space)
-        if mode is None or (picture.mode != mode and (mode != "RGB" or picture.mode in ("CMYK", "LAB"))):
-            raise ImageCms.PyCMSError(f"it is for {source.profile.xcolor_space.strip()}, not for {picture.mode}")
+        if mode is None or (image.mode != mode and (mode != "RGB" or image.mode in ("CMYK", "LAB"))):
+            raise ImageCms.PyCMSError(f"it is for {source.profile.xcolor_space.strip()}, not for {image.mode}")
         converted = ImageCms.profileToProfile(
-            picture.convert(mode),
+            image.convert(mode),
             source,
             ImageCms.createProfile("sRGB"),
             renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
@@ -145,7 +134,7 @@ def _in_srgb(picture: Image.Image, profile: bytes | None, notes: list[str]) -> I
         if profile is None:
             raise
         notes.append(f"has a colour profile that cannot be used ({error}): it is ignored")
-        return _in_srgb(picture, None, notes)
+        return _in_srgb(image, None, notes)
     assert converted is not None
     if profile and not name.startswith("sRGB"):
         notes.append(f"has the colour profile {name}: converted to sRGB")
@@ -153,23 +142,23 @@ def _in_srgb(picture: Image.Image, profile: bytes | None, notes: list[str]) -> I
 
 
 def fit_image(image: np.ndarray, height: int, width: int, how: Fit) -> np.ndarray:
-    """A picture at another size, without stretching it.
+    """An image at another size, without stretching it.
 
     Args:
         image: uint8 [H, W, 3].
         height: of the result, in pixels.
         width: of the result, in pixels.
-        how: "cover" fills the frame and cuts what hangs over, evenly on both sides; "contain" shows the whole
-            picture and fills the rest with mid-grey, the value of the blank video; "auto" is "contain" if more than a
-            quarter of the picture would be cut off, else "cover" with the top kept, so that no head is cut off.
+        how: "cover" fills the frame and cuts what protrudes, evenly on both sides; "contain" shows the whole image and
+            fills the rest with mid-grey, the value of the blank video; "auto" is "contain" if more than a quarter of
+            the image would be cut off, else "cover" aligned to the top, so that no head is cut off.
     """
-    picture, size = Image.fromarray(image), (width, height)
+    source, size = Image.fromarray(image), (width, height)
     top = 0.0 if how == "auto" else 0.5
     if chosen_fit(image.shape[0], image.shape[1], height, width, how) == "cover":
-        return np.array(ImageOps.fit(picture, size, Image.Resampling.LANCZOS, centering=(0.5, top)))
-    scale = min(width / picture.width, height / picture.height)
-    whole = picture.resize(
-        (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.LANCZOS
+        return np.array(ImageOps.fit(source, size, Image.Resampling.LANCZOS, centering=(0.5, top)))
+    scale = min(width / source.width, height / source.height)
+    whole = source.resize(
+        (max(1, round(source.width * scale)), max(1, round(source.height * scale))), Image.Resampling.LANCZOS
     )
     padded = Image.new("RGB", size, (128, 128, 128))
     padded.paste(whole, (round((width - whole.width) / 2), round((height - whole.height) / 2)))
@@ -177,14 +166,14 @@ def fit_image(image: np.ndarray, height: int, width: int, how: Fit) -> np.ndarra
 
 
 def chosen_fit(own_height: int, own_width: int, height: int, width: int, how: Fit) -> Literal["cover", "contain"]:
-    """What "auto" means for a picture and a frame of these sizes; others are as they are."""
+    """``how``, with "auto" replaced by what it means for an image and a frame of these sizes."""
     if how != "auto":
         return how
     return "contain" if _difference(own_height, own_width, height, width) > _MOST_CUT else "cover"
 
 
 def fit_note(own_height: int, own_width: int, height: int, width: int, how: Fit) -> str | None:
-    """What :func:`fit_image` does to a picture, for a sentence that begins with its name; None for less than 1 %."""
+    """What :func:`fit_image` does to an image, to follow its name in a sentence; None for less than 1 %."""
     share = round(100 * _difference(own_height, own_width, height, width))
     if share < 1:
         return None
@@ -196,7 +185,7 @@ def fit_note(own_height: int, own_width: int, height: int, width: int, how: Fit)
 
 
 def _difference(own_height: int, own_width: int, height: int, width: int) -> float:
-    """The share of the picture that "cover" cuts off, which is the share of the frame that "contain" leaves grey."""
+    """The share of the image that "cover" cuts off, which is the share of the frame that "contain" leaves grey."""
     aspect = own_width / own_height * height / width
     return 1 - min(aspect, 1 / aspect)
 
@@ -213,5 +202,5 @@ def encode_png(image: np.ndarray) -> bytes:
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write uint8 [H, W, 3] as a PNG, in one step. ``ValueError`` if ``path`` names another format."""
     if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"{path}: pictures are written without loss, so the name must end in .png")
+        raise ValueError(f"{path}: images are written without loss, so the name must end in .png")
     write_atomically(path, encode_png(image))

@@ -1,14 +1,13 @@
-"""From a decoded video frame to the picture that a player shows: uint8 [H, W, 3] in sRGB, upright, of square pixels.
+"""From a decoded video frame to the image that a player shows: uint8 [H, W, 3] in sRGB, upright, of square pixels.
 
-Obeyed are the display matrix (turned, mirrored), the pixel aspect ratio, the colour matrix, the colour range, wide
-gamuts, HDR transfers and alpha. What a file does not state is read as FFmpeg and OpenCV read it: BT.601, limited range.
+The display matrix (rotation, mirroring), the pixel aspect ratio, the colour matrix, the colour range, wide gamuts, HDR
+transfers and alpha are applied. What a file does not state is read as FFmpeg and OpenCV read it: BT.601, limited range.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from typing import Literal
@@ -27,120 +26,132 @@ _MATRICES = {1: 1, 2: 5, 3: 5, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # of the file -> o
 _UNSTATED = (2, 3)
 _SDR = (0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 14, 15)
 _HDR: dict[int, Transfer] = {16: "pq", 18: "hlg"}
-_GAMUTS: dict[int, Gamut] = {9: "bt2020", 11: "p3", 12: "p3"}  # others differ little from BT.709 and are taken for it
+_GAMUTS: dict[int, Gamut] = {9: "bt2020", 11: "p3", 12: "p3"}  # others differ little from BT.709 and are read as it
 
 # Linear RGB of the gamut -> linear RGB of BT.709; all have the white D65.
 _TO_BT709 = {
     "bt2020": ((1.660491, -0.587641, -0.072850), (-0.124550, 1.132900, -0.008349), (-0.018151, -0.100579, 1.118730)),
     "p3": ((1.224940, -0.224940, 0.0), (-0.042057, 1.042057, 0.0), (-0.019638, -0.078636, 1.098274)),
 }
-_SDR_WHITE, _HDR_PEAK = 203.0, 1000.0  # cd/m2: BT.2408's reference white; the display that HDR is taken to be made for
+_SDR_WHITE, _HDR_PEAK = 203.0, 1000.0  # cd/m2: BT.2408's reference white; the display that HDR is assumed to target
 _SDR_GAMMA = 2.4  # of a display, BT.1886
 _BT2020_LUMINANCE = np.array((0.2627, 0.6780, 0.0593), np.float32)
 
 
-class UnreadableColours(ValueError):
-    """The colours of a video cannot be turned into sRGB; the message is the reason, without the file's name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """How stored frames become pictures.
+class FrameConverter:
+    """Turns the frames of one stream into images.
 
     Args:
-        scaled: width and height at which stored pixels are square.
-        transposed: rows are columns; done before mirroring.
-        mirrored: left and right are swapped.
-        flipped: top and bottom are swapped.
-        matrix: of swscale; None for RGB.
-        full: luma has the whole range of values.
-        transfer: how light is coded.
-        gamut: the primaries.
-        alpha: there is an alpha channel.
-        deep: more than 8 bits.
-        notes: what is done beyond reading 8-bit RGB as it is stored, each beginning with a word to count by.
-    """
-
-    scaled: tuple[int, int]
-    transposed: bool
-    mirrored: bool
-    flipped: bool
-    matrix: int | None
-    full: bool
-    transfer: Transfer
-    gamut: Gamut
-    alpha: bool
-    deep: bool
-    notes: tuple[str, ...]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the pictures."""
-        width, height = self.scaled
-        return (width, height) if self.transposed else (height, width)
-
-
-def look_of(frame: av.VideoFrame, pixel_aspect: Fraction | None) -> Look:
-    """The look of a stream, from one of its frames.
-
-    Args:
-        frame: decoded.
+        first: a frame of the stream.
         pixel_aspect: of the stream, width over height; None or 0 for square.
 
+    Attributes:
+        size: height and width of the images.
+        notes: what is done beyond reading 8-bit RGB as it is stored; each begins with a word to count by.
+
     Raises:
-        UnreadableColours: for a matrix or transfer that is not known, and Dolby Vision without a compatible base.
-        ValueError: for a turn that is no quarter turn, or frames too large.
+        ValueError: for a colour matrix or transfer that is not known, Dolby Vision without a compatible base, a
+            rotation that is no quarter turn, or frames too large; the message is the reason, without the file's name.
     """
-    notes: list[str] = []
-    transposed, mirrored, flipped = _orientation(frame, notes)
-    scaled = _square(frame, pixel_aspect, notes)
-    matrix, full = _matrix(frame, notes)
-    transfer, gamut = _transfer(frame), _GAMUTS.get(int(frame.color_primaries), "bt709")
-    if transfer != "sdr":
-        gamut = "bt2020" if gamut == "bt709" else gamut
-        notes.append(f"HDR: {transfer.upper()} tone-mapped to SDR (BT.2390)")
-    elif gamut != "bt709":
-        notes.append(f"wide gamut: {gamut} brought to BT.709")
-    components = frame.format.components
-    alpha = any(component.is_alpha for component in components)
-    if alpha:
-        notes.append("alpha: transparent parts on white")
-    return Look(
-        scaled=scaled,
-        transposed=transposed,
-        mirrored=mirrored,
-        flipped=flipped,
-        matrix=matrix,
-        full=full,
-        transfer=transfer,
-        gamut=gamut,
-        alpha=alpha,
-        deep=max(component.bits for component in components) > 8,
-        notes=tuple(notes),
-    )
+
+    def __init__(self, first: av.VideoFrame, pixel_aspect: Fraction | None) -> None:
+        self._aspect = pixel_aspect
+        self._scaler = VideoReformatter()
+        self._adopt(first)
+
+    def image(
+        self, frame: av.VideoFrame, size: tuple[int, int] | None = None, interpolation: str | None = None
+    ) -> np.ndarray:
+        """uint8 [H, W, 3].
+
+        Args:
+            frame: of the stream.
+            size: height and width, if not the attribute.
+            interpolation: of swscale, where images are scaled.
+
+        Raises:
+            ValueError: if the stream has changed its size.
+        """
+        if _tags(frame) != self._tags:
+            before = self.size
+            self._adopt(frame)
+            if self.size != before:
+                old, new = (f"{width}x{height}" for height, width in (before, self.size))
+                raise ValueError(f"its frames change their size from {old} to {new}: cut it there")
+        width, height = self._scaled
+        if size is not None:
+            height, width = size[::-1] if self._transposed else size
+        is_scaled = (width, height) != (frame.width, frame.height)
+        linear = self._transfer != "sdr" or self._gamut != "bt709"
+        # 8 bits take swscale's fast conversion; it is off by up to 3 of 255 where there are more.
+        pixels = self._scaler.reformat(
+            frame,
+            width=width,
+            height=height,
+            format="rgb48le" if linear else "rgba" if self._alpha else "gbrp" if self._deep else "rgb24",
+            src_colorspace=self._matrix,
+            dst_colorspace=self._matrix,
+            interpolation=Interpolation[interpolation or "BICUBIC"] if is_scaled else None,
+            src_color_range=None if self._matrix is None else ColorRange.JPEG if self._full else ColorRange.MPEG,
+            dst_color_range=None if self._matrix is None else ColorRange.JPEG,
+            threads=1,
+        ).to_ndarray()
+        if linear:
+            pixels = to_sdr(pixels, self._transfer, self._gamut)
+        elif self._alpha:
+            pixels = _on_white(pixels)
+        if self._transposed:
+            pixels = pixels.swapaxes(0, 1)
+        return np.ascontiguousarray(pixels[:: -1 if self._flipped else 1, :: -1 if self._mirrored else 1])
+
+    def _adopt(self, frame: av.VideoFrame) -> None:
+        """Read what ``frame`` states of its orientation, shape and colours."""
+        notes: list[str] = []
+        components = frame.format.components
+        self._tags = _tags(frame)
+        self._transposed, self._mirrored, self._flipped = _orientation(frame, notes)
+        self._scaled = _square(frame, self._aspect, notes)
+        self._matrix, self._full = _matrix(frame, notes)
+        self._transfer, self._gamut = _colours(frame, notes)
+        self._deep = max(component.bits for component in components) > 8
+        self._alpha = any(component.is_alpha for component in components)
+        if self._alpha:
+            notes.append("alpha: transparent parts on white")
+        width, height = self._scaled
+        self.size = (width, height) if self._transposed else (height, width)
+        self.notes = tuple(notes)
+
+
+def _tags(frame: av.VideoFrame) -> tuple[object, ...]:
+    colours = frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries
+    return frame.width, frame.height, frame.format.name, *colours
 
 
 def _orientation(frame: av.VideoFrame, notes: list[str]) -> tuple[bool, bool, bool]:
-    """(transposed, mirrored, flipped) of the display matrix: x' = a x + c y and y' = b x + d y."""
+    """Whether to swap rows and columns, then left and right, then top and bottom.
+
+    By the display matrix: x' = a x + c y and y' = b x + d y.
+    """
     matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:
         return False, False, False
     a, b, _, c, d, *_ = struct.unpack("9i", matrix[:36])
     large, small = (max(a * a, b * b), min(a * a, b * b)) if a or b else (0, 0)
     if not large or small > large * math.tan(math.radians(2)) ** 2 or (abs(b) > abs(a)) != (abs(c) > abs(d)):
-        raise ValueError("its display matrix is no quarter turn: turn it with an editor")
+        raise ValueError("its display matrix is no quarter turn: rotate it with an editor")
     transposed = abs(b) > abs(a)
     mirrored, flipped = (c < 0, b < 0) if transposed else (a < 0, d < 0)
-    # Turned are those with an even number of reflections.
+    # An even number of reflections is a rotation.
     if (transposed + mirrored + flipped) % 2:
-        notes.append("mirrored: as its display matrix says")
+        notes.append("mirrored: as its display matrix states")
     elif transposed or mirrored:
         angle = (90 if mirrored else 270) if transposed else 180
-        notes.append(f"rotated: by {angle} degrees clockwise, as its display matrix says")
+        notes.append(f"rotated: by {angle} degrees clockwise, as its display matrix states")
     return transposed, mirrored, flipped
 
 
 def _square(frame: av.VideoFrame, aspect: Fraction | None, notes: list[str]) -> tuple[int, int]:
+    """Width and height at which stored pixels are square."""
     width, height = frame.width, frame.height
     if aspect and aspect > 1:
         width = round(width * aspect)
@@ -155,98 +166,32 @@ def _square(frame: av.VideoFrame, aspect: Fraction | None, notes: list[str]) -> 
 
 
 def _matrix(frame: av.VideoFrame, notes: list[str]) -> tuple[int | None, bool]:
+    """swscale's colour matrix, None for RGB, and whether luma has the full range of values."""
     name, stated = frame.format.name, int(frame.colorspace)
     if frame.format.is_rgb or frame.format.has_palette:
         return None, True
     if name.startswith(("gray", "ya", "mono")):
         return 5, int(frame.color_range) != 1
     if stated not in _MATRICES:
-        raise UnreadableColours(f"its colour matrix (number {stated} of H.273) is not known: convert it to BT.709")
+        raise ValueError(f"its colour matrix (number {stated} of H.273) is not known: convert it to BT.709")
     if stated in _UNSTATED and any(data.type.name.startswith("DOVI") for data in frame.side_data):
-        raise UnreadableColours("it is Dolby Vision without an HDR10 or HLG base (profile 5): convert it to BT.709")
+        raise ValueError("it is Dolby Vision without an HDR10 or HLG base (profile 5): convert it to BT.709")
     if stated in _UNSTATED:
         notes.append("untagged: no colour matrix is stated, read as BT.601")
     return _MATRICES[stated], int(frame.color_range) == 2 or name.startswith("yuvj")
 
 
-def _transfer(frame: av.VideoFrame) -> Transfer:
-    stated = int(frame.color_trc)
+def _colours(frame: av.VideoFrame, notes: list[str]) -> tuple[Transfer, Gamut]:
+    stated, gamut = int(frame.color_trc), _GAMUTS.get(int(frame.color_primaries), "bt709")
     if stated not in _SDR and stated not in _HDR:
-        raise UnreadableColours(f"its transfer function (number {stated} of H.273) is not known: convert it to BT.709")
-    return _HDR.get(stated, "sdr")
-
-
-class FrameConverter:
-    """Turns the frames of one stream into pictures.
-
-    Args:
-        first: a frame of the stream.
-        pixel_aspect: of the stream.
-
-    Raises:
-        ValueError: as :func:`look_of`.
-    """
-
-    def __init__(self, first: av.VideoFrame, pixel_aspect: Fraction | None) -> None:
-        self.look, self._aspect, self._tags = look_of(first, pixel_aspect), pixel_aspect, _tags(first)
-        self._scaler = VideoReformatter()
-
-    def picture(
-        self, frame: av.VideoFrame, size: tuple[int, int] | None = None, interpolation: str | None = None
-    ) -> np.ndarray:
-        """uint8 [H, W, 3].
-
-        Args:
-            frame: of the stream.
-            size: height and width, if not those of the look.
-            interpolation: of swscale, where pictures are scaled.
-
-        Raises:
-            ValueError: if the stream has changed its size.
-        """
-        if _tags(frame) != self._tags:
-            self._adopt(frame)
-        look = self.look
-        width, height = look.scaled
-        if size is not None:
-            height, width = size[::-1] if look.transposed else size
-        is_scaled = (width, height) != (frame.width, frame.height)
-        linear = look.transfer != "sdr" or look.gamut != "bt709"
-        # 8 bits take swscale's fast conversion; it is off by up to 3 of 255 where there are more.
-        pixels = self._scaler.reformat(
-            frame,
-            width=width,
-            height=height,
-            format="rgb48le" if linear else "rgba" if look.alpha else "gbrp" if look.deep else "rgb24",
-            src_colorspace=look.matrix,
-            dst_colorspace=look.matrix,
-            interpolation=Interpolation[interpolation or "BICUBIC"] if is_scaled else None,
-            src_color_range=None if look.matrix is None else ColorRange.JPEG if look.full else ColorRange.MPEG,
-            dst_color_range=None if look.matrix is None else ColorRange.JPEG,
-            threads=1,
-        ).to_ndarray()
-        if linear:
-            pixels = to_sdr(pixels, look.transfer, look.gamut)
-        elif look.alpha:
-            pixels = _on_white(pixels)
-        if look.transposed:
-            pixels = pixels.swapaxes(0, 1)
-        if look.mirrored:
-            pixels = pixels[:, ::-1]
-        if look.flipped:
-            pixels = pixels[::-1]
-        return np.ascontiguousarray(pixels)
-
-    def _adopt(self, frame: av.VideoFrame) -> None:
-        before, self.look, self._tags = self.look, look_of(frame, self._aspect), _tags(frame)
-        if self.look.size != before.size:
-            sizes = [f"{width}x{height}" for height, width in (before.size, self.look.size)]
-            raise ValueError(f"its frames change their size from {sizes[0]} to {sizes[1]}: cut it there")
-
-
-def _tags(frame: av.VideoFrame) -> tuple[object, ...]:
-    colours = frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries
-    return frame.width, frame.height, frame.format.name, *colours
+        raise ValueError(f"its transfer function (number {stated} of H.273) is not known: convert it to BT.709")
+    transfer = _HDR.get(stated, "sdr")
+    if transfer != "sdr":
+        notes.append(f"HDR: {transfer.upper()} tone-mapped to SDR (BT.2390)")
+        return transfer, "bt2020" if gamut == "bt709" else gamut
+    if gamut != "bt709":
+        notes.append(f"wide gamut: {gamut} converted to BT.709")
+    return "sdr", gamut
 
 
 def _on_white(pixels: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Frames <-> video files. Frames are uint8 [F, H, W, 3] in sRGB; files are H.264 in MP4.
 
-Everything that reads videos reads them here, by PyAV: as a player shows them (see :mod:`storymem.media.pixels`), and
-with frames numbered from the first that can be decoded.
+All videos are read here, by PyAV: as a player shows them (see :mod:`storymem.media.pixels`), with frames numbered from
+the first that can be decoded. decord, which other code of this field uses, decodes damaged files without an error.
 """
 
 from __future__ import annotations
@@ -19,30 +19,14 @@ from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 
 from storymem.io import replacing
-from storymem.media.decoding import VideoError, VideoInfo, file_url, index_of, opened, wanted_frames
-from storymem.media.images import read_image, write_image
+from storymem.media.decoding import VideoError, file_url, opened, probe, wanted_frames
+from storymem.media.decoding import VideoInfo as VideoInfo
 from storymem.media.pixels import FrameConverter
-
-__all__ = [
-    "READER",
-    "READING",
-    "VideoError",
-    "VideoInfo",
-    "frames_at",
-    "iter_frames",
-    "join_videos",
-    "numbered_frames",
-    "probe",
-    "read_image",
-    "read_video",
-    "write_image",
-    "write_video",
-]
 
 READER = f"PyAV {av.__version__}"
 """What reads videos, for files that state results."""
 READING = 2
-"""Raised when the same file is read as other pixels or times than before."""
+"""To be raised when the same file is read as other pixels or times than before."""
 
 _ROUNDING = 2e-3  # seconds; containers round times, at worst to milliseconds
 
@@ -50,18 +34,6 @@ _ROUNDING = 2e-3  # seconds; containers round times, at worst to milliseconds
 # was seen to write other bytes on every run where the CPU has AVX-512: off, though files grow by a third.
 _ENCODER_THREADS = 4
 _ENCODER_OPTIONS = {"preset": "medium", "x264-params": "mbtree=0"}
-
-
-def probe(path: str | Path) -> VideoInfo:
-    """Read a video's packets and decode its first frame.
-
-    All frames are decoded only where packets do not tell frames: AVI and raw streams, VP8, interlaced video.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        VideoError: if it is no video, holds no frame that can be decoded, or colours that are not known.
-    """
-    return index_of(path).info
 
 
 def read_video(path: str | Path, indices: Sequence[int] | None = None) -> np.ndarray:
@@ -76,7 +48,8 @@ def read_video(path: str | Path, indices: Sequence[int] | None = None) -> np.nda
 
     Raises:
         FileNotFoundError: if there is no such file.
-        VideoError: as :func:`probe`; also if a frame asked for is damaged, or all are and the file is cut off.
+        VideoError: as :func:`probe`; also if a requested frame is damaged, or all are requested of a file that is cut
+            off.
         ValueError: if an index is out of range.
     """
     info = probe(path)
@@ -85,7 +58,7 @@ def read_video(path: str | Path, indices: Sequence[int] | None = None) -> np.nda
     if outside:
         raise ValueError(f"{path} has {info.frames} frames: there is no frame {outside[0]} (frames count from 0)")
     if not wanted:
-        raise ValueError(f"{path}: no frames were asked for")
+        raise ValueError(f"{path}: no frames were requested")
     places: dict[int, list[int]] = {}
     for place, number in enumerate(wanted):
         places.setdefault(number, []).append(place)
@@ -96,7 +69,7 @@ def read_video(path: str | Path, indices: Sequence[int] | None = None) -> np.nda
 
 
 def iter_frames(path: str | Path) -> Iterator[np.ndarray]:
-    """Decode a file frame by frame, uint8 [H, W, 3] each, in memory that does not grow with its length.
+    """Decode a file frame by frame, uint8 [H, W, 3] each, in RAM that does not grow with its length.
 
     Raises as :func:`read_video` does; a damaged file yields the frames before the damage first.
     """
@@ -118,7 +91,7 @@ def numbered_frames(
         indices: which, in any order; all by default.
         size: height and width; those of the file by default.
         interpolation: of swscale, for ``size``.
-        damaged: take frames that were decoded from damaged data, and leave out those that were not decoded at all.
+        damaged: include frames that were decoded from damaged data, and omit those that were not decoded at all.
 
     Yields:
         number and uint8 [H, W, 3].
@@ -126,23 +99,22 @@ def numbered_frames(
     Raises:
         As :func:`read_video`.
     """
-    index = index_of(path)
-    wanted = set(range(index.info.frames) if indices is None else indices)
+    info = probe(path)
+    wanted = set(range(info.frames) if indices is None else indices)
     converter: FrameConverter | None = None
-    for number, frame, video in wanted_frames(path, index, wanted):
+    for number, frame, video in wanted_frames(path, info, wanted):
         if frame.is_corrupt and not damaged:
             raise VideoError(path, f"is damaged: frame {number} cannot be decoded whole")
         try:
-            if converter is None:
-                converter = FrameConverter(frame, video.pixel_aspect)
-            yield number, converter.picture(frame, size, interpolation)
+            converter = converter or FrameConverter(frame, video.pixel_aspect)
+            yield number, converter.image(frame, size, interpolation)
         except ValueError as error:
             raise VideoError(path, f"cannot be read: {error}") from error
         wanted.discard(number)
     if wanted and not damaged:
         raise VideoError(path, f"is damaged: frame {min(wanted)} cannot be decoded")
-    if indices is None and not damaged and index.info.missing:
-        raise VideoError(path, f"is cut off or has lost pieces: about {index.info.missing} frames are missing")
+    if indices is None and not damaged and info.missing:
+        raise VideoError(path, f"is cut off or has lost pieces: about {info.missing} frames are missing")
 
 
 def frames_at(path: str | Path, times: Sequence[float]) -> list[int]:
@@ -167,13 +139,12 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float | Fra
 
     Args:
         path: the file, with any suffix; the container is MP4.
-        frames: uint8 [F, H, W, 3], or an iterable of [H, W, 3] that need not fit into memory.
+        frames: uint8 [F, H, W, 3], or an iterable of [H, W, 3] that need not fit into RAM.
         fps: frames per second.
-        crf: x264's constant rate factor, 0 (largest) to 51; 16 is hard to tell from the source.
+        crf: x264's constant rate factor, 0 (largest) to 51; 16 is visually close to lossless.
 
     Raises:
-        ValueError: if there is no frame, a side is odd (yuv420p halves both), or a frame has another type or
-            size.
+        ValueError: if there is no frame, a side is odd (yuv420p halves both), or a frame has another type or size.
         FileError: if the file cannot be written.
     """
     remaining = iter(frames)
@@ -191,13 +162,23 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float | Fra
                 raise ValueError(
                     f"{path}: frames must all be uint8 [{height}, {width}, 3], one is {frame.dtype} {list(frame.shape)}"
                 )
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture))
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(image))
         container.mux(stream.encode(None))
 
 
+def _set_up_encoder(stream: VideoStream, height: int, width: int, crf: int) -> None:
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    stream.options = {"crf": str(crf), **_ENCODER_OPTIONS}
+    context = stream.codec_context
+    context.thread_count, context.thread_type = _ENCODER_THREADS, "FRAME"
+    # State limited range and BT.601 (6 in H.264's tables): players guess an unstated matrix by the size.
+    context.color_range = ColorRange.MPEG
+    context.colorspace = context.color_primaries = context.color_trc = 6
+
+
 def join_videos(paths: Sequence[str | Path], out: str | Path) -> list[str]:
-    """Put videos one after the other.
+    """Join videos one after the other.
 
     What :func:`write_video` wrote is not encoded again: the result decodes to exactly its frames. What comes from
     another encoder, or was written with other settings, is encoded again. Sound is left out.
@@ -215,24 +196,29 @@ def join_videos(paths: Sequence[str | Path], out: str | Path) -> list[str]:
     """
     if not paths:
         raise ValueError(f"{out}: there are no videos to join")
-    rate = _common_rate(paths)
+    rate, name = _common_rate(paths), Path(out).name
     parts = [_part(path) for path in paths]
-    told = [f"{part.path} has sound, which is left out of {Path(out).name}" for part in parts if part.sound]
-    written: list[Path] = []
+    notes = [f"{part.path} has sound, which is left out of {name}" for part in parts if part.sound]
+    temporary: list[Path] = []
+
+    def encoded(frames: Iterable[np.ndarray]) -> _Part:
+        # A name that storymem.io.remove_leftovers deletes
+        temporary.append(Path(out).with_name(f".{name}.{len(temporary)}.partial"))
+        write_video(temporary[-1], frames, rate)
+        return _part(temporary[-1])
+
     try:
         if parts[0].format is None or any(part.format != parts[0].format for part in parts):
-            ours = _own_format(Path(out), parts[0], rate, written)
+            ours = encoded([next(iter_frames(parts[0].path))]).format
             for number, part in enumerate(parts):
                 if part.format != ours:
-                    written.append(_beside(out, number))
-                    write_video(written[-1], iter_frames(part.path), rate)
-                    parts[number] = _part(written[-1])
-                    told.append(f"{part.path} comes from another encoder and is encoded again for {Path(out).name}")
+                    parts[number] = encoded(iter_frames(part.path))
+                    notes.append(f"{part.path} comes from another encoder and is encoded again for {name}")
         _concatenate(parts, out)
     finally:
-        for path in written:
+        for path in temporary:
             path.unlink(missing_ok=True)
-    return told
+    return notes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,16 +239,16 @@ class _Part:
 
 
 def _part(path: str | Path) -> _Part:
-    index = index_of(path)
+    info = probe(path)
     with opened(path) as video:
         stream, sound = video.stream, bool(video.container.streams.audio)
-        as_stored = all(note.startswith("untagged") for note in index.info.notes)
+        as_stored = all(note.startswith("untagged") for note in info.notes)
         ticks = _ticks_per_frame(stream)
         if (
-            not (as_stored and ticks and index.stamps)
+            not (as_stored and ticks and info.stamps)
             or "mp4" not in video.container.format.name
-            or len(index.stamps) != stream.frames
-            or any(stamp != round(number * ticks) for number, stamp in enumerate(index.stamps))
+            or len(info.stamps) != stream.frames
+            or any(stamp != round(number * ticks) for number, stamp in enumerate(info.stamps))
         ):
             return _Part(path=Path(path), format=None, delay=0, sound=sound)
         context = stream.codec_context
@@ -292,18 +278,6 @@ def _common_rate(paths: Sequence[str | Path]) -> Fraction:
     return Fraction(infos[most].fps).limit_denominator(1001)
 
 
-def _own_format(out: Path, like: _Part, rate: Fraction, written: list[Path]) -> tuple[object, ...] | None:
-    """The format that :func:`write_video` gives to videos like this."""
-    written.append(_beside(out, "own"))
-    write_video(written[-1], [next(iter_frames(like.path))], rate)
-    return _part(written[-1]).format
-
-
-def _beside(out: str | Path, what: object) -> Path:
-    """A temporary file; its name is one that :func:`storymem.io.remove_leftovers` deletes."""
-    return Path(out).with_name(f".{Path(out).name}.{what}.partial")
-
-
 def _concatenate(parts: Sequence[_Part], out: str | Path) -> None:
     """Copy the packets of parts of one format, so that frames follow each other without gap.
 
@@ -328,13 +302,3 @@ def _concatenate(parts: Sequence[_Part], out: str | Path) -> None:
 
 def _ticks_per_frame(stream: VideoStream) -> Fraction:
     return 1 / (stream.average_rate * stream.time_base) if stream.average_rate and stream.time_base else Fraction(0)
-
-
-def _set_up_encoder(stream: VideoStream, height: int, width: int, crf: int) -> None:
-    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-    stream.options = {"crf": str(crf), **_ENCODER_OPTIONS}
-    context = stream.codec_context
-    context.thread_count, context.thread_type = _ENCODER_THREADS, "FRAME"
-    # Name the YUV, lest players guess by size: limited range, BT.601 (6 in H.264's tables).
-    context.color_range = ColorRange.MPEG
-    context.colorspace = context.color_primaries = context.color_trc = 6

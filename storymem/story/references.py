@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storymem.media.images import Fit, fit_note, read_picture
+from storymem.media.images import Fit, fit_note, read_image_with_notes
 from storymem.story import Story
 
 _MOST = 20  # lines
@@ -20,9 +20,8 @@ def reference_remarks(story: Story, height: int, width: int, fit: Fit) -> list[s
     paths = [*story.references, *(path for shot in story.shots for path in shot.references)]
     remarks = []
     for path, written in dict(zip(paths, story.written(paths), strict=True)).items():
-        picture = read_picture(path)
-        own_height, own_width, _ = picture.pixels.shape
-        notes, note = list(picture.notes), fit_note(own_height, own_width, height, width, fit)
+        image, read = read_image_with_notes(path)
+        notes, note = list(read), fit_note(image.shape[0], image.shape[1], height, width, fit)
         if note is not None:
             notes.append(f"{note} ({width}x{height}, memory.reference_fit={fit})")
         remarks += [f"reference {written} {one}" for one in notes]

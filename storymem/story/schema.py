@@ -466,10 +466,10 @@ def _picture_fault(path: Path) -> tuple[str, str] | None:
         return "does not exist", f"write {names} instead" if names else "put the picture there or mend the path"
     except FileError as error:
         return f"cannot be used: {error}", "name a picture"
-    from storymem.media.images import PictureError, read_picture
+    from storymem.media.images import ImageError, read_image
 
     try:
-        read_picture(path)
-    except PictureError as error:
+        read_image(path)
+    except ImageError as error:
         return error.reason, error.cure
     return None
