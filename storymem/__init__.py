@@ -3,14 +3,13 @@
 Names are resolved when first used, so that ``import storymem`` loads neither torch nor diffusers.
 """
 
-from importlib import import_module
-from typing import Any
-
 __version__ = "0.1.0"
 
 _HOMES = {
+    "generate": "storymem.film.generate",
     "Story": "storymem.story",
     "StoryError": "storymem.story",
+    "Shot": "storymem.story",
     "load_story": "storymem.story",
     "Film": "storymem.film.folder",
     "Storyteller": "storymem.film.storyteller",
@@ -29,7 +28,9 @@ __all__ = sorted(_HOMES)
 _FOR_DIFFUSERS = {"SchedulerMixin": "diffusers"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
     home = _HOMES.get(name) or _FOR_DIFFUSERS.get(name)
     if home is None:
         raise AttributeError(f"module 'storymem' has no attribute {name!r}")
@@ -37,4 +38,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return __all__
