@@ -147,7 +147,7 @@ def main() -> None:
     metrics: dict[str, Metric] = {"aesthetic": AestheticQuality(aesthetic), "viclip": ViclipScores(viclip)}
     with tempfile.TemporaryDirectory() as folder:
         story = make_story(Path(folder), arguments.shots, arguments.frames, *size)
-        film = find_films(Path(folder) / "films", [story])[0]
+        (film,) = find_films(Path(folder) / "films", [story]).films
         files = [shot.path for shot in film.shots if shot.path is not None]
         one = replace(film, shots=film.shots[:1])
         score_film(replace(story, scenes=_first_shot(story)), one, metrics, "warm")  # once to warm up

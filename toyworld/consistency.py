@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from storymem.evaluation.metric import Column, Metric, Pair, Scores, Screening, Value, mean, reasons_for
+from storymem.evaluation.metric import Column, FilmInfo, Metric, Pair, Scores, Value, mean, reasons_for
 from storymem.story import Shot, Story
 from toyworld.attributes import LOOKS, PROP_COLOURS, SIDES, UNKNOWN, Look, Scenery
 from toyworld.prompts import Said, left_to_right, read_prompt
@@ -108,7 +108,7 @@ class ToyConsistency(Metric):
             raise ValueError(f"every={every}: must be at least 1")
         self.every = every
 
-    def see(self, shot: Shot, frames: np.ndarray, screening: Screening) -> ShotSeen:
+    def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> ShotSeen:
         """What can be read of a shot.
 
         Raises:
@@ -117,16 +117,16 @@ class ToyConsistency(Metric):
         _said(shot)
         return read_shot(frames, self.every)
 
-    def conclude(self, seen: Sequence[ShotSeen | None], screening: Screening) -> Scores:
-        """See :meth:`Metric.conclude`."""
-        story = screening.story
+    def compute(self, measured: Sequence[ShotSeen | None], film: FilmInfo) -> Scores:
+        """See :meth:`Metric.compute`."""
+        story = film.story
         things = things_of(story)
         characters = [thing for thing in things if thing.is_character]
-        compared = [one for thing in things for one in _comparisons(thing, seen)]
+        compared = [one for thing in things for one in _comparisons(thing, measured)]
         of_characters = [one for one in compared if one.of_character]
-        alone, apart = len(characters) == 1, _apart(characters, seen)
+        alone, apart = len(characters) == 1, _apart(characters, measured)
         asked = tuple(
-            None if shown is None else _as_asked(shown, shot) for shown, shot in zip(seen, story.shots, strict=True)
+            None if shown is None else _as_asked(shown, shot) for shown, shot in zip(measured, story.shots, strict=True)
         )
         columns = {
             "attribute_consistency": mean([one.same for one in compared]),
@@ -135,13 +135,13 @@ class ToyConsistency(Metric):
             "lone_character_consistency": mean([one.same for one in of_characters]) if alone else None,
             "place_consistency": mean([one.same for one in compared if not one.of_character]),
             "characters_apart": mean(apart),
-            "attributes_unread": mean([value for thing in things for value in _unread(thing, seen)]),
+            "attributes_unread": mean([value for thing in things for value in _unread(thing, measured)]),
             "prompt_attributes": mean(asked),
         }
         undefined = _undefined(compared, alone, apart)
         return Scores(
             columns=columns,
-            reasons={**reasons_for(columns, screening), **undefined},
+            reasons={**reasons_for(columns, film), **undefined},
             undefined=tuple(undefined),
             shots={
                 "attribute_consistency": tuple(
@@ -149,10 +149,10 @@ class ToyConsistency(Metric):
                 ),
                 "prompt_attributes": asked,
             },
-            pairs={"attribute_consistency": tuple(_pairs(things, seen))},
+            pairs={"attribute_consistency": tuple(_pairs(things, measured))},
             details={
-                "kept": {thing.name: mean([one.same for one in _comparisons(thing, seen)]) for thing in things},
-                "read": [None if one is None else _plain(one) for one in seen],
+                "kept": {thing.name: mean([one.same for one in _comparisons(thing, measured)]) for thing in things},
+                "read": [None if one is None else _plain(one) for one in measured],
             },
         )
 

@@ -26,10 +26,10 @@ def _prepare(config: Mapping[str, Any]) -> None:
 
 
 def _evaluate(config: Mapping[str, Any]) -> None:
-    from storymem.evaluation.choosing import experiment_chosen, with_method
+    from storymem.evaluation.choosing import chosen_name, with_method
     from storymem.evaluation.stbench import evaluate
 
-    evaluate({"label": experiment_chosen(), **config}, with_method)
+    evaluate({"label": chosen_name(), **config}, with_method)
 
 
 class Command(NamedTuple):

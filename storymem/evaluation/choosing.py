@@ -1,4 +1,4 @@
-"""The same command with another method: what ``methods=[a,b]`` stands for."""
+"""Names of methods: what ``methods=[a,b]`` and ``method=NAME experiment=...`` stand for."""
 
 from __future__ import annotations
 
@@ -13,55 +13,52 @@ from omegaconf import OmegaConf
 from storymem.config import CONFIGS, nearest
 
 _PRIMARY = "eval_stbench"
-_BENCHMARK = "stbench"  # experiments called so say what is compared; all others, how films are made
+_BENCHMARK = "stbench"  # these experiments specify what is compared; all others, how films are made
 
 
-def experiment_chosen() -> str | None:
-    """The experiment of this run, if there is one: a method under other settings goes by its name."""
-    chosen = [name for name in experiments_among(HydraConfig.get().overrides.task) if not name.startswith(_BENCHMARK)]
-    return chosen[-1] if chosen else None
+def chosen_name() -> str | None:
+    """The name of this run's method: the experiment that changes it, or its file in ``configs/method``."""
+    experiments = [name for name in _experiments(HydraConfig.get().overrides.task) if not name.startswith(_BENCHMARK)]
+    return experiments[-1] if experiments else HydraConfig.get().runtime.choices.get("method")
 
 
 def with_method(name: str) -> dict[str, Any]:
-    """The configuration of this run with the method or ablation called ``name`` in place of its own."""
+    """The configuration of this run with the method or ablation ``name`` instead of its own."""
     return compose_with_method(name, HydraConfig.get().overrides.task)
 
 
 def compose_with_method(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """``eval_stbench.yaml`` with ``overrides``, ``configs/method/<name>.yaml`` or, with StoryMem as the method,
-    ``configs/experiment/<name>.yaml``.
+    """``eval_stbench.yaml`` with ``overrides`` and the method ``name``.
 
-    Of experiments among the overrides, only those that say what is compared (``stbench_*``) are kept.
+    Args:
+        name: of a file ``configs/method/NAME.yaml``, or ``configs/experiment/ablation_*.yaml``: StoryMem under that
+            experiment.
+        overrides: of the command line; other methods and experiments among them are dropped, except ``stbench_*``.
 
     Raises:
-        ValueError: if there is neither.
+        ValueError: if there is no such file.
     """
-    known = {
-        group: sorted(path.stem for path in (CONFIGS / group).glob(pattern))
-        for group, pattern in (("method", "*.yaml"), ("experiment", "ablation_*.yaml"))
-    }
-    experiments = [chosen for chosen in experiments_among(overrides) if chosen.startswith(_BENCHMARK)]
-    if name in known["method"]:
-        chosen = [f"method={name}"]
-    elif name in known["experiment"]:
-        chosen = ["method=storymem"]
-        experiments.append(name)
-    else:
-        raise ValueError(f"methods: there is no {name!r}{nearest(name, [*known['method'], *known['experiment']])}")
-    chosen += [f"experiment=[{','.join(experiments)}]"] if experiments else []
-    kept = [text for text in overrides if _key(text) not in ("method", "experiment", "methods")]
-    if GlobalHydra.instance().is_initialized():  # inside a run
-        config = compose(_PRIMARY, overrides=[*kept, *chosen])
+    files = CONFIGS.glob("method/*.yaml"), CONFIGS.glob("experiment/ablation_*.yaml")
+    methods, ablations = (sorted(path.stem for path in group) for group in files)
+    if name not in (*methods, *ablations):
+        raise ValueError(f"methods: there is no {name!r}{nearest(name, [*methods, *ablations])}")
+    experiments = [chosen for chosen in _experiments(overrides) if chosen.startswith(_BENCHMARK)]
+    experiments += [name] if name in ablations else []
+    wanted = [text for text in overrides if _key(text) not in ("method", "experiment", "methods")]
+    wanted.append(f"method={name if name in methods else 'storymem'}")
+    wanted += [f"experiment=[{','.join(experiments)}]"] if experiments else []
+    if GlobalHydra.instance().is_initialized():
+        config = compose(_PRIMARY, overrides=wanted)
     else:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose(_PRIMARY, overrides=[*kept, *chosen])
+            config = compose(_PRIMARY, overrides=wanted)
     return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
-def experiments_among(overrides: Sequence[str]) -> list[str]:
-    """Names after ``experiment=``, one or a list."""
-    said = [text.split("=", 1)[1] for text in overrides if _key(text) == "experiment"]
-    names = [name.strip(" '\"") for text in said for name in text.strip("[]").split(",")]
+def _experiments(overrides: Sequence[str]) -> list[str]:
+    """The names after ``experiment=``, one or a list."""
+    texts = [text.split("=", 1)[1] for text in overrides if _key(text) == "experiment"]
+    names = [name.strip(" '\"") for text in texts for name in text.strip("[]").split(",")]
     return [name for name in names if name not in ("", "null")]
 
 

@@ -1,30 +1,33 @@
-"""``films.yaml``: where the shots of films lie, as a person says it."""
+"""``films.yaml``: the user's answer to where the shots of films are."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
+from string import Formatter
 
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, UserPath, build_settings, nearest
-from storymem.evaluation.layouts import FilmFiles, Root, ShotFile, find_shots, is_video, quoted, said_twice, whole_film
+from storymem.evaluation.layouts import FilmFiles, Root, ShotFile, find_shots, is_video, quoted, whole_film
 from storymem.io import FileError, read_yaml
 from storymem.media.video import probe
 from storymem.story import Shot, Story
 
-_FIELD = re.compile(r"\{(\w+)(?::0?([1-9])d)?\}")
+MAPPING = "films.yaml"
+MAPPING_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OneFile:
-    """A film in one file, cut into shots by ``cuts`` or ``frames``.
+    """A film in one file, divided into shots by ``cuts`` or ``frames``.
 
     Args:
         file: path of the file.
-        cuts: first frames of all shots but the first, counted from 0.
+        cuts: first frames of all shots but the first, from 0.
         frames: of each shot the first frame and the one after the last.
     """
 
@@ -37,19 +40,13 @@ class OneFile:
             raise ValueError("write either cuts or frames")
 
     def ranges(self, total: int, shots: int) -> list[tuple[int, int]]:
-        """The frames of each of so many shots, of a file with ``total`` frames.
-
-        Raises:
-            ValueError: if they are not as many, do not follow one another, or end after the file.
-        """
-        if self.frames is None:
-            starts = [0, *(self.cuts or ())]
-            ranges = list(zip(starts, [*starts[1:], total], strict=True))
-        else:
-            ranges = list(self.frames)
+        """The frames of each shot in a file of ``total`` frames. Raises ``ValueError`` if they do not fit."""
+        starts = [0, *(self.cuts or ())]
+        by_cuts = list(zip(starts, [*starts[1:], total], strict=True))
+        ranges = by_cuts if self.frames is None else self.frames
         if len(ranges) != shots:
-            said = f"{len(ranges) - 1} cuts, so {len(ranges)} shots" if self.frames is None else f"{len(ranges)} shots"
-            raise ValueError(f"gives {said}, and the story has {shots}")
+            given = f"{len(ranges) - 1} cuts, so " if self.cuts is not None else ""
+            raise ValueError(f"gives {given}{len(ranges)} shots, and the story has {shots}")
         end = 0
         for first, after in ranges:
             if not end <= first < after <= total:
@@ -62,15 +59,15 @@ class OneFile:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FilmsMapping:
-    """What ``films.yaml`` says; paths are relative to ``folder``.
+    """The content of ``films.yaml``; paths are relative to ``folder``.
 
     Args:
         shots: path of a shot with ``{story}`` and with ``{scene}``, ``{shot}`` (number in its scene) or ``{index}``
-            (number in the film), counted from 1, or ``{scene0}``, ``{shot0}``, ``{index0}``, counted from 0; for
-            numbers of three digits ``{index:03d}``.
+            (number in the film), from 1, or ``{scene0}``, ``{shot0}``, ``{index0}``, from 0; for numbers of three
+            digits ``{index:03d}``.
         stories: a story's title -> its folder (with ``shots``: what stands for ``{story}``), a list of its shots'
-            paths, or a `OneFile`. A story that is not named here stands under its short name (``the_last_tram``), or is
-            looked for where there is no ``shots``.
+            paths, or a `OneFile`. A story that is not here has its short name (``the_last_tram``) for ``{story}``, or
+            is searched for if there is no ``shots``.
         folder: that of this file by default.
     """
 
@@ -80,10 +77,10 @@ class FilmsMapping:
 
 
 def read_mapping(path: Path) -> tuple[FilmsMapping, Root]:
-    """What a mapping file says, and the folder of films that its paths are relative to.
+    """A mapping file, and the folder of films that its paths are relative to.
 
     Raises:
-        FileError, ConfigError: naming the file, if it cannot be read.
+        FileError: naming the file, if it cannot be used.
     """
     content = read_yaml(path)
     if not isinstance(content, dict):
@@ -99,30 +96,35 @@ def read_mapping(path: Path) -> tuple[FilmsMapping, Root]:
 
 
 def mapped_films(mapping: FilmsMapping, root: Root, stories: Sequence[Story]) -> tuple[dict[str, FilmFiles], list[str]]:
-    """The films that a mapping says where to find: title -> film, and the titles that no story has.
+    """The films that a mapping locates: title -> film, and the titles in it that no story has.
 
     Raises:
-        ValueError: if an entry does not fit its story, or the files speak against what is said.
+        ValueError: if an entry does not fit its story or the files.
     """
     titles = {story.title: story for story in stories}
     unknown = sorted(mapping.stories.keys() - titles.keys())
     if unknown and mapping.shots is None and not titles.keys() & mapping.stories.keys():
         raise ValueError(f"{root.mapping}: names none of these stories; {unknown[0]!r}{nearest(unknown[0], titles)}")
-    named = stories if mapping.shots is not None else [story for story in stories if story.title in mapping.stories]
     found = {}
-    for story in named:
-        found[story.title] = _of_entry(mapping, root, story)
-        if twice := said_twice(found[story.title], story):
-            raise ValueError(f"{root.mapping}: {twice}")
+    for story in stories:
+        if mapping.shots is None and story.title not in mapping.stories:
+            continue
+        try:
+            found[story.title] = _mapped_film(mapping, root, story)
+            _check_differ(found[story.title], story)
+        except FileError:
+            raise
+        except ValueError as error:
+            message = str(error)
+            raise ValueError(message if str(root.mapping) in message else f"{root.mapping}: {message}") from None
     return found, unknown
 
 
-def _of_entry(mapping: FilmsMapping, root: Root, story: Story) -> FilmFiles:
-    path, folder = root.mapping, root.folder
-    entry = mapping.stories.get(story.title, story.slug)
-    where = f"{path}: stories.{story.title}"
+def _mapped_film(mapping: FilmsMapping, root: Root, story: Story) -> FilmFiles:
+    entry, where = mapping.stories.get(story.title, story.slug), f"stories.{story.title}"
+    source = root.mapping.name
     if isinstance(entry, OneFile):
-        file = folder / entry.file
+        file = root.folder / entry.file
         if not is_video(file):
             raise ValueError(f"{where}: there is no video file {file}")
         try:
@@ -130,63 +132,69 @@ def _of_entry(mapping: FilmsMapping, root: Root, story: Story) -> FilmFiles:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         shots = tuple(ShotFile(path=file, frames=frames) for frames in ranges)
-        return FilmFiles(folder=file, shots=shots, layout=f"one file, frames as {path.name} says")
+        return FilmFiles(folder=file, shots=shots, layout=f"one file, frames from {source}")
     if isinstance(entry, list):
         if len(entry) != len(story.shots):
             raise ValueError(
                 f"{where} lists {len(entry)} shots and the story has {len(story.shots)}: write one path for each"
             )
-        return FilmFiles(
-            folder=folder, shots=tuple(_file(folder / name) for name in entry), layout=f"paths in {path.name}"
+        shots = tuple(ShotFile.at(root.folder / name) for name in entry)
+        return FilmFiles(folder=root.folder, shots=shots, layout=f"paths from {source}")
+    if mapping.shots is not None:
+        _check_numbering(mapping.shots, root.folder, entry, story)
+        shots = tuple(ShotFile.at(root.folder / _filled(mapping.shots, entry, shot)) for shot in story.shots)
+        return FilmFiles(folder=root.folder, shots=shots, layout=f"{mapping.shots} from {source}, {{story}}: {entry}")
+    place = root.folder / entry
+    if is_video(place):
+        return whole_film(place, story, root)
+    if not place.is_dir():
+        raise ValueError(f"{where}: there is no folder or video {place}")
+    return find_shots(place, story, root)
+
+
+def _filled(template: str, entry: str, shot: Shot, shift: Mapping[str, int] | None = None) -> str:
+    """The path of a shot; ``shift`` is added to the numbers of these fields."""
+    values: dict[str, int | str] = {"story": entry}
+    for name, number in (("scene", shot.scene), ("shot", shot.number), ("index", shot.index + 1)):
+        values |= {name: number + (shift or {}).get(name, 0), f"{name}0": number - 1}
+    try:
+        fields = [(name, spec or "", conversion) for _, name, spec, conversion in Formatter().parse(template)]
+        known = all(
+            name is None or (name in values and conversion is None and re.fullmatch("(0?[1-9]d)?", spec))
+            for name, spec, conversion in fields
         )
-    if mapping.shots is None:
-        place = folder / entry
-        if is_video(place):
-            return whole_film(place, story, root)
-        if not place.is_dir():
-            raise ValueError(f"{where}: there is no folder or video {place}")
-        return find_shots(place, story, root)
-    _check_numbering(path, mapping.shots, folder, entry, story)
-    shots = tuple(_file(folder / _filled(path, mapping.shots, entry, shot)) for shot in story.shots)
-    return FilmFiles(folder=folder, shots=shots, layout=f"{mapping.shots} of {path.name}, {{story}} being {entry}")
-
-
-def _filled(path: Path, template: str, entry: str, shot: Shot, *, off: Mapping[str, int] | None = None) -> str:
-    """The path of a shot; ``off`` is added to the numbers of these fields."""
-    counted = {"scene": shot.scene, "shot": shot.number, "index": shot.index + 1}
-    fields: dict[str, int | str] = {"story": entry}
-    for name, number in counted.items():
-        fields |= {name: number + (off or {}).get(name, 0), f"{name}0": number - 1}
-
-    def fill(found: re.Match[str]) -> str:
-        name, width = found.groups()
-        if name not in fields or (width and name == "story"):
-            known = ", ".join(f"{{{one}}}" for one in fields)
-            raise ValueError(f"{path}: shots: {found[0]} cannot be filled in; known are: {known}")
-        return f"{fields[name]:0{width}d}" if width else str(fields[name])
-
-    filled = _FIELD.sub(fill, template)
-    if "{" in _FIELD.sub("", template) or "}" in _FIELD.sub("", template):
-        raise ValueError(f"{path}: shots: {template!r} has braces that are no field such as {{index}} or {{index:03d}}")
+        filled = template.format(**values) if known else None
+    except ValueError:  # a single brace, or a width for {story}
+        filled = None
+    if filled is None:
+        names = ", ".join(f"{{{name}}}" for name in values)
+        raise ValueError(f"shots: {template!r} cannot be filled in; known are: {names}, and widths as in {{index:03d}}")
     return filled
 
 
-def _check_numbering(path: Path, template: str, root: Path, entry: str, story: Story) -> None:
-    """Raise ValueError if files lie there by which a field seems to count otherwise than it does."""
+def _check_numbering(template: str, folder: Path, entry: str, story: Story) -> None:
+    """Raise ValueError if there are files that the template would find if a field counted differently."""
     first, last = story.shots[0], story.shots[-1]
-    usual = root / _filled(path, template, entry, first)
-    for off in ({"scene": -first.scene, "shot": -1}, {"scene": -first.scene}, {"shot": -1}, {"index": -1}):
-        file = root / _filled(path, template, entry, first, off=off)
-        if file != usual and is_video(file):
-            wrong = " and ".join(f"{{{name}}}" for name in off if f"{{{name}" in template)
+    for shift in ({"scene": -first.scene, "shot": -1}, {"scene": -first.scene}, {"shot": -1}, {"index": -1}):
+        name = _filled(template, entry, first, shift)
+        if name != _filled(template, entry, first) and is_video(folder / name):
+            wrong = " and ".join(f"{{{field}}}" for field in shift if f"{{{field}" in template)
             raise ValueError(
-                f"{path}: {file} is there, so these files count from 0, and {wrong} from 1: write {{scene0}}, "
+                f"{folder / name} is there, so these files count from 0, and {wrong} from 1: write {{scene0}}, "
                 f"{{shot0}} or {{index0}} instead, or list the paths under stories: {quoted(story.title)}: [...]"
             )
-    file = root / _filled(path, template, entry, last, off={"index": 1})
-    if file != root / _filled(path, template, entry, last) and is_video(file):
-        raise ValueError(f"{path}: {file} is there, and {story.title!r} has only {len(story.shots)} shots")
+    name = _filled(template, entry, last, {"index": 1})
+    if name != _filled(template, entry, last) and is_video(folder / name):
+        raise ValueError(f"{folder / name} is there, and {story.title!r} has only {len(story.shots)} shots")
 
 
-def _file(path: Path) -> ShotFile:
-    return ShotFile(path=path) if is_video(path) else ShotFile(reason=f"there is no file {path.name}")
+def _check_differ(film: FilmFiles, story: Story) -> None:
+    """Raise ValueError if two shots are the same frames."""
+    seen: dict[tuple[str, int], str] = {}
+    for shot, file in zip(story.shots, film.shots, strict=True):
+        if file.path is not None:
+            start = os.path.realpath(file.path), (file.frames or (0, 0))[0]
+            if start in seen:
+                both = f"{seen[start]} and {shot.label} of {story.title!r}"
+                raise ValueError(f"{both} are the same frames of {file.path}")
+            seen[start] = shot.label

@@ -1,14 +1,13 @@
-"""What a metric is: it sees each shot of a film once, and says what it found of the story."""
+"""What a metric is: it measures each shot of a film once, and computes the story's scores from that."""
 
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,12 +18,12 @@ from storymem.story import Shot, Story
 
 Value = float | None
 Pair = tuple[int, int, Value]
-"""Two shots of a story, counted from 0, and a value."""
+"""Indices of two shots of a story, from 0, and a value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """One number of a table: ``name`` in files, ``title`` for people, ``heading`` where room is short."""
+    """A column of the tables: ``name`` in files, ``title`` on the page, ``heading`` in narrow tables."""
 
     name: str
     title: str
@@ -32,12 +31,12 @@ class Column:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Screening:
-    """The film of one story, as far as metrics may know it before they see a shot.
+class FilmInfo:
+    """What metrics know of a film before they measure its shots.
 
     Args:
-        story: what the film tells.
-        lengths: frames of each shot; None for a shot that is missing.
+        story: of the film.
+        lengths: frames of each shot; None for a missing shot.
     """
 
     story: Story
@@ -51,7 +50,7 @@ class Screening:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Where each shot begins in the film, in frames; a missing shot counts as empty."""
+        """First frame of each shot in the film; a missing shot counts as empty."""
         return (0, *accumulate(length or 0 for length in self.lengths[:-1]))
 
     @cached_property
@@ -63,17 +62,17 @@ class Screening:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What one metric found in one film; plain JSON types.
+    """The scores of one film by one metric, in plain JSON types.
 
     Args:
-        columns: column -> value of the story. It is None, with a reason, if a shot that it needs is missing: a mean
-            of the others would be of another film.
+        columns: column -> value of the story. It is None, with a reason, if a shot that it needs is missing: the mean
+            over the other shots would be that of another film.
         reasons: column -> why there is no value.
-        undefined: columns that this story does not have, whatever the film (no character appears twice); it does not
-            count as missing in means over stories.
+        undefined: columns that this story cannot have (no character appears twice). They do not count as missing in
+            means over stories.
         shots: column -> a value for each shot.
         pairs: column -> values of pairs of shots.
-        details: anything else worth keeping.
+        details: further values for ``results.json``.
     """
 
     columns: dict[str, Value]
@@ -84,46 +83,48 @@ class Scores:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class Metric(ABC):
-    """Measures films. A metric keeps nothing from one film to the next, so that their order cannot matter.
+@runtime_checkable
+class Metric(Protocol):
+    """Measures films. Subclass it and name the class by ``_target_`` below ``metrics``: ``+metrics.mine._target_=...``.
 
-    Any subclass can be a ``_target_`` below ``metrics`` in the configuration.
+    A metric keeps no state from one film to the next, so that neither their order nor the number of processes changes
+    a result.
 
     Attributes:
-        version: is raised when values change; results of another version are not gone on with.
-        columns: what it measures; names must not be those of another metric in the same run.
+        columns: what it measures; names must be unique among the metrics of a run.
+        version: increase it when values change; results of another version are recomputed.
     """
 
-    version: ClassVar[int] = 1
     columns: Sequence[Column]
+    version: int = 1
 
     @property
     def weights(self) -> Origin:
-        """Where its networks' weights are from.
+        """Origin of its networks' weights.
 
-        Values by "untrained" ones mean nothing and are marked everywhere; only values by "published" ones stand beside
-        those of the paper.
+        Values by "untrained" weights mean nothing and are marked everywhere; only values by "published" ones stand
+        beside those of the paper.
         """
         return "own"
 
-    @abstractmethod
-    def see(self, shot: Shot, frames: np.ndarray, screening: Screening) -> Any:
-        """Look at a shot's frames, uint8 [F, H, W, 3], and return what :meth:`conclude` needs of them.
+    def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> Any:
+        """What :meth:`compute` needs of a shot with ``frames``, uint8 [F, H, W, 3].
 
-        All frames of a film do not fit into memory; what is returned must.
+        It should be small: the frames of a whole film do not fit into RAM.
         """
+        ...
 
-    @abstractmethod
-    def conclude(self, seen: Sequence[Any | None], screening: Screening) -> Scores:
-        """The film's scores from what was seen of its shots, in order; None for each that is missing."""
+    def compute(self, measured: Sequence[Any | None], film: FilmInfo) -> Scores:
+        """Scores of a film from what was measured of its shots, in order; None for each missing shot."""
+        ...
 
     def settings(self) -> dict[str, Any]:
-        """What decides the values beside the films: rules, names, hashes of weights; plain JSON types."""
+        """All that decides the values except the films (rules, names, hashes of weights), in plain JSON types."""
         return {}
 
 
 def weights_sha256(*networks: nn.Module) -> str:
-    """SHA-256 of names, types, shapes and values of all parameters and buffers, as they are in memory."""
+    """SHA-256 of names, types, shapes and values of all parameters and buffers."""
     digest = hashlib.sha256()
     for network in networks:
         for name, tensor in sorted(network.state_dict().items()):
@@ -132,18 +133,18 @@ def weights_sha256(*networks: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def in_chunks(frames: np.ndarray, size: int, run: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """``run`` over ``frames`` [N, H, W, 3], ``size`` at a time, so that few are float at once -> float64 [N, ...]."""
+def in_batches(frames: np.ndarray, size: int, run: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """``run`` over ``frames`` [N, H, W, 3], ``size`` at a time, to save RAM -> float64 [N, ...]."""
     results = [run(as_images(frames[start : start + size])) for start in range(0, len(frames), size)]
     return torch.cat(results).double().numpy()
 
 
 def mean(values: Sequence[Value]) -> Value:
-    """The mean, or None if there is no value or one is None."""
+    """The mean; None if there is no value or one is None."""
     present = [value for value in values if value is not None]
     return float(np.mean(present)) if present and len(present) == len(values) else None
 
 
-def reasons_for(columns: Mapping[str, Value], screening: Screening) -> dict[str, str]:
-    """Column -> which shots are missing, for columns without a value."""
-    return {name: screening.missing for name, value in columns.items() if value is None and screening.missing}
+def reasons_for(columns: Mapping[str, Value], film: FilmInfo) -> dict[str, str]:
+    """The missing shots as the reason of each column without a value."""
+    return {name: film.missing for name, value in columns.items() if value is None and film.missing}

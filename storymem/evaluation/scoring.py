@@ -1,9 +1,10 @@
-"""One film, read once: every shot is decoded, shown to all metrics and let go."""
+"""One film: every shot is decoded once and measured by all metrics; the result is a file."""
 
 from __future__ import annotations
 
 import io
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,35 +15,44 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from storymem.evaluation.layouts import FilmFiles, ShotFile
-from storymem.evaluation.metric import Metric, Scores, Screening
-from storymem.io import FileError, NotFiniteError, hash_file, hash_json, naming_full_disk, read_json, write_json
+from storymem.evaluation.metric import FilmInfo, Metric, Scores
+from storymem.io import (
+    FileError,
+    NotFiniteError,
+    hash_file,
+    hash_json,
+    naming_full_disk,
+    read_json,
+    remove_leftovers,
+    write_atomically,
+    write_json,
+)
 from storymem.media.video import READER, READING, probe, read_video
 from storymem.story import Shot, Story
 
-FORMAT = 2
-_DIGITS = 6  # of values in files: beyond what another batch size or processor changes
-_STRIP = 3  # pictures of a shot on the page
+FORMAT = 3
+_DIGITS = 6  # of values in files: more than other batch sizes or processors agree on
 _STRIP_HEIGHT = 96
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShotResult:
-    """A shot of a scored film; ``missing`` is the reason why it could not be read.
+    """A shot of a scored film.
 
     Args:
-        index: place in the film, from 0.
-        label: how it is named to people.
-        prompt, characters, cut: as the story says.
+        number: of the shot in the film, from 1.
+        label: its name in messages.
+        prompt, characters, cut: as in the story.
         file: its video, relative to the film's folder.
-        file_frames: the frames of the file that are the shot, from the first to before the second; None: all.
+        file_frames: the range of the file's frames that is the shot (first, last + 1), from 0; None: all.
         sha256: of the file.
         frames: how many were read.
         reader: the library that read them.
-        notes: how they were read (turned, tone-mapped ...); see :class:`storymem.media.video.VideoInfo`.
-        missing: see above.
+        notes: how they were converted (rotated, tone-mapped ...); see :class:`storymem.media.video.VideoInfo`.
+        missing: why the shot could not be read; None if it was.
     """
 
-    index: int
+    number: int
     label: str
     prompt: str
     characters: tuple[str, ...]
@@ -58,20 +68,18 @@ class ShotResult:
 
 @dataclass(frozen=True, kw_only=True)
 class StoryResult:
-    """What all metrics found in the film of one story.
+    """The scores of one film by all metrics. Unlike metrics, it counts the shots of pairs from 1.
 
     Args:
-        key: hash of all that decides the scores; a result with the same key need not be made again.
-        title: of the story.
-        slug: the story's short name.
-        style: as the story says.
-        story_sha256: of what the story says.
-        folder: where the film lies.
+        key: hash of all that decides the scores; a result with the same key is not recomputed.
+        title, slug, style: of the story.
+        story_sha256: of the story's content.
+        folder: of the film.
         shots: one for each shot of the story.
-        scores: metric -> what it found.
-        metrics: how all was measured: versions, rules, hashes of weights.
-        faults: values that are not finite, and why; such a result is made again by the next run.
-        pictures: files written beside the result for the page.
+        scores: metric -> its scores.
+        metrics: metric -> its version, rules and hashes of weights.
+        faults: values that are not finite; a result with faults is recomputed by the next run.
+        pictures: image files beside the result, for the page.
     """
 
     format: int = FORMAT
@@ -96,7 +104,7 @@ class StoryResult:
         return next((scores.reasons[column] for scores in self.scores.values() if column in scores.reasons), None)
 
     def is_defined(self, column: str) -> bool:
-        """Whether the story has such a column at all."""
+        """Whether the story can have a value of this column."""
         return not any(column in scores.undefined for scores in self.scores.values())
 
     def write(self, path: Path) -> None:
@@ -107,21 +115,17 @@ class StoryResult:
 
 
 def read_result(path: Path) -> StoryResult | None:
-    """A result as it was written; None if there is none, it is damaged, or one of another format."""
+    """A result as it was written; None if there is none, or it is damaged or of another format."""
     try:
         content = read_json(path)
-    except (FileNotFoundError, FileError):
-        return None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        return None
-    try:
-        return TypeAdapter(StoryResult).validate_python(content)
-    except ValidationError:
+        is_current = isinstance(content, dict) and content.get("format") == FORMAT
+        return TypeAdapter(StoryResult).validate_python(content) if is_current else None
+    except (FileNotFoundError, FileError, ValidationError):
         return None
 
 
 def metric_settings(metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    """What decides the values beside the films, for every metric; hashing weights takes a few seconds."""
+    """Metric -> all that decides its values except the films. Takes seconds, to hash weights."""
     return {
         name: {
             "version": metric.version,
@@ -133,110 +137,132 @@ def metric_settings(metrics: Mapping[str, Metric]) -> dict[str, Any]:
     }
 
 
-def result_key(story: Story, film: FilmFiles, settings: Mapping[str, Any]) -> str:
-    """SHA-256 of all that decides a film's scores: story, shots' bytes and frames, how they are read, metrics."""
+def result_key(story: Story, film: FilmFiles, measured: Mapping[str, Any]) -> str:
+    """SHA-256 of all that decides a film's scores: story, bytes and frames of shots, video reader, metrics."""
     hashes = _hashes(film)
     content = {
         "format": FORMAT,
         "story": story.to_dict(),
         "shots": [shot.reason if shot.path is None else [hashes[shot.path], shot.frames] for shot in film.shots],
-        "metrics": settings,
+        "metrics": measured,
         "reader": [READER, READING],
     }
     return hash_json(content)
 
 
-def story_sha256(story: Story) -> str:
-    """SHA-256 of what a story says."""
-    return hash_json(story.to_dict())
+def score_story(
+    story: Story, film: FilmFiles, metrics: Mapping[str, Metric], measured: Mapping[str, Any], folder: Path
+) -> None:
+    """Write ``folder/STORY.json`` and its images ``folder/STORY/SHOT.jpg``, unless the same result is there.
+
+    The images are written first and the result last. Of older images, only those that the previous result lists are
+    removed.
+
+    Args:
+        story: what the film shows.
+        film: its shots.
+        metrics: what to measure.
+        measured: ``metric_settings(metrics)``.
+        folder: of all results of one system.
+    """
+    key, path, pictures = result_key(story, film, measured), folder / f"{story.slug}.json", folder / story.slug
+    before = read_result(path)
+    if before is not None and before.key == key and not before.faults:
+        if before.folder != (where := _folder(film)):
+            replace(before, folder=where).write(path)  # the same film elsewhere
+        return
+    result, strips = score_film(story, film, metrics, key)
+    for fault in result.faults:
+        print(f"{story.title}: {fault}", file=sys.stderr, flush=True)
+    with naming_full_disk(pictures):
+        pictures.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(pictures)
+    for name, strip in strips.items():
+        write_atomically(pictures / name, strip)
+    replace(result, metrics=dict(measured)).write(path)
+    for name in () if before is None else before.pictures:
+        if name not in strips and Path(name).name == name:
+            (pictures / name).unlink(missing_ok=True)
 
 
 def score_film(
     story: Story, film: FilmFiles, metrics: Mapping[str, Metric], key: str
-) -> tuple[StoryResult, dict[int, bytes]]:
-    """Show a film to all metrics.
+) -> tuple[StoryResult, dict[str, bytes]]:
+    """Measure a film.
 
-    A shot whose file is missing or cannot be read to its end has the reason in its place, and whatever needs it has no
-    value. What a metric finds that is NaN or infinite is no value either, and is named in ``faults``.
+    A shot whose file is missing or damaged has a reason instead, and whatever needs it has no value. A value that is
+    NaN or infinite becomes None, and is listed in ``faults``.
 
     Returns:
-        the result, and for each shot (by index) a JPEG of its first, middle and last frame, side by side.
+        the result, and name -> a JPEG of a shot's first, middle and last frame, side by side.
     """
     try:
-        return _show(story, film, metrics, key)
-    except _Unreadable as found:
-        # Once more without that shot: metrics are told before they see a film which of its shots are missing.
+        return _score(story, film, metrics, key)
+    except _UnreadableError as error:
+        # Metrics are given the missing shots before the first shot, so start again without this one.
         shots = list(film.shots)
-        shots[found.index] = ShotFile(reason=str(found))
+        shots[error.index] = ShotFile(reason=str(error))
         return score_film(story, replace(film, shots=tuple(shots)), metrics, key)
 
 
-class _Unreadable(Exception):
-    """A shot's file cannot be read to its end."""
+class _UnreadableError(Exception):
+    """A shot cannot be read to its end."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(reason)
         self.index = index
 
 
-def _show(
+def _score(
     story: Story, film: FilmFiles, metrics: Mapping[str, Metric], key: str
-) -> tuple[StoryResult, dict[int, bytes]]:
-    lengths = tuple(_length(index, file) for index, file in enumerate(film.shots))
-    screening = Screening(story=story, lengths=lengths)
-    hashes = _hashes(film)
-    shots: list[ShotResult] = []
-    seen: dict[str, list[Any]] = {name: [] for name in metrics}
+) -> tuple[StoryResult, dict[str, bytes]]:
+    info = FilmInfo(story=story, lengths=tuple(_length(index, file) for index, file in enumerate(film.shots)))
+    measured: dict[str, list[Any]] = {name: [] for name in metrics}
     faults: dict[str, list[str]] = {name: [] for name in metrics}
-    strips: dict[int, bytes] = {}
-    for shot, file, length in zip(story.shots, film.shots, lengths, strict=True):
+    strips: dict[str, bytes] = {}
+    for shot, file, length in zip(story.shots, film.shots, info.lengths, strict=True):
         frames = None if length is None else _frames(shot.index, file, length)
+        if frames is not None:
+            strips[f"{shot.index + 1:02d}.jpg"] = _strip(frames)
         for name, metric in metrics.items():
             try:
-                seen[name].append(None if frames is None else metric.see(shot, frames, screening))
+                measured[name].append(None if frames is None else metric.measure_shot(shot, frames, info))
             except NotFiniteError as error:
-                seen[name].append(None)
+                measured[name].append(None)
                 faults[name].append(f"{shot.label}: {error}")
-        if frames is not None:
-            strips[shot.index] = _strip(frames)
-        shots.append(_shot_result(shot, file, length, film.folder, hashes))
-    scores = {name: _concluded(metric, seen[name], screening, faults[name]) for name, metric in metrics.items()}
+    scores = {name: _computed(metric, measured[name], info, faults[name]) for name, metric in metrics.items()}
+    hashes = _hashes(film)
     result = StoryResult(
         key=key,
         title=story.title,
         slug=story.slug,
         style=story.style,
-        story_sha256=story_sha256(story),
-        folder=None if film.folder is None else str(film.folder),
-        shots=tuple(shots),
+        story_sha256=hash_json(story.to_dict()),
+        folder=_folder(film),
+        shots=tuple(_shot_result(shot, n, film, hashes) for shot, n in zip(story.shots, info.lengths, strict=True)),
         scores=scores,
         faults=tuple(f"{name}: {fault}" for name, found in faults.items() for fault in found),
-        pictures=tuple(picture_name(index) for index in strips),
+        pictures=tuple(strips),
     )
     return result, strips
 
 
-def picture_name(index: int) -> str:
-    """The file of a shot's strip, beside the result."""
-    return f"{index + 1:02d}.jpg"
-
-
 def _length(index: int, file: ShotFile) -> int | None:
-    """Number of frames; None for a file that is not there."""
+    """Number of frames; None for a missing file."""
     if file.path is None:
         return None
     try:
         frames = probe(file.path).frames
     except (FileNotFoundError, ValueError) as error:
-        raise _Unreadable(index, str(error)) from None
+        raise _UnreadableError(index, str(error)) from None
     if not frames:
-        raise _Unreadable(index, f"{file.path.name} has no frames")
-    if file.frames is None:
-        return frames
-    first, after = file.frames
-    if after > frames:
-        raise _Unreadable(index, f"{file.path.name} has {frames} frames, and the shot is frames {first} to {after - 1}")
-    return after - first
+        raise _UnreadableError(index, f"{file.path.name} has no frames")
+    first, end = file.frames or (0, frames)
+    if end > frames:
+        raise _UnreadableError(
+            index, f"{file.path.name} has {frames} frames, and the shot is frames {first} to {end - 1}"
+        )
+    return end - first
 
 
 def _frames(index: int, file: ShotFile, length: int) -> np.ndarray:
@@ -244,68 +270,65 @@ def _frames(index: int, file: ShotFile, length: int) -> np.ndarray:
     try:
         frames = read_video(file.path, None if file.frames is None else range(*file.frames))
     except (FileNotFoundError, ValueError) as error:
-        raise _Unreadable(index, str(error)) from None
+        raise _UnreadableError(index, str(error)) from None
     if len(frames) != length:
-        raise _Unreadable(index, f"{file.path.name} has {length} frames, of which {len(frames)} can be read")
+        raise _UnreadableError(index, f"{file.path.name} has {length} frames, of which {len(frames)} can be read")
     return frames
 
 
-def _shot_result(
-    shot: Shot, file: ShotFile, length: int | None, folder: Path | None, hashes: Mapping[Path, str]
-) -> ShotResult:
+def _shot_result(shot: Shot, length: int | None, film: FilmFiles, hashes: Mapping[Path, str]) -> ShotResult:
+    file, folder = film.shots[shot.index], film.folder
+    path = file.path
+    is_below = path is not None and folder is not None and path != folder and path.is_relative_to(folder)
     return ShotResult(
-        index=shot.index,
+        number=shot.index + 1,
         label=shot.label,
         prompt=shot.prompt,
         characters=shot.characters,
         cut=shot.cut,
-        file=None if file.path is None else _below(file.path, folder),
+        file=None if path is None else path.relative_to(folder).as_posix() if is_below and folder else path.name,
         file_frames=file.frames,
-        sha256=None if file.path is None else hashes[file.path],
+        sha256=None if path is None else hashes[path],
         frames=length,
         reader=None if length is None else READER,
-        notes=() if file.path is None or length is None else probe(file.path).notes,
+        notes=() if path is None or length is None else probe(path).notes,
         missing=file.reason,
     )
 
 
-def _below(path: Path, folder: Path | None) -> str:
-    inside = folder is not None and path != folder and path.is_relative_to(folder)
-    return path.relative_to(folder).as_posix() if inside and folder is not None else path.name
+def _computed(metric: Metric, measured: Sequence[Any], info: FilmInfo, faults: list[str]) -> Scores:
+    """A metric's scores as they are written: finite, rounded, pairs counted from 1; ``faults`` gets what is not finite.
 
-
-def _concluded(metric: Metric, seen: Sequence[Any], screening: Screening, faults: list[str]) -> Scores:
-    """A metric's scores as they are written: rounded, so that a result read back is the one that was made, and finite.
-
-    What is not finite becomes None, is named in ``faults`` and is the reason for columns that have no value for it.
+    Rounding makes a result that is read back equal to the one that was written.
     """
     try:
-        found = metric.conclude(seen, screening)
+        found = metric.compute(measured, info)
     except NotFiniteError as error:
         faults.append(str(error))
         found = Scores(columns=dict.fromkeys(column.name for column in metric.columns))
-    labels = [shot.label for shot in screening.story.shots]
-    scores = Scores(
-        shots={
-            name: tuple(
-                _plain(value, f"{name} of {label}", faults) for label, value in zip(labels, values, strict=True)
-            )
-            for name, values in found.shots.items()
-        },
-        pairs={name: _plain(values, name, faults) for name, values in found.pairs.items()},
-        columns=_plain(found.columns, "", faults),
-        details=_plain(found.details, "", faults),
+    labels = [shot.label for shot in info.story.shots]
+    shots = {
+        name: tuple(_plain(value, f"{name} of {label}", faults) for label, value in zip(labels, values, strict=True))
+        for name, values in found.shots.items()
+    }
+    pairs = {
+        name: tuple((i + 1, j + 1, _plain(value, f"{name} of shots {i + 1}, {j + 1}", faults)) for i, j, value in of)
+        for name, of in found.pairs.items()
+    }
+    columns = _plain(found.columns, "", faults)
+    reasons = {name: "; ".join(faults) or "no value" for name, value in columns.items() if value is None}
+    return Scores(
+        columns=columns,
+        reasons=reasons | found.reasons,
         undefined=found.undefined,
-        reasons=dict(found.reasons),
+        shots=shots,
+        pairs=pairs,
+        details=_plain(found.details, "", faults),
     )
-    for column, value in scores.columns.items():
-        if value is None and column not in scores.reasons:
-            scores.reasons[column] = "; ".join(faults) or "no value"
-    return scores
 
 
 def _plain(value: Any, where: str, faults: list[str]) -> Any:
-    """``value`` with its numbers rounded and None for those that are not finite, which are noted in ``faults``."""
+    """``value`` with its numbers rounded, and None for those that are not finite, which are listed in ``faults``."""
     if isinstance(value, dict):
         return {key: _plain(item, f"{where} {key}".strip(), faults) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -321,15 +344,18 @@ def _plain(value: Any, where: str, faults: list[str]) -> Any:
 
 def _strip(frames: np.ndarray) -> bytes:
     """First, middle and last frame side by side, as a JPEG."""
-    chosen = frames[np.linspace(0, len(frames) - 1, _STRIP).round().astype(int)]
-    height, width = frames.shape[1:3]
-    size = (max(1, round(width * _STRIP_HEIGHT / height)), _STRIP_HEIGHT)
-    pictures = [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in chosen]
+    chosen = frames[np.linspace(0, len(frames) - 1, 3).round().astype(int)]
+    strip = Image.fromarray(np.concatenate(list(chosen), axis=1))
+    strip = strip.resize((max(1, round(strip.width * _STRIP_HEIGHT / strip.height)), _STRIP_HEIGHT))
     written = io.BytesIO()
-    Image.fromarray(np.concatenate(pictures, axis=1)).save(written, format="JPEG", quality=80)
+    strip.save(written, format="JPEG", quality=80)
     return written.getvalue()
 
 
+def _folder(film: FilmFiles) -> str | None:
+    return None if film.folder is None else str(film.folder)
+
+
 def _hashes(film: FilmFiles) -> dict[Path, str]:
-    """SHA-256 of each file of a film; one in which all shots lie is read once."""
+    """SHA-256 of each file of a film."""
     return {path: hash_file(path) for path in {shot.path for shot in film.shots if shot.path is not None}}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from storymem.evaluation.films import FilmFiles, find_films
-from storymem.evaluation.metric import Metric, Screening
+from storymem.evaluation.films import find_films
+from storymem.evaluation.layouts import FilmFiles
+from storymem.evaluation.metric import Column, FilmInfo, Metric, Scores, mean, reasons_for
 from storymem.evaluation.metrics import AestheticQuality, Appearance, ViclipScores
 from storymem.media.video import write_video
-from storymem.story import Story, load_story
+from storymem.story import Shot, Story, load_story
+from tests.composing import composed
 from tests.scorers import tiny
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
@@ -77,16 +80,49 @@ def metrics(batch_size: int = 8) -> dict[str, Metric]:
 
 def film(folder: Path, story: Story) -> FilmFiles:
     """The film of one story."""
-    return find_films(folder, [story])[0]
+    return find_films(folder, [story]).films[0]
 
 
-def screening(story: Story, lengths: Sequence[int | None]) -> Screening:
+def film_info(story: Story, lengths: Sequence[int | None]) -> FilmInfo:
     """A film of shots with these lengths."""
-    return Screening(story=story, lengths=tuple(lengths))
+    return FilmInfo(story=story, lengths=tuple(lengths))
 
 
-def nodes() -> dict[str, Mapping[str, Any]]:
-    """The metrics of `configs/metrics/tiny.yaml`."""
-    from tests.composing import composed
+class Means(Metric):
+    """The mean of all pixels: a metric that takes no time; ``value`` replaces that of the first shot."""
 
-    return composed("metrics=[tiny]", name="eval_stbench")["metrics"]
+    columns = (Column(name="mean", title="Mean", heading="Mean"),)
+
+    def __init__(self, value: float | str | None = None) -> None:
+        self.value = None if value is None else float(value)
+
+    def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> float:
+        return float(frames.mean()) / 255 if shot.index or self.value is None else self.value
+
+    def compute(self, measured: Sequence[float | None], film: FilmInfo) -> Scores:
+        columns = {"mean": mean(measured)}
+        return Scores(columns=columns, reasons=reasons_for(columns, film), shots={"mean": tuple(measured)})
+
+
+@cache  # composing takes longer than all else here
+def _composed() -> dict[str, Any]:
+    return composed("statistics.resamples=200", name="eval_stbench")
+
+
+def config(folder: Path, value: str | None = None) -> dict[str, Any]:
+    """Scores the films of ``folder`` by `Means`."""
+    return _composed() | {
+        "stbench": {"stories": str(folder / "stories")},
+        "output": str(folder / "out"),
+        "films": str(folder / "one"),
+        "metrics": {"means": {"_target_": f"{__name__}.Means", "value": value}},
+    }
+
+
+def written(folder: Path, name: str = "results.json") -> Any:
+    """A JSON file of the output, which must be valid."""
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(constant)
+
+    return json.loads((folder / "out" / name).read_text(), parse_constant=refuse)

@@ -34,7 +34,7 @@ def story(tmp_path: Path) -> Story:
     ],
 )
 def test_verdicts(story: Story, found: list[int], accuracy: float, spare: list[int]) -> None:
-    scores = judge_cuts(found, small.screening(story, LENGTHS), tolerance=2)
+    scores = judge_cuts(found, small.film_info(story, LENGTHS), tolerance=2)
     assert scores.columns["cut_accuracy"] == pytest.approx(accuracy)
     assert scores.details["cuts_inside_shots"] == spare
     assert scores.shots["cut_accuracy"][0] is None, "nothing comes before the first shot"
@@ -49,20 +49,20 @@ def metric() -> CutAccuracy:
 def test_the_detector_finds_hard_cuts_and_no_others(metric: CutAccuracy, story: Story) -> None:
     first = small.frames(0, 32)
     shots = [first[:16], first[16:], 255 - small.frames(5, 16)]
-    screening = small.screening(story, (16, 16, 16))
-    seen = [metric.see(shot, frames, screening) for shot, frames in zip(story.shots, shots, strict=True)]
+    film = small.film_info(story, (16, 16, 16))
+    seen = [metric.measure_shot(shot, frames, film) for shot, frames in zip(story.shots, shots, strict=True)]
     assert seen[0].shape == (16, 27, 48, 3)
-    scores = metric.conclude(seen, screening)
+    scores = metric.compute(seen, film)
     assert scores.columns == {"cut_accuracy": 1.0}
     assert scores.details["cuts_found"] == [32]
 
 
 def test_missing_shots_and_single_ones(metric: CutAccuracy, story: Story, tmp_path: Path) -> None:
-    holed = metric.conclude([None] * 3, small.screening(story, (30, None, 30)))
+    holed = metric.compute([None] * 3, small.film_info(story, (30, None, 30)))
     assert holed.columns == {"cut_accuracy": None}
     assert holed.reasons == {"cut_accuracy": "missing: shot 2 (scene 1, shot 2)"}
     (tmp_path / "one.yaml").write_text('title: T\noverview: O.\nscenes: [{shots: [{prompt: "A dog."}]}]\n')
-    single = metric.conclude([None], small.screening(load_story(tmp_path / "one.yaml"), (30,)))
+    single = metric.compute([None], small.film_info(load_story(tmp_path / "one.yaml"), (30,)))
     assert single.undefined == ("cut_accuracy",)
 
 

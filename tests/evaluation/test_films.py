@@ -1,4 +1,4 @@
-"""Where shots are found, and what is said of those that are not."""
+"""Which film belongs to which story and which videos are its shots; what is ambiguous is refused with advice."""
 
 from __future__ import annotations
 
@@ -11,17 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storymem.evaluation.films import find_all, find_films, stories_of
+from storymem.evaluation import films
+from storymem.evaluation.films import stories_of
+from storymem.evaluation.layouts import FilmFiles
 from storymem.evaluation.mapping import read_mapping
 from storymem.film.folder import Film, FilmError, ShotRecord
 from storymem.media.video import write_video
 from storymem.story import Story, load_story
 from tests.evaluation import small
 
+SHOTS = ("01_01.mp4", "01_02.mp4", "02_01.mp4")
+
 
 @pytest.fixture
 def stories(tmp_path: Path) -> list[Story]:
     return small.stories(tmp_path / "stories")
+
+
+def find_films(folder: Path, stories: list[Story]) -> tuple[FilmFiles, ...]:
+    return films.find_films(folder, stories).films
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -30,29 +38,13 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).write_bytes(b"video")
 
 
-def found(folder: Path, story: Story) -> list[str | None]:
-    """Paths below ``folder``, or reasons."""
-    shots = find_films(folder, [story])[0].shots
-    return [shot.reason if shot.path is None else str(shot.path.relative_to(folder)) for shot in shots]
+def paths(film: FilmFiles) -> list[Path | None]:
+    return [shot.path for shot in film.shots]
 
 
-@pytest.mark.parametrize("name", ["the_red_boat", "The Red Boat", "01_the_red_boat", "03-the-red-boat", "TheRedBoat"])
-@pytest.mark.parametrize("beneath", ["", "shots/"])
-def test_folders_as_others_name_them(tmp_path: Path, stories: list[Story], name: str, beneath: str) -> None:
-    touch(tmp_path / "films" / name, *(f"{beneath}{shot}.mp4" for shot in ("01_01", "01_02", "02_01")))
-    assert found(tmp_path / "films", stories[0]) == [f"{name}/{beneath}{s}.mp4" for s in ("01_01", "01_02", "02_01")]
-
-
-def test_missing_shots_and_films_have_a_reason(tmp_path: Path, stories: list[Story]) -> None:
-    touch(tmp_path / "films" / "the_red_boat", "01_01.mp4", "02_01.mp4")
-    boat, cat = find_films(tmp_path / "films", stories)
-    assert [shot.reason for shot in boat.shots] == [None, "there is no file 01_02.mp4", None]
-    assert cat.folder is None
-    assert all("no film of this story" in str(shot.reason) for shot in cat.shots)
-    assert all(shot.path is None for shot in cat.shots)
-
-
-# --- which film serves which story
+def follow(message: str, folder: Path) -> None:
+    """Write into ``films.yaml`` what a message says."""
+    (folder / "films.yaml").write_text(message[message.index("stories:") :])
 
 
 def two_stories(folder: Path, *titles: str, stems: tuple[str, ...]) -> list[Story]:
@@ -63,80 +55,111 @@ def two_stories(folder: Path, *titles: str, stems: tuple[str, ...]) -> list[Stor
     return stories_of(folder)
 
 
-def test_folders_that_differ_in_their_number_alone_serve_their_own_story(tmp_path: Path) -> None:
-    told = two_stories(tmp_path / "s", "The Tent", "The Fox", "The Sea", stems=("01_story", "02_story", "03_story"))
-    for number in (1, 2, 3):
-        touch(tmp_path / "films" / f"0{number}_story", "01_01.mp4", "01_02.mp4")
-    folders = [film.folder for film in find_films(tmp_path / "films", told)]
-    assert [folder.name for folder in folders if folder] == ["01_story", "02_story", "03_story"]
-    (tmp_path / "films" / "02_story").rename(tmp_path / "films" / "elsewhere")
-    assert [film.folder is None for film in find_films(tmp_path / "films", told)] == [False, True, False]
+def own_film(folder: Path, story: Story, shots: int = 3) -> None:
+    """A film of ours with so many finished shots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    film = Film(folder, story=story.to_dict(), config={})
+    for shot in story.shots[:shots]:
+        file = film.write_shot(shot, np.zeros((5, 32, 48, 3), np.uint8), repeated=0, fps=8)
+        rest = {"mode": "m2v", "seed": 0, "frames": 5, "repeated": 0, "memory": (), "keyframes": (), "config_hash": ""}
+        film.add(
+            ShotRecord(index=shot.index, scene=shot.scene, number=shot.number, prompt=shot.prompt, file=file, **rest)  # type: ignore[arg-type]
+        )
+
+
+# --- which film belongs to which story
+
+
+@pytest.mark.parametrize("name", ["the_red_boat", "The Red Boat", "01_the_red_boat", "03-the-red-boat", "TheRedBoat"])
+@pytest.mark.parametrize("below", ["", "shots/"])
+def test_names_of_folders(tmp_path: Path, stories: list[Story], name: str, below: str) -> None:
+    touch(tmp_path / "films" / name, *(f"{below}{shot}" for shot in SHOTS))
+    boat, cat = find_films(tmp_path / "films", stories)
+    assert paths(boat) == [tmp_path / "films" / name / f"{below}{shot}" for shot in SHOTS]
+    assert cat.folder is None
+    assert all("no film of this story" in str(shot.reason) for shot in cat.shots)
+
+
+def test_folders_that_differ_only_in_their_number_belong_to_their_own_story(tmp_path: Path) -> None:
+    stories = two_stories(tmp_path / "s", "The Tent", "The Fox", stems=("01_story", "02_story"))
+    for name in ("01_story", "02_story"):
+        touch(tmp_path / "films" / name, *SHOTS[:2])
+    assert [film.folder.name for film in find_films(tmp_path / "films", stories) if film.folder] == [
+        "01_story",
+        "02_story",
+    ]
+    (tmp_path / "films" / "02_story").rename(tmp_path / "elsewhere")
+    assert find_films(tmp_path / "films", stories)[1].folder is None
+    assert [story.title for story in stories_of(tmp_path / "s", ["02_story"])] == ["The Fox"]
+    with pytest.raises(ValueError, match="'story' could be the_tent, the_fox"):
+        stories_of(tmp_path / "s", ["story"])
 
 
 @pytest.mark.parametrize(
-    ("folders", "said"),
+    ("folders", "message"),
     [
-        (["1_story"], ["1_story could be the film of", "The Tent", "The Fox"]),
-        (["the_tent", "The Tent"], ["films/the_tent", "films/The Tent", "could both be the film of 'The Tent'"]),
-        (["the_tent", "01_story"], ["films/01_story", "films/the_tent", "could both be the film of 'The Tent'"]),
-        (["9_the_tent", "THE-TENT"], ["films/9_the_tent", "films/THE-TENT", "could both be the film of 'The Tent'"]),
+        (["1_story"], "1_story could be the film of 'The Tent' or 'The Fox'"),
+        (["the_tent", "The Tent"], r"films/The Tent and .*films/the_tent could both be the film of 'The Tent'"),
+        (["the_tent", "01_story"], r"films/01_story and .*films/the_tent could both be the film of 'The Tent'"),
+        (["9_the_tent", "THE-TENT"], r"films/9_the_tent and .*films/THE-TENT could both be the film of 'The Tent'"),
     ],
 )
-def test_a_name_that_could_mean_two_is_refused_with_both(tmp_path: Path, folders: list[str], said: list[str]) -> None:
-    told = two_stories(tmp_path / "s", "The Tent", "The Fox", stems=("01_story", "02_story"))
+def test_a_name_that_could_mean_two_is_refused_and_the_advice_works(
+    tmp_path: Path, folders: list[str], message: str
+) -> None:
+    stories = two_stories(tmp_path / "s", "The Tent", "The Fox", stems=("01_story", "02_story"))
     for name in folders:
-        touch(tmp_path / "films" / name, "01_01.mp4", "01_02.mp4")
-    with pytest.raises(ValueError, match=r"films\.yaml") as caught:
-        find_films(tmp_path / "films", told)
-    for part in said:
-        assert part in str(caught.value)
+        touch(tmp_path / "films" / name, *SHOTS[:2])
+    with pytest.raises(ValueError, match=message) as caught:
+        find_films(tmp_path / "films", stories)
     follow(str(caught.value), tmp_path / "films")
-    chosen = find_films(tmp_path / "films", told)[0].folder
+    chosen = find_films(tmp_path / "films", stories)[0].folder
     assert chosen is not None
     assert chosen.name in folders
 
 
-def follow(message: str, films: Path) -> None:
-    """Write into ``films.yaml`` what a message says."""
-    (films / "films.yaml").write_text(message[message.index("stories:") :])
-
-
-def test_a_name_is_no_less_doubtful_because_the_other_story_has_its_film(tmp_path: Path) -> None:
-    told = two_stories(tmp_path / "s", "The Tent", "The Fox", stems=("01_story", "02_story"))
-    own_film(tmp_path / "films" / "take", told[0], shots=2)
-    touch(tmp_path / "films" / "story", "01_01.mp4", "01_02.mp4")
+def test_a_name_stays_ambiguous_if_the_other_story_has_a_film(tmp_path: Path) -> None:
+    stories = two_stories(tmp_path / "s", "The Tent", "The Fox", stems=("01_story", "02_story"))
+    own_film(tmp_path / "films" / "take", stories[0], shots=2)
+    touch(tmp_path / "films" / "story", *SHOTS[:2])
     with pytest.raises(ValueError, match="story could be the film of 'The Tent' or 'The Fox'"):
-        find_films(tmp_path / "films", told)
+        find_films(tmp_path / "films", stories)
 
 
-def test_an_exact_name_goes_before_one_that_is_nearly_it(tmp_path: Path, stories: list[Story]) -> None:
+def test_an_exact_name_is_preferred_to_a_similar_one(tmp_path: Path, stories: list[Story]) -> None:
     for name in ("the_red_boat", "07-The-Red-Boat"):
-        touch(tmp_path / "films" / name, "01_01.mp4", "01_02.mp4", "02_01.mp4")
-    everything = find_all(tmp_path / "films", stories)
-    assert everything.films[0].folder == tmp_path / "films" / "the_red_boat"
-    assert everything.unused == ("07-The-Red-Boat",)
+        touch(tmp_path / "films" / name, *SHOTS)
+    found = films.find_films(tmp_path / "films", stories)
+    assert found.films[0].folder == tmp_path / "films" / "the_red_boat"
+    assert found.unused == ("07-The-Red-Boat",)
 
 
-def test_two_takes_of_one_story_are_refused_with_both(tmp_path: Path, stories: list[Story]) -> None:
-    for name in ("the_red_boat", "a_first_take"):
-        own_film(tmp_path / "films" / name, stories[0], shots=3)
-    with pytest.raises(ValueError, match=r"a_first_take and .*the_red_boat could both") as caught:
+def test_names_are_compared_in_one_form_of_unicode(tmp_path: Path) -> None:
+    (story,) = two_stories(tmp_path / "s", "Un Été", stems=("x",))
+    touch(tmp_path / "films" / unicodedata.normalize("NFD", "Un Été"), *SHOTS[:2])
+    assert find_films(tmp_path / "films", [story])[0].shots[1].path is not None
+
+
+@pytest.mark.parametrize("place", ["", "any name"])
+def test_our_own_films_are_found_by_their_manifest(tmp_path: Path, stories: list[Story], place: str) -> None:
+    own_film(tmp_path / "films" / place, stories[0], shots=2)
+    shots = find_films(tmp_path / "films", stories)[0].shots
+    assert [shot.path is not None for shot in shots] == [True, True, False]
+    assert shots[2].reason == "the film has only 2 finished shots"
+
+
+@pytest.mark.parametrize("takes", [("the_red_boat", "a_first_take"), ("", "take2")])
+def test_two_takes_of_one_story_are_refused(tmp_path: Path, stories: list[Story], takes: tuple[str, str]) -> None:
+    for name in takes:
+        own_film(tmp_path / "films" / name, stories[0])
+    with pytest.raises(ValueError, match="could both be the film of 'The Red Boat'") as caught:
         find_films(tmp_path / "films", stories)
     follow(str(caught.value), tmp_path / "films")
-    assert find_films(tmp_path / "films", stories)[0].folder == tmp_path / "films" / "a_first_take"
+    assert find_films(tmp_path / "films", stories)[0].folder == tmp_path / "films" / min(takes)
 
 
-def test_a_film_in_the_folder_itself_and_one_beneath_are_refused(tmp_path: Path, stories: list[Story]) -> None:
-    own_film(tmp_path / "films", stories[0], shots=3)
-    own_film(tmp_path / "films" / "take2", stories[0], shots=3)
-    with pytest.raises(ValueError, match=r"films and .*take2 could both be") as caught:
-        find_films(tmp_path / "films", stories)
-    follow(str(caught.value), tmp_path / "films")
-    assert find_films(tmp_path / "films", stories)[0].folder == tmp_path / "films"
-
-
-def test_a_film_of_ours_and_a_folder_named_as_its_story_are_refused(tmp_path: Path, stories: list[Story]) -> None:
-    own_film(tmp_path / "films" / "take", stories[0], shots=3)
+def test_a_film_of_ours_and_a_folder_named_like_its_story_are_refused(tmp_path: Path, stories: list[Story]) -> None:
+    own_film(tmp_path / "films" / "take", stories[0])
     touch(tmp_path / "films" / "07-the-red-boat", "01_01.mp4")
     assert find_films(tmp_path / "films", stories)[0].folder == tmp_path / "films" / "take"
     touch(tmp_path / "films" / "the_red_boat", "01_01.mp4")
@@ -144,40 +167,38 @@ def test_a_film_of_ours_and_a_folder_named_as_its_story_are_refused(tmp_path: Pa
         find_films(tmp_path / "films", stories)
 
 
-def test_of_two_films_with_one_title_the_one_that_tells_the_story_is_taken(
-    tmp_path: Path, stories: list[Story]
-) -> None:
+def test_a_film_with_other_prompts_is_refused(tmp_path: Path, stories: list[Story]) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(small.THREE_SHOTS.replace("red boat into", "blue boat into"))
-    own_film(tmp_path / "films" / "a", load_story(other), shots=3)
-    own_film(tmp_path / "films" / "b", stories[0], shots=3)
-    assert find_films(tmp_path / "films", stories)[0].folder == tmp_path / "films" / "b"
-    (tmp_path / "films" / "films.yaml").write_text("stories: {The Red Boat: a}")
-    with pytest.raises(FilmError, match="another text"):
+    own_film(tmp_path / "films" / "a_cat", load_story(other))
+    with pytest.raises(FilmError, match="other prompts under the title 'The Red Boat'"):
         find_films(tmp_path / "films", stories)
-
-
-def test_a_film_of_another_story_is_not_taken_by_its_folders_name(tmp_path: Path, stories: list[Story]) -> None:
-    own_film(tmp_path / "films" / "a_cat", stories[0], shots=3)
+    own_film(tmp_path / "films" / "b", stories[0])
     boat, cat = find_films(tmp_path / "films", stories)
-    assert boat.folder == tmp_path / "films" / "a_cat"
-    assert cat.folder is None
+    assert boat.folder == tmp_path / "films" / "b"
+    assert cat.folder is None, "a film of another story is not found by its folder's name"
 
 
-def test_names_are_compared_in_one_form_of_unicode(tmp_path: Path) -> None:
-    (told,) = two_stories(tmp_path / "s", "Un Été", stems=("x",))
-    touch(tmp_path / "films" / unicodedata.normalize("NFD", "Un Été"), "01_01.mp4", "01_02.mp4")
-    assert find_films(tmp_path / "films", [told])[0].shots[1].path is not None
+def test_stories_are_loaded_in_order_and_can_be_chosen(tmp_path: Path, stories: list[Story]) -> None:
+    folder = tmp_path / "stories"
+    assert [story.title for story in stories_of(folder)] == ["The Red Boat", "A Cat"]
+    for name in ("A Cat", "a_cat", "02_a_cat", "02_a_cat.yaml"):
+        assert [story.title for story in stories_of(folder, [name])] == ["A Cat"]
+    with pytest.raises(ValueError, match="no story 'dog'; known are: the_red_boat, a_cat"):
+        stories_of(folder, ["a_cat", "dog"])
+    (folder / "03.yaml").write_text(small.TWO_SHOTS)
+    with pytest.raises(ValueError, match="two stories are called a_cat"):
+        stories_of(folder)
+    for name in ("03.yaml", "04.yaml"):
+        (folder / name).write_text("title: 3\n")
+    with pytest.raises(ValueError, match=r"03\.yaml.*\n(.*\n)*.*04\.yaml"):
+        stories_of(folder)
+    for name in ("nowhere", "nowhere.yaml", "films.yaml"):
+        with pytest.raises((ValueError, FileNotFoundError), match="no such f"):
+            find_films(tmp_path / name, stories)
 
 
-def test_the_wanted_story_is_not_every_story_with_nearly_its_name(tmp_path: Path) -> None:
-    two_stories(tmp_path / "s", "The Tent", "The Fox", stems=("01_story", "02_story"))
-    assert [story.title for story in stories_of(tmp_path / "s", ["02_story"])] == ["The Fox"]
-    with pytest.raises(ValueError, match="'story' could be the_tent, the_fox"):
-        stories_of(tmp_path / "s", ["story"])
-
-
-# --- where its shots lie
+# --- which videos are its shots
 
 
 @pytest.mark.parametrize(
@@ -191,42 +212,35 @@ def test_the_wanted_story_is_not_every_story_with_nearly_its_name(tmp_path: Path
         ["shots/1/video.mp4", "shots/2/video.mp4", "shots/3/video.mp4"],
         ["scene_0/shots/0/video.mp4", "scene_0/shots/1/video.mp4", "scene_1/shots/0/video.mp4"],
         ["clip_000.mp4", "clip_001.mp4", "clip_002.mp4"],
-        ["shot9_8.mp4", "shot9_9.mp4", "shot9_10.mp4"],
         ["videos/scene 1 shot 1.webm", "videos/scene 1 shot 2.webm", "videos/scene 2 shot 1.webm"],
     ],
     ids=lambda names: names[0],
 )
 def test_numbers_in_names_are_those_of_the_shots(tmp_path: Path, stories: list[Story], names: list[str]) -> None:
-    """Other videos, of ViMax and of StoryMem's official code, do not disturb."""
-    films = tmp_path / "films"
+    """Other videos, of ViMax and of StoryMem's official code, do not matter."""
+    folder = tmp_path / "films" / "the_red_boat"
     others = ["final_video.mp4", "motion_frames.mp4", "the_red_boat.mp4"]
-    if "shots" in names[0]:
-        others += ["shots/2/transition_video_from_shot_1.mp4"]
-    touch(films / "the_red_boat", *names, *others, "01_01_keyframe0.jpg", "last_frame.jpg")
-    if names[0] == "shot9_8.mp4":
-        with pytest.raises(ValueError, match="not those of the 3 shots"):
-            find_films(films, stories)
-        return
-    film = find_films(films, stories)[0]
-    assert [shot.path for shot in film.shots] == [films / "the_red_boat" / name for name in names]
+    others += ["shots/2/transition_video_from_shot_1.mp4"] if "shots" in names[0] else []
+    touch(folder, *names, *others, "01_01_keyframe0.jpg", "last_frame.jpg")
+    film = find_films(tmp_path / "films", stories)[0]
+    assert paths(film) == [folder / name for name in names]
     assert set(film.ignored) == set(others)
 
 
 @pytest.mark.parametrize(
     ("names", "missing"),
     [
+        (["01_01.mp4", "02_01.mp4"], "01_02.mp4"),
         (["shots/0/video.mp4", "shots/2/video.mp4"], "shots/1/video.mp4"),
         (["clip_001.mp4", "clip_003.mp4"], "clip_002.mp4"),
-        (["01_00.mp4", "02_00.mp4"], "01_01.mp4"),
     ],
 )
-def test_numbers_that_leave_no_doubt_may_have_gaps(
+def test_unambiguous_numbers_may_have_gaps(
     tmp_path: Path, stories: list[Story], names: list[str], missing: str
 ) -> None:
     touch(tmp_path / "films" / "the_red_boat", *names)
     shots = find_films(tmp_path / "films", stories)[0].shots
-    assert [shot.reason for shot in shots] == [None, f"there is no file {missing}", None] or missing == "01_01.mp4"
-    assert sum(shot.path is not None for shot in shots) == 2
+    assert [shot.reason for shot in shots] == [None, f"there is no file {missing}", None]
 
 
 @pytest.mark.parametrize(
@@ -235,35 +249,30 @@ def test_numbers_that_leave_no_doubt_may_have_gaps(
         (["clip_1.mp4", "clip_2.mp4"], r"in several ways: clip_# \(shot from 1\); clip_# \(shot from 0\)"),
         (["clip_0.mp4", "clip_1.mp4", "clip_2.mp4", "clip_3.mp4"], "not those of the 3 shots"),
         (["01_01.mp4", "01_02.mp4", "01_03.mp4", "02_01.mp4"], "not those of the 3 shots"),
+        (["shot9_8.mp4", "shot9_9.mp4", "shot9_10.mp4"], "not those of the 3 shots"),
         (["a_1.mp4", "a_2.mp4", "a_3.mp4", "b_1.mp4", "b_2.mp4", "b_3.mp4"], "in several ways: a_#.*; b_#"),
         (["1_1.mp4", "01_01.mp4"], "01_01.mp4 and 1_1.mp4 have the same numbers"),
-        (["01_01.mp4", "01_01.mov"], "01_01.mov and 01_01.mp4 have the same numbers"),
         (["first.mp4", "second.mp4", "third.mp4"], "not those of the 3 shots"),
     ],
 )
-def test_what_cannot_be_told_is_asked(tmp_path: Path, stories: list[Story], names: list[str], message: str) -> None:
-    films = tmp_path / "films"
-    touch(films / "the_red_boat", *names)
+def test_ambiguous_files_are_refused_and_the_advice_works(
+    tmp_path: Path, stories: list[Story], names: list[str], message: str
+) -> None:
+    folder = tmp_path / "films"
+    touch(folder / "the_red_boat", *names)
     with pytest.raises(ValueError, match=message) as caught:
-        find_films(films, stories)
-    if "the same numbers" in message:
-        return
-    paths = ", ".join(f"the_red_boat/{name}" for name in (names * 3)[:3])
-    follow(str(caught.value).replace("..., ..., ...", paths), films)
+        find_films(folder, stories)
     if len(names) > 2:
-        shots = find_films(films, stories)[0].shots
-        assert [shot.path for shot in shots] == [films / "the_red_boat" / name for name in names[:3]]
-    else:
-        with pytest.raises(ValueError, match="are the same frames of"):
-            find_films(films, stories)
+        listed = ", ".join(f"the_red_boat/{name}" for name in names[:3])
+        follow(str(caught.value).replace("..., ..., ...", listed), folder)
+        assert paths(find_films(folder, stories)[0]) == [folder / "the_red_boat" / name for name in names[:3]]
 
 
 def test_the_results_folder_of_the_official_code_is_a_film(tmp_path: Path, stories: list[Story]) -> None:
-    """It writes the shots of its one story into the folder itself, beside what it needs to go on."""
+    """It writes the shots of its one story into the folder itself."""
     results = tmp_path / "results"
-    touch(results, "01_01.mp4", "01_02.mp4", "02_01.mp4", "motion_frames.mp4", "results.mp4", "01_01_keyframe0.jpg")
-    film = find_films(results, stories[:1])[0]
-    assert [shot.path for shot in film.shots] == [results / name for name in ("01_01.mp4", "01_02.mp4", "02_01.mp4")]
+    touch(results, *SHOTS, "motion_frames.mp4", "results.mp4", "01_01_keyframe0.jpg")
+    assert paths(find_films(results, stories[:1])[0]) == [results / name for name in SHOTS]
     with pytest.raises(ValueError, match=r"holds the shots of one film, and there are 2 stories.*stbench\.only"):
         find_films(results, stories)
     results.rename(tmp_path / "the_red_boat")
@@ -271,11 +280,23 @@ def test_the_results_folder_of_the_official_code_is_a_film(tmp_path: Path, stori
 
 
 def test_links_are_followed_once(tmp_path: Path, stories: list[Story]) -> None:
-    touch(tmp_path / "disk", "01_01.mp4", "01_02.mp4", "02_01.mp4")
+    touch(tmp_path / "disk", *SHOTS)
     (tmp_path / "films" / "the_red_boat").mkdir(parents=True)
     (tmp_path / "films" / "the_red_boat" / "shots").symlink_to(tmp_path / "disk")
     (tmp_path / "disk" / "up").symlink_to(tmp_path / "films" / "the_red_boat")
     assert [shot.reason for shot in find_films(tmp_path / "films", stories)[0].shots] == [None] * 3
+
+
+def test_published_scene_numbers_name_the_files(tmp_path: Path) -> None:
+    content = {
+        "story_name": "Two Scenes",
+        "story_overview": "A walk.",
+        "scenes": [{"scene_num": 2, "video_prompts": ["A dog."]}, {"scene_num": 5, "video_prompts": ["A cat."]}],
+    }
+    (tmp_path / "two.json").write_text(json.dumps(content))
+    touch(tmp_path / "films" / "two", "02_01.mp4", "05_01.mp4")
+    (film,) = find_films(tmp_path / "films", [load_story(tmp_path / "two.json")])
+    assert [path.name for path in paths(film) if path] == ["02_01.mp4", "05_01.mp4"]
 
 
 # --- films in one file
@@ -283,35 +304,29 @@ def test_links_are_followed_once(tmp_path: Path, stories: list[Story]) -> None:
 
 @pytest.fixture
 def one_file(tmp_path: Path, stories: list[Story]) -> Path:
-    """A folder in which a film of 27 frames lies in one file, as HoloCine writes it."""
-    films = tmp_path / "films"
-    films.mkdir()
-    write_video(films / "the_red_boat.mp4", small.frames(0, 27), 8)
-    return films
+    """A folder with a film of 27 frames in one file, as HoloCine writes it."""
+    folder = tmp_path / "films"
+    folder.mkdir()
+    write_video(folder / "the_red_boat.mp4", small.frames(0, 27), 8)
+    return folder
 
 
-def test_a_film_in_one_file_is_asked_for_its_cuts(one_file: Path, stories: list[Story]) -> None:
+def test_a_film_in_one_file_needs_its_cuts(one_file: Path, stories: list[Story], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds the whole film of 'The Red Boat', which has 3 shots") as caught:
         find_films(one_file, stories)
-    said = str(caught.value)
-    entry = said[said.index("stories:") : said.index("where cuts")]
+    message = str(caught.value)
+    entry = message[message.index("stories:") : message.index("where cuts")]
     (one_file / "films.yaml").write_text(entry.replace("[...]", "[9, 14]"))
     film, cat = find_films(one_file, stories)
     assert [shot.frames for shot in film.shots] == [(0, 9), (9, 14), (14, 27)]
     assert cat.folder is None
     (one_file / "films.yaml").write_text(entry.replace("cuts: [...]", "frames: [[0, 9], [10, 14], [14, 20]]"))
     assert [shot.frames for shot in find_films(one_file, stories)[0].shots] == [(0, 9), (10, 14), (14, 20)]
-
-
-def test_a_folder_with_one_video_is_a_film_in_one_file(one_file: Path, stories: list[Story]) -> None:
+    (one_file / "films.yaml").unlink()
     touch(one_file / "a_cat", "video7.mp4")
     with pytest.raises(ValueError, match=r"a_cat/video7\.mp4 holds the whole film of 'A Cat'"):
         find_films(one_file, stories[1:])
-
-
-def test_a_story_of_one_shot_is_its_file(one_file: Path, tmp_path: Path) -> None:
-    text = 'title: The Red Boat\noverview: O.\nscenes: [{shots: [{prompt: "A boat."}]}]\n'
-    (tmp_path / "one.yaml").write_text(text)
+    (tmp_path / "one.yaml").write_text('title: The Red Boat\noverview: O.\nscenes: [{shots: [{prompt: "A boat."}]}]\n')
     (shot,) = find_films(one_file, [load_story(tmp_path / "one.yaml")])[0].shots
     assert (shot.path, shot.frames) == (one_file / "the_red_boat.mp4", None)
 
@@ -322,10 +337,10 @@ def test_a_story_of_one_shot_is_its_file(one_file: Path, tmp_path: Path) -> None
         ("{file: the_red_boat.mp4, cuts: [9]}", "gives 1 cuts, so 2 shots, and the story has 3"),
         ("{file: the_red_boat.mp4, cuts: [14, 9]}", r"frames \[14, 9\] do not follow"),
         ("{file: the_red_boat.mp4, cuts: [9, 27]}", r"frames \[27, 27\]"),
+        ("{file: the_red_boat.mp4, frames: []}", "gives 0 shots"),
         ("{file: the_red_boat.mp4, frames: [[0, 9], [8, 14], [14, 20]]}", r"frames \[8, 14\]"),
         ("{file: the_red_boat.mp4, frames: [[0, 9], [9, 14], [14, 28]]}", "end after the file's 27 frames"),
         ("{file: the_red_boat.mp4, frames: [[-1, 9], [9, 14], [14, 20]]}", r"frames \[-1, 9\]"),
-        ("{file: the_red_boat.mp4, frames: [[0, 9, 3], [9, 14], [14, 20]]}", "frames"),
         ("{file: the_red_boat.mp4}", "write either cuts or frames"),
         ("{file: nowhere.mp4, cuts: [9, 14]}", "there is no video file"),
         ("{file: the_red_boat.mp4, cut: [9, 14]}", "cut"),
@@ -340,94 +355,59 @@ def test_faulty_cuts(one_file: Path, stories: list[Story], entry: str, message: 
     assert str(one_file / "films.yaml") in str(caught.value)
 
 
-def test_published_scene_numbers_name_the_files(tmp_path: Path) -> None:
-    written = {
-        "story_name": "Two Scenes",
-        "story_overview": "A walk.",
-        "scenes": [{"scene_num": 2, "video_prompts": ["A dog."]}, {"scene_num": 5, "video_prompts": ["A cat."]}],
-    }
-    (tmp_path / "two.json").write_text(json.dumps(written))
-    touch(tmp_path / "films" / "two", "02_01.mp4", "05_01.mp4")
-    assert found(tmp_path / "films", load_story(tmp_path / "two.json")) == ["two/02_01.mp4", "two/05_01.mp4"]
+# --- films.yaml
 
 
-def own_film(folder: Path, story: Story, shots: int) -> Film:
-    folder.mkdir(parents=True, exist_ok=True)
-    film = Film(folder, story=story.to_dict(), config={})
-    for shot in story.shots[:shots]:
-        file = film.write_shot(shot, np.zeros((5, 32, 48, 3), np.uint8), repeated=0, fps=8)
-        rest = {"mode": "m2v", "seed": 0, "frames": 5, "repeated": 0, "memory": (), "keyframes": (), "config_hash": ""}
-        film.add(
-            ShotRecord(index=shot.index, scene=shot.scene, number=shot.number, prompt=shot.prompt, file=file, **rest)  # type: ignore[arg-type]
-        )
-    return film
-
-
-@pytest.mark.parametrize("place", ["", "any name"])
-def test_our_own_films_are_known_by_their_manifest(tmp_path: Path, stories: list[Story], place: str) -> None:
-    own_film(tmp_path / "films" / place, stories[0], shots=2)
-    shots = find_films(tmp_path / "films", stories)[0].shots
-    assert [shot.path is not None for shot in shots] == [True, True, False]
-    assert shots[2].reason == "the film has only 2 finished shots"
-
-
-def test_a_film_of_another_text_is_refused(tmp_path: Path, stories: list[Story]) -> None:
-    other = tmp_path / "other.yaml"
-    other.write_text(small.THREE_SHOTS.replace("red boat into", "blue boat into"))
-    own_film(tmp_path / "films" / "boat", load_story(other), shots=3)
-    with pytest.raises(FilmError, match="another text under the title 'The Red Boat'"):
-        find_films(tmp_path / "films", stories)
-
-
-def test_a_mapping_file_says_where_shots_lie(tmp_path: Path, stories: list[Story]) -> None:
-    films = tmp_path / "films"
-    touch(films, "boat/clip_001.mp4", "boat/clip_002.mp4", "x/a.mp4", "y.mp4")
+def test_a_mapping_file_locates_shots(tmp_path: Path, stories: list[Story]) -> None:
+    folder = tmp_path / "films"
+    touch(folder, "boat/clip_001.mp4", "boat/clip_002.mp4", "x/a.mp4", "y.mp4")
     mapping = 'shots: "{story}/clip_{index:03d}.mp4"\nstories: {The Red Boat: boat, A Cat: [x/a.mp4, y.mp4]}\n'
-    (films / "films.yaml").write_text(mapping)
-    assert found(films, stories[0]) == ["boat/clip_001.mp4", "boat/clip_002.mp4", "there is no file clip_003.mp4"]
-    assert found(films, stories[1]) == ["x/a.mp4", "y.mp4"]
+    (folder / "films.yaml").write_text(mapping)
+    boat, cat = find_films(folder, stories)
+    assert paths(boat) == [folder / "boat" / "clip_001.mp4", folder / "boat" / "clip_002.mp4", None]
+    assert boat.shots[2].reason == "there is no file clip_003.mp4"
+    assert paths(cat) == [folder / "x" / "a.mp4", folder / "y.mp4"]
 
 
-def test_a_mapping_file_may_lie_elsewhere_and_name_some_stories(tmp_path: Path, stories: list[Story]) -> None:
+def test_a_mapping_file_may_be_elsewhere_and_name_some_stories(tmp_path: Path, stories: list[Story]) -> None:
     touch(tmp_path / "films", "boat/clip_0.mp4", "boat/clip_1.mp4", "boat/clip_2.mp4", "a_cat/01_01.mp4")
     (tmp_path / "vimax.yaml").write_text("\ufefffolder: films\nstories:\n  The Red Boat: boat\n  The Dog: dog\n")
-    everything = find_all(tmp_path / "vimax.yaml", stories)
-    boat, cat = everything.films
-    assert [shot.path for shot in boat.shots] == [tmp_path / "films" / "boat" / f"clip_{i}.mp4" for i in range(3)]
-    assert cat.folder == tmp_path / "films" / "a_cat"
-    assert everything.unused == ("'The Dog' in vimax.yaml",)
+    found = films.find_films(tmp_path / "vimax.yaml", stories)
+    assert paths(found.films[0]) == [tmp_path / "films" / "boat" / f"clip_{i}.mp4" for i in range(3)]
+    assert found.films[1].folder == tmp_path / "films" / "a_cat"
+    assert found.unused == ("'The Dog' in vimax.yaml",)
 
 
 @pytest.mark.parametrize(
     ("template", "names", "message"),
     [
-        (
-            "{story}/shots/{index}/video.mp4",
-            ["shots/0/video.mp4", "shots/1/video.mp4"],
-            "count from 0, and {index} from 1",
-        ),
+        ("{story}/shots/{index}/video.mp4", ["shots/0/video.mp4", "shots/1/video.mp4"], "{index} from 1"),
         ("{story}/{scene}_{shot}.mp4", ["1_0.mp4", "1_1.mp4"], "{shot} from 1"),
         ("{story}/{scene}_{shot}.mp4", ["0_0.mp4", "0_1.mp4"], "{scene} and {shot} from 1"),
         ("{story}/clip_{index:03d}.mp4", ["clip_001.mp4", "clip_002.mp4", "clip_003.mp4"], "has only 2 shots"),
         ("{story}/film.mp4", ["film.mp4"], "are the same frames of"),
-        ("{story.__class__}/{index}.mp4", ["1.mp4"], "braces that are no field"),
-        ("{index:999999999d}.mp4", ["1.mp4"], "braces that are no field"),
-        ("{story:03d}/{index}.mp4", ["1.mp4"], "cannot be filled in"),
+        *(
+            (template, ["1.mp4"], "cannot be filled in; known are: {story}")
+            for template in ("{story.__class__}/{index}.mp4", "{index:999999999d}.mp4", "{story:03d}/{index}.mp4")
+        ),
+        *(
+            (template, ["1.mp4"], "cannot be filled in; known are: {story}")
+            for template in ("{film}/x.mp4", "{index", "{}", "{0}", "{index!r}", "{index:{shot}}")
+        ),
     ],
 )
-def test_templates_that_the_files_speak_against(
-    tmp_path: Path, stories: list[Story], template: str, names: list[str], message: str
-) -> None:
+def test_faulty_templates(tmp_path: Path, stories: list[Story], template: str, names: list[str], message: str) -> None:
     touch(tmp_path / "films" / "a_cat", *names)
     mapping = tmp_path / "films" / "films.yaml"
     mapping.write_text(f'shots: "{template}"\n')
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
         find_films(tmp_path / "films", stories[1:])
-    if "from 0" in message or "from 1" in message:
+    assert str(mapping) in str(caught.value)
+    if "from 1" in message:
         counted = template.replace("index}", "index0}").replace("shot}", "shot0}")
         mapping.write_text(f'shots: "{counted.replace("{scene}", "{scene0}") if "{scene}" in message else counted}"\n')
-        shots = find_films(tmp_path / "films", stories[1:])[0].shots
-        assert [shot.path for shot in shots] == [tmp_path / "films" / "a_cat" / name for name in names]
+        found = find_films(tmp_path / "films", stories[1:])[0]
+        assert paths(found) == [tmp_path / "films" / "a_cat" / name for name in names]
 
 
 @pytest.mark.parametrize(
@@ -443,9 +423,13 @@ def test_templates_that_the_files_speak_against(
         ("folder: ''", "folder"),
         ("1: 2", "unknown key"),
         ("null", "expected a mapping"),
+        ("- x", "expected a mapping"),
+        ("shot: x", "unknown key; did you mean 'shots'"),
+        ("stories: {The Blue Boat: b}", "names none of these stories"),
+        ("stories: {The Red Boat: [a.mp4]}", "lists 1 shots and the story has 3"),
     ],
 )
-def test_odd_mapping_files(tmp_path: Path, stories: list[Story], content: str, message: str) -> None:
+def test_faulty_mapping_files(tmp_path: Path, stories: list[Story], content: str, message: str) -> None:
     (tmp_path / "films").mkdir()
     (tmp_path / "films" / "films.yaml").write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
@@ -460,54 +444,11 @@ def test_a_mapping_in_a_fifo(tmp_path: Path, stories: list[Story]) -> None:
         find_films(tmp_path / "films", stories)
 
 
-@pytest.mark.parametrize(
-    ("mapping", "message"),
-    [
-        ("shot: x", "unknown key; did you mean 'shots'"),
-        ("- x", "expected a mapping"),
-        ("stories: {The Blue Boat: b}", "names none of these stories"),
-        ('shots: "{film}/x.mp4"', r"\{film\} cannot be filled in; known are: \{story\}"),
-        ("stories: {The Red Boat: [a.mp4]}", "lists 1 shots and the story has 3"),
-    ],
-)
-def test_faulty_mapping_files(tmp_path: Path, stories: list[Story], mapping: str, message: str) -> None:
-    touch(tmp_path, "films/films.yaml")
-    (tmp_path / "films" / "films.yaml").write_text(mapping)
-    with pytest.raises(ValueError, match=message):
-        find_films(tmp_path / "films", stories)
-
-
 def test_the_mapping_file_in_the_datasheet_is_one(tmp_path: Path) -> None:
-    written = (Path(__file__).parents[2] / "st_bench" / "README.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)```", written, re.DOTALL)
+    text = (Path(__file__).parents[2] / "st_bench" / "README.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "films.yaml").write_text(block.replace(", ...", "").replace("/data/films", str(tmp_path)))
     mapping, root = read_mapping(tmp_path / "films.yaml")
     assert root.folder == tmp_path
     titles = {story.title for story in stories_of(Path(__file__).parents[2] / "st_bench" / "stories")}
     assert mapping.stories.keys() < titles
-    for system, path in (("ViMax", "shots/0/video.mp4"), ("StoryMem's official code", "01_02.mp4")):
-        assert path in next(line for line in written.splitlines() if system in line)
-
-
-def test_stories_are_loaded_in_order_and_can_be_chosen(tmp_path: Path, stories: list[Story]) -> None:
-    folder = tmp_path / "stories"
-    assert [story.title for story in stories_of(folder)] == ["The Red Boat", "A Cat"]
-    for name in ("A Cat", "a_cat", "02_a_cat", "02_a_cat.yaml"):
-        assert [story.title for story in stories_of(folder, [name])] == ["A Cat"]
-    with pytest.raises(ValueError, match="no story 'dog'; known are: the_red_boat, a_cat"):
-        stories_of(folder, ["a_cat", "dog"])
-
-
-def test_faulty_and_double_stories_are_told(tmp_path: Path, stories: list[Story]) -> None:
-    (tmp_path / "stories" / "03.yaml").write_text(small.TWO_SHOTS)
-    with pytest.raises(ValueError, match="two stories are called a_cat"):
-        stories_of(tmp_path / "stories")
-    for name in ("03.yaml", "04.yaml"):
-        (tmp_path / "stories" / name).write_text("title: 3\n")
-    with pytest.raises(ValueError, match=r"03\.yaml.*\n(.*\n)*.*04\.yaml"):
-        stories_of(tmp_path / "stories")
-    with pytest.raises(ValueError, match="there are no stories"):
-        stories_of(tmp_path / "nowhere")
-    for name in ("nowhere", "nowhere.yaml", "films.yaml"):
-        with pytest.raises((ValueError, FileNotFoundError), match="no such f"):
-            find_films(tmp_path / name, stories)

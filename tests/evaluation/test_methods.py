@@ -10,10 +10,11 @@ from hydra.utils import instantiate
 
 from storymem.evaluation.choosing import compose_with_method
 from storymem.evaluation.films import find_films
-from storymem.evaluation.methods import IndependentShots, StoryMem
 from storymem.evaluation.stbench import evaluate
 from storymem.film.folder import Film
 from storymem.media.video import read_video
+from storymem.methods.independent import IndependentShots
+from storymem.methods.storymem import StoryMem
 from storymem.story import Story, load_story
 from tests.composing import composed
 from tests.evaluation import small
@@ -43,30 +44,29 @@ def test_independent_shots_know_nothing_of_each_other_and_can_be_gone_on_with(st
     independent = method("independent")
     assert isinstance(independent, IndependentShots)
     independent.check(story)
-    independent.make(story, tmp_path / "film")
+    independent.run(story, tmp_path / "film")
     film = Film.open(tmp_path / "film")
-    assert [(shot.mode, shot.memory, shot.repeated) for shot in film.shots] == [("t2v", (), 0)] * 3
+    assert [(shot.mode, shot.memory, shot.keyframes, shot.repeated) for shot in film.shots] == [("t2v", (), (), 0)] * 3
     assert [shot.seed for shot in film.shots] == [0, 1, 2]
-    assert all(shot.path is not None for shot in find_films(tmp_path / "film", [story])[0].shots)
+    assert all(shot.path is not None for shot in find_films(tmp_path / "film", [story]).films[0].shots)
     assert film.video is not None
     # The last shot alone, as the first of a film with its seed, is the same shot.
     alone = tmp_path / "alone" / "s.yaml"
     alone.parent.mkdir()
     alone.write_text(f'title: T\noverview: O.\nscenes: [{{shots: [{{prompt: "{story.shots[2].prompt}", seed: 2}}]}}]\n')
-    independent.make(load_story(alone), tmp_path / "alone" / "film")
+    independent.run(load_story(alone), tmp_path / "alone" / "film")
     again = read_video(tmp_path / "alone" / "film" / "shots" / "01_01.mp4")
     whole = [read_video(tmp_path / "film" / shot.file) for shot in film.shots]
     assert (again == whole[2]).all()
 
     first = (tmp_path / "film" / film.shots[0].file).stat().st_mtime_ns
     film.forget_from(2)
-    independent.free()
-    independent.make(story, tmp_path / "film")
+    independent.run(story, tmp_path / "film")
     assert (tmp_path / "film" / film.shots[0].file).stat().st_mtime_ns == first
     after = [read_video(tmp_path / "film" / shot.file) for shot in Film.open(tmp_path / "film").shots]
     assert all((a == b).all() for a, b in zip(whole, after, strict=True))
     with pytest.raises(ValueError, match=r"other settings:\n  seed: 0 before, 5 now"):
-        method("independent", "seed=5").make(story, tmp_path / "film")
+        method("independent", "seed=5").run(story, tmp_path / "film")
 
 
 def test_storymem_is_the_loop_under_the_commands_settings(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_storymem_is_the_loop_under_the_commands_settings(tmp_path: Path) -> Non
     assert isinstance(loop, StoryMem)
     assert loop.settings.memory.selector == {"_target_": "storymem.memory.UniformSelector", "max_keyframes": 3}
     loop.check(story)
-    loop.make(story, tmp_path / "film")
+    loop.run(story, tmp_path / "film")
     film = Film.open(tmp_path / "film")
     assert [shot.mode for shot in film.shots] == ["t2v", "m2v"]
     assert film.shots[0].seed == 3
@@ -109,7 +109,7 @@ def test_methods_are_filmed_scored_and_compared(tmp_path: Path) -> None:
     results = evaluate(run, lambda name: compose_with_method(name, overrides))
     assert results is not None
     assert list(results.stories) == ["storymem", "ablation_no_memory"]
-    assert not any(results.missing(system) for system in results.stories)
+    assert not any(results.notes(system)["missing shots"] for system in results.stories)
     assert len(Film.open(tmp_path / "out" / "films" / "storymem" / "a_cat").shots[1].memory) > 0
     assert len(Film.open(tmp_path / "out" / "films" / "ablation_no_memory" / "a_cat").shots[1].memory) == 0
     found = results.comparisons["storymem", "ablation_no_memory"]["aesthetic_quality"]

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import Dinov2Config, Dinov2Model
 
-from storymem.evaluation.dinov2 import Dinov2Embedder
 from storymem.evaluation.metric import Metric, Scores, weights_sha256
 from storymem.evaluation.metrics import AestheticQuality, Appearance, ViclipScores
 from storymem.scorers.clip import ClipScorer
+from storymem.scorers.dinov2 import Dinov2Embedder
 from storymem.scorers.scorer import as_images
 from storymem.scorers.viclip import ViclipScorer
 from storymem.story import Story, load_story
@@ -49,12 +49,12 @@ def shots() -> list[np.ndarray]:
 
 
 def scores(metric: Metric, story: Story, videos: Sequence[np.ndarray | None]) -> Scores:
-    screening = small.screening(story, [None if video is None else len(video) for video in videos])
+    film = small.film_info(story, [None if video is None else len(video) for video in videos])
     seen = [
-        None if video is None else metric.see(shot, video, screening)
+        None if video is None else metric.measure_shot(shot, video, film)
         for shot, video in zip(story.shots, videos, strict=True)
     ]
-    return metric.conclude(seen, screening)
+    return metric.compute(seen, film)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -1,208 +1,268 @@
-"""The whole command, from films to tables: alone, among several workers, and once more after a kill."""
+"""The whole command: from films to tables, in several processes, after a kill, and in a folder with other files."""
 
 from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
-import socket
+import os
+import resource
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from filelock import FileLock
 
 from storymem.config import ConfigError
-from storymem.evaluation.scoring import metric_settings
-from storymem.evaluation.stbench import System, build_metrics, evaluate, find_systems, score
+from storymem.evaluation.metrics import AestheticQuality, Appearance, ViclipScores
+from storymem.evaluation.stbench import build_metrics, evaluate
 from storymem.evaluation.workers import Workers
+from storymem.io import FileError
+from storymem.weights import MissingWeights
 from tests.composing import composed
 from tests.evaluation import small
+from tests.evaluation.small import config, written
+from tests.forking import fork
+from tests.scorers import tiny
+from tests.stories import single_thread
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., tuple[int, str, str]]
+
+
+def full_config(folder: Path, *overrides: str) -> dict[str, Any]:
+    where = (f"stbench.stories={folder}/stories", f"output={folder}/out", "metrics=[tiny]")
+    return composed(*where, *overrides, name="eval_stbench")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two stories, filmed by two systems; of the second a shot is missing."""
-    told = small.stories(tmp_path / "stories")
-    small.write_films(tmp_path / "one", told)
-    small.write_films(tmp_path / "two", told, seed=1)
-    (tmp_path / "two" / "the_red_boat" / "01_02.mp4").unlink()
-    return tmp_path
+def run(folder: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    """The command in a process of its own: its status and both output streams."""
 
+    def run(*arguments: str, largest: int | None = None) -> tuple[int, str, str]:
+        def work() -> None:
+            if largest is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+            os.environ["HOME"] = str(folder)
+            where = [f"films={folder}/one", f"stbench.stories={folder}/stories", f"output={folder}/out"]
+            sys.argv = ["eval_stbench.py", *where, *arguments]
+            runpy.run_path(str(ROOT / "scripts" / "eval_stbench.py"), run_name="__main__")
 
-def config(folder: Path, *overrides: str) -> dict[str, Any]:
-    where = (f"stbench.stories={folder}/stories", f"output={folder}/out", "metrics=[tiny]")
-    return {"label": None, **composed(*where, *overrides, name="eval_stbench")}
+        single_thread()
+        (status,) = fork(1, work)
+        return status, *capfd.readouterr()
+
+    return run
 
 
 def test_films_become_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = evaluate(config(folder, f"films={{one: {folder}/one, two: {folder}/two}}"))
-    assert results is not None
-    written = json.loads((folder / "out" / "results.json").read_text())
-    one, two = written["systems"]["one"]["columns"], written["systems"]["two"]["columns"]
+    small.write_films(folder / "two", small.stories(folder / "stories"), seed=1)
+    (folder / "two" / "the_red_boat" / "01_02.mp4").unlink()
+    assert evaluate(full_config(folder, f"films={{one: {folder}/one, two: {folder}/two}}")) is not None
+    results = written(folder)
+    one, two = results["systems"]["one"]["columns"], results["systems"]["two"]["columns"]
     assert all(found["mean"] is not None and found["complete"] == found["expected"] for found in one.values())
     assert one["identity_consistency"]["expected"] == 1, "the other story lists no characters"
-    without = {name for name, found in two.items() if found["mean"] is None}
-    assert without >= {"aesthetic_quality", "consistency_overall"}
+    assert {name for name, found in two.items() if found["mean"] is None} >= {
+        "aesthetic_quality",
+        "consistency_overall",
+    }
     assert two["aesthetic_quality"]["complete"] == 1
     assert two["aesthetic_quality"]["lacking"] == {"The Red Boat": "missing: shot 2 (scene 1, shot 2)"}
-    assert written["systems"]["two"]["missing"] == [
-        "The Red Boat, shot 2 (scene 1, shot 2): there is no file 01_02.mp4"
-    ]
-    assert written["texts"] == {"read": 7, "truncated": 0}
-    assert written["metrics"]["viclip"]["top_rule"] == "prompts"
-    assert len(written["metrics"]["viclip"]["weights_sha256"]) == 64
-    (comparison,) = written["comparisons"]
-    assert comparison["columns"]["aesthetic_quality"]["stories"] == 1
-    printed = capsys.readouterr().out
-    assert printed.strip() == (folder / "out" / "results.md").read_text().strip()
-    assert "shot 2 (scene 1, shot 2): there is no file 01_02.mp4" in printed
+    missing = "The Red Boat, shot 2 (scene 1, shot 2): there is no file 01_02.mp4"
+    assert results["systems"]["two"]["missing"] == [missing]
+    assert results["texts"] == {"read": 7, "truncated": 0}
+    assert results["metrics"]["viclip"]["top_rule"] == "prompts"
+    assert len(results["metrics"]["viclip"]["weights_sha256"]) == 64
+    assert results["comparisons"][0]["columns"]["aesthetic_quality"]["stories"] == 1
+    output = capsys.readouterr()
+    assert output.out.strip() == (folder / "out" / "results.md").read_text().strip()
+    assert missing in output.out
+    lines = output.err.splitlines()
+    assert lines[:2] == ["2 stories, 5 shots", f"one: 5 of 5 shots in {folder}/one"], "first, which film is used"
+    assert lines[2].startswith("  The Red Boat: the_red_boat, ")
     with (folder / "out" / "results.csv").open() as opened:
         rows = list(csv.DictReader(opened))
-    of_two = [row for row in rows if row["system"] == "two" and row["story"] == "The Red Boat"]
-    lost = [row for row in of_two if row["level"] == "pair" and row["item"] == "1-2"]
+    lost = [row for row in rows if (row["system"], row["level"], row["item"]) == ("two", "pair", "1-2")]
+    lost = [row for row in lost if row["story"] == "The Red Boat"]
     assert all(row["value"] == "" and row["reason"] == "there is no file 01_02.mp4" for row in lost)
     assert len({row["column"] for row in lost}) == 3
 
 
 def test_a_second_run_scores_only_what_has_changed(folder: Path) -> None:
-    run = config(folder, f"films={folder}/one")
-    evaluate(run)
+    evaluate(config(folder))
     boat, cat = (folder / "out" / "stories" / "one" / f"{name}.json" for name in ("the_red_boat", "a_cat"))
     before, times = json.loads(boat.read_text()), (boat.stat().st_mtime_ns, cat.stat().st_mtime_ns)
-    boat.write_text(boat.read_text()[:100])  # as a broken disk would leave it
-    evaluate(run)
+    boat.write_text(boat.read_text()[:100])  # as a broken disk leaves it
+    for name in ("results.json", "index.html", "results.csv"):  # as a kill leaves it
+        (folder / "out" / name).unlink()
+    evaluate(config(folder))
     assert json.loads(boat.read_text()) == before
     assert (boat.stat().st_mtime_ns != times[0], cat.stat().st_mtime_ns == times[1]) == (True, True)
+    assert (folder / "out" / "results.json").is_file()
     (folder / "one" / "a_cat" / "01_02.mp4").unlink()
-    evaluate(run)
+    evaluate(config(folder))
     assert cat.stat().st_mtime_ns != times[1]
-    assert sorted(path.name for path in (folder / "out" / "stories" / "one" / "a_cat").iterdir()) == ["01.jpg"]
 
 
-def values(folder: Path) -> dict[str, Any]:
-    return {path.name: json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))}
-
-
-def test_neither_order_nor_workers_nor_batches_change_the_values(folder: Path, tmp_path: Path) -> None:
-    stories = small.stories(tmp_path / "stories")
-    systems = [System(name="one", films=folder / "one")]
-    metrics = build_metrics(small.nodes())
-    measured = metric_settings(metrics)
-    alone = score(systems, stories, metrics, measured, tmp_path / "alone", Workers())
-    score(systems, stories[::-1], metrics, measured, tmp_path / "backwards", Workers())
-    for rank in (1, 0):
-        score(systems, stories, metrics, measured, tmp_path / "shared", _Apart(rank=rank, world=2))
-    score(systems, stories, small_batches(), measured, tmp_path / "batches", Workers())
-    expected = values(tmp_path / "alone")
-    assert len(expected) == 2
-    assert values(tmp_path / "backwards") == values(tmp_path / "shared") == expected
-    assert [result.title for result in alone["one"]] == ["The Red Boat", "A Cat"]
-    batches = values(tmp_path / "batches")
-    for name, result in expected.items():
-        for metric, scores in result["scores"].items():
-            assert batches[name]["scores"][metric]["columns"] == pytest.approx(scores["columns"], abs=2e-6)
-
-
-class _Apart(Workers):
-    """Workers of this process, one after the other."""
-
-    def wait_for_all(self) -> None:
-        pass
-
-
-def small_batches() -> dict[str, Any]:
-    nodes: dict[str, Any] = small.nodes()  # type: ignore[assignment]
-    for node in nodes.values():
-        for scorer in ("scorer", "embedder"):
-            if scorer in node:
-                node[scorer]["batch_size"] = 1
-    return build_metrics(nodes)
-
-
-def _work(rank: int, port: int, run: dict[str, Any]) -> None:
-    import os
-
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    evaluate(run)
-
-
-def test_two_processes_share_the_stories(folder: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    run = config(folder, f"films={folder}/one")
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_work, args=(rank, port, run)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    shared = json.loads((folder / "out" / "results.json").read_text())
+def test_neither_processes_nor_batches_change_the_values(folder: Path) -> None:
+    run = full_config(folder, f"films={folder}/one")
+    single_thread()
+    assert fork(2, lambda: evaluate(run)) == [0, 0]
+    shared = written(folder)
+    for node, scorer in (("aesthetic", "scorer"), ("viclip", "scorer"), ("identity", "embedder")):
+        run["metrics"][node][scorer]["batch_size"] = 1
     evaluate({**run, "output": str(folder / "alone")})
     alone = json.loads((folder / "alone" / "results.json").read_text())
-    assert shared["systems"] == alone["systems"]
+    for one, other in zip(shared["systems"]["one"]["stories"], alone["systems"]["one"]["stories"], strict=True):
+        assert one["title"] == other["title"]
+        for metric, scores in one["scores"].items():
+            assert other["scores"][metric]["columns"] == pytest.approx(scores["columns"], abs=2e-6)
+    run["metrics"] = full_config(folder)["metrics"]
+    evaluate({**run, "output": str(folder / "alone")})
+    assert json.loads((folder / "alone" / "results.json").read_text())["systems"] == shared["systems"]
 
 
-def test_workers_are_those_of_the_launcher() -> None:
-    assert Workers.of_environment({}) == Workers()
-    launched = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "head", "MASTER_PORT": "1234"}
-    assert Workers.of_environment(launched) == Workers(rank=9, world=16, local_rank=1, address="head:1234")
-    assert Workers.of_environment({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}) == Workers(), "a plain allocation"
+def test_workers_are_those_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"})
+    assert Workers.of_environment() == Workers(), "a plain allocation"
+    monkeypatch.setattr(os, "environ", {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"})
+    assert Workers.of_environment() == Workers(rank=9, world=16, local_rank=1)
     shares = [Workers(rank=rank, world=3).share(range(8)) for rank in range(3)]
     assert sorted(number for share in shares for number in share) == list(range(8))
 
 
-def test_a_dry_run_says_what_is_missing_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    films = f"films={{one: {folder}/one, two: {folder}/two}}"
-    assert evaluate(config(folder, films, "method=storymem", "dry_run=true")) is None
-    printed = capsys.readouterr().out
-    assert "2 stories, 5 shots" in printed
-    assert "one: 5 of 5 shots" in printed
-    assert "two: 4 of 5 shots" in printed
-    assert "The Red Boat: the_red_boat, #_# (scene from 1, shot from 1)" in printed, "which folder serves which story"
-    assert "The Red Boat: there is no file 01_02.mp4" in printed
-    assert "storymem: 0 of 5 shots" in printed
-    assert not (folder / "out").exists()
+# --- what is refused before anything is written
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "what shall be scored"),
+        ([], "nothing to score"),
         (["films=nowhere"], "films=nowhere: there is no such folder"),
-        (["films=one", "+stbench.stores=x"], "stbench.stores: unknown key; did you mean 'stories'"),
-        (["films=one", "statistics.level=95"], "write a share"),
-        (["films={storymem: one}", "method=storymem"], "two systems are called storymem"),
+        (["films=one", "+stbench.storys=x"], "stbench.storys: unknown key; did you mean 'stories'"),
+        (["films=one", "statistics.level=95"], "must be a share"),
+        (["films={StoryMem: one}", "method=storymem"], "two systems are called StoryMem"),
         (["films={a/b: one}"], "a system cannot be called 'a/b'"),
         (["films={..: one}"], r"a system cannot be called '\.\.'"),
         (["films=/"], "a system cannot be called ''"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_scored(folder: Path, overrides: list[str], message: str) -> None:
+def test_mistakes_are_reported_first(folder: Path, overrides: list[str], message: str) -> None:
     with pytest.raises((ConfigError, ValueError), match=message):
-        evaluate(config(folder, *overrides))
+        evaluate(full_config(folder, *overrides))
     assert not (folder / "out").exists()
 
 
-def test_metrics_with_a_column_twice_are_refused() -> None:
-    nodes = small.nodes()
+def test_a_dry_run_prints_what_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "one" / "the_red_boat" / "01_02.mp4").unlink()
+    viclip = full_config(folder, "metrics=[stbench]")["metrics"]["viclip"]
+    viclip["scorer"]["source"] = str(folder / "nowhere")
+    run = full_config(folder, f"films={folder}/one", "method=storymem") | {"metrics": {"viclip": viclip}}
+    assert evaluate(run | {"dry_run": True, "label": "storymem"}) is None
+    printed = capsys.readouterr().out
+    for line in (
+        "2 stories, 5 shots",
+        "one: 4 of 5 shots",
+        "  The Red Boat: the_red_boat, #_# (scene from 1, shot from 1)",
+        "  The Red Boat: there is no file 01_02.mp4",
+        "storymem: 0 of 5 shots",
+        f"ViCLIP-L-14: {folder}/nowhere does not exist",
+    ):
+        assert line in printed
+    with pytest.raises(MissingWeights, match=r"ViCLIP-L-14"):
+        evaluate(run)
+    assert not (folder / "out").exists()
+
+
+def test_without_weights_nothing_is_scored(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
+    status, _, errors = run()
+    assert status == 2
+    for part in ("LAION aesthetic head v1", "ViCLIP-L-14", "hf download OpenGVLab/ViCLIP-L-14-hf", "metrics=[tiny]"):
+        assert part in errors
+    assert "Traceback" not in errors
+    assert not (folder / "out").exists()
+
+
+def test_metrics_that_do_not_go_together() -> None:
+    nodes = full_config(Path("x"))["metrics"]
     with pytest.raises(ValueError, match="two of them measure identity_consistency"):
         build_metrics({**nodes, "again": nodes["identity"]})
     with pytest.raises(ValueError, match="there are none"):
         build_metrics({})
+    with pytest.raises(ValueError, match=r"metrics\.mine: its class must be a subclass"):
+        build_metrics({"mine": {"_target_": "builtins.dict"}})
 
 
-def test_an_experiment_gives_its_name_to_the_method(folder: Path) -> None:
-    from storymem.config import build_settings
-    from storymem.evaluation.stbench import EvaluateSettings
+def test_scorers_report_the_origin_of_their_weights() -> None:
+    viclip = tiny.viclip()
+    assert ViclipScores(viclip).weights == AestheticQuality(tiny.aesthetic()).weights == "untrained"
+    assert Appearance(tiny.clip()).weights == "untrained"
+    viclip.origin = "published"
+    assert ViclipScores(viclip).weights == "own", "not of the paper's size"
 
-    composition = config(folder, "method=storymem", "experiment=ablation_no_sink")
-    settings = build_settings(EvaluateSettings, composition | {"label": "ablation_no_sink"})
-    (system,) = find_systems(settings, composition, None)
-    assert system.name == "ablation_no_sink"
-    assert system.films == folder / "out" / "films" / "ablation_no_sink"
-    assert system.method is not None
-    assert system.method["generate"]["memory"]["recall"]["sink"] == 0
+
+# --- the output folder
+
+
+def test_a_folder_with_other_files_is_refused(folder: Path, run: Run) -> None:
+    (folder / "out" / "stories" / "one" / "a_cat").mkdir(parents=True)
+    image = folder / "out" / "stories" / "one" / "a_cat" / "holiday.jpg"
+    image.write_bytes(b"mine")
+    status, _, errors = run("metrics=[tiny]")
+    assert status == 2
+    assert f"output={folder}/out is not empty and not a folder of results: it holds stories" in errors
+    assert [path for path in (folder / "out").rglob("*") if path.is_file()] == [image]
+
+
+def test_files_in_the_outputs_place(folder: Path) -> None:
+    (folder / "out").write_text("mine")
+    with pytest.raises(FileError, match="is a file"):
+        evaluate(config(folder))
+    with pytest.raises(FileError, match="out/out cannot be written"):
+        evaluate(config(folder) | {"output": str(folder / "out" / "out")})
+    assert (folder / "out").read_text() == "mine"
+    (folder / "new" / "jobs" / "0").mkdir(parents=True)  # Hydra's
+    evaluate(config(folder) | {"output": str(folder / "new")})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder(folder: Path) -> None:
+    (folder / "out").mkdir(mode=0o500)
+    with pytest.raises(FileError, match="cannot be written"):
+        evaluate(config(folder))
+
+
+def test_two_runs_of_one_system_do_not_mix(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        try:
+            evaluate(config(folder))
+        except FileError as error:
+            print(error)
+            sys.exit(2)
+
+    evaluate(config(folder))
+    before = (folder / "out" / "results.json").read_bytes()
+    single_thread()
+    with FileLock(folder / "out" / "stories" / "one" / ".lock"):
+        assert fork(2, work) == [2, 2], "all processes end when the first is refused"
+        (folder / "one").rename(folder / "two")
+        evaluate(config(folder) | {"films": str(folder / "two")})  # a job for another system
+    message = f"another process is scoring films in {folder}/out/stories/one"
+    assert capfd.readouterr().out.count(message) == 2
+    assert (folder / "out" / "results.json").read_bytes() != before
+
+
+def test_a_full_disk_is_reported(folder: Path, run: Run) -> None:
+    """A limit on the size of files stands for it; the next run resumes."""
+    status, _, errors = run("metrics=[tiny]", largest=4000)
+    assert status == 2
+    assert "could not be written" in errors
+    assert "Traceback" not in errors
+    status, table, errors = run("metrics=[tiny]")
+    assert status == 0, errors
+    assert "UNTRAINED SCORERS" in table
+    assert "UNTRAINED SCORERS" in errors

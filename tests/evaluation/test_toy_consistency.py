@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storymem.evaluation.metric import Scores, Screening
+from storymem.evaluation.metric import FilmInfo, Scores
 from storymem.evaluation.stbench import evaluate
 from storymem.media.video import write_video
 from storymem.story import Story, load_story
@@ -54,8 +54,8 @@ def scores(number: int, change: Change = lambda index, shot: shot) -> Scores:
     """Scores of the true film of a story, with changes."""
     file, true = told(number)
     seen = [change(index, shown(shot)) for index, shot in enumerate(true.shots)]
-    screening = Screening(story=file, lengths=tuple(None if shot is None else 17 for shot in seen))
-    return ToyConsistency().conclude(seen, screening)
+    film = FilmInfo(story=file, lengths=tuple(None if shot is None else 17 for shot in seen))
+    return ToyConsistency().compute(seen, film)
 
 
 def with_look(shot: ShotSeen, position: int, **parts: str) -> ShotSeen:
@@ -200,21 +200,25 @@ def test_scores_are_plain_json() -> None:
 
 def test_attributes_are_read_from_pixels() -> None:
     file, true = told(1)
-    metric, screening = ToyConsistency(every=8), Screening(story=file, lengths=(17,) * 8)
-    seen = [metric.see(file.shots[i], true.shots[i].frames, screening) for i in (0, 6)]
+    metric, film = ToyConsistency(every=8), FilmInfo(story=file, lengths=(17,) * 8)
+    seen = [metric.measure_shot(file.shots[i], true.shots[i].frames, film) for i in (0, 6)]
     assert [one.seen.looks for one in seen] == [(true.cast[0].look,)] * 2
     assert seen[0].seen == shown(true.shots[0]).seen
     between = [seen[0], *(shown(shot) for shot in true.shots[1:6]), seen[1], shown(true.shots[7])]
-    assert metric.conclude(between, screening).columns["attribute_consistency"] == 1
+    assert metric.compute(between, film).columns["attribute_consistency"] == 1
 
 
 def test_stories_and_films_of_another_world_are_refused(tmp_path: Path) -> None:
     boat = small.stories(tmp_path)[0]
     with pytest.raises(ValueError, match=r"shot 1 \(scene 1, shot 1\): 'Ada pushes .* st_bench/toy"):
-        ToyConsistency().see(boat.shots[0], np.zeros((17, 64, 96, 3), np.uint8), small.screening(boat, [17, 17, 17]))
+        ToyConsistency().measure_shot(
+            boat.shots[0], np.zeros((17, 64, 96, 3), np.uint8), small.film_info(boat, [17, 17, 17])
+        )
     file, _ = told(1)
     with pytest.raises(ValueError, match=r"uint8 \[64, 96, 3\]"):
-        ToyConsistency().see(file.shots[0], np.zeros((17, 32, 48, 3), np.uint8), small.screening(file, [17] * 8))
+        ToyConsistency().measure_shot(
+            file.shots[0], np.zeros((17, 32, 48, 3), np.uint8), small.film_info(file, [17] * 8)
+        )
     with pytest.raises(ValueError, match="every=0"):
         ToyConsistency(every=0)
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
-from storymem.evaluation.dinov2 import Dinov2Embedder
 from storymem.io import FileError, NotFiniteError
 from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.clip import VOCABULARY_FILE, ClipScorer
+from storymem.scorers.dinov2 import Dinov2Embedder
 from storymem.scorers.viclip import ViclipScorer
 from tests.scorers.tiny import CLIP_CONFIG, aesthetic, clip, hpsv3, pictures, viclip
 

@@ -1,0 +1,44 @@
+"""Methods: systems that make films. One file for each, a class that turns a story into a folder.
+
+To compare another system, write a class with :meth:`Method.run` and name it by ``_target_``::
+
+    class Memento:
+        def __init__(self, *, checkpoint: str) -> None: ...  # keys of the config node; load models on first use
+
+        def check(self, story: Story) -> None: ...
+
+        def run(self, story: Story, folder: Path) -> None: ...  # writes folder/01_02.mp4 for scene 1, shot 2
+
+    python scripts/eval_stbench.py +method._target_=memento.Memento +method.checkpoint=... label=memento
+
+A file ``configs/method/memento.yaml`` with the same keys makes it ``method=memento``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from storymem.story import Story
+
+__all__ = ["Method"]
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Makes films of stories."""
+
+    def check(self, story: Story) -> None:
+        """Raise ``ValueError`` or ``FileNotFoundError`` if the film of ``story`` cannot be made.
+
+        All stories are checked before the first film is made.
+        """
+        ...
+
+    def run(self, story: Story, folder: Path) -> None:
+        """Make the film of ``story`` in ``folder``; resume an unfinished one and leave a finished one as it is.
+
+        Afterwards ``folder`` holds a film of StoryMem (``film.json``), or a video for each shot under a name with its
+        scene and its number in the scene (``01_02.mp4``). Raises ``ValueError`` if it holds another film.
+        """
+        ...

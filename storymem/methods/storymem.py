@@ -1,0 +1,53 @@
+"""StoryMem (arXiv 2512.19539): the shot loop with memory. Its ablations are the same method under other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from storymem.config import build_settings
+from storymem.film.generate import build_generator, build_storyteller
+from storymem.film.progress import Progress
+from storymem.film.settings import GenerateSettings, uses_text_to_video
+from storymem.film.storyteller import Storyteller
+from storymem.story import Story
+from storymem.wan.sources import check_weights
+
+
+class StoryMem:
+    """See :class:`storymem.methods.Method`.
+
+    Args:
+        generate: the settings of ``generate.yaml`` that decide what a film looks like, and ``runtime``.
+    """
+
+    def __init__(self, *, generate: Mapping[str, Any]) -> None:
+        self.config = dict(generate)
+        self.settings = build_settings(GenerateSettings, {**generate, "story": "."})  # the story is given to `run`
+
+    @cached_property
+    def storyteller(self) -> Storyteller:
+        """The shot loop; its models are loaded on first use."""
+        return build_storyteller(self.settings, self.config)
+
+    def uses_text_to_video(self, story: Story) -> bool:
+        """Whether the film of ``story`` needs the text-to-video model."""
+        return uses_text_to_video(story, self.settings)
+
+    def check(self, story: Story) -> None:
+        """See :meth:`storymem.methods.Method.check`."""
+        settings = self.settings
+        check_weights(
+            settings.model,
+            text_to_video=self.uses_text_to_video(story),
+            continuity=settings.continuity,
+            sampler=settings.sampler,
+        )
+        build_generator(settings).check_machine()
+        self.storyteller.check_lengths(story)
+
+    def run(self, story: Story, folder: Path) -> None:
+        """See :meth:`storymem.methods.Method.run`."""
+        self.storyteller.tell(story, folder, progress=Progress())
