@@ -24,7 +24,7 @@ from storymem.wan.memory_estimate import estimate_memory, memory_cache_bytes
 from storymem.wan.precision import check_precision
 from storymem.wan.presets import Machine, choose_runtime, this_machine
 from storymem.wan.runtime import planned_device
-from storymem.wan.sources import look_at_weights
+from storymem.wan.sources import inspect_weights
 from storymem.weights import MissingWeights, Weights, locate
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def _state(folder: Path) -> str:
 
 
 def _weights(settings: GenerateSettings, *, text_to_video: bool) -> list[str]:
-    found = look_at_weights(
+    found = inspect_weights(
         settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler
     )
     lines = []

@@ -1,11 +1,13 @@
-"""Experts from single files, as they circulate for ComfyUI: GGUF, of 2 to 8 bits, which are widened layer by layer.
+"""Experts from single files, as published for ComfyUI: GGUF of 2 to 8 bits, safetensors, and safetensors in scaled fp8.
 
-A safetensors file with the original's names or diffusers' is read as well, if it holds plain weights.
+GGUF stays in few bits and is widened layer by layer. Scaled fp8 is widened when it is loaded. Tensors have the original
+network's names or diffusers'.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import struct
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -13,14 +15,15 @@ from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from storymem.io import FileError, check_regular
-from storymem.wan.settings import ModelSettings, RuntimeSettings
+from storymem.wan.settings import GgufSettings, ModelSettings, RuntimeSettings
+from storymem.wan.spec import COMPONENTS, Expert
 from storymem.weights import Header, check_tensors, check_values, locate, read_header
 
 _MOST_TENSORS, _MOST_ENTRIES, _LONGEST_LIST, _LONGEST_TEXT = 1 << 16, 1 << 14, 1 << 22, 1 << 20  # in a header
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # kind of a metadata value -> bytes
 _STRING, _ARRAY = 8, 9
-# Type of tensor -> name, numbers in a block, bytes of a block, and where in it half-precision scales lie; those that
-# diffusers reads.
+# Type of tensor -> name, numbers per block, bytes per block, and the half-precision scales in it. Those that diffusers
+# reads.
 _TYPES: dict[int, tuple[str, int, int, slice | None]] = {
     0: ("F32", 1, 4, None),
     1: ("F16", 1, 2, None),
@@ -40,8 +43,20 @@ _TYPES: dict[int, tuple[str, int, int, slice | None]] = {
 }
 
 
-def check_gguf(runtime: RuntimeSettings) -> None:
-    """Raise ``ValueError`` for what does not go with GGUF files, or if nothing here can read them."""
+# Suffixes of scaled fp8: the factor of a weight; and what matters only where activations are computed in 8 bits too.
+_FACTORS = (".scale_weight", ".weight_scale")
+_NOT_NEEDED = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")
+
+
+def stays_in_few_bits(files: GgufSettings) -> bool:
+    """Whether the experts are GGUF files; safetensors are widened when loaded."""
+    return any((weights.file or weights.source).endswith(".gguf") for weights in (files.high_noise, files.low_noise))
+
+
+def check_gguf(files: GgufSettings, runtime: RuntimeSettings) -> None:
+    """Raise ``ValueError`` for settings that GGUF files do not support, or if their reader is not installed."""
+    if not stays_in_few_bits(files):
+        return
     if runtime.precision != "as_is":
         raise ValueError(
             f"runtime.precision={runtime.precision}: the experts of model.gguf have few bits already; use as_is"
@@ -51,7 +66,7 @@ def check_gguf(runtime: RuntimeSettings) -> None:
 
 
 def check_expert_file(path: Path, network: Any) -> None:
-    """Raise unless a single file holds exactly the weights of a network, in types that are read; loads none of them.
+    """Raise unless a single file contains exactly the weights of a network, in supported types; reads its header.
 
     Args:
         path: GGUF or safetensors.
@@ -62,23 +77,18 @@ def check_expert_file(path: Path, network: Any) -> None:
     """
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    if path.suffix == ".gguf":
-        header = read_gguf_header(path)
-    else:
-        header = read_header(path)
-        if scales := [name for name in header.shapes if name.endswith(("scale_weight", "weight_scale", "scaled_fp8"))]:
-            raise FileError(
-                f"{path} is scaled fp8 ({scales[0]} and {len(scales) - 1} more), which is not read: use a GGUF file of "
-                "this expert, or the folder of model.weights with runtime.precision=fp8_storage"
-            )
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    header = read_gguf_header(path) if path.suffix == ".gguf" else read_header(path)
     found = {name: (shape, header.dtypes[name]) for name, shape in header.shapes.items()}
+    if path.suffix != ".gguf":
+        _check_factors(path, header)
+        found = {name: it for name, it in found.items() if not name.endswith(_FACTORS + _NOT_NEEDED)}
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     converted = convert_wan_transformer_to_diffusers(dict(found))  # as diffusers does where its own names are absent
     if len(converted.keys() & expected.keys()) > len(found.keys() & expected.keys()):
         found = converted
     kind = header.metadata.get("general.architecture")
     about = f" (architecture {kind!r})" if kind not in (None, "wan") else ""
-    where = f"{path}{about} does not hold the weights of this model's experts:"
+    where = f"{path}{about} does not contain the weights of this model's experts:"
     check_tensors({name: shape for name, (shape, _) in found.items()}, expected, where=where)
     for name, (_, dtype) in found.items() if path.suffix == ".gguf" else ():
         module, _, attribute = name.rpartition(".")
@@ -88,8 +98,27 @@ def check_expert_file(path: Path, network: Any) -> None:
             raise FileError(f"{path}: {name} is {dtype}, which only weights of linears may be: use another GGUF file")
 
 
-def load_gguf_experts(model: ModelSettings, names: Collection[str]) -> dict[str, Any]:
-    """Transformers, from files with the original's names or diffusers'; their shape is ``model.network``'s.
+def _check_factors(path: Path, header: Header) -> None:
+    """Every weight in fp8 of a scaled file needs one factor, or one per row."""
+    factors = {_weight_of(name): name for name in header.shapes if name.endswith(_FACTORS)}
+    for name, factor in factors.items():
+        rows = header.shapes.get(name, (0,))[0]
+        if name not in header.shapes or header.shapes[factor] not in ((), (1,), (rows,), (rows, 1)):
+            raise FileError(f"{path}: {factor} is not the factor of a weight, or has not one number per row")
+    scaled = bool(factors) or "scaled_fp8" in header.shapes
+    for name, dtype in header.dtypes.items():
+        if dtype.startswith("F8") and scaled and name not in factors and not name.endswith(_NOT_NEEDED):
+            raise FileError(f"{path}: {name} is scaled fp8, and the file has no factor of it: fetch it again")
+        if not dtype.startswith(("F", "BF")) and not name.endswith(_NOT_NEEDED):
+            raise FileError(f"{path}: {name} is {dtype}, and weights are floating-point numbers")
+
+
+def _weight_of(factor: str) -> str:
+    return factor.rsplit(".", 1)[0] + ".weight"
+
+
+def load_experts(model: ModelSettings, names: Collection[str]) -> dict[str, Any]:
+    """Transformers of the shape of ``model.network`` from the files of ``model.gguf``, which were checked.
 
     Args:
         model: names the files.
@@ -104,21 +133,36 @@ def load_gguf_experts(model: ModelSettings, names: Collection[str]) -> dict[str,
 
     assert model.gguf is not None
     dtype = getattr(torch, model.dtype)
-    files = {"transformer": model.gguf.high_noise, "transformer_2": model.gguf.low_noise}
+    files: dict[Expert, Any] = {"high_noise": model.gguf.high_noise, "low_noise": model.gguf.low_noise}
     experts = {}
     with TemporaryDirectory() as shape:
         with torch.device("meta"):
             WanTransformer3DModel(**model.network.transformer, in_channels=model.spec.in_channels).save_config(shape)
-        for name in [name for name in files if name in names]:
-            path = locate(files[name])
+        for expert, name in COMPONENTS.items():
+            if name not in names:
+                continue
+            path = locate(files[expert])
+            gguf = path.suffix == ".gguf"
             experts[name] = WanTransformer3DModel.from_single_file(
-                str(path),
+                str(path) if gguf else _widened(path, dtype),
                 config=shape,
-                quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
+                quantization_config=GGUFQuantizationConfig(compute_dtype=dtype) if gguf else None,
                 torch_dtype=dtype,
             )
             check_values(_numbers(experts[name]), path)
     return experts
+
+
+def _widened(path: Path, dtype: Any) -> dict[str, Any]:
+    """The tensors of a safetensors file; weights in scaled fp8 are multiplied by their factors."""
+    from safetensors.torch import load_file
+
+    state: dict[str, Any] = load_file(path)
+    for factor in [name for name in state if name.endswith(_FACTORS)]:
+        name = _weight_of(factor)
+        scale = state.pop(factor).float()
+        state[name] = (state[name].float() * (scale.view(-1, 1) if scale.numel() > 1 else scale)).to(dtype)
+    return {name: tensor for name, tensor in state.items() if not name.endswith(_NOT_NEEDED)}
 
 
 def _numbers(network: Any) -> Iterator[tuple[str, Any]]:
@@ -140,12 +184,12 @@ def _numbers(network: Any) -> Iterator[tuple[str, Any]]:
 
 
 def read_gguf_header(path: Path) -> Header:
-    """Shapes, types and text entries of a GGUF file; no weight is read.
+    """Shapes, types and text entries of a GGUF file; tensors are not read.
 
-    The format's own library takes the counts in a header on trust, and reads on for minutes where they are wrong.
+    The format's own library does not check the counts in a header, and reads for minutes where they are wrong.
 
     Raises:
-        FileNotFoundError, FileError: if there is no such file, or it is damaged, incomplete or of a type not read.
+        FileNotFoundError, FileError: if there is no such file, or it is damaged, incomplete or of an unsupported type.
     """
     size = check_regular(path).stat().st_size
     with path.open("rb") as file:
@@ -165,7 +209,7 @@ def _header(file: BinaryIO, size: int) -> Header:
     if magic != b"GGUF" or version not in (2, 3):
         raise _Damaged("it does not begin as one" if magic != b"GGUF" else f"version {version}, not 2 or 3")
     if tensors > _MOST_TENSORS or entries > _MOST_ENTRIES:
-        raise _Damaged(f"its header says {tensors:,} tensors and {entries:,} entries")
+        raise _Damaged(f"its header states {tensors:,} tensors and {entries:,} entries")
     metadata = {}
     for _ in range(entries):
         key = _text(file)
@@ -184,17 +228,15 @@ def _header(file: BinaryIO, size: int) -> Header:
         if kind not in _TYPES:
             raise _Damaged(f"{name} is of type {kind}, which diffusers does not read")
         dtypes[name], block, block_bytes, _ = _TYPES[kind]
-        count = 1
-        for length in shape:
-            count *= length
+        count = math.prod(shape)
         if (shape[-1] if shape else 1) % block:
             raise _Damaged(f"{name} has rows of {shape[-1]}, which are not blocks of {block}")
         if offset != (begins := -(-end // alignment) * alignment):
-            raise _Damaged(f"{name} begins at byte {offset:,}, and the tensor before it says {begins:,}")
+            raise _Damaged(f"{name} begins at byte {offset:,}, and the tensor before it ends at {begins:,}")
         shapes[name] = shape
         end = offset + count // block * block_bytes
     if (total := -(-file.tell() // alignment) * alignment + end) > size:
-        raise _Damaged(f"it has {size:,} bytes, and its header says {total:,}")
+        raise _Damaged(f"it has {size:,} bytes, and its header states {total:,}")
     return Header(shapes, dtypes, metadata)
 
 
@@ -209,7 +251,7 @@ def _text(file: BinaryIO) -> str:
 
 
 def _value(file: BinaryIO, kind: int) -> str:
-    """A metadata value, as text where it is text or a whole number; others are passed over."""
+    """A metadata value, as text; empty for a list."""
     if kind == _STRING:
         return _text(file)
     if kind == _ARRAY:

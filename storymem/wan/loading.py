@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from storymem.wan.acceleration import accelerate, check_acceleration
-from storymem.wan.folders import load_tokenizer, weights_file
-from storymem.wan.gguf import load_gguf_experts
+from storymem.wan.folders import check_text_to_video, load_tokenizer, weights_file
+from storymem.wan.gguf import load_experts
 from storymem.wan.lora import load_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.precision import check_precision, lower_precision
@@ -22,7 +22,7 @@ from storymem.wan.presets import settle
 from storymem.wan.runtime import place, resolve_device
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, StepAdapterSettings
-from storymem.wan.sources import adapter_weights, check_text_to_video, check_weights, step_weights_for_text
+from storymem.wan.sources import adapter_weights, check_weights, step_weights_for_text
 from storymem.wan.spec import COMPONENTS, Expert
 from storymem.weights import Weights, check_values, locate
 
@@ -82,7 +82,7 @@ def load_pipeline(
         if text_encoder:
             left_out["tokenizer"] = load_tokenizer(folder)
         if names and model.gguf is not None:
-            left_out |= load_gguf_experts(model, names)
+            left_out |= load_experts(model, names)
         pipe = WanMemoryToVideoPipeline.from_pretrained(
             folder,
             scheduler=scheduler,

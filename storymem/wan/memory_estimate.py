@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from storymem.io import read_json_object
 from storymem.wan.folders import on_meta
+from storymem.wan.gguf import stays_in_few_bits
 from storymem.wan.layout import Layout
 from storymem.wan.settings import Dtype, ModelSettings, Precision, RuntimeSettings, SamplerSettings
 from storymem.weights import Weights, locate
@@ -277,7 +278,7 @@ def frame_tokens(model: ModelSettings) -> int:
 
 def _expert(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSettings | None) -> ExpertBytes:
     network, ranks = model.network.transformer, _ranks(model, sampler)
-    if model.gguf is None:
+    if model.gguf is None or not stays_in_few_bits(model.gguf):
         return expert_bytes(
             network,
             dtype=model.dtype,

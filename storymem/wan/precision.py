@@ -28,7 +28,7 @@ def check_precision(model: ModelSettings, runtime: RuntimeSettings, device: torc
     """
     precision = runtime.precision
     if model.gguf is not None:
-        check_gguf(runtime)
+        check_gguf(model.gguf, runtime)
     if precision == "as_is":
         return
     if precision == "fp8_storage":

@@ -1,12 +1,12 @@
-"""Which published files a model needs, whether they are here, and whether they fit; no weight is read.
+"""Which weights a model needs, whether they are on this machine, and whether they fit; tensors are not read.
 
-Loads no torch until there is a file to hold against a network.
+Imports no torch until there is a file to compare with a network.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,23 +14,21 @@ from typing import Any
 
 from storymem.io import FileError
 from storymem.wan.settings import AdapterSettings, Continuity, ModelSettings, SamplerSettings
-from storymem.wan.spec import COMPONENTS, T2V_A14B, Expert, ModelSpec
+from storymem.wan.spec import COMPONENTS, Expert, ModelSpec
 from storymem.weights import MissingWeights, Weights, locate
 
 _ORIGINAL_REPOSITORY = re.compile(r"Wan-AI/Wan2\.\d-.+(?<!-Diffusers)")
 
-Networks = dict[str, Any]  # component -> network on the meta device
-
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One set of weights that a film needs, looked at.
+    """One set of weights that a film needs, after it was checked.
 
     Attributes:
-        weights: what was looked for.
-        path: where it lies; None if it is not on this machine.
+        weights: what was searched for.
+        path: where it is; None if it is not on this machine.
         problem: why it cannot be used; empty if it can.
-        notes: what is not as usual and will be used all the same, such as keys of an adapter that are not read.
+        notes: what is unusual and does not prevent its use, such as keys of an adapter that are not used.
     """
 
     weights: Weights
@@ -41,27 +39,41 @@ class Source:
     def __str__(self) -> str:
         if self.path is None:
             return f"MISSING {self.problem}"
-        said = [f"UNFIT: {self.problem}"] if self.problem else self.notes
-        return "\n  ".join([f"{self.weights.name}: {self.path}", *"\n".join(said).splitlines()])
+        lines = [f"UNFIT: {self.problem}"] if self.problem else self.notes
+        return "\n  ".join([f"{self.weights.name}: {self.path}", *"\n".join(lines).splitlines()])
 
 
 def required_weights(
     model: ModelSettings, *, text_to_video: bool, continuity: Continuity, sampler: SamplerSettings | None = None
 ) -> list[Weights]:
-    """All that ``model`` and ``sampler`` load for one film; empty for networks built from their configuration."""
-    wanted = [model.weights]
-    if model.gguf is not None:
-        wanted += [model.gguf.high_noise, model.gguf.low_noise]
-    if text_to_video and model.has_text_to_video:
-        wanted.append(model.text_to_video)
-    if model.adapter is not None:
-        wanted.append(adapter_weights(model.adapter, continuity))
-    wanted += [extra.weights for extra in model.adapters]
-    if sampler is not None and sampler.adapter is not None:
-        wanted.append(sampler.adapter.weights)
-        if text_to_video and model.has_text_to_video:
-            wanted.append(step_weights_for_text(sampler))
-    return [weights for weights in wanted if weights is not None]
+    """All weights that ``model`` and ``sampler`` load for one film; networks with random weights need none."""
+    return [weights for weights, _ in _Inspection(model, sampler).required(text_to_video, continuity)]
+
+
+def inspect_weights(
+    model: ModelSettings,
+    *,
+    text_to_video: bool,
+    continuity: Continuity = "none",
+    sampler: SamplerSettings | None = None,
+    text_encoder: bool = True,
+    experts: Collection[Expert] = tuple(COMPONENTS),
+) -> list[Source]:
+    """Find all weights that a film needs and compare their headers with the networks.
+
+    Adapters of a base that is missing or does not fit are only searched for.
+
+    Args:
+        model, continuity, sampler: of the film.
+        text_to_video: whether its first shot is generated from text.
+        text_encoder: whether texts are encoded.
+        experts: which of the transformers are loaded, with their adapters.
+
+    Raises:
+        ValueError: if a setting that names weights is missing.
+    """
+    inspection = _Inspection(model, sampler, text_encoder, experts)
+    return [_inspect(*needed) for needed in inspection.required(text_to_video, continuity)]
 
 
 def check_weights(
@@ -73,163 +85,140 @@ def check_weights(
     text_encoder: bool = True,
     experts: Collection[Expert] = tuple(COMPONENTS),
 ) -> None:
-    """Raise one error that lists all that is not on this machine or does not fit; see :func:`look_at_weights`.
+    """Raise one error for all weights that are missing or do not fit; arguments as of :func:`inspect_weights`.
 
     Raises:
-        MissingWeights: if anything is missing.
-        FileError: if all is there, and something does not fit.
+        MissingWeights: if any are missing.
+        FileError: if all are there, and some do not fit.
     """
-    found = look_at_weights(
-        model,
-        text_to_video=text_to_video,
-        continuity=continuity,
-        sampler=sampler,
-        text_encoder=text_encoder,
-        experts=experts,
-    )
-    problems = "\n".join(dict.fromkeys(source.problem for source in found if source.problem))
-    if problems:
+    inspection = _Inspection(model, sampler, text_encoder, experts)
+    found = [_inspect(*needed) for needed in inspection.required(text_to_video, continuity)]
+    if problems := "\n".join(dict.fromkeys(source.problem for source in found if source.problem)):
         raise (MissingWeights if any(source.path is None for source in found) else FileError)(problems)
 
 
-def look_at_weights(
-    model: ModelSettings,
-    *,
-    text_to_video: bool,
-    continuity: Continuity = "none",
-    sampler: SamplerSettings | None = None,
-    text_encoder: bool = True,
-    experts: Collection[Expert] = tuple(COMPONENTS),
-) -> list[Source]:
-    """Every set of weights that a film needs, held against its networks by header.
-
-    Adapters of a base that is missing or does not fit are only looked for.
-
-    Args:
-        model, continuity, sampler: of the film.
-        text_to_video: whether its first shot is made from text.
-        text_encoder: whether texts are encoded.
-        experts: which of the transformers are loaded, with their adapters.
-
-    Raises:
-        ValueError: if the settings name no weights for what they ask.
-    """
-    names = [COMPONENTS[expert] for expert in model.spec.experts if expert in experts]
-    by_text = text_to_video and model.has_text_to_video
-    networks: Networks = {}
-    networks_by_text: Networks = {}
-    found: list[Source] = []
-
-    def look(weights: Weights, check: Callable[[Path], list[str]]) -> None:
-        path: Path | None = None
-        try:
-            if _ORIGINAL_REPOSITORY.fullmatch(weights.source) and not weights.is_local:
-                right = f"{weights.source}-Diffusers"
-                raise FileError(f"{weights.source} is in the original Wan layout, which is not read: use {right}")
-            path = locate(weights)
-            found.append(Source(weights=weights, path=path, notes=tuple(check(path))))
-        except (ValueError, FileNotFoundError) as error:
-            missing = isinstance(error, MissingWeights)
-            found.append(Source(weights=weights, path=None if missing else path or weights.path, problem=str(error)))
-
-    if model.weights is not None:
-        parts = ["vae", "text_encoder", "tokenizer"] if text_encoder else ["vae"]
-        parts += names if model.gguf is None else []
-        look(model.weights, partial(_check_base, components=parts, networks=networks, spec=model.spec))
-    if names and (model.gguf is not None or (model.weights is None and _adapters(model, sampler))):
-        networks |= _from_settings(model, names, in_channels=model.spec.in_channels)
-    if model.gguf is not None:
-        for name, weights in zip(COMPONENTS.values(), (model.gguf.high_noise, model.gguf.low_noise), strict=True):
-            look(weights, partial(_check_expert, network=networks.get(name)))
-    if by_text and model.text_to_video is not None:
-        look(model.text_to_video, partial(_check_by_text, networks=networks_by_text))
-    elif by_text and _adapters(model, sampler):
-        networks_by_text |= _from_settings(model, list(COMPONENTS.values()), in_channels=model.text_spec.in_channels)
-    if names and model.adapter is not None:
-        look(adapter_weights(model.adapter, continuity), partial(_check_memory, networks=networks, model=model))
-    for extra in model.adapters if names else ():
-        of = {COMPONENTS[expert] for expert in COMPONENTS if extra.expert in ("both", expert)}
-        look(extra.weights, partial(_check_steps, networks={name: it for name, it in networks.items() if name in of}))
-    if names and sampler is not None and sampler.adapter is not None:
-        look(sampler.adapter.weights, partial(_check_steps, networks=networks))
-        if by_text:
-            look(step_weights_for_text(sampler), partial(_check_steps, networks=networks_by_text))
-    return found
+Check = Callable[[Path], list[str]]  # raises ValueError or FileNotFoundError; returns notes
 
 
-def _adapters(model: ModelSettings, sampler: SamplerSettings | None) -> bool:
-    return model.adapter is not None or bool(model.adapters) or (sampler is not None and sampler.adapter is not None)
+def _inspect(weights: Weights, check: Check) -> Source:
+    path: Path | None = None
+    try:
+        if _ORIGINAL_REPOSITORY.fullmatch(weights.source) and not weights.is_local:
+            right = f"{weights.source}-Diffusers"
+            raise FileError(f"{weights.source} is in the original Wan layout, which is not supported: use {right}")
+        path = locate(weights)
+        return Source(weights=weights, path=path, notes=tuple(check(path)))
+    except MissingWeights as error:
+        return Source(weights=weights, path=None, problem=str(error))
+    except (ValueError, FileNotFoundError) as error:
+        return Source(weights=weights, path=path or weights.path, problem=str(error))
 
 
-def _from_settings(model: ModelSettings, names: Collection[str], *, in_channels: int) -> Networks:
-    from storymem.wan.folders import on_meta
+class _Inspection:
+    """The weights of one model, each with its check; a base that passed gives the networks for its adapters."""
 
-    shape = {**model.network.transformer, "in_channels": in_channels}
-    return dict.fromkeys(names, on_meta("WanTransformer3DModel", shape, "model.network.transformer"))
+    def __init__(
+        self,
+        model: ModelSettings,
+        sampler: SamplerSettings | None,
+        text_encoder: bool = True,
+        experts: Collection[Expert] = tuple(COMPONENTS),
+    ) -> None:
+        self.model, self.sampler, self.text_encoder = model, sampler, text_encoder
+        self.experts = [expert for expert in model.spec.experts if expert in experts]
+        self.networks: dict[Expert, Any] = {}  # on the meta device
+        self.text_networks: dict[Expert, Any] = {}
+
+    def required(self, text_to_video: bool, continuity: Continuity) -> Iterator[tuple[Weights, Check]]:
+        model = self.model
+        by_text = text_to_video and model.has_text_to_video
+        if model.weights is not None:
+            yield model.weights, self.base
+        if model.gguf is not None:
+            for expert, weights in zip(COMPONENTS, (model.gguf.high_noise, model.gguf.low_noise), strict=True):
+                if expert in self.experts:
+                    yield weights, self.single_file
+        if by_text and model.text_to_video is not None:
+            yield model.text_to_video, self.text_to_video
+        if not self.experts:
+            return
+        if model.adapter is not None:
+            yield adapter_weights(model.adapter, continuity), self.memory_adapter
+        for extra in model.adapters:
+            chosen = [expert for expert in COMPONENTS if extra.expert in ("both", expert)]
+            yield extra.weights, partial(self.adapter, experts=chosen)
+        if self.sampler is not None and self.sampler.adapter is not None:
+            yield self.sampler.adapter.weights, self.adapter
+            if by_text:
+                yield step_weights_for_text(self.sampler), self.text_adapter
+
+    def base(self, path: Path) -> list[str]:
+        from storymem.wan.folders import check_model
+
+        own = self.experts if self.model.gguf is None else []
+        parts = ["vae", *(["text_encoder", "tokenizer"] if self.text_encoder else []), *(COMPONENTS[x] for x in own)]
+        built = check_model(path, parts, spec=self.model.spec, setting="model.weights")
+        self.networks = {expert: built[COMPONENTS[expert]] for expert in own}
+        return []
+
+    def single_file(self, path: Path) -> list[str]:
+        from storymem.wan.gguf import check_expert_file
+
+        check_expert_file(path, self._from_settings(self.model.spec))
+        return []
+
+    def text_to_video(self, path: Path) -> list[str]:
+        from storymem.wan.folders import check_text_to_video
+
+        self.text_networks = check_text_to_video(path)
+        return []
+
+    def memory_adapter(self, path: Path) -> list[str]:
+        from storymem.wan.lora import read_memory_lora
+
+        model = self.model
+        assert model.adapter is not None
+        if not (networks := self._networks()):
+            return []
+        adapters = read_memory_lora(networks, path, alpha=model.adapter.alpha, use_rslora=model.adapter.use_rslora)
+        info = next(iter(adapters.values())).info
+        if info.memory_attention != model.memory_attention:
+            raise FileError(
+                f"the adapter in {path} was trained for {info.memory_attention} memory attention, not "
+                f"{model.memory_attention}: set model.memory_attention={info.memory_attention}, or use another adapter"
+            )
+        notes = [adapter.report for adapter in adapters.values() if not adapter.as_usual]
+        if (stride := model.rope_stride) != info.rope_stride:
+            notes.append(f"trained with RoPE stride {info.rope_stride}, used with {stride} (model.rope_stride)")
+        return notes
+
+    def adapter(self, path: Path, experts: Collection[Expert] = tuple(COMPONENTS)) -> list[str]:
+        return _reports(path, {expert: it for expert, it in self._networks().items() if expert in experts})
+
+    def text_adapter(self, path: Path) -> list[str]:
+        if self.model.text_to_video is not None:
+            return _reports(path, self.text_networks)
+        return _reports(path, dict.fromkeys(COMPONENTS, self._from_settings(self.model.text_spec)))
+
+    def _networks(self) -> dict[Expert, Any]:
+        if self.model.weights is None or self.model.gguf is not None:
+            return dict.fromkeys(self.experts, self._from_settings(self.model.spec))
+        return self.networks
+
+    def _from_settings(self, spec: ModelSpec) -> Any:
+        from storymem.wan.folders import on_meta
+
+        shape = {**self.model.network.transformer, "in_channels": spec.in_channels}
+        return on_meta("WanTransformer3DModel", shape, "model.network.transformer")
 
 
-def _check_base(path: Path, components: Collection[str], networks: Networks, spec: ModelSpec) -> list[str]:
-    from storymem.wan.folders import check_channels, check_model
-
-    built = check_model(path, components, repository=spec.repository, setting="model.weights")
-    check_channels(path, built, spec, setting="model.weights")
-    networks |= built
-    return []
-
-
-def check_text_to_video(folder: Path) -> Networks:
-    """The transformers of the first shot's model, by header; FileError if they are incomplete or of another task."""
-    from storymem.wan.folders import check_channels, check_component
-
-    built = {name: check_component(folder, name) for name in COMPONENTS.values()}
-    check_channels(folder, built, T2V_A14B, setting="model.text_to_video")
-    return built
-
-
-def _check_by_text(path: Path, networks: Networks) -> list[str]:
-    networks |= check_text_to_video(path)
-    return []
-
-
-def _check_expert(path: Path, network: Any) -> list[str]:
-    from storymem.wan.gguf import check_expert_file
-
-    if network is not None:
-        check_expert_file(path, network)
-    return []
-
-
-def _check_memory(path: Path, networks: Networks, model: ModelSettings) -> list[str]:
+def _reports(path: Path, networks: dict[Expert, Any]) -> list[str]:
+    """Check an adapter beside the memory adapter; nothing where the networks themselves did not fit."""
     from storymem.wan.lora import read_memory_lora
 
-    assert model.adapter is not None
-    transformers = _transformers(networks)
-    if not transformers:
+    if not networks:
         return []
-    adapters = read_memory_lora(transformers, path, alpha=model.adapter.alpha, use_rslora=model.adapter.use_rslora)
-    info = next(iter(adapters.values())).info
-    if info.memory_attention != model.memory_attention:
-        raise FileError(
-            f"the adapter in {path} was trained for {info.memory_attention} memory attention, not "
-            f"{model.memory_attention}: set model.memory_attention={info.memory_attention}, or use another adapter"
-        )
-    notes = [adapter.report for adapter in adapters.values() if not adapter.as_usual]
-    if info.rope_stride != model.rope_stride:
-        notes.append(f"trained with RoPE stride {info.rope_stride}, used with {model.rope_stride} (model.rope_stride)")
-    return notes
-
-
-def _check_steps(path: Path, networks: Networks) -> list[str]:
-    from storymem.wan.lora import read_memory_lora
-
-    transformers = _transformers(networks)
-    if not transformers:
-        return []
-    return [adapter.report for adapter in read_memory_lora(transformers, path, strict=False).values()]
-
-
-def _transformers(networks: Networks) -> dict[Expert, Any]:
-    return {expert: networks[name] for expert, name in COMPONENTS.items() if name in networks}
+    return [adapter.report for adapter in read_memory_lora(networks, path, strict=False).values()]
 
 
 def step_weights_for_text(sampler: SamplerSettings) -> Weights:
@@ -238,7 +227,7 @@ def step_weights_for_text(sampler: SamplerSettings) -> Weights:
     if sampler.adapter.text_to_video is None:
         raise ValueError(
             f"sampler.adapter names no weights for text-to-video, which needs more than {sampler.steps} steps without "
-            "them: give sampler.adapter.text_to_video, or make the first shot from reference pictures (first_shot=m2v)"
+            "them: set sampler.adapter.text_to_video, or generate the first shot from reference images (first_shot=m2v)"
         )
     return sampler.adapter.text_to_video
 
@@ -251,14 +240,9 @@ def adapter_weights(adapter: AdapterSettings, continuity: Continuity) -> Weights
     found = adapter.weights
     if found.is_local:
         here = found.path.absolute()
-        # An adapter of one's own is one folder, or file, for all kinds of continuity.
+        # A user's own adapter is one folder, or file, for all kinds of continuity.
         own = here.is_file() or any(any(here.glob(f"*{suffix}")) for suffix in (".safetensors", ".pth"))
         inside = here / folder if (here / folder).is_dir() or not own else here
         return Weights(name=found.name, source=str(inside), licence=found.licence)
-    return Weights(
-        name=f"{found.name} ({folder})",
-        source=found.source,
-        file=f"{folder}/*",
-        size_gb=found.size_gb,
-        licence=found.licence,
-    )
+    name, file = f"{found.name} ({folder})", f"{folder}/*"
+    return Weights(name=name, source=found.source, file=file, size_gb=found.size_gb, licence=found.licence)

@@ -198,7 +198,7 @@ def original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("proj_out.bias"), r"a\.gguf does not hold.*missing \(1\).*proj_out\.bias"),
+        (lambda s: s.pop("proj_out.bias"), r"a\.gguf does not contain.*missing \(1\).*proj_out\.bias"),
         (lambda s: s.update(stray=torch.ones(1)), r"unexpected \(1\).*stray"),
         (
             lambda s: s.update({"patch_embedding.weight": s["patch_embedding.weight"][:, :16]}),
@@ -216,7 +216,7 @@ def test_a_file_of_another_network_is_refused(
 
 
 def test_another_architecture_is_named(others: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a\.gguf \(architecture 'flux'\) does not hold the weights of this model"):
+    with pytest.raises(ValueError, match=r"a\.gguf \(architecture 'flux'\) does not contain the weights of this model"):
         check(others, by_hand(tmp_path / "a.gguf", {"double_blocks.0.qkv": torch.ones(4, 4)}, architecture=b"flux"))
     with pytest.raises(ValueError, match=r"(\w|\.)+ is of type 39, which diffusers does not read"):
         check(others, by_hand(tmp_path / "a.gguf", weights, kind=39))
@@ -225,18 +225,21 @@ def test_another_architecture_is_named(others: Path, weights: dict[str, torch.Te
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda b: b[: len(b) // 2], r"it has [\d,]+ bytes, and its header says [\d,]+"),
+        (lambda b: b[: len(b) // 2], r"it has [\d,]+ bytes, and its header states [\d,]+"),
         (lambda b: b[:500], r"cut off"),
         (lambda b: b[:10], r"cut off or damaged"),
         (lambda b: b"", r"cut off or damaged"),
         (lambda b: b"GGML" + b[4:], r"does not begin as one"),
         (lambda b: b[:4] + struct.pack("<I", 77) + b[8:], r"version 77"),
-        (lambda b: b[:8] + struct.pack("<Q", 1 << 60) + b[16:], r"its header says 1,152,921,504,606,846,976 tensors"),
+        (lambda b: b[:8] + struct.pack("<Q", 1 << 60) + b[16:], r"its header states 1,152,921,504,606,846,976 tensors"),
         (lambda b: b[:16] + struct.pack("<Q", 1 << 60) + b[24:], r"and 1,152,921,504,606,846,976 entries"),
         (lambda b: b[:24] + struct.pack("<Q", 1 << 62) + b[32:], r"a text of [\d,]+ bytes"),
         (lambda b: b[:8] + struct.pack("<QQ", 0, 1) + nested(100_000), r"cut off or damaged"),
         (lambda b: b[:8] + struct.pack("<QQ", 0, 1) + long_list(), r"a list of 1,152,921,504,606,846,976 entries"),
-        (lambda b: moved(b, "proj_out.bias"), r"proj_out\.bias begins at byte 0, and the tensor before it says [\d,]+"),
+        (
+            lambda b: moved(b, "proj_out.bias"),
+            r"proj_out\.bias begins at byte 0, .* before it ends at [\d,]+",
+        ),
     ],
 )
 def test_damage_is_told_at_once_and_takes_no_room(
@@ -271,20 +274,51 @@ def test_pipes_and_folders_are_refused(others: Path, tmp_path: Path) -> None:
             check(others, path)
 
 
-@pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
-def test_scaled_fp8_is_refused_and_plain_weights_are_not(
-    others: Path, weights: dict[str, torch.Tensor], tmp_path: Path, suffix: str
+def scaled_fp8(weights: dict[str, torch.Tensor], suffix: str, *, per_row: bool) -> dict[str, torch.Tensor]:
+    """As published for ComfyUI: the linears of the blocks in 8 bits with a factor each, and keys of its own."""
+    state = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    for key, tensor in original(weights).items():
+        state[key] = tensor.contiguous()
+        if key.startswith("blocks.") and key.endswith(".weight") and tensor.ndim == 2:
+            largest = tensor.abs().amax(1, keepdim=True) if per_row else tensor.abs().max()
+            state[key] = (tensor / (largest / 448)).to(torch.float8_e4m3fn)
+            state[key.removesuffix("weight") + suffix] = largest / 448
+            state[key.removesuffix("weight") + "scale_input"] = torch.tensor(1.0)
+    return state
+
+
+@pytest.mark.parametrize(("suffix", "per_row"), [("scale_weight", False), ("weight_scale", True)])
+def test_scaled_fp8_is_widened_by_its_factors(
+    others: Path, weights: dict[str, torch.Tensor], tmp_path: Path, suffix: str, per_row: bool
 ) -> None:
-    """Its scales would be dropped, and the film would be noise."""
-    state = {key: tensor.contiguous() for key, tensor in original(weights).items()}
-    save_file(state, tmp_path / "plain.safetensors")
-    check(others, tmp_path / "plain.safetensors")
-    for key in [key for key in state if key.endswith("self_attn.q.weight")]:
-        state[key] = state[key].to(torch.float8_e4m3fn)
-        state[key.removesuffix("weight") + suffix] = torch.tensor(0.5)
-    save_file(state, tmp_path / "x_fp8_scaled.safetensors")
-    with pytest.raises(ValueError, match=r"x_fp8_scaled\.safetensors is scaled fp8 .*use a GGUF file.*fp8_storage"):
-        check(others, tmp_path / "x_fp8_scaled.safetensors")
+    """Without its factors the film would be noise."""
+    plain, scaled = tmp_path / "plain.safetensors", tmp_path / "fp8_scaled.safetensors"
+    save_file({key: tensor.contiguous() for key, tensor in original(weights).items()}, plain)
+    save_file(scaled_fp8(weights, suffix, per_row=per_row), scaled)
+    exact, rounded = (load_pipeline(check(others, path), runtime=CPU, text_encoder=False) for path in (plain, scaled))
+    assert all(torch.equal(it, weights[name]) for name, it in exact.transformer.state_dict().items())
+    expected, found = shot(exact), shot(rounded)
+    assert 0 < ((found - expected).norm() / expected.norm()).item() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("blocks.0.ffn.0.scale_weight"), r"blocks\.0\.ffn\.0\.weight is scaled fp8, .*no factor"),
+        (lambda s: s.update({"blocks.0.ffn.0.scale_weight": torch.ones(7)}), r"ffn\.0\.scale_weight is not the factor"),
+        (lambda s: s.update({"blocks.9.scale_weight": torch.ones(1)}), r"blocks\.9\.scale_weight is not the factor"),
+        (lambda s: s.update({"blocks.0.absmax": torch.ones(1)}), r"unexpected \(1\).*blocks\.0\.absmax"),
+        (lambda s: s.update({"head.head.bias": torch.ones(64).byte()}), r"head\.head\.bias is U8"),
+    ],
+)
+def test_scaled_fp8_with_a_key_that_is_not_understood_is_refused(
+    others: Path, weights: dict[str, torch.Tensor], tmp_path: Path, change: Callable[[dict], Any], message: str
+) -> None:
+    state = scaled_fp8(weights, "scale_weight", per_row=False)
+    change(state)
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"(?s)a\\.safetensors.*{message}"):
+        check(others, tmp_path / "a.safetensors")
 
 
 @needs_gguf
@@ -306,5 +340,6 @@ def test_numbers_that_are_none_are_named_when_loaded(saved: ModelSettings, tmp_p
 
 @pytest.mark.skipif(HAS_GGUF, reason="gguf is installed")
 def test_the_reader_is_asked_for_with_its_command() -> None:
+    files = {f"{noise}_noise": {"name": noise, "source": f"{noise}.gguf"} for noise in ("high", "low")}
     with pytest.raises(ValueError, match=r"model.gguf needs the reader.*pip install 'gguf>=0.10'"):
-        check_gguf(CPU)
+        check_gguf(wide(gguf=files, weights={"name": "others", "source": "."}, has_text_to_video=False).gguf, CPU)

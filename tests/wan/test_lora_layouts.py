@@ -20,7 +20,7 @@ from storymem.io import NotFiniteError
 from storymem.wan.loading import STEP_ADAPTER, load_pipeline
 from storymem.wan.lora import load_memory_lora, read_memory_lora
 from storymem.wan.settings import SamplerSettings, StepAdapterSettings
-from storymem.wan.sources import check_weights, look_at_weights
+from storymem.wan.sources import check_weights, inspect_weights
 from storymem.weights import MissingWeights
 from tests.wan.test_lora import (
     ORIGINAL,
@@ -440,7 +440,7 @@ def test_a_file_and_a_folder_in_the_settings(tmp_path: Path) -> None:
     loaded_pipe = load_pipeline(model, runtime=CPU, sampler=sampler(folder), text_encoder=False)
     assert loaded_pipe.transformer.active_adapters() == [STEP_ADAPTER]
     assert not hasattr(pipe.transformer, "peft_config")
-    (found,) = look_at_weights(model, text_to_video=False, sampler=sampler(folder))
+    (found,) = inspect_weights(model, text_to_video=False, sampler=sampler(folder))
     assert "10 of 10 linears of the blocks, scale 1 (the file states no alpha" in str(found)
     state["lora_unet_blocks_0_ffn_0.lora_up.weight"] = torch.ones(95, 2)
     write(folder, [state, state])
