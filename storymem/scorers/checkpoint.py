@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import struct
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,16 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from storymem.io import FileError, check_regular
-from storymem.weights import check_values, listed, read_header
+from storymem.io import FileError
+from storymem.weights import check_values, listed, read_header, read_pickle
 
 Network = TypeVar("Network", bound=nn.Module)
-
-_POINTER = b"version https://git-lfs"
-_UNPICKLING = (
-    *(RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, MemoryError),
-    *(OSError, OverflowError, ImportError, AssertionError, struct.error, zipfile.BadZipFile),
-)  # what torch.load raises for damaged files
 
 
 class CheckpointError(FileError):
@@ -45,7 +36,7 @@ def read_checkpoint(path: Path, *, inside: str | None = None) -> dict[str, Tenso
         read_header(path)  # its errors say what is wrong with a file
         content: Any = load_file(path)
     else:
-        content = _pickle(path)
+        content = read_pickle(path)
     if isinstance(content, dict) and inside is not None and inside in content:
         content = content[inside]
     if not isinstance(content, dict) or not content:
@@ -55,17 +46,6 @@ def read_checkpoint(path: Path, *, inside: str | None = None) -> dict[str, Tenso
             raise CheckpointError(f"{path}: {name!r} is {type(value).__name__}, not a tensor")
     check_values(content.items(), path)
     return content
-
-
-def _pickle(path: Path) -> Any:
-    with check_regular(path).open("rb") as opened:
-        if opened.read(len(_POINTER)) == _POINTER:
-            raise FileError(f"{path} is a Git LFS pointer and not the weights themselves: fetch them with git lfs pull")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except _UNPICKLING as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileError(f"{path} cannot be read as a checkpoint of torch with weights_only=True: {reason}") from None
 
 
 def load_strictly(
