@@ -79,19 +79,8 @@ def _needed(settings: DownloadSettings) -> Iterator[Weights]:
     seen = required_weights(
         settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler
     )
-    for node in _targets([settings.scorer, settings.metrics]):
-        seen += scorer_weights(node)
+    seen += scorer_weights(settings.scorer) + scorer_weights(settings.metrics)
     yield from dict.fromkeys(weights for weights in seen if not weights.source.startswith("package:"))
-
-
-def _targets(node: Any) -> Iterator[Mapping[str, Any]]:
-    """All ``_target_`` nodes at or below ``node``."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield node
-        node = list(node.values())
-    for inner in node if isinstance(node, list) else ():
-        yield from _targets(inner)
 
 
 def _is_here(weights: Weights) -> bool:

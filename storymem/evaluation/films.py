@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from storymem.config import nearest
 from storymem.evaluation.layouts import (
     FilmFiles,
     Root,
@@ -49,14 +50,9 @@ def stories_of(folder: str | Path, only: Sequence[str] = ()) -> list[Story]:
 def _story_named(name: str, stories: Sequence[Story]) -> Story:
     stem = name.rsplit(".", 1)[0] if name.endswith(STORY_SUFFIXES) else name
     found = [story for story in stories if {_nfc(stem), _nfc(name)} & set(_names(story))]
-    found = found or [story for story in stories if _key(name) in _keys(story)]
-    if not found:
-        known = ", ".join(story.slug for story in stories)
-        raise ValueError(f"stbench.only: there is no story {name!r}; known are: {known}")
-    if len(found) > 1:
-        raise ValueError(
-            f"stbench.only: {name!r} could be {', '.join(story.slug for story in found)}: write one of these"
-        )
+    if len(found) != 1:
+        known = [story.slug for story in found or stories]
+        raise ValueError(f"stbench.only: {name!r} names {len(found)} stories{nearest(name, known)}")
     return found[0]
 
 

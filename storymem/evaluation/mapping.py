@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from string import Formatter
@@ -19,6 +20,7 @@ from storymem.story import Shot, Story
 
 MAPPING = "films.yaml"
 MAPPING_SUFFIXES = (".yaml", ".yml")
+_WIDTH = "(0?[1-9]d)?"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -141,8 +143,8 @@ def _mapped_film(mapping: FilmsMapping, root: Root, story: Story) -> FilmFiles:
         shots = tuple(ShotFile.at(root.folder / name) for name in entry)
         return FilmFiles(folder=root.folder, shots=shots, layout=f"paths from {source}")
     if mapping.shots is not None:
-        _check_numbering(mapping.shots, root.folder, entry, story)
         shots = tuple(ShotFile.at(root.folder / _filled(mapping.shots, entry, shot)) for shot in story.shots)
+        _check_all_used(mapping.shots, root.folder, entry, story, shots)
         return FilmFiles(folder=root.folder, shots=shots, layout=f"{mapping.shots} from {source}, {{story}}: {entry}")
     place = root.folder / entry
     if is_video(place):
@@ -152,40 +154,37 @@ def _mapped_film(mapping: FilmsMapping, root: Root, story: Story) -> FilmFiles:
     return find_shots(place, story, root)
 
 
-def _filled(template: str, entry: str, shot: Shot, shift: Mapping[str, int] | None = None) -> str:
-    """The path of a shot; ``shift`` is added to the numbers of these fields."""
+def _filled(template: str, entry: str, shot: Shot) -> str:
+    """The path of a shot."""
     values: dict[str, int | str] = {"story": entry}
     for name, number in (("scene", shot.scene), ("shot", shot.number), ("index", shot.index + 1)):
-        values |= {name: number + (shift or {}).get(name, 0), f"{name}0": number - 1}
+        values |= {name: number, f"{name}0": number - 1}
     try:
-        fields = [(name, spec or "", conversion) for _, name, spec, conversion in Formatter().parse(template)]
-        known = all(
-            name is None or (name in values and conversion is None and re.fullmatch("(0?[1-9]d)?", spec))
-            for name, spec, conversion in fields
-        )
-        filled = template.format(**values) if known else None
+        fields = [field for field in Formatter().parse(template) if field[1] is not None]
+        if all(name in values and not kind and re.fullmatch(_WIDTH, width or "") for _, name, width, kind in fields):
+            return template.format(**values)
     except ValueError:  # a single brace, or a width for {story}
-        filled = None
-    if filled is None:
-        names = ", ".join(f"{{{name}}}" for name in values)
-        raise ValueError(f"shots: {template!r} cannot be filled in; known are: {names}, and widths as in {{index:03d}}")
-    return filled
+        pass
+    names = ", ".join(f"{{{name}}}" for name in values)
+    raise ValueError(f"shots: {template!r} cannot be filled in; known are: {names}, and widths as in {{index:03d}}")
 
 
-def _check_numbering(template: str, folder: Path, entry: str, story: Story) -> None:
-    """Raise ValueError if there are files that the template would find if a field counted differently."""
-    first, last = story.shots[0], story.shots[-1]
-    for shift in ({"scene": -first.scene, "shot": -1}, {"scene": -first.scene}, {"shot": -1}, {"index": -1}):
-        name = _filled(template, entry, first, shift)
-        if name != _filled(template, entry, first) and is_video(folder / name):
-            wrong = " and ".join(f"{{{field}}}" for field in shift if f"{{{field}" in template)
+def _check_all_used(template: str, folder: Path, entry: str, story: Story, shots: Sequence[ShotFile]) -> None:
+    """Raise ValueError if the template with other numbers fits a video: its fields may count differently."""
+    used = {shot.path for shot in shots}
+    parts = [(text, name) for text, name, *_ in Formatter().parse(template)]
+    pattern = "".join(
+        glob.escape(text) + {None: "", "story": glob.escape(entry)}.get(name, "*") for text, name in parts
+    )
+    exact = "".join(re.escape(text) + {None: "", "story": re.escape(entry)}.get(name, "[0-9]+") for text, name in parts)
+    for found in sorted(glob.glob(pattern, root_dir=folder)):
+        path = folder / found
+        if re.fullmatch(exact, found) and is_video(path) and path not in used:
             raise ValueError(
-                f"{folder / name} is there, so these files count from 0, and {wrong} from 1: write {{scene0}}, "
-                f"{{shot0}} or {{index0}} instead, or list the paths under stories: {quoted(story.title)}: [...]"
+                f"{path} is there, and no shot of {story.title!r} has these numbers: {{scene}}, {{shot}} and {{index}} "
+                "count from 1; write {scene0}, {shot0} or {index0} where files count from 0, or list the paths under "
+                f"stories: {quoted(story.title)}: [...]"
             )
-    name = _filled(template, entry, last, {"index": 1})
-    if name != _filled(template, entry, last) and is_video(folder / name):
-        raise ValueError(f"{folder / name} is there, and {story.title!r} has only {len(story.shots)} shots")
 
 
 def _check_differ(film: FilmFiles, story: Story) -> None:

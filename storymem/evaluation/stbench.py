@@ -21,7 +21,7 @@ from storymem.evaluation.statistics import StatisticsSettings
 from storymem.evaluation.workers import Workers
 from storymem.film.modes import FirstShot
 from storymem.film.settings import MemorySettings
-from storymem.io import FileError, folder_lock, read_json, write_text
+from storymem.io import FileError, folder_lock, write_text
 from storymem.story import Story
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings
 from storymem.weights import MissingWeights, locate
@@ -248,25 +248,17 @@ def _listed(names: Sequence[str]) -> str:
 # --- metrics
 
 
-def missing_weights(nodes: Mapping[str, Mapping[str, Any]]) -> list[MissingWeights]:
+def missing_weights(nodes: Mapping[str, Any]) -> list[MissingWeights]:
     """The published weights that metrics need and that are not on this machine."""
     from storymem.scorers import scorer_weights
 
     missing = {}
-    for weights in (found for node in nodes.values() for target in _targets(node) for found in scorer_weights(target)):
+    for weights in scorer_weights(nodes):
         try:
             locate(weights)
         except MissingWeights as error:
             missing[weights] = error
     return list(missing.values())
-
-
-def _targets(node: Any) -> Iterator[Mapping[str, Any]]:
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield node
-        for value in node.values():
-            yield from _targets(value)
 
 
 def build_metrics(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
@@ -375,19 +367,11 @@ def check_output(output: Path) -> None:
         raise FileError(f"output={output} is a file: name a folder")
     # A new folder may hold our lock, and Hydra's folder for jobs on a cluster.
     others = sorted(path.name for path in output.iterdir() if path.name not in (".lock", "jobs"))
-    if others and not (output / _MARK).is_file() and not _is_results(output / "results.json"):
+    if others and not (output / _MARK).is_file():
         raise FileError(
             f"output={output} is not empty and not a folder of results: it holds {_listed(others)}. "
             "Nothing was written; choose a new or empty folder"
         )
-
-
-def _is_results(path: Path) -> bool:
-    try:
-        content = read_json(path)
-    except (FileNotFoundError, FileError):
-        return False
-    return isinstance(content, dict) and {"benchmark", "metrics", "systems"} <= content.keys()
 
 
 @contextmanager

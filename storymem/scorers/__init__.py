@@ -23,16 +23,17 @@ from storymem.weights import Weights
 _LOADS = ".from_pretrained"
 
 
-def scorer_weights(scorer: Mapping[str, Any]) -> list[Weights]:
-    """The published weights that a scorer's ``_target_`` node loads; empty for scorers that load none."""
-    target = str(scorer["_target_"])
-    if not target.endswith(_LOADS):
+def scorer_weights(node: Any) -> list[Weights]:
+    """The published weights that the ``_target_`` nodes at or below ``node`` load; no scorer is loaded."""
+    if not isinstance(node, Mapping):
         return []
-    module, name = target.removesuffix(_LOADS).rsplit(".", 1)
-    required = getattr(getattr(importlib.import_module(module), name), "required_weights", None)
-    if required is None:  # a user's own scorer
-        return []
-    return required(**{key: value for key, value in scorer.items() if key != "_target_"})
+    found = [weights for below in node.values() for weights in scorer_weights(below)]
+    if (target := str(node.get("_target_"))).endswith(_LOADS):
+        module, name = target.removesuffix(_LOADS).rsplit(".", 1)
+        required = getattr(getattr(importlib.import_module(module), name), "required_weights", None)
+        if required is not None:  # else it is a user's own scorer
+            found += required(**{key: value for key, value in node.items() if key != "_target_"})
+    return found
 
 
 def scorer_bytes(*scorers: Mapping[str, Any]) -> int:

@@ -110,9 +110,7 @@ def test_the_key_changes_with_all_that_decides_the_scores(films: Path, story: St
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_a_value_that_is_not_finite_is_none_with_a_reason_and_is_recomputed(
-    folder: Path,
-    value: str,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate(config(folder, value=value)) is not None
     found = written(folder)["systems"]["one"]
