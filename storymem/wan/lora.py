@@ -8,7 +8,6 @@ so ``set_adapters``, ``fuse_lora`` and ``unload_lora_weights`` work as with any 
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -19,22 +18,25 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from storymem.io import FileError
 from storymem.wan.lora_files import (
     ADAPTED_LINEARS,
     PUBLISHED,
+    UNKNOWN_SCALE,
     AdapterInfo,
     Layout,
     LoraFile,
     Part,
+    Parts,
     expert_named,
     find_lora_files,
     original_name,
     parse_key,
     peft_config,
+    ranks_of,
+    resolve_scale,
     scaled,
     write_memory_lora,
 )
@@ -55,11 +57,8 @@ __all__ = [
 RELEASED_ADAPTERS = "Kevin-thu/StoryMem"
 _RELEASED_SIZE_GB = 4.9  # two files a sub-folder: 613 million float32 numbers each
 _RELEASED_LICENCE = "CC BY-NC 4.0 (not for commercial use)"
-_RELEASED_PREFIX = "base_model.model."
 # Adapters of which the low-rank matrices are one part: without the rest they are another function.
 _OTHER_KINDS = re.compile(r"dora_scale|lora_magnitude_vector|hada_w|hada_t|lokr_|oft_|glora|vera_|boft|set_weight")
-
-Parts = dict[str, dict[Part, str]]  # diffusers' name of a module -> part -> key in the file
 
 logger = logging.getLogger(__name__)
 
@@ -164,75 +163,6 @@ def _match(file: LoraFile, transformer: nn.Module, component: str | None, *, str
     if not any(parts.values()):
         raise FileError(listed(f"{file.path} contains nothing for this transformer:", {"not used": unused}))
     return {name: keys for name, keys in parts.items() if keys}, unused
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """Alpha of every module with A and B, whether rsLoRA is used, and where this is from."""
-
-    alphas: dict[str, float]
-    use_rslora: bool
-    source: str
-    known: bool = True
-
-
-def _scale(
-    file: LoraFile, lora: Parts, prefix: str, *, alpha: float | None, use_rslora: bool | None, memory: bool
-) -> _Scale:
-    """The scale that a file states; else the caller's; else the published one, or alpha = rank, which is scale 1.
-
-    The published scale is that of memory adapters in the released layout.
-    """
-    if (stated := _stated_scale(file, lora, prefix)) is not None:
-        differs = alpha is not None and not all(math.isclose(a, alpha, rel_tol=1e-6) for a in stated.alphas.values())
-        if differs or use_rslora not in (None, stated.use_rslora):
-            states = f"alpha={next(iter(stated.alphas.values()), 1):g}, use_rslora={stated.use_rslora}"
-            given = f"alpha={alpha}, use_rslora={use_rslora}"
-            raise ValueError(f"{file.path} states {states}, which contradicts {given}: leave these arguments out")
-        return stated
-    released = memory and all(parts["A"].startswith(_RELEASED_PREFIX) for parts in lora.values())
-    if use_rslora is None:
-        use_rslora = released and PUBLISHED.use_rslora
-    if alpha is not None:
-        return _Scale(dict.fromkeys(lora, float(alpha)), use_rslora, "from the settings")
-    if released:
-        return _Scale(dict.fromkeys(lora, PUBLISHED.alpha), use_rslora, "as published")
-    unknown = "the file states no alpha, so it is taken to be the rank"
-    return _Scale(_ranks(file, lora), use_rslora, unknown, known=False)
-
-
-def _stated_scale(file: LoraFile, lora: Parts, prefix: str) -> _Scale | None:
-    """From alpha tensors, which mean alpha / rank, else from a configuration."""
-    if keys := {name: parts["alpha"] for name, parts in lora.items() if "alpha" in parts}:
-        tensors = file.tensors(keys.values())
-        alphas = {name: _alpha(tensors[key].item(), f"{file.path}: {key}") for name, key in keys.items()}
-        return _Scale(_ranks(file, lora) | alphas, False, "from its alphas")
-    if (found := file.scale_config(prefix)) is None:
-        return None
-    config, where = found
-    patterns, use_rslora = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
-    if not isinstance(patterns, dict) or not isinstance(use_rslora, bool):
-        raise FileError(f"{where}: alpha_pattern must be an object, and use_rslora true or false")
-    alphas = {}
-    for name, parts in lora.items():
-        read = parse_key(parts["A"])
-        assert read is not None
-        try:
-            pattern = get_pattern_key(list(patterns), read.module)
-        except re.error as error:
-            raise FileError(f"{where}: alpha_pattern contains an invalid expression: {error}") from None
-        alphas[name] = _alpha(patterns.get(pattern, config["lora_alpha"]), f"{where}: lora_alpha")
-    return _Scale(alphas, use_rslora, f"from {where}")
-
-
-def _ranks(file: LoraFile, lora: Parts) -> dict[str, float]:
-    return {name: float(file.shapes[parts["A"]][0]) for name, parts in lora.items()}
-
-
-def _alpha(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-        raise FileError(f"{where} must be a positive number, not {value!r}")
-    return float(value)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -343,8 +273,8 @@ def _read_expert(
     parts, unused = _match(file, transformer, component, strict=strict)
     lora = {name: keys for name, keys in parts.items() if "A" in keys}
     prefix = f"{component or next(iter(components), None) or ''}.".lstrip(".")
-    scale = _scale(file, lora, prefix, alpha=alpha, use_rslora=use_rslora, memory=strict)
-    ranks = {name: int(rank) for name, rank in _ranks(file, lora).items()} or {"": 1}
+    scale = resolve_scale(file, lora, prefix, alpha=alpha, use_rslora=use_rslora, memory=strict)
+    ranks = {name: int(rank) for name, rank in ranks_of(file, lora).items()} or {"": 1}
     config = peft_config(ranks, scale.alphas or {"": 1.0}, scale.use_rslora, ADAPTED_LINEARS if strict else list(lora))
     described = {"rank": config["r"], "alpha": config["lora_alpha"], "use_rslora": scale.use_rslora}
     info = replace(file.info or AdapterInfo(), **described)
@@ -362,7 +292,7 @@ def _read_expert(
         config=config,
         info=info,
         report=listed(report, {"keys that fit no part of this network, and are not used": sorted(unused)}),
-        as_usual=matched == len(linears) and not unused and scale.known,
+        as_usual=matched == len(linears) and not unused and scale.source != UNKNOWN_SCALE,
     )
 
 

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
+from peft.utils.other import get_pattern_key
 from pydantic.dataclasses import dataclass
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -47,6 +48,7 @@ from storymem.weights import MissingWeights, Weights, check_values, read_header,
 
 Layout = Literal["storymem", "released", "diffusers", "comfyui"]
 Part = Literal["A", "B", "bias", "alpha", "diff", "diff_b"]
+Parts = dict[str, dict[Part, str]]  # diffusers' name of a module -> part -> key in the file
 
 #: The linears of a block that a memory adapter changes.
 ADAPTED_LINEARS = [f"attn{n}.to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out.0")]
@@ -54,6 +56,7 @@ ADAPTED_LINEARS += ["ffn.net.0.proj", "ffn.net.2"]
 #: Key of a file's metadata under which diffusers stores a PEFT configuration.
 PEFT_METADATA = "lora_adapter_metadata"
 _INFO_METADATA, _INFO_VERSION = "storymem", 1
+_RELEASED_PREFIX = "base_model.model."
 _ALPHA_METADATA = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")
 _MOST = 1e6  # of a rank or an alpha
 
@@ -185,7 +188,8 @@ class LoraFile:
             self.shapes, _, self.metadata = read_header(path)
             return
         state = read_pickle(path)
-        if not isinstance(state, dict) or not all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
+        plain = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+        if not plain or any(tensor.layout != torch.strided for tensor in state.values()):
             raise FileError(f"{path} does not contain a state dict (key -> tensor), but a {type(state).__name__}")
         self._state, self.shapes = state, {key: tuple(tensor.shape) for key, tensor in state.items()}
         notes = getattr(state, "_metadata", {})  # of modules' state dicts: versions; of ours: as in safetensors
@@ -259,17 +263,82 @@ class LoraFile:
         return value
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
+# --- scale ----------------------------------------------------------------------------------------------------------
+
+
+class Scale(NamedTuple):
+    """Alpha of every module with A and B, whether rsLoRA is used, and where this is from."""
+
+    alphas: dict[str, float]
+    use_rslora: bool
+    source: str
+
+
+UNKNOWN_SCALE = "the file states no alpha, so it is taken to be the rank"
+
+
+def resolve_scale(
+    file: LoraFile, lora: Parts, prefix: str, *, alpha: float | None, use_rslora: bool | None, memory: bool
+) -> Scale:
+    """The scale that a file states; else the caller's; else the published one, or alpha = rank, which is scale 1.
+
+    The published scale is that of memory adapters in the released layout.
+    """
+    if (stated := _stated_scale(file, lora, prefix)) is not None:
+        differs = alpha is not None and not all(math.isclose(a, alpha, rel_tol=1e-6) for a in stated.alphas.values())
+        if differs or use_rslora not in (None, stated.use_rslora):
+            states = f"alpha={next(iter(stated.alphas.values()), 1):g}, use_rslora={stated.use_rslora}"
+            given = f"alpha={alpha}, use_rslora={use_rslora}"
+            raise ValueError(f"{file.path} states {states}, which contradicts {given}: leave these arguments out")
+        return stated
+    released = memory and all(parts["A"].startswith(_RELEASED_PREFIX) for parts in lora.values())
+    use_rslora = (released and PUBLISHED.use_rslora) if use_rslora is None else use_rslora
+    if alpha is not None:
+        return Scale(dict.fromkeys(lora, float(alpha)), use_rslora, "from the settings")
+    if released:
+        return Scale(dict.fromkeys(lora, PUBLISHED.alpha), use_rslora, "as published")
+    return Scale(ranks_of(file, lora), use_rslora, UNKNOWN_SCALE)
+
+
+def _stated_scale(file: LoraFile, lora: Parts, prefix: str) -> Scale | None:
+    """From alpha tensors, which mean alpha / rank, else from a configuration."""
+    if keys := {name: parts["alpha"] for name, parts in lora.items() if "alpha" in parts}:
+        tensors = file.tensors(keys.values())
+        alphas = {name: _alpha(tensors[key].item(), f"{file.path}: {key}") for name, key in keys.items()}
+        return Scale(ranks_of(file, lora) | alphas, False, "from its alphas")
+    if (found := file.scale_config(prefix)) is None:
+        return None
+    config, where = found
+    patterns, use_rslora = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
+    if not isinstance(patterns, dict) or not isinstance(use_rslora, bool):
+        raise FileError(f"{where}: alpha_pattern must be an object, and use_rslora true or false")
+    alphas = {}
+    for name, parts in lora.items():
+        read = parse_key(parts["A"])
+        assert read is not None
+        try:
+            pattern = get_pattern_key(list(patterns), read.module)
+        except re.error as error:
+            raise FileError(f"{where}: alpha_pattern contains an invalid expression: {error}") from None
+        alphas[name] = _alpha(patterns.get(pattern, config["lora_alpha"]), f"{where}: lora_alpha")
+    return Scale(alphas, use_rslora, f"from {where}")
+
+
+def ranks_of(file: LoraFile, lora: Parts) -> dict[str, float]:
+    return {name: float(file.shapes[parts["A"]][0]) for name, parts in lora.items()}
+
+
+def _alpha(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise FileError(f"{where} must be a positive number, not {value!r}")
+    return float(value)
+
+
+# --- which file -----------------------------------------------------------------------------------------------------
 
 
 def expert_named(name: str, *, by_letter: bool = False) -> Expert | None:
-    """The expert in the name of a file or folder: ``x_high_noise``, ``x-HighNoise``, ``x_HIGH``; None if neither.
-
-    Args:
-        name: without suffix.
-        by_letter: whether H and L, or HN and LN, are names too.
-    """
+    """The expert in the name of a file or folder: ``x_high_noise``, ``x-HighNoise``, ``x_HIGH``; by letter ``x_H``."""
     words = "_".join(re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+", name)).lower()
     ways = [("high_?noise", "low_?noise"), ("high", "low"), ("hn?", "ln?")]  # from the clearest on
     for pair in ways if by_letter else ways[:2]:
@@ -280,43 +349,43 @@ def expert_named(name: str, *, by_letter: bool = False) -> Expert | None:
 
 
 def find_lora_files(source: Path, experts: Sequence[Expert], weights: Weights) -> dict[Expert, Path]:
-    """The file of each expert: two names with high and low, two sub-folders, or one file for both.
-
-    Args:
-        source: a file, or a folder of LoRA files.
-        experts: the experts that need a file.
-        weights: of which ``source`` is the place, for messages.
+    """The file of each of ``experts`` in ``source``, a file or folder: by two names, two sub-folders, or one for both.
 
     Raises:
-        MissingWeights: if there is no file for an expert.
+        MissingWeights: if there is no file for an expert; ``weights`` is named in the message.
         ValueError: if there are several.
     """
     if not source.is_dir():
         return dict.fromkeys(experts, check_regular(source))
     here = _files_in(source)
-    named = {path: expert_named(path.stem) for path in here}
-    if not any(named.values()):
-        by_letter = {path: expert_named(path.stem, by_letter=True) for path in here}
-        named = by_letter if {*COMPONENTS} <= {*by_letter.values()} else named
-    folders = {path: _files_in(path) for path in sorted(source.iterdir()) if path.is_dir()}
+    names = {path: expert_named(path.stem) for path in here}
+    if not any(names.values()):
+        letters = {path: expert_named(path.stem, by_letter=True) for path in here}
+        names = letters if {*COMPONENTS} <= {*letters.values()} else names
+    folders = {path: files for path in sorted(source.iterdir()) if path.is_dir() and (files := _files_in(path))}
     found: dict[Expert, Path] = {}
     for expert in experts:
-        candidates = [path for path, name in named.items() if name == expert]
-        candidates = candidates or [
-            file
-            for folder, files in folders.items()
-            for file in files
-            if expert_named(folder.name) == expert or folder.name == COMPONENTS[expert]
-        ]
-        candidates = candidates or (here if not any(named.values()) else [])
-        if not candidates:
-            raise _missing(source, expert, here, [path.name for path, files in folders.items() if files], weights)
+        own = [path for path in folders if expert_named(path.name) == expert or path.name == COMPONENTS[expert]]
+        candidates = [path for path, name in names.items() if name == expert]
+        candidates = candidates or [file for folder in own for file in folders[folder]]
+        candidates = candidates or (here if not any(names.values()) else [])
         if len(candidates) > 1:
-            names = ", ".join(str(path.relative_to(source)) for path in candidates)
+            several = ", ".join(str(path.relative_to(source)) for path in candidates)
             raise ValueError(
-                f"{source} holds more than one adapter file for the {expert} expert: {names}; keep one for each "
+                f"{source} holds more than one adapter file for the {expert} expert: {several}; keep one for each "
                 "expert, with high_noise and low_noise in their names"
             )
+        if not candidates:
+            holds = ", ".join(path.name for path in here) or "no adapter file"
+            lines = [f"{weights.name}: {source} holds {holds}, so nothing for the {expert} expert."]
+            if folders:
+                names_inside = ", ".join(path.name for path in folders)
+                lines.append(f"  Sub-folders with adapters, of which one can be chosen as subfolder=: {names_inside}")
+            lines.append(
+                f"  wanted: backbone_{expert}.safetensors or .pth, or pytorch_lora_weights.safetensors for both"
+            )
+            lines += [] if weights.is_local else [f"  download: {weights.download_command}"]
+            raise MissingWeights("\n".join(lines))
         found[expert] = candidates[0]
     return found
 
@@ -327,37 +396,24 @@ def _files_in(folder: Path) -> list[Path]:
     return safe + sorted(path for path in folder.glob("*.pth") if path.with_suffix(".safetensors") not in safe)
 
 
-def _missing(
-    source: Path, expert: Expert, here: Sequence[Path], folders: Sequence[str], weights: Weights
-) -> MissingWeights:
-    holds = ", ".join(path.name for path in here) or "no adapter file"
-    lines = [f"{weights.name}: {source} holds {holds}, so nothing for the {expert} expert."]
-    if folders:
-        lines.append(f"  Sub-folders with adapters, of which one can be chosen as subfolder=: {', '.join(folders)}")
-    lines.append(f"  wanted: backbone_{expert}.safetensors or .pth, or pytorch_lora_weights.safetensors for both")
-    if not weights.is_local:
-        lines.append(f"  download: {weights.download_command}")
-    return MissingWeights("\n".join(lines))
-
-
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-class _Writing(NamedTuple):
-    """How a layout is written: file and prefix of each expert, original names or diffusers', names of A and B."""
+class _Form(NamedTuple):
+    """How a layout is written."""
 
     file: str
     prefix: str
-    original: bool
+    original: bool  # the original network's names, not diffusers'
     matrices: Mapping[str, str]
 
 
 _AB, _DOWN_UP = {"A": "lora_A", "B": "lora_B"}, {"A": "lora_down", "B": "lora_up"}
-_LAYOUTS: dict[Layout, _Writing] = {
-    "storymem": _Writing("{expert}.safetensors", "", False, _AB),
-    "released": _Writing("backbone_{expert}.safetensors", "base_model.model.", True, _AB),
-    "diffusers": _Writing("pytorch_lora_weights.safetensors", "{component}.", False, _AB),
-    "comfyui": _Writing("memory_{expert}.safetensors", "diffusion_model.", True, _DOWN_UP),
+_FORMS: dict[Layout, _Form] = {
+    "storymem": _Form("{expert}.safetensors", "", False, _AB),
+    "released": _Form("backbone_{expert}.safetensors", _RELEASED_PREFIX, True, _AB),
+    "diffusers": _Form("pytorch_lora_weights.safetensors", "{component}.", False, _AB),
+    "comfyui": _Form("memory_{expert}.safetensors", "diffusion_model.", True, _DOWN_UP),
 }
 
 
@@ -379,9 +435,9 @@ def write_memory_lora(
     Returns:
         The safetensors files written.
     """
-    if layout not in _LAYOUTS:
+    if layout not in _FORMS:
         raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, not {layout!r}")
-    stated = info
+    form, stated = _FORMS[layout], info
     if layout == "comfyui":
         stated = replace(info, alpha=info.scale(info.rank) * info.rank, use_rslora=False)
     elif layout == "released":
@@ -389,17 +445,25 @@ def write_memory_lora(
     tensors: dict[Path, dict[str, Tensor]] = {}
     configs: dict[Path, dict[str, Any]] = {}
     for expert, state in states.items():
-        path = Path(folder) / _LAYOUTS[layout].file.format(expert=expert)
-        prefix = _LAYOUTS[layout].prefix.format(component=COMPONENTS[expert])
-        tensors.setdefault(path, {}).update(_in_layout(layout, prefix, state, info, stated))
-        if not _LAYOUTS[layout].original:  # diffusers reads these files
-            ranks = {key.split(".lora_A.")[0]: int(t.shape[0]) for key, t in state.items() if ".lora_A." in key}
-            config = peft_config(ranks, dict.fromkeys(ranks, info.alpha), info.use_rslora)
-            configs.setdefault(path, {}).update({f"{prefix}{key}": value for key, value in config.items()})
+        path = Path(folder) / form.file.format(expert=expert)
+        written, config = tensors.setdefault(path, {}), configs.setdefault(path, {})
+        prefix, ranks = form.prefix.format(component=COMPONENTS[expert]), {}
+        for key, tensor in state.items():
+            name, part = key.removesuffix(".weight").rsplit(".lora_", 1)
+            module = prefix + (original_name(name) if form.original else name)
+            ranks[name] = rank = tensor.shape[0 if part == "A" else 1]
+            if layout == "comfyui":
+                written[f"{module}.alpha"] = torch.tensor(info.scale(rank) * rank)
+            elif part == "B":
+                tensor = scaled(tensor, info.scale(rank) / stated.scale(rank))
+            written[f"{module}.{form.matrices[part]}.weight"] = tensor.detach().cpu().contiguous()
+        if not form.original:  # diffusers reads these files
+            peft = peft_config(ranks, dict.fromkeys(ranks, info.alpha), info.use_rslora)
+            config |= {f"{prefix}{key}": value for key, value in peft.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path, state in tensors.items():
         metadata = {_INFO_METADATA: json.dumps({"version": _INFO_VERSION, **asdict(stated)}, sort_keys=True)}
-        if path in configs:
+        if configs[path]:
             metadata[PEFT_METADATA] = json.dumps(configs[path], sort_keys=True)
         if layout == "released":
             pickled = OrderedDict(state)
@@ -409,23 +473,6 @@ def write_memory_lora(
         with replacing(path) as partial:
             save_file(state, partial, metadata={"format": "pt", **metadata})
     return list(tensors)
-
-
-def _in_layout(
-    layout: Layout, prefix: str, state: Mapping[str, Tensor], info: AdapterInfo, stated: AdapterInfo
-) -> dict[str, Tensor]:
-    """The tensors of one expert under the keys of ``layout``, for readers that take the scale to be ``stated``."""
-    written = {}
-    for key, tensor in state.items():
-        name, part = key.removesuffix(".weight").rsplit(".lora_", 1)
-        module = prefix + (original_name(name) if _LAYOUTS[layout].original else name)
-        rank = tensor.shape[0 if part == "A" else 1]
-        if layout == "comfyui":
-            written[f"{module}.alpha"] = torch.tensor(info.scale(rank) * rank)
-        elif part == "B":
-            tensor = scaled(tensor, info.scale(rank) / stated.scale(rank))
-        written[f"{module}.{_LAYOUTS[layout].matrices[part]}.weight"] = tensor.detach().cpu().contiguous()
-    return written
 
 
 def scaled(tensor: Tensor, factor: float) -> Tensor:

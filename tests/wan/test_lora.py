@@ -30,37 +30,18 @@ from storymem.weights import MissingWeights
 from tests.references import folders_with
 
 LAYOUTS = ["storymem", "released", "diffusers", "comfyui"]
-TINY = {
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "ffn_dim": 40,
-    "in_channels": 36,
-    "out_channels": 16,
-    "text_dim": 24,
-    "freq_dim": 32,
-}
-A14B = {
-    "num_layers": 40,
-    "num_attention_heads": 40,
-    "attention_head_dim": 128,
-    "ffn_dim": 13824,
-    "in_channels": 36,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-}
+TINY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40}
+A14B = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824}
+OTHERS = {"in_channels": 36, "out_channels": 16, "text_dim": 24, "freq_dim": 32}
 # The published names, written out here once more: what the original network calls the ten linears of a block.
-ORIGINAL = [f"{attention}.{x}" for attention in ("self_attn", "cross_attn") for x in "qkvo"] + [
-    "ffn.0",
-    "ffn.2",
-]
+ORIGINAL = [f"{attention}.{x}" for attention in ("self_attn", "cross_attn") for x in "qkvo"] + ["ffn.0", "ffn.2"]
 ADAPTED = [f"attn{n}.to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out.0")] + ["ffn.net.0.proj", "ffn.net.2"]
+TO_DIFFUSERS = dict(zip(ORIGINAL, ADAPTED, strict=True))
 
 
 def expert(seed: int) -> WanTransformer3DModel:
     torch.manual_seed(seed)
-    return WanTransformer3DModel(**TINY).eval()
+    return WanTransformer3DModel(**TINY, **OTHERS).eval()
 
 
 def pipeline(transformer: nn.Module | None, transformer_2: nn.Module | None) -> WanImageToVideoPipeline:
@@ -110,14 +91,12 @@ def released(tmp_path: Path) -> Path:
 
 
 def merged_by_hand(pipe: WanImageToVideoPipeline, folder: Path, scale: float) -> WanImageToVideoPipeline:
-    """W + scale * B @ A, done on plain transformers with a mapping of its own."""
-    ours = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "0": "net.0.proj", "2": "net.2"}
-    rooms = {"self_attn": "attn1", "cross_attn": "attn2", "ffn": "ffn"}
+    """W + scale * B @ A, done on plain transformers."""
     for transformer, noise in ((pipe.transformer, "high"), (pipe.transformer_2, "low")):
         state = load_file(folder / f"backbone_{noise}_noise.safetensors")
         for key in [key for key in state if ".lora_A." in key]:
-            block, room, linear = re.findall(r"blocks\.(\d+)\.(\w+)\.(\w+)\.lora_A", key)[0]
-            weight = transformer.get_submodule(f"blocks.{block}.{rooms[room]}.{ours[linear]}").weight
+            block, linear = re.findall(r"blocks\.(\d+)\.(.+)\.lora_A", key)[0]
+            weight = transformer.get_submodule(f"blocks.{block}.{TO_DIFFUSERS[linear]}").weight
             weight.data += scale * state[key.replace("lora_A", "lora_B")] @ state[key]
     return pipe
 
@@ -140,18 +119,14 @@ def close(a: Tensor, b: Tensor) -> bool:
         ({"alpha": 8}, 8 / math.sqrt(4)),
         ({"alpha": 8, "use_rslora": False}, 8 / 4),
         ({"alpha": 8, "use_rslora": False, "weight": 0.25}, 0.25 * 8 / 4),
+        ({"weight": 0.0}, 0.0),
     ],
 )
-def test_released_files_take_the_published_scale_unless_told_otherwise(
+def test_released_files_take_the_published_scale_unless_given(
     pipe: WanImageToVideoPipeline, released: Path, arguments: dict, scale: float
 ) -> None:
     load_memory_lora(pipe, released, **arguments)
     assert close(outputs(pipe), outputs(merged_by_hand(plain(), released, scale)))
-
-
-def test_a_zero_weight_leaves_the_transformers_as_they_were(pipe: WanImageToVideoPipeline, released: Path) -> None:
-    load_memory_lora(pipe, released, weight=0.0)
-    assert torch.equal(outputs(pipe), outputs(plain()))
 
 
 def test_rank_is_read_from_the_file_module_by_module(pipe: WanImageToVideoPipeline, tmp_path: Path) -> None:
@@ -242,27 +217,19 @@ def test_the_published_code_reads_the_released_layout_at_the_right_strength(
     assert torch.equal(outputs(from_pth), outputs(by_us)), "the .pth carries its description too"
 
 
-def test_diffusers_own_loader_reads_the_diffusers_layout_to_the_same_output(
+def test_diffusers_own_loader_reads_two_layouts_to_the_same_output(
     pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path
 ) -> None:
     load_memory_lora(pipe, released, alpha=5)
-    save_memory_lora(pipe, tmp_path / "out", layout="diffusers")
-    theirs = plain()
-    theirs.load_lora_weights(tmp_path / "out")
-    name = "pytorch_lora_weights.safetensors"
-    theirs.transformer_2.load_lora_adapter(tmp_path / "out", prefix="transformer_2", weight_name=name)
-    assert close(outputs(theirs), outputs(pipe))
-
-
-def test_diffusers_own_loader_reads_our_layout_to_the_same_output(
-    pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path
-) -> None:
-    load_memory_lora(pipe, released, alpha=5)
-    save_memory_lora(pipe, tmp_path / "out", layout="storymem")
-    theirs = plain()
-    theirs.transformer.load_lora_adapter(tmp_path / "out", prefix=None, weight_name="high_noise.safetensors")
-    theirs.transformer_2.load_lora_adapter(tmp_path / "out", prefix=None, weight_name="low_noise.safetensors")
-    assert close(outputs(theirs), outputs(pipe))
+    (both,) = save_memory_lora(pipe, tmp_path / "out", layout="diffusers")
+    by_pipeline, by_transformer = plain(), plain()
+    by_pipeline.load_lora_weights(tmp_path / "out")
+    by_pipeline.transformer_2.load_lora_adapter(tmp_path / "out", prefix="transformer_2", weight_name=both.name)
+    assert close(outputs(by_pipeline), outputs(pipe))
+    experts = (by_transformer.transformer, by_transformer.transformer_2)
+    for path, transformer in zip(save_memory_lora(pipe, tmp_path / "out", layout="storymem"), experts, strict=True):
+        transformer.load_lora_adapter(tmp_path / "out", prefix=None, weight_name=path.name)
+    assert close(outputs(by_transformer), outputs(pipe))
 
 
 def test_comfyui_alpha_over_rank_is_the_scale(pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
@@ -281,22 +248,6 @@ def test_comfyui_alpha_over_rank_is_the_scale(pipe: WanImageToVideoPipeline, rel
     by_diffusers.load_lora_weights(high)
     by_diffusers.load_lora_weights(low, load_into_transformer_2=True)
     assert close(outputs(by_diffusers), outputs(pipe))
-
-
-def test_comfyui_file_without_alphas_has_scale_one(pipe: WanImageToVideoPipeline, tmp_path: Path) -> None:
-    states = [released_state(seed) for seed in (3, 4)]
-    write_pair(tmp_path / "by_hand", *states)
-    renamed = [{k.replace("base_model.model", "diffusion_model"): v for k, v in s.items()} for s in states]
-    load_memory_lora(pipe, write_pair(tmp_path / "comfy", *renamed, stem="story_"))
-    assert close(outputs(pipe), outputs(merged_by_hand(plain(), tmp_path / "by_hand", 1.0)))
-
-
-def test_keys_with_peft_adapter_name(pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
-    states = [{k.replace(".weight", ".default.weight"): v for k, v in released_state(seed).items()} for seed in (3, 4)]
-    load_memory_lora(pipe, write_pair(tmp_path / "variant", *states))
-    other = plain()
-    load_memory_lora(other, released)
-    assert torch.equal(outputs(pipe), outputs(other))
 
 
 def test_folders_saved_by_peft_and_by_diffusers(pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
@@ -350,7 +301,7 @@ def test_reference_weights_load_into_reference_experts(case: Path) -> None:
 @pytest.fixture(scope="module")
 def a14b() -> WanTransformer3DModel:
     with torch.device("meta"):
-        return WanTransformer3DModel(**A14B)
+        return WanTransformer3DModel(**A14B, **OTHERS)
 
 
 def a14b_shapes(rank: int = 128) -> dict[str, tuple[int, int]]:
@@ -401,7 +352,7 @@ def test_long_lists_are_counted_but_not_printed_in_full(a14b: WanTransformer3DMo
 
 def test_training_config_adapts_exactly_the_four_hundred_linears(a14b: WanTransformer3DModel) -> None:
     with torch.device("meta"):
-        transformer = WanTransformer3DModel(**A14B)
+        transformer = WanTransformer3DModel(**A14B, **OTHERS)
         transformer.add_adapter(memory_lora_config(), "memory")
     adapted = {name for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
     assert adapted == set(adapted_linears(a14b))
@@ -436,14 +387,6 @@ def test_all_key_mistakes_are_listed_at_once(pipe: WanImageToVideoPipeline, tmp_
     assert not getattr(pipe.transformer, "peft_config", {}), "the good expert must not have been touched either"
 
 
-def test_other_kinds_of_adapter_are_refused_rather_than_half_loaded(
-    pipe: WanImageToVideoPipeline, tmp_path: Path
-) -> None:
-    dora = released_state(3) | {"base_model.model.blocks.0.ffn.0.lora_magnitude_vector.weight": torch.ones(40)}
-    with pytest.raises(ValueError, match="lora_magnitude_vector"):
-        load_memory_lora(pipe, write_pair(tmp_path, dora, released_state(4)))
-
-
 def test_pth_is_read_as_tensors(pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
     torch.save(released_state(3), tmp_path / "backbone_high_noise.pth")
     torch.save(released_state(4), tmp_path / "backbone_low_noise.pth", _use_new_zipfile_serialization=False)
@@ -472,13 +415,13 @@ def test_pickle_with_code_is_refused_and_does_not_run(pipe: WanImageToVideoPipel
     assert not (tmp_path / "trace").exists()
 
 
-def test_pth_that_is_no_state_dict_and_broken_safetensors(pipe: WanImageToVideoPipeline, tmp_path: Path) -> None:
-    torch.save([torch.zeros(2)], tmp_path / "backbone_high_noise.pth")
-    (tmp_path / "backbone_low_noise.safetensors").write_bytes(b"<html>not found</html>")
+@pytest.mark.parametrize(
+    "content", [[torch.zeros(2)], {"a": 1}, {1: torch.zeros(2)}, {"a": torch.zeros(2).to_sparse()}]
+)
+def test_pth_that_is_no_state_dict(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "backbone_high_noise.pth")
     with pytest.raises(ValueError, match="does not contain a state dict"):
-        load_memory_lora(pipe, tmp_path)
-    with pytest.raises(ValueError, match=r"not a readable safetensors file.*broken download"):
-        load_memory_lora(pipeline(None, expert(2)), tmp_path)
+        load_memory_lora(pipeline(expert(1), None), tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -502,11 +445,7 @@ def test_missing_weights_name_what_is_missing_and_what_is_there(
         load_memory_lora(pipe, released)
     with pytest.raises(MissingWeights, match=r"chosen as subfolder=: adapter"):
         load_memory_lora(pipe, released.parent)
-
-
-def test_subfolder_of_a_local_folder(pipe: WanImageToVideoPipeline, released: Path) -> None:
-    load_memory_lora(pipe, released.parent, subfolder="adapter")
-    assert pipe.get_list_adapters() == {"transformer": ["memory"], "transformer_2": ["memory"]}
+    load_memory_lora(pipeline(expert(1), None), released.parent, subfolder="adapter")
 
 
 def test_two_candidates_for_one_expert_are_refused(pipe: WanImageToVideoPipeline, released: Path) -> None:
@@ -556,11 +495,10 @@ def test_experts_of_two_different_adapters_are_refused(pipe: WanImageToVideoPipe
 
 
 def _diffusers_state(seed: int) -> dict[str, Tensor]:
-    to_diffusers = dict(zip(ORIGINAL, ADAPTED, strict=True))
     state = {}
     for key, tensor in released_state(seed).items():
         block, name, matrix = re.findall(r"blocks\.(\d+)\.(.+)\.(lora_[AB]\.weight)", key)[0]
-        state[f"blocks.{block}.{to_diffusers[name]}.{matrix}"] = tensor
+        state[f"blocks.{block}.{TO_DIFFUSERS[name]}.{matrix}"] = tensor
     return state
 
 
@@ -670,16 +608,6 @@ def test_adapter_names_that_cannot_be_are_refused(pipe: WanImageToVideoPipeline,
 
 
 # --- training and saving ----------------------------------------------------------------------------------
-
-
-def test_a_fresh_training_adapter_changes_nothing_and_trains_nothing_else(released: Path) -> None:
-    transformer = expert(1).requires_grad_(False)
-    transformer.add_adapter(memory_lora_config(rank=4), "memory")
-    transformer.eval()
-    assert torch.equal(outputs(pipeline(transformer, None)), outputs(pipeline(expert(1), None)))
-    trained = {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 2 * 10 * 2
-    assert all("lora_" in name for name in trained)
 
 
 def test_a_trained_adapter_is_saved_from_its_transformers(tmp_path: Path) -> None:

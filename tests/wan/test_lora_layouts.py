@@ -24,6 +24,7 @@ from storymem.wan.sources import check_weights, inspect_weights
 from storymem.weights import MissingWeights
 from tests.wan.test_lora import (
     ORIGINAL,
+    TO_DIFFUSERS,
     close,
     expert,
     merged_by_hand,
@@ -36,8 +37,6 @@ from tests.wan.test_lora import (
 from tests.wan.tiny import CPU, settings
 
 State = dict[str, Tensor]
-DIFFUSERS = [f"attn{n}.to_{x}" for n in (1, 2) for x in ("q", "k", "v", "out.0")] + ["ffn.net.0.proj", "ffn.net.2"]
-TO_DIFFUSERS = dict(zip(ORIGINAL, DIFFUSERS, strict=True))
 Spell = Callable[[int, str, str], str]  # block, original name of the linear, A or B -> key
 
 
