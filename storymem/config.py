@@ -1,7 +1,7 @@
-"""Strict, typed configuration: what Hydra composed becomes frozen dataclasses, or an error that says where.
+"""Strict, typed configuration: what Hydra composed becomes frozen dataclasses, or an error that names the keys.
 
 Settings are pydantic dataclasses declared with ``config=STRICT``: unknown keys and wrong types are refused, wherever
-they are built. This module and the modules that declare settings load no torch, so that mistakes are told at once.
+they are built. This module and the modules that declare settings load no torch, so that errors are reported within a second.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import reprlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -36,7 +36,7 @@ def _user_path(path: str) -> str:
     return os.path.expanduser(path)
 
 
-#: A path that a person writes: ``~`` is the home folder; not empty.
+#: A path that a user writes: ``~`` is the home folder; not empty.
 UserPath = Annotated[str, AfterValidator(_user_path)]
 
 
@@ -66,13 +66,20 @@ def build_settings(cls: type[T], values: Mapping[str, Any]) -> T:
         raise ConfigError("the configuration is not valid:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or what is known if nothing is near; empty if nothing is known."""
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The one of ``known`` that is most like ``name``, in any letter case; None if none is as like as ``cutoff``."""
+    by_lower = {one.lower(): one for one in sorted(known)}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[found[0]] if found else None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"``, or all of ``known`` if none is like ``name``; empty if nothing is known."""
     names = sorted(known)
     if not names:
         return ""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are: {', '.join(names)}"
+    close = closest(name, names)
+    return f"; did you mean {close!r}?" if close else f"; known are: {', '.join(names)}"
 
 
 def check_bounds(settings: object, **bounds: tuple[float, float]) -> None:

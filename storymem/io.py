@@ -19,14 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 MAX_TEXT_BYTES = 64 << 20
 MAX_DEPTH = 64  # of nested lists and mappings in JSON
-_LEFTOVERS = re.compile(r"^(\..+\.partial|\.tmp[A-Za-z0-9]{6})$")  # ours, and those of safetensors
+_LEFTOVERS = re.compile(r"^(\..+\.partial|\.tmp[A-Za-z0-9]{6})$")  # this module's, and those of safetensors
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file is larger than this process may write",
 }
+_AGAIN = "make room and run the same command again"
 
 
 class FileError(ValueError):
@@ -99,7 +102,7 @@ def parse_json(text: str, where: str) -> Any:
         FileError: with the line and column, or what is not allowed.
     """
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise FileError(f"{where} is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
     except RecursionError:
@@ -123,23 +126,39 @@ def read_json_object(path: str | Path, *, limit: int = MAX_TEXT_BYTES) -> dict[s
     return value
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without aliases, which can multiply what is written, and without keys written twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            problem = f"the alias *{event.anchor} is not read; write the value in both places"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is written twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str, where: str) -> Any:
-    """YAML of bounded size and depth, without tags, aliases and keys written twice; ``where`` names the file.
+    """YAML of bounded depth, without tags, aliases and keys written twice; ``where`` names the file.
 
     Raises:
         FileError: with the line, or what is not allowed.
     """
-    import yaml
-
     try:
-        _check_yaml(yaml.compose(text, Loader=yaml.SafeLoader), where)
-        value = yaml.safe_load(text)
-    except FileError:
-        raise
+        value = yaml.load(text, _StrictLoader)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
         raise FileError(f"{where}{line}: this is not valid YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:  # control characters; a date or number that cannot be
+    except (yaml.YAMLError, ValueError) as error:  # control characters; a date or number that does not exist
         raise FileError(f"{where} is not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise FileError(f"{where} is nested too deeply: at most {MAX_DEPTH} levels are read") from None
@@ -152,29 +171,7 @@ def read_yaml(path: str | Path, *, limit: int = 1 << 20) -> Any:
     return parse_yaml(read_text(path, limit=limit), str(path))
 
 
-def _check_yaml(root: Any, where: str) -> None:
-    """Refuse aliases, which can multiply what is written, and keys written twice, of which one would be lost."""
-    seen: set[int] = set()
-    stack = [] if root is None else [root]
-    while stack:
-        node = stack.pop()
-        line = node.start_mark.line + 1
-        if id(node) in seen:
-            raise FileError(f"{where}:{line}: an alias (*name) refers to this: write the value in both places instead")
-        seen.add(id(node))
-        if isinstance(node.value, str):
-            continue
-        children = [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
-        if node.id == "mapping":
-            keys: set[str] = set()
-            for key, _ in node.value:
-                if str(key.value) in keys:
-                    raise FileError(f"{where}:{key.start_mark.line + 1}: the key {key.value!r} is written twice")
-                keys.add(str(key.value))
-        stack.extend(children)
-
-
-def _no_constant(name: str) -> float:
+def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
 
 
@@ -194,8 +191,10 @@ def _check_value(value: Any, where: str) -> None:
 
 
 def folded(name: str) -> str:
-    """A name for comparison where exact comparison found nothing: NFKC, white space of any kind and length as one
-    space. Use it only where exactly one candidate matches."""
+    """A name in NFKC, with white space of any kind and length as one space.
+
+    For comparison where exact comparison found nothing, and only where exactly one candidate matches.
+    """
     return " ".join(unicodedata.normalize("NFKC", name).split())
 
 
@@ -221,7 +220,7 @@ def folded_siblings(path: Path) -> list[Path]:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, which takes the place of ``path`` at the end of the block.
+    """Yield an empty temporary file beside ``path``, which replaces ``path`` at the end of the block.
 
     If the block raises, ``path`` stays as it was. The file's mode obeys the umask. A process killed inside the block
     leaves the temporary file, which the next write of the same file overwrites and :func:`remove_leftovers` deletes.
@@ -234,10 +233,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with naming_full_disk(path):
+            partial.unlink(missing_ok=True)
+            partial.touch()
+            mode = stat.S_IMODE(partial.stat().st_mode)
             yield partial
-            partial.chmod(0o666 & ~_umask())  # safetensors writes with mode 600
-            with partial.open("rb+") as written:
-                os.fsync(written.fileno())
+            partial.chmod(mode)  # safetensors writes with mode 600
+            _flush(partial)
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -261,11 +262,11 @@ def write_json(path: str | Path, value: Any, *, indent: int | None = 1) -> None:
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``path``, which takes the place of ``path`` at the end of the block.
+    """Yield an empty folder beside ``path``, which replaces ``path`` at the end of the block.
 
-    Its files are on the disk before that. If the block raises, ``path`` stays as it was. Of a folder that was there
-    before, files that the new one does not have are moved into it: they may be somebody's own. What a killed process
-    left is put in order by the next call. One writer at a time.
+    Its files are flushed to the disk before that. If the block raises, ``path`` stays as it was. Files of the former
+    folder that the new one does not have are moved into it, for they may be the user's own. What a killed process left
+    is cleaned up by the next call. One writer at a time.
 
     Raises:
         FileError: if the disk is full or ``path`` cannot be written.
@@ -289,7 +290,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def settle_folder(path: str | Path) -> None:
-    """Remove what a process that was killed in :func:`replacing_folder` left beside ``path``, or put it back."""
+    """Remove what a process killed in :func:`replacing_folder` left beside ``path``, or put the former folder back."""
     path = Path(path)
     partial, old = _beside(path)
     if old.exists() and not path.exists():  # killed between the two renames
@@ -316,7 +317,7 @@ def _merge(old: Path, new: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk before going on."""
+    """Wait until a file's content, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -326,7 +327,7 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def naming_full_disk(path: str | Path) -> Iterator[None]:
-    """Turn the many errors of writers on a full disk or past a file size limit into a FileError that says so.
+    """Turn the many errors of writers on a full disk or past a file size limit into a FileError with the reason.
 
     torch, safetensors and codecs report such an error as RuntimeError with a text of their own.
     """
@@ -345,7 +346,7 @@ def describe_os_error(error: OSError) -> str | None:
     if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
         return None
     if (known := _FULL.get(error.errno)) is not None:
-        reason = f"{known}; make room and run the same command again"
+        reason = f"{known}; {_AGAIN}"
     elif isinstance(error, PermissionError):
         reason = "permission denied; choose another path, or ask its owner"
     else:
@@ -356,32 +357,31 @@ def describe_os_error(error: OSError) -> str | None:
 def _write_failure(error: BaseException, path: Path) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
-        number = getattr(cause, "errno", None)
-        text = str(cause)
+        number, text = getattr(cause, "errno", None), str(cause)
         for known, reason in _FULL.items():
             if number == known or os.strerror(known) in text or f"os error {known}" in text:
-                return f"{reason}; make room and run the same command again"
+                return f"{reason}; {_AGAIN}"
         if isinstance(cause, PermissionError) or "os error 13" in text:
             return "permission denied; choose another output"
         if isinstance(cause, IsADirectoryError | NotADirectoryError | FileExistsError):
             return "something of another kind has that name; move it away"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError":
-        with_parent = path if path.is_dir() else path.parent
-        if with_parent.is_dir() and shutil.disk_usage(with_parent).free < 1 << 16:
-            return "the disk is full; make room and run the same command again"
+        folder = path if path.is_dir() else path.parent
+        if folder.is_dir() and shutil.disk_usage(folder).free < 1 << 16:
+            return f"the disk is full; {_AGAIN}"
     return None
 
 
 @contextmanager
 def folder_lock(folder: str | Path, doing: str, *, name: str = ".lock", wait: float = 0.0) -> Iterator[Path]:
-    """A folder that exists, can be written and is this process's alone until the end of the block.
+    """Create ``folder`` if need be and lock it against other processes until the end of the block.
 
     The lock is the operating system's, so a killed process leaves none behind. Temporary files that killed processes
     left directly in the folder are deleted.
 
     Args:
-        folder: made if it does not exist.
+        folder: of which to take the lock.
         doing: for the message, such as "making the film in" or "training in".
         name: of the lock's file.
         wait: seconds to wait for another process that holds the lock.
@@ -431,18 +431,6 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-def _umask() -> int:
-    """The process's umask; it can only be read by setting it, so it is read once."""
-    global _UMASK
-    if _UMASK is None:
-        _UMASK = os.umask(0)
-        os.umask(_UMASK)
-    return _UMASK
-
-
-_UMASK: int | None = None
-
-
 # --- digests --------------------------------------------------------------------------------------------------------
 
 
@@ -461,7 +449,7 @@ def hash_json(content: Any) -> str:
 
 
 class NotFiniteError(ValueError):
-    """NaN or infinity came out of a network, or lies in a file that goes into one."""
+    """NaN or infinity in the output of a network, or in a file that one reads."""
 
 
 def check_finite(values: Any, what: str, causes: str = "") -> None:

@@ -1,12 +1,15 @@
-"""Stopping on SIGINT, SIGTERM and SIGUSR1: at once, or noted until the work at hand can be saved. Loads no torch."""
+"""Stopping on SIGINT, SIGTERM and SIGUSR1: at once, or when the work in progress can be saved. Loads no torch."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+_noting = False
 
 
 class Stopped(KeyboardInterrupt):
@@ -21,25 +24,20 @@ class Stopped(KeyboardInterrupt):
 def stopping_on_signals() -> Iterator[None]:
     """Inside the block SIGINT, SIGTERM and SIGUSR1 raise :class:`Stopped` in the main thread, once.
 
-    Python delivers signals between bytecodes, so a wait in a library with a timeout is left within that timeout.
-    Inside a block of :func:`noting_signals` this does nothing.
+    Python delivers signals between bytecodes, so a wait in a library with a timeout ends within that timeout. Inside a
+    block of :func:`noting_signals` this does nothing.
     """
-    if _noting or threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def stop(number: int, _frame: Any) -> None:
-        for other in numbers:
+        for other in _SIGNALS:
             signal.signal(other, signal.SIG_IGN)  # what is being saved is not interrupted again
         raise Stopped(number)
 
-    numbers = _stop_signals()
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
+    if _noting:
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    else:
+        with _handled_by(stop):
+            yield
 
 
 class NotedSignals:
@@ -73,24 +71,26 @@ class NotedSignals:
 
 @contextmanager
 def noting_signals() -> Iterator[NotedSignals]:
-    """Inside the block SIGINT, SIGTERM and SIGUSR1 are noted, for work that must not be left at any place."""
+    """Inside the block SIGINT, SIGTERM and SIGUSR1 are noted, for work that must not be interrupted anywhere."""
     global _noting
     noted = NotedSignals()
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    before = {number: signal.signal(number, noted._note) for number in _stop_signals()}
-    _noting = True
+    before, _noting = _noting, _noting or threading.current_thread() is threading.main_thread()
     try:
-        yield noted
+        with _handled_by(noted._note):
+            yield noted
     finally:
-        _noting = False
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _noting = before
 
 
-_noting = False
-
-
-def _stop_signals() -> list[signal.Signals]:
-    return [signal.SIGINT, signal.SIGTERM] + ([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])
+@contextmanager
+def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Python allows handlers in the main thread only; in other threads this does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)

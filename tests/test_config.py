@@ -1,4 +1,4 @@
-"""Strict settings: every mistake is told with its full path, all of them at once."""
+"""Strict settings: every error is reported with its full path, all of them at once."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_settings_are_frozen() -> None:
         ("model__video__Colour", "model.video.Colour: unknown key; known are: fps, frames, height, width"),
     ],
 )
-def test_an_unknown_key_is_told_with_its_path_and_nearest_neighbour(path: str, line: str) -> None:
+def test_an_unknown_key_is_reported_with_its_path_and_nearest_neighbour(path: str, line: str) -> None:
     assert complaints(**{path: 1}) == [line]
 
 
@@ -105,19 +105,19 @@ def test_unknown_keys_are_found_below_optional_settings() -> None:
         ("dry_run", "perhaps", "dry_run: .*boolean.*, not 'perhaps'"),
     ],
 )
-def test_a_wrong_type_is_told_with_what_was_written(path: str, value: Any, line: str) -> None:
-    (told,) = complaints(**{path: value})
-    assert re.fullmatch(line, told), told
+def test_a_wrong_type_is_reported_with_what_was_written(path: str, value: Any, line: str) -> None:
+    (found,) = complaints(**{path: value})
+    assert re.fullmatch(line, found), found
 
 
-def test_a_wrong_key_of_a_mapping_is_told_by_its_name() -> None:
+def test_a_wrong_key_of_a_mapping_is_named() -> None:
     adapter = {"weights": {"name": "a", "source": "b"}, "folders": {"i2v": "x"}}
     assert complaints(model__adapter=adapter) == [
         "model.adapter.folders.i2v: input should be 'none', 'mi2v' or 'mm2v', not 'i2v'"
     ]
 
 
-def test_a_missing_key_is_told() -> None:
+def test_a_missing_key_is_reported() -> None:
     values = changed()
     del values["story"], values["model"]["video"]["fps"]
     with pytest.raises(ConfigError) as error:
@@ -126,7 +126,7 @@ def test_a_missing_key_is_told() -> None:
     assert "model.video.fps: is missing" in str(error.value)
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     lines = complaints(sed=1, continuity="i2v", model__video__heigth=2, sampler__steps=0)
     assert len(lines) == 4
     assert {line.split(":")[0] for line in lines} == {"sed", "continuity", "model.video.heigth", "sampler"}
@@ -146,7 +146,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         ("sampler__guidance_low", 0.0, "sampler: guidance_low must be 1 or more, not 0.0"),
     ],
 )
-def test_values_that_cannot_work_are_told_where_they_stand(path: str, value: Any, line: str) -> None:
+def test_values_out_of_bounds_are_reported_with_their_path(path: str, value: Any, line: str) -> None:
     assert complaints(**{path: value}) == [line]
 
 
@@ -173,23 +173,23 @@ def test_a_seed_is_what_a_generator_takes(seed: int) -> None:
     assert complaints(seed=seed)[0].startswith("seed ") or complaints(seed=seed)[0].startswith("seed: ")
 
 
-def test_a_node_that_names_no_class_is_told_and_how_to_name_one() -> None:
+def test_a_node_without_a_class_is_reported_with_how_to_name_one() -> None:
     assert complaints(memory__recall={"capacity": 3}) == [
         "memory.recall names no class: write memory.recall._target_=package.module.Class"
     ]
 
 
-def test_a_list_that_is_none_is_told_how_to_write_one() -> None:
+def test_text_in_place_of_a_list_is_reported_with_how_to_write_one() -> None:
     values = {"videos": "a", "output": "b", "steps": "split"}
     with pytest.raises(ConfigError, match=r"steps: input should be a valid tuple, not 'split'; write steps=\[...\]"):
         build_settings(PrepareSettings, values)
 
 
-def test_a_long_value_is_told_in_short() -> None:
+def test_a_long_value_is_shortened() -> None:
     assert len(complaints(continuity="x" * 100_000)[0]) < 200
 
 
-def test_paths_mean_the_home_folder_by_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     settings = build_settings(GenerateSettings, changed(output="~/films", story=["~/a.yaml", "b~.yaml"]))
     assert (settings.output, settings.story) == ("/home/me/films", ("/home/me/a.yaml", "b~.yaml"))

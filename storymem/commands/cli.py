@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 from storymem import __version__, io
 from storymem.commands.overrides import hydra_arguments
-from storymem.config import CONFIGS, nearest
+from storymem.config import CONFIGS, closest, nearest
 
 
 def _prepare(config: Mapping[str, Any]) -> None:
@@ -234,8 +233,8 @@ def _nearest_key(wrong: str, parent: Any) -> str:
     if "did you mean" in hint or parent is None:
         return hint
     elsewhere = {key.rpartition(".")[2]: key for key in _dotted_keys(OmegaConf.to_container(parent._get_root()))}
-    close = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75)
-    return f"; did you mean {elsewhere[close[0]]!r}?" if close else hint
+    close = closest(name, elsewhere, cutoff=0.75)
+    return f"; did you mean {elsewhere[close]!r}?" if close else hint
 
 
 def _dotted_keys(node: Any, path: str = "") -> Iterator[str]:

@@ -26,7 +26,6 @@ own, and the picture itself stays as it is.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -41,6 +40,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
+from storymem.config import nearest
 from storymem.io import FileError, check_finite, check_regular, naming_full_disk, read_json, write_atomically
 from storymem.media.images import encode_png, read_image
 from storymem.memory.keyframes import (
@@ -247,9 +247,7 @@ def _checked(entry: object, where: str) -> dict[str, Any]:
         raise FileError(f"{where}: must be an object with at least 'id' or 'image', is {_shown(entry)}")
     for name, value in entry.items():
         if name not in _TYPES:
-            near = difflib.get_close_matches(name, _TYPES, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_TYPES)}"
-            raise FileError(f"{where}: unknown key {_shown(name)}; {hint}")
+            raise FileError(f"{where}: unknown key {_shown(name)}{nearest(name, _TYPES)}")
         if value is not None and (not isinstance(value, _TYPES[name]) or isinstance(value, bool)):
             expected = " or ".join(kind.__name__ for kind in _TYPES[name])
             raise FileError(f"{where}: {name} must be {expected} or null, is {_shown(value)}")

@@ -6,7 +6,6 @@ the YAML it nearly is. Whatever is wrong becomes a line that says where, what wa
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import unicodedata
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from storymem.config import closest
 from storymem.io import FileError, folded, read_bytes
 
 STORY_SUFFIXES = (".yaml", ".yml", ".json")
@@ -124,7 +124,7 @@ class StoryFile:
             elif key in keys:
                 entries[key] = value
             else:
-                near = nearest(key, keys)
+                near = closest(key, keys)
                 misspelt.add(near)
                 cure = f"write {near} instead" if near else "remove it"
                 if kind(value) == "null" and node.flow_style and not near:
@@ -244,18 +244,11 @@ def kind(node: yaml.Node) -> str:
     return "mapping" if isinstance(node, yaml.MappingNode) else "list"
 
 
-def nearest(word: str, known: Collection[str]) -> str | None:
-    """The one of ``known`` that ``word`` most likely was meant to be, or None if none is near."""
-    by_lower = {one.lower(): one for one in sorted(known)}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=1)
-    return by_lower[near[0]] if near else None
-
-
 def nearest_file(path: Path, suffixes: Collection[str]) -> Path | None:
     """The file beside ``path`` with one of the ``suffixes`` whose name is nearest to its name."""
     beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
     names = {one.stem: one.name for one in beside if one.suffix.lower() in suffixes and one.exists()}
-    near = nearest(path.stem, names)
+    near = closest(path.stem, names)
     return None if near is None else path.with_name(names[near])
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from storymem.config import closest
 from storymem.io import FileError, check_regular, find_sibling, folded, folded_siblings
 from storymem.story.parser import (
     STORY_SUFFIXES,
@@ -26,7 +27,6 @@ from storymem.story.parser import (
     as_written,
     kind,
     listing,
-    nearest,
     nearest_file,
     quoted,
     shorten,
@@ -399,7 +399,7 @@ class _Reader(StoryFile):
             if name in found:
                 self.note(item, where, f"{name} is listed twice", "each character once", "remove one of the two")
             elif self._names is not None and name not in self._names:
-                near = nearest(name, self._names)
+                near = closest(name, self._names)
                 cure = f"write {near} instead" if near else f"add - {{name: {name}}} to the story's characters"
                 known = listing(sorted(self._names)) or "none, for the story lists no characters"
                 self.note(item, where, f"{name} is not a character of this story", known, cure)

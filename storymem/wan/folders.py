@@ -6,7 +6,6 @@ is refused beforehand, with the names of the file, the component and the tensor.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import re
@@ -23,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import UMT5Config, UMT5EncoderModel
 
-from storymem.config import nearest
+from storymem.config import closest, nearest
 from storymem.io import FileError, check_regular, read_json_object
 from storymem.wan.spec import COMPONENTS, SPECS, T2V_A14B, Expert, ModelSpec
 from storymem.weights import check_tensors, read_header, read_index
@@ -216,8 +215,8 @@ def _check_umt5(config: Mapping[str, Any], where: str) -> None:
         raise FileError(f"{where}: model_type is {config.get('model_type')!r}, and must be 'umt5'")
     known = set(UMT5Config().to_dict())
     for key in config.keys() - known:
-        if meant := difflib.get_close_matches(key, known - config.keys(), n=1, cutoff=0.8):
-            raise FileError(f"{where}: unknown key {key!r}; did you mean {meant[0]!r}?")
+        if meant := closest(key, known - config.keys(), cutoff=0.8):
+            raise FileError(f"{where}: unknown key {key!r}; did you mean {meant!r}?")
 
 
 @lru_cache(maxsize=8)
