@@ -1,7 +1,7 @@
 """Strict, typed configuration: what Hydra composed becomes frozen dataclasses, or an error that names the keys.
 
 Settings are pydantic dataclasses declared with ``config=STRICT``: unknown keys and wrong types are refused, wherever
-they are built. This module and the modules that declare settings load no torch, so that errors are reported within a second.
+they are built. This module and the modules that declare settings load no torch, so that errors are reported quickly.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ class AestheticScorer:
 
         Raises:
             MissingWeights: if the head or CLIP is not on this machine.
-            CheckpointError: if a file holds something else.
+            FileError: if a file is damaged or holds something else.
         """
         head = _head(version)
         path = locate(cls.required_weights(version, source)[0])
@@ -152,7 +152,7 @@ class AestheticScorer:
 
         Raises:
             MissingWeights: if the folder lacks a file.
-            FileError, CheckpointError: if a file is damaged, or they do not fit each other.
+            FileError: if a file is damaged, or they do not fit each other.
         """
         clip = ClipScorer.from_folder(folder, preprocessing=_PREPROCESSING, **placement)
         head = _head("v1", clip.dim)

@@ -1,23 +1,34 @@
-"""Reading checkpoints without running their code, and loading every tensor of them into a network."""
+"""Reading checkpoints and the sizes beside them without running their code, and loading them strictly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from storymem.config import ConfigError, build_settings
 from storymem.io import FileError
-from storymem.weights import check_values, listed, read_header, read_pickle
+from storymem.weights import check_tensors, check_values, read_header, read_pickle
 
 Network = TypeVar("Network", bound=nn.Module)
+Sizes = TypeVar("Sizes")
+
+# Bounds for sizes in files: larger ones would take all RAM before anything is checked.
+Width = Annotated[int, Field(ge=1, le=8192)]
+Count = Annotated[int, Field(ge=1, le=96)]  # of layers and heads
 
 
-class CheckpointError(FileError):
-    """A file's tensors are not those of the network; the message lists what is missing or misshapen."""
+def read_sizes(cls: type[Sizes], content: Mapping[str, Any], path: Path) -> Sizes:
+    """``content`` of the file at ``path`` as the settings class ``cls``; ``FileError`` if it does not fit."""
+    try:
+        return build_settings(cls, content)
+    except ConfigError as error:
+        raise FileError(f"{path}: {error}") from None
 
 
 def read_checkpoint(path: Path, *, inside: str | None = None) -> dict[str, Tensor]:
@@ -28,22 +39,21 @@ def read_checkpoint(path: Path, *, inside: str | None = None) -> dict[str, Tenso
         inside: the key under which some files store the tensors, beside other things.
 
     Raises:
-        FileNotFoundError, FileError: if there is no such file, it is damaged, or a Git LFS pointer.
-        CheckpointError: if it holds something else than tensors by name.
+        FileNotFoundError, FileError: if there is no such file, or it is damaged or holds something else.
         NotFiniteError: if a tensor holds NaN or infinity.
     """
     if path.suffix == ".safetensors":
-        read_header(path)  # its errors say what is wrong with a file
+        read_header(path)  # its errors name the cause
         content: Any = load_file(path)
     else:
         content = read_pickle(path)
     if isinstance(content, dict) and inside is not None and inside in content:
         content = content[inside]
     if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path} holds {type(content).__name__}, not a dictionary of tensors")
+        raise FileError(f"{path} holds {type(content).__name__}, not a dictionary of tensors")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {name!r} is {type(value).__name__}, not a tensor")
+            raise FileError(f"{path}: {name!r} is {type(value).__name__}, not a tensor")
     check_values(content.items(), path)
     return content
 
@@ -60,22 +70,18 @@ def load_strictly(
         assign: make the tensors the network's parameters instead of copying their values.
 
     Raises:
-        CheckpointError: if a name is missing or unexpected or a shape or kind of number differs; all are listed.
+        FileError: if names, shapes or kinds of numbers differ; all differences are listed.
     """
     wanted = network.state_dict()
-    both = [(name, tensors[name], wanted[name]) for name in wanted if name in tensors]
-    problems = {
-        "missing": [name for name in wanted if name not in tensors],
-        "unexpected": [name for name in tensors if name not in wanted],
-        "misshapen": [
-            f"{name} is {list(found.shape)}, not {list(ours.shape)}"
-            for name, found, ours in both
-            if found.shape != ours.shape
-        ],
-        "of the wrong type": [f"{name} is {found.dtype}" for name, found, ours in both if _kind(found) != _kind(ours)],
-    }
-    if any(problems.values()):
-        raise CheckpointError(listed(f"{source} does not fit {type(network).__name__}:", problems))
+    check_tensors(
+        {name: tensor.shape for name, tensor in tensors.items()},
+        {name: tensor.shape for name, tensor in wanted.items()},
+        where=f"{source} does not fit {type(network).__name__}:",
+    )
+    for name, tensor in tensors.items():
+        # Floats of 8 bits need scales.
+        if wanted[name].is_floating_point() and not (tensor.is_floating_point() and tensor.element_size() > 1):
+            raise FileError(f"{source}: {name} is {tensor.dtype}, not a float of 16 bits or more")
     network.load_state_dict(dict(tensors), strict=True, assign=assign)
 
 
@@ -84,8 +90,3 @@ def seeded(seed: int, build: Callable[[], Network]) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
-
-
-def _kind(tensor: Tensor) -> bool:
-    """Whether it holds floating-point numbers that can be computed with as they are (8 bits need scales)."""
-    return tensor.is_floating_point() and tensor.element_size() > 1

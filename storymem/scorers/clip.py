@@ -22,7 +22,7 @@ from torch import Tensor
 
 from storymem.config import STRICT, ConfigError, build_settings
 from storymem.io import FileError, check_regular, read_json_object
-from storymem.scorers.checkpoint import CheckpointError, load_strictly, read_checkpoint, seeded
+from storymem.scorers.checkpoint import Count, Width, load_strictly, read_checkpoint, read_sizes, seeded
 from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD, crop, normalise, squash
 from storymem.scorers.scorer import Placement, Scorer, check_frames, check_texts, unit
 from storymem.weights import Weights, locate
@@ -35,8 +35,6 @@ _WEIGHTS_FILE = "open_clip_model.safetensors"
 _CONFIG_FILE = "open_clip_config.json"
 _SIZES_GB = {"ViT-B-32": 0.6, "ViT-B-16": 0.6, "ViT-L-14": 1.7}
 _PREPROCESSINGS = {"published_selector": squash, "published_aesthetic": crop}
-Width = Annotated[int, Field(ge=1, le=8192)]
-Count = Annotated[int, Field(ge=1, le=96)]  # of layers and heads
 
 
 class ClipTokenizer:
@@ -63,15 +61,14 @@ class ClipTokenizer:
         """The tokenizer of a model's folder: with the vocabulary in it, or CLIP's where there is none.
 
         Raises:
-            FileError: if the vocabulary is damaged.
-            CheckpointError: if it gives more ids than the model has ``rows`` of embeddings.
+            FileError: if the vocabulary is damaged, or gives more ids than the model has ``rows`` of embeddings.
         """
         path = folder / VOCABULARY_FILE
         has_own = path.exists()
         tokenizer = cls(context_length, path if has_own else None)
         if tokenizer.vocab_size > rows:
             which = f"its {VOCABULARY_FILE}" if has_own else f"CLIP's vocabulary (it has no {VOCABULARY_FILE})"
-            raise CheckpointError(f"the model in {folder} embeds {rows} tokens, but {which} has {tokenizer.vocab_size}")
+            raise FileError(f"the model in {folder} embeds {rows} tokens, but {which} has {tokenizer.vocab_size}")
         return tokenizer
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
@@ -220,7 +217,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
             ValueError: for unknown names, and for a model whose activation is not the one the weights were trained
                 with: OpenAI's load into the plain ``ViT-...`` names and give wrong embeddings there.
             MissingWeights: if the weights are not on this machine.
-            CheckpointError: if the file holds another model.
+            FileError: if the file is damaged or holds another model.
         """
         config, tag = _model_and_tag(model, pretrained)
         path = locate(cls.required_weights(model, pretrained, source)[0])
@@ -248,7 +245,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
 
         Raises:
             MissingWeights: if the folder lacks one of the first two files.
-            FileError, CheckpointError: if a file is damaged, describes another kind of model, or they do not fit.
+            FileError: if a file is damaged, describes another kind of model, or they do not fit each other.
         """
         described, path = (
             locate(Weights(name=f"CLIP model in {folder}", source=str(folder), file=file))
@@ -323,9 +320,9 @@ def _read_config(path: Path) -> tuple[ClipConfig, dict[str, Any]]:
         raise FileError(f"{path}: model_cfg and preprocess_cfg must be JSON objects")
     try:
         normalisation = {name: _channels(name, preprocess[name]) for name in ("mean", "std") if name in preprocess}
-        return build_settings(ClipConfig, model), normalisation
     except ValueError as error:
         raise FileError(f"{path}: {error}") from None
+    return read_sizes(ClipConfig, model, path), normalisation
 
 
 def _build(config: ClipConfig) -> open_clip.CLIP:

@@ -1,35 +1,33 @@
-"""DINOv2 by transformers: embeddings of pictures that tell single things apart, for identity consistency."""
+"""DINOv2 by transformers: image embeddings that distinguish individual objects, for identity consistency."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, Unpack
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from storymem.config import STRICT, ConfigError, build_settings
+from storymem.config import STRICT
 from storymem.io import FileError, read_json_object
-from storymem.scorers.checkpoint import CheckpointError
+from storymem.scorers.checkpoint import Count, Width, read_sizes
 from storymem.scorers.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalise, squash
-from storymem.scorers.scorer import Scorer, check_frames, unit
+from storymem.scorers.scorer import Placement, Scorer, check_frames, unit
 from storymem.weights import Weights, check_values, listed, locate, read_header
 
 _WEIGHTS_FILE, _CONFIG_FILE = "model.safetensors", "config.json"
-_Count = Annotated[int, Field(ge=1, le=96)]  # of layers and heads
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Dinov2Sizes:
     """What decides a DINOv2 network, as transformers names it."""
 
-    hidden_size: Annotated[int, Field(ge=1, le=8192)] = 768
-    num_hidden_layers: _Count = 12
-    num_attention_heads: _Count = 12
+    hidden_size: Width = 768
+    num_hidden_layers: Count = 12
+    num_attention_heads: Count = 12
     mlp_ratio: Annotated[int, Field(ge=1, le=16)] = 4
     image_size: Annotated[int, Field(ge=1, le=2048)] = 224
     patch_size: Annotated[int, Field(ge=1, le=256)] = 14
@@ -47,7 +45,7 @@ class Dinov2Sizes:
 class Dinov2Embedder(Scorer[Dinov2Model]):
     """Class-token embeddings of DINOv2 (arXiv 2304.07193).
 
-    The whole picture is squashed to the input size, so that nobody at its edge is cut off.
+    The whole image is squashed to the input size, so that nothing at its edge is cut off.
 
     Args:
         network: of any size; position embeddings are interpolated by transformers.
@@ -57,20 +55,12 @@ class Dinov2Embedder(Scorer[Dinov2Model]):
 
     preprocessing = "squash, bilinear"
 
-    def __init__(
-        self,
-        network: Dinov2Model,
-        *,
-        resolution: int = 224,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
-        batch_size: int = 32,
-    ) -> None:
+    def __init__(self, network: Dinov2Model, *, resolution: int = 224, **placement: Unpack[Placement]) -> None:
         if resolution % network.config.patch_size:
             raise ValueError(
                 f"resolution={resolution}: must be a multiple of the patch size {network.config.patch_size}"
             )
-        super().__init__(network, device=device, dtype=dtype, batch_size=batch_size)
+        super().__init__(network, **placement)
         self.resolution = resolution
         self.dim: int = network.config.hidden_size
 
@@ -85,27 +75,21 @@ class Dinov2Embedder(Scorer[Dinov2Model]):
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str = "facebook/dinov2-base",
-        *,
-        resolution: int = 224,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
-        batch_size: int = 32,
+        cls, source: str = "facebook/dinov2-base", *, resolution: int = 224, **placement: Unpack[Placement]
     ) -> Self:
         """Load published weights from a hub repository or a folder in transformers' layout.
 
         Raises:
             MissingWeights: if they are not on this machine.
-            FileError, CheckpointError: if a file is damaged, or they do not fit each other.
+            FileError: if a file is damaged, or they do not fit each other.
         """
         path, described = (locate(weights) for weights in cls.required_weights(source))
-        scorer = cls(_load(path, described), resolution=resolution, device=device, dtype=dtype, batch_size=batch_size)
+        scorer = cls(_load(path, described), resolution=resolution, **placement)
         scorer.origin = "published"
         return scorer
 
     def embed_images(self, frames: Tensor) -> Tensor:
-        """Embeddings [N, D], float32 on the CPU, of unit length, of pictures [N, 3, H, W] in 0..1."""
+        """Embeddings [N, D], float32 on the CPU, of unit length, of images [N, 3, H, W] in 0..1."""
         return self._in_batches(check_frames(frames), self._encode, self.dim)
 
     def _encode(self, frames: Tensor) -> Tensor:
@@ -119,11 +103,8 @@ def _load(path: Path, described: Path) -> Dinov2Model:
     if content.get("model_type") != "dinov2":
         raise FileError(f"{described}: model_type is {content.get('model_type')!r}, not 'dinov2'")
     known = {field.name for field in fields(Dinov2Sizes)}
-    try:
-        sizes = build_settings(Dinov2Sizes, {key: value for key, value in content.items() if key in known})
-    except ConfigError as error:
-        raise FileError(f"{described}: {error}") from None
-    read_header(path)  # which names what is wrong
+    sizes = read_sizes(Dinov2Sizes, {key: value for key, value in content.items() if key in known}, described)
+    read_header(path)  # its errors name the cause
     network, report = Dinov2Model.from_pretrained(
         path.parent,
         config=Dinov2Config(**asdict(sizes)),
@@ -134,6 +115,6 @@ def _load(path: Path, described: Path) -> Dinov2Model:
     )
     problems = {kind.removesuffix("_keys"): sorted(map(str, names)) for kind, names in report.items() if names}
     if problems:
-        raise CheckpointError(listed(f"{path} does not fit {described}:", problems))
+        raise FileError(listed(f"{path} does not fit {described}:", problems))
     check_values(network.state_dict().items(), path)
     return network

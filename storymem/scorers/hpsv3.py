@@ -113,7 +113,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
 
         Raises:
             MissingWeights: if the weights or the tokenizer are not on this machine.
-            FileError, CheckpointError: if a file is damaged or holds something else.
+            FileError: if a file is damaged or holds something else.
             ImportError: if ``four_bit`` is set and bitsandbytes is not installed.
         """
         path, tokenizer = (locate(weights) for weights in cls.required_weights(source, tokenizer_source))

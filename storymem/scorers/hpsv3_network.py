@@ -94,7 +94,7 @@ def load_network(path: Path, config: Qwen2VLConfig) -> Hpsv3Network:
     """The network with the weights of a file in the published layout, on the CPU.
 
     Raises:
-        CheckpointError: if the file holds another network.
+        FileError: if the file is damaged or holds another network.
     """
     tensors = rename_published(read_checkpoint(path))
     with init_empty_weights(include_buffers=False):

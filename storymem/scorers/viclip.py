@@ -13,9 +13,9 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
-from storymem.config import ConfigError, build_settings
-from storymem.io import FileError, read_json_object, replacing, write_json
-from storymem.scorers.checkpoint import load_strictly, read_checkpoint, seeded
+from storymem.config import build_settings
+from storymem.io import read_json_object, replacing, write_json
+from storymem.scorers.checkpoint import load_strictly, read_checkpoint, read_sizes, seeded
 from storymem.scorers.clip import ClipTokenizer
 from storymem.scorers.preprocessing import (
     CLIP_MEAN,
@@ -131,7 +131,7 @@ class ViclipScorer(Scorer[Viclip]):
 
         Raises:
             MissingWeights: if the weights are not on this machine.
-            CheckpointError: if the file holds another network.
+            FileError: if the file is damaged or holds another network.
         """
         (weights,) = cls.required_weights(size, source)
         scorer = cls(_load(_SIZES[size], locate(weights)), profile=profile, **placement)
@@ -144,17 +144,13 @@ class ViclipScorer(Scorer[Viclip]):
 
         Raises:
             MissingWeights: if the folder lacks ``viclip.json`` or ``model.safetensors``.
-            FileError, CheckpointError: if a file is damaged, or they do not fit each other.
+            FileError: if a file is damaged, or they do not fit each other.
         """
         described, path = (
             locate(Weights(name=f"ViCLIP network in {folder}", source=str(folder), file=file))
             for file in (_CONFIG_FILE, _WEIGHTS_FILE)
         )
-        sizes = read_json_object(described)
-        try:
-            config = build_settings(ViclipConfig, sizes)
-        except ConfigError as error:
-            raise FileError(f"{described}: {error}") from None
+        config = read_sizes(ViclipConfig, read_json_object(described), described)
         tokenizer = ClipTokenizer.from_folder(path.parent, config.context_length, config.vocab_size)
         return cls(_load(config, path), profile=profile, tokenizer=tokenizer, **placement)
 

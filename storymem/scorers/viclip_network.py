@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from storymem.config import STRICT
-
-_Width = Annotated[int, Field(ge=1, le=8192)]
-_Count = Annotated[int, Field(ge=1, le=96)]  # of layers and heads
+from storymem.scorers.checkpoint import Count, Width
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -35,14 +33,14 @@ class ViclipConfig:
 
     resolution: Annotated[int, Field(ge=1, le=1024)] = 224
     patch: Annotated[int, Field(ge=1, le=256)] = 14
-    width: _Width = 1024
-    layers: _Count = 24
-    heads: _Count = 16
-    output_dim: _Width = 768
+    width: Width = 1024
+    layers: Count = 24
+    heads: Count = 16
+    output_dim: Width = 768
     num_frames: Annotated[int, Field(ge=1, le=256)] = 8
-    text_width: _Width = 768
-    text_layers: _Count = 12
-    text_heads: _Count = 12
+    text_width: Width = 768
+    text_layers: Count = 12
+    text_heads: Count = 12
     context_length: Annotated[int, Field(ge=3, le=4096)] = 32
     vocab_size: Annotated[int, Field(ge=1, le=1 << 20)] = 49408
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from storymem.io import FileError
 from storymem.scorers.aesthetic import AestheticScorer, LinearsHead
-from storymem.scorers.checkpoint import CheckpointError
 from storymem.weights import MissingWeights
 from tests.scorers.tiny import CLIP_CONFIG, aesthetic, clip, pictures
 
@@ -69,7 +69,7 @@ def test_folder_with_clip_and_head_loads(tmp_path: Path) -> None:
 
 def test_wrong_head_is_refused(tmp_path: Path) -> None:
     torch.save(LinearsHead().state_dict(), tmp_path / "head.pth")
-    with pytest.raises(CheckpointError, match=r"(?s)missing \(2\):\s+weight\s+bias\s+unexpected \(10\).*and 2 more"):
+    with pytest.raises(FileError, match=r"(?s)missing \(2\):\s+bias\s+weight\s+unexpected \(10\).*and 2 more"):
         AestheticScorer.from_pretrained("v1", str(tmp_path / "head.pth"))
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-from storymem.scorers.checkpoint import CheckpointError
+from storymem.io import FileError
 from storymem.scorers.clip import VOCABULARY_FILE, ClipScorer, ClipTokenizer
 from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD
 from storymem.weights import MissingWeights
@@ -122,14 +122,14 @@ def test_a_folder_s_own_vocabulary_is_used_and_must_fit(tmp_path: Path) -> None:
     assert loaded.embed_texts(["Ada", "add"]).shape == (2, scorer.dim)
     assert ClipTokenizer.from_folder(tmp_path, 77, rows=520).vocab_size == 516, "padding rows are allowed"
     (tmp_path / VOCABULARY_FILE).unlink()
-    with pytest.raises(CheckpointError, match=r"embeds 516 tokens, but CLIP's vocabulary .* has 49408"):
+    with pytest.raises(FileError, match=r"embeds 516 tokens, but CLIP's vocabulary .* has 49408"):
         ClipScorer.from_folder(tmp_path)
 
 
 def test_loading_is_strict_and_lists_everything(tmp_path: Path) -> None:
     changes = {"visual.proj": torch.zeros(5, 5), "extra": torch.zeros(1), "text_projection": torch.zeros(0)}
     write_folder(tmp_path, clip(), **changes)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(FileError) as caught:
         ClipScorer.from_folder(tmp_path)
     for kind, line in (
         ("missing (1):", "text_projection"),

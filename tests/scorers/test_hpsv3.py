@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from storymem.io import FileError
 from storymem.scorers import hpsv3 as hpsv3_module
-from storymem.scorers.checkpoint import CheckpointError, read_checkpoint
+from storymem.scorers.checkpoint import read_checkpoint
 from storymem.scorers.hpsv3 import IMAGE_TOKEN, REWARD_TOKEN, Hpsv3Scorer, assemble_prompt, resized_size, selector_size
 from storymem.scorers.hpsv3_network import PUBLISHED, Hpsv3Network
 from storymem.weights import MissingWeights
@@ -110,7 +110,7 @@ def test_loading_is_strict_and_lists_everything(local: Path) -> None:
     del tensors["visual.merger.ln_q.bias"]
     tensors["rm_head.5.bias"] = torch.zeros(3)
     save_file(tensors | {"model.extra": torch.zeros(1)}, local / "HPSv3.safetensors")
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(FileError) as caught:
         load(local)
     for name in ("model.visual.merger.ln_q.bias", "model.language_model.extra", "rm_head.5.bias is [3], not [2]"):
         assert name in str(caught.value)

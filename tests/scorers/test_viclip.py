@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from storymem.config import ConfigError
+from storymem.io import FileError
 from storymem.scorers import viclip as viclip_module
-from storymem.scorers.checkpoint import CheckpointError, load_strictly
+from storymem.scorers.checkpoint import load_strictly
 from storymem.scorers.viclip import ViclipScorer, middle_frames, strided_frames
 from storymem.scorers.viclip_network import VICLIP_B_16, VICLIP_L_14, Viclip, ViclipConfig
 from storymem.weights import MissingWeights
@@ -135,7 +136,7 @@ def test_loading_is_strict(tmp_path: Path) -> None:
     state = dict(viclip().network.state_dict()) | {"text_encoder.extra": torch.zeros(1)}
     del state["temp"]
     torch.save({"model": state}, tmp_path / "file.pth")
-    with pytest.raises(CheckpointError, match=r"(?s)missing \(1\):\s+temp\s+unexpected \(1\):\s+text_encoder.extra"):
+    with pytest.raises(FileError, match=r"(?s)missing \(1\):\s+temp\s+unexpected \(1\):\s+text_encoder.extra"):
         ViclipScorer.from_pretrained("L-14", str(tmp_path / "file.pth"))
 
 
