@@ -43,7 +43,7 @@ from tests.damage import damage, kinds_for
 from tests.training import tiny as runs
 from tests.training.drawn_clips import scene, video
 from tests.wan import tiny
-from tests.wan.test_gguf import by_hand
+from tests.wan.test_gguf import gguf_file
 
 SECONDS = 20  # of a case, where a tenth is usual: more is a hang
 FILE_NAME = re.compile(r"[\w./-]+\.(?:mp4|png|safetensors|html|jsonl?)")
@@ -209,7 +209,7 @@ def use_lora(folder: Path, experts: Any) -> Any:
 def make_gguf(folder: Path) -> Any:
     pipe = load_pipeline(tiny.settings(), runtime=tiny.CPU)
     for name, expert in zip(("high", "low"), pipe.experts.values(), strict=True):
-        by_hand(folder / f"{name}.gguf", expert.state_dict())
+        gguf_file(folder / f"{name}.gguf", expert.state_dict())
     pipe.transformer = pipe.transformer_2 = None
     pipe.save_pretrained(folder / "others")
 

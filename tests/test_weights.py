@@ -1,4 +1,4 @@
-"""Published weights are found where they lie; what is missing is told, and never fetched."""
+"""Published weights are found where they are; what is missing is reported and never downloaded."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_what_cannot_be_a_repository_is_a_path(source: str) -> None:
     assert "hf download" not in text
 
 
-def test_a_folder_without_the_file_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_the_file(tmp_path: Path) -> None:
     text = message(published("model.safetensors", source=str(write(tmp_path / "folder", "other.bin"))))
     assert "holds no model.safetensors" in text
 
@@ -125,7 +125,7 @@ def test_a_repository_in_the_cache_is_found(cache: Path) -> None:
     assert locate(published("vae/*")) == snapshot / "vae"
 
 
-def test_a_repository_that_is_not_there_is_told_with_everything() -> None:
+def test_a_missing_repository_is_reported_with_size_licence_and_command() -> None:
     lines = message(published()).splitlines()
     assert lines == [
         "A model: owner/model is not in the local Hugging Face cache.",
@@ -153,22 +153,22 @@ def test_the_download_command_is_exact(cache: Path, file: str | None, command: s
         assert f"holds no {file} in the local Hugging Face cache" in message(published(file))
 
 
-def test_small_sizes_are_told_in_megabytes() -> None:
+def test_small_sizes_are_in_megabytes() -> None:
     assert "size:     4 MB" in message(Weights(name="a", source="owner/model", size_gb=0.004))
     assert "size:" not in message(Weights(name="a", source="owner/model"))
 
 
-def test_what_is_on_no_hub_is_told_with_its_address(tmp_path: Path) -> None:
+def test_what_is_on_no_hub_is_reported_with_its_address(tmp_path: Path) -> None:
     weights = Weights(name="a", source=str(tmp_path / "head.pth"), url="https://example.org/head.pth")
     expected = f'curl --create-dirs -L -o "{tmp_path / "head.pth"}" "https://example.org/head.pth"'
     assert f"download: {expected}" in message(weights)
 
 
-# Downloads that were broken off
+# Interrupted downloads
 
 
 @pytest.mark.parametrize("file", [None, "transformer*/*"])
-def test_a_download_that_was_broken_off_is_noticed(cache: Path, tmp_path: Path, file: str | None) -> None:
+def test_an_interrupted_download_is_noticed(cache: Path, tmp_path: Path, file: str | None) -> None:
     for folder, source in ((download(cache, "model_index.json"), "owner/model"), (tmp_path / "copy", None)):
         part = folder / "transformer"
         index(part, "one.safetensors", "two.safetensors", "three.safetensors")
@@ -272,7 +272,7 @@ def test_a_header_is_read_without_its_weights(tmp_path: Path) -> None:
         ((9).to_bytes(8, "little") + b'{"a": [1]', "17 bytes may be a broken download"),
     ],
 )
-def test_what_is_no_safetensors_file_is_told_apart(tmp_path: Path, content: bytes, message: str) -> None:
+def test_other_formats_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(FileError, match=rf"a\.safetensors is not a readable safetensors file.*{message}"):
         read_header(tmp_path / "a.safetensors")

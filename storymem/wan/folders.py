@@ -326,7 +326,7 @@ def _other_layout(folder: Path, repository: str, setting: str) -> str:
     layouts = [name for name, patterns in _OTHER_LAYOUTS.items() if any(any(folder.glob(it)) for it in patterns)]
     if not folder.is_dir():
         if folder.suffix == ".safetensors":
-            read_header(folder)  # its errors say what is wrong with a file
+            read_header(folder)  # for its errors
         what = f"{folder} is a single file" + (", for model.gguf" if folder.suffix == ".gguf" else "")
     elif layouts:
         what = f"{folder} is in {layouts[0]} (it contains no model_index.json)"

@@ -266,7 +266,7 @@ def _read_expert(
     components = {read.component for read in map(parse_key, file.shapes) if read is not None}
     if shared and components == {None} and strict:
         raise ValueError(
-            f"{file.path} does not say which expert its keys are for (they start with neither 'transformer.' nor "
+            f"{file.path} does not name the expert that its keys are for (they start with neither 'transformer.' nor "
             "'transformer_2.'), and the pipeline has two; give a folder with one file for each"
         )
     component = COMPONENTS[expert] if components != {None} and (shared or len(components) > 1) else None

@@ -1,4 +1,4 @@
-"""Model folders are held against their classes by header: what is absent, damaged or foreign is named before work."""
+"""Model folders are compared with their classes by header: what is absent, damaged or foreign is named before work."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_a_whole_folder_passes_with_its_weights_in_parts_too(base: Path) -> None
 
 
 def test_a_tokenizer_without_its_vocabulary(base: Path) -> None:
-    """transformers makes one to which every word is unknown, and says nothing."""
+    """transformers makes one to which every word is unknown, without a warning."""
     (base / "tokenizer/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
     set_json("model_index.json", tokenizer=["transformers", "T5Tokenizer"])(base)
     with pytest.raises(ValueError, match=r"tokenizer contains no (vocabulary|readable)"):
@@ -274,7 +274,7 @@ def test_networks_of_the_other_task(pipe: WanMemoryToVideoPipeline, base: Path, 
         (TEXT, Q, 1e20),
     ],
 )
-def test_numbers_that_are_none_are_named_when_loaded(base: Path, path: str, name: str, value: float) -> None:
+def test_nan_and_infinity_are_named_when_loaded(base: Path, path: str, name: str, value: float) -> None:
     def change(state: dict[str, torch.Tensor]) -> None:
         state[name].view(-1)[1] = value
 
@@ -284,7 +284,7 @@ def test_numbers_that_are_none_are_named_when_loaded(base: Path, path: str, name
         load_pipeline(settings(weights=weights, has_text_to_video=False), runtime=CPU)
 
 
-def test_all_problems_are_told_at_once(base: Path, tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(base: Path, tmp_path: Path) -> None:
     (base / "model_index.json").unlink()
     weights, adapter = ({"name": name, "source": str(tmp_path / name)} for name in ("base", "adapter"))
     model = settings(weights=weights, adapter={"weights": adapter}, has_text_to_video=False)
@@ -292,7 +292,7 @@ def test_all_problems_are_told_at_once(base: Path, tmp_path: Path) -> None:
         check_weights(model, text_to_video=False)
 
 
-# Through the command's function: nothing is touched, and the plan says what is wrong.
+# Through the command's function: nothing is touched, and the plan names the problem.
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_a_shot_from_gguf_files_is_near_the_exact_one(saved: ModelSettings) -> N
 
 
 @needs_gguf
-def test_adapters_lie_on_gguf_weights(saved: ModelSettings) -> None:
+def test_adapters_on_gguf_weights(saved: ModelSettings) -> None:
     pipe = load_pipeline(saved, runtime=CPU, text_encoder=False)
     plain = shot(pipe)
     for expert in pipe.experts.values():
@@ -103,7 +103,7 @@ def test_adapters_lie_on_gguf_weights(saved: ModelSettings) -> None:
 
 
 @needs_gguf
-def test_memory_is_that_of_the_files(saved: ModelSettings) -> None:
+def test_the_memory_estimate_is_that_of_the_files(saved: ModelSettings) -> None:
     assert saved.gguf is not None
     size = saved.gguf.high_noise.path.stat().st_size
     weights, rounded = (
@@ -135,7 +135,7 @@ def test_what_does_not_go_together_is_refused() -> None:
 # By header alone; these files are written here, so that no reader of the format is needed.
 
 
-def by_hand(path: Path, state: dict[str, torch.Tensor], kind: int = 0, architecture: bytes = b"wan") -> Path:
+def gguf_file(path: Path, state: dict[str, torch.Tensor], kind: int = 0, architecture: bytes = b"wan") -> Path:
     """A GGUF file of version 3 with tensors of one type (0: float32)."""
     texts = [(b"general.architecture", architecture), (b"general.name", b"a" * 40)]
     head = b"GGUF" + struct.pack("<IQQ", 3, len(state), len(texts))
@@ -179,8 +179,8 @@ def check(others: Path, path: Path) -> ModelSettings:
 
 
 def test_a_whole_file_passes(others: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    check(others, by_hand(tmp_path / "a.gguf", weights))
-    check(others, by_hand(tmp_path / "b.gguf", {f"model.diffusion_model.{k}": v for k, v in original(weights).items()}))
+    check(others, gguf_file(tmp_path / "a.gguf", weights))
+    check(others, gguf_file(tmp_path / "b.gguf", {f"model.diffusion_model.{k}": v for k, v in original(weights).items()}))
 
 
 def original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -212,14 +212,14 @@ def test_a_file_of_another_network_is_refused(
     state = dict(weights)
     change(state)
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        check(others, by_hand(tmp_path / "a.gguf", state))
+        check(others, gguf_file(tmp_path / "a.gguf", state))
 
 
 def test_another_architecture_is_named(others: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.gguf \(architecture 'flux'\) does not contain the weights of this model"):
-        check(others, by_hand(tmp_path / "a.gguf", {"double_blocks.0.qkv": torch.ones(4, 4)}, architecture=b"flux"))
+        check(others, gguf_file(tmp_path / "a.gguf", {"double_blocks.0.qkv": torch.ones(4, 4)}, architecture=b"flux"))
     with pytest.raises(ValueError, match=r"(\w|\.)+ is of type 39, which diffusers does not read"):
-        check(others, by_hand(tmp_path / "a.gguf", weights, kind=39))
+        check(others, gguf_file(tmp_path / "a.gguf", weights, kind=39))
 
 
 @pytest.mark.parametrize(
@@ -242,10 +242,10 @@ def test_another_architecture_is_named(others: Path, weights: dict[str, torch.Te
         ),
     ],
 )
-def test_damage_is_told_at_once_and_takes_no_room(
+def test_damage_is_reported_without_reading_on(
     others: Path, weights: dict[str, torch.Tensor], tmp_path: Path, damage: Callable[[bytes], bytes], message: str
 ) -> None:
-    path = by_hand(tmp_path / "a.gguf", weights)
+    path = gguf_file(tmp_path / "a.gguf", weights)
     path.write_bytes(damage(path.read_bytes()))
     start = time.monotonic()
     with pytest.raises(ValueError, match=rf"a\.gguf is not a readable GGUF file \(.*{message}"):
@@ -262,7 +262,7 @@ def long_list() -> bytes:
 
 
 def moved(content: bytes, name: str) -> bytes:
-    """A tensor is said to lie where the first one lies."""
+    """A tensor with the offset of the first one."""
     place = content.index(name.encode()) + len(name) + 4 + 8 + 4  # after the count of dimensions, the one, and the type
     return content[:place] + bytes(8) + content[place + 8 :]
 
@@ -322,7 +322,7 @@ def test_scaled_fp8_with_a_key_that_is_not_understood_is_refused(
 
 
 @needs_gguf
-def test_numbers_that_are_none_are_named_when_loaded(saved: ModelSettings, tmp_path: Path) -> None:
+def test_nan_is_named_when_loaded(saved: ModelSettings, tmp_path: Path) -> None:
     """Also in the scales of blocks of 8 bits."""
     expert = load_pipeline(saved, runtime=CPU, text_encoder=False).transformer
     for name in ("blocks.0.ffn.net.0.proj.weight", "proj_out.bias"):
@@ -339,7 +339,7 @@ def test_numbers_that_are_none_are_named_when_loaded(saved: ModelSettings, tmp_p
 
 
 @pytest.mark.skipif(HAS_GGUF, reason="gguf is installed")
-def test_the_reader_is_asked_for_with_its_command() -> None:
+def test_a_missing_reader_is_reported_with_its_command() -> None:
     files = {f"{noise}_noise": {"name": noise, "source": f"{noise}.gguf"} for noise in ("high", "low")}
     with pytest.raises(ValueError, match=r"model.gguf needs the reader.*pip install 'gguf>=0.10'"):
         check_gguf(wide(gguf=files, weights={"name": "others", "source": "."}, has_text_to_video=False).gguf, CPU)

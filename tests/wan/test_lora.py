@@ -56,7 +56,7 @@ def pipe() -> WanImageToVideoPipeline:
 
 @torch.no_grad()
 def outputs(pipe: WanImageToVideoPipeline) -> Tensor:
-    """What both experts say about one fixed input."""
+    """What both experts compute for one fixed input."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 36, 2, 4, 4, generator=generator)
     text = torch.randn(1, 5, 24, generator=generator)
@@ -90,7 +90,7 @@ def released(tmp_path: Path) -> Path:
     return write_pair(tmp_path / "adapter", released_state(3), released_state(4))
 
 
-def merged_by_hand(pipe: WanImageToVideoPipeline, folder: Path, scale: float) -> WanImageToVideoPipeline:
+def merged(pipe: WanImageToVideoPipeline, folder: Path, scale: float) -> WanImageToVideoPipeline:
     """W + scale * B @ A, done on plain transformers."""
     for transformer, noise in ((pipe.transformer, "high"), (pipe.transformer_2, "low")):
         state = load_file(folder / f"backbone_{noise}_noise.safetensors")
@@ -126,7 +126,7 @@ def test_released_files_take_the_published_scale_unless_given(
     pipe: WanImageToVideoPipeline, released: Path, arguments: dict, scale: float
 ) -> None:
     load_memory_lora(pipe, released, **arguments)
-    assert close(outputs(pipe), outputs(merged_by_hand(plain(), released, scale)))
+    assert close(outputs(pipe), outputs(merged(plain(), released, scale)))
 
 
 def test_rank_is_read_from_the_file_module_by_module(pipe: WanImageToVideoPipeline, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_comfyui_alpha_over_rank_is_the_scale(pipe: WanImageToVideoPipeline, rel
         comfy = (state[f"diffusion_model.{name}.alpha"] / down.shape[0]) * up @ down
         b, a = (theirs[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA")
         torch.testing.assert_close(comfy, 5 / math.sqrt(4) * b @ a)
-    by_diffusers = plain()  # whose converter folds alpha / rank into the weights
+    by_diffusers = plain()  # its converter folds alpha / rank into the weights
     by_diffusers.load_lora_weights(high)
     by_diffusers.load_lora_weights(low, load_into_transformer_2=True)
     assert close(outputs(by_diffusers), outputs(pipe))
@@ -454,11 +454,9 @@ def test_two_candidates_for_one_expert_are_refused(pipe: WanImageToVideoPipeline
         load_memory_lora(pipe, released)
 
 
-def test_one_file_that_does_not_say_which_expert_is_refused_for_two(
-    pipe: WanImageToVideoPipeline, tmp_path: Path
-) -> None:
+def test_one_file_without_a_named_expert_is_refused_for_two(pipe: WanImageToVideoPipeline, tmp_path: Path) -> None:
     save_file(released_state(3), tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="does not say which expert"):
+    with pytest.raises(ValueError, match="does not name the expert"):
         load_memory_lora(pipe, tmp_path)
 
 
@@ -551,13 +549,13 @@ def test_two_memory_adapters_add_up_with_weights_of_their_own(
 ) -> None:
     load_memory_lora(pipe, released, alpha=4, weight=0.5)
     load_memory_lora(pipe, second, alpha=2, use_rslora=False, adapter_name="style", weight=0.25)
-    by_hand = merged_by_hand(merged_by_hand(plain(), released, 0.5 * 4 / 2), second, 0.25 * 2 / 2)
-    assert close(outputs(pipe), outputs(by_hand))
+    expected = merged(merged(plain(), released, 0.5 * 4 / 2), second, 0.25 * 2 / 2)
+    assert close(outputs(pipe), outputs(expected))
     pipe.set_adapters(["memory", "style"], [0.0, 1.0])
-    assert close(outputs(pipe), outputs(merged_by_hand(plain(), second, 1.0)))
+    assert close(outputs(pipe), outputs(merged(plain(), second, 1.0)))
     pipe.delete_adapters("style")
     pipe.set_adapters("memory", 1.0)
-    assert close(outputs(pipe), outputs(merged_by_hand(plain(), released, 2.0)))
+    assert close(outputs(pipe), outputs(merged(plain(), released, 2.0)))
 
 
 @pytest.mark.parametrize("memory_first", [True, False])
@@ -579,11 +577,11 @@ def test_stacks_with_an_adapter_that_diffusers_loaded(
         load_memory_lora(pipe, released, alpha=4)
         assert set(pipe.get_active_adapters()) == {"lightning", "memory"}
     pipe.set_adapters(["memory", "lightning"], [1.0, 0.5])
-    by_hand = merged_by_hand(plain(), released, 4 / 2)
+    expected = merged(plain(), released, 4 / 2)
     zeros = {f"{k}": torch.zeros_like(v) for k, v in released_state(7, rank=2).items() if ".ffn." in k}
     rest = {k.replace("diffusion_model", "base_model.model"): v for k, v in few_steps.items()} | zeros
-    by_hand = merged_by_hand(by_hand, write_pair(tmp_path / "rest", rest, rest), 0.5)
-    assert close(outputs(pipe), outputs(by_hand))
+    expected = merged(expected, write_pair(tmp_path / "rest", rest, rest), 0.5)
+    assert close(outputs(pipe), outputs(expected))
 
 
 def test_fuse_unfuse_and_unload(pipe: WanImageToVideoPipeline, released: Path, second: Path) -> None:
@@ -601,7 +599,7 @@ def test_fuse_unfuse_and_unload(pipe: WanImageToVideoPipeline, released: Path, s
 
 
 @pytest.mark.parametrize("name", ["memory", "wan2.2", ""])
-def test_adapter_names_that_cannot_be_are_refused(pipe: WanImageToVideoPipeline, released: Path, name: str) -> None:
+def test_impossible_adapter_names_are_refused(pipe: WanImageToVideoPipeline, released: Path, name: str) -> None:
     load_memory_lora(pipe, released)
     with pytest.raises(ValueError, match="adapter_name"):
         load_memory_lora(pipe, released, adapter_name=name)

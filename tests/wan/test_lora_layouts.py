@@ -27,7 +27,7 @@ from tests.wan.test_lora import (
     TO_DIFFUSERS,
     close,
     expert,
-    merged_by_hand,
+    merged,
     outputs,
     pipeline,
     plain,
@@ -65,10 +65,10 @@ def spelled(seed: int, spell: Spell, rank: int = 4) -> State:
     }
 
 
-def by_hand(folder: Path, scale: float) -> Tensor:
-    """What both experts say with the matrices of seeds 3 and 4 merged at ``scale``."""
+def expected(folder: Path, scale: float) -> Tensor:
+    """What both experts compute with the matrices of seeds 3 and 4 merged at ``scale``."""
     write_pair(folder, released_state(3), released_state(4))
-    return outputs(merged_by_hand(plain(), folder, scale))
+    return outputs(merged(plain(), folder, scale))
 
 
 def loaded(folder: Path, *, strict: bool = False, **arguments: Any) -> Tensor:
@@ -92,13 +92,13 @@ def write(folder: Path, states: list[State], metadata: dict[str, str] | None = N
 def test_a_file_that_states_no_alpha_has_scale_one(layout: str, strict: bool, tmp_path: Path) -> None:
     """The published alpha of 128 belongs to the released layout alone: at rank 8 it would be 45 times too strong."""
     folder = write(tmp_path / "x", [spelled(seed, SPELLINGS[layout]) for seed in (3, 4)])
-    assert close(loaded(folder, strict=strict), by_hand(tmp_path / "by_hand", 1.0))
+    assert close(loaded(folder, strict=strict), expected(tmp_path / "expected", 1.0))
 
 
 def test_the_released_layout_is_the_published_scale_for_a_memory_adapter_alone(tmp_path: Path) -> None:
     folder = write_pair(tmp_path / "x", released_state(3), released_state(4))
-    assert close(loaded(folder, strict=True), by_hand(tmp_path / "by_hand", 128 / math.sqrt(4)))
-    assert close(loaded(folder, strict=False), by_hand(tmp_path / "by_hand", 1.0))
+    assert close(loaded(folder, strict=True), expected(tmp_path / "expected", 128 / math.sqrt(4)))
+    assert close(loaded(folder, strict=False), expected(tmp_path / "expected", 1.0))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_released_layout_is_the_published_scale_for_a_memory_adapter_alone(t
 )
 def test_the_scale_is_that_of_the_metadata(metadata: dict[str, str], scale: float, tmp_path: Path) -> None:
     folder = write(tmp_path / "x", [spelled(seed, SPELLINGS["diffusers"]) for seed in (3, 4)], metadata)
-    assert close(loaded(folder), by_hand(tmp_path / "by_hand", scale))
+    assert close(loaded(folder), expected(tmp_path / "expected", scale))
 
 
 @pytest.mark.parametrize(("layout", "alpha"), [("kohya", 8.0), ("comfyui", 2.0), ("diffsynth", 6.0)])
@@ -124,7 +124,7 @@ def test_the_scale_is_that_of_alpha_tensors(layout: str, alpha: float, tmp_path:
     for state in states:
         modules = {key.rsplit(".lora_", 1)[0] for key in state}
         state |= {f"{module}.alpha": torch.tensor(alpha) for module in modules}
-    assert close(loaded(write(tmp_path / "x", states)), by_hand(tmp_path / "by_hand", alpha / 4))
+    assert close(loaded(write(tmp_path / "x", states)), expected(tmp_path / "expected", alpha / 4))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_the_scale_is_that_of_a_peft_configuration_beside_the_files(
         states = [spelled(seed, lambda n, x, m: f"{prefix}blocks.{n}.{x}.lora_{m}.weight") for seed in (3, 4)]  # noqa: B023
         folder = write(tmp_path / prefix, states)
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        assert close(loaded(folder, strict=strict), by_hand(tmp_path / "by_hand", scale))
+        assert close(loaded(folder, strict=strict), expected(tmp_path / "expected", scale))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_an_adapter_of_some_linears(tmp_path: Path) -> None:
     for state in whole:
         for key in [key for key in state if ".self_attn." not in key]:
             state[key] = torch.zeros_like(state[key])
-    expected = outputs(merged_by_hand(plain(), write_pair(tmp_path / "whole", *whole), 1.0))
+    expected = outputs(merged(plain(), write_pair(tmp_path / "whole", *whole), 1.0))
     folder = write(tmp_path / "x", part)
     assert close(loaded(folder), expected)
     with pytest.raises(ValueError, match=r"(?s)does not fit.*missing \(24\).*cross_attn\.q\.lora_A"):
@@ -200,7 +200,7 @@ def test_differences_are_added_to_the_networks_own_parameters(tmp_path: Path) ->
     }
     differences = {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
     state = spelled(3, SPELLINGS["comfyui"]) | {f"diffusion_model.{key}": v for key, v in differences.items()}
-    write_pair(tmp_path / "by_hand", released_state(3), released_state(3))
+    write_pair(tmp_path / "expected", released_state(3), released_state(3))
     expected = plain()
     for transformer in (expected.transformer, expected.transformer_2):
         own = dict(transformer.named_parameters())
@@ -219,7 +219,7 @@ def test_differences_are_added_to_the_networks_own_parameters(tmp_path: Path) ->
             "patch_embedding.diff": "patch_embedding.weight",
         }.items():
             own[name].data += 0.5 * differences[key]
-    merged_by_hand(expected, tmp_path / "by_hand", 0.5)
+    merged(expected, tmp_path / "expected", 0.5)
     pipe = plain()
     load_memory_lora(pipe, write_pair(tmp_path / "memory", released_state(5), released_state(6)), weight=0.0)
     folder = write(tmp_path / "x", [state, state])
@@ -251,14 +251,14 @@ def test_a_bias_of_b_is_scaled_as_the_product_is(tmp_path: Path) -> None:
     bias = torch.linspace(-1, 1, 40)
     state["transformer.blocks.0.ffn.net.0.proj.lora_B.bias"] = bias
     folder = write(tmp_path / "x", [state, state], {"lora_alpha": "2"})
-    write_pair(tmp_path / "by_hand", released_state(3), released_state(3))
-    expected = merged_by_hand(plain(), tmp_path / "by_hand", 0.5)
+    write_pair(tmp_path / "expected", released_state(3), released_state(3))
+    expected = merged(plain(), tmp_path / "expected", 0.5)
     for transformer in (expected.transformer, expected.transformer_2):
         transformer.blocks[0].ffn.net[0].proj.bias.data += 0.5 * bias
     assert close(loaded(folder), outputs(expected))
 
 
-def test_keys_that_are_not_read_are_listed_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_that_are_not_used_are_listed_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = spelled(3, SPELLINGS["kohya"])
     for key in ("blocks_0_cross_attn_k_img", "blocks_2_self_attn_q", "text_model_encoder_layers_0_mlp_fc1"):
         state |= {f"lora_unet_{key}.{part}.weight": torch.zeros(4, 4) for part in ("lora_down", "lora_up")}
@@ -266,11 +266,11 @@ def test_keys_that_are_not_read_are_listed_once(tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.INFO):
         loaded(folder)
         loaded(folder)
-    said = [record.message for record in caplog.records if "x_high_noise" in record.message]
-    assert len(said) == 1
-    assert "x_high_noise.safetensors: 20 of 20 linears of the blocks, scale 1 (the file states no alpha" in said[0]
-    assert "not used (6):" in said[0]
-    assert "lora_unet_blocks_0_cross_attn_k_img.lora_down.weight" in said[0]
+    warned = [record.message for record in caplog.records if "x_high_noise" in record.message]
+    assert len(warned) == 1
+    assert "x_high_noise.safetensors: 20 of 20 linears of the blocks, scale 1 (the file states no alpha" in warned[0]
+    assert "not used (6):" in warned[0]
+    assert "lora_unet_blocks_0_cross_attn_k_img.lora_down.weight" in warned[0]
     with pytest.raises(ValueError, match=r"(?s)unexpected \(6\).*k_img"):
         loaded(folder, strict=True)
 
@@ -323,7 +323,7 @@ def test_a_file_for_another_network_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
 @pytest.mark.parametrize("strict", [True, False])
-def test_numbers_that_are_none_are_named_with_their_file(value: float, strict: bool, tmp_path: Path) -> None:
+def test_nan_and_infinity_are_named_with_their_file(value: float, strict: bool, tmp_path: Path) -> None:
     state = spelled(3, SPELLINGS["comfyui"])
     state["diffusion_model.blocks.1.ffn.2.lora_B.weight"][3, 2] = value
     pipe = plain()
@@ -351,7 +351,7 @@ def test_numbers_that_are_none_are_named_with_their_file(value: float, strict: b
         ("transformer/x", "transformer_2/x"),
     ],
 )
-def test_names_say_which_file_is_whose(high: str, low: str, tmp_path: Path) -> None:
+def test_file_names_choose_the_expert(high: str, low: str, tmp_path: Path) -> None:
     folder = tmp_path / "x"
     for name, seed in ((high, 3), (low, 4)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -363,7 +363,7 @@ def test_names_say_which_file_is_whose(high: str, low: str, tmp_path: Path) -> N
     }
 
 
-def test_names_that_say_nothing_are_not_guessed(tmp_path: Path) -> None:
+def test_unclear_file_names_are_refused(tmp_path: Path) -> None:
     for name in ("low_light_high_contrast", "part_two"):
         save_file(spelled(3, SPELLINGS["comfyui"]), tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"more than one adapter file.*with high_noise and low_noise in their names"):
@@ -381,14 +381,14 @@ def test_one_file_serves_both_experts_or_the_one_it_names(tmp_path: Path, caplog
     save_file(spelled(3, SPELLINGS["comfyui"]), tmp_path / "style.safetensors")
     both = loaded(tmp_path / "style.safetensors")
     write_pair(tmp_path / "twice", released_state(3), released_state(3))
-    assert close(both, outputs(merged_by_hand(plain(), tmp_path / "twice", 1.0)))
+    assert close(both, outputs(merged(plain(), tmp_path / "twice", 1.0)))
     assert "used for both experts" in caplog.text
     (tmp_path / "style.safetensors").rename(tmp_path / "style_low.safetensors")
     one = loaded(tmp_path / "style_low.safetensors")
     assert torch.equal(one[0], outputs(plain())[0])
     assert close(one[1], both[1])
     assert "nothing for the high_noise expert" in caplog.text
-    with pytest.raises(ValueError, match="does not say which expert"):
+    with pytest.raises(ValueError, match="does not name the expert"):
         loaded(tmp_path / "style_low.safetensors", strict=True)
 
 
@@ -420,7 +420,7 @@ def test_files_that_cannot_be_read_are_named_before_work(
 
 
 def test_a_file_and_a_folder_in_the_settings(tmp_path: Path) -> None:
-    """The step-distilled adapter of a sampler is held against its networks before anything is loaded."""
+    """The step-distilled adapter of a sampler is compared with its networks before anything is loaded."""
     model = settings()
     pipe = load_pipeline(model, runtime=CPU, text_encoder=False)
     dims = {"ffn.0": (96, 48), "ffn.2": (48, 96)}

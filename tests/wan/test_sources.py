@@ -1,4 +1,4 @@
-"""Which files a model needs, and that all that are missing are told at once."""
+"""Which files a model needs; all that are missing are reported at once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_networks_from_their_configuration_need_nothing() -> None:
     check_weights(settings(), text_to_video=True)
 
 
-def test_all_that_is_missing_is_told_at_once() -> None:
+def test_all_that_is_missing_is_reported_at_once() -> None:
     with pytest.raises(MissingWeights) as error:
         check_weights(published(), text_to_video=True, continuity="mm2v")
     text = str(error.value)
@@ -55,7 +55,7 @@ def test_all_that_is_missing_is_told_at_once() -> None:
         assert size in text
 
 
-def test_only_what_is_missing_is_told(tmp_path: Path) -> None:
+def test_only_what_is_missing_is_reported(tmp_path: Path) -> None:
     (tmp_path / "i2v").mkdir()
     model = published(weights={"name": "i2v", "source": str(tmp_path / "i2v")})
     with pytest.raises(MissingWeights) as error:
@@ -64,14 +64,18 @@ def test_only_what_is_missing_is_told(tmp_path: Path) -> None:
     assert "owner/t2v" in str(error.value)
 
 
-@pytest.mark.parametrize(("continuity", "folder"), [("none", "MI2V"), ("mi2v", "MI2V"), ("mm2v", "MM2V")])
-def test_the_adapters_sub_folder_on_the_hub_and_on_disk(tmp_path: Path, continuity: str, folder: str) -> None:
-    hub = AdapterSettings(weights=Weights(name="lora", source="owner/lora"), folders=FOLDERS)
-    assert adapter_weights(hub, continuity).file == f"{folder}/*"
-    assert adapter_weights(hub, continuity).source == "owner/lora"
-    disk = AdapterSettings(weights=Weights(name="lora", source=str(tmp_path)), folders=FOLDERS)
-    assert adapter_weights(disk, continuity).source == str(tmp_path / folder)
-    assert adapter_weights(disk, continuity).file is None
+def adapter(source: str | Path, continuity: str, folders: dict[str, str] = FOLDERS) -> Weights:
+    weights = Weights(name="lora", source=str(source))
+    return adapter_weights(AdapterSettings(weights=weights, folders=folders), continuity)
+
+
+def test_each_continuity_has_its_sub_folder_on_the_hub_and_on_disk(tmp_path: Path) -> None:
+    for continuity, folder in FOLDERS.items():
+        hub = adapter("owner/lora", continuity)
+        assert (hub.source, hub.file) == ("owner/lora", f"{folder}/*")
+        disk = adapter(tmp_path, continuity)
+        assert (disk.source, disk.file) == (str(tmp_path / folder), None)
+    assert adapter("owner/lora", "mi2v", {}) == Weights(name="lora", source="owner/lora")
 
 
 def test_a_local_adapter_is_never_taken_for_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,28 +83,16 @@ def test_a_local_adapter_is_never_taken_for_a_repository(tmp_path: Path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine").mkdir()
     for source in ("mine", "~/mine"):
-        found = adapter_weights(AdapterSettings(weights=Weights(name="a", source=source), folders=FOLDERS), "mm2v")
+        found = adapter(source, "mm2v")
         assert found.source == str(tmp_path / "mine" / "MM2V")
         assert found.is_local
 
 
-def test_an_adapter_without_sub_folders_is_its_folder() -> None:
-    weights = Weights(name="lora", source="owner/lora")
-    assert adapter_weights(AdapterSettings(weights=weights), "mi2v") is weights
-
-
-def test_a_trained_adapter_in_place_of_the_released_one_needs_no_sub_folders(tmp_path: Path) -> None:
-    (tmp_path / "high_noise.safetensors").touch()
-    own = AdapterSettings(weights=Weights(name="mine", source=str(tmp_path)), folders=FOLDERS)
-    assert adapter_weights(own, "mm2v").source == str(tmp_path)
-    (tmp_path / "MM2V").mkdir()
-    assert adapter_weights(own, "mm2v").source == str(tmp_path / "MM2V")
-    assert adapter_weights(own, "mi2v").source == str(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["one.safetensors", "one.pth"])
-def test_an_adapter_may_be_one_file(tmp_path: Path, name: str) -> None:
+def test_an_own_adapter_needs_no_sub_folders_and_may_be_one_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     for source in (tmp_path / name, tmp_path):
-        own = AdapterSettings(weights=Weights(name="mine", source=str(source)), folders=FOLDERS)
-        assert adapter_weights(own, "mm2v").source == str(source)
+        assert adapter(source, "mm2v").source == str(source)
+    (tmp_path / "MM2V").mkdir()
+    assert adapter(tmp_path, "mm2v").source == str(tmp_path / "MM2V")
+    assert adapter(tmp_path, "mi2v").source == str(tmp_path)

@@ -141,7 +141,7 @@ def test_a_first_shot_by_text_needs_an_adapter_of_its_own(files: dict[str, Path]
     sampler = lightning(files["steps"])
     check_weights(settings(), text_to_video=False, sampler=sampler)
     check_weights(settings(has_text_to_video=False), text_to_video=True, sampler=sampler)
-    with pytest.raises(ValueError, match=r"no weights for text-to-video.*give sampler\.adapter\.text_to_video"):
+    with pytest.raises(ValueError, match=r"no weights for text-to-video.*set sampler\.adapter\.text_to_video"):
         check_weights(settings(), text_to_video=True, sampler=sampler)
 
 
