@@ -180,7 +180,8 @@ def check(others: Path, path: Path) -> ModelSettings:
 
 def test_a_whole_file_passes(others: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     check(others, gguf_file(tmp_path / "a.gguf", weights))
-    check(others, gguf_file(tmp_path / "b.gguf", {f"model.diffusion_model.{k}": v for k, v in original(weights).items()}))
+    prefixed = {f"model.diffusion_model.{key}": tensor for key, tensor in original(weights).items()}
+    check(others, gguf_file(tmp_path / "b.gguf", prefixed))
 
 
 def original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
