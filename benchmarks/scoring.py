@@ -1,13 +1,12 @@
-"""Seconds to score a story, against a straight implementation that takes each definition at its word.
+"""Seconds to score a story, compared with a direct implementation of each definition.
 
     python -m benchmarks.scoring
     python -m benchmarks.scoring --quick    # ViCLIP B/16 and CLIP B/32, three small shots
 
 Networks have their true sizes and random weights. Ours decodes each shot once, embeds each frame and clip once, in
-batches, and compares all pairs in one matrix product. The straight one decodes a shot whenever a definition mentions it
-and embeds both clips of every pair, one at a time. Both give the same columns; that is checked. The straight one
-takes so long that it is timed in parts, each once, and the sum is calculated: its aesthetic frames one at a time, one
-shot's prompt, one pair.
+batches, and compares all pairs in one matrix product. The direct one decodes a shot whenever a definition needs it and
+embeds both clips of every pair, one at a time. Both give the same values, which is checked. The direct one is slow, so
+each of its parts is timed once and the total is calculated.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ from storymem.story import Story, load_story
 
 
 def now() -> float:
-    """The clock, after the accelerator has caught up."""
+    """The time, after the accelerator has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def make_story(folder: Path, shots: int, frames: int, height: int, width: int) -> Story:
-    """A story and its film, noise that a codec can hold, as others lay it out."""
+    """A story and its film of smooth noise, with a file for each shot."""
     lines = [f'      - {{prompt: "Shot number {number} of a walk along the river."}}' for number in range(shots)]
     text = "\n".join(["title: Bench", "overview: A walk along a river.", "scenes:", "  - shots:", *lines])
     (folder / "bench.yaml").write_text(text + "\n")
@@ -59,14 +58,14 @@ def make_story(folder: Path, shots: int, frames: int, height: int, width: int) -
     for shot in story.shots:
         noise = torch.rand(1, 3, 6, 8, generator=generator)
         wide = torch.nn.functional.interpolate(noise, size=(height, width + frames), mode="bilinear")[0]
-        picture = (wide * 255).byte().movedim(0, -1).numpy()
-        film = np.stack([picture[:, shift : shift + width] for shift in range(frames)])
+        image = (wide * 255).byte().movedim(0, -1).numpy()
+        film = np.stack([image[:, shift : shift + width] for shift in range(frames)])
         write_video(folder / "films" / "bench" / f"01_{shot.number:02d}.mp4", film, 16)
     return story
 
 
-class Straight:
-    """Each definition at its word."""
+class Direct:
+    """Each definition as it is written."""
 
     def __init__(self, story: Story, files: list[Path], aesthetic: AestheticScorer, viclip: ViclipScorer) -> None:
         self.story, self.files, self.aesthetic, self.viclip = story, files, aesthetic, viclip
@@ -101,17 +100,17 @@ def timed(run: Callable[[], object]) -> float:
     return now() - start
 
 
-def straight_seconds(straight: Straight, result: StoryResult) -> dict[str, float]:
-    """Calculated from one of each part, of which the values are checked."""
-    shots = len(straight.files)
+def direct_seconds(direct: Direct, result: StoryResult) -> dict[str, float]:
+    """Totals from one timing of each part, whose values are checked."""
+    shots = len(direct.files)
     pairs = len(list(combinations(range(shots), 2)))
     top = min(10, pairs)
     scores = result.scores["viclip"]
     checks = {
-        "aesthetic": (lambda: straight.aesthetic_quality(0), result.scores["aesthetic"].shots["aesthetic_quality"][0]),
-        "following": (lambda: straight.following(0), scores.shots["prompt_following_shot"][0]),
-        "whole film": (straight.whole_film, scores.columns["prompt_following_global"]),
-        "pair": (lambda: straight.pair(0, 1), scores.pairs["consistency_overall"][0][2]),
+        "aesthetic": (lambda: direct.aesthetic_quality(0), result.scores["aesthetic"].shots["aesthetic_quality"][0]),
+        "following": (lambda: direct.following(0), scores.shots["prompt_following_shot"][0]),
+        "whole film": (direct.whole_film, scores.columns["prompt_following_global"]),
+        "pair": (lambda: direct.pair(0, 1), scores.pairs["consistency_overall"][0][2]),
     }
     measured = {}
     for name, (run, expected) in checks.items():
@@ -120,7 +119,7 @@ def straight_seconds(straight: Straight, result: StoryResult) -> dict[str, float
         measured[name] = now() - start
         assert expected is not None, name
         assert abs(found - expected) < 1e-4, (name, found, expected)
-    alike = timed(lambda: straight.prompts_alike(0, 1))
+    alike = timed(lambda: direct.prompts_alike(0, 1))
     return {
         "aesthetic": shots * measured["aesthetic"],
         "viclip": shots * measured["following"]
@@ -155,8 +154,8 @@ def main() -> None:
         result, _ = score_film(story, film, metrics, "bench")
         ours = now() - start
         print(f"ours: {ours:.2f} s a story", flush=True)
-        straight = straight_seconds(Straight(story, files, aesthetic, viclip), result)
-    _report(arguments, size, ours, straight)
+        direct = direct_seconds(Direct(story, files, aesthetic, viclip), result)
+    _report(arguments, size, ours, direct)
 
 
 def _first_shot(story: Story) -> tuple:
@@ -164,12 +163,12 @@ def _first_shot(story: Story) -> tuple:
     return (replace(scene, shots=scene.shots[:1]),)
 
 
-def _report(arguments: argparse.Namespace, size: tuple[int, int], ours: float, straight: dict[str, float]) -> None:
+def _report(arguments: argparse.Namespace, size: tuple[int, int], ours: float, direct: dict[str, float]) -> None:
     print(f"{arguments.shots} shots of {arguments.frames} frames, {size[1]}x{size[0]}, random weights,", end=" ")
     print(f"{resolve_device(arguments.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    total = sum(straight.values())
-    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in straight.items())
-    print(f"ours {ours:.2f} s a story; straight {total:.2f} s ({parts}): {total / ours:.2f} times as fast")
+    total = sum(direct.values())
+    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in direct.items())
+    print(f"ours {ours:.2f} s a story; direct {total:.2f} s ({parts}): {total / ours:.2f} times as fast")
     if arguments.json:
         record = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -180,7 +179,7 @@ def _report(arguments: argparse.Namespace, size: tuple[int, int], ours: float, s
             "shots": arguments.shots,
             "frames": arguments.frames,
             "seconds": ours,
-            "straight_seconds": straight,
+            "direct_seconds": direct,
             "times_as_fast": total / ours,
         }
         arguments.json.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,7 +1,6 @@
-"""ST-Bench: how good are these films, and how good is the method that made them?
+"""ST-Bench: how good are films, and how good is the method that made them?
 
-From the bottom: `layouts`, `mapping` and `films` (which film tells which story, and where its shots lie), `output`
-(whose the folder of results is) and `statistics`; `metric` (what a metric is), `metrics`, `cuts`, `dinov2`;
-`scoring` (one film, read once, seen by all metrics); `methods` (a story in, a film's folder out) and `workers`;
-`results`, `tables`, `plots` and `page`; `stbench`, which the script calls.
+In reading order: `metric` (what a metric is), `metrics`, `cuts`; `layouts`, `mapping`, `films` (which film belongs to
+which story, and which videos are its shots); `scoring` (a film, read once, measured by all metrics); `statistics`,
+`results`, `plots`, `report`; `workers`, `choosing` and `stbench`, the command.
 """

@@ -14,14 +14,8 @@ from matplotlib.figure import Figure
 
 from storymem.evaluation.results import Results
 
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-)  # Okabe and Ito's, safe for colour blindness
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Okabe and Ito's, safe for colour blindness."""
 _SOFT, _ROW = "#767676", 0.24  # of published rows and missing values; height of a row in inches
 _SHOWN = ("Wan2.2, independent shots", "StoryMem")  # published rows
 _STYLE: Any = {

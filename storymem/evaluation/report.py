@@ -161,7 +161,7 @@ def _images(folder: Path, story: StoryResult) -> dict[int, str | None]:
     found: dict[int, str | None] = {}
     for shot in story.shots:
         path = folder / f"{shot.number:02d}.jpg"
-        shown = path.name in story.pictures and path.is_file()
+        shown = path.name in story.images and path.is_file()
         found[shot.number] = f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}" if shown else None
     return found
 

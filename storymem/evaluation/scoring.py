@@ -79,7 +79,7 @@ class StoryResult:
         scores: metric -> its scores.
         metrics: metric -> its version, rules and hashes of weights.
         faults: values that are not finite; a result with faults is recomputed by the next run.
-        pictures: image files beside the result, for the page.
+        images: image files beside the result, for the page.
     """
 
     format: int = FORMAT
@@ -93,7 +93,7 @@ class StoryResult:
     scores: dict[str, Scores]
     metrics: dict[str, Any] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
-    pictures: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
 
     def value(self, column: str) -> float | None:
         """The story's value of a column."""
@@ -165,7 +165,7 @@ def score_story(
         measured: ``metric_settings(metrics)``.
         folder: of all results of one system.
     """
-    key, path, pictures = result_key(story, film, measured), folder / f"{story.slug}.json", folder / story.slug
+    key, path, images = result_key(story, film, measured), folder / f"{story.slug}.json", folder / story.slug
     before = read_result(path)
     if before is not None and before.key == key and not before.faults:
         if before.folder != (where := _folder(film)):
@@ -174,15 +174,15 @@ def score_story(
     result, strips = score_film(story, film, metrics, key)
     for fault in result.faults:
         print(f"{story.title}: {fault}", file=sys.stderr, flush=True)
-    with naming_full_disk(pictures):
-        pictures.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(pictures)
+    with naming_full_disk(images):
+        images.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(images)
     for name, strip in strips.items():
-        write_atomically(pictures / name, strip)
+        write_atomically(images / name, strip)
     replace(result, metrics=dict(measured)).write(path)
-    for name in () if before is None else before.pictures:
+    for name in () if before is None else before.images:
         if name not in strips and Path(name).name == name:
-            (pictures / name).unlink(missing_ok=True)
+            (images / name).unlink(missing_ok=True)
 
 
 def score_film(
@@ -242,7 +242,7 @@ def _score(
         shots=tuple(_shot_result(shot, n, film, hashes) for shot, n in zip(story.shots, info.lengths, strict=True)),
         scores=scores,
         faults=tuple(f"{name}: {fault}" for name, found in faults.items() for fault in found),
-        pictures=tuple(strips),
+        images=tuple(strips),
     )
     return result, strips
 

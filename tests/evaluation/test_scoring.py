@@ -241,7 +241,7 @@ def test_only_images_of_an_earlier_run_are_removed(folder: Path) -> None:
         mine.write_bytes(b"mine")
     names = ["02.jpg", "../mine.jpg", str(results / "mine.jpg")]
     (results / "a_cat" / ".01.jpg.partial").write_bytes(b"half")
-    content = json.loads((results / "a_cat.json").read_text()) | {"key": "x", "pictures": names}
+    content = json.loads((results / "a_cat.json").read_text()) | {"key": "x", "images": names}
     (results / "a_cat.json").write_text(json.dumps(content))
     (folder / "one" / "a_cat" / "01_02.mp4").unlink()
     evaluate(config(folder))
