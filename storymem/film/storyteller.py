@@ -52,7 +52,8 @@ from storymem.memory import (
     ids_on_disk,
     reference_id,
 )
-from storymem.scorers.scorer import NoQuality, QualityScorer, as_images
+from storymem.scorers import QualityScorer
+from storymem.scorers.scorer import NoQuality, as_images
 from storymem.story import Shot, Story
 from storymem.wan.settings import Continuity, VideoSettings
 from storymem.wan.shots import OnStep, ShotRequest

@@ -2,7 +2,7 @@
 
 - `storymem.scorers.clip.ClipScorer`: image and text embeddings (keyframe selection, aesthetics).
 - `storymem.scorers.viclip.ViclipScorer`: clip and text embeddings (prompt following, consistency).
-- `storymem.scorers.scorer.QualityScorer`: the protocol of a quality filter; `NoQuality` lets every frame pass.
+- `QualityScorer`: the protocol of a quality filter; `storymem.scorers.scorer.NoQuality` lets every frame pass.
 - `storymem.scorers.aesthetic.AestheticScorer`: LAION aesthetic score, V1 and V2.
 - `storymem.scorers.hpsv3.Hpsv3Scorer`: human preference score, version 3.
 
@@ -16,11 +16,33 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from storymem.weights import Weights
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 _LOADS = ".from_pretrained"
+
+
+class QualityScorer(Protocol):
+    """Scores frames. Any class with these members can be the ``_target_`` of ``scorer.quality``.
+
+    Attributes:
+        threshold: a frame that scores less is of low quality.
+    """
+
+    threshold: float
+
+    def score(self, frames: Tensor) -> Tensor:
+        """[N, 3, H, W] float in 0..1 -> [N] float32 on the CPU."""
+        ...
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the weights, for example off the accelerator between shots."""
+        ...
 
 
 def scorer_weights(node: Any) -> list[Weights]:

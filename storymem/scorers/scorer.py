@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, Literal, Protocol, Self, TypedDict, TypeVar
+from typing import Any, Generic, Literal, Self, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -20,24 +20,6 @@ Origin = Literal["published", "own", "untrained"]
 """Where weights are from: a published checkpoint, the user's own training, or random initialisation."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class QualityScorer(Protocol):
-    """Scores frames. Any class with these members can be the ``_target_`` of ``scorer.quality``.
-
-    Attributes:
-        threshold: a frame that scores less is of low quality.
-    """
-
-    threshold: float
-
-    def score(self, frames: Tensor) -> Tensor:
-        """[N, 3, H, W] float in 0..1 -> [N] float32 on the CPU."""
-        ...
-
-    def to(self, device: str | torch.device) -> Self:
-        """Move the weights, for example off the accelerator between shots."""
-        ...
 
 
 class NoQuality:

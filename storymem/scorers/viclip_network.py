@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Annotated
 
 import torch
 from einops import rearrange
+from open_clip.transformer import QuickGELU, Transformer
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -56,65 +56,15 @@ VICLIP_L_14 = ViclipConfig()
 VICLIP_B_16 = ViclipConfig(patch=16, width=768, layers=12, heads=12, output_dim=512, text_width=512, text_heads=8)
 
 
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the activation CLIP was trained with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention under the parameter names of ``nn.MultiheadAttention``."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-
-    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
-        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = rearrange(projected, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(rearrange(mixed, "b h n d -> b n (h d)"))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.attn = SelfAttention(width, heads)
-        self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
-        )
-        self.ln_2 = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
-        x = x + self.attn(self.ln_1(x), causal=causal)
-        return x + self.mlp(self.ln_2(x))
-
-
-class Transformer(nn.Module):
-    """A stack of blocks on [B, N, width]."""
-
-    def __init__(self, width: int, layers: int, heads: int) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
-
-    def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, causal=causal)
-        return x
+def _transformer(width: int, layers: int, heads: int) -> Transformer:
+    """CLIP's pre-norm transformer on [B, N, width]."""
+    return Transformer(width, layers, heads, act_layer=QuickGELU)
 
 
 class VisionEncoder(nn.Module):
     """Joint space-time attention over all patches of a clip and one class token.
 
-    Every token is kept: the original drops nine in ten at random unless it is told that this is a test.
+    Every token is used: the original drops nine in ten at random unless it is put into test mode.
     """
 
     def __init__(self, config: ViclipConfig) -> None:
@@ -127,7 +77,7 @@ class VisionEncoder(nn.Module):
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + patches, width))
         self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, config.num_frames, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.layers, config.heads)
+        self.transformer = _transformer(width, config.layers, config.heads)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, config.output_dim))
 
@@ -160,7 +110,7 @@ class TextEncoder(nn.Module):
         width = config.text_width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.transformer = Transformer(width, config.text_layers, config.text_heads)
+        self.transformer = _transformer(width, config.text_layers, config.text_heads)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.output_dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -168,7 +118,8 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """[N, context_length] token ids -> [N, output_dim], read at the end-of-text token, the largest id."""
         x = self.token_embedding(ids) + self.positional_embedding
-        x = self.ln_final(self.transformer(x, causal=True))
+        causal = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device, dtype=x.dtype)
+        x = self.ln_final(self.transformer(x, attn_mask=causal))
         return x[torch.arange(len(x), device=x.device), ids.argmax(dim=-1)] @ self.text_projection
 
 
