@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.compose import composed
 from storymem.commands import benchmark_report
+from storymem.commands.configuration import composed
 from storymem.config import build_settings
 from storymem.film.settings import GenerateSettings
 from storymem.story import load_story

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compose import composed
+from storymem.commands.configuration import composed
 
 STORY = Path(__file__).parents[1] / "examples" / "the_keeper.yaml"
 

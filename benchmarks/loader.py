@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from storymem.data.caching import CacheItem, KeyframeChooser, build_cache
 from torch import Tensor
 
-from benchmarks.compose import composed
+from storymem.commands.configuration import composed
 from storymem.config import build_settings
 from storymem.data.cache import LatentCache
-from storymem.data.caching import CacheItem, KeyframeChooser, build_cache
 from storymem.data.clips import Clip, read_clip
 from storymem.data.settings import Bucket, CacheSettings
 from storymem.media.video import write_video

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.compose import composed
+from storymem.commands.configuration import composed
 
 SHAPE = (5, 8, 12)  # latent frames, height and width of 17 frames of 96x64 pixels
 TEXT = (80, 128)  # tokens and width
@@ -94,8 +94,8 @@ def measure(strategy: str, steps: int) -> dict[str, Any] | None:
     """One run; the row of the main process."""
     from storymem.config import build_settings
     from storymem.training.callbacks import memory_gb
-    from storymem.training.run import Run
-    from storymem.training.run_settings import TrainSettings
+    from storymem.training.session import Run
+    from storymem.training.settings import TrainSettings
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

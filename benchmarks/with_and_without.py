@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmarks.compose import composed
+from storymem.commands.configuration import composed
 from storymem.film.folder import Film
 from storymem.film.generate import generate
 from storymem.media.video import probe, read_video

@@ -272,8 +272,8 @@ def make_run(folder: Path) -> None:
 
 def use_run(folder: Path, _: Any) -> Any:
     from storymem.config import build_settings
-    from storymem.training.run import check_run_folder
-    from storymem.training.run_settings import TrainSettings
+    from storymem.training.resume import check_run_folder
+    from storymem.training.settings import TrainSettings
 
     values = runs.config(folder / "run", **TRAINED)
     check_run_folder(folder / "run", build_settings(TrainSettings, values), values)

@@ -18,11 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from storymem.commands import benchmark, benchmark_report
-from storymem.config import CONFIGS, build_settings
+from storymem.commands.configuration import composed
+from storymem.config import build_settings
 from storymem.film.settings import GenerateSettings
 from storymem.wan.runtime import resolve_device
 from storymem.wan.settings import VideoSettings
@@ -33,9 +32,9 @@ SMALL_LAYERS = 2
 
 def settings(model: str, runtime: str, overrides: Sequence[str]) -> GenerateSettings:
     """The settings that ``storymem generate`` would have."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("generate", [f"model={model}", f"runtime={runtime}", "story=none", *overrides])
-    return build_settings(GenerateSettings, OmegaConf.to_container(config, resolve=True))
+    return build_settings(
+        GenerateSettings, composed("generate", [f"model={model}", f"runtime={runtime}", "story=none", *overrides])
+    )
 
 
 def planned(arguments: argparse.Namespace) -> Iterator[GenerateSettings]:

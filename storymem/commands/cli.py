@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from storymem import __version__, io
+from storymem.commands.configuration import reference, register_defaults
 from storymem.commands.overrides import hydra_arguments
 from storymem.config import CONFIGS, closest, nearest
 
@@ -53,7 +54,7 @@ COMMANDS = {
     ),
     "train": Command(
         *("train a memory adapter", "storymem.training.run:train"),
-        *("train", "storymem.training.run_settings:TrainSettings"),
+        *("train", "storymem.training.settings:TrainSettings"),
     ),
     "evaluate": Command(
         *("score films, or the films of a method, on ST-Bench", _evaluate),
@@ -134,8 +135,14 @@ def run_command(name: str, command: Command) -> None:
         import hydra
 
         arguments = [command.flags.get(argument, argument) for argument in sys.argv[1:]]
-        sys.argv[1:] = hydra_arguments(arguments, command.positional, resolve_name(command.settings))
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=command.config)(task)()
+        settings = resolve_name(command.settings)
+        sys.argv[1:] = hydra_arguments(arguments, command.positional, settings)
+        register_defaults()
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=command.config)(task)()
+        finally:
+            if not {"--help", "-h"}.isdisjoint(arguments):
+                print(reference(settings))
 
 
 def never_raise_on_characters() -> None:

@@ -1,32 +1,72 @@
-"""The cache of a training set: everything that frozen networks say about its clips, computed once.
+"""The cache of a training set: the outputs of frozen networks for its clips, computed once.
 
-A cache is a folder that holds ``cache.json``, an index (a line of JSON per clip) and safetensors shards. It carries a
+A cache is a folder with ``cache.json``, an index (a line of JSON per clip) and safetensors shards. It carries a
 fingerprint of the VAE, the text encoder and the size of the clips; another fingerprint is another folder, so latents
-of different networks are never mixed. What is stored of a clip: latents of the whole clip, of each candidate keyframe
-encoded alone, and of the blank-padded videos that condition it, and its mask if it has one; of a caption: its prompt
-embeds.
+of different networks are never mixed. Stored of a clip: latents of the whole clip, of each candidate keyframe encoded
+alone, and of the blank-padded videos that condition it, and its mask if it has one; of a caption: its prompt embeds.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from storymem.data.fingerprint import differences
-from storymem.data.sealed import NO_LIMIT, read_sealed
-from storymem.data.shards import ShardReader, padded
-from storymem.io import FileError, parse_json, read_bytes, text_lines
+from storymem.data.manifest import NO_LIMIT, ShardReader, TensorManifest, read_checked, write_checked
+from storymem.data.settings import DataSettings
+from storymem.io import FileError, hash_json, parse_json, read_bytes, text_lines, write_atomically
+from storymem.wan.settings import ModelSettings
 from storymem.wan.spec import SPECS, ModelSpec
+from storymem.weights import locate, sample_hash
 
 Split = Literal["train", "valid"]
-CACHE_FORMAT = 2
-_AGAIN = "run prepare_data again with the settings that it was made with, and it is made again"
+CACHE_FORMAT = 3
+_AGAIN = "run prepare_data again with the same settings, which recomputes it"
+
+
+# --- fingerprint ------------------------------------------------------------------------------------------------------
+
+
+def cache_fingerprint(model: ModelSettings, data: DataSettings) -> dict[str, str]:
+    """What a cache depends on: ``vae``, ``text_encoder`` and ``size``.
+
+    Published weights count by their files, random ones by their configuration and seed. The dtype in which networks
+    run does not count: it changes latents by rounding only.
+
+    Raises:
+        MissingWeights: if the model's weights are not on this machine.
+    """
+    network = model.network
+    if model.weights is None:
+        vae = hash_json({"config": network.vae, "seed": model.seed})[:12]
+        text = hash_json({"config": network.text_encoder, "seed": model.seed})[:12]
+    else:
+        folder = locate(model.weights)
+        vae = sample_hash(folder / "vae")
+        text = sample_hash(folder / "text_encoder", folder / "tokenizer")
+    return {
+        "vae": vae,
+        "text_encoder": f"{text}, {network.text_tokens} tokens",
+        "size": ", ".join(sorted(str(bucket) for bucket in data.buckets)) + f" at {data.fps:g} fps",
+    }
+
+
+def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """A line per entry of the fingerprint ``wanted`` that differs in ``found`` or is missing."""
+    return [
+        f"another {name.replace('_', ' ')} ({found.get(name, 'unknown')}, not {value})"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +81,6 @@ class CachedClip:
         bucket: (frames F = 4n + 1, height, width) in pixels.
         keyframes: K >= 1, the number of its candidate keyframes.
         shard: where its tensors lie.
-        text: under which key its caption's embeds lie.
         mask: whether it has one.
     """
 
@@ -52,34 +91,31 @@ class CachedClip:
     bucket: tuple[int, int, int]
     keyframes: int
     shard: str
-    text: str
     mask: bool
 
 
 class LatentCache:
-    """A finished cache, read clip by clip. Made by :func:`storymem.data.caching.build_cache`.
+    """A finished cache, read clip by clip.
 
-    All tensors come out as float32 on the CPU. Letters: T = (F - 1) / 4 + 1 latent frames, h and w the
-    latents' height and width, L text tokens of width D. A cache may be sent to data-loading processes.
+    All tensors come out as float32 on the CPU. Letters: T = (F - 1) / 4 + 1 latent frames, h and w the latents'
+    height and width, L text tokens of width D. A cache may be sent to other processes.
 
     Attributes:
         folder: where it lies.
-        fingerprint: what it was made with, in hashes and words.
+        fingerprint: what it was made with, see :func:`cache_fingerprint`.
         clips: all clips, ordered by id.
         spec: the base model whose VAE made the latents.
         given_kinds: the numbers of first frames, beside 0, for which :meth:`given` has an answer.
     """
 
     def __init__(self, folder: Path, description: Mapping[str, Any], clips: tuple[CachedClip, ...]) -> None:
-        self.folder = folder
-        self.clips = clips
+        self.folder, self.clips = folder, clips
         self.fingerprint: dict[str, str] = dict(description["fingerprint"])
         self.given_kinds: tuple[int, ...] = tuple(description["given"])
         self.spec: ModelSpec = next(spec for spec in SPECS if spec.name == description["base"])
         self._text_tokens: int = description["text_tokens"]
-        self._texts: dict[str, str] = description["texts"]
-        self._blanks: dict[str, str] = description["blanks"]
-        self._shards = ShardReader(folder, description["shards"])
+        self._shared: dict[str, str] = description["shared"]
+        self._shards = ShardReader(folder, {name: sha256 for name, (_, sha256) in description["shards"].items()})
 
     @classmethod
     def open(cls, folder: str | Path, *, fingerprint: Mapping[str, str] | None = None) -> LatentCache:
@@ -87,13 +123,12 @@ class LatentCache:
 
         Args:
             folder: holds ``cache.json``; or ``cache/<fingerprint>/cache.json``, one or several.
-            fingerprint: what the cache must have been made with, from
-                :func:`storymem.data.fingerprint.cache_fingerprint`; None asks nothing.
+            fingerprint: what the cache must have been made with, from :func:`cache_fingerprint`; None: anything.
 
         Raises:
-            ValueError: if there is no finished cache; if another VAE, text encoder or size made it, saying what
-                differs; if there are several and no fingerprint says which; or, naming the file, if anything is
-                missing or damaged (shards are only looked at here, and compared when they are first read).
+            ValueError: if there is no finished cache; if another VAE, text encoder or size made it, with the
+                differences; if there are several and no fingerprint chooses one; or, naming the file, if anything is
+                missing or damaged (the content of a shard is compared when it is first read).
         """
         found = {path.parent: _read_description(path) for path in _descriptions(Path(folder))}
         if not found:
@@ -101,15 +136,14 @@ class LatentCache:
                 f"there is no finished cache in {folder}: make it with "
                 f"python scripts/prepare_data.py videos=FOLDER output={folder}"
             )
-        wanted = dict(fingerprint) if fingerprint is not None else None
-        fitting = [path for path, it in found.items() if wanted is None or not differences(wanted, it["fingerprint"])]
-        if wanted is not None and not fitting:
-            lines = [
-                f"  {path}: {line}" for path, it in found.items() for line in differences(wanted, it["fingerprint"])
-            ]
+        wanted = dict(fingerprint or {})
+        faults = {path: differences(wanted, description["fingerprint"]) for path, description in found.items()}
+        fitting = [path for path in found if not faults[path]]
+        if not fitting:
+            lines = "\n".join(f"  {path}: {line}" for path, lines in faults.items() for line in lines)
             raise ValueError(
-                f"no cache in {folder} was made with what is to be trained:\n" + "\n".join(lines) + "\nRun "
-                "prepare_data with the model and data of the training, and a new cache is made beside the old"
+                f"no cache in {folder} was made with what is to be trained:\n{lines}\nRun prepare_data with the model "
+                "and data of the training, which makes a new cache beside the old one"
             )
         if len(fitting) > 1:
             names = ", ".join(path.name for path in fitting)
@@ -140,14 +174,13 @@ class LatentCache:
         Raises:
             ValueError: if the cache was made without this kind.
         """
-        clip = self.clips[index]
         if frames == 0:
-            key = bucket_key(clip.bucket)
-            return self._shards.read(self._blanks[key], key, "blank").float()
+            return self._of_shared(blank_key(self.clips[index].bucket), "blank")
         if frames not in self.given_kinds:
             kinds = sorted({*self.given_kinds, frames})
             raise ValueError(
-                f"{self.folder} holds no condition of {frames} first frames: run prepare_data with cache.given={kinds}"
+                f"{self.folder} holds no conditioning latents of {frames} first frames: run prepare_data with "
+                f"cache.given={kinds}"
             )
         return self._of_clip(index, f"given_{frames}")
 
@@ -161,11 +194,11 @@ class LatentCache:
 
     def text(self, index: int) -> Tensor:
         """Prompt embeds of its caption, [L, D], zeros after the caption's end, as the pipeline makes them."""
-        return self._text(self.clips[index].text)
+        return self._text(self.clips[index].caption)
 
     def empty_text(self) -> Tensor:
         """Prompt embeds of the empty text, [L, D], for text dropout."""
-        return self._text(text_key(""))
+        return self._text("")
 
     def groups(self, split: Split) -> dict[int, list[int]]:
         """Group -> the indices of its clips, ascending, for the groups of one split."""
@@ -178,7 +211,7 @@ class LatentCache:
     def cure(self, index: int) -> str:
         """What to do if tensors of clip ``index`` are not what they should be, for messages."""
         clip = self.clips[index]
-        shards = (clip.shard, self._texts[clip.text], self._blanks[bucket_key(clip.bucket)])
+        shards = (clip.shard, self._shared[text_key(clip.caption)], self._shared[blank_key(clip.bucket)])
         files = " and ".join(f"{self.folder / shard}.safetensors" for shard in dict.fromkeys(shards))
         return f"delete {files}, and {_AGAIN}"
 
@@ -186,18 +219,22 @@ class LatentCache:
         clip = self.clips[index]
         return self._shards.read(clip.shard, clip.id, name).float()
 
-    def _text(self, key: str) -> Tensor:
-        return padded(self._shards.read(self._texts[key], key, "embeds").float(), self._text_tokens)
+    def _of_shared(self, key: str, name: str) -> Tensor:
+        return self._shards.read(self._shared[key], key, name).float()
+
+    def _text(self, caption: str) -> Tensor:
+        rows = self._of_shared(text_key(caption), "embeds")
+        return torch.cat([rows, rows.new_zeros(self._text_tokens - len(rows), rows.shape[1])])
 
 
-def bucket_key(bucket: tuple[int, int, int]) -> str:
-    """``(17, 64, 96)`` -> ``"17x64x96"``."""
-    return "x".join(map(str, bucket))
+def blank_key(bucket: tuple[int, int, int]) -> str:
+    """The key of a blank video: ``(17, 64, 96)`` -> ``"blank 17x64x96"``."""
+    return "blank " + "x".join(map(str, bucket))
 
 
 def text_key(caption: str) -> str:
     """The key of a caption's embeds."""
-    return hashlib.sha256(caption.encode()).hexdigest()[:32]
+    return f"text {hashlib.sha256(caption.encode()).hexdigest()[:32]}"
 
 
 def _descriptions(folder: Path) -> list[Path]:
@@ -208,11 +245,11 @@ def _descriptions(folder: Path) -> list[Path]:
 
 def _read_description(path: Path) -> dict[str, Any]:
     try:
-        description = read_sealed(path)
+        description = read_checked(path)
     except FileError as error:
         raise FileError(f"{error}: {_AGAIN}") from None
     if description["format"] != CACHE_FORMAT:
-        raise FileError(f"{path} has format {description['format']}, not {CACHE_FORMAT}: {_AGAIN}")
+        raise FileError(f"{path} is of an older version: prepare the data again, in another output folder")
     return description
 
 
@@ -226,17 +263,56 @@ def _read_index(folder: Path, description: Mapping[str, Any]) -> tuple[CachedCli
 
 
 def _check_complete(folder: Path, description: Mapping[str, Any], clips: Sequence[CachedClip]) -> None:
-    """``FileError`` if anything that a training may read is not there."""
-    texts, blanks, sizes = description["texts"], description["blanks"], description["bytes"]
-    wanted = {clip.text: f"text {clip.text}" for clip in clips} | {text_key(""): "the empty text"}
-    missing = [f"{what} is missing" for key, what in wanted.items() if key not in texts]
-    buckets = {bucket_key(clip.bucket) for clip in clips}
-    missing += [f"the blank video of {bucket} is missing" for bucket in sorted(buckets) if bucket not in blanks]
-    used = {clip.shard for clip in clips} | set(texts.values()) | set(blanks.values())
-    for shard in sorted(used):
+    """``FileError`` if anything that a training may read is missing."""
+    missing = [f"{key} is missing" for key in shared_keys(clips) if key not in description["shared"]]
+    for shard, (size, _) in sorted(description["shards"].items()):
         path = folder / f"{shard}.safetensors"
-        if not path.is_file() or path.stat().st_size != sizes.get(shard):
+        if not path.is_file() or path.stat().st_size != size:
             missing.append(f"{path.name} is {'damaged' if path.is_file() else 'missing'}")
     if missing:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise FileError(f"{folder} is not complete ({missing[0]}{more}): {_AGAIN}")
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def shared_keys(clips: Sequence[CachedClip]) -> list[str]:
+    """The keys of captions (the empty one too) and blank videos that belong to clips, each once."""
+    texts = {text_key(""), *(text_key(clip.caption) for clip in clips)}
+    return sorted(texts | {blank_key(clip.bucket) for clip in clips})
+
+
+def write_cache(
+    manifest: TensorManifest, clips: Sequence[CachedClip], description: Mapping[str, Any], spec: ModelSpec
+) -> LatentCache:
+    """Write the index of a cache whose tensors are complete, and open it; shards of no use are removed.
+
+    Args:
+        manifest: of its folder.
+        clips: by id.
+        description: ``fingerprint``, ``given`` and ``text_tokens``, see :class:`LatentCache`.
+        spec: the base model.
+    """
+    folder = manifest.folder
+    shared = {key: record["shard"] for key in shared_keys(clips) if (record := manifest.get(key)) is not None}
+    known = {record["shard"]: record for record in manifest.records.values() if "shard" in record}
+    used = sorted({clip.shard for clip in clips} | set(shared.values()))
+    index = "".join(json.dumps(asdict(clip), ensure_ascii=False) + "\n" for clip in clips).encode()
+    sha256 = hashlib.sha256(index).hexdigest()
+    index_name = f"index-{sha256[:12]}.jsonl"  # a new name, so that renaming cache.json changes everything at once
+    write_atomically(folder / index_name, index)
+    content = {
+        "format": CACHE_FORMAT,
+        "base": spec.name,
+        **description,
+        "shared": shared,
+        "shards": {shard: [known[shard]["bytes"], known[shard]["sha256"]] for shard in used},
+        "index": index_name,
+        "index_sha256": sha256,
+    }
+    write_checked(folder / "cache.json", content, indent=1)
+    for path in [*folder.glob("index-*.jsonl"), *folder.glob("shard-w*.safetensors")]:
+        if path.name != index_name and path.stem not in known and (path.is_symlink() or path.is_file()):
+            path.unlink()
+    return LatentCache.open(folder)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 
+from storymem.commands.configuration import composed
 from storymem.config import CONFIGS, nearest
 
 _PRIMARY = "eval_stbench"
@@ -47,12 +45,7 @@ def compose_with_method(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     wanted = [text for text in overrides if _key(text) not in ("method", "experiment", "methods")]
     wanted.append(f"method={name if name in methods else 'storymem'}")
     wanted += [f"experiment=[{','.join(experiments)}]"] if experiments else []
-    if GlobalHydra.instance().is_initialized():
-        config = compose(_PRIMARY, overrides=wanted)
-    else:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose(_PRIMARY, overrides=wanted)
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return composed(_PRIMARY, wanted)
 
 
 def _experiments(overrides: Sequence[str]) -> list[str]:

@@ -1,45 +1,45 @@
-"""What is done beside training: rows of the log, validation, lines in a terminal."""
+"""Callbacks of the training loop: rows of the log with lines in a terminal, and validation."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from storymem.training.dataset import Latents, MemoryDataset, SamplePlanner
+from storymem.training.dataset import SamplePlanner, read_sample
 from storymem.training.method import MemoryTraining
 from storymem.training.run_log import RunLog
-from storymem.training.trainer import StepReport, Trainer
+from storymem.training.trainer import StepReport, Sums, Trainer
 
-Sums = Mapping[str, tuple[Tensor, Tensor]]
+if TYPE_CHECKING:
+    from storymem.data.cache import LatentCache
 
 
 class LogMetrics:
-    """Means of every so many steps, over all processes, as rows of the log; and a line for who is watching.
+    """Means of every so many steps, over all processes, as rows of the log; the main process prints a line too.
 
-    The first row of a run that is taken up is of the steps since then.
+    The first row of a resumed run is of the steps since then.
 
     Args:
         log: of the main process; None on the others.
         every: steps between rows.
-        watch: whether to print lines.
     """
 
-    def __init__(self, log: RunLog | None, *, every: int, watch: bool = False) -> None:
-        self._log, self._every, self._watch = log, every, watch
+    def __init__(self, log: RunLog | None, *, every: int) -> None:
+        self._log, self._every = log, every
         self._reports: list[StepReport] = []
         self._last: float | None = None
 
     def __call__(self, trainer: Trainer, report: StepReport) -> None:
-        if not report.sums:  # of a step before the run was taken up
+        if not report.sums:  # of a step before the run was resumed
             return
         self._last = self._last or time.perf_counter() - sum(report.seconds.values())
         self._reports.append(report)
@@ -51,25 +51,24 @@ class LogMetrics:
         reports, self._reports = self._reports, []
         if self._log is None:
             return
-        spent = sum(sum(r.seconds.values()) for r in reports)
-        seconds = {f"seconds_{part}": sum(r.seconds[part] for r in reports) / len(reports) for part in report.seconds}
+        count = len(reports)
+        seconds = {f"seconds_{part}": sum(r.seconds[part] for r in reports) / count for part in report.seconds}
         row = means | {
             "lr": report.lr,
-            "grad_norm": sum(r.grad_norm for r in reports) / len(reports),
+            "grad_norm": sum(r.grad_norm for r in reports) / count,
             "samples_per_second": sum(r.samples for r in reports) / elapsed,
             "memory_gb": memory_gb(trainer.accelerator.device),
             **seconds,
-            "seconds_other": max(0.0, elapsed - spent) / len(reports),
+            "seconds_other": max(0.0, elapsed / count - sum(seconds.values())),
         }
         self._log.row(report.step, row)
-        if self._watch:
-            left = tqdm.format_interval((trainer.steps - report.step) * elapsed / len(reports))
-            print(
-                f"step {report.step} of {trainer.steps}: loss {means['loss']:.4f}, "
-                f"{elapsed / len(reports):.2f} s a step; about {left} left",
-                file=sys.stderr,
-                flush=True,
-            )
+        left = tqdm.format_interval((trainer.steps - report.step) * elapsed / count)
+        print(
+            f"step {report.step} of {trainer.steps}: loss {means['loss']:.4f}, {elapsed / count:.2f} s a step; about "
+            f"{left} left",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class Validation:
@@ -79,7 +78,7 @@ class Validation:
 
     Args:
         method: what is trained.
-        latents: where the samples come from.
+        latents: the clips.
         planner: of held-out samples, one a step.
         samples: how many.
         every: steps between validations; the last step is always validated.
@@ -89,7 +88,7 @@ class Validation:
     def __init__(
         self,
         method: MemoryTraining,
-        latents: Latents,
+        latents: LatentCache,
         planner: SamplePlanner,
         *,
         samples: int,
@@ -97,7 +96,7 @@ class Validation:
         log: RunLog | None,
     ) -> None:
         assert planner.samples == 1
-        self._method, self._dataset = method, MemoryDataset(latents)
+        self._method, self._latents = method, latents
         self._plans = [planner.plan(step)[0] for step in range(samples)]
         self._every, self._log = every, log
 
@@ -111,20 +110,19 @@ class Validation:
     def losses(self, trainer: Trainer) -> dict[str, Any]:
         """``valid_loss_high_noise``, ``valid_video_loss_high_noise`` ... -> value, with the averaged parameters if any.
 
-        The second is that of the video's slots alone, whatever the weights say: runs that differ in them or in the
+        The second is that of the video's slots alone, whatever the weights are: runs that differ in them or in the
         memory mode can be compared by it. With masks there is ``valid_subject_loss_high_noise``, where they are white.
         """
         accelerator = trainer.accelerator
         world, rank = accelerator.num_processes, accelerator.process_index
-        # Sharded networks gather their parameters together, so every process runs as many samples.
-        rounds = -(-len(self._plans) // world)
+        rounds = -(-len(self._plans) // world)  # of all processes: sharded networks gather their parameters together
         values: dict[str, Any] = {}
         with trainer.averaged():
             for expert in self._method.experts.networks:
                 mine = []
                 for number in range(rounds):
                     plan = self._plans[min(number * world + rank, len(self._plans) - 1)]
-                    losses = self._method.evaluate(expert, trainer.together(partial(self._dataset.__getitem__, plan)))
+                    losses = self._method.evaluate(expert, trainer.together(partial(read_sample, self._latents, plan)))
                     total, count = losses.sums["loss_video"]
                     mine.append(torch.stack([losses.total, total / count, *losses.sums.get("loss_subject", ())]))
                 # [world, rounds, 2 or 4], process by process; brought back into the order of the plans.
@@ -160,7 +158,7 @@ def _mean(total: float, count: float) -> float | None:
 
 
 def memory_gb(device: torch.device) -> float:
-    """The most memory in GB (10^9 bytes) that this process has held on its accelerator, or of the CPU's."""
+    """Peak VRAM of this process in GB (10^9 bytes); its peak RAM if it runs on a CPU."""
     if device.type not in ("cpu", "mps"):
         return torch.accelerator.max_memory_allocated(device) / 1e9
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,7 @@
-"""Checkpoints of a run: folders that are either wholly there or not at all, of which the newest stay. No torch here."""
+"""Checkpoints of a run: folders that are either complete or absent, of which the newest stay. Loads no torch.
+
+Accelerate's ``save_state`` has no digests and no fallback to an older checkpoint, and wants the same processes.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from storymem.data.sealed import read_sealed, write_sealed
+from storymem.data.manifest import read_checked, write_checked
 from storymem.io import FileError, check_regular, hash_file, replacing_folder, settle_folder
 
-MANIFEST = "checkpoint.json"
-FORMAT = 1
+DESCRIPTION = "checkpoint.json"
+FORMAT = 2
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -27,8 +30,8 @@ class Checkpoint:
     Args:
         path: its folder.
         step: how many steps were done.
-        about: what the run says of itself: its configuration, for one.
-        state: what the trainer keeps beside tensors.
+        about: of the run: its configuration, for one.
+        state: of the trainer, except for tensors.
         files: (size in bytes, sha256) of each file, by its path in the folder.
     """
 
@@ -38,27 +41,27 @@ class Checkpoint:
     state: Mapping[str, Any]
     files: Mapping[str, tuple[int, str]]
 
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """The checkpoint in ``folder``; its tensors are not read.
+
+        Raises:
+            FileNotFoundError, FileError: if ``checkpoint.json`` is missing, damaged or of another version.
+        """
+        values = read_checked(folder / DESCRIPTION)
+        if values.pop("format") != FORMAT or folder.name != _folder_name(values["step"]):
+            raise FileError(f"{folder / DESCRIPTION} is of another version or another checkpoint")
+        values["files"] = {name: (size, digest) for name, (size, digest) in values["files"].items()}
+        return cls(path=folder, **values)
+
     def verify(self) -> None:
-        """Raise ``FileError`` if a file is not what was written."""
+        """Raise ``FileError`` if a file differs from what was written."""
         for name, (size, _) in self.files.items():
             if (found := check_regular(self.path / name).stat().st_size) != size:
                 raise FileError(f"{self.path / name} has {found:,} bytes, and {size:,} were written")
         for name, digest in _digests(self.path, self.files).items():
             if digest != self.files[name][1]:
-                raise FileError(f"{self.path / name} is not what was written: its sha256 differs")
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in ``folder``; its tensors are not read.
-
-    Raises:
-        FileNotFoundError, FileError: if ``checkpoint.json`` is missing or not one that was written here.
-    """
-    values = read_sealed(folder / MANIFEST)
-    if values["format"] != FORMAT or folder.name != _folder_name(values["step"]):
-        raise FileError(f"{folder / MANIFEST} is of another version or another checkpoint")
-    files = {name: (size, digest) for name, (size, digest) in values["files"].items()}
-    return Checkpoint(path=folder, step=values["step"], about=values["about"], state=values["state"], files=files)
+                raise FileError(f"{self.path / name} is damaged: its sha256 differs from the recorded one")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Checkpoints:
     Args:
         folder: holds ``step_00000500`` and the like.
         keep: how many stay.
-        about: what each checkpoint says of the run.
+        about: of the run; stored with each checkpoint.
     """
 
     folder: Path
@@ -85,7 +88,7 @@ class Checkpoints:
         return self.folder / _folder_name(step)
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is not damaged; what is passed over is told. None if there is no checkpoint.
+        """The newest checkpoint that is not damaged, with a warning of damaged ones. None if there is no checkpoint.
 
         Raises:
             FileError: if there are checkpoints and all are damaged.
@@ -93,25 +96,25 @@ class Checkpoints:
         faults = []
         for step in reversed(self.steps()):
             try:
-                found = read_checkpoint(self.path(step))
+                found = Checkpoint.read(self.path(step))
                 found.verify()
             except (OSError, FileError) as error:
-                faults.append(f"{self.path(step)} is damaged or of an older version, and is passed over: {error}")
+                faults.append(f"{self.path(step)} is damaged or of an older version, and is skipped: {error}")
                 continue
             print("".join(f"{fault}\n" for fault in faults), end="", file=sys.stderr)
             return found
         if faults:
             raise FileError(
-                "\n".join(faults) + f"\nno whole checkpoint is left in {self.folder}: bring one back from a backup, or "
-                "begin anew with another output"
+                "\n".join(faults) + f"\nno intact checkpoint is left in {self.folder}: restore one from a backup, or "
+                "start again with another output"
             )
         return None
 
     def newest_readable(self) -> Checkpoint | None:
-        """The newest checkpoint that says what it is; its files are not looked at."""
+        """The newest checkpoint with a readable description; its files are not checked."""
         for step in reversed(self.steps()):
             try:
-                return read_checkpoint(self.path(step))
+                return Checkpoint.read(self.path(step))
             except (FileNotFoundError, FileError):
                 continue
         return None
@@ -120,8 +123,8 @@ class Checkpoints:
     def writing(self, step: int, state: Mapping[str, Any] | None = None) -> Iterator[Path]:
         """Yield an empty folder that becomes the checkpoint after ``step`` at the end of the block.
 
-        If the block raises or the process is killed, there is no such checkpoint. Once it is there, older checkpoints
-        beyond ``keep`` are removed, the oldest first; those that hold anything that was not written here stay.
+        If the block raises or the process is killed, there is no such checkpoint. Then older checkpoints beyond
+        ``keep`` are removed, the oldest first; those that hold anything that was not written here stay.
         """
         self.remove_unfinished()
         with replacing_folder(self.path(step)) as partial:
@@ -130,14 +133,13 @@ class Checkpoints:
             sizes = {name: (partial / name).stat().st_size for name in names}
             files = {name: [sizes[name], digest] for name, digest in _digests(partial, names).items()}
             description = {"format": FORMAT, "step": step, "about": self.about, "state": state or {}, "files": files}
-            write_sealed(partial / MANIFEST, description)
-        # Later ones were passed over as damaged, and are replaced when the run comes to them.
+            write_checked(partial / DESCRIPTION, description)
+        # Later ones were skipped as damaged, and are replaced when the run comes to them.
         for old in [earlier for earlier in self.steps() if earlier <= step][: -self.keep]:
             if self._is_ours(old):
-                # Renamed first: half a checkpoint must not be taken for a whole one.
-                doomed = self.folder / f".{self.path(old).name}.partial"
-                self.path(old).rename(doomed)
-                shutil.rmtree(doomed)
+                removed = self.folder / f".{self.path(old).name}.partial"  # half a checkpoint must not look like one
+                self.path(old).rename(removed)
+                shutil.rmtree(removed)
 
     def remove_unfinished(self) -> None:
         """Remove what killed processes left."""
@@ -147,7 +149,7 @@ class Checkpoints:
     def _is_ours(self, step: int) -> bool:
         folder = self.path(step)
         try:
-            known = {MANIFEST, *read_checkpoint(folder).files}
+            known = {DESCRIPTION, *Checkpoint.read(folder).files}
         except (FileNotFoundError, FileError):
             return False
         found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}

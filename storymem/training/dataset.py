@@ -1,7 +1,7 @@
 """From a cache of latents to batches (paper section 3.3): a target clip, and frames of clips like it as its memory.
 
-Everything that is random in a sample follows from the run's seed, the step and the sample's place in the step, and
-from nothing else: not from the number of processes or of data workers, nor from where a run was interrupted.
+Everything random in a sample follows from the run's seed, the step and the sample's place in the step, and from nothing
+else: not from the number of processes or readers, nor from where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -13,57 +13,25 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from storymem.data.sealed import digest
+from storymem.data.manifest import digest
 from storymem.io import NotFiniteError
 from storymem.training.settings import GIVEN_FRAMES, BatchSettings, Conditioning
 from storymem.wan.conditioning import condition_channels
-from storymem.wan.spec import ModelSpec
 
-Split = Literal["train", "valid"]
+if TYPE_CHECKING:
+    from storymem.data.cache import LatentCache, Split
+
 _SPLIT_NUMBERS: dict[Split, int] = {"train": 0, "valid": 1}
 _AHEAD = 4  # batches that each reader is ahead of the training
-_SLOW_SECONDS = 60  # after which a wait for data is told
+_SLOW_SECONDS = 60  # after which a wait for data is reported
 _END_SECONDS = 2.0  # how long readers are waited for: a read that hangs cannot be interrupted
-
-
-class Clip(Protocol):
-    """What is known of a clip without reading it; see :class:`storymem.data.cache.CachedClip`."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def bucket(self) -> tuple[int, int, int]: ...
-    @property
-    def keyframes(self) -> int: ...
-    @property
-    def mask(self) -> bool: ...
-
-
-class Latents(Protocol):
-    """Where clips' latents come from; :class:`storymem.data.cache.LatentCache` is one.
-
-    Several threads read at the same time.
-    """
-
-    @property
-    def clips(self) -> Sequence[Clip]: ...
-    @property
-    def spec(self) -> ModelSpec: ...
-    def cure(self, index: int) -> str: ...
-    def video(self, index: int) -> Tensor: ...
-    def keyframes(self, index: int) -> Tensor: ...
-    def given(self, index: int, frames: int) -> Tensor: ...
-    def mask(self, index: int) -> Tensor: ...
-    def text(self, index: int) -> Tensor: ...
-    def empty_text(self) -> Tensor: ...
-    def groups(self, split: Split) -> dict[int, list[int]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +42,7 @@ class SamplePlan:
         clip: index of the target.
         memory: (clip, keyframe) of each memory frame, in the order of the memory slots.
         given: how many first frames of the target are given: 0, 1 or 5.
-        drop_text: whether the empty text stands in for the caption.
+        drop_text: whether the empty text replaces the caption.
         seed: of the noise and the noise level.
     """
 
@@ -86,12 +54,12 @@ class SamplePlan:
 
 
 class SamplePlanner:
-    """Decides what each step trains on.
+    """Plans the samples of each step.
 
-    The first target of a step is drawn from all clips of the split. It decides the step's size (its bucket) and, with
-    a draw from 0..max_memory, the number of memory frames M: so every process has the same work. A group that cannot
-    give that many gives what it has. The other targets are drawn from the clips of that bucket that can have M memory
-    frames. Memory frames are keyframes of the group's other clips of the same height and width, in random order.
+    The first target of a step is drawn from all clips of the split. It determines the step's size (its bucket) and,
+    with a draw from 0..max_memory, the number of memory frames M: so every process has the same work. A group with
+    fewer gives what it has. The other targets are drawn from the clips of that bucket that can have M memory frames.
+    Memory frames are keyframes of the group's other clips of the same height and width, in random order.
 
     Args:
         latents: the clips.
@@ -109,7 +77,7 @@ class SamplePlanner:
 
     def __init__(
         self,
-        latents: Latents,
+        latents: LatentCache,
         *,
         split: Split = "train",
         seed: int,
@@ -119,7 +87,7 @@ class SamplePlanner:
         given_probability: float = 0.0,
         text_dropout: float = 0.0,
     ) -> None:
-        self._same_given = not latents.spec.condition_channels  # it is part of the layout there
+        self._same_given = not latents.spec.condition_channels  # then it is part of the layout
         self._clips, self._split, self._seed = latents.clips, split, seed
         self.samples, self.max_memory = samples, max_memory
         self._given_frames, self._given_probability = given_frames, given_probability
@@ -149,15 +117,10 @@ class SamplePlanner:
             )
         most = int(self._available.max())
         if self._split == "train" and most < self.max_memory:
-            largest = max(len(alike) for alike in self._companions.values())
-            reason = (
-                "all groups are of size one, so no clip has another to remember"
-                if largest == 1
-                else f"no clip has more than {most} keyframes in the other clips of its group and size"
-            )
             raise ValueError(
-                f"batch.max_memory={self.max_memory}, but {reason}: set batch.max_memory={most} or less, or prepare "
-                "the data with larger groups (group.similarity, group.max_size) or more keyframes a clip"
+                f"batch.max_memory={self.max_memory}, but no clip has more than {most} keyframes in the other clips of "
+                f"its group and size: set batch.max_memory={most} or less, or prepare the data with larger groups "
+                "(group.similarity, group.max_size) or more keyframes a clip"
             )
 
     def plan(self, step: int) -> tuple[SamplePlan, ...]:
@@ -203,11 +166,11 @@ class Batch:
         x0: clean latents [B, 16, M + T, h, w].
         noise: e, of the same shape.
         u: [B] in 0..1, from which the noise level follows.
-        condition: mask and condition latents [B, 20, M + T, h, w]; None: the base has no condition channels.
+        condition: mask and conditioning latents [B, 20, M + T, h, w]; None: the base has no condition channels.
         mask: where the subject of the video is, [B, T, h, w] in 0..1; 0 everywhere if that is not known.
         text: prompt embeds [B, L, D].
         memory_frames: M.
-        given: latent frames that begin the video and are given, of every sample; with ``condition`` it says it itself.
+        given: how many first latent frames of the video are given, in every sample; used where ``condition`` is None.
         ids: of the target clips.
     """
 
@@ -226,85 +189,67 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """The same batch on a device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changes: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **changes)
+        return replace(self, **moved)
 
 
-class MemoryDataset:
-    """Plans in, batches out; a :class:`SamplePlan` stands for an index."""
+def read_sample(latents: LatentCache, plan: SamplePlan) -> Batch:
+    """The one sample of a plan, as a batch of one.
 
-    def __init__(self, latents: Latents) -> None:
-        self.latents = latents
+    Raises:
+        NotFiniteError: naming the clip and what of it has NaN or infinity.
+    """
 
-    def __getitem__(self, plan: SamplePlan) -> Batch:
-        """The one sample that ``plan`` describes, as a batch of one.
-
-        Raises:
-            NotFiniteError: naming the clip and what of it holds NaN or infinity.
-        """
-        video = self._checked(self.latents.video(plan.clip), "latents of clip", plan.clip)[None]
-        memory = [
-            self._checked(self.latents.keyframes(clip)[keyframe], f"keyframe {keyframe} of clip", clip)
-            for clip, keyframe in plan.memory
-        ]
-        remembered = torch.cat(memory, dim=1)[None] if memory else None
-        text = self.latents.empty_text() if plan.drop_text else self.latents.text(plan.clip)
-        x0 = video if remembered is None else torch.cat([remembered, video], dim=2)
-        generator = torch.Generator().manual_seed(plan.seed)
-        spec, condition = self.latents.spec, None
-        slots = spec.latent_frames(plan.given)
-        if spec.condition_channels:
-            given = self._checked(self.latents.given(plan.clip, plan.given), "given frames of clip", plan.clip)[None]
-            condition = condition_channels(remembered, given, slots, spec)
-        return Batch(
-            x0=x0,
-            noise=torch.randn(x0.shape, generator=generator),
-            u=torch.rand(1, generator=generator),
-            condition=condition,
-            mask=self._checked(self.latents.mask(plan.clip), "mask of clip", plan.clip)[None],
-            text=self._checked(text, "text embeds of clip", plan.clip)[None],
-            memory_frames=len(memory),
-            given=slots,
-            ids=(self.latents.clips[plan.clip].id,),
-        )
-
-    def _checked(self, tensor: Tensor, what: str, clip: int) -> Tensor:
+    def checked(tensor: Tensor, what: str, clip: int) -> Tensor:
         if not bool(tensor.isfinite().all()):
-            cure = self.latents.cure(clip)
-            raise NotFiniteError(f"{what} {self.latents.clips[clip].id}: NaN or infinite values; {cure}")
+            name, cure = latents.clips[clip].id, latents.cure(clip)
+            raise NotFiniteError(f"{what} {name}: NaN or infinite values; {cure}")
         return tensor
+
+    clip, spec = plan.clip, latents.spec
+    video = checked(latents.video(clip), "latents of clip", clip)[None]
+    frames = [checked(latents.keyframes(c)[k], f"keyframe {k} of clip", c) for c, k in plan.memory]
+    memory = torch.cat(frames, dim=1)[None] if frames else None
+    x0 = video if memory is None else torch.cat([memory, video], dim=2)
+    text = latents.empty_text() if plan.drop_text else latents.text(clip)
+    generator = torch.Generator().manual_seed(plan.seed)
+    given, condition = spec.latent_frames(plan.given), None
+    if spec.condition_channels:
+        shown = checked(latents.given(clip, plan.given), "given frames of clip", clip)[None]
+        condition = condition_channels(memory, shown, given, spec)
+    return Batch(
+        x0=x0,
+        noise=torch.randn(x0.shape, generator=generator),
+        u=torch.rand(1, generator=generator),
+        condition=condition,
+        mask=checked(latents.mask(clip), "mask of clip", clip)[None],
+        text=checked(text, "text embeds of clip", clip)[None],
+        memory_frames=len(frames),
+        given=given,
+        ids=(latents.clips[clip].id,),
+    )
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
     """Batches of one M as one batch."""
+    first = samples[0]
     assert len({sample.memory_frames for sample in samples}) == 1, "a batch has one number of memory frames"
-    if samples[0].condition is None:
+    if first.condition is None:
         assert len({sample.given for sample in samples}) == 1, "a batch has one number of given frames"
-
-    def joined(name: str) -> Any:
-        values = [getattr(sample, name) for sample in samples]
-        return None if values[0] is None else torch.cat(values)
-
-    return Batch(
-        x0=joined("x0"),
-        noise=joined("noise"),
-        u=joined("u"),
-        condition=joined("condition"),
-        mask=joined("mask"),
-        text=joined("text"),
-        memory_frames=samples[0].memory_frames,
-        given=samples[0].given,
-        ids=tuple(id for sample in samples for id in sample.ids),
-    )
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(sample, name) for sample in samples])
+        for name, value in vars(first).items()
+        if isinstance(value, Tensor)
+    }
+    return replace(first, **joined, ids=tuple(id for sample in samples for id in sample.ids))
 
 
 def _turns(
     planner: SamplePlanner, *, size: int, rank: int, world: int, start: int
 ) -> Generator[list[SamplePlan], None, None]:
-    """One process's share of each step, cut into batches; without end."""
+    """One process's share of each step, in batches; without end."""
     share = planner.samples // world
     step = start
     while True:
@@ -314,14 +259,14 @@ def _turns(
         step += 1
 
 
-def training_set_digest(latents: Latents) -> str:
+def training_set_digest(latents: LatentCache) -> str:
     """A short hash of all that decides which samples a seed draws from a training set."""
     clips = [(clip.id, clip.bucket, clip.keyframes, clip.mask) for clip in latents.clips]
     return digest(clips, latents.groups("train"))
 
 
 def train_planner(
-    latents: Latents, batch: BatchSettings, *, conditioning: Conditioning, seed: int, world: int
+    latents: LatentCache, batch: BatchSettings, *, conditioning: Conditioning, seed: int, world: int
 ) -> SamplePlanner:
     """The planner of a training run of ``world`` processes."""
     return SamplePlanner(
@@ -335,7 +280,9 @@ def train_planner(
     )
 
 
-def valid_planner(latents: Latents, batch: BatchSettings, *, conditioning: Conditioning, seed: int) -> SamplePlanner:
+def valid_planner(
+    latents: LatentCache, batch: BatchSettings, *, conditioning: Conditioning, seed: int
+) -> SamplePlanner:
     """One sample a step from held-out groups, always with its text."""
     return SamplePlanner(
         latents,
@@ -349,7 +296,7 @@ def valid_planner(latents: Latents, batch: BatchSettings, *, conditioning: Condi
 
 
 def train_batches(
-    latents: Latents,
+    latents: LatentCache,
     planner: SamplePlanner,
     *,
     size: int,
@@ -358,24 +305,21 @@ def train_batches(
     world: int = 1,
     start: int = 0,
 ) -> Generator[Batch, None, None]:
-    """The batches of one process from step ``start`` on, without end: those of a step follow each other.
-
-    Close it to end the threads that read.
+    """The batches of one process from step ``start`` on, without end. Close it to end the threads that read.
 
     Args:
         latents: where tensors are read.
         planner: what each step trains on.
         size: samples of a batch; divides the process's share of a step.
-        workers: threads that read ahead; 0: a batch is read when it is asked for.
+        workers: threads that read ahead; 0: a batch is read when it is needed.
         rank: which process of the run this is.
         world: how many there are.
         start: the first step.
     """
-    dataset = MemoryDataset(latents)
     turns = _turns(planner, size=size, rank=rank, world=world, start=start)
 
     def read(plans: Sequence[SamplePlan]) -> Batch:
-        return collate([dataset[plan] for plan in plans])
+        return collate([read_sample(latents, plan) for plan in plans])
 
     yield from map(read, turns) if workers == 0 else _read_ahead(read, turns, workers)
 
@@ -385,8 +329,8 @@ def _read_ahead(
 ) -> Generator[Batch, None, None]:
     """``read`` of each turn, in order, by threads that stay a few turns ahead; their errors are raised here.
 
-    Threads and not processes: reading and arithmetic of tensors leave the interpreter to others, and nothing has to
-    be passed through shared memory.
+    Threads and not processes, as reading tensors releases the interpreter lock and nothing passes through shared
+    memory; not an executor, whose threads cannot be daemons.
     """
     asked: queue.SimpleQueue[tuple[Future[Batch], Sequence[SamplePlan]] | None] = queue.SimpleQueue()
     waiting: deque[Future[Batch]] = deque()
@@ -411,7 +355,7 @@ def _read_ahead(
                 asked.put((waiting[-1], next(turns)))
             future = waiting.popleft()
             if not wait([future], timeout=_SLOW_SECONDS).done:
-                print(f"no data for {_SLOW_SECONDS} s: is the disk of the training set there?", file=sys.stderr)
+                print(f"no data for {_SLOW_SECONDS} s: is the disk of the training set available?", file=sys.stderr)
             yield future.result()
     finally:
         for future in waiting:

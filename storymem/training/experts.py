@@ -1,36 +1,30 @@
-"""The model of a training run: Wan's experts, frozen, those that train with a memory adapter inside."""
+"""The networks of a training run: Wan's experts, with a memory adapter (LoRA) inside, or trained as a whole."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import cast_training_params
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from storymem.training.objective import ExpertName
+from storymem.io import replacing
+from storymem.training.optimization import assign
 from storymem.training.settings import AdapterTrainingSettings, ParallelSettings
-from storymem.training.sharding import assign, shard
 from storymem.wan.acceleration import set_attention
-from storymem.wan.lora import (
-    AdapterInfo,
-    Layout,
-    memory_lora_config,
-    read_memory_lora,
-    write_memory_lora,
-)
+from storymem.wan.lora import AdapterInfo, Layout, memory_lora_config, read_memory_lora, write_memory_lora
 from storymem.wan.runtime import make_current
-from storymem.wan.settings import MemoryMode, ModelSettings
-from storymem.wan.spec import COMPONENTS
+from storymem.wan.settings import ModelSettings
+from storymem.wan.spec import COMPONENTS, Expert
 from storymem.wan.transformer import enable_layouts
 from storymem.weights import locate
 
@@ -39,15 +33,18 @@ logger = logging.getLogger(__name__)
 ADAPTER = "memory"
 
 
-def add_adapter(transformer: Any, expert: ExpertName, settings: AdapterTrainingSettings, *, seed: int) -> None:
-    """Freeze a transformer and put a memory adapter into it: B = 0, A from ``seed``, or both from ``settings.start``.
+def prepare_expert(transformer: Any, expert: Expert, settings: AdapterTrainingSettings | None, *, seed: int) -> None:
+    """Make an expert trainable: freeze it and add a memory adapter, B = 0 and A from ``seed`` or both from ``start``.
 
-    The adapter is kept in float32 whatever the base is kept in.
+    What trains is in float32 in any case. Without adapter settings all parameters train.
 
     Raises:
         ValueError: if the adapter to start from has another rank or scale.
     """
-    transformer.requires_grad_(False)
+    transformer.requires_grad_(settings is None)
+    if settings is None:
+        transformer.float()
+        return
     config = memory_lora_config(settings.rank, settings.alpha, settings.use_rslora, settings.dropout)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -55,12 +52,16 @@ def add_adapter(transformer: Any, expert: ExpertName, settings: AdapterTrainingS
     cast_training_params(transformer, torch.float32)
     if settings.start is not None:
         start = read_memory_lora({expert: transformer}, settings.start)[expert]
-        check_same_adapter(start.info, settings, f"adapter.start={settings.start}")
-        load_adapter(transformer, start.tensors(torch.float32))
+        _check_same_adapter(start.info, settings, f"adapter.start={settings.start}")
+        parameters = trained_parameters(transformer)
+        tensors = start.tensors(torch.float32)
+        assert parameters.keys() == tensors.keys()
+        for name, parameter in parameters.items():
+            assign(parameter, tensors[name])
 
 
-def check_start(settings: AdapterTrainingSettings, model: ModelSettings, experts: Sequence[ExpertName]) -> None:
-    """Hold the adapter to start from against the experts, by header; say what of it is not as usual.
+def check_start(settings: AdapterTrainingSettings, model: ModelSettings, experts: Sequence[Expert]) -> None:
+    """Compare the adapter to start from with the experts, by its header; print what of it is unusual.
 
     Raises:
         FileNotFoundError, ValueError: if it is not on this machine, does not fit, or has another rank or scale.
@@ -74,89 +75,77 @@ def check_start(settings: AdapterTrainingSettings, model: ModelSettings, experts
         networks = dict.fromkeys(experts, on_meta("WanTransformer3DModel", shape, "model.network.transformer"))
     else:
         networks = {expert: check_component(locate(model.weights), COMPONENTS[expert]) for expert in experts}
+    where = f"adapter.start={settings.start}"
     for adapter in read_memory_lora(networks, settings.start).values():
-        where = f"adapter.start={settings.start}"
-        check_same_adapter(adapter.info, settings, where)
+        _check_same_adapter(adapter.info, settings, where)
         if adapter.config["rank_pattern"] or adapter.config["alpha_pattern"]:
             raise ValueError(f"{where}: modules of {adapter.file.path} have several ranks or scales; training has one")
         if not adapter.as_usual:
             print(f"{where}: {adapter.report}", file=sys.stderr)
 
 
-def check_same_adapter(found: AdapterInfo, settings: AdapterTrainingSettings, where: str) -> None:
-    """Raise ``ValueError`` if an adapter to go on from is not one of these settings."""
+def _check_same_adapter(found: AdapterInfo, settings: AdapterTrainingSettings, where: str) -> None:
     for name in ("rank", "alpha", "use_rslora"):
         has, wanted = getattr(found, name), getattr(settings, name)
         if has != wanted:
             raise ValueError(
-                f"{where} has {name}={has}, and the settings say adapter.{name}={wanted}: write adapter.{name}={has}, "
-                "or begin another run"
+                f"{where} has {name}={has}, and the settings have adapter.{name}={wanted}: write adapter.{name}={has}, "
+                "or start another run"
             )
 
 
-def adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """``blocks.0.attn1.to_q.lora_A.weight`` ... -> the parameters of the memory adapter."""
+def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """``blocks.0.attn1.to_q.lora_A.weight`` ... -> the parameters that train."""
     return {
         name.replace(f".{ADAPTER}.", "."): parameter
         for name, parameter in transformer.named_parameters()
-        if f".{ADAPTER}." in name
+        if parameter.requires_grad
     }
 
 
-def load_adapter(transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Write whole tensors into the adapter of a transformer, sharded or not."""
-    parameters = adapter_parameters(transformer)
-    assert parameters.keys() == tensors.keys()
-    for name, parameter in parameters.items():
-        assign(parameter, tensors[name])
-
-
-def check_only_adapters_train(transformer: nn.Module, expert: ExpertName) -> None:
-    """Raise ``ValueError`` if anything but the adapter would get gradients."""
-    adapter = {id(parameter) for parameter in adapter_parameters(transformer).values()}
-    trainable = [
-        name
-        for name, parameter in transformer.named_parameters()
-        if parameter.requires_grad and id(parameter) not in adapter
-    ]
-    if trainable:
+def _check_only_adapter_trains(transformer: nn.Module, expert: Expert) -> None:
+    others = [n for n, p in transformer.named_parameters() if p.requires_grad and f".{ADAPTER}." not in n]
+    if others:
         raise ValueError(
-            f"the base of the {expert} expert is trainable ({len(trainable)} parameters, first {trainable[0]}): "
-            "only the adapter may be; call requires_grad_(False) on it"
+            f"the base of the {expert} expert is trainable ({len(others)} parameters, first {others[0]}): only the "
+            "adapter may be; call requires_grad_(False) on it"
         )
 
 
 class Experts:
     """Wan's experts on the processes of a run.
 
-    Whole experts take turns on the accelerator: the frozen weights of the others lie in the CPU's memory. Adapters
-    always lie on the accelerator. Sharded experts all stay where they are.
+    Whole experts take turns on the accelerator: the frozen weights of the others lie in RAM. What trains always lies
+    on the accelerator. Sharded experts all stay where they are.
 
     Args:
-        transformers: one or both; those of ``trained`` carry an adapter.
+        transformers: one or both; those of ``trained`` come from :func:`prepare_expert`.
         trained: which of them train.
         accelerator: the processes.
         parallel: how the networks lie on them.
+        full: all parameters train, and not an adapter.
 
     Attributes:
         transformers: as given, in place; what a pipeline takes.
         networks: what training calls: the transformers of ``trained``, wrapped for distributed training.
+        parameters: ``high_noise/blocks.0.attn1.to_q.lora_A.weight`` ... -> everything that is trained.
     """
 
     def __init__(
         self,
-        transformers: Mapping[ExpertName, Any],
+        transformers: Mapping[Expert, Any],
         *,
-        trained: Sequence[ExpertName],
+        trained: Sequence[Expert],
         accelerator: Accelerator,
         parallel: ParallelSettings,
+        full: bool = False,
     ) -> None:
-        self.transformers = dict(transformers)
-        self.device = accelerator.device
+        self.transformers, self.device = dict(transformers), accelerator.device
         self._sharded = parallel.strategy == "fsdp"
-        self.networks: dict[ExpertName, nn.Module] = {}
+        self.networks: dict[Expert, nn.Module] = {}
         for name, transformer in self.transformers.items():
-            check_only_adapters_train(transformer, name)
+            if not full:
+                _check_only_adapter_trains(transformer, name)
             enable_layouts(transformer)
             if parallel.gradient_checkpointing:
                 transformer.enable_gradient_checkpointing()
@@ -167,20 +156,16 @@ class Experts:
             network = self._placed(transformer, name in trained, accelerator)
             if name in trained:
                 self.networks[name] = network
-        self._active: ExpertName | None = None
-        self.activate(trained[0])
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """``high_noise/blocks.0.attn1.to_q.lora_A.weight`` ... -> everything that is trained."""
-        return {
+        self.parameters = {
             f"{expert}/{name}": parameter
             for expert in self.networks
-            for name, parameter in adapter_parameters(self.transformers[expert]).items()
+            for name, parameter in trained_parameters(self.transformers[expert]).items()
         }
+        self._active: Expert | None = None
+        self.activate(trained[0])
 
-    def activate(self, expert: ExpertName) -> None:
-        """Have ``expert`` on the accelerator, and the frozen weights of the others in the CPU's memory."""
+    def activate(self, expert: Expert) -> None:
+        """Move ``expert`` to the accelerator, and the frozen weights of the others to RAM."""
         if self._sharded or self._active == expert or len(self.transformers) == 1:
             return
         self._active = expert
@@ -191,13 +176,21 @@ class Experts:
 
     def _placed(self, transformer: Any, trains: bool, accelerator: Accelerator) -> nn.Module:
         if self._sharded:
+            # No mixed-precision policy: parameters are gathered in their own dtype, and autocast does the rest, so
+            # that a sharded network computes what a whole one computes.
             mesh = init_device_mesh(self.device.type, (accelerator.num_processes,))
-            shard(transformer, transformer.blocks, mesh)
-            return transformer
+            for block in transformer.blocks:
+                fully_shard(block, mesh=mesh)
+            return fully_shard(transformer, mesh=mesh)
         transformer.to(self.device)
-        if trains:
-            _exchange_adapters_only(transformer)
-        network = accelerator.prepare_model(transformer) if trains else transformer
+        if not trains:
+            network = transformer
+        else:
+            # DistributedDataParallel ignores what is the same in all processes and never changes.
+            frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
+            frozen += [name for name, _ in transformer.named_buffers()]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
+            network = accelerator.prepare_model(transformer)
         if len(self.transformers) > 1:
             _move_frozen(transformer, torch.device("cpu"))
         return network
@@ -218,7 +211,7 @@ def make_accelerator(device: torch.device | None) -> Accelerator:
     if device is None or (device.type == own.type and device.index in (None, own.index or 0)):
         return accelerator
     if device.type != own.type:
-        logger.warning("runtime.device=%s: Accelerate does not know such devices, so training runs on %s", device, own)
+        logger.warning("runtime.device=%s is not supported by Accelerate: training runs on %s", device, own)
         return accelerator
     if accelerator.num_processes > 1:
         raise ValueError(
@@ -234,54 +227,55 @@ def check_parallel(parallel: ParallelSettings, accelerator: Accelerator) -> None
     """Raise ``ValueError`` for a strategy that cannot run on these processes."""
     if parallel.strategy == "fsdp" and accelerator.num_processes == 1:
         raise ValueError(
-            "parallel.strategy=fsdp shares the experts among several processes and there is one: start it with "
+            "parallel.strategy=fsdp shards the experts over several processes and there is one: start it with "
             "torchrun --nproc-per-node=N scripts/train.py ..., or use parallel.strategy=ddp"
         )
 
 
-def write_adapters(
-    tensors: Mapping[str, Tensor], folder: Path, *, info: AdapterInfo, layout: Layout = "storymem"
+def save_parameters(
+    tensors: Mapping[str, Tensor], folder: Path, *, info: AdapterInfo | None, layout: Layout = "storymem"
 ) -> None:
-    """Write whole tensors under the names of :attr:`Experts.parameters` as an adapter."""
-    states: dict[ExpertName, dict[str, Tensor]] = {}
+    """Write whole tensors under the names of :attr:`Experts.parameters`, a file per expert.
+
+    Args:
+        tensors: an adapter's, or those of whole experts.
+        folder: made if it does not exist.
+        info: of the adapter; None: there is none.
+        layout: of an adapter.
+    """
+    states: dict[Any, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         expert, _, name = key.partition("/")
-        states.setdefault(expert, {})[name] = tensor.contiguous()  # type: ignore[arg-type]
-    write_memory_lora(states, folder, info=info, layout=layout)
+        states.setdefault(expert, {})[name] = tensor.contiguous()
+    if info is not None:
+        write_memory_lora(states, folder, info=info, layout=layout)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for expert, state in states.items():
+        with replacing(folder / f"{expert}.safetensors") as partial:
+            save_file(state, partial)
 
 
-def read_adapters(folder: Path, experts: Sequence[ExpertName]) -> dict[str, Tensor]:
-    """What :func:`write_adapters` wrote in our own layout."""
-    return {
-        f"{expert}/{name}": tensor
-        for expert in experts
-        for name, tensor in load_file(folder / f"{expert}.safetensors").items()
-    }
+def load_parameters(folder: Path, experts: Sequence[Expert]) -> dict[str, Tensor]:
+    """The inverse of :func:`save_parameters` in the ``storymem`` layout."""
+    files = {expert: load_file(folder / f"{expert}.safetensors") for expert in experts}
+    return {f"{expert}/{name}": tensor for expert, state in files.items() for name, tensor in state.items()}
 
 
-def adapter_info(
-    settings: AdapterTrainingSettings,
-    *,
-    rope_stride: int,
-    conditioning: str,
-    training: Mapping[str, Any],
-    memory_attention: MemoryMode = "joint",
-) -> AdapterInfo:
-    """What the files of a trained adapter say about it."""
-    return replace(
-        AdapterInfo(rank=settings.rank, alpha=settings.alpha, use_rslora=settings.use_rslora),
-        memory_attention=memory_attention,
-        rope_stride=rope_stride,
-        conditioning=conditioning,
-        training=dict(training),
-    )
+def save_model(tensors: Mapping[str, Tensor], folder: Path, model: ModelSettings) -> None:
+    """Write the base model with fully trained experts, as a folder that ``model.weights.source`` loads.
 
+    All networks pass through RAM; what did not train is as in the base.
+    """
+    from storymem.wan.loading import load_pipeline
+    from storymem.wan.settings import RuntimeSettings
 
-def _exchange_adapters_only(transformer: nn.Module) -> None:
-    """Have ``DistributedDataParallel`` leave alone what is the same in all processes and never changes."""
-    frozen = [name for name, parameter in transformer.named_parameters() if not parameter.requires_grad]
-    frozen += [name for name, _ in transformer.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
+    pipe = load_pipeline(model, runtime=RuntimeSettings(device="cpu"))
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            expert, _, name = key.partition("/")
+            getattr(pipe, COMPONENTS[expert]).get_parameter(name).copy_(tensor)  # type: ignore[index]
+    pipe.save_pretrained(folder)
 
 
 def _move_frozen(transformer: nn.Module, device: torch.device) -> None:
@@ -296,6 +290,6 @@ def _move_frozen(transformer: nn.Module, device: torch.device) -> None:
 
 
 def _keep_time_embedding_exact(transformer: Any, device: torch.device) -> None:
-    """Have autocast leave the float32 time embedding alone, which generation computes in float32 as well."""
+    """Exclude the float32 time embedding from autocast; generation computes it in float32 as well."""
     embedder = transformer.condition_embedder.time_embedder
     embedder.forward = torch.autocast(device.type, enabled=False)(embedder.forward)

@@ -7,24 +7,24 @@ network predicts. Slots are latent frames: the M of the memory, then the T of th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from storymem.training.dataset import Batch
-from storymem.training.settings import ObjectiveSettings, check_memory_weight
+from storymem.training.settings import ObjectiveSettings
 from storymem.wan.conditioning import model_input
 from storymem.wan.schedule import shifted, unshifted
 from storymem.wan.segments import Layout, memory_cached, memory_joint, with_given
 from storymem.wan.settings import MemoryMode
+from storymem.wan.spec import Expert
 
-ExpertName = Literal["high_noise", "low_noise"]
 TIMESTEPS = 1000
 
 
-def noise_level(u: Tensor, *, expert: ExpertName, boundary: float | None, shift: float) -> Tensor:
-    """s of the shifted uniform, restricted to what an expert is used for.
+def noise_level(u: Tensor, *, expert: Expert, boundary: float | None, shift: float) -> Tensor:
+    """s of the shifted uniform, restricted to the range of an expert.
 
     Args:
         u: [B], uniform in 0..1.
@@ -47,20 +47,10 @@ def noised(x0: Tensor, noise: Tensor, s: Tensor) -> Tensor:
     return (1 - level) * x0 + level * noise
 
 
-def velocity(x0: Tensor, noise: Tensor) -> Tensor:
-    """e - x0, the derivative of x by s: what the network predicts."""
-    return noise - x0
-
-
-def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared error in float32, the mean of the channels: [B, C, N, h, w] twice -> [B, N, h, w]."""
-    return (prediction.float() - target.float()).square().mean(dim=1)
-
-
 def mask_weights(mask: Tensor, mask_weight: float) -> Tensor:
     """Weights [B, T, h, w] of places in the video: where the mask is 1, ``mask_weight`` times those where it is 0.
 
-    Their mean is 1 in every sample, so that samples count alike however large their subjects are.
+    Their mean is 1 in every sample, so that all samples have the same weight, however large their subjects are.
     """
     weights = 1 + (mask_weight - 1) * mask
     return weights / weights.mean(dim=(1, 2, 3), keepdim=True)
@@ -84,7 +74,7 @@ def bin_sums(losses: Tensor, s: Tensor, bins: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """Of one batch.
+    """The losses of one batch.
 
     Args:
         total: the mean over samples, with a gradient.
@@ -100,8 +90,8 @@ class Losses:
 class MemoryObjective:
     """The loss of an expert on a batch.
 
-    The layout says which frames are noisy: in ``joint`` memory is denoised as well; in ``cached`` it is clean, at
-    timestep 0, and has no loss: what is learnt about it comes through the video frames that read it.
+    The layout states which frames are noisy: in ``joint`` memory is denoised as well; in ``cached`` it is clean, at
+    timestep 0, and has no loss: gradients reach it through the video frames that read it.
 
     Args:
         settings: noise levels and weights.
@@ -115,10 +105,7 @@ class MemoryObjective:
     rope_stride: int
     memory_attention: MemoryMode = "joint"
 
-    def __post_init__(self) -> None:
-        check_memory_weight(self.settings, self.memory_attention)
-
-    def __call__(self, network: nn.Module, expert: ExpertName, batch: Batch) -> Losses:
+    def __call__(self, network: nn.Module, expert: Expert, batch: Batch) -> Losses:
         """The loss of ``network``, a Wan transformer (wrapped or not), on a batch that lies on its device."""
         s = noise_level(batch.u, expert=expert, boundary=self.boundary, shift=self.settings.shift)
         layout = self.layout(batch)
@@ -126,7 +113,7 @@ class MemoryObjective:
         x = model_input(noised(batch.x0, batch.noise, s[:, None] * noisy), batch.condition)
         dtype: Any = getattr(network, "module", network).dtype
         (prediction,) = network(x.to(dtype), s * TIMESTEPS, batch.text.to(dtype), return_dict=False, layout=layout)
-        errors = squared_errors(prediction, velocity(batch.x0, batch.noise))
+        errors = (prediction.float() - (batch.noise - batch.x0)).square().mean(dim=1)  # [B, M + T, h, w]
         weights = slot_weights(layout, self.settings.memory_weight).to(errors.device)
         # A product of matrices would be rounded by autocast.
         video = layout.span("video")
@@ -134,7 +121,7 @@ class MemoryObjective:
         return Losses(total=losses.mean(), sums=self._sums(expert, losses.detach(), errors.detach(), s, batch, video))
 
     def layout(self, batch: Batch) -> Layout:
-        """What the frames of a batch are to the network."""
+        """The layout of a batch: which frames are memory, given or noisy."""
         build = memory_cached if self.memory_attention == "cached" else memory_joint
         video = build(batch.memory_frames, batch.x0.shape[2] - batch.memory_frames, self.rope_stride)
         return video if batch.condition is not None else with_given(video, batch.given)
@@ -148,9 +135,9 @@ class MemoryObjective:
         return torch.cat([errors[:, : video.start], weighted], dim=1)
 
     def _sums(
-        self, expert: ExpertName, losses: Tensor, errors: Tensor, s: Tensor, batch: Batch, video: slice
+        self, expert: Expert, losses: Tensor, errors: Tensor, s: Tensor, batch: Batch, video: slice
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """What is logged; of the video and of the subject the plain errors, whatever the weights are."""
+        """What is logged; of the video and of the subject the unweighted errors."""
 
         def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
             return values.sum(), torch.tensor(float(values.numel()), device=values.device)

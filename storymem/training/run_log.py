@@ -1,4 +1,4 @@
-"""What a run tells: rows of numbers and pictures, in its folder, and to wandb if asked."""
+"""The log of a run: rows of numbers and images in its folder, and in wandb if wanted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METRICS = "metrics.jsonl"
 
 
 def check_log(settings: LogSettings) -> None:
-    """Raise ``ValueError`` if wandb is asked for and not installed."""
+    """Raise ``ValueError`` if wandb is wanted and not installed."""
     if settings.wandb == "disabled":
         return
     try:
@@ -28,7 +28,7 @@ def check_log(settings: LogSettings) -> None:
     except ImportError:
         raise ValueError(
             f"log.wandb={settings.wandb} needs wandb: pip install 'storymem[train]', or write log.wandb=disabled; "
-            "the run's folder holds everything either way"
+            "the run's folder has all metrics either way"
         ) from None
 
 
@@ -46,13 +46,13 @@ class RunLog:
         self.folder, self._settings = folder, settings
         self._metrics = folder / METRICS
         self._wandb: Any = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def begin(self, config: Mapping[str, Any], *, step: int = 0) -> None:
-        """Open the log of a run that is taken up after ``step`` steps.
+        """Open the log of a run that resumes after ``step`` steps.
 
         Rows that a killed process wrote after that step are dropped. If there are lines that are no rows, the file as
-        it was stays beside the new one, and their numbers are told.
+        it was stays beside the new one, with a warning of their numbers.
 
         Args:
             config: all settings of the run.
@@ -62,31 +62,45 @@ class RunLog:
             rows, damaged = _read(self._metrics)
             if damaged:
                 names = (self.folder / f"metrics.damaged-{number}.jsonl" for number in itertools.count(1))
-                kept = next(path for path in names if not path.exists())
-                shutil.copyfile(self._metrics, kept)
+                copy = next(path for path in names if not path.exists())
+                shutil.copyfile(self._metrics, copy)
                 lines = ", ".join(map(str, damaged[:10])) + (" ..." if damaged[10:] else "")
-                print(f"{self._metrics}: no rows, and left out: lines {lines}; kept as {kept}", file=sys.stderr)
+                print(f"{self._metrics}: lines {lines} are no rows and are left out; a copy is {copy}", file=sys.stderr)
             write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         if self._settings.wandb != "disabled":
-            self._wandb = _open_wandb(self.folder, self._settings, config)
+            import wandb
+
+            self._wandb = wandb.init(
+                project=self._settings.project,
+                name=self.folder.name,
+                id=_wandb_id(self.folder),
+                resume="allow" if self._settings.wandb == "online" else None,
+                mode=self._settings.wandb,
+                dir=self.folder,
+                config=dict(config),
+            )
 
     def row(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write what is known after ``step`` steps; lists are numbers by bin, None where there is none.
+        """Write metrics after ``step`` steps: numbers, lists of them by bin, None where there is none.
 
-        JSON has no NaN and no infinity: they become None, and are told once of each name.
+        NaN and infinity, which JSON does not have, become null, with one warning for each name.
         """
         finite = {name: _finite(value) for name, value in values.items()}
         for name in finite:
-            if finite[name] != values[name] and name not in self._told:
-                self._told.add(name)
+            if finite[name] != values[name] and name not in self._warned:
+                self._warned.add(name)
                 print(f"step {step}: {name} is {values[name]}: written as null in {self._metrics}", file=sys.stderr)
         with naming_full_disk(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         if self._wandb is not None:
-            self._wandb.log({name: v for name, v in _flat(finite).items() if v is not None}, step=step)
+            flat: dict[str, Any] = {}  # a list as one entry per place: loss_by_level/3
+            for name, value in finite.items():
+                places = {f"{name}/{n}": entry for n, entry in enumerate(value)} if isinstance(value, list) else None
+                flat |= {name: value} if places is None else places
+            self._wandb.log({name: value for name, value in flat.items() if value is not None}, step=step)
 
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """Tell of a picture that lies in the run's folder."""
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Log an image file."""
         if self._wandb is not None:
             import wandb
 
@@ -134,38 +148,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _open_wandb(folder: Path, settings: LogSettings, config: Mapping[str, Any]) -> Any:
-    import wandb
-
-    return wandb.init(
-        project=settings.project,
-        name=folder.name,
-        id=_wandb_id(folder),
-        resume="allow" if settings.wandb == "online" else None,
-        mode=settings.wandb,
-        dir=folder,
-        config=dict(config),
-    )
-
-
 def _wandb_id(folder: Path) -> str:
-    """The run's name at wandb, kept in its folder, so that a run that is taken up stays one run."""
+    """The run's id at wandb, stored in its folder, so that a resumed run stays one run."""
     path = folder / "wandb_id"
-    kept = read_bytes(path) if path.exists() else b""
-    if not re.fullmatch(rb"[0-9a-f]{8}", kept):
-        if kept:
-            print(f"{path} holds no name: the run begins anew at wandb", file=sys.stderr)
-        kept = secrets.token_hex(4).encode()
-        write_text(path, kept.decode())
-    return kept.decode()
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists as one entry per place: ``loss_by_level/3``."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            flat |= {f"{name}/{place}": entry for place, entry in enumerate(value)}
-        else:
-            flat[name] = value
-    return flat
+    stored = read_bytes(path) if path.exists() else b""
+    if not re.fullmatch(rb"[0-9a-f]{8}", stored):
+        if stored:
+            print(f"{path} holds no id: wandb gets a new run", file=sys.stderr)
+        stored = secrets.token_hex(4).encode()
+        write_text(path, stored.decode())
+    return stored.decode()

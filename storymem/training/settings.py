@@ -1,22 +1,25 @@
-"""Settings of ``train.yaml``: the adapter, its data, its optimisation, and what is done beside; loads no torch."""
+"""Settings of ``train.yaml``; loads no torch."""
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, UserPath, check_bounds
-from storymem.wan.settings import MAX_SEED, MemoryMode, RuntimeSettings
+from storymem.film.settings import MemorySettings, ScorerSettings
+from storymem.wan.settings import MAX_SEED, Continuity, ModelSettings, SamplerSettings
+from storymem.wan.spec import Expert
 
 Conditioning = Literal["m2v", "mi2v", "mm2v"]
+LayoutName = Literal["storymem", "released", "diffusers", "comfyui"]
 #: How many first frames of the target a sample may be given: none, its first frame, or its motion frames.
 GIVEN_FRAMES: dict[Conditioning, int] = {"m2v": 0, "mi2v": 1, "mm2v": 5}
-
-WhichExpert = Literal["high", "low", "both"]
-#: The names of checkpoints have eight digits.
-MAX_STEPS = 99_999_999
-LayoutName = Literal["storymem", "released", "diffusers", "comfyui"]
+#: How shots of the sample film continue the shot before.
+CONTINUITY: dict[Conditioning, Continuity] = {"m2v": "none", "mi2v": "mi2v", "mm2v": "mm2v"}
+MAX_STEPS = 99_999_999  # the names of checkpoints have eight digits
+_ABOVE_0, _BELOW_1 = 1e-12, 1 - 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -28,7 +31,7 @@ class AdapterTrainingSettings:
         alpha: W + scale * B @ A with scale = alpha / sqrt(rank) under rsLoRA, else alpha / rank.
         use_rslora: which of the two.
         dropout: on the input of the low-rank path.
-        start: an adapter to begin from (a folder in any layout, or a hub id on this machine); None begins at zero.
+        start: an adapter to begin from (a folder in any layout, or a hub id on this machine); null begins at zero.
     """
 
     rank: int = 128
@@ -38,23 +41,19 @@ class AdapterTrainingSettings:
     start: UserPath | None = None
 
     def __post_init__(self) -> None:
-        _check_above_0(self, "alpha")
-        check_bounds(self, rank=(1, 4096), alpha=(0, 1e6))
-        _check_probability("dropout", self.dropout)
-        if self.dropout == 1:
-            raise ValueError("dropout=1 would drop the whole adapter; write less, for example 0.05")
+        check_bounds(self, rank=(1, 4096), alpha=(_ABOVE_0, 1e6), dropout=(0, 0.999))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BatchSettings:
-    """What a training step is made of (paper section 3.3).
+    """What a training step consists of (paper section 3.3).
 
     Args:
-        size: samples that a process runs at once.
-        accumulation: how many such batches a process adds up in one step; so a step sees
+        size: samples that a process computes at once.
+        accumulation: how many such batches a process adds up in one step; a step has
             ``size * accumulation * processes`` samples.
         max_memory: the most memory frames M; each step draws its M from 0..max_memory.
-        given_probability: how often a sample is given its first frame (MI2V) or motion frames (MM2V); M2V never is.
+        given_probability: how often a sample is given its first frame (mi2v) or motion frames (mm2v).
         text_dropout: how often the text is left out.
         workers: threads that read the cache ahead of the training; 0 reads each batch when it is needed.
     """
@@ -68,8 +67,7 @@ class BatchSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self, size=(1, 4096), accumulation=(1, 65536), max_memory=(0, 1000), workers=(0, 256))
-        _check_probability("given_probability", self.given_probability)
-        _check_probability("text_dropout", self.text_dropout)
+        check_bounds(self, given_probability=(0, 1), text_dropout=(0, 1))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -77,12 +75,13 @@ class ObjectiveSettings:
     """Flow matching.
 
     Args:
-        shift: of the noise levels, s = shift * u / (1 + (shift - 1) * u) with u uniform; as the sampler's, 4.0.
-        memory_weight: weight of the loss of a memory slot against that of a video slot; 0 trains on the video alone,
-            and is needed in the ``cached`` memory mode, where memory slots predict nothing.
-        mask_weight: how often the loss of a place where a clip's mask is white counts, against one where it is black;
-            1, as published, looks at no mask.
-        bins: in how many equal bins of s from 0 to 1 the loss is told.
+        shift: of the noise levels, s = shift * u / (1 + (shift - 1) * u) with u uniform; the
+            command uses the sampler's by default.
+        memory_weight: weight of the loss of a memory slot relative to a video slot; 0 trains on the video alone, and
+            is needed for model.memory_attention=cached, where memory slots predict nothing.
+        mask_weight: weight of the loss where a clip's mask is white (prepare_data masks=) relative to where it is
+            black; 1, as published, ignores masks.
+        bins: number of equal bins of s from 0 to 1 in which the loss is logged.
     """
 
     shift: float = 4.0
@@ -91,26 +90,23 @@ class ObjectiveSettings:
     bins: int = 10
 
     def __post_init__(self) -> None:
-        _check_above_0(self, "shift")
-        if self.mask_weight <= 0:
-            raise ValueError(f"mask_weight must be above 0, not {self.mask_weight}; 1 looks at no mask")
-        check_bounds(self, shift=(0, 1000), memory_weight=(0, 1e6), mask_weight=(0, 1e6), bins=(1, 1000))
+        check_bounds(self, shift=(_ABOVE_0, 1000), memory_weight=(0, 1e6), mask_weight=(_ABOVE_0, 1e6), bins=(1, 1000))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimizerSettings:
-    """AdamW and what goes with it.
+    """AdamW, its schedule and the moving average.
 
     Args:
-        name: "adamw", or "adamw_8bit" (bitsandbytes, on an accelerator), whose state is a quarter in size.
+        name: "adamw", or "adamw_8bit" (bitsandbytes, on an accelerator), whose state takes a quarter of the room.
         lr: the learning rate after the warm-up.
         betas: of AdamW.
         weight_decay: of AdamW.
         warmup_steps: over which the rate rises from 0.
-        schedule: what it does then, until the last step.
-        max_grad_norm: gradients are clipped to this norm; None: never.
-        ema_decay: of the moving average of the adapter, which is then what is validated, sampled and exported; it
-            follows faster in the first steps. None: no average is kept.
+        schedule: constant_with_warmup, cosine or linear: the rate from then to the last step.
+        max_grad_norm: gradients are clipped to this norm; null: never.
+        ema_decay: of the moving average of the parameters, which is then what is validated, sampled and exported; it
+            follows faster in the first steps. null: no average.
     """
 
     name: Literal["adamw", "adamw_8bit"] = "adamw"
@@ -123,14 +119,10 @@ class OptimizerSettings:
     ema_decay: float | None = None
 
     def __post_init__(self) -> None:
-        _check_above_0(self, "lr")
-        check_bounds(self, lr=(0, 1), weight_decay=(0, 1), warmup_steps=(0, MAX_STEPS))
+        check_bounds(self, lr=(_ABOVE_0, 1), weight_decay=(0, 1), warmup_steps=(0, MAX_STEPS))
+        check_bounds(self, max_grad_norm=(_ABOVE_0, 1e9), ema_decay=(_ABOVE_0, _BELOW_1))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers from 0 to below 1, not {list(self.betas)}")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ValueError(f"max_grad_norm must be above 0, or null for none, not {self.max_grad_norm}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie between 0 and 1, or be null for none, not {self.ema_decay}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -138,11 +130,11 @@ class ParallelSettings:
     """How the networks lie on the processes that ``torchrun`` or ``accelerate launch`` starts.
 
     Args:
-        strategy: "ddp": every process holds the experts whole, and an idle expert lies in the CPU's memory; "fsdp":
-            every process holds a share of every expert (FSDP2).
-        gradient_checkpointing: compute each block again on the way back in place of keeping its activations.
-        alternate_every: with both experts in one run, after how many steps the other has its turn. A turn moves two
-            experts between CPU and accelerator, unless they are sharded.
+        strategy: "ddp": every process has the whole experts, and an idle expert lies in RAM; "fsdp": every process has
+            a share of every expert (FSDP2).
+        gradient_checkpointing: recompute each block in the backward pass instead of storing its activations.
+        alternate_every: with both experts in one run, the number of steps until the other trains. Each change moves
+            two experts between RAM and accelerator, unless they are sharded.
     """
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -155,7 +147,7 @@ class ParallelSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointSettings:
-    """When the state of the run is saved, and how many states are kept.
+    """When the state of the run is saved.
 
     Args:
         every: steps between checkpoints; the last step and a stop by SIGTERM, SIGINT or SIGUSR1 save too.
@@ -187,7 +179,7 @@ class ValidationSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SampleSettings:
-    """A fixed story, told with the adapter while it is trained.
+    """A film of a fixed story, generated while training.
 
     Args:
         every: steps between films; 0: none.
@@ -209,11 +201,11 @@ class SampleSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LogSettings:
-    """What is told of the run; its folder holds everything, with or without wandb.
+    """Where metrics go; the run's folder has all of them, with or without wandb.
 
     Args:
         every: steps between rows of ``metrics.jsonl``.
-        wandb: "offline" writes into the run's folder, to be sent with ``wandb sync``; "online" sends at once.
+        wandb: "offline" writes into the run's folder, for ``wandb sync``; "online" sends at once; "disabled".
         project: of wandb.
     """
 
@@ -225,27 +217,84 @@ class LogSettings:
         check_bounds(self, every=(1, MAX_STEPS))
 
 
-def _check_above_0(settings: object, name: str) -> None:
-    if getattr(settings, name) <= 0:
-        raise ValueError(f"{name} must be above 0, not {getattr(settings, name)}")
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainingRuntimeSettings:
+    """Where training runs; how the networks lie on several devices is set by ``parallel``.
+
+    Args:
+        device: "auto" (the accelerator if there is one), "cpu", "cuda", "cuda:1", "mps", ...
+    """
+
+    device: str = "auto"
 
 
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainSettings:
+    """Everything ``train`` can be given.
 
+    Args:
+        dataset: the output folder of ``prepare_data``, or a cache in it.
+        output: the run's folder.
+        model: the base; the memory adapter it may name is not loaded, see ``adapter.start``.
+        expert: high, low, or both in turns in one run.
+        conditioning: beyond memory, what a sample may be given of its target: nothing (m2v), its first frame (mi2v),
+            its first five frames (mm2v).
+        steps: of the optimizer; with both experts, of the two together.
+        seed: of everything random.
+        resume: "auto" resumes from the newest checkpoint in ``output``; "never" refuses a folder that holds a run.
+        export: layouts of the finished adapter: storymem, released, diffusers, comfyui. Without an adapter the whole
+            base is written instead, as a folder ``model`` that ``model.weights.source`` loads.
+        adapter: null: no adapter; all parameters of the experts train.
+        sampler: of the sample film, as ``memory``, ``scorer``.
+    """
 
-def check_memory_weight(objective: ObjectiveSettings, memory_attention: MemoryMode) -> None:
-    """Raise ``ValueError`` for a loss on memory slots in the mode that has none."""
-    if memory_attention == "cached" and objective.memory_weight > 0:
-        raise ValueError(
-            "memory_attention=cached gives the network clean memory, on which there is nothing to predict: "
-            f"objective.memory_weight must be 0, not {objective.memory_weight:g}"
-        )
+    dataset: UserPath
+    model: ModelSettings
+    sampler: SamplerSettings
+    memory: MemorySettings
+    scorer: ScorerSettings
+    output: UserPath = "runs/memory"
+    runtime: TrainingRuntimeSettings = field(default_factory=TrainingRuntimeSettings)
+    expert: Literal["high", "low", "both"] = "both"
+    conditioning: Conditioning = "m2v"
+    steps: int = 20000
+    seed: int = 0
+    resume: Literal["auto", "never"] = "auto"
+    export: tuple[LayoutName, ...] = ("storymem",)
+    adapter: AdapterTrainingSettings | None = field(default_factory=AdapterTrainingSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    samples: SampleSettings = field(default_factory=SampleSettings)
+    log: LogSettings = field(default_factory=LogSettings)
 
+    def __post_init__(self) -> None:
+        check_bounds(self, steps=(1, MAX_STEPS), seed=(0, MAX_SEED))
+        self._validate()
 
-def refuse_generation_settings(runtime: RuntimeSettings, where: str) -> None:
-    """Raise ``ValueError`` for runtime settings of the denoising loop, which ``where`` does not have."""
-    for name in ("attention", "compile", "cache", "guidance_batch", "precision", "memory_cache", "processes_per_film"):
-        if getattr(runtime, name) != getattr(RuntimeSettings(), name):
-            raise ValueError(f"runtime.{name} is for generation; {where} does not read it")
+    @property
+    def trained(self) -> tuple[Expert, ...]:
+        """The experts of the base that train."""
+        named: dict[str, tuple[Expert, ...]] = {"high": ("high_noise",), "low": ("low_noise",)}
+        return named.get(self.expert, self.model.spec.experts)
+
+    def _validate(self) -> None:
+        """Every rule about more than one setting."""
+        if not set(self.trained) <= set(self.model.spec.experts):
+            raise ValueError(f"expert={self.expert}: {self.model.spec.name} has one expert; write expert=both")
+        if self.model.dtype == "float16":
+            raise ValueError("model.dtype=float16 overflows in training: use bfloat16 or float32")
+        if self.model.memory_attention == "cached" and self.objective.memory_weight > 0:
+            raise ValueError(
+                "model.memory_attention=cached gives the network clean memory, on which there is nothing to predict: "
+                f"objective.memory_weight must be 0, not {self.objective.memory_weight:g}"
+            )
+        if self.sampler.adapter is not None:
+            raise ValueError("sampler.adapter is for generation: the sample film uses the trained networks alone")
+        if not self.export or len(set(self.export)) < len(self.export):
+            raise ValueError("export must name one or more of storymem, released, diffusers, comfyui, each once")
+        if self.optimizer.name == "adamw_8bit" and self.parallel.strategy == "fsdp":
+            raise ValueError("optimizer.name=adamw_8bit does not support sharded parameters: use adamw with fsdp")

@@ -1,8 +1,9 @@
-"""The loop: batches in, steps of the optimizer, checkpoints; it knows no model and no method."""
+"""The training loop: batches, optimizer steps, checkpoints; it knows no model and no method."""
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
@@ -17,63 +18,55 @@ from torch import Tensor, nn
 
 from storymem.io import FileError, NotFiniteError, check_finite, replacing
 from storymem.stopping import NotedSignals, Stopped, noting_signals
-from storymem.training.checkpoints import Checkpoints, read_checkpoint
-from storymem.training.ema import MovingAverage
-from storymem.training.optimizers import build_optimizer, learning_rate, load_optimizer_state, optimizer_state
+from storymem.training.checkpoints import Checkpoint, Checkpoints
+from storymem.training.optimization import (
+    MovingAverage,
+    assign,
+    build_optimizer,
+    learning_rate,
+    load_optimizer_state,
+    optimizer_state,
+    whole,
+)
 from storymem.training.settings import OptimizerSettings
-from storymem.training.sharding import assign, whole
 
-_ADAPTER, _AVERAGE, _OPTIMIZER = "adapter", "average", "optimizer.safetensors"
+_AVERAGE, _OPTIMIZER = "average", "optimizer.safetensors"
 
 T = TypeVar("T")
+Sums = dict[str, tuple[Tensor, Tensor]]
 
 
 class NonFiniteLoss(NotFiniteError):
-    """A loss or gradient that is NaN or infinite; names the clips. No checkpoint holds what it would have done."""
-
-
-class LossesLike(Protocol):
-    """What a method says of a batch: a loss to follow down, and (sum, number) pairs to log."""
-
-    @property
-    def total(self) -> Tensor: ...
-    @property
-    def sums(self) -> dict[str, tuple[Tensor, Tensor]]: ...
-
-
-class BatchLike(Protocol):
-    """A batch that can say what it is made of."""
-
-    @property
-    def ids(self) -> tuple[str, ...]: ...
+    """A loss or gradient that is NaN or infinite; names the clips. No checkpoint contains its effect."""
 
 
 class Method(Protocol):
     """What is trained; :class:`storymem.training.method.MemoryTraining` is one."""
 
     parameters: Mapping[str, nn.Parameter]
+    saved_as: str  # the folder of the parameters in a checkpoint
 
     def network(self, step: int) -> nn.Module: ...
-    def loss(self, step: int, batch: Any) -> LossesLike: ...
+    def loss(self, step: int, batch: Any) -> Any: ...
     def save(self, tensors: Mapping[str, Tensor], folder: Path) -> None: ...
     def load(self, folder: Path) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What came of a step.
+    """Results of a step.
 
     Args:
         step: how many steps are done, this one included.
         sums: what the method logs: name -> (sum, number) over this process's samples.
-        lr: the learning rate it ran at.
+        lr: the learning rate of the step.
         grad_norm: before clipping, over all processes.
         samples: over all processes.
         seconds: wall time by part: waiting for data, forward and backward, optimizer.
     """
 
     step: int
-    sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sums: Sums = field(default_factory=dict)
     lr: float = 0.0
     grad_norm: float = 0.0
     samples: int = 0
@@ -81,10 +74,10 @@ class StepReport:
 
 
 class Callback(Protocol):
-    """Something that is done beside training: logging, validation, sampling. Called after every step.
+    """Called after every step: logging, validation, sampling.
 
     What takes long calls :meth:`Trainer.check_stop` now and then. If that stops the run, the callback is called again
-    when the run is taken up, with a report of the step alone.
+    when the run resumes, with a report of the step alone.
     """
 
     def __call__(self, trainer: Trainer, report: StepReport) -> None: ...
@@ -93,8 +86,8 @@ class Callback(Protocol):
 class Trainer:
     """Trains the parameters of a method.
 
-    Random numbers drawn inside networks (dropout) follow from ``seed``, step and process; so the place in the run is
-    the whole random state, and a run that is taken up goes on exactly as it would have gone.
+    Random numbers drawn inside networks (dropout) follow from ``seed``, step and process; so the step is the whole
+    random state, and a resumed run computes exactly what an uninterrupted one would.
 
     Args:
         method: what is trained; only its parameters get gradients and optimizer state.
@@ -106,7 +99,7 @@ class Trainer:
         seed: of the run.
         checkpoints: where they go; None: none are written.
         checkpoint_every: steps between them.
-        callbacks: called in order after each step, before its checkpoint: what a checkpoint knows of is told.
+        callbacks: called in order after each step, before its checkpoint: so they have seen all that it contains.
     """
 
     def __init__(
@@ -126,16 +119,17 @@ class Trainer:
         self.method, self.accelerator, self.steps = method, accelerator, steps
         self.parameters = dict(method.parameters)
         self.optimizer = build_optimizer(optimizer, self.parameters.values())
-        self._learning_rate = learning_rate(optimizer, steps)
         self.average = None if optimizer.ema_decay is None else MovingAverage(self.parameters, optimizer.ema_decay)
         self.step = 0
+        self.callbacks = list(callbacks)
+        self._learning_rate = learning_rate(optimizer, steps)
         self._max_grad_norm = optimizer.max_grad_norm
         self._batches, self._accumulation, self._seed = batches, accumulation, seed
         self._checkpoints, self._checkpoint_every = checkpoints, checkpoint_every
-        self.callbacks = list(callbacks)
         self._signals = NotedSignals()
         self._due: list[str] = []  # callbacks that have not been called after this step, by name
-        self._saved: tuple[int, list[str]] = (0, [])  # step and callbacks of the newest checkpoint
+        self._saved: tuple[int, list[str]] = (0, [])  # step and due callbacks of the newest checkpoint
+        accelerator.gradient_accumulation_steps = accumulation
 
     def run(self) -> None:
         """Train to the last step.
@@ -153,19 +147,18 @@ class Trainer:
                     report = self._train_step(batches)
                     self._due = [_name(callback) for callback in self.callbacks]
                     self._call_back(report)
-                    due = self.step % self._checkpoint_every == 0 or self.step == self.steps
-                    if due and self._checkpoints is not None:
-                        self.save(self._checkpoints)
+                    if self.step % self._checkpoint_every == 0 or self.step == self.steps:
+                        self._save_if_new()
             except Stopped:
-                self._keep()
+                self._save_if_new()
                 raise
 
     def check_stop(self) -> None:
-        """Raise ``Stopped`` at all processes if any has received a signal; all must come here."""
+        """Raise ``Stopped`` at all processes if any has received a signal; all must call this together."""
         self._agree(None)
 
     def together(self, read: Callable[[], T]) -> T:
-        """What ``read`` returns, if it does at all processes, which must all come here; it is left on a signal.
+        """The result of ``read``, if it succeeds at all processes, which must call this together; a signal ends it.
 
         Raises:
             ValueError, OSError: at all processes what ``read`` raised at one.
@@ -188,8 +181,49 @@ class Trainer:
         return nullcontext() if self.average is None else self.average.in_place()
 
     def whole_parameters(self) -> dict[str, Tensor]:
-        """All parameters, gathered from all processes, on the CPU; every process must ask at the same time."""
+        """All parameters, gathered from all processes, on the CPU; all must call this together."""
         return {name: whole(parameter.detach()).cpu().clone() for name, parameter in self.parameters.items()}
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Write a checkpoint; all processes must call this together.
+
+        Raises:
+            NotFiniteError: before anything is written, if it has NaN or infinity.
+            FileError: if it cannot be written; older checkpoints stay.
+        """
+        parameters = self.whole_parameters()
+        with self.averaged():
+            average = None if self.average is None else self.whole_parameters()
+        tensors, numbers = optimizer_state(self.optimizer, self.parameters)
+        for saved in (parameters, average or {}, tensors):
+            self.check_finite(saved)
+        updates = None if self.average is None else self.average.updates
+        state = {"optimizer": numbers, "average_updates": updates, "due": self._due}
+        if self.accelerator.is_main_process:
+            with checkpoints.writing(self.step, state) as folder:
+                self.method.save(parameters, folder / self.method.saved_as)
+                if average is not None:
+                    self.method.save(average, folder / _AVERAGE)
+                with replacing(folder / _OPTIMIZER) as partial:
+                    save_file(tensors, partial)
+        self._saved = (self.step, list(self._due))
+        self.accelerator.wait_for_everyone()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Resume from a checkpoint, also on another number of processes."""
+        for name, tensor in self.method.load(checkpoint.path / self.method.saved_as).items():
+            assign(self.parameters[name], tensor)
+        tensors = load_file(checkpoint.path / _OPTIMIZER)
+        load_optimizer_state(self.optimizer, self.parameters, tensors, checkpoint.state["optimizer"])
+        if self.average is not None:
+            self.average.load(self.method.load(checkpoint.path / _AVERAGE), checkpoint.state["average_updates"])
+        self.step, self._due = checkpoint.step, list(checkpoint.state["due"])
+        self._saved = (self.step, list(self._due))
+
+    def check_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ``NotFiniteError`` before NaN or infinity of this or an earlier step is written anywhere."""
+        for name, tensor in tensors.items():
+            check_finite(tensor, f"after step {self.step}, {name}", "nothing of it was saved. " + self._advice())
 
     def _call_back(self, report: StepReport) -> None:
         for callback in self.callbacks:
@@ -198,45 +232,43 @@ class Trainer:
             try:
                 callback(self, report)
             except (ValueError, OSError):
-                if self.accelerator.num_processes == 1:  # several may not all come here
-                    self._keep()
+                if self.accelerator.num_processes == 1:  # others may not have failed, and would not save with us
+                    self._save_if_new()
                 raise
             self._due.remove(_name(callback))
 
     def _train_step(self, batches: Iterator[Any]) -> StepReport:
-        clock, seconds = time.perf_counter(), {"data": 0.0, "forward_backward": 0.0, "optimizer": 0.0}
-
-        def lap(part: str) -> None:
-            nonlocal clock
-            now = time.perf_counter()
-            seconds[part] += now - clock
-            clock = now
-
+        timer = _Timer()
         network = self.method.network(self.step)
         _seed_dropout(self._seed, self.step, self.accelerator.process_index)
-        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        sums: Sums = {}
         ids: list[str] = []
         loss = torch.zeros((), device=self.accelerator.device)
-        samples = 0
-        lap("optimizer")
-        for number in range(self._accumulation):
+        self.accelerator.step = 0  # of the accumulated batches
+        timer.lap("optimizer")
+        for _ in range(self._accumulation):
             batch = self._next(batches)
-            lap("data")
-            last = number == self._accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(network):
+            timer.lap("data")
+            with self.accelerator.accumulate(network):
                 losses = self.method.loss(self.step, batch)
-                self.accelerator.backward(losses.total / self._accumulation)
-            loss += losses.total.detach()
-            ids, samples = [*ids, *batch.ids], samples + len(batch.ids)
+                self.accelerator.backward(losses.total)  # divided by the number of batches
+            loss += losses.total.detach() / self._accumulation
+            ids += batch.ids
             _add(sums, losses.sums)
-            lap("forward_backward")
+            timer.lap("forward_backward")
         norm = self._clip()
-        self._check_finite(loss, norm, ids)  # waits for the device, so forward and backward end here
-        lap("forward_backward")
+        self._check_loss(loss, norm, ids)  # waits for the device, so forward and backward end here
+        timer.lap("forward_backward")
         lr = self._apply()
-        lap("optimizer")
-        samples *= self.accelerator.num_processes
-        return StepReport(step=self.step, sums=sums, lr=lr, grad_norm=norm.item(), samples=samples, seconds=seconds)
+        timer.lap("optimizer")
+        return StepReport(
+            step=self.step,
+            sums=sums,
+            lr=lr,
+            grad_norm=norm.item(),
+            samples=len(ids) * self.accelerator.num_processes,
+            seconds=dict(timer.seconds),
+        )
 
     def _next(self, batches: Iterator[Any]) -> Any:
         def read() -> Any:
@@ -248,26 +280,24 @@ class Trainer:
         try:
             return self.together(read)
         except (ValueError, OSError):
-            self._keep()
+            self._save_if_new()
             raise
 
-    def _keep(self) -> None:
-        """Save what the steps so far have learnt, if it is not; every process must come here."""
+    def _save_if_new(self) -> None:
+        """Save the last whole step unless it is saved; all processes must call this together."""
         if self._checkpoints is not None and (self.step, self._due) != self._saved:
             self.save(self._checkpoints)
 
     def _agree(self, failed: Exception | None) -> None:
-        """Raise at all processes what one of them has to say: an error, or ``Stopped`` for a signal."""
+        """Raise at all processes the error of one of them, or ``Stopped`` for its signal."""
         signal = self._signals.number
         if self.accelerator.num_processes > 1:
             flags = torch.tensor([[float(failed is not None), float(signal)]], device=self.accelerator.device)
-            together = self.accelerator.gather(flags).view(-1, 2).amax(dim=0)
-            signal = int(together[1])
-            if together[0] and failed is None:
-                told = gather_object([None])
-                failed = FileError(next(message for message in told if message is not None))
-            elif failed is not None:
-                gather_object([str(failed)])
+            any_failed, signals = self.accelerator.gather(flags).view(-1, 2).amax(dim=0).tolist()
+            signal = int(signals)
+            if any_failed:
+                messages = gather_object([None if failed is None else str(failed)])
+                failed = failed or FileError(next(message for message in messages if message is not None))
         if failed is not None:
             raise failed
         if signal:
@@ -275,37 +305,36 @@ class Trainer:
 
     def _clip(self) -> Tensor:
         """Clip the gradients and return their norm before it, over all processes."""
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        trained = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
         if self._max_grad_norm is not None:
-            with_gradient = [p for p in self.parameters.values() if p.grad is not None]
-            nn.utils.clip_grads_with_norm_(with_gradient, self._max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, norm)
         return whole(norm)
 
-    def _check_finite(self, loss: Tensor, norm: Tensor, ids: list[str]) -> None:
-        """Raise ``NonFiniteLoss`` at all processes if one has lost its numbers."""
+    def _check_loss(self, loss: Tensor, norm: Tensor, ids: list[str]) -> None:
+        """Raise ``NonFiniteLoss`` at all processes if one has NaN or infinity."""
         bad = not bool(loss.isfinite())
         flag = torch.tensor([float(bad or not bool(norm.isfinite()))], device=self.accelerator.device)
         if not self.accelerator.gather(flag).any():
             return
-        told = gather_object([(bad, loss.item() / self._accumulation, ids)])
-        guilty = [entry for entry in told if entry[0]] or told
-        what = f"the loss is {guilty[0][1]}" if guilty[0][0] else f"the norm of the gradients is {norm.item()}"
-        clips = ", ".join(id for _, _, those in guilty for id in those)
+        reports = gather_object([(bad, loss.item(), ids)])
+        causes = [report for report in reports if report[0]] or reports
+        what = f"the loss is {causes[0][1]}" if causes[0][0] else f"the norm of the gradients is {norm.item()}"
+        clips = ", ".join(id for _, _, of_process in causes for id in of_process)
         raise NonFiniteLoss(
             f"step {self.step + 1}: {what}; the clips of this batch are {clips}. Nothing of this step was saved. "
-            + self._cure()
+            + self._advice()
         )
 
-    def _cure(self) -> str:
-        """What to do about numbers that were lost."""
+    def _advice(self) -> str:
+        """What to do about NaN and infinity."""
         lower = f"optimizer.lr={self._learning_rate(self.step) / 4:.2g}"
         if self.step == 0:
-            return f"No step was done yet: look at the base model's weights and at these clips, or start with {lower}"
+            return f"No step was done yet: check the base model's weights and these clips, or start with {lower}"
         return (
-            f"If the learning rate is too high, the same command with {lower} goes on from the last checkpoint; if "
-            "that does not help, begin again with it in another output. If a clip has values out of all proportion, "
-            "prepare the data without it"
+            f"If the learning rate is too high, the same command with {lower} resumes from the last checkpoint; if "
+            "that does not help, start again with it in another output. If a clip has extreme values, prepare the data "
+            "without it"
         )
 
     def _apply(self) -> float:
@@ -321,58 +350,25 @@ class Trainer:
             self.average.update(changed)
         return lr
 
-    def save(self, checkpoints: Checkpoints) -> None:
-        """Write a checkpoint of this moment; every process must come here.
 
-        Raises:
-            NotFiniteError: before anything is written, if a number of it is NaN or infinite.
-            FileError: if it cannot be written; older checkpoints stay.
-        """
-        parameters = self.whole_parameters()
-        with self.averaged():
-            average = None if self.average is None else self.whole_parameters()
-        tensors, numbers = optimizer_state(self.optimizer, self.parameters)
-        for kept in (parameters, average or {}, tensors):
-            self.check_finite(kept)
-        state = {
-            "optimizer": numbers,
-            "average_updates": None if self.average is None else self.average.updates,
-            "due": self._due,
-        }
-        if self.accelerator.is_main_process:
-            with checkpoints.writing(self.step, state) as folder:
-                self.method.save(parameters, folder / _ADAPTER)
-                if average is not None:
-                    self.method.save(average, folder / _AVERAGE)
-                with replacing(folder / _OPTIMIZER) as partial:
-                    save_file(tensors, partial)
-        self._saved = (self.step, list(self._due))
-        self.accelerator.wait_for_everyone()
+class _Timer:
+    """Wall time by part of a step."""
 
-    def check_finite(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise ``NotFiniteError`` before numbers that were lost in this or an earlier step are written anywhere."""
-        for name, tensor in tensors.items():
-            check_finite(tensor, f"after step {self.step}, {name}", "nothing of it was saved. " + self._cure())
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._clock = time.perf_counter()
 
-    def load(self, folder: Path) -> None:
-        """Go on from a checkpoint, also on another number of processes."""
-        checkpoint = read_checkpoint(folder)
-        for name, tensor in self.method.load(folder / _ADAPTER).items():
-            assign(self.parameters[name], tensor)
-        load_optimizer_state(
-            self.optimizer, self.parameters, load_file(folder / _OPTIMIZER), checkpoint.state["optimizer"]
-        )
-        if self.average is not None:
-            self.average.load(self.method.load(folder / _AVERAGE), checkpoint.state["average_updates"])
-        self.step, self._due = checkpoint.step, list(checkpoint.state["due"])
-        self._saved = (self.step, list(self._due))
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] += now - self._clock
+        self._clock = now
 
 
 def _name(callback: Callback) -> str:
     return type(callback).__name__
 
 
-def _add(sums: dict[str, tuple[Tensor, Tensor]], more: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _add(sums: Sums, more: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     for name, (total, count) in more.items():
         before = sums.get(name)
         sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)

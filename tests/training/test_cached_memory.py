@@ -14,7 +14,7 @@ from storymem.config import ConfigError, build_settings
 from storymem.training.dataset import Batch
 from storymem.training.experts import adapter_parameters, add_adapter
 from storymem.training.objective import MemoryObjective, noise_level
-from storymem.training.run_settings import TrainSettings
+from storymem.training.settings import TrainSettings
 from storymem.training.settings import ObjectiveSettings
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.loading import load_pipeline

@@ -21,7 +21,7 @@ from storymem.io import FileError, NotFiniteError
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.run import Run, check_run_folder, train
 from storymem.training.run_log import RunLog, read_metrics
-from storymem.training.run_settings import TrainSettings
+from storymem.training.settings import TrainSettings
 from storymem.training.settings import LogSettings
 from storymem.training.trainer import StepReport, Trainer
 from tests.training.tiny import ADAPTER, BATCH, MemoryLatents, config, latents, run

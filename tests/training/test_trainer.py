@@ -24,7 +24,7 @@ from storymem.training.experts import add_adapter, check_only_adapters_train, ch
 from storymem.training.optimizers import check_optimizer
 from storymem.training.run import check_masks, check_run_folder, check_sizes
 from storymem.training.run_log import read_metrics
-from storymem.training.run_settings import TrainSettings
+from storymem.training.settings import TrainSettings
 from storymem.training.settings import OptimizerSettings, ParallelSettings
 from storymem.training.trainer import StepReport, Trainer
 from tests import stories

@@ -17,8 +17,8 @@ from storymem.training.dataset import Split, train_batches, train_planner
 from storymem.training.experts import Experts, adapter_info, add_adapter, make_accelerator
 from storymem.training.method import MemoryTraining
 from storymem.training.objective import MemoryObjective
-from storymem.training.run import Run
-from storymem.training.run_settings import TrainSettings
+from storymem.training.session import Run
+from storymem.training.settings import TrainSettings
 from storymem.training.settings import (
     AdapterTrainingSettings,
     BatchSettings,

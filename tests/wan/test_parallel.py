@@ -10,7 +10,7 @@ import torch
 from storymem.config import ConfigError, build_settings
 from storymem.data.settings import PrepareSettings
 from storymem.film.generate import build_storyteller
-from storymem.training.run_settings import TrainSettings
+from storymem.training.settings import TrainSettings
 from storymem.wan.loading import load_pipeline
 from storymem.wan.parallel import can_share_tokens
 from storymem.wan.runtime import check_runtime

@@ -1,4 +1,4 @@
-"""A fixed story told while its adapter is trained: how far the adapter is, in pictures and in one number."""
+"""A film of a fixed story, generated while training: progress in images, and in one number."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ from storymem.media.video import probe, read_video
 from storymem.scorers.scorer import as_images
 from storymem.story import Story, load_story
 from storymem.training.experts import Experts
-from storymem.training.objective import ExpertName
-from storymem.training.run_settings import CONTINUITY, TrainSettings
+from storymem.training.settings import CONTINUITY, TrainSettings
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.settings import RuntimeSettings
 from storymem.wan.shots import WanShotGenerator
-from storymem.wan.spec import COMPONENTS
+from storymem.wan.spec import COMPONENTS, Expert
 
 if TYPE_CHECKING:
     from storymem.training.run_log import RunLog
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class TrainedShots(WanShotGenerator):
-    """Makes shots with the experts that are being trained, where they lie."""
+    """Generates shots with the experts that are being trained, where they lie."""
 
     experts: Experts
 
@@ -58,20 +57,20 @@ class TrainedShots(WanShotGenerator):
         )
 
     def release(self) -> None:
-        """Forget the pipeline, and with it the VAE; encoded texts stay."""
+        """Drop the pipeline, and with it the VAE; encoded texts stay."""
         self._pipe = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rehearsal:
-    """Callback that tells a story every so many steps and after the last.
+class SampleFilm:
+    """Callback that generates a film every so many steps and after the last.
 
-    All processes tell it, since sharded experts only run together; the main process's film is kept, in
-    ``samples/step_00000500`` of the run's folder, with a contact sheet ``step_00000500.png`` beside it.
+    All processes generate it, since sharded experts only run together; the main process writes it to
+    ``samples/step_00000500`` in the run's folder, with a contact sheet ``step_00000500.png`` beside it.
 
     Args:
         story: always the same.
-        teller: its generator is a :class:`TrainedShots`.
+        storyteller: its generator is a :class:`TrainedShots`.
         folder: of the run.
         every: steps between films.
         frames_per_shot: of the contact sheet.
@@ -79,7 +78,7 @@ class Rehearsal:
     """
 
     story: Story
-    teller: Storyteller
+    storyteller: Storyteller
     folder: Path
     every: int
     frames_per_shot: int
@@ -87,14 +86,9 @@ class Rehearsal:
 
     @classmethod
     def build(
-        cls,
-        settings: TrainSettings,
-        config: Mapping[str, Any],
-        log: RunLog | None,
-        *,
-        device: torch.device,
-    ) -> Rehearsal:
-        """With the story's texts encoded already, so that the text encoder need never lie beside the experts."""
+        cls, settings: TrainSettings, config: Mapping[str, Any], log: RunLog | None, *, device: torch.device
+    ) -> SampleFilm:
+        """With the story's texts encoded, so that the text encoder is never loaded together with the experts."""
         samples = settings.samples
         assert samples.story is not None
         generate = GenerateSettings(
@@ -114,49 +108,45 @@ class Rehearsal:
             runtime=generate.runtime,
             continuity=generate.continuity,
         )
-        teller = replace(build_storyteller(generate, config), generator=generator)
         story = load_story(samples.story)
         generator.prepare([s.prompt for s in story.shots], [s.negative_prompt for s in story.shots])
         return cls(
             story=story,
-            teller=teller,
+            storyteller=replace(build_storyteller(generate, config), generator=generator),
             folder=Path(settings.output) / "samples",
             every=samples.every,
             frames_per_shot=samples.frames_per_shot,
             log=log,
         )
 
-    def use(self, experts: Experts) -> None:
-        """Tell which experts make the shots."""
-        assert isinstance(self.teller.generator, TrainedShots)
-        self.teller.generator.experts = experts
+    @property
+    def generator(self) -> TrainedShots:
+        """Generates the shots; its ``experts`` must be set before the first film."""
+        assert isinstance(self.storyteller.generator, TrainedShots)
+        return self.storyteller.generator
 
     def __call__(self, trainer: Trainer, report: StepReport) -> None:
         if report.step % self.every and report.step != trainer.steps:
             return
-        assert isinstance(self.teller.generator, TrainedShots)
-        experts = self.teller.generator.experts
         name = f"step_{report.step:08d}"
-        with tempfile.TemporaryDirectory() as elsewhere, trainer.averaged(), _on_demand(experts):
+        with tempfile.TemporaryDirectory() as elsewhere, trainer.averaged(), _on_demand(self.generator.experts):
             folder = (self.folder if self.log else Path(elsewhere)) / name
-            # A film may be there of a run that was killed before its checkpoint, or of other settings.
+            # A run that was killed before its checkpoint, or had other settings, may have left a film.
             resume = "from_shot:1" if Film.exists(folder) else "auto"
-            film = self.teller.tell(self.story, folder, resume=resume, progress=_Stoppable(trainer))
+            film = self.storyteller.tell(self.story, folder, resume=resume, progress=_Stoppable(trainer))
             if self.log is not None:
+                frames = _evenly(film, self.frames_per_shot)
                 sheet = self.folder / f"{name}.png"
-                write_image(sheet, contact_sheet(film, self.frames_per_shot))
-                self.log.row(report.step, {"cross_shot": self._cross_shot(film)})
-                self.log.picture(report.step, "samples", sheet)
-        self.teller.generator.release()
-
-    def _cross_shot(self, film: Film) -> float | None:
-        return cross_shot_score(
-            [self.teller.embedder.embed_images(as_images(frames)) for frames in _evenly(film, self.frames_per_shot)]
-        )
+                write_image(sheet, np.concatenate([np.concatenate(list(shot), axis=1) for shot in frames]))
+                embedder = self.storyteller.embedder
+                score = cross_shot_score([embedder.embed_images(as_images(shot)) for shot in frames])
+                self.log.row(report.step, {"cross_shot": score})
+                self.log.image(report.step, "samples", sheet)
+        self.generator.release()
 
 
 class _Stoppable(Progress):
-    """Says nothing, and lets a signal stop the run between two denoising steps."""
+    """Prints nothing, and lets a signal stop the run between two denoising steps."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(enabled=False)
@@ -175,18 +165,12 @@ def cross_shot_score(embeddings: list[torch.Tensor]) -> float | None:
     if len(embeddings) < 2:
         return None
     shots = torch.stack([F.normalize(frames.mean(dim=0), dim=0) for frames in embeddings])
-    cosines = shots @ shots.T
     above = torch.triu_indices(len(shots), len(shots), offset=1)
-    return cosines[above[0], above[1]].mean().item()
-
-
-def contact_sheet(film: Film, frames_per_shot: int) -> np.ndarray:
-    """A row per shot with frames spread evenly over it: uint8 [shots * H, frames_per_shot * W, 3]."""
-    return np.concatenate([np.concatenate(list(frames), axis=1) for frames in _evenly(film, frames_per_shot)])
+    return (shots @ shots.T)[above[0], above[1]].mean().item()
 
 
 def _evenly(film: Film, count: int) -> list[np.ndarray]:
-    """``count`` frames of each shot, the first and the last among them; a frame may come twice."""
+    """``count`` frames of each shot, the first and the last among them; a frame may be repeated."""
     shots = []
     for shot in film.shots:
         path = film.folder / shot.file
@@ -197,15 +181,15 @@ def _evenly(film: Film, count: int) -> list[np.ndarray]:
 
 @contextmanager
 def _on_demand(experts: Experts) -> Iterator[None]:
-    """Inside the block each expert comes to the accelerator when it is called, and computes without dropout."""
+    """Inside the block each expert moves to the accelerator when it is called, and runs without dropout."""
 
-    def bringing(name: ExpertName) -> Callable[..., None]:
+    def moving(name: Expert) -> Callable[..., None]:
         return lambda *_: experts.activate(name)
 
     handles = []
     for name, transformer in experts.transformers.items():
         transformer.eval()
-        handles.append(transformer.register_forward_pre_hook(bringing(name)))
+        handles.append(transformer.register_forward_pre_hook(moving(name)))
     try:
         yield
     finally:

@@ -1,0 +1,106 @@
+"""Composing configurations: the defaults of the settings classes as Hydra knows them, and their reference.
+
+A default stands in its class alone: ``defaults: [settings/train, ...]`` in ``configs/train.yaml`` begins with those of
+``TrainSettings``, and the file holds what differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import textwrap
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import cache
+from pkgutil import resolve_name
+from typing import Any
+
+from storymem.config import CONFIGS
+
+_MISSING = "???"
+
+
+@cache
+def register_defaults() -> None:
+    """Make ``settings/<name>`` available in the defaults lists of ``configs/<name>.yaml``."""
+    from hydra.core.config_store import ConfigStore
+
+    from storymem.commands.cli import COMMANDS
+
+    for command in COMMANDS.values():
+        if command.config is not None:
+            node = defaults_of(resolve_name(command.settings))
+            ConfigStore.instance().store(group="settings", name=command.config, node=node, package="_global_")
+
+
+def composed(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """``configs/<name>.yaml`` with overrides, as plain containers; inside a run of Hydra too."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    register_defaults()
+    running = GlobalHydra.instance().is_initialized()
+    with nullcontext() if running else initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose(name, overrides=list(overrides))
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def defaults_of(settings: type) -> dict[str, Any]:
+    """The defaults of a settings class as plain containers; what must be given is ``???``."""
+    hints = typing.get_type_hints(settings)
+    return {field.name: _default(field, hints[field.name]) for field in dataclasses.fields(settings)}
+
+
+def _default(field: dataclasses.Field[Any], annotation: Any) -> Any:
+    if field.default is not dataclasses.MISSING:
+        value = field.default
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    else:
+        is_class = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+        return defaults_of(annotation) if is_class else _MISSING
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: _plain(entry) for name, entry in vars(value).items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def reference(settings: type) -> str:
+    """Every key of a settings class with its default and its docstring, for ``--help``."""
+    lines = _described(settings, defaults_of(settings), "")
+    return "\n".join(["Keys (write key.subkey=value); the chosen files of the groups may set other defaults", *lines])
+
+
+def _described(settings: type, defaults: dict[str, Any], path: str) -> Iterator[str]:
+    hints, texts = typing.get_type_hints(settings), _arguments(settings)
+    for name in sorted(defaults, key=lambda name: isinstance(defaults[name], dict)):  # those of nodes last
+        value, kinds = defaults[name], (hints[name], *typing.get_args(hints[name]))
+        nested: list[Any] = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        if nested and isinstance(value, dict):
+            yield f"\n{path}{name}: {(nested[0].__doc__ or '').strip().splitlines()[0]}"
+            yield from _described(nested[0], value, f"{path}{name}.")
+            continue
+        given = "" if value == _MISSING else f" (default: {_shown(value)})"
+        text = textwrap.wrap(f"{texts.get(name, '')}{given}".strip(), width=104, break_long_words=False)
+        yield f"  {path}{name}"
+        yield from (f"      {line}" for line in text)
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return "[" + ", ".join(map(_shown, value)) + "]" if isinstance(value, list) else str(value)
+
+
+def _arguments(settings: type) -> dict[str, str]:
+    """The entries of a docstring's ``Args:``; ``a, b: text`` is for both."""
+    _, _, section = (settings.__doc__ or "").partition("Args:\n")
+    found: dict[str, str] = {}
+    for names, text in re.findall(r"^ {8}([\w, ]+): (.*(?:\n {12}.*)*)", section, re.MULTILINE):
+        found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found
