@@ -41,7 +41,7 @@ from storymem.wan.spec import experts_of
 from tests import stories
 from tests.damage import damage, kinds_for
 from tests.training import tiny as runs
-from tests.training.drawn_clips import scene, video
+from tests.data.drawn_clips import scene, video
 from tests.wan import tiny
 from tests.wan.test_gguf import gguf_file
 
@@ -230,7 +230,7 @@ def digest(tensors: dict[str, Tensor]) -> dict[str, bytes]:
 
 def make_set(folder: Path) -> None:
     from storymem.data.prepare import prepare
-    from tests.training.preparing import config
+    from tests.data.preparing import config
 
     for number in range(4):
         video(folder / "videos" / f"clip{number}.mp4", scene(number, 12), caption=f"Tiles {number % 3}.")
@@ -238,7 +238,7 @@ def make_set(folder: Path) -> None:
 
 
 def use_set(folder: Path, _: Any) -> Any:
-    from tests.training.preparing import contents
+    from tests.data.preparing import contents
 
     found = contents(LatentCache.open(folder / "set"))
     return {name: digest_of(value) for name, value in found.items()}
@@ -252,7 +252,7 @@ def digest_of(value: Any) -> Any:
 
 def use_prepare(folder: Path, _: Any) -> Any:
     from storymem.data.prepare import prepare
-    from tests.training.preparing import config
+    from tests.data.preparing import config
 
     prepare(config(folder, "cache.shard_mb=0.001"))
     return use_set(folder, None)

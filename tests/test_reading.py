@@ -27,8 +27,8 @@ from tests.encoding import (
     turned,
     yuv_frame,
 )
-from tests.training.drawn_clips import counted, number_of, scene
-from tests.training.preparing import config
+from tests.data.drawn_clips import counted, number_of, scene
+from tests.data.preparing import config
 
 BT601 = {"colorspace": 6, "color_range": 1, "color_primaries": 6, "color_trc": 6}
 BT709 = {"colorspace": 1, "color_range": 1, "color_primaries": 1, "color_trc": 1}
@@ -196,9 +196,9 @@ def test_clips_of_a_late_recording_lie_where_its_cuts_are(tmp_path: Path, capsys
     path = late_recording(tmp_path / "videos" / "late.ts", frames, keyframe=10, lost=4)
     path.with_stem("whole").unlink()
     path.with_suffix(".txt").write_text("Two scenes.")
-    journal = tmp_path / "set" / "journal"
+    manifest = tmp_path / "set" / "manifest"
     prepare(config(tmp_path, "steps=[split,check]", "split.splitter=scenedetect"))
-    (record,) = [line for file in journal.glob("split*") for line in file.read_text().splitlines()]
+    (record,) = [line for file in manifest.glob("split*") for line in file.read_text().splitlines()]
     assert '"shots": [[0.0, 3.0], [3.0, 6.75]]' in record
     assert "1 late start" in capsys.readouterr().err
 
@@ -209,8 +209,8 @@ def test_no_clip_holds_one_frame_over_a_lost_piece(tmp_path: Path) -> None:
     encode(tmp_path / "videos" / "a.mkv", scene(3, 28), stamps=stamps)
     (tmp_path / "videos" / "a.txt").write_text("A lost piece.")
     prepare(config(tmp_path, "steps=[split,check]"))
-    (journal,) = (tmp_path / "set" / "journal").glob("split*")
-    assert '"shots": [[0.0, 1.75], [3.75, 5.5]]' in journal.read_text()
+    (manifest,) = (tmp_path / "set" / "manifest").glob("split*")
+    assert '"shots": [[0.0, 1.75], [3.75, 5.5]]' in manifest.read_text()
 
 
 def test_recordings_put_one_after_the_other_are_read_whole(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_clips_from_a_phone_lie_upright_in_a_training_set(tmp_path: Path, capsys
     turned(encode(tmp_path / "videos" / "phone.mp4", moving), 0, 1, -1, 0)
     (tmp_path / "videos" / "phone.txt").write_text("A phone.")
     prepare(config(tmp_path, "steps=[split,check]"))
-    (record,) = (tmp_path / "set" / "journal").glob("split*")
+    (record,) = (tmp_path / "set" / "manifest").glob("split*")
     assert '"height": 96, "width": 48' in record.read_text()
     assert "1 rotated" in capsys.readouterr().err
 

@@ -351,6 +351,6 @@ def find_masks(folder: Path, videos: VideoFolder) -> dict[str, Path]:
         if len(found) > 1:
             raise ValueError(f"{folder / mask} belongs to {found[0]} and {found[1]}: give it the suffix of its video")
         if found[0] in files:
-            raise ValueError(f"{folder / mask} and {files[found[0]]} belong to {found[0]}: remove one of them")
+            raise ValueError(f"{folder / mask} and {files[found[0]].name} belong to {found[0]}: remove one of them")
         files[found[0]] = folder / mask
     return files

@@ -11,14 +11,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
 import storymem.training.callbacks
 import storymem.wan.loading  # noqa: F401  once here, and not in every process that is forked
-from storymem.commands.cli import CONFIGS
+from storymem.commands.configuration import composed
 from storymem.data.prepare import prepare
-from tests.training.drawn_clips import FRAMES, HEIGHT, WIDTH, scene, video
+from tests.data.drawn_clips import FRAMES, HEIGHT, WIDTH, scene, video
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 SMALL = (
@@ -51,9 +48,7 @@ def prepare_set(folder: Path) -> None:
         f"data.buckets=[{{frames:{FRAMES},height:{HEIGHT},width:{WIDTH}}}]",
         *("group.within=folder", "group.similarity=-1", "group.near_duplicate=0.999999", "group.valid_fraction=0.3"),
     ]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("prepare_data", overrides)
-    prepare(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    prepare(composed("prepare_data", overrides))
 
 
 class Command:

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from storymem.stopping import Stopped
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.experts import make_accelerator
+from storymem.training.optimization import whole
 from storymem.training.settings import ParallelSettings
-from storymem.training.sharding import whole
 from storymem.training.trainer import StepReport, Trainer
 from tests.forking import fork
 from tests.training.tiny import ADAPTER, BATCH, CPU, OPTIMIZER, MemoryLatents, latents, method, run, trainer

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from storymem.training.checkpoints import Checkpoints
+from storymem.training.checkpoints import Checkpoint, Checkpoints
 from storymem.training.experts import make_accelerator
 from storymem.training.run_log import read_metrics
 from storymem.training.settings import ParallelSettings
@@ -68,7 +68,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(folder: Path, strategy: st
     of = method("high_noise", "low_noise", adapter=processes.PLAIN)
     training = trainer(of, batch=replace(BATCH, size=4), optimizer=processes.AVERAGED, steps=processes.STEPS)
     checkpoints = Checkpoints(folder / strategy, keep=2)
-    training.load(checkpoints.path(2))
+    training.load(Checkpoint.read(checkpoints.path(2)))
     assert training.step == 2
     training.run()
     for name, tensor in load_file(folder / f"trained_{strategy}_0.safetensors").items():

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from storymem.data.cache import LatentCache
-from storymem.data.sealed import read_sealed, write_sealed
+from storymem.data.manifest import read_checked, write_checked
 from storymem.io import FileError, hash_file
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.method import MemoryTraining
@@ -55,11 +55,17 @@ def whole(training_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def clip_shard(folder: Path) -> Path:
+    """The shard with the clips' latents."""
+    shards = folder.rglob("shard-*.safetensors")
+    return next(path for path in shards if any(name.endswith("/video") for name in load_file(path)))
+
+
 def damaged(training_set: Path, folder: Path) -> tuple[Path, Path]:
     """A copy of a training set with one byte of its clips changed, and the file in question."""
     copy = folder / "set"
     shutil.copytree(training_set, copy)
-    (shard,) = copy.rglob("clips-*.safetensors")
+    shard = clip_shard(copy)
     content = bytearray(shard.read_bytes())
     content[-5] ^= 255
     shard.write_bytes(content)
@@ -74,7 +80,7 @@ def spoilt_from(call: int) -> Callable[[], None]:
         nonlocal count
         count += 1
         if count >= call:
-            raise FileError("clips-w000-00000.safetensors is damaged")
+            raise FileError("shard-w000-00000.safetensors is damaged")
         return true(self, index)
 
     return lambda: setattr(LatentCache, "video", video)
@@ -83,7 +89,7 @@ def spoilt_from(call: int) -> Callable[[], None]:
 def test_an_error_of_a_reader_costs_no_step(training_set: Path, whole: Path, tmp_path: Path) -> None:
     arguments = (f"dataset={training_set}", f"output={tmp_path / 'run'}", "batch.workers=1")
     status, said = train(*arguments, folder=tmp_path, before=spoilt_from(11))
-    assert (status, "clips-w000-00000.safetensors is damaged" in said) == (2, True), said
+    assert (status, "shard-w000-00000.safetensors is damaged" in said) == (2, True), said
     assert Checkpoints(tmp_path / "run" / "checkpoints", keep=2).steps() == [3, 5]
     assert train(*arguments, folder=tmp_path)[0] == 0
     same(tmp_path / "run", whole)
@@ -317,16 +323,14 @@ def test_files_obey_the_umask(whole: Path) -> None:
 
 
 def poison(folder: Path) -> None:
-    """Put a NaN into a clip's latents, with all that says what was written changed to fit."""
-    (shard,) = folder.rglob("clips-*.safetensors")
+    """Put a NaN into a clip's latents, and the recorded size and hash with it."""
+    shard = clip_shard(folder)
     tensors = {key: tensor.clone() for key, tensor in load_file(shard).items()}
     next(tensor for key, tensor in tensors.items() if key.endswith("/video"))[0, 0, 0, 0] = float("nan")
     save_file(tensors, shard)
-    written = {"bytes": shard.stat().st_size, "mtime_ns": shard.stat().st_mtime_ns, "sha256": hash_file(shard)}
-    write_sealed(shard.with_suffix(".json"), {**read_sealed(shard.with_suffix(".json")), **written})
-    cache = read_sealed(shard.with_name("cache.json"))
-    cache["shards"][shard.stem] = written["sha256"]
-    write_sealed(shard.with_name("cache.json"), cache)
+    cache = read_checked(shard.with_name("cache.json"))
+    cache["shards"][shard.stem] = [shard.stat().st_size, hash_file(shard)]
+    write_checked(shard.with_name("cache.json"), cache)
 
 
 def test_the_advice_about_a_clip_with_nan_works(training_set: Path, whole: Path, tmp_path: Path) -> None:

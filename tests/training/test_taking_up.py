@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from storymem.config import build_settings
 from storymem.io import FileError, NotFiniteError
 from storymem.training.checkpoints import Checkpoints
-from storymem.training.run import Run, check_run_folder, train
+from storymem.training.resume import check_run_folder
+from storymem.training.run import train
 from storymem.training.run_log import RunLog, read_metrics
-from storymem.training.settings import TrainSettings
-from storymem.training.settings import LogSettings
+from storymem.training.session import Run
+from storymem.training.settings import LogSettings, TrainSettings
 from storymem.training.trainer import StepReport, Trainer
 from tests.training.tiny import ADAPTER, BATCH, MemoryLatents, config, latents, run
 
@@ -89,8 +90,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     DAMAGES[damage](folder / "checkpoints" / "step_00000006" / file)
     finished(folder, steps=8, checkpoint={"every": 2, "keep": 2})
     said = capsys.readouterr().err
-    assert re.search(r"step_00000006 is damaged .* is passed over: \S*step_00000006/", said), said
-    assert "going on after step 4" in said
+    assert re.search(r"step_00000006 is damaged .* is skipped: \S*step_00000006/", said), said
+    assert "resuming after step 4" in said
     assert equal(folder, whole)
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     assert checkpoints.steps()[-2:] == [6, 8]
@@ -117,7 +118,7 @@ def test_damaged_settings_are_written_again(begun: Path, tmp_path: Path, capsys:
     assert yaml.safe_load((folder / "config.yaml").read_text())["expert"] == "high"
     shutil.rmtree(folder / "checkpoints")
     (folder / "config.yaml").write_text("")
-    with pytest.raises(FileError, match=r"No checkpoint says what was trained in .*: choose another output"):
+    with pytest.raises(FileError, match=r"there is no checkpoint of a run in .*: choose another output"):
         check_run_folder(folder, build_settings(TrainSettings, values), values)
 
 
@@ -130,7 +131,7 @@ def test_lines_that_are_no_rows_are_told_and_kept(begun: Path, tmp_path: Path, c
     with pytest.raises(FileError, match=r"metrics.jsonl:2: this is not a row"):
         read_metrics(folder)
     run(folder, **CHANGES)
-    assert "lines 2, 3, 4, 5, 6, 7, 8;" in capsys.readouterr().err
+    assert "lines 2, 3, 4, 5, 6, 7, 8 are no rows" in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
     assert (folder / "metrics.damaged-1.jsonl").read_bytes() == damaged
 
@@ -193,11 +194,11 @@ def test_optimizer_settings_may_change_and_are_told(begun: Path, tmp_path: Path,
     optimizer = {"lr": 0.001, "warmup_steps": 0, "max_grad_norm": 0.5}
     taken = run(folder, **CHANGES | {"optimizer": optimizer}, steps=7)
     said = capsys.readouterr().err
-    assert "going on after step 6, with changes:" in said
+    assert "resuming after step 6, with changes:" in said
     assert "optimizer.lr: 0.01 before, 0.001 now" in said
     assert "optimizer.max_grad_norm: 'nothing' before, 0.5 now" in said
     assert (
-        "the learning rate of step 7 is 0.001, and was to be 0.01; to go on at the old rate, write optimizer.lr=0.01"
+        "the learning rate of step 7 is 0.001, and would have been 0.01; to keep the old rate, write optimizer.lr=0.01"
         in said
     )
     taken.trainer.run()
@@ -221,9 +222,9 @@ def test_a_schedule_that_becomes_longer_is_told_and_the_advice_keeps_the_rate(
     longer = rate(tmp_path / "longer", steps=20)
     said = capsys.readouterr().err
     assert re.search(
-        r"rate of step 5 is 0.0090\d, and was to be 0.0025 \(schedule=cosine, steps: 6 before, 20 now\)", said
+        r"rate of step 5 is 0.0090\d, and would have been 0.0025 \(schedule=cosine, steps: 6 before, 20 now\)", said
     )
-    lr = float(re.search(r"to go on at the old rate, write optimizer.lr=(\S+)", said)[1])  # type: ignore[index]
+    lr = float(re.search(r"to keep the old rate, write optimizer.lr=(\S+)", said)[1])  # type: ignore[index]
     kept = rate(tmp_path / "kept", steps=20, optimizer=optimizer | {"lr": lr})
     assert (kept, longer) == (pytest.approx(planned, rel=0.01), pytest.approx(0.0090, rel=0.01))
 
@@ -255,7 +256,7 @@ def test_another_run_can_begin_from_what_this_one_has_learnt(
     folder = copy(begun, tmp_path)
     values = config(folder, **CHANGES, **change)
     with pytest.raises(
-        ValueError, match=r"(?s)cannot be gone on with.*another output; to begin .* adapter.start="
+        ValueError, match=r"(?s)cannot be resumed with.*another output; to start .* adapter.start="
     ) as refusal:
         check_run_folder(folder, build_settings(TrainSettings, values), values)
     start = re.search(r"adapter\.start=(\S+)", str(refusal.value))[1]  # type: ignore[index]
@@ -287,9 +288,9 @@ def test_the_advice_after_a_lost_loss_works(tmp_path: Path, capsys: pytest.Captu
         run(
             tmp_path, data=Spoilt(latents().clips), **CHANGES, steps=50, checkpoint={"every": 1, "keep": 2}
         ).trainer.run()
-    lr = float(re.search(r"same command with optimizer\.lr=(\S+) goes on", str(lost.value))[1])  # type: ignore[index]
+    lr = float(re.search(r"same command with optimizer\.lr=(\S+) resumes", str(lost.value))[1])  # type: ignore[index]
     finished(tmp_path, steps=12, optimizer=CHANGES["optimizer"] | {"lr": lr})
-    assert "going on after step" in capsys.readouterr().err
+    assert "resuming after step" in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 13))
     assert read_metrics(tmp_path)[-1]["lr"] == lr == pytest.approx(0.0025)
 
@@ -361,7 +362,7 @@ def test_an_export_replaces_its_own_files_alone(begun: Path, whole: Path, tmp_pa
     ("wrong", "says"),
     [
         ("missing", r"start does not exist"),
-        ("rank", r"has rank=4, and the settings say adapter.rank=8: write adapter.rank=4"),
+        ("rank", r"has rank=4, and the settings have adapter.rank=8: write adapter.rank=4"),
         ("truncated", r"high_noise.safetensors"),
         ("empty", r"no adapter file"),
         ("another network", r"high_noise.safetensors"),
@@ -383,7 +384,7 @@ def test_an_adapter_to_start_from_that_does_not_fit_is_refused_before_anything_i
         file.unlink()
     elif wrong == "another network":
         save_file({"blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 5)}, file)
-    monkeypatch.setattr("storymem.training.run.open_cache", lambda _: latents())
+    monkeypatch.setattr("storymem.training.session.open_cache", lambda _: latents())
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         train(config(tmp_path / "run", **CHANGES, adapter=settings))
     assert not (tmp_path / "run").exists()

@@ -13,20 +13,22 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from storymem.config import build_settings
-from storymem.training.dataset import Split, train_batches, train_planner
-from storymem.training.experts import Experts, adapter_info, add_adapter, make_accelerator
+from storymem.data.cache import Split
+from storymem.training.dataset import train_batches, train_planner
+from storymem.training.experts import Experts, make_accelerator, prepare_expert
 from storymem.training.method import MemoryTraining
 from storymem.training.objective import MemoryObjective
 from storymem.training.session import Run
-from storymem.training.settings import TrainSettings
 from storymem.training.settings import (
     AdapterTrainingSettings,
     BatchSettings,
     ObjectiveSettings,
     OptimizerSettings,
     ParallelSettings,
+    TrainSettings,
 )
 from storymem.training.trainer import Trainer
+from storymem.wan.lora import AdapterInfo
 from storymem.wan.spec import A14B, ModelSpec
 from storymem.wan.transformer import enable_layouts
 from tests import stories
@@ -130,10 +132,11 @@ def method(
     parallel = parallel or ParallelSettings()
     transformers = {name: expert(number, width) for number, name in enumerate(names)}
     for number, (name, transformer) in enumerate(transformers.items()):
-        add_adapter(transformer, name, adapter, seed=number)
+        prepare_expert(transformer, name, adapter, seed=number)
     experts = Experts(transformers, trained=names, accelerator=accelerator or make_accelerator(CPU), parallel=parallel)
     objective = MemoryObjective(settings=ObjectiveSettings(), boundary=0.9, rope_stride=5)
-    info = adapter_info(adapter, rope_stride=5, conditioning="m2v", training={"note": "a test"})
+    numbers = {"rank": adapter.rank, "alpha": adapter.alpha, "use_rslora": adapter.use_rslora}
+    info = AdapterInfo(**numbers, conditioning="m2v", training={"note": "a test"})
     return MemoryTraining(experts, objective, info=info, alternate_every=parallel.alternate_every)
 
 

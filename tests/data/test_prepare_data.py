@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,17 +18,13 @@ import pytest
 import torch
 import yaml
 
-from storymem.commands.cli import CONFIGS
-from storymem.config import ConfigError, build_settings
-from storymem.data import preparation_steps, step_progress
-from storymem.data.cache import LatentCache
-from storymem.data.caching import CacheBuilder
-from storymem.data.fingerprint import cache_fingerprint
-from storymem.data.journal import Journal
-from storymem.data.prepare import prepare
+from storymem.config import CONFIGS, ConfigError, build_settings
+from storymem.data import steps
+from storymem.data.cache import LatentCache, cache_fingerprint
+from storymem.data.prepare import Preparation, prepare
 from storymem.data.settings import DataSettings, PrepareSettings
-from tests.training.drawn_clips import HEIGHT, WIDTH, scene, video
-from tests.training.preparing import config, rejected
+from tests.data.drawn_clips import HEIGHT, WIDTH, scene, video
+from tests.data.preparing import config, rejected
 
 
 @pytest.fixture
@@ -74,7 +68,7 @@ def test_a_folder_becomes_a_cache_and_the_useless_is_told(folder: Path, capsys: 
     assert LatentCache.open(folder / "set", fingerprint=wanted).folder == cache.folder
 
 
-def test_nothing_is_done_twice(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_nothing_is_done_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(config(folder))
     before = {path: path.stat().st_mtime_ns for path in (folder / "set").rglob("*.safetensors")}
 
@@ -82,19 +76,17 @@ def test_nothing_is_done_twice(folder: Path, monkeypatch: pytest.MonkeyPatch, ca
         raise AssertionError("a finished step loads and reads nothing")
 
     for name in ("load_pipeline", "instantiate", "video_times"):
-        monkeypatch.setattr(preparation_steps, name, forbidden)
-    capsys.readouterr()
+        monkeypatch.setattr(steps, name, forbidden)
     again = prepare(config(folder))
     assert first is not None
     assert again is not None
     assert again.clips == first.clips
     assert {path: path.stat().st_mtime_ns for path in (folder / "set").rglob("*.safetensors")} == before
-    assert "check: 6 of 6 are done already" in capsys.readouterr().err
 
 
 def test_a_run_that_was_killed_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
-    fault_of = preparation_steps.fault_of
+    fault_of = steps.fault_of
 
     def killed_at_third(*arguments: Any) -> str | None:
         if len(checked) == 3:
@@ -102,16 +94,16 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(folder: Path, monkeypatc
         checked.append("")
         return fault_of(*arguments)
 
-    monkeypatch.setattr(preparation_steps, "fault_of", killed_at_third)
+    monkeypatch.setattr(steps, "fault_of", killed_at_third)
     with pytest.raises(KeyboardInterrupt):
         prepare(config(folder, "steps=[split,check]"))
-    (journal,) = (folder / "set" / "journal").glob("check-*")
-    with journal.open("a") as file:
+    (manifest,) = (folder / "set" / "manifest").glob("check-*")
+    with manifest.open("a") as file:
         file.write('{"key": "half a li')  # as a process leaves it that dies while it writes
-    monkeypatch.setattr(preparation_steps, "fault_of", lambda *a: checked.append("") or fault_of(*a))
+    monkeypatch.setattr(steps, "fault_of", lambda *a: checked.append("") or fault_of(*a))
     prepare(config(folder, "steps=[split,check]"))
     assert len(checked) == 6
-    assert len(journal.read_text().splitlines()) == 6
+    assert len(manifest.read_text().splitlines()) == 7
 
 
 def test_added_and_changed_videos_alone_are_worked_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,8 +111,8 @@ def test_added_and_changed_videos_alone_are_worked_on(folder: Path, monkeypatch:
     video(folder / "videos" / "new.mp4", scene(20, 12), caption="New.")
     video(folder / "videos" / "good1.mp4", scene(21, 13))
     seen: list[str] = []
-    video_times = preparation_steps.video_times
-    monkeypatch.setattr(preparation_steps, "video_times", lambda path: seen.append(path.name) or video_times(path))
+    video_times = steps.video_times
+    monkeypatch.setattr(steps, "video_times", lambda path: seen.append(path.name) or video_times(path))
     prepare(config(folder, "steps=[split,check]"))
     assert seen == ["good1.mp4", "new.mp4"]
 
@@ -156,13 +148,13 @@ def test_workers_share_the_work_and_make_the_same_set(folder: Path) -> None:
 
 
 def test_a_step_without_the_one_before_says_so(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"10 items are not done by step split, .* \(steps=\[split\]\)"):
+    with pytest.raises(ValueError, match=r"step split has not finished 10 items, .* \(steps=\[split\]\)"):
         prepare(config(folder, "steps=[check]"))
     prepare(config(folder, "steps=[split,check]"))
-    with pytest.raises(ValueError, match=r"4 clips have no embeddings, good0.* run steps=\[embed\]"):
+    with pytest.raises(ValueError, match=r"step embed has not finished 4 items, .* good0.*\(steps=\[embed\]\)"):
         prepare(config(folder, "steps=[group]"))
     prepare(config(folder, "steps=[embed]"))
-    with pytest.raises(ValueError, match=r"step group was last run: run it again"):
+    with pytest.raises(ValueError, match=r"step group was last run, .*: run it again"):
         prepare(config(folder, "steps=[cache]"))
 
 
@@ -184,7 +176,7 @@ def test_nothing_that_can_be_used(tmp_path: Path) -> None:
     [
         ("data.buckets=[{frames:16,height:64,width:96}]", r"data\.buckets\.0: frames must be 4n \+ 1"),
         ("+data.fsp=8", r"data\.fsp: unknown key; did you mean 'fps'"),
-        ("runtime.cache=taylor", "runtime.cache is for generation; data preparation does not read it"),
+        ("+runtime.cache=taylor", r"runtime\.cache: unknown key"),
         ("data.fps=16", "the model tiny makes 8 frames a second: choose data="),
         ("steps=[split,chek]", r"steps\.1: "),
         ("cache.given=[2]", r"cache\.given\.0: "),
@@ -219,8 +211,8 @@ def test_a_mask_that_comes_later_makes_its_clip_anew_and_no_other(
 ) -> None:
     assert prepare(config(folder)) is not None
     seen: list[str] = []
-    encode = CacheBuilder._encode
-    monkeypatch.setattr(CacheBuilder, "_encode", lambda self, it, *rest: seen.append(it.id) or encode(self, it, *rest))
+    read = Preparation.read
+    monkeypatch.setattr(Preparation, "read", lambda self, clip, *rest: seen.append(clip.id) or read(self, clip, *rest))
     cache = prepare(config(folder, *masks_of(folder, 1)))
     assert cache is not None
     assert seen == ["good1.mp4@0.000"]
@@ -247,7 +239,7 @@ def test_two_runs_do_not_work_on_one_set(folder: Path, monkeypatch: pytest.Monke
     def second(*_: Any) -> None:
         prepare(config(folder))
 
-    monkeypatch.setattr(preparation_steps, "split_videos", second)
+    monkeypatch.setattr(steps, "split_videos", second)
     with pytest.raises(ValueError, match="another prepare_data works on"):
         prepare(config(folder))
 
@@ -291,30 +283,6 @@ def test_what_was_left_out_is_told_whichever_step_runs_last(folder: Path) -> Non
     assert rejected(folder) == before
 
 
-def test_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_progress, "SECONDS_BETWEEN_LINES", 0.0)
-    told = io.StringIO()
-    progress = step_progress.StepProgress("check", total=5, finished=2, stream=told)
-    progress.advance()
-    progress.advance(2)
-    progress.end("5 clips")
-    lines = told.getvalue().splitlines()
-    assert lines[0] == "check: 2 of 5 are done already"
-    assert re.fullmatch(r"check: 3 of 5, \S+ a second, about \d\d:\d\d left", lines[1])
-    assert re.fullmatch(r"check: 5 of 5, .* about 00:00 left", lines[2])
-    assert re.fullmatch(r"check: 5 clips \(\d\d:\d\d\)", lines[3])
-
-
-def test_a_record_counts_for_what_it_was_made_with_whoever_wrote_it(tmp_path: Path) -> None:
-    for worker, made, n in ((1, "old", 1), (0, "new", 2)):
-        with Journal(tmp_path, "step", worker) as journal:
-            assert journal.get("a", made) is None
-            journal.add("a", made, n=n)
-    again = Journal(tmp_path, "step", worker=2)
-    assert again.get("a", "new") == {"key": "a", "made": "new", "n": 2}, "not hidden by the other worker's older one"
-    assert again.get("a", "newer") is None
-
-
 REAL = ("bikes.mp4", "bigbuckbunny.mp4", "carphone_pristine.mp4")
 
 
@@ -348,8 +316,8 @@ def test_real_videos(real_videos: Path, tmp_path: Path, splitter: str) -> None:
         (videos / name).with_suffix(".txt").write_text(f"What {name} shows.")
     cache = prepare(config(tmp_path, f"split.splitter={splitter}", "split.clips_per_shot=2"))
     assert cache is not None
-    (journal,) = (tmp_path / "set" / "journal").glob("split-*")
-    shots = {row["key"]: row["shots"] for row in map(json.loads, journal.read_text().splitlines())}
+    (manifest,) = (tmp_path / "set" / "manifest").glob("split-*")
+    shots = {row["key"]: row["shots"] for row in map(json.loads, manifest.read_text().splitlines())}
     assert len(shots["bikes.mp4"]) >= 4, "it has several hard cuts"
     assert len(shots["carphone_pristine.mp4"]) == 1, "it is one shot"
     for found in shots.values():

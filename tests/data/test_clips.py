@@ -16,15 +16,15 @@ from storymem.data.clips import (
     choose_bucket,
     cut_shot,
     fault_of,
+    load_splitter,
     read_clip,
+    shots_between,
     spread,
     video_times,
 )
 from storymem.data.settings import Bucket, CheckSettings, DataSettings, SplitSettings
-from storymem.data.splitting import load_splitter, shots_between
-from storymem.data.video_folder import find_videos
 from storymem.media.video import VideoInfo, frames_at, read_video
-from tests.training.drawn_clips import DATA, FRAMES, HEIGHT, WIDTH, counted, number_of, scene, video
+from tests.data.drawn_clips import DATA, FRAMES, HEIGHT, WIDTH, counted, number_of, scene, video
 
 needs_scenedetect = pytest.mark.skipif(
     not (importlib.util.find_spec("scenedetect") and importlib.util.find_spec("cv2")), reason="scenedetect is optional"
@@ -40,21 +40,21 @@ def clip_of(name: str, start: float, *, fps: float = 8, bucket: Bucket = DATA.bu
 
 def test_a_clip_of_its_own_rate_is_its_frames(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", scene(0, 24))
-    assert np.array_equal(read_clip(tmp_path, clip_of("a.mp4", 0.5)), read_video(path, range(4, 4 + FRAMES)))
+    assert np.array_equal(read_clip(tmp_path / "a.mp4", clip_of("a.mp4", 0.5)), read_video(path, range(4, 4 + FRAMES)))
 
 
 @pytest.mark.parametrize("fps", [16, 24, 12.5, Fraction(30000, 1001)])
 def test_a_clip_of_a_lower_rate_shows_what_a_player_shows(tmp_path: Path, fps: float) -> None:
     video(tmp_path / "a.mp4", counted(40), fps=fps)
-    shown = [number_of(frame) for frame in read_clip(tmp_path, clip_of("a.mp4", 0.0))]
+    shown = [number_of(frame) for frame in read_clip(tmp_path / "a.mp4", clip_of("a.mp4", 0.0))]
     assert shown == [int((number / 8 + 0.002) * float(fps)) for number in range(FRAMES)]
 
 
 def test_a_clip_far_inside_a_video_is_sought_and_exact(tmp_path: Path) -> None:
     path = video(tmp_path / "a.mp4", scene(1, 600))
     clip = clip_of("a.mp4", 61.25)
-    assert np.array_equal(read_clip(tmp_path, clip), read_video(path, range(490, 490 + FRAMES)))
-    assert np.array_equal(read_clip(tmp_path, clip, [0, 4, 8]), read_video(path, [490, 494, 498]))
+    assert np.array_equal(read_clip(path, clip), read_video(path, range(490, 490 + FRAMES)))
+    assert np.array_equal(read_clip(path, clip, [0, 4, 8]), read_video(path, [490, 494, 498]))
 
 
 def test_a_varying_frame_rate_is_read_by_time(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_clip_covers_its_bucket_without_being_stretched(tmp_path: Path) -> Non
     wide = np.zeros((FRAMES, 64, 192, 3), np.uint8)
     wide[:, :, 48:144] = 200  # the middle half; the rest hangs over
     video(tmp_path / "a.mp4", wide)
-    frames = read_clip(tmp_path, clip_of("a.mp4", 0.0))
+    frames = read_clip(tmp_path / "a.mp4", clip_of("a.mp4", 0.0))
     assert frames.shape == (FRAMES, HEIGHT, WIDTH, 3)
     assert frames[:, :, 2:-2].min() > 190
 
@@ -145,7 +145,7 @@ def test_broken_videos_are_value_errors(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="broken: "):
             video_times(tmp_path / name)
     with pytest.raises(ValueError, match=r"broken: ends before 7\.62 s"):
-        read_clip(tmp_path, clip_of("a.mp4", 6.625))
+        read_clip(tmp_path / "a.mp4", clip_of("a.mp4", 6.625))
 
 
 def test_a_file_that_was_cut_off_is_found_out_where_it_ends(tmp_path: Path) -> None:
@@ -158,21 +158,9 @@ def test_a_file_that_was_cut_off_is_found_out_where_it_ends(tmp_path: Path) -> N
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert len(read_clip(tmp_path, clip_of("a.mkv", 0.0))) == FRAMES
+    assert len(read_clip(tmp_path / "a.mkv", clip_of("a.mkv", 0.0))) == FRAMES
     with pytest.raises(ValueError, match="broken: "):
-        read_clip(tmp_path, clip_of("a.mkv", 3.0))
-
-
-def test_videos_are_found_below_the_folder(tmp_path: Path) -> None:
-    for name in ("b.MP4", "far/a.webm", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert find_videos(tmp_path) == ["b.MP4", "far/a.webm"]
-    with pytest.raises(ValueError, match="there is no folder"):
-        find_videos(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="there is no video in"):
-        find_videos(tmp_path / "empty")
+        read_clip(tmp_path / "a.mkv", clip_of("a.mkv", 3.0))
 
 
 def times_of(*times: float, fps: float = 10) -> VideoInfo:

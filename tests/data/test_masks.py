@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storymem.data.clips import Clip
-from storymem.data.masks import find_masks
+from storymem.data.clips import Clip, read_mask
 from storymem.data.settings import Bucket
+from storymem.data.videos import VideoFolder, find_masks
+from tests.data.drawn_clips import FRAMES, scene, video
 from tests.encoding import encode, turned
-from tests.training.drawn_clips import FRAMES, scene, video
 
 
 def masks_of(folder: Path, videos: list[str], masks: list[str]) -> dict[str, str]:
@@ -20,7 +20,9 @@ def masks_of(folder: Path, videos: list[str], masks: list[str]) -> dict[str, str
     for name in [*(f"videos/{one}" for one in videos), *(f"masks/{one}" for one in masks)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    return dict(find_masks(folder / "masks", videos, folder / "videos").files)
+    found = VideoFolder(path=folder / "videos", videos=sorted(videos), texts=[], ignored={})
+    masks_found = find_masks(folder / "masks", found)
+    return {video: mask.relative_to(folder / "masks").as_posix() for video, mask in masks_found.items()}
 
 
 def test_a_mask_may_have_another_ending_if_that_is_clear(tmp_path: Path) -> None:
@@ -35,7 +37,7 @@ def test_a_mask_may_have_another_ending_if_that_is_clear(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("videos", "masks", "message"),
     [
-        (["a.mp4", "a.mov"], ["a.mkv"], "a.mkv belongs to a.mp4 and a.mov: give it the ending of its video"),
+        (["a.mp4", "a.mov"], ["a.mkv"], "a.mkv belongs to a.mov and a.mp4: give it the suffix of its video"),
         (["a.mp4"], ["a.mkv", "a.mov"], "a.mov and a.mkv belong to a.mp4: remove one of them"),
         (["a.mp4"], ["a.mp4", "b.mp4"], "1 masks that belong to no video"),
     ],
@@ -53,9 +55,8 @@ def test_a_turned_mask_lies_on_its_turned_video(tmp_path: Path) -> None:
     for folder in ("videos", "masks"):
         os.mkdir(tmp_path / folder)
         turned(encode(tmp_path / folder / "a.mp4", bright), 0, 1, -1, 0)
-    masks = find_masks(tmp_path / "masks", ["a.mp4"], tmp_path / "videos")
     clip = Clip(id="a", video="a.mp4", start=0, fps=8, bucket=Bucket(frames=FRAMES, height=48, width=32))
-    mask = masks.read(clip)
+    mask = read_mask(tmp_path / "masks" / "a.mp4", tmp_path / "videos" / "a.mp4", clip)
     assert mask.shape == (FRAMES, 48, 32)
     assert mask[:, :, 20:].min() > 0.9
     assert mask[:, :, :12].max() < 0.1

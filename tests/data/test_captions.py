@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storymem.data.captions import Captions, read_captions
+from storymem.data.videos import Captions, VideoFolder, read_captions
 
 VIDEOS = ["a.mp4", "far/b.mp4"]
 
@@ -15,7 +15,8 @@ VIDEOS = ["a.mp4", "far/b.mp4"]
 def read(folder: Path, table: Path | None = None, videos: Sequence[str] = VIDEOS) -> Captions:
     """The captions of ``videos`` in a folder of which only the texts need be there."""
     texts = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() == ".txt"]
-    return read_captions(folder, videos, texts, table)
+    found = VideoFolder(path=folder, videos=sorted(videos), texts=sorted(texts), ignored={})
+    return read_captions(found, table)
 
 
 def said(captions: Captions, video: str, start: float = 0, end: float = 2) -> str | None:
@@ -190,7 +191,7 @@ def test_texts_of_no_video_are_counted(tmp_path: Path) -> None:
 def test_two_tables_are_not_chosen_between(tmp_path: Path) -> None:
     jsonl(tmp_path, {"video": "a.mp4", "caption": "One."})
     (tmp_path / "captions.csv").write_text("video,caption\na.mp4,Two.\n")
-    with pytest.raises(ValueError, match=r"captions\.jsonl and captions\.csv: say by captions="):
+    with pytest.raises(ValueError, match=r"captions\.jsonl and captions\.csv: choose one with captions="):
         read(tmp_path)
     assert said(read(tmp_path, tmp_path / "captions.csv"), "a.mp4") == "Two."  # as it says
 

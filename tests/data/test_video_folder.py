@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storymem.data.video_folder import VideoFolder, scan_videos
+from storymem.data.videos import VideoFolder, scan_videos
 
 
 def touch(*paths: Path) -> None:
@@ -56,8 +56,10 @@ def test_what_is_no_video_is_told(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_video_says_what_is_in_it(tmp_path: Path) -> None:
     touch(tmp_path / "a.gif", tmp_path / "b.gif", tmp_path / ".c.mp4")
-    with pytest.raises(ValueError, match=r"no video in .*Not read: 2 not a video, 1 hidden; \.c\.mp4 the first"):
+    with pytest.raises(ValueError, match=r"no video in .*Not read: 2 not a video, 1 hidden; the first is \.c\.mp4"):
         scan_videos(tmp_path)
+    with pytest.raises(ValueError, match="there is no folder"):
+        scan_videos(tmp_path / "nowhere")
 
 
 def test_folders_of_our_own_inside_are_left_out(tmp_path: Path) -> None:

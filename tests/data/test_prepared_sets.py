@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
-from storymem.data import preparation_steps
+from storymem.data import steps
 from storymem.data.cache import LatentCache
-from storymem.data.prepare import prepare
+from storymem.data.prepare import Preparation, prepare
 from storymem.stopping import Stopped
+from tests.data.drawn_clips import scene, video
+from tests.data.killing import count_changes, run_killed
+from tests.data.preparing import config, contents, rejected, same, train_on
 from tests.forking import fork
-from tests.training.drawn_clips import scene, video
-from tests.training.killing import count_changes, run_killed
-from tests.training.preparing import config, contents, rejected, same, train_on
 
 EACH_ALONE = "cache.shard_mb=0.001"  # every clip in a shard of its own: more moments to die at
 
@@ -69,8 +70,10 @@ def die_and_go_on(prepared: Path, output: Path, expected: dict[str, Any], moment
         assert run_killed(work, output, at) in (0, -signal.SIGKILL)
     assert same(contents(finish(prepared, output)), expected), f"killed at {moments}"
     assert not [path for path in output.rglob("*") if path.name.endswith(".partial") or path.name.startswith(".tmp")]
+    (manifest,) = output.glob("cache/*/tensors-000.jsonl")
     shards = {path.with_suffix("").name for path in output.rglob("*.safetensors")}
-    assert shards == {path.stem for path in output.rglob("*-w*.json")}, "no shard is left without its record"
+    recorded = {json.loads(line).get("shard") for line in manifest.read_text().splitlines() if line.endswith("}")}
+    assert shards <= recorded, "no shard is left without its record"
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -97,11 +100,10 @@ def test_a_set_without_its_blank_videos_is_not_finished(
     prepared: Path, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     output = copy_of(prepared / "set", tmp_path / "set")
-    for path in output.glob("cache/*/blanks-*"):
-        path.unlink()
-    with pytest.raises(
-        ValueError, match=r"is not complete \(blanks-w000-00000\.safetensors is missing\): run prepare_data"
-    ):
+    shards = output.rglob("shard-*.safetensors")
+    (blank,) = [path for path in shards if any("blank" in name for name in load_file(path))]
+    blank.unlink()
+    with pytest.raises(ValueError, match=rf"is not complete \({blank.name} is missing\): run prepare_data"):
         train_on(output)
     assert same(contents(finish(prepared, output)), expected)
 
@@ -112,7 +114,7 @@ def test_a_signal_stops_the_run_and_what_was_made_is_kept(
 ) -> None:
     output = copy_of(prepared / "grouped", tmp_path / "set")
     read: list[str] = []
-    read_clip = preparation_steps.Preparation.read
+    read_clip = Preparation.read
 
     def signalled_at_fourth(self: Any, clip: Any, indices: Any = None) -> np.ndarray:
         read.append(clip.id)
@@ -120,7 +122,7 @@ def test_a_signal_stops_the_run_and_what_was_made_is_kept(
             os.kill(os.getpid(), number)
         return read_clip(self, clip, indices)
 
-    monkeypatch.setattr(preparation_steps.Preparation, "read", signalled_at_fourth)
+    monkeypatch.setattr(Preparation, "read", signalled_at_fourth)
     large = f"output={output}"  # one shard for all clips, which is not full when the signal comes
     with pytest.raises(Stopped) as stopped:
         prepare(config(prepared, large))
@@ -181,17 +183,13 @@ def test_many_damaged_files(prepared: Path, tmp_path: Path, expected: dict[str, 
         check_harmed(prepared, output, expected, draw, files=draw.randint(1, 4))
 
 
-def test_groups_that_are_damaged_are_named_if_they_may_not_be_made(
-    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_groups_that_are_damaged_are_named_if_they_may_not_be_made(prepared: Path, tmp_path: Path) -> None:
     output = copy_of(prepared / "set", tmp_path / "set")
-    groups = json.loads((output / "groups.json").read_text())
-    groups["group"] = "all"
-    (output / "groups.json").write_text(json.dumps(groups))
-    with pytest.raises(ValueError, match=r"run it again \(steps=\[group,cache\]\)"):
+    (groups,) = output.glob("manifest/group-*.jsonl")
+    groups.write_text(groups.read_text().replace("clip", "klip"))
+    with pytest.raises(ValueError, match=r"its result is damaged: run it again \(steps=\[group,cache\]\)"):
         finish(prepared, output, "steps=[cache]")
-    assert f"{output / 'groups.json'} is not what was written" in capsys.readouterr().err
-    finish(prepared, output, "steps=[group,cache]")  # as it says
+    finish(prepared, output, "steps=[group,cache]")  # as the message says
 
 
 def test_a_file_that_is_a_folder_is_named(prepared: Path, tmp_path: Path) -> None:
@@ -199,19 +197,19 @@ def test_a_file_that_is_a_folder_is_named(prepared: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"rejected\.jsonl could not be written: .*move it away"):
         finish(prepared, tmp_path / "set", "steps=[split]")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "journal").write_text("mine")
-    with pytest.raises(ValueError, match=r"journal could not be written: .*move it away"):
+    (tmp_path / "other" / "manifest").write_text("mine")
+    with pytest.raises(ValueError, match=r"manifest could not be written: .*move it away"):
         finish(prepared, tmp_path / "other", "steps=[split]")
-    with pytest.raises(ValueError, match=r"journal cannot be written"):
-        finish(prepared, tmp_path / "other" / "journal", "steps=[split]")
+    with pytest.raises(ValueError, match=r"manifest cannot be written"):
+        finish(prepared, tmp_path / "other" / "manifest", "steps=[split]")
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(prepared: Path, tmp_path: Path) -> None:
     output = copy_of(prepared / "set", tmp_path / "set")
     (folder,) = (output / "cache").iterdir()
     mine = [output / "notes.txt", output / "cache" / "mine-00001.safetensors", folder / "model-00001.safetensors"]
-    left = [output / ".groups.json.partial", folder / ".clips-w000-00009.safetensors.partial", folder / ".tmpAb12Cd"]
-    left.append(folder / "clips-w001-00009.safetensors")
+    left = [output / ".rejected.jsonl.partial", folder / ".shard-w000-00009.safetensors.partial", folder / ".tmpAb12Cd"]
+    left.append(folder / "shard-w001-00009.safetensors")
     for path in [*mine, *left]:
         path.write_text("x")
     finish(prepared, output)
@@ -252,21 +250,21 @@ def test_a_disk_without_room_is_told_before_anything_is_loaded(
 ) -> None:
     output = copy_of(prepared / "grouped", tmp_path / "set")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    monkeypatch.setattr(preparation_steps, "load_pipeline", None)
+    monkeypatch.setattr(steps, "load_pipeline", None)
     with pytest.raises(ValueError, match=r"has 0\.00 MB free and the cache needs about 0\.0\d MB: make room"):
         finish(prepared, output)
 
 
 def during(monkeypatch: pytest.MonkeyPatch, second: Callable[[], None]) -> None:
     """Do something while the first step of a run is under way."""
-    split = preparation_steps.split_videos
+    split = steps.split_videos
 
     def with_second(data: Any) -> None:
-        monkeypatch.setattr(preparation_steps, "split_videos", split)
+        monkeypatch.setattr(steps, "split_videos", split)
         second()
         split(data)
 
-    monkeypatch.setattr(preparation_steps, "split_videos", with_second)
+    monkeypatch.setattr(steps, "split_videos", with_second)
 
 
 def test_workers_that_share_the_work_otherwise_are_refused(
@@ -323,16 +321,16 @@ def test_a_video_that_changes_while_it_is_prepared_is_told(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(prepared / "videos", tmp_path / "videos")
-    check = preparation_steps.check_clips
+    check = steps.check_clips
 
     def replaced(data: Any) -> None:
         video(tmp_path / "videos" / "clip3.mp4", scene(9, 12))
         check(data)
 
-    monkeypatch.setattr(preparation_steps, "check_clips", replaced)
+    monkeypatch.setattr(steps, "check_clips", replaced)
     prepare(config(tmp_path, "steps=[split,check]"))
     assert rejected(tmp_path) == {"clip3.mp4@0.000": rejected(tmp_path)["clip3.mp4@0.000"]}
     assert rejected(tmp_path)["clip3.mp4@0.000"].startswith("changed: ")
-    monkeypatch.setattr(preparation_steps, "check_clips", check)
+    monkeypatch.setattr(steps, "check_clips", check)
     prepare(config(tmp_path, "steps=[split,check]"))  # as it says
     assert rejected(tmp_path) == {}

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from storymem.commands.cli import CONFIGS
+from storymem.commands.configuration import composed
 from storymem.data.cache import LatentCache
 from storymem.training.dataset import train_batches, train_planner
 from storymem.training.settings import BatchSettings
-from tests.training.drawn_clips import FRAMES, HEIGHT, WIDTH
+from tests.data.drawn_clips import FRAMES, HEIGHT, WIDTH
 
 SMALL = [
     "model=tiny",
@@ -33,11 +31,7 @@ SMALL = [
 
 
 def config(folder: Path, *overrides: str) -> dict[str, Any]:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = compose(
-            "prepare_data", [f"videos={folder / 'videos'}", f"output={folder / 'set'}", *SMALL, *overrides]
-        )
-    return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    return composed("prepare_data", [f"videos={folder / 'videos'}", f"output={folder / 'set'}", *SMALL, *overrides])
 
 
 def rejected(folder: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from storymem.config import ConfigError, build_settings
-from storymem.data import preparation_steps
+from storymem.data import steps
 from storymem.data.cache import LatentCache
-from storymem.data.caching import CacheBuilder, build_cache
 from storymem.data.prepare import prepare
-from storymem.data.settings import CacheSettings, PrepareSettings
-from storymem.wan.loading import load_pipeline
-from storymem.wan.settings import ModelSettings
-from tests.training.drawn_clips import FPS, scene, video
-from tests.training.preparing import config, rejected, train_on
-from tests.training.test_cache import CHOOSER, item
-from tests.wan import tiny
+from storymem.data.settings import PrepareSettings
+from tests.data.drawn_clips import FPS, scene, video
+from tests.data.preparing import config, rejected, train_on
 
 
 def finish(folder: Path, *overrides: str) -> LatentCache:
@@ -107,7 +104,7 @@ def test_names_of_another_unicode_form_are_told(tmp_path: Path, capsys: pytest.C
     (tmp_path / "videos" / "captions.jsonl").write_text(rows, encoding="utf-8")
     finish(tmp_path)
     told = capsys.readouterr().err
-    assert "names in captions that are spelled otherwise than the videos (accents, spaces): 1, " in told
+    assert "names in captions that are spelled differently than the videos (accents, spaces): 1, " in told
     assert "such as 'caf\u00e9.mp4' for 'cafe\u0301.mp4'" in told
 
 
@@ -136,47 +133,72 @@ def test_footage_that_the_quality_filter_does_not_know(tmp_path: Path) -> None:
 def test_clips_whose_companions_are_refused_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         video(tmp_path / "videos" / f"{number // 2}/{number}.mp4", scene(number, 12), caption="Tiles.")
-    encode = CacheBuilder._encode
+    choose = steps.KeyframeChooser.choose
+    calls: list[int] = []
 
-    def refuse_first(self: CacheBuilder, it: Any, *rest: Any) -> dict[str, torch.Tensor]:
-        if it.id.startswith("0/0"):
+    def refuse_first(self: steps.KeyframeChooser, frames: np.ndarray) -> list[int]:
+        calls.append(0)
+        if len(calls) == 1:
             raise ValueError("quality: too low")
-        return encode(self, it, *rest)
+        return choose(self, frames)
 
-    monkeypatch.setattr(CacheBuilder, "_encode", refuse_first)
+    monkeypatch.setattr(steps.KeyframeChooser, "choose", refuse_first)
     cache = finish(tmp_path, "group.within=folder", "group.valid_fraction=0")
-    assert [clip.id for clip in cache.clips] == ["1/2.mp4@0.000", "1/3.mp4@0.000"]
-    assert rejected(tmp_path) == {
-        "0/0.mp4@0.000": "quality: too low",
-        "0/1.mp4@0.000": "alone: the other clips of its group were left out",
-    }
+    kept, refused = ("1", "0") if cache.clips[0].id.startswith("1") else ("0", "1")
+    assert [clip.id.partition("/")[0] for clip in cache.clips] == [kept, kept]
+    assert {id.partition("/")[0] for id in rejected(tmp_path)} == {refused}
+    assert sorted(rejected(tmp_path).values()) == [
+        "alone: the other clips of its group were left out",
+        "quality: too low",
+    ]
+
+
+def two_videos(folder: Path) -> None:
+    for number in range(2):
+        video(folder / "videos" / f"{number}.mp4", scene(number, 12), caption="Tiles.")
+
+
+def broken_pipelines(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Any], object]) -> None:
+    """Every pipeline that a step loads is changed by ``harm`` first."""
+    load = steps.load_pipeline
+
+    def loaded(*arguments: Any, **options: Any) -> Any:
+        pipe = load(*arguments, **options)
+        with torch.no_grad():
+            harm(pipe)
+        return pipe
+
+    monkeypatch.setattr(steps, "load_pipeline", loaded)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
-def test_networks_that_give_nan_stop_the_run(tmp_path: Path, tiny_model: ModelSettings, part: str) -> None:
-    pipe = load_pipeline(tiny_model, runtime=tiny.CPU)
-    with torch.no_grad():
-        for parameter in getattr(pipe, part).parameters():
+def test_networks_that_give_nan_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    def harm(pipe: Any) -> None:
+        network = getattr(pipe, part)
+        for parameter in () if network is None else network.parameters():
             parameter.fill_(float("nan"))
-    named = {"vae": r"clips/0\.mp4@0\.000: the latents 'video' out of the VAE", "text_encoder": "the caption ''"}[part]
+
+    two_videos(tmp_path)
+    broken_pipelines(monkeypatch, harm)
+    named = {"vae": "the latents of the blank video from the VAE", "text_encoder": "the caption ''"}[part]
     with pytest.raises(ValueError, match=named + ": NaN or infinite values; its weights are damaged"):
-        build_cache(tmp_path, [item(0)], pipe, CHOOSER, fingerprint={}, settings=CacheSettings(), text_tokens=16)
-    assert not list(tmp_path.rglob("clips-*")), "no NaN became a file"
+        prepare(config(tmp_path))
+    stored = [name for path in tmp_path.rglob("shard-*") for name in load_file(path)]
+    assert all(name.startswith("text ") for name in stored), "no NaN became a file"
 
 
-def test_latents_that_a_narrow_dtype_cannot_hold(tmp_path: Path, tiny_model: ModelSettings) -> None:
-    pipe = load_pipeline(tiny_model, runtime=tiny.CPU)
-    pipe.vae.register_to_config(latents_std=[1e-6] * 16)
-    with pytest.raises(ValueError, match=r"in float16: NaN or infinite values; write cache\.dtype=float32"):
-        build_cache(tmp_path, [item(0)], pipe, CHOOSER, fingerprint={}, settings=CacheSettings(), text_tokens=16)
-    wide = CacheSettings(dtype="float32")  # as it says
-    assert len(build_cache(tmp_path, [item(0)], pipe, CHOOSER, fingerprint={}, settings=wide, text_tokens=16)) == 1
+def test_latents_that_a_narrow_dtype_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two_videos(tmp_path)
+    broken_pipelines(monkeypatch, lambda pipe: pipe.vae.register_to_config(latents_std=[1e-6] * 16))
+    with pytest.raises(ValueError, match=r"in float16: NaN or infinite values; write cache\.dtype=float32") as error:
+        prepare(config(tmp_path))
+    advice = next(word for word in str(error.value).split() if word.startswith("cache.dtype=")).rstrip(",")
+    assert len(finish(tmp_path, advice)) == 2
 
 
 @pytest.mark.parametrize("step", ["embed", "cache"])
 def test_scorers_that_give_nan_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    for number in range(2):
-        video(tmp_path / "videos" / f"{number}.mp4", scene(number, 12), caption="Tiles.")
+    two_videos(tmp_path)
     if step == "cache":
         prepare(config(tmp_path, "steps=[split,check,embed,group]"))
 
@@ -189,13 +211,13 @@ def test_scorers_that_give_nan_stop_the_run(tmp_path: Path, monkeypatch: pytest.
         def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
             return torch.full((len(pixels), 4), float("nan"))
 
-    instantiate = preparation_steps.instantiate
+    instantiate = steps.instantiate
     monkeypatch.setattr(
-        preparation_steps, "instantiate", lambda node: Broken() if "scorers" in node["_target_"] else instantiate(node)
+        steps, "instantiate", lambda node: Broken() if "scorers" in node["_target_"] else instantiate(node)
     )
     with pytest.raises(ValueError, match=r"[01]\.mp4@0\.000: the embeddings by scorer\.clip: NaN or infinite values"):
         prepare(config(tmp_path))
-    monkeypatch.setattr(preparation_steps, "instantiate", instantiate)
+    monkeypatch.setattr(steps, "instantiate", instantiate)
     finish(tmp_path)
 
 

@@ -1,19 +1,17 @@
 """Grouping: what may stand in one group, what is dropped, and what stays the same when data is added."""
 
-import importlib.util
-import sys
 from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 
 from storymem.data import grouping
-from storymem.data.grouping import Grouping, find_neighbours, group_clips, search_exact, search_faiss, split_groups
+from storymem.data.grouping import Grouping, group_clips, nearest_others, split_groups
 from storymem.data.settings import GroupSettings
 from storymem.memory.keyframes import normalised
 
 SETTINGS = GroupSettings(similarity=0.75, near_duplicate=0.97, max_size=5)
-needs_faiss = pytest.mark.skipif(not importlib.util.find_spec("faiss"), reason="faiss is optional")
 
 
 def clusters(count: int, size: int, *, spread: float = 0.4, dim: int = 32, seed: int = 0) -> np.ndarray:
@@ -144,10 +142,11 @@ def test_some_group_is_held_out_and_some_is_not() -> None:
 
 @pytest.mark.parametrize("count", [1, 7, 299])
 def test_exact_search_agrees_with_numpy(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouping, "_ROWS", 64)
     monkeypatch.setattr(grouping, "_COLUMNS", 100)
     embeddings = clusters(100, 3, spread=2.0)
-    columns, cosines = search_exact(embeddings, count)
+    rows = torch.from_numpy(embeddings)
+    blocks = [nearest_others(rows[start : start + 64], rows, count, first=start) for start in range(0, 300, 64)]
+    cosines, columns = (np.concatenate([block[place].numpy() for block in blocks]) for place in range(2))
     all_cosines = embeddings @ embeddings.T
     np.fill_diagonal(all_cosines, -2)
     expected = np.sort(all_cosines, axis=1)[:, ::-1][:, :count]
@@ -155,48 +154,12 @@ def test_exact_search_agrees_with_numpy(count: int, monkeypatch: pytest.MonkeyPa
     assert np.allclose(np.take_along_axis(all_cosines, columns, axis=1), cosines, atol=1e-6)
 
 
-@needs_faiss
-def test_faiss_finds_what_exact_search_finds() -> None:
-    embeddings = clusters(400, 6)
-    columns, _ = search_faiss(embeddings, 5)
-    expected, _ = search_exact(embeddings, 5)
-    assert columns.shape == expected.shape
-    assert not (columns == np.arange(len(columns))[:, None]).any()
-    found = [len(set(row) & set(true)) / 5 for row, true in zip(columns.tolist(), expected.tolist(), strict=True)]
-    assert np.mean(found) > 0.95
-
-
-def test_pairs_are_symmetric_and_ordered() -> None:
-    found = find_neighbours(clusters(10, 5, spread=0.6), GroupSettings(neighbours=2, similarity=0.5))
-    pairs = {(row, column) for row in range(50) for column in found.of(row)[0].tolist()}
-    assert pairs == {(column, row) for row, column in pairs}
-    for row in range(50):
-        assert (np.diff(found.of(row)[1]) <= 0).all()
-
-
-def test_pairs_without_some_clips_are_the_pairs_of_the_others() -> None:
-    embeddings = clusters(10, 5, spread=0.6)
-    settings = GroupSettings(neighbours=20, similarity=0.5)
-    found, dropped = find_neighbours(embeddings, settings), [0, 7, 8, 49]
-    assert not found.full.any()
-    some, anew = found.without(dropped), find_neighbours(np.delete(embeddings, dropped, axis=0), settings)
-    assert np.array_equal(some.starts, anew.starts)
-    assert np.array_equal(some.columns, anew.columns)
-    assert np.allclose(some.cosines, anew.cosines, atol=1e-6)
-
-
-def test_faiss_that_is_asked_for_and_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ValueError, match="pip install faiss-cpu"):
-        find_neighbours(clusters(2, 2), GroupSettings(search="faiss"))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"similarity": 0.98}, "alike, but not the same"),
         ({"min_size": 9, "max_size": 4}, "min_size=9 must lie between 1 and max_size=4"),
-        ({"valid_fraction": 1.0}, "at least 0 and below 1"),
+        ({"valid_fraction": 1.0}, "valid_fraction must be 0.999 or less"),
     ],
 )
 def test_settings_that_cannot_be_met(changes: dict, message: str) -> None:
