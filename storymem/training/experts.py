@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from storymem.io import replacing
+from storymem.io import read_json_object, replacing
 from storymem.training.optimization import assign
 from storymem.training.settings import AdapterTrainingSettings, ParallelSettings
 from storymem.wan.acceleration import set_attention
@@ -265,17 +266,27 @@ def load_parameters(folder: Path, experts: Sequence[Expert]) -> dict[str, Tensor
 def save_model(tensors: Mapping[str, Tensor], folder: Path, model: ModelSettings) -> None:
     """Write the base model with fully trained experts, as a folder that ``model.weights.source`` loads.
 
-    All networks pass through RAM; what did not train is as in the base.
+    The files of what did not train are copied, so that caches of the base are caches of the new model too.
     """
     from storymem.wan.loading import load_pipeline
     from storymem.wan.settings import RuntimeSettings
 
-    pipe = load_pipeline(model, runtime=RuntimeSettings(device="cpu"))
+    pipe = load_pipeline(model, runtime=RuntimeSettings(device="cpu"), text_encoder=model.weights is None)
     with torch.no_grad():
         for key, tensor in tensors.items():
             expert, _, name = key.partition("/")
             getattr(pipe, COMPONENTS[expert]).get_parameter(name).copy_(tensor)  # type: ignore[index]
-    pipe.save_pretrained(folder)
+    if model.weights is None:
+        pipe.save_pretrained(folder)
+        return
+    source, trained = locate(model.weights), {COMPONENTS[key.partition("/")[0]] for key in tensors}  # type: ignore[index]
+    for name in ("model_index.json", *read_json_object(source / "model_index.json")):
+        if name in trained:
+            getattr(pipe, name).save_pretrained(folder / name)
+        elif (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _move_frozen(transformer: nn.Module, device: torch.device) -> None:

@@ -292,6 +292,10 @@ class TrainSettings:
                 "model.memory_attention=cached gives the network clean memory, on which there is nothing to predict: "
                 f"objective.memory_weight must be 0, not {self.objective.memory_weight:g}"
             )
+        if self.adapter is None and self.model.gguf is not None:
+            raise ValueError(
+                "adapter=null trains all parameters, and those of model.gguf are quantised: set it to null"
+            )
         if self.sampler.adapter is not None:
             raise ValueError("sampler.adapter is for generation: the sample film uses the trained networks alone")
         if not self.export or len(set(self.export)) < len(self.export):

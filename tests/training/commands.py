@@ -28,7 +28,7 @@ SMALL = (
 TRAIN = (
     *SMALL,
     "model.network.transformer.num_layers=1",
-    *("expert=high", "adapter.rank=4", "adapter.alpha=4", "optimizer.lr=0.01", "optimizer.warmup_steps=0"),
+    *("expert=high", "adapter={rank:4,alpha:4}", "optimizer.lr=0.01", "optimizer.warmup_steps=0"),
     *("batch.size=2", "batch.max_memory=2", "log.wandb=disabled", "log.every=1", "steps=6", "checkpoint.every=3"),
 )
 

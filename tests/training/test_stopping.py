@@ -138,7 +138,7 @@ def test_a_signal_while_waiting_for_data_saves_and_ends(
     command.until_it_says("hanging", *(["step 4 of"] if workers < 2 else []))
     os.kill(command.pid, number)
     assert command.wait(10) == 128 + number, command.said
-    assert "goes on from here" in command.said
+    assert "the same command resumes" in command.said
     assert workers == 2 or Checkpoints(run / "checkpoints", keep=2).steps() == [3, 4]
     assert train(*arguments, folder=tmp_path)[0] == 0
     same(run, whole)
