@@ -1,10 +1,10 @@
-"""Growth of grouping: time and peak memory at 1k, 10k and 100k clips, by exact search and by faiss.
+"""Growth of grouping: time and peak RAM at 1k, 10k and 100k clips.
 
-    python -m benchmarks.grouping [--quick] [--search exact faiss] [--threads N] [--device cuda]
+    python -m benchmarks.grouping [--quick] [--threads N] [--device cuda]
 
 The embeddings are drawn: clusters of eight clips with cosines of about 0.86, 512 dimensions as of ViT-B/32, and one
-clip in fifty a near-duplicate of another. Each size runs in a process of its own, whose peak memory is told less what
-it holds before grouping begins. Growth is that of CPU seconds, which other work on the machine disturbs less.
+clip in fifty a near-duplicate of another. Each size runs in a process of its own, whose peak RAM is printed less
+what it uses before grouping begins. Growth is that of CPU seconds, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class Result:
     """One size. ``found``: share of clips in a group with at least half of their cluster."""
 
     clips: int
-    search: str
     device: str
     seconds: float
     cpu_seconds: float
@@ -62,18 +61,14 @@ def draw(count: int, folder: Path) -> None:
     np.save(folder / "cluster.npy", cluster)
 
 
-def measure(folder: Path, search: str, threads: int | None, device: str) -> Result:
+def measure(folder: Path, threads: int | None, device: str) -> Result:
     """Group the clips whose embeddings and clusters lie in ``folder``, in this process."""
     if threads is not None:
         torch.set_num_threads(threads)
-        if search == "faiss":
-            import faiss
-
-            faiss.omp_set_num_threads(threads)
     embeddings, cluster = np.load(folder / "embeddings.npy"), np.load(folder / "cluster.npy")
     count = len(embeddings)
     ids = [f"clip{number:07d}" for number in range(count)]
-    settings = GroupSettings(search=search)  # type: ignore[arg-type]
+    settings = GroupSettings()
     group_clips(ids[:64], embeddings[:64], settings, device=device)  # libraries load what they need
     before = psutil.Process().memory_info().rss / 1e6
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -81,7 +76,6 @@ def measure(folder: Path, search: str, threads: int | None, device: str) -> Resu
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     return Result(
         clips=count,
-        search=search,
         device=device,
         seconds=round(seconds, 3),
         cpu_seconds=round(cpu_seconds, 3),
@@ -117,26 +111,21 @@ def in_own_process(count: int, *arguments: Any) -> Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="1k and 10k clips only")
-    parser.add_argument("--search", nargs="+", default=["exact", "faiss"], choices=["exact", "faiss"])
     parser.add_argument("--threads", type=int, help="threads (default: the libraries' own choice)")
-    parser.add_argument("--device", default="cpu", help="of exact search")
+    parser.add_argument("--device", default="cpu", help="where similarities are computed")
     arguments = parser.parse_args()
     sizes = [1_000, 10_000] if arguments.quick else [1_000, 10_000, 100_000]
-    print("search    clips   seconds  CPU sec.  growth  peak MB  embeddings MB  grouped  found")
+    print("  clips   seconds  CPU sec.  growth  peak MB  embeddings MB  grouped  found")
     results: list[Result] = []
-    for search in arguments.search:
-        before: Result | None = None
-        for count in sizes:
-            result = in_own_process(count, search, arguments.threads, arguments.device)
-            growth = "" if before is None else f"N^{log(result.cpu_seconds / before.cpu_seconds, 10):.2f}"
-            print(
-                f"{search:<7} {count:>7} {result.seconds:>9.2f} {result.cpu_seconds:>9.2f}  {growth:<6} "
-                f"{result.megabytes:>8.0f} {result.embeddings_megabytes:>14.0f}  "
-                f"{result.grouped:>7.1%}  {result.found:.1%}",
-                flush=True,
-            )
-            before = result
-            results.append(result)
+    for count in sizes:
+        result = in_own_process(count, arguments.threads, arguments.device)
+        growth = f"N^{log(result.cpu_seconds / results[-1].cpu_seconds, 10):.2f}" if results else ""
+        print(
+            f"{count:>7} {result.seconds:>9.2f} {result.cpu_seconds:>9.2f}  {growth:<6} {result.megabytes:>8.0f} "
+            f"{result.embeddings_megabytes:>14.0f}  {result.grouped:>7.1%}  {result.found:.1%}",
+            flush=True,
+        )
+        results.append(result)
     for result in results:
         print(json.dumps({"benchmark": "grouping", **asdict(result)}))
 

@@ -15,26 +15,25 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from storymem.data.caching import CacheItem, KeyframeChooser, build_cache
 from torch import Tensor
 
 from storymem.commands.configuration import composed
 from storymem.config import build_settings
 from storymem.data.cache import LatentCache
 from storymem.data.clips import Clip, read_clip
-from storymem.data.settings import Bucket, CacheSettings
+from storymem.data.prepare import prepare
+from storymem.data.settings import Bucket
 from storymem.media.video import write_video
-from storymem.memory import UniformSelector
 from storymem.wan.conditioning import blank_padded, encode_frames, encode_video
 from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
-from storymem.wan.settings import ModelSettings, RuntimeSettings
+from storymem.wan.settings import ModelSettings, RuntimeSettings, VideoSettings
 
 CLIPS, MEMORY = 12, 3
 Sample = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -75,7 +74,7 @@ class OnTheFly:
         )
 
     def _pixels(self, clip: Clip, indices: list[int] | None = None) -> Tensor:
-        frames = torch.from_numpy(read_clip(self.folder, clip, indices))
+        frames = torch.from_numpy(read_clip(self.folder / clip.video, clip, indices))
         return frames.permute(3, 0, 1, 2).float() / 127.5 - 1.0
 
     @cache  # noqa: B019
@@ -109,31 +108,22 @@ def drawn_clips(folder: Path, bucket: Bucket, fps: int) -> list[Clip]:
     return clips
 
 
-def cached(folder: Path, clips: list[Clip], pipe: WanMemoryToVideoPipeline, tokens: int) -> LatentCache:
+def cached(folder: Path, bucket: Bucket, model: ModelSettings, device: str) -> LatentCache:
     """The cache of the clips in float32, as on the fly."""
-
-    def item(index: int, clip: Clip) -> CacheItem:
-        return CacheItem(
-            id=clip.id,
-            caption=f"Clip {index}.",
-            group=0,
-            split="train",
-            bucket=(clip.bucket.frames, clip.bucket.height, clip.bucket.width),
-            frames=lambda: read_clip(folder, clip),
-        )
-
-    def first_frame_alone(frames: np.ndarray) -> np.ndarray:
-        return np.ones((len(frames), 2), np.float32)
-
-    return build_cache(
-        folder / "cache",
-        [item(index, clip) for index, clip in enumerate(clips)],
-        pipe,
-        KeyframeChooser(embed=first_frame_alone, selector=UniformSelector(max_keyframes=1)),
-        fingerprint={},
-        settings=CacheSettings(given=(1,), dtype="float32", shard_mb=64),
-        text_tokens=tokens,
+    for number in range(CLIPS):
+        (folder / f"{number:03d}.txt").write_text(f"Clip {number}.")
+    config = composed(
+        "prepare_data",
+        [
+            *("model=tiny", f"videos={folder}", f"output={folder / 'set'}", "split.margin=1", "cache.given=[1]"),
+            *("cache.dtype=float32", "cache.shard_mb=64", "memory/selector=uniform", "memory.selector.max_keyframes=1"),
+            *("scorer/quality=none", "group.similarity=-1", "group.near_duplicate=1.5", f"runtime.device={device}"),
+        ],
     )
+    size = {"buckets": [asdict(bucket)], "fps": model.video.fps}
+    cache = prepare(config | {"model": asdict(model), "data": size})
+    assert cache is not None
+    return cache
 
 
 def samples_per_second(sample: Callable[[int], Sample], indices: list[int]) -> float:
@@ -147,10 +137,11 @@ def samples_per_second(sample: Callable[[int], Sample], indices: list[int]) -> f
 def measure(size: str, device: str, *, quick: bool) -> Result:
     """Both sides on the same clips."""
     model = build_settings(ModelSettings, composed("generate", ["model=tiny", "story=none"])["model"])
-    bucket, fps = Bucket(frames=17, height=64, width=96), 8
     if size == "480p":
         model.network.vae.clear()  # the defaults of AutoencoderKLWan are the published shape
-        bucket, fps = Bucket(frames=81, height=480, width=832), 16
+        model = replace(model, video=VideoSettings(frames=81, height=480, width=832, fps=16))
+    video = model.video
+    bucket, fps = Bucket(frames=video.frames, height=video.height, width=video.width), video.fps
     pipe = load_pipeline(model, runtime=RuntimeSettings(device=device), experts=False)
     tokens = model.network.text_tokens
     order = np.random.default_rng(0).permutation(CLIPS).tolist()
@@ -158,14 +149,14 @@ def measure(size: str, device: str, *, quick: bool) -> Result:
         folder = Path(name)
         clips = drawn_clips(folder, bucket, fps)
         fly = OnTheFly(folder, clips, pipe, tokens)
-        cache = cached(folder, clips, pipe, tokens)
+        cache = cached(folder, bucket, model, device)
         for one, other in zip(fly.sample(0), from_cache(cache, 0), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
         on_the_fly = samples_per_second(fly.sample, order[: 3 if quick else CLIPS])
-        fresh = LatentCache.open(folder / "cache")
+        fresh = LatentCache.open(folder / "set")
         first = samples_per_second(lambda index: from_cache(fresh, index), order)
         again = samples_per_second(lambda index: from_cache(fresh, index), order * (2 if quick else 10))
-        stored = sum(path.stat().st_size for path in fresh.folder.glob("clips-*.safetensors"))
+        stored = sum(path.stat().st_size for path in fresh.folder.glob("shard-*.safetensors"))
     return Result(
         size=size,
         device=str(pipe.device),

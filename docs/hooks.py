@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import types
 import typing
 from pathlib import Path
@@ -13,6 +12,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from storymem.commands.cli import COMMANDS
+from storymem.commands.configuration import arguments_of
 from storymem.story import schema
 
 SCHEMA = Path(__file__).with_name("story.schema.json")
@@ -69,21 +69,6 @@ def _table(cls: type) -> list[str]:
         cells = [f"`{field.name}`", f"`{_type(hints[field.name])}`", _default(field), meanings.get(field.name, "")]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return rows
-
-
-def arguments_of(cls: type) -> dict[str, str]:
-    """Name -> text of the ``Args:`` section of a docstring; "a, b: text" is the text of both."""
-    _, _, section = (cls.__doc__ or "").partition("Args:\n")
-    section = re.split(r"\n\s*\n", section)[0]
-    found: dict[str, str] = {}
-    indent = re.match(r" *", section)[0]  # type: ignore[index]
-    for entry in re.split(rf"\n?^{indent}(?=\w)", section, flags=re.MULTILINE):
-        names, _, text = entry.partition(":")
-        for name in filter(None, re.split(r",\s*", names.strip())):
-            found[name.strip("`")] = re.sub(r":\w+:(?=`)", "", " ".join(text.split()).replace("``", "`")).replace(
-                "`~", "`"
-            )
-    return found
 
 
 def _type(annotation: Any) -> str:

@@ -40,8 +40,8 @@ from storymem.wan.sources import check_weights
 from storymem.wan.spec import experts_of
 from tests import stories
 from tests.damage import damage, kinds_for
-from tests.training import tiny as runs
 from tests.data.drawn_clips import scene, video
+from tests.training import tiny as runs
 from tests.wan import tiny
 from tests.wan.test_gguf import gguf_file
 

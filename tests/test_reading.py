@@ -13,6 +13,8 @@ import pytest
 
 from storymem.data.prepare import prepare
 from storymem.media.video import frames_at, iter_frames, join_videos, probe, read_video, write_video
+from tests.data.drawn_clips import counted, number_of, scene
+from tests.data.preparing import config
 from tests.encoding import (
     COLOURS,
     HEIGHT,
@@ -27,8 +29,6 @@ from tests.encoding import (
     turned,
     yuv_frame,
 )
-from tests.data.drawn_clips import counted, number_of, scene
-from tests.data.preparing import config
 
 BT601 = {"colorspace": 6, "color_range": 1, "color_primaries": 6, "color_trc": 6}
 BT709 = {"colorspace": 1, "color_range": 1, "color_primaries": 1, "color_trc": 1}

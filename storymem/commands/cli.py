@@ -29,7 +29,7 @@ def _evaluate(config: Mapping[str, Any]) -> None:
     from storymem.evaluation.choosing import chosen_name, with_method
     from storymem.evaluation.stbench import evaluate
 
-    evaluate({"label": chosen_name(), **config}, with_method)
+    evaluate({**config, "label": config.get("label") or chosen_name()}, with_method)
 
 
 class Command(NamedTuple):

@@ -77,7 +77,7 @@ def reference(settings: type) -> str:
 
 
 def _described(settings: type, defaults: dict[str, Any], path: str) -> Iterator[str]:
-    hints, texts = typing.get_type_hints(settings), _arguments(settings)
+    hints, texts = typing.get_type_hints(settings), arguments_of(settings)
     for name in sorted(defaults, key=lambda name: isinstance(defaults[name], dict)):  # those of nodes last
         value, kinds = defaults[name], (hints[name], *typing.get_args(hints[name]))
         nested: list[Any] = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
@@ -97,10 +97,16 @@ def _shown(value: Any) -> str:
     return "[" + ", ".join(map(_shown, value)) + "]" if isinstance(value, list) else str(value)
 
 
-def _arguments(settings: type) -> dict[str, str]:
-    """The entries of a docstring's ``Args:``; ``a, b: text`` is for both."""
-    _, _, section = (settings.__doc__ or "").partition("Args:\n")
+def arguments_of(cls: type) -> dict[str, str]:
+    """Name -> text of the ``Args:`` section of a docstring; "a, b: text" is the text of both."""
+    _, _, section = (cls.__doc__ or "").partition("Args:\n")
+    section = re.split(r"\n\s*\n", section)[0]
     found: dict[str, str] = {}
-    for names, text in re.findall(r"^ {8}([\w, ]+): (.*(?:\n {12}.*)*)", section, re.MULTILINE):
-        found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    indent = re.match(r" *", section)[0]  # type: ignore[index]
+    for entry in re.split(rf"\n?^{indent}(?=\w)", section, flags=re.MULTILINE):
+        names, _, text = entry.partition(":")
+        for name in filter(None, re.split(r",\s*", names.strip())):
+            found[name.strip("`")] = re.sub(r":\w+:(?=`)", "", " ".join(text.split()).replace("``", "`")).replace(
+                "`~", "`"
+            )
     return found

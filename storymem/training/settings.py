@@ -293,9 +293,7 @@ class TrainSettings:
                 f"objective.memory_weight must be 0, not {self.objective.memory_weight:g}"
             )
         if self.adapter is None and self.model.gguf is not None:
-            raise ValueError(
-                "adapter=null trains all parameters, and those of model.gguf are quantised: set it to null"
-            )
+            raise ValueError("adapter=null trains all parameters, and model.gguf is quantised: set it to null")
         if self.sampler.adapter is not None:
             raise ValueError("sampler.adapter is for generation: the sample film uses the trained networks alone")
         if not self.export or len(set(self.export)) < len(self.export):

@@ -31,11 +31,11 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.runtime import release_memory
 from storymem.wan.settings import Offload, RuntimeSettings, SamplerSettings
 from tests.composing import composed
+from tests.data.drawn_clips import FRAMES, HEIGHT, WIDTH
 from tests.evaluation import small
 from tests.scorers import tiny as tiny_scorers
 from tests.training.commands import SMALL as SMALL_SET
 from tests.training.commands import TRAIN, make_set
-from tests.data.drawn_clips import FRAMES, HEIGHT, WIDTH
 from tests.wan import test_ti2v, tiny
 from tests.wan.test_step_adapter import write_adapter
 

@@ -37,7 +37,7 @@ def test_the_defaults_are_complete() -> None:
     assert settings.stbench.stories == "st_bench/stories"
     assert list(settings.metrics) == ["aesthetic", "viclip"]
     assert settings.metrics["viclip"]["scorer"]["size"] == "L-14", "what stands beside the paper's rows is the paper's"
-    assert set(composed(name="eval_stbench")) == set(EvaluateSettings.__dataclass_fields__) - {"method", "label"}
+    assert set(composed(name="eval_stbench")) == set(EvaluateSettings.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("name", files("metrics"))

@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from storymem.data.captions import read_captions
-from storymem.data.masks import find_masks
-from storymem.data.video_folder import find_videos, scan_videos
+from storymem.data.videos import find_masks, read_captions, scan_videos
 from storymem.media.video import probe, read_video
 from toyworld.attributes import FPS, FRAMES, HEIGHT, UNKNOWN, WIDTH
 from toyworld.clips import write_clips
@@ -28,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_prepare_data_finds_every_clip_with_its_prompt(folder: Path) -> None:
     found = scan_videos(folder)
     videos = found.videos
-    captions = read_captions(folder, videos, found.texts, None)
+    captions = read_captions(found, None)
     assert len(videos) == 24
     for video in videos:
         seed, number = int(video[:6]), int(video.split("/")[1][:2])
@@ -87,9 +85,8 @@ def test_stories_for_measuring_are_refused(tmp_path: Path) -> None:
 
 def test_masks_are_those_of_the_people_and_are_found(tmp_path: Path) -> None:
     assert write_clips(tmp_path / "clips", range(1), masks=tmp_path / "masks") == 8
-    videos = find_videos(tmp_path / "clips")
-    masks = find_masks(tmp_path / "masks", videos, tmp_path / "clips")
-    assert set(masks.files) == set(videos)
+    clips = scan_videos(tmp_path / "clips")
+    assert find_masks(tmp_path / "masks", clips).keys() == set(clips.videos)
     shown = read_video(clip(tmp_path / "masks", 0, 2)).mean(axis=-1) > 128
     drawn = people_mask(*render_layers(story(0).shots[1], slice(None)))
     assert (shown == drawn).mean() > 0.995
@@ -98,4 +95,4 @@ def test_masks_are_those_of_the_people_and_are_found(tmp_path: Path) -> None:
 def test_masks_can_be_added_to_clips_that_are_there(tmp_path: Path) -> None:
     write_clips(tmp_path / "clips", range(1))
     assert write_clips(tmp_path / "clips", range(1), masks=tmp_path / "masks") == 0
-    assert len(find_videos(tmp_path / "masks")) == 8
+    assert len(scan_videos(tmp_path / "masks").videos) == 8
