@@ -449,6 +449,6 @@ def test_a_last_frame_of_another_size_is_named(tmp_path: Path) -> None:
 def test_a_shard_whose_name_leads_nowhere_is_made_again(tmp_path: Path, kind: str) -> None:
     make_set(tmp_path)
     whole = use_set(tmp_path, None)
-    damage(next(tmp_path.glob("set/cache/*/texts-*.safetensors")), kind, random.Random(0))
+    damage(next(tmp_path.glob("set/cache/*/shard-*.safetensors")), kind, random.Random(0))
     assert use_prepare(tmp_path, None) == whole
     assert all(path.is_file() and not path.is_symlink() for path in tmp_path.glob("set/cache/*/texts-*"))

@@ -313,6 +313,6 @@ def write_cache(
     }
     write_checked(folder / "cache.json", content, indent=1)
     for path in [*folder.glob("index-*.jsonl"), *folder.glob("shard-w*.safetensors")]:
-        if path.name != index_name and path.stem not in known and (path.is_symlink() or path.is_file()):
+        if path.name != index_name and path.stem not in known and (path.is_symlink() or not path.is_dir()):
             path.unlink()
     return LatentCache.open(folder)
