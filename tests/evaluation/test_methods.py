@@ -1,4 +1,4 @@
-"""Methods make films; what they make can be gone on with and is what they say."""
+"""Methods make films, resume them, and refuse what cannot be made before anything is written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def story(tmp_path: Path) -> Story:
     return small.stories(tmp_path / "stories")[0]
 
 
-def test_independent_shots_know_nothing_of_each_other_and_can_be_gone_on_with(story: Story, tmp_path: Path) -> None:
+def test_independent_shots_do_not_depend_on_each_other_and_can_be_resumed(story: Story, tmp_path: Path) -> None:
     independent = method("independent")
     assert isinstance(independent, IndependentShots)
     independent.check(story)
@@ -82,7 +82,7 @@ def test_storymem_is_the_loop_under_the_commands_settings(tmp_path: Path) -> Non
     assert len(film.shots[1].memory) == 3, "the keyframes of the shot before"
 
 
-def test_what_cannot_be_filmed_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_made_is_reported_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "a.yaml").write_text(small.TWO_SHOTS)

@@ -120,8 +120,10 @@ def test_identity_and_steadiness_are_means_over_pairs_of_frames(story: Story) ->
     embedder = clip()
     found = scores(Appearance(embedder, frames=3), story, shots())
     # The middles of three equal parts of 9, 17 and 12 frames.
-    looked_at = [video[list(chosen)] for video, chosen in zip(shots(), [(1, 4, 7), (2, 7, 13), (1, 5, 9)], strict=True)]
-    rows = [[embedder.embed_images(as_images(frame[None]))[0] for frame in video] for video in looked_at]
+    chosen_frames = [
+        video[list(chosen)] for video, chosen in zip(shots(), [(1, 4, 7), (2, 7, 13), (1, 5, 9)], strict=True)
+    ]
+    rows = [[embedder.embed_images(as_images(frame[None]))[0] for frame in video] for video in chosen_frames]
     steady = [np.mean([cosine(a, b) for a, b in combinations(video, 2)]) for video in rows]
     ada = [np.mean([cosine(a, b) for a in rows[i] for b in rows[j]]) for i, j in ((0, 1), (0, 2), (1, 2))]
     assert found.shots["intra_shot_consistency"] == pytest.approx(steady, abs=1e-6)
