@@ -22,15 +22,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from storymem.commands import benchmark_report
+from storymem.commands import benchmark
 from storymem.commands.configuration import composed
 from storymem.config import build_settings
 from storymem.film.settings import GenerateSettings
 from storymem.story import load_story
-from storymem.wan.acceleration import compiled_graphs
 from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
-from storymem.wan.runtime import release_memory
+from storymem.wan.runtime import compiled_graphs, release_memory
 from storymem.wan.settings import MemoryMode, RuntimeSettings, SamplerSettings, VideoSettings
 
 STORY = Path(__file__).parents[1] / "examples" / "ada_and_the_tent.yaml"
@@ -198,7 +197,7 @@ def main() -> None:
     rows = compare_all(settings, memory=arguments.memory, repeats=repeats)
     result = {"model": settings.model.name, "steps": steps, "rows": [asdict(row) for row in rows]}
     if arguments.json is not None:
-        benchmark_report.save(arguments.json, torch.device("cpu"), [result])
+        benchmark.save(arguments.json, torch.device("cpu"), [result])
     else:
         print(json.dumps({"benchmark": "acceleration", **result}))
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from storymem.film.ranks import among_ranks
-from storymem.wan.layout import Launch
 from storymem.wan.loading import load_pipeline
 from storymem.wan.parallel import join, leave
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.processes import Launch
 from storymem.wan.segments import Text, holocine, memento, memory_cached, memory_joint, single_shot, with_given
 from storymem.wan.settings import MemoryMode, RuntimeSettings
 from storymem.wan.shots import OnStep, ShotRequest
@@ -90,6 +90,7 @@ CASES = {
     "ulysses_taylor": Case(runtime=replace(_ULYSSES, cache="taylor", cache_threshold=1)),
     "ulysses_cached": Case(runtime=_ULYSSES, memory="cached"),
     "ulysses_unseen": Case(runtime=_ULYSSES, negative_sees_memory=False),
+    "ulysses_recompute": Case(runtime=replace(_ULYSSES, memory_cache="recompute"), memory="cached"),
     "ring": Case(runtime=_RING),
     "ring_cached": Case(runtime=_RING, memory="cached"),
     "guidance": Case(runtime=_GUIDANCE),

@@ -19,8 +19,9 @@ from storymem.film.generate import build_storyteller
 from storymem.film.settings import GenerateSettings, MemorySettings
 from storymem.memory import Keyframe
 from storymem.scorers import scorer_bytes
-from storymem.wan.flops import forward_flops
-from storymem.wan.presets import Machine, choose_runtime
+from storymem.wan.estimate import forward_flops
+from storymem.wan.placement import Machine, choose_runtime
+from storymem.wan.segments import single_shot
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings, SamplerSettings
 from tests.composing import composed, generate_settings
 
@@ -70,7 +71,7 @@ def test_models(name: str) -> None:
     made = generate_settings(f"model={name}")
     assert made.model.name == name
     transformer = made.model.network.transformer
-    flops = forward_flops(transformer, slots=5, height=8, width=12, text_tokens=made.model.network.text_tokens)
+    flops = forward_flops(transformer, single_shot(5), height=8, width=12, text_tokens=made.model.network.text_tokens)
     assert flops.total > 0
     for node in (made.scorer.clip, made.scorer.quality, made.memory.selector, made.memory.recall):
         bind(node)
@@ -147,7 +148,7 @@ def test_runtimes(name: str) -> None:
 def test_a_preset_fits_the_card_it_is_named_after(name: str, card: int) -> None:
     made = generate_settings("model=wan2.2-a14b", f"runtime={name}")
     free = int(card * 1.04e9)  # "24 GB" are 25.8e9 bytes, less what the driver takes
-    machine = Machine(name="a card", memory=free, host=int(96e9))
+    machine = Machine(name="a card", vram=free, ram=int(96e9))
     scorers = scorer_bytes(made.scorer.clip, made.scorer.quality)
     for height, width in ((480, 832), (720, 1280)):
         model = dataclasses.replace(made.model, video=dataclasses.replace(made.model.video, height=height, width=width))

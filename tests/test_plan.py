@@ -11,8 +11,8 @@ from storymem.film.generate import generate
 from storymem.film.plan import make_plan
 from storymem.scorers import scorer_bytes
 from storymem.story import Story
-from storymem.wan.flops import forward_flops
-from storymem.wan.memory_estimate import estimate_memory
+from storymem.wan.estimate import estimate_shot, forward_flops
+from storymem.wan.segments import memory_joint
 from tests.composing import composed, generate_settings
 from tests.stories import picture, story
 
@@ -53,7 +53,7 @@ def column(plan: str, number: int) -> list[str]:
 
 def planned(told: Story, *overrides: str, folder: str = "film") -> str:
     model = [] if any(override.startswith("model=") for override in overrides) else ["model=tiny"]
-    return make_plan(told, generate_settings(*model, *overrides), Path(folder))
+    return make_plan(told, generate_settings(*model, *overrides), Path(folder))[0]
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
@@ -64,6 +64,16 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert said.startswith("Five: 5 shots in 2 scenes, ")
     assert "out/film" in said
     assert [path.name for path in tmp_path.iterdir()] == ["story.yaml"]
+
+
+@pytest.mark.parametrize("problem", ["model.weights={name: i2v, source: ./absent}", "model.video.frames=2501"])
+def test_a_dry_run_of_what_cannot_be_made_fails_after_the_plan(
+    five: Story, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed(f"story={five.source}", "dry_run=true", "model=wan2.2-a14b", "runtime.device=cpu", problem)
+    with pytest.raises(ValueError, match=r"^not ready: \d+ marked MISSING, UNFIT or TOO SMALL in the plan$"):
+        generate(config)
+    assert capsys.readouterr().out.startswith("Five: 5 shots in 2 scenes, ")
 
 
 def test_modes_and_frames(five: Story) -> None:
@@ -96,13 +106,14 @@ def test_references_are_memory_from_the_beginning(tmp_path: Path) -> None:
 
 def test_tokens_and_operations_are_those_of_the_denoiser(five: Story) -> None:
     settings = generate_settings("model=tiny", "model.video.frames=17", "sampler.steps=4")
-    plan = make_plan(five, settings, Path("film"))
+    plan, problems = make_plan(five, settings, Path("film"))
+    assert not problems
     video = settings.model.video
     per_slot = video.height // 16 * (video.width // 16)
     assert column(plan, 5) == [str(slots * per_slot) for slots in (5, 3 + 5, 6 + 3, 9 + 5, 10 + 5)]
     last = forward_flops(
         settings.model.network.transformer,
-        slots=15,
+        memory_joint(10, 5),
         height=video.height // 8,
         width=video.width // 8,
         text_tokens=settings.model.network.text_tokens,
@@ -110,23 +121,23 @@ def test_tokens_and_operations_are_those_of_the_denoiser(five: Story) -> None:
     assert float(rows(plan)[-1][6]) == pytest.approx(last.total / 1e15, rel=1e-2)
     assert float(rows(plan)[-1][7]) == pytest.approx(8 * last.total / 1e15, rel=1e-2)
     total = sum(float(value) for value in column(plan, 7))
-    (line,) = [line for line in plan.splitlines() if line.startswith("in all")]
-    assert float(line.split()[2]) == pytest.approx(total, rel=2e-2)
+    (line,) = [line for line in plan.splitlines() if line.startswith("total ")]
+    assert float(line.split()[1]) == pytest.approx(total, rel=2e-2)
     assert "8 forwards a shot (4 steps)" in line
 
 
-def test_cached_memory_is_paid_for_once_and_its_size_is_told(five: Story) -> None:
+def test_cached_memory_is_computed_once_and_its_size_is_reported(five: Story) -> None:
     chosen = ("model=wan2.2-a14b", "model.memory_attention=cached", "model.adapter=null", "runtime=cpu")
     plan = planned(five, *chosen)
     without, *_, last = rows(planned(five, *chosen, "memory=none")), *rows(plan)
     assert last[4:6] == ["10", "32760"]
     assert float(last[6]) / float(without[-1][6]) == pytest.approx(1.25, abs=0.01)
     assert float(last[7]) == pytest.approx(80 * float(last[6]) + 2 * 0.507, rel=5e-3)
-    told = "keys and values of 10 memory frames, 12.8 GB an expert, are {} (runtime.memory_cache={})"
-    assert told.format("kept on the device", "device") in plan
-    assert told.format("kept in main memory", "cpu") in planned(five, *chosen, "runtime.memory_cache=cpu")
+    cached = "keys and values of 10 memory frames, 12.8 GB an expert, {} (runtime.memory_cache={})"
+    assert cached.format("on the device", "device") in plan
+    assert cached.format("in RAM", "cpu") in planned(five, *chosen, "runtime.memory_cache=cpu")
     again = planned(five, *chosen, "runtime.memory_cache=recompute")
-    assert told.format("computed again in every step", "recompute") in again
+    assert cached.format("nowhere: they are computed again in every step", "recompute") in again
     assert float(rows(again)[-1][7]) > 1.2 * float(last[7])
     assert "keys and values" not in planned(five, "model=wan2.2-a14b", "runtime=cpu")
 
@@ -183,27 +194,27 @@ def test_the_scorers_weights_are_listed_too(five: Story) -> None:
     assert "scorer " not in planned(five, "model=tiny")
 
 
-def test_memory_is_predicted_for_each_stage(five: Story) -> None:
+def test_vram_is_estimated_for_each_stage(five: Story) -> None:
     plan = planned(five, "model=wan2.2-a14b", "runtime=cpu", "memory.recall.capacity=4")
-    (line,) = [line for line in plan.splitlines() if line.startswith("memory ")]
-    assert "at 4 memory frames" in line
+    (line,) = [line for line in plan.splitlines() if line.startswith("VRAM ")]
+    assert "for 4 memory frames" in line
     for stage in ("texts 12.1 GB", "encode ", "denoise ", "decode ", "score "):
         assert stage in line
     settings = generate_settings("model=wan2.2-a14b", "runtime=cpu")
     scorers = scorer_bytes(settings.scorer.clip, settings.scorer.quality)
-    expected = estimate_memory(settings.model, settings.runtime, memory_frames=4, scorers=scorers)
-    assert f"memory   {expected.peak.total / 1e9:.1f} GB on the device at the peak" in line
-    assert f"{expected.host / 1e9:.1f} GB of main memory" in plan
+    expected = estimate_shot(settings.model, settings.runtime, memory_frames=4, scorers=scorers)
+    assert f"VRAM     {expected.peak.total / 1e9:.1f} GB at the peak" in line
+    assert f"RAM      {expected.ram / 1e9:.1f} GB" in plan
 
 
-def test_a_machine_that_is_too_small_is_told(five: Story) -> None:
+def test_a_machine_that_is_too_small_is_marked(five: Story) -> None:
     plan = planned(five, "model=wan2.2-a14b", "model.video.frames=2501", "runtime.device=cpu")
     (line,) = [line for line in plan.splitlines() if line.startswith("machine")]
-    assert line.startswith("machine  TOO SMALL: the CPU, ")
+    assert line.startswith("machine  TOO SMALL: the CPU with ")
     assert "TOO SMALL" not in planned(five, "model=tiny", "runtime.device=cpu")
 
 
-def test_what_text_to_video_costs_is_told(five: Story) -> None:
+def test_the_cost_of_text_to_video_is_reported(five: Story) -> None:
     plan = planned(five, "model=wan2.2-a14b")
     assert "first_shot=m2v needs no Wan2.2-T2V-A14B (transformers): 57 GB of weights less" in plan
     assert "first_shot=m2v" not in planned(five, "model=wan2.2-a14b", "first_shot=m2v")
@@ -217,11 +228,11 @@ def test_weights_that_are_there_are_named(tmp_path: Path, five: Story) -> None:
     assert "MISSING" not in plan
 
 
-def test_random_weights_are_admitted(five: Story) -> None:
+def test_random_weights_are_reported(five: Story) -> None:
     assert "weights  random, from seed 3: the film will be noise" in planned(five, "model=tiny", "model.seed=3")
 
 
-def test_a_film_that_is_begun_is_mentioned(tmp_path: Path, five: Story) -> None:
+def test_an_unfinished_film_is_mentioned(tmp_path: Path, five: Story) -> None:
     assert "finished" not in planned(five)
     (tmp_path / "film").mkdir()
     Film(tmp_path / "film", story=five.to_dict(), config={}).save()

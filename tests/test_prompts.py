@@ -144,5 +144,6 @@ def test_a_plan_without_weights_says_that_nothing_was_counted(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     told = story(tmp_path, TOLD.format("Ada waits.", "Ada turns."))
-    generate(composed(f"story={told.source}", "model=wan2.2-a14b", "runtime=cpu", "dry_run=true"))
+    with pytest.raises(ValueError, match="not ready"):
+        generate(composed(f"story={told.source}", "model=wan2.2-a14b", "runtime=cpu", "dry_run=true"))
     assert "prompts are not counted: the tokenizer of wan2.2-a14b is not on this machine" in capsys.readouterr().out

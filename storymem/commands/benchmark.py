@@ -1,60 +1,64 @@
-"""The denoiser and whole shots at true size, with random weights: seconds, TFLOP/s and memory, beside what is possible.
+"""Measure a model at true size with random weights: seconds a forward and a shot, TFLOP/s, VRAM.
 
-Times do not depend on the values of weights, so nothing need be downloaded. What a step cache skips does depend on
-them: caches are measured at threshold 0, where they skip nothing, for what they cost; ``benchmarks.acceleration``
-measures what they save.
+storymem benchmark                   # what this machine can run: the large model on a GPU, small ones on a CPU
+storymem benchmark --sweep --shot    # every attention kernel, cache and precision; a whole shot
+storymem benchmark --model wan2.2-a14b --runtime gpu-24gb --memory 0 10
+storymem benchmark runtime.attention=cudnn runtime.compile=blocks model.video.frames=41
+
+The table is printed and saved as JSON with what it depends on. A case that cannot be run is named with the reason.
+Times do not depend on the values of weights, so nothing is downloaded. What a step cache skips does depend on them:
+caches are measured at threshold 0, where they skip nothing; ``benchmarks.acceleration`` measures what they save.
 """
 
 from __future__ import annotations
 
-import gc
+import argparse
+import platform
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
-from storymem.wan.acceleration import accelerate, check_acceleration, forget_steps
-from storymem.wan.flops import ForwardFlops, cached_flops, forward_flops
+from storymem.commands.configuration import composed
+from storymem.config import build_settings
+from storymem.devices import resolve_device
+from storymem.film.progress import format_table
+from storymem.film.settings import GenerateSettings
+from storymem.io import write_json
+from storymem.wan.combinations import check_combinations
+from storymem.wan.estimate import GB, estimate_shot, forward_flops
 from storymem.wan.lora import memory_lora_config
-from storymem.wan.memory_estimate import estimate_memory
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
-from storymem.wan.precision import check_precision, lower_precision
-from storymem.wan.presets import choose_runtime
-from storymem.wan.runtime import place, release_memory, resolve_device
+from storymem.wan.placement import choose_runtime
+from storymem.wan.runtime import accelerate, check_machine, clear_step_caches, place, release_memory
 from storymem.wan.schedule import wan_scheduler
-from storymem.wan.segments import memory_cached, memory_joint
+from storymem.wan.segments import Layout, memory_cached, memory_joint
 from storymem.wan.settings import ModelSettings, NetworkSettings, RuntimeSettings, SamplerSettings, VideoSettings
 from storymem.wan.transformer import SegmentCache
 
-#: The shape of Wan2.1's small model, for machines that the large one is too large for.
+#: The shape of Wan2.1's small model, and a small video, for machines that the large model is too large for.
 WAN_1_3B = {
-    "num_layers": 30,
-    "num_attention_heads": 12,
-    "attention_head_dim": 128,
-    "ffn_dim": 8960,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "out_channels": 16,
+    **{"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960},
+    **{"text_dim": 4096, "freq_dim": 256, "out_channels": 16},
 }
+_SMALL_VIDEO, _SMALL_LAYERS = VideoSettings(height=96, width=160, frames=9, fps=8), 2
+#: A shot is that of the published sampler, however few steps a small model takes.
+PUBLISHED = SamplerSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One way to run a model.
-
-    Args:
-        name: of what differs from the first case, for the table.
-        runtime: how the networks run.
-        model: with its ``memory_attention``.
-    """
+    """One way to run a model; ``name`` is what differs from the first case."""
 
     name: str
     model: ModelSettings
@@ -68,17 +72,14 @@ class Row:
     Args:
         case: its name.
         memory: M.
-        tokens: of one forward.
-        tflop: of one forward, all passes in its batch.
+        tokens: of one forward, all passes in its batch.
+        tflop: of one forward.
         seconds: of one forward, the fastest.
-        tflops: TFLOP per second.
-        share: of the ceiling.
-        floor: seconds that the same operations take at the ceiling.
-        shot: seconds of a shot's denoising, calculated.
-        floor_shot: the same at the ceiling.
-        predicted_gb: peak memory of a forward, calculated.
-        measured_gb: as the device, or on the CPU torch's profiler, says.
-        prefill: seconds that computing the memory takes, once a shot and expert; only with cached memory.
+        ceiling: TFLOP/s of matrix products on this device.
+        forwards: of one shot.
+        prefill: seconds to compute cached memory, once a shot and expert.
+        calculated_gb: peak VRAM while denoising, as estimated.
+        measured_gb: the same as torch measures it; None on the CPU.
         refused: why there are no figures.
     """
 
@@ -87,71 +88,69 @@ class Row:
     tokens: int = 0
     tflop: float = 0.0
     seconds: float = 0.0
-    tflops: float = 0.0
-    share: float = 0.0
-    floor: float = 0.0
-    shot: float = 0.0
-    floor_shot: float = 0.0
-    predicted_gb: float = 0.0
-    measured_gb: float = 0.0
-    prefill: float | None = None
+    ceiling: float = 0.0
+    forwards: float = 0.0
+    prefill: float = 0.0
+    calculated_gb: float = 0.0
+    measured_gb: float | None = None
     refused: str = ""
+
+    @property
+    def floor(self) -> float:
+        """Seconds of one forward at the ceiling."""
+        return self.tflop / self.ceiling
+
+    @property
+    def shot(self) -> float:
+        """Seconds of a shot's denoising, calculated."""
+        return self.forwards * self.seconds + 2 * self.prefill
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShotRow:
-    """A whole shot: seconds from noise and latents to frames."""
+    """A whole shot: seconds from noise and latents to frames, and the share outside the denoiser."""
 
     case: str
     memory: int
     steps: int
     seconds: float
-    denoiser: float
     outside: float
-    measured_gb: float
+    measured_gb: float | None
 
 
-def small_model(video: VideoSettings, *, layers: int | None = None) -> ModelSettings:
-    """The 1.3B shape, with as many of its layers as are asked for."""
-    whole = WAN_1_3B["num_layers"]
-    network = WAN_1_3B | {"num_layers": layers or whole}
-    name = "wan-1.3b-shaped" if layers in (None, whole) else f"wan-1.3b-shaped, of {whole} layers"
-    return ModelSettings(name=name, video=video, network=NetworkSettings(transformer=network), dtype="float32")
+# Models and cases
+
+
+def small_model(video: VideoSettings, *, layers: int) -> ModelSettings:
+    """The 1.3B shape with so many of its layers."""
+    network = NetworkSettings(transformer=WAN_1_3B | {"num_layers": layers})
+    return ModelSettings(name="wan-1.3b-shaped", video=video, network=network, dtype="float32")
 
 
 def variations(model: ModelSettings, runtime: RuntimeSettings, device: torch.device) -> list[Case]:
     """``runtime`` as it is, then with one thing changed at a time."""
-    changes: list[dict[str, Any]] = [{"attention": name} for name in ("native", "flash2", "flash3", "cudnn", "sage")]
-    changes += [{"compile": "blocks"}, {"guidance_batch": True}]
-    changes += [{"cache": name, "cache_threshold": 0.0} for name in ("first_block", "taylor")]
-    changes += [{"precision": name} for name in ("fp8_storage", "fp8", "int8")]
-    changes += [{"precision": "fp8", "compile": "blocks"}, {"precision": "int8", "compile": "blocks"}]
-    if device.type == "cpu":
-        changes = [{"guidance_batch": True}, {"precision": "fp8_storage"}]
+    changes: list[dict[str, Any]] = [{"guidance_batch": True}, {"precision": "fp8_storage"}]
+    if device.type != "cpu":
+        changes += [{"attention": name} for name in ("native", "flash2", "flash3", "cudnn", "sage")]
+        changes += [{"cache": name, "cache_threshold": 0.0} for name in ("first_block", "taylor")]
+        changes += [{"compile": "blocks"}, {"precision": "fp8"}, {"precision": "int8"}]
+        changes += [{"precision": name, "compile": "blocks"} for name in ("fp8", "int8")]
     cases = [Case(name="plain", model=model, runtime=runtime)]
     for change in changes:
         name = " ".join(f"{key}={value}" for key, value in change.items() if key != "cache_threshold")
         cases.append(Case(name=name, model=model, runtime=replace(runtime, **change)))
     cached = replace(model, memory_attention="cached")
-    cases.append(Case(name="memory_attention=cached", model=cached, runtime=runtime))
-    return cases
+    return [*cases, Case(name="memory_attention=cached", model=cached, runtime=runtime)]
 
 
-def settled(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSettings) -> tuple[RuntimeSettings, str]:
-    """``runtime`` without "auto", for networks without text encoder and scorers, and why."""
-    choice = choose_runtime(model, runtime, sampler=sampler)
-    return choice.runtime, choice.reason
-
-
-def random_pipeline(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSettings) -> Any:
+def random_pipeline(model: ModelSettings, runtime: RuntimeSettings) -> Any:
     """The networks of ``model`` with random weights, its memory adapter's included, as ``runtime`` runs them.
 
-    Weights are drawn where they will lie, one block's for all blocks: a 14B expert takes seconds.
+    Weights are drawn where they will be, one block's for all blocks: a 14B expert takes seconds.
     """
-    device = resolve_device(runtime.device)
-    check_precision(model, runtime, device)
-    check_acceleration(model, sampler, runtime)
-    home = device if runtime.offload == "none" else torch.device("cpu")
+    check_combinations(model, PUBLISHED, runtime)
+    check_machine(model, runtime)
+    home = resolve_device(runtime.device) if runtime.offload == "none" else torch.device("cpu")
     with torch.device(home):
         vae = AutoencoderKLWan(**model.network.vae).eval()
     if model.vae_dtype != "float32":
@@ -160,16 +159,14 @@ def random_pipeline(model: ModelSettings, runtime: RuntimeSettings, sampler: Sam
         tokenizer=None,
         text_encoder=None,
         vae=vae,
-        scheduler=wan_scheduler(sampler.shift, sampler.scheduler),
+        scheduler=wan_scheduler(PUBLISHED.shift),
         transformer=_random_expert(model, home),
         transformer_2=_random_expert(model, home),
         boundary_ratio=model.boundary,
         rope_stride=model.rope_stride,
         memory_attention=model.memory_attention,
     )
-    lower_precision(pipe.experts.values(), model, runtime)
-    # Forwards are measured one by one, already with both passes in them.
-    accelerate(pipe, model, replace(runtime, guidance_batch=False))
+    accelerate(pipe, model, replace(runtime, guidance_batch=False))  # forwards are measured with both passes in them
     place(pipe, runtime)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -181,11 +178,10 @@ def _random_expert(model: ModelSettings, device: torch.device) -> Any:
         expert = WanTransformer3DModel(**model.network.transformer, in_channels=model.spec.in_channels).eval()
         if model.adapter is not None:
             expert.add_adapter(memory_lora_config())
-    kept = set(expert._keep_in_fp32_modules)
+    kept, rope = set(expert._keep_in_fp32_modules), expert.rope
     for name, weight in expert.named_parameters():
         if not kept & set(name.split(".")):
             weight.data = weight.data.to(getattr(torch, model.dtype))
-    rope = expert.rope
     expert.to_empty(device=device)
     with device:  # tables, which are not weights
         expert.rope = WanRotaryPosEmbed(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
@@ -219,15 +215,13 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def measure(
-    case: Case, *, sampler: SamplerSettings, memory_sizes: Sequence[int], ceiling: float, repeats: int = 5
-) -> Iterator[Row]:
-    """A row for each size of memory; a case that cannot be run here gives one row that says why."""
+def measure(case: Case, *, memory_sizes: Sequence[int], ceiling: float, repeats: int = 5) -> Iterator[Row]:
+    """A row for each size of memory; a case that cannot be run here gives one row with the reason."""
     device = resolve_device(case.runtime.device)
     try:
-        pipe = random_pipeline(case.model, case.runtime, sampler)
+        pipe = random_pipeline(case.model, case.runtime)
         for memory in memory_sizes:
-            yield _measured(pipe, case, sampler, memory, ceiling, repeats, device)
+            yield _measured(pipe, case, memory, ceiling, repeats, device)
     except (ValueError, torch.OutOfMemoryError) as error:
         yield Row(case=case.name, memory=max(memory_sizes), refused=str(error).splitlines()[0])
     pipe = None
@@ -235,123 +229,95 @@ def measure(
 
 
 @torch.no_grad()
-def _measured(
-    pipe: Any, case: Case, sampler: SamplerSettings, memory: int, ceiling: float, repeats: int, device: torch.device
-) -> Row:
+def _measured(pipe: Any, case: Case, memory: int, ceiling: float, repeats: int, device: torch.device) -> Row:
     model, runtime = case.model, case.runtime
-    batch = 2 if runtime.guidance_batch and sampler.guidance > 1 else 1
+    batch = 2 if runtime.guidance_batch else 1
+    layout, cached = shot_layout(model, memory, runtime)
     prefill_call, forward = forwards(pipe, model, runtime, memory, batch, device)
-    prefill = None if prefill_call is None else timed(prefill_call, device)
+    prefill = 0.0 if prefill_call is None else timed(prefill_call, device)
     for _ in range(2):
         forward()  # what is compiled or traced is so now
-    peak = _peak_bytes(forward, device, pipe)
+    _reset_peak(device)
     seconds = min(timed(forward, device) for _ in range(repeats))  # other work on the machine can only add
-    flops = flops_of(model, memory, runtime)
-    tflop = batch * flops.total / 1e12
-    passes = sampler.steps * (2 if sampler.guidance > 1 else 1) / batch
-    predicted = next(
-        stage.total
-        for stage in estimate_memory(model, runtime, sampler=sampler, memory_frames=memory).stages
-        if stage.name == "denoise"
-    )
-    floor = tflop / ceiling
+    height, width = model.spec.latent_size(model.video.height, model.video.width)
+    text_tokens, network = model.network.text_tokens, model.network.transformer
+    flops = forward_flops(network, layout, height=height, width=width, text_tokens=text_tokens, cached=cached)
+    stages = estimate_shot(model, runtime, sampler=PUBLISHED, memory_frames=memory).stages
     return Row(
         case=case.name,
         memory=memory,
         tokens=batch * flops.tokens,
-        tflop=tflop,
+        tflop=batch * flops.total / 1e12,
         seconds=seconds,
-        tflops=tflop / seconds,
-        share=floor / seconds,
-        floor=floor,
-        shot=passes * seconds + 2 * (prefill or 0.0),
-        floor_shot=passes * floor,
-        predicted_gb=predicted / 1e9,
-        measured_gb=peak / 1e9,
+        ceiling=ceiling,
+        forwards=2 * PUBLISHED.steps / batch,
         prefill=prefill,
+        calculated_gb=next(stage.total for stage in stages if stage.name == "denoise") / GB,
+        measured_gb=_peak_gb(device),
     )
 
 
-def flops_of(model: ModelSettings, memory: int, runtime: RuntimeSettings) -> ForwardFlops:
-    """Operations of one forward of one pass."""
-    height, width = model.spec.latent_size(model.video.height, model.video.width)
-    slots = model.spec.latent_frames(model.video.frames)
-    size: dict[str, int] = {"height": height, "width": width, "text_tokens": model.network.text_tokens}
-    if model.memory_attention == "joint" or memory == 0:
-        return forward_flops(model.network.transformer, slots=slots + memory, **size)
-    flops = cached_flops(model.network.transformer, memory_frames=memory, slots=slots, **size)
-    return flops.whole if runtime.memory_cache == "recompute" else flops.read
+def shot_layout(model: ModelSettings, memory: int, runtime: RuntimeSettings) -> tuple[Layout, frozenset[str]]:
+    """The layout of a shot, and which of its segments are read from a cache."""
+    build = memory_cached if model.memory_attention == "cached" else memory_joint
+    layout = build(memory, model.spec.latent_frames(model.video.frames), model.rope_stride)
+    return layout, frozenset() if runtime.memory_cache == "recompute" else layout.constant
 
 
 def forwards(
     pipe: Any, model: ModelSettings, runtime: RuntimeSettings, memory: int, batch: int, device: torch.device
 ) -> tuple[Callable[[], Any] | None, Callable[[], Any]]:
-    """Forwards of the high-noise expert as the denoising loop makes them: of memory that is kept, and of a step."""
-    expert, dtype, spec = pipe.transformer, getattr(torch, model.dtype), model.spec
-    height, width = spec.latent_size(model.video.height, model.video.width)
-    slots, cached = spec.latent_frames(model.video.frames), model.memory_attention == "cached"
-    layout = (memory_cached if cached else memory_joint)(memory, slots, model.rope_stride)
-    kept = cached and memory and runtime.memory_cache != "recompute"
-    cache = SegmentCache(on_cpu=runtime.memory_cache == "cpu") if kept else None
-    frames = layout.frames - (memory if kept else 0)
-    text = _noise(batch, model.network.text_tokens, model.network.transformer["text_dim"], device=device, dtype=dtype)
+    """Forwards of the high-noise expert as the denoising loop calls them: of memory that is cached, and of a step."""
+    expert, dtype = pipe.transformer, getattr(torch, model.dtype)
+    size = model.spec.latent_size(model.video.height, model.video.width)
+    layout, cached = shot_layout(model, memory, runtime)
+    cache = SegmentCache(on_cpu=runtime.memory_cache == "cpu") if cached else None
+    draw = partial(torch.randn, device=device, dtype=dtype)
+    text = draw(batch, model.network.text_tokens, model.network.transformer["text_dim"])
 
-    def forward(frames: int, layout: Any, context: str = "cond") -> Any:
-        count = 1 if context == "memory" else batch
-        latents = _noise(count, spec.in_channels, frames, height, width, device=device, dtype=dtype)
-        timestep = torch.full((count,), 950.0, device=device)
-        arguments = {"encoder_hidden_states": text[:count], "layout": layout, "cache": cache, "return_dict": False}
+    def forward(layout: Layout, frames: int, count: int, context: str) -> Any:
+        latents, timestep = draw(count, model.spec.in_channels, frames, *size), torch.full((count,), 950.0)
         with torch.no_grad(), expert.cache_context(context):
-            return expert(hidden_states=latents, timestep=timestep, **arguments)
+            return expert(latents, timestep.to(device), text[:count], layout=layout, cache=cache, return_dict=False)
 
-    forget_steps(pipe.experts)  # of another size of memory
-    prefill = partial(forward, memory, layout.only(layout.constant), "memory") if kept else None
-    return prefill, partial(forward, frames, layout)
+    clear_step_caches(pipe.experts)  # of another size of memory
+    prefill = partial(forward, layout.only(cached), memory, 1, "memory") if cached else None
+    return prefill, partial(forward, layout, layout.frames - (memory if cached else 0), batch, "cond")
 
 
-def measure_shot(case: Case, *, sampler: SamplerSettings, memory: int, steps: int) -> ShotRow:
-    """A whole shot by the pipeline, once to warm up: condition, ``steps`` steps with guidance, decoding, frames."""
-    device, model = resolve_device(case.runtime.device), case.model
-    pipe = random_pipeline(model, case.runtime, sampler)
-    latents = [
-        torch.randn(model.spec.latent_channels, 1, *model.spec.latent_size(model.video.height, model.video.width))
-        for _ in range(memory)
-    ]
-    shape = (1, model.network.text_tokens, model.network.transformer["text_dim"])
+def measure_shot(case: Case, *, memory: int, steps: int) -> ShotRow:
+    """A whole shot by the pipeline: condition, ``steps`` steps with guidance, decoding, frames."""
+    device, model, video = resolve_device(case.runtime.device), case.model, case.model.video
+    pipe = random_pipeline(model, case.runtime)
+    size = model.spec.latent_size(video.height, video.width)
+    embeds = torch.randn(2, 1, model.network.text_tokens, model.network.transformer["text_dim"])
 
     def shot(steps: int) -> None:
         pipe(
-            prompt_embeds=torch.randn(shape),
-            negative_prompt_embeds=torch.randn(shape) if sampler.guidance > 1 else None,
-            height=model.video.height,
-            width=model.video.width,
-            num_frames=model.video.frames,
+            prompt_embeds=embeds[0],
+            negative_prompt_embeds=embeds[1],
+            height=video.height,
+            width=video.width,
+            num_frames=video.frames,
             num_inference_steps=steps,
-            guidance_scale=sampler.guidance,
-            memory=latents or None,
+            guidance_scale=PUBLISHED.guidance,
+            memory=list(torch.randn(memory, model.spec.latent_channels, 1, *size)),
             output_type="np",
         )
 
     shot(2)
     _reset_peak(device)
-    with _counted_seconds(pipe, device) as spent:
+    with seconds_of_forwards(pipe, device) as spent:
         seconds = timed(lambda: shot(steps), device)
-    peak = torch.accelerator.max_memory_allocated(device) if device.type != "cpu" else 0
+    peak = _peak_gb(device)
     pipe = None
     release_memory()
-    return ShotRow(
-        case=case.name,
-        memory=memory,
-        steps=steps,
-        seconds=seconds,
-        denoiser=sum(spent),
-        outside=1 - sum(spent) / seconds,
-        measured_gb=peak / 1e9,
-    )
+    outside = 1 - sum(spent) / seconds
+    return ShotRow(case=case.name, memory=memory, steps=steps, seconds=seconds, outside=outside, measured_gb=peak)
 
 
 @contextmanager
-def _counted_seconds(pipe: Any, device: torch.device) -> Iterator[list[float]]:
+def seconds_of_forwards(pipe: Any, device: torch.device) -> Iterator[list[float]]:
     """Seconds of each forward of the experts inside; the device is waited for before and after each."""
     spent: list[float] = []
     began = [0.0]
@@ -371,38 +337,135 @@ def _counted_seconds(pipe: Any, device: torch.device) -> Iterator[list[float]]:
         yield spent
 
 
-def _peak_bytes(call: Callable[[], Any], device: torch.device, pipe: Any) -> int:
-    """The most memory during a call: tensors on the accelerator; on the CPU, what a call adds to the weights."""
-    if device.type != "cpu":
-        _reset_peak(device)
-        call()
-        _synchronise(device)
-        return torch.accelerator.max_memory_allocated(device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak + sum(_held(part) for part in pipe.components.values() if isinstance(part, nn.Module))
-
-
 def _reset_peak(device: torch.device) -> None:
-    gc.collect()
     if device.type != "cpu":
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats(device)
 
 
-def _held(module: nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
-
-
-def _noise(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, device=device, dtype=dtype)
+def _peak_gb(device: torch.device) -> float | None:
+    return None if device.type == "cpu" else torch.accelerator.max_memory_allocated(device) / GB
 
 
 def _synchronise(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+# The command
+
+
+def table(rows: Sequence[Row], model: ModelSettings) -> str:
+    """The rows as text."""
+    cells = [("case", "memory", "tokens", "s", "floor s", "TFLOP/s", "of ceiling", "s a shot", "GB", "calculated")]
+    cells += [
+        (
+            *(row.case, str(row.memory), str(row.tokens), f"{row.seconds:.3g}", f"{row.floor:.3g}"),
+            *(f"{row.tflop / row.seconds:.3g}", f"{row.floor / row.seconds:.0%}", f"{row.shot:.3g}"),
+            *("-" if row.measured_gb is None else f"{row.measured_gb:.3g}", f"{row.calculated_gb:.3g}"),
+        )
+        for row in rows
+        if not row.refused
+    ]
+    video, layers = model.video, model.network.transformer["num_layers"]
+    lines = [
+        f"{model.name}: {layers} layers, {video.width}x{video.height}, {video.frames} frames, random weights",
+        format_table(cells),
+        f"s: one forward. A shot is calculated: {PUBLISHED.steps} steps of two passes, without texts, encoding and "
+        "decoding. Floor: the same operations at the measured ceiling of matrix products.",
+    ]
+    return "\n".join([*lines, *(f"not measured: {row.case}: {row.refused}" for row in rows if row.refused)])
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """What figures depend on besides the code."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    git = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
+    return {
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit or None,
+    }
+
+
+def save(path: Path, device: torch.device, results: Sequence[dict[str, Any]]) -> None:
+    """Write results and circumstances as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**circumstances(device), "results": list(results)}, indent=2)
+
+
+def _planned(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[ModelSettings, RuntimeSettings]]:
+    """The models to measure, and how they run."""
+    large = device.type != "cpu"
+    for name in [arguments.model] if arguments.model else ["wan2.2-a14b"] if large else ["tiny", "wan-1.3b-shaped"]:
+        small = name == "wan-1.3b-shaped"
+        overrides = [f"model={'tiny' if small else name}", f"runtime={arguments.runtime}", "story=none"]
+        made = build_settings(GenerateSettings, composed("generate", [*overrides, *arguments.overrides]))
+        model = made.model
+        if small:
+            model = small_model(_SMALL_VIDEO, layers=arguments.layers or _SMALL_LAYERS)
+            model = replace(model, dtype="bfloat16" if large else "float32")
+        elif arguments.layers:
+            network = model.network.transformer | {"num_layers": arguments.layers}
+            model = replace(model, network=replace(model.network, transformer=network))
+        yield model, made.runtime
+
+
+def _run(model: ModelSettings, runtime: RuntimeSettings, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure one model and print the table; the results for JSON."""
+    choice = choose_runtime(model, runtime, sampler=PUBLISHED)
+    runtime, device = choice.runtime, resolve_device(runtime.device)
+    ceiling = matmul_ceiling(device, getattr(torch, model.dtype))
+    print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {choice.reason or 'as set'}")
+    print(f"ceiling: {ceiling:.3g} TFLOP/s in matrix products of {model.dtype}")
+    cases = variations(model, runtime, device)[: None if arguments.sweep else 1]
+    found: list[tuple[Case, list[Row] | list[ShotRow]]] = []
+    for case in cases:
+        sizes, repeats = arguments.memory, arguments.repeats
+        found.append((case, list(measure(case, memory_sizes=sizes, ceiling=ceiling, repeats=repeats))))
+    print(table([row for _, rows in found for row in rows if isinstance(row, Row)], model))
+    if arguments.shot:
+        shot = measure_shot(cases[0], memory=max(arguments.memory), steps=arguments.steps)
+        print(
+            f"a whole shot of {shot.steps} steps at memory {shot.memory}: {shot.seconds:.3g} s, of which "
+            f"{shot.outside:.0%} outside the denoiser"
+        )
+        found.append((cases[0], [shot]))
+    return [
+        {
+            "model": model.name,
+            "video": asdict(model.video),
+            "layers": model.network.transformer["num_layers"],
+            "memory_attention": case.model.memory_attention,
+            "runtime": asdict(case.runtime),
+            "rows": [asdict(row) for row in rows],
+        }
+        for case, rows in found
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="storymem benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a choice of configs/model, or wan-1.3b-shaped")
+    parser.add_argument("--runtime", default="auto", help="a choice of configs/runtime")
+    parser.add_argument("--memory", type=int, nargs="+", default=[0, 4, 10], help="numbers of memory frames")
+    parser.add_argument("--sweep", action="store_true", help="also with one thing changed at a time")
+    parser.add_argument("--shot", action="store_true", help="also a whole shot")
+    parser.add_argument("--steps", type=int, default=8, help="of the whole shot")
+    parser.add_argument("--repeats", type=int, default=3, help="forwards measured, after two to warm up")
+    parser.add_argument("--layers", type=int, help="so many of the model's layers, for devices that are too small")
+    parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where to save")
+    parser.add_argument("overrides", nargs="*", help="key=value, as for scripts/generate.py")
+    arguments = parser.parse_args()
+    device = resolve_device("cpu" if arguments.runtime == "cpu" else "auto")
+    results = [result for planned in _planned(arguments, device) for result in _run(*planned, arguments)]
+    if device.type == "cpu":
+        print("\nThere is no accelerator here: these figures do not show how fast or how large the true model is.")
+    save(arguments.json, device, results)
+    print(f"\nsaved to {arguments.json}")

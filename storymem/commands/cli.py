@@ -65,7 +65,7 @@ COMMANDS = {
         *("download", "storymem.commands.download:DownloadSettings"),
         flags={"--yes": "dry_run=false"},
     ),
-    "benchmark": Command("measure a model at true size, random weights", "storymem.commands.benchmark_command:main"),
+    "benchmark": Command("measure a model at true size, random weights", "storymem.commands.benchmark:main"),
 }
 
 

@@ -13,7 +13,7 @@ from storymem.film.ownership import check_folder
 from storymem.film.settings import GenerateSettings, uses_text_to_video
 from storymem.stopping import stopping_on_signals
 from storymem.story import Story, load_stories
-from storymem.wan.layout import Launch, find_layout
+from storymem.wan.processes import Launch, find_grid
 
 if TYPE_CHECKING:
     from storymem.film.folder import Film
@@ -53,12 +53,10 @@ def _generate(config: Mapping[str, Any]) -> list[Film]:
             f"runtime.processes_per_film={launch.world} lets {launch.teams} films be made at once, and "
             f"the stories are {len(stories)}: name more stories, start fewer processes, or let more make one film"
         )
-    layout = find_layout(settings.runtime, launch, model=settings.model, sampler=settings.sampler)
+    grid = find_grid(settings.runtime, launch, model=settings.model, sampler=settings.sampler)
     if settings.dry_run:
-        from storymem.film.plan import make_plan
-
         if launch.is_first and launch.team == 0:
-            print("\n\n".join(make_plan(story, settings, _folder(story, settings)) for story in stories))
+            _print_plans(stories, settings)
         return []
     from storymem.wan.sources import check_weights
 
@@ -76,7 +74,7 @@ def _generate(config: Mapping[str, Any]) -> list[Film]:
         if shared is None:
             return films
         if launch.world > 1:
-            print(layout, file=sys.stderr)
+            print(grid, file=sys.stderr)
         generator.check_machine()
         teller = build_storyteller(settings, config, shared)
         for story in launch.share(stories):
@@ -85,6 +83,20 @@ def _generate(config: Mapping[str, Any]) -> list[Film]:
             print(film.video, flush=True)
             films.append(film)
     return films
+
+
+def _print_plans(stories: Sequence[Story], settings: GenerateSettings) -> None:
+    """Print the plans.
+
+    Raises:
+        ValueError: if films cannot be made as planned.
+    """
+    from storymem.film.plan import make_plan
+
+    plans = [make_plan(story, settings, _folder(story, settings)) for story in stories]
+    print("\n\n".join(text for text, _ in plans), flush=True)
+    if problems := dict.fromkeys(problem for _, found in plans for problem in found):
+        raise ValueError(f"not ready: {len(problems)} marked MISSING, UNFIT or TOO SMALL in the plan")
 
 
 def _tell_what_is_not_read(stories: Sequence[Story], settings: GenerateSettings) -> None:
@@ -145,11 +157,10 @@ def build_storyteller(
     from hydra.utils import instantiate
 
     from storymem.film.storyteller import Storyteller
-    from storymem.wan.acceleration import check_acceleration
-    from storymem.wan.runtime import check_runtime
+    from storymem.wan.runtime import check_machine, check_runtime
 
     device = check_runtime(settings.runtime)
-    check_acceleration(settings.model, settings.sampler, settings.runtime)
+    check_machine(settings.model, settings.runtime)
     if generator is None and (settings.runtime.spread or settings.runtime.processes_per_film is not None):
         raise ValueError(
             "runtime.context_parallel, guidance_parallel, shard_weights and processes_per_film are for "

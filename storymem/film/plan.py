@@ -1,4 +1,4 @@
-"""What a film will take, before anything is loaded: shots, memory, tokens, arithmetic, disk, weights."""
+"""The plan of a film (``dry_run=true``): shots, operations, VRAM, disk and weights, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -17,69 +17,69 @@ from storymem.scorers import scorer_bytes, scorer_weights
 from storymem.story import Story
 from storymem.story.prompts import remarks_on
 from storymem.story.references import reference_remarks
-from storymem.wan.acceleration import check_acceleration
-from storymem.wan.flops import ForwardFlops, cached_flops, forward_flops
-from storymem.wan.layout import Launch, find_layout
-from storymem.wan.memory_estimate import estimate_memory, memory_cache_bytes
-from storymem.wan.precision import check_precision
-from storymem.wan.presets import Machine, choose_runtime, this_machine
-from storymem.wan.runtime import planned_device
+from storymem.wan.estimate import Flops, estimate_shot, forward_flops, memory_cache_bytes
+from storymem.wan.placement import Machine, choose_runtime, this_machine
+from storymem.wan.processes import Launch, find_grid
+from storymem.wan.runtime import check_machine, planned_device
+from storymem.wan.segments import memory_cached, memory_joint
 from storymem.wan.sources import inspect_weights
-from storymem.weights import MissingWeights, Weights, locate
+from storymem.weights import MissingWeights, locate
 
 if TYPE_CHECKING:
     from storymem.memory import SelectionPolicy
-    from storymem.wan.settings import ModelSettings, RuntimeSettings
+
+_WHERE = {"device": "on the device", "cpu": "in RAM", "recompute": "nowhere: they are computed again in every step"}
 
 
-def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> str:
-    """The plan of a film as text.
+def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[str, list[str]]:
+    """The plan of a film as text, and what would keep the film from being made here: weights, memory.
 
-    Memory is the most that a shot can look back at: every shot before it is taken to leave as many keyframes as its
-    selector allows. Tokens and operations are those of one forward of an expert.
+    Memory is the most that a shot can recall: every shot before it is taken to leave as many keyframes as its selector
+    allows. Tokens and operations are those of one forward of an expert.
     """
     from hydra.utils import instantiate
 
     selector: SelectionPolicy = instantiate(settings.memory.selector)
     recall: RecallPolicy = instantiate(settings.memory.recall)
-    video = settings.model.video
-    passes = settings.sampler.steps * (2 if settings.sampler.guidance > 1 else 1)
+    video, sampler, passes = settings.model.video, settings.sampler, _passes(settings)
     rows = [("shot", "scene", "mode", "frames", "memory", "tokens", "PFLOP per forward", "PFLOP")]
     total, frames, disk, most_memory, longest = 0.0, 0, 0, 0, 0
     for shot, recalled in zip(story.shots, _most_recalled(story, recall, selector.max_keyframes), strict=True):
         mode = mode_of(shot, story, continuity=settings.continuity, first_shot=settings.first_shot)
-        length, repeated = shot.frames or video.frames, GIVEN_FRAMES[mode]
+        length, new = shot.frames or video.frames, (shot.frames or video.frames) - GIVEN_FRAMES[mode]
         memory = 0 if mode == "t2v" else recalled
         flops, operations = _flops(settings, memory, length, text=mode == "t2v")
-        each, whole = flops.total / 1e15, operations / 1e15
-        rows.append(
-            (
-                *(str(shot.index + 1), f"{shot.scene}.{shot.number}", mode, str(length - repeated)),
-                *(str(memory), str(flops.tokens), f"{each:.3g}", f"{whole:.3g}"),
-            )
-        )
-        total, frames = total + whole, frames + length - repeated
+        numbers = (str(new), str(memory), str(flops.tokens), f"{flops.total / 1e15:.3g}", f"{operations / 1e15:.3g}")
+        rows.append((str(shot.index + 1), f"{shot.scene}.{shot.number}", mode, *numbers))
+        total, frames = total + operations, frames + new
         disk += estimated_bytes(length, video.height, video.width)
         most_memory, longest = max(most_memory, memory), max(longest, length)
     text_to_video = uses_text_to_video(story, settings)
+    runtime, lacking = _runtime(settings, memory=most_memory, frames=longest)
+    weights, unfit = _weights(settings, text_to_video=text_to_video)
+    finished = f", which holds {len(Film.open(folder).shots)} finished shots" if Film.exists(folder) else ""
     lines = [
         f"{story.title}: {len(story.shots)} shots in {len(story.scenes)} scenes, {video.width}x{video.height}, "
         f"{frames} frames at {video.fps} fps: {frames / video.fps:.1f} s of film",
         "",
         format_table(rows),
         "",
-        f"in all   {total:.3g} PFLOP in the denoiser, {passes} forwards a shot ({settings.sampler.steps} steps)",
-        *_runtime(settings, memory=most_memory, frames=longest),
-        f"disk     at most {disk / 1e6:.0f} MB in {folder}{_state(folder)}",
-        *_weights(settings, text_to_video=text_to_video),
+        f"total    {total / 1e15:.3g} PFLOP in the denoiser, {passes} forwards a shot ({sampler.steps} steps)",
+        *runtime,
+        f"disk     at most {disk / 1e6:.0f} MB in {folder}{finished}",
+        *weights,
         *_first_shot(settings, text_to_video=text_to_video),
-        *(f"text     {remark}" for remark in remarks_on([story], settings.model, settings.sampler)),
+        *(f"text     {remark}" for remark in remarks_on([story], settings.model, sampler)),
         *(
-            f"picture  {remark}"
+            f"image    {remark}"
             for remark in reference_remarks(story, video.height, video.width, settings.memory.reference_fit)
         ),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines), lacking + unfit
+
+
+def _passes(settings: GenerateSettings) -> int:
+    return settings.sampler.steps * (2 if settings.sampler.guidance > 1 else 1)
 
 
 def _most_recalled(story: Story, recall: RecallPolicy, per_shot: int) -> Iterator[int]:
@@ -100,102 +100,80 @@ def _most_recalled(story: Story, recall: RecallPolicy, per_shot: int) -> Iterato
         bank += [stand_in(f"s{shot.index}_{k}") for k in range(per_shot)]
 
 
-def _flops(settings: GenerateSettings, memory: int, frames: int, *, text: bool) -> tuple[ForwardFlops, int]:
+def _flops(settings: GenerateSettings, memory: int, frames: int, *, text: bool) -> tuple[Flops, int]:
     """Operations of one forward, and of all forwards of the shot."""
-    model, sampler = settings.model, settings.sampler
-    passes = sampler.steps * (2 if sampler.guidance > 1 else 1)
-    size: dict[str, int] = {
-        "height": model.spec.latent_size(model.video.height, model.video.width)[0],
-        "width": model.spec.latent_size(model.video.height, model.video.width)[1],
-        "text_tokens": model.network.text_tokens,
-    }
-    transformer, slots = model.network.transformer, model.spec.latent_frames(frames)
-    channels = (model.text_spec if text else model.spec).in_channels
-    alone = forward_flops(transformer, slots=slots, in_channels=channels, **size).total
-    seeing = passes if sampler.negative_sees_memory or not memory else sampler.steps
-    hidden = (passes - seeing) * alone
-    if model.memory_attention == "cached" and memory:
-        flops = cached_flops(transformer, memory_frames=memory, slots=slots, **size)
-        if settings.runtime.memory_cache == "recompute":
-            return flops.whole, passes * flops.whole.total
-        return flops.read, seeing * flops.read.total + 2 * flops.prefill.total + hidden
-    each = forward_flops(transformer, slots=memory + slots, in_channels=channels, **size)
-    return each, seeing * each.total + hidden
+    model, sampler, slots = settings.model, settings.sampler, settings.model.spec.latent_frames(frames)
+    height, width = model.spec.latent_size(model.video.height, model.video.width)
+    build = memory_cached if model.memory_attention == "cached" else memory_joint
+    cached = frozenset() if settings.runtime.memory_cache == "recompute" else build(memory, slots).constant
+
+    def forward(memory: int, cached: frozenset[str] = frozenset(), only: frozenset[str] = frozenset()) -> Flops:
+        layout = build(memory, slots)
+        return forward_flops(
+            model.network.transformer,
+            layout.only(only) if only else layout,
+            height=height,
+            width=width,
+            text_tokens=model.network.text_tokens,
+            in_channels=(model.text_spec if text else model.spec).in_channels,
+            cached=cached,
+        )
+
+    each = forward(memory, cached)
+    seeing = _passes(settings) if sampler.negative_sees_memory or not memory else sampler.steps
+    once = len(model.spec.experts) * forward(memory, only=cached).total if cached else 0
+    return each, seeing * each.total + (_passes(settings) - seeing) * forward(0).total + once
 
 
-def _memory_cache(model: ModelSettings, runtime: RuntimeSettings, memory: int) -> list[str]:
-    """What cached memory keeps between steps, and where."""
-    size = memory_cache_bytes(model, memory)
-    if not size:
-        return []
-    where = {"device": "kept on the device", "cpu": "kept in main memory", "recompute": "computed again in every step"}
-    return [
-        f"cached   keys and values of {memory} memory frames, {_gb(size)} an expert, are "
-        f"{where[runtime.memory_cache]} (runtime.memory_cache={runtime.memory_cache})"
-    ]
-
-
-def _runtime(settings: GenerateSettings, *, memory: int, frames: int) -> list[str]:
-    """Where and how the networks run, and the memory that their stages take at the most demanding shot."""
+def _runtime(settings: GenerateSettings, *, memory: int, frames: int) -> tuple[list[str], list[str]]:
+    """Where and how the networks run, what their stages need at the most demanding shot, and what is lacking."""
     model, sampler, asked = settings.model, settings.sampler, settings.runtime
     device, here = planned_device(asked)
-    check_precision(model, asked, device, here=here)
-    layout = find_layout(asked, Launch.of(asked), model=model, sampler=sampler)
+    grid = find_grid(asked, Launch.of(asked), model=model, sampler=sampler)
     scorers = scorer_bytes(settings.scorer.clip, settings.scorer.quality)
-    machine = this_machine(device) if here else Machine(name=str(device), memory=None, host=None, here=False)
-    choice = choose_runtime(model, asked, sampler=sampler, scorers=scorers, layout=layout, machine=machine)
-    runtime = choice.runtime
-    estimate = estimate_memory(
-        model,
-        runtime,
-        sampler=sampler,
-        memory_frames=memory,
-        frames=frames,
-        scorers=scorers,
-        layout=layout,
-    )
-    stages = [
+    machine = this_machine(device) if here else Machine(name=str(device), vram=None, ram=None, here=False)
+    choice = choose_runtime(model, asked, sampler=sampler, scorers=scorers, grid=grid, machine=machine)
+    runtime, shot = choice.runtime, {"memory_frames": memory, "frames": frames, "scorers": scorers}
+    estimate = estimate_shot(model, runtime, sampler=sampler, grid=grid, **shot)
+    stages = ", ".join(
         f"{stage.name} {_gb(stage.total)} ({_gb(stage.weights)} weights)" for stage in estimate.stages if stage.total
-    ]
+    )
     lines = [
-        f"runtime  {device}, offload {runtime.offload}, " + check_acceleration(model, sampler, runtime, here=here),
-        f"memory   {_gb(estimate.peak.total)} on the device at the peak, at {memory} memory frames, by calculation: "
-        + ", ".join(stages),
-        f"         {_gb(estimate.host)} of main memory",
-        *_memory_cache(model, runtime, memory),
+        f"runtime  {device}, offload {runtime.offload}, {check_machine(model, runtime, here=here)}",
+        f"VRAM     {_gb(estimate.peak.total)} at the peak, calculated for {memory} memory frames: {stages}",
+        f"RAM      {_gb(estimate.ram)}",
     ]
+    if size := memory_cache_bytes(model, memory):
+        lines.append(
+            f"cached   keys and values of {memory} memory frames, {_gb(size)} an expert, "
+            f"{_WHERE[runtime.memory_cache]} (runtime.memory_cache={runtime.memory_cache})"
+        )
     if choice.reason:
         lines.append(f"machine  {'' if choice.fits else 'TOO SMALL: '}{choice.reason}")
-    return lines
+    return lines, [] if choice.fits or asked.offload != "auto" else [choice.reason]
 
 
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
 
 
-def _state(folder: Path) -> str:
-    if not Film.exists(folder):
-        return ""
-    return f", which holds {len(Film.open(folder).shots)} finished shots"
-
-
-def _weights(settings: GenerateSettings, *, text_to_video: bool) -> list[str]:
+def _weights(settings: GenerateSettings, *, text_to_video: bool) -> tuple[list[str], list[str]]:
+    """All weights with their paths, and those that are missing or do not fit."""
     found = inspect_weights(
         settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler
     )
-    lines = []
+    lines, problems = [], [source.problem for source in found if source.problem]
     if settings.model.weights is None:
         lines.append(f"weights  random, from seed {settings.model.seed}: the film will be noise")
     lines += [f"weights  {source}" for source in found]
-    scorers = (settings.scorer.clip, settings.scorer.quality)
-    return lines + [f"scorer   {_whereabouts(weights)}" for scorer in scorers for weights in scorer_weights(scorer)]
-
-
-def _whereabouts(weights: Weights) -> str:
-    try:
-        return f"{weights.name}: {locate(weights)}"
-    except MissingWeights as error:
-        return f"MISSING {error}"
+    for scorer in (settings.scorer.clip, settings.scorer.quality):
+        for weights in scorer_weights(scorer):
+            try:
+                lines.append(f"scorer   {weights.name}: {locate(weights)}")
+            except MissingWeights as error:
+                lines.append(f"scorer   MISSING {error}")
+                problems.append(str(error))
+    return lines, problems
 
 
 def _first_shot(settings: GenerateSettings, *, text_to_video: bool) -> list[str]:
@@ -206,6 +184,6 @@ def _first_shot(settings: GenerateSettings, *, text_to_video: bool) -> list[str]
     size = f"{weights.size_gb:g} GB of " if weights.size_gb else ""
     return [
         f"first    first_shot=m2v needs no {weights.name}: {size}weights less to download and to read. The first shot "
-        "is then made by the networks with memory, from its text and the story's reference pictures; without pictures "
+        "is then made by the networks with memory, from its text and the story's reference images; without images "
         "from its text alone, for which they were not trained."
     ]

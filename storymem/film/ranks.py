@@ -17,8 +17,8 @@ import torch.distributed as dist
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
-from storymem.wan.layout import Launch
 from storymem.wan.parallel import join, leave, take_accelerator
+from storymem.wan.processes import Launch
 from storymem.wan.settings import VideoSettings
 from storymem.wan.shots import OnStep, ShotRequest
 

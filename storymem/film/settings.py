@@ -10,15 +10,8 @@ from pydantic.dataclasses import dataclass
 from storymem.config import STRICT, StoryPath, UserPath, check_bounds
 from storymem.film.modes import FirstShot, mode_of
 from storymem.story import MAX_SHOTS, Story
-from storymem.wan.settings import (
-    MAX_SEED,
-    Continuity,
-    ModelSettings,
-    RuntimeSettings,
-    SamplerSettings,
-    check_reach,
-    check_speed,
-)
+from storymem.wan.combinations import check_combinations
+from storymem.wan.settings import MAX_SEED, Continuity, ModelSettings, RuntimeSettings, SamplerSettings, check_reach
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -62,7 +55,7 @@ class GenerateSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self, seed=(0, MAX_SEED - MAX_SHOTS))
-        check_speed(self.model, self.sampler, self.runtime)
+        check_combinations(self.model, self.sampler, self.runtime)
         if isinstance(capacity := self.memory.recall.get("capacity"), int):
             check_reach(self.model, capacity, "memory.recall.capacity")
         nodes = {"memory.recall": self.memory.recall, "memory.selector": self.memory.selector}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from storymem.story import Story
 from storymem.wan.settings import ModelSettings, SamplerSettings
@@ -14,6 +15,8 @@ _MOST = 20  # lines of one kind, and words in a line
 def remarks_on(stories: Sequence[Story], model: ModelSettings, sampler: SamplerSettings) -> list[str]:
     """:func:`story_remarks` of several stories, each line with its story's title."""
     reader = TextReader.of(model)
+    if model.weights is None:  # random networks read nothing, and their default negative prompt is for others
+        sampler = replace(sampler, negative_prompt="")
     told = [(story, story_remarks(story, reader, sampler, model=model.name)) for story in stories]
     return [line if len(stories) == 1 else f"{story.title}: {line}" for story, lines in told for line in lines]
 

@@ -21,9 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from storymem.io import read_json_object, replacing
 from storymem.training.optimization import assign
 from storymem.training.settings import AdapterTrainingSettings, ParallelSettings
-from storymem.wan.acceleration import set_attention
 from storymem.wan.lora import AdapterInfo, Layout, memory_lora_config, read_memory_lora, write_memory_lora
-from storymem.wan.runtime import make_current
+from storymem.wan.runtime import make_current, set_attention
 from storymem.wan.settings import ModelSettings
 from storymem.wan.spec import COMPONENTS, Expert
 from storymem.wan.transformer import enable_layouts

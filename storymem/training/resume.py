@@ -13,7 +13,7 @@ from storymem.film.folder import differences
 from storymem.io import FileError, read_yaml
 from storymem.training.checkpoints import Checkpoint, Checkpoints
 from storymem.training.settings import OptimizerSettings, TrainSettings
-from storymem.wan.layout import Launch
+from storymem.wan.processes import Launch
 
 CONFIG, CHECKPOINTS, SAMPLES, MODEL = "config.yaml", "checkpoints", "samples", "model"
 #: What may change when a run resumes: where it runs, how long, and what is done besides training.

@@ -17,7 +17,7 @@ from storymem.io import folder_lock
 from storymem.story import load_story
 from storymem.training.resume import check_run_folder
 from storymem.training.settings import CONTINUITY, TrainSettings
-from storymem.wan.layout import Launch
+from storymem.wan.processes import Launch
 
 
 def train(config: Mapping[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""What a call of the memory-to-video pipeline may ask; all raise ``ValueError`` before anything is computed."""
+"""Checks of the arguments of the memory-to-video pipeline: ``ValueError`` before anything is computed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from storymem.wan.acceleration import check_shared_states
 from storymem.wan.conditioning import MOTION_FRAMES
+from storymem.wan.runtime import check_shared_states
 from storymem.wan.segments import memory_positions
 from storymem.wan.transformer import enable_layouts
 
@@ -59,14 +59,14 @@ def check_shot(
     given = {} if first_frame is None else {"first_frame": first_frame}
     if motion_frames is not None:
         if len(motion_frames) != MOTION_FRAMES:
-            raise ValueError(f"motion_frames must be exactly {MOTION_FRAMES} pictures, not {len(motion_frames)}")
+            raise ValueError(f"motion_frames must be exactly {MOTION_FRAMES} images, not {len(motion_frames)}")
         given = {f"motion_frames[{number}]": frame for number, frame in enumerate(motion_frames)}
     if len(given) >= num_frames:
         raise ValueError(f"a shot of {num_frames} frames has no room after {len(given)} given frames")
-    for name, picture in given.items():
+    for name, image in given.items():
         if not (pipe.spec.mask_channels or pipe.spec.clean_frames):
             raise ValueError(f"{name}: {pipe.spec.name} makes shots from text alone")
-        _check_picture(name, picture, height, width)
+        _check_image(name, image, height, width)
     if output_type not in ("latent", "np", "pt", "pil"):
         raise ValueError(f"output_type must be latent, np, pt or pil, not {output_type!r}")
 
@@ -77,46 +77,54 @@ def check_memory(pipe: Any, memory: Memory | None, height: int, width: int, stri
         raise ValueError(f"memory must be a list of PIL images or of latents, not one {type(memory).__name__}")
     frames = [] if memory is None else list(memory)
     if frames and not pipe.spec.layouts:
-        raise ValueError(f"{pipe.spec.name} makes shots from text alone: it knows no memory")
+        raise ValueError(f"{pipe.spec.name} makes shots from text alone, without memory")
     expected = [pipe.spec.latent_channels, 1, *pipe.spec.latent_size(height, width)]
     for number, frame in enumerate(frames):
         if not isinstance(frame, Tensor):
-            _check_picture(f"memory[{number}]", frame, height, width)
+            _check_image(f"memory[{number}]", frame, height, width)
         elif list(frame.shape) != expected:
             raise ValueError(f"memory[{number}] must be latents of shape {expected}, not {list(frame.shape)}")
     if len({isinstance(frame, Tensor) for frame in frames}) > 1:
-        raise ValueError("memory must be all pictures or all latents, not a mixture")
+        raise ValueError("memory must be all images or all latents, not a mixture")
     for expert in pipe.experts.values():
         expert.rope.check_positions(memory_positions(len(frames), stride))
 
 
-def check_sampling(pipe: Any, steps: int, *guidance: float | None) -> None:
-    """Raise for steps or guidance beyond sense."""
+def check_sampling(
+    pipe: Any,
+    steps: int,
+    scale: float,
+    scale_low: float | None,
+    negative_sees_memory: bool,
+    memory: Memory | None,
+) -> None:
+    """Raise for steps or guidance out of range, and for passes of guidance that are not run or cannot differ."""
     most = pipe.scheduler.config.num_train_timesteps
     if not 1 <= steps <= most:
         raise ValueError(f"num_inference_steps must be 1 to {most}, not {steps}")
-    if not all(scale is None or math.isfinite(scale) for scale in guidance):
-        raise ValueError(f"guidance_scale and guidance_scale_2 must be finite numbers, not {guidance}")
-    first, second = guidance
-    if first is not None and second is not None and first <= 1 < second:
-        raise ValueError("guidance_scale_2 needs guidance_scale above 1: without it no negative prompt is run at all")
-
-
-def check_guidance(pipe: Any, scale: float, negative_sees_memory: bool, memory: Memory | None) -> None:
-    """Raise for passes of guidance that cannot differ as asked, or are not both run."""
+    if not all(value is None or math.isfinite(value) for value in (scale, scale_low)):
+        raise ValueError(f"guidance_scale and guidance_scale_2 must be finite numbers, not {(scale, scale_low)}")
     differ = not negative_sees_memory and memory is not None and len(memory) > 0
     check_shared_states(pipe.experts.values(), guided=scale > 1, passes_differ=differ)
-    if scale <= 1 and pipe.guidance_halves is not None:
-        raise ValueError("with guidance_parallel both passes of guidance must run: guidance_scale must be above 1")
-    if negative_sees_memory:
-        return
-    refused = "negative_sees_memory=False"
-    if scale <= 1:
-        raise ValueError(f"{refused} needs guidance: guidance_scale must be above 1")
-    if pipe.guidance_batch:
-        raise ValueError(f"{refused}: guidance_batch runs both passes as one batch, of one memory")
-    if pipe.config.memory_attention == "joint" and pipe.guidance_halves is not None:
-        raise ValueError(f"{refused}: in joint it needs both passes in one process, not guidance_parallel")
+    joint, unseen = pipe.config.memory_attention == "joint", "negative_sees_memory=False"
+    rules = {
+        "guidance_scale_2 needs guidance_scale above 1: without it no negative prompt is run": (
+            scale <= 1 and (scale_low or 0) > 1
+        ),
+        "with guidance_parallel both passes of guidance must run: guidance_scale must be above 1": (
+            scale <= 1 and pipe.guidance_halves is not None
+        ),
+        f"{unseen} needs guidance: guidance_scale must be above 1": not negative_sees_memory and scale <= 1,
+        f"{unseen}: guidance_batch runs both passes as one batch, of one memory": (
+            not negative_sees_memory and pipe.guidance_batch
+        ),
+        f"{unseen}: in joint it needs both passes in one process, not guidance_parallel": (
+            not negative_sees_memory and joint and pipe.guidance_halves is not None
+        ),
+    }
+    for message, broken in rules.items():
+        if broken:
+            raise ValueError(message)
 
 
 def noise_shape(
@@ -141,10 +149,9 @@ def noise_shape(
     return shape
 
 
-def _check_picture(name: str, picture: Any, height: int, width: int) -> None:
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"{name} must be a PIL image, not {type(picture).__name__}")
-    if picture.size != (width, height):
-        raise ValueError(
-            f"{name} is {picture.size[0]}x{picture.size[1]} pixels; resize it to the shot's {width}x{height} first"
-        )
+def _check_image(name: str, image: Any, height: int, width: int) -> None:
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"{name} must be a PIL image, not {type(image).__name__}")
+    if image.size != (width, height):
+        size = f"{image.size[0]}x{image.size[1]}"
+        raise ValueError(f"{name} is {size} pixels; resize it to the shot's {width}x{height} first")

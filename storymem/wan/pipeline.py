@@ -8,25 +8,23 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModel, UMT5EncoderModel
 
-from storymem.wan.acceleration import forget_steps
-from storymem.wan.checks import (
-    Memory,
-    check_expert,
-    check_guidance,
-    check_memory,
-    check_sampling,
-    check_shot,
-    noise_shape,
-)
+from storymem.wan.checks import Memory, check_expert, check_memory, check_sampling, check_shot, noise_shape
 from storymem.wan.conditioning import (
     blank_padded,
     condition_channels,
@@ -37,6 +35,7 @@ from storymem.wan.conditioning import (
     model_input,
 )
 from storymem.wan.parallel import GuidanceHalves
+from storymem.wan.runtime import clear_step_caches
 from storymem.wan.segments import DEFAULT_STRIDE, Layout, memory_cached, memory_joint, with_given
 from storymem.wan.spec import ModelSpec, spec_of
 from storymem.wan.transformer import SegmentCache, enable_layouts
@@ -69,12 +68,19 @@ class _Shot:
         given = self.given.to(latents).expand(latents.shape[0], -1, -1, -1, -1)
         return torch.cat([given, latents[:, :, given.shape[2] :]], dim=2)
 
+    def network_input(self, latents: Tensor, *, with_memory: bool) -> Tensor:
+        """[B, C, N, h, w]: latents and condition channels; clean memory frames before them ``with_memory``."""
+        seen = model_input(latents, self.condition)
+        if not with_memory or self.memory is None:
+            return seen
+        return torch.cat([self.memory.to(seen).expand(seen.shape[0], -1, -1, -1, -1), seen], dim=2)
+
 
 class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
-    """Wan2.2 with memory: generates one shot that looks back at keyframes of earlier shots.
+    """Wan2.2 with memory: generates one shot conditioned on keyframes of earlier shots.
 
-    What the network denoises is stated by a layout (:mod:`storymem.wan.segments`): ``joint`` as published, or
-    ``cached``, in which memory is computed once a shot. Base models: Wan2.2-I2V-A14B and Wan2.2-TI2V-5B.
+    A layout (:mod:`storymem.wan.segments`) states what the network denoises: ``joint`` as published, or ``cached``, in
+    which memory is computed once a shot. Base models: Wan2.2-I2V-A14B and Wan2.2-TI2V-5B.
 
     Args:
         rope_stride: S, the default distance between memory frames on the temporal axis; saved with the pipeline.
@@ -82,8 +88,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     Attributes:
         memory_cache: where ``cached`` keeps keys and values: "device", "cpu", or "recompute" for nowhere.
-        blank_latents: for callers that never change the VAE: a dictionary, empty at first, that keeps the latents of
-            blank videos between calls, by (frames, height, width). None: they are computed in every call.
+        blank_latents: for callers that never change the VAE: a dictionary, empty at first, for the latents of blank
+            videos by (frames, height, width). None: they are computed in every call.
         guidance_batch: run both passes of guidance as one batch of two.
         guidance_halves: run each pass on one half of the processes.
 
@@ -133,6 +139,15 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         for name, expert in self.experts.items():
             check_expert(self, name, expert)
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "WanMemoryToVideoPipeline":
+        """As in diffusers; how ``pipeline`` runs (see the attributes) stays, if it is one of these."""
+        pipe = super().from_pipe(pipeline, **kwargs)
+        for name in ("memory_cache", "guidance_batch", "guidance_halves"):
+            if hasattr(pipeline, name):
+                setattr(pipe, name, getattr(pipeline, name))
+        return pipe
+
     @property
     def experts(self) -> dict[str, Any]:
         """The transformers that are loaded: ``transformer`` (high noise) and ``transformer_2`` (low noise)."""
@@ -141,7 +156,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     @property
     def spec(self) -> ModelSpec:
-        """The base model, told by the shapes of the networks."""
+        """The base model, from the shapes of the networks."""
         return self.spec_of(next(iter(self.experts.values())))
 
     @torch.no_grad()
@@ -178,18 +193,18 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         Latents in the loop have N frames: M + T, memory first, in the layout ``joint``; T in ``cached``.
 
         Args:
-            memory: M keyframes, oldest first: pictures of exactly ``width`` x ``height``, or normalised one-frame
+            memory: M keyframes, oldest first: images of exactly ``width`` x ``height``, or normalised one-frame
                 latents as :meth:`encode_memory` returns them. None or empty: no memory.
-            first_frame: the picture the shot begins with (MI2V); it is the first frame of the output.
-            motion_frames: five pictures the shot begins with (MM2V); they are the first five frames of the output.
-            rope_stride: S for this call; by default the pipeline's own.
+            first_frame: the image the shot begins with (MI2V); it is the first frame of the output.
+            motion_frames: five images the shot begins with (MM2V); they are the first five frames of the output.
+            rope_stride: S for this call; None: the pipeline's own.
             negative_sees_memory: whether the pass with the negative prompt sees the memory, as published. If not,
                 guidance strengthens memory as it does the prompt.
             latents: the noise to start from, [B, z, N, h, w].
             callback_on_step_end_tensor_inputs: also "condition", the condition channels [B, C, N, h, w].
 
         Returns:
-            The F frames of the shot in the form ``output_type`` asks for; with "latent" the normalised latents
+            The F frames of the shot as ``output_type`` ("np", "pt", "pil"); for "latent" the normalised latents
             [B, z, T, h, w] of the shot. Memory is never part of the output.
 
         Raises:
@@ -200,8 +215,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         check_shot(self, height, width, num_frames, first_frame, motion_frames, output_type)
         check_memory(self, memory, height, width, stride)
-        check_sampling(self, num_inference_steps, guidance_scale, guidance_scale_2)
-        check_guidance(self, guidance_scale, negative_sees_memory, memory)
+        check_sampling(self, num_inference_steps, guidance_scale, guidance_scale_2, negative_sees_memory, memory)
         texts = (prompt, negative_prompt, torch.zeros(1), height, width, prompt_embeds, negative_prompt_embeds, None)
         self.check_inputs(*texts, list(callback_on_step_end_tensor_inputs), guidance_scale_2)
         prompts: Any = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt
@@ -229,7 +243,9 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         self._num_timesteps = len(self.scheduler.timesteps)
 
         embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-        after_step = partial(self._after_step, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        after_step = None
+        if callback_on_step_end is not None:
+            after_step = partial(self._after_step, callback_on_step_end, callback_on_step_end_tensor_inputs)
         latents = self._denoise(latents, embeds, shot, guidance_scale, guidance_scale_2, after_step)
         video = latents[:, :, -self.spec.latent_frames(num_frames) :]
         if output_type != "latent":
@@ -238,7 +254,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
     def encode_memory(self, frames: Sequence[Image.Image]) -> Tensor:
-        """Normalised latents [M, z, 1, h, w] of memory frames, to be kept and passed as ``memory`` again."""
+        """Normalised latents [M, z, 1, h, w] of memory frames, to be passed as ``memory`` to any number of calls."""
         return encode_frames(self.vae, self._pixels(frames)).cpu()
 
     # The denoising loop
@@ -250,38 +266,52 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         shot: _Shot,
         scale: float,
         scale_low: float | None,
-        after_step: Callable[..., dict[str, Any]],
+        after_step: Callable[..., tuple[Tensor, dict[str, Tensor], _Shot]] | None,
     ) -> Tensor:
         """``latents`` [B, z, N, h, w] from noise to the last step; ``after_step`` may change any tensor in between."""
-        active = cache = dtype = None
+        active = cache = dtype = adapters = None
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
                 expert, guidance = self._expert_at(t, scale, scale_low)
-                if expert is not active:  # experts take turns once: what was kept for the first is dropped
-                    active, cache = expert, self._memory_of(expert, shot, embeds["prompt_embeds"])
-                    dtype = expert.dtype  # looked up once: the look-up walks through every module
+                # A callback may change the adapters, which cached keys and values depend on.
+                if expert is not active or (cache and after_step and adapters != _adapters_of(expert)):
+                    active, cache = expert, self._cached_memory(expert, shot, embeds["prompt_embeds"])
+                    adapters = _adapters_of(expert)
+                    dtype = expert.dtype  # once: diffusers walks through every module for it
                 latents = shot.clean(latents)
-                predict = partial(self._predict, expert, latents, t, shot=shot, cache=cache, dtype=dtype)
+                seen = shot.network_input(latents, with_memory=cache is None).to(dtype)
+                predict = partial(self._predict, expert, seen, t, latents.shape[2], shot=shot, cache=cache)
                 prediction = self._guided(predict, embeds["prompt_embeds"], embeds["negative_prompt_embeds"], guidance)
                 latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
-                condition = shot.condition
-                condition = None if condition is None else condition.expand(latents.shape[0], -1, -1, -1, -1)
-                changed = after_step(i, t, {"latents": latents, "condition": condition, **embeds})
-                latents = changed.get("latents", latents)
-                embeds = {name: changed.get(name, value) for name, value in embeds.items()}
-                shot = replace(shot, condition=changed.get("condition", shot.condition))
+                if after_step is not None:
+                    latents, embeds, shot = after_step(i, t, latents, embeds, shot)
                 progress_bar.update()
         self._current_timestep = None
         return shot.clean(latents)
 
     def _after_step(
-        self, callback: Callable[..., dict] | None, names: Sequence[str], i: int, t: Tensor, tensors: dict[str, Any]
-    ) -> dict[str, Any]:
-        """What a callback that is shown the tensors of these names puts in their place."""
-        return {} if callback is None else callback(self, i, t, {name: tensors[name] for name in names}) or {}
+        self,
+        callback: Callable[..., dict],
+        names: Sequence[str],
+        i: int,
+        t: Tensor,
+        latents: Tensor,
+        embeds: dict[str, Tensor],
+        shot: _Shot,
+    ) -> tuple[Tensor, dict[str, Tensor], _Shot]:
+        """The tensors of the next step: a callback is given those of ``names`` and may replace any."""
+        condition = shot.condition
+        condition = None if condition is None else condition.expand(latents.shape[0], -1, -1, -1, -1)
+        tensors = {"latents": latents, "condition": condition, **embeds}
+        changed = callback(self, i, t, {name: tensors[name] for name in names}) or {}
+        return (
+            changed.get("latents", latents),
+            {name: changed.get(name, value) for name, value in embeds.items()},
+            replace(shot, condition=changed.get("condition", shot.condition)),
+        )
 
     def _expert_at(self, t: Tensor, scale: float, scale_low: float | None) -> tuple[Any, float]:
         """The expert of a timestep and its guidance."""
@@ -302,58 +332,57 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             with_prompt, without = self.guidance_halves.exchange(predict(own, text if own == "cond" else negative))
         else:
             with_prompt, without = predict("cond", text), predict("uncond", negative)
-        # Of memory that the second pass does not see and that is denoised, the first pass's prediction stands.
-        unseen = with_prompt.shape[2] - without.shape[2]
-        without = torch.cat([with_prompt[:, :, :unseen], without], dim=2) if unseen else without
+        # Denoised memory that the second pass does not see keeps the prediction of the first.
+        if unseen := with_prompt.shape[2] - without.shape[2]:
+            without = torch.cat([with_prompt[:, :, :unseen], without], dim=2)
         return without + scale * (with_prompt - without)
 
     def _predict(
         self,
         expert: Any,
-        latents: Tensor,
+        seen: Tensor,
         t: Tensor,
+        frames: int,
         name: Pass,
         *texts: Tensor,
         shot: _Shot,
         cache: SegmentCache | None,
-        dtype: torch.dtype | None,
     ) -> Tensor:
-        """What an expert predicts for the denoised frames that a pass sees, [B, z, N, h, w]; of two texts 2 B."""
+        """What an expert predicts for those of the denoised ``frames`` that a pass sees; [2 B, ...] for two texts."""
         layout = shot.layout if name == "cond" else shot.negative_layout
-        text = torch.cat([_rows(text, latents.shape[0]) for text in texts])
-        seen = model_input(latents, shot.condition).repeat(len(texts), 1, 1, 1, 1)
-        if cache is None and shot.memory is not None:
-            seen = torch.cat([shot.memory.to(seen).expand(seen.shape[0], -1, -1, -1, -1), seen], dim=2)
+        rows = [_rows(text, seen.shape[0]) for text in texts]
+        batch = seen if len(rows) == 1 else seen.repeat(len(rows), 1, 1, 1, 1)
+        text = rows[0] if len(rows) == 1 else torch.cat(rows)
         with expert.cache_context(name):
             (prediction,) = expert(
-                hidden_states=seen[:, :, -layout.frames :].to(dtype),
-                timestep=t.expand(seen.shape[0]),
-                encoder_hidden_states=text.to(seen.device, dtype),
+                hidden_states=batch[:, :, -layout.frames :],
+                timestep=t.expand(batch.shape[0]),
+                encoder_hidden_states=text.to(seen.device, seen.dtype),
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
                 layout=layout,
                 cache=cache,
             )
-        return prediction[:, :, -latents.shape[2] :]
+        return prediction[:, :, -frames:]
 
-    def _memory_of(self, expert: Any, shot: _Shot, text: Tensor) -> SegmentCache | None:
-        """Keys and values of memory that does not change between steps; what step caches hold is dropped."""
-        forget_steps(self.experts)
+    def _cached_memory(self, expert: Any, shot: _Shot, text: Tensor) -> SegmentCache | None:
+        """Keys and values of memory that does not change between steps; step caches are cleared."""
+        clear_step_caches(self.experts)
         if shot.memory is None or self.memory_cache == "recompute":
             return None
-        cache, device = SegmentCache(on_cpu=self.memory_cache == "cpu"), self._execution_device
+        cache, device, dtype = SegmentCache(on_cpu=self.memory_cache == "cpu"), self._execution_device, expert.dtype
         # Two forwards a shot are not worth a graph of their own.
         with expert.cache_context("memory"), torch.compiler.set_stance("force_eager"):
             expert(
-                hidden_states=shot.memory.to(device, expert.dtype),
+                hidden_states=shot.memory.to(device, dtype),
                 timestep=torch.zeros(1, device=device),
-                encoder_hidden_states=text[:1].to(device, expert.dtype),  # not read
+                encoder_hidden_states=text[:1].to(device, dtype),  # not read
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
                 layout=shot.layout.only(shot.layout.constant),
                 cache=cache,
             )
-        forget_steps(self.experts)  # of this forward, where a cache has one state for all
+        clear_step_caches(self.experts)  # of this forward, where a cache has one state for all
         return cache
 
     # What a shot is made from
@@ -424,7 +453,18 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
 
 def _rows(embeds: Tensor, batch: int) -> Tensor:
-    """Text embeddings [rows, L, D], one for each of a batch of videos, or for as many as have one prompt: [B, L, D]."""
+    """Text embeddings [prompts, L, D], repeated for a batch of videos: [B, L, D]."""
+    if batch == embeds.shape[0]:
+        return embeds
     if batch % embeds.shape[0]:
         raise ValueError(f"{embeds.shape[0]} text embeddings for {batch} videos: give one for each prompt")
     return embeds.repeat_interleave(batch // embeds.shape[0], dim=0)
+
+
+def _adapters_of(expert: Any) -> list[tuple[Any, ...]]:
+    """Which LoRAs are active in each layer, and how strong."""
+    return [
+        (layer.disable_adapters, tuple(layer.active_adapters), tuple(layer.merged_adapters), dict(layer.scaling))
+        for layer in expert.modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]

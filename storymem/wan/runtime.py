@@ -1,25 +1,78 @@
-"""Where the networks run: device, offloading, tiling; all of it diffusers' own.
+"""How the networks run: device, precision, attention kernel, compiled blocks, step caches, placement.
 
-With ``offload: model`` at most one network is on the device, and none between shots. With ``group`` the blocks of the
-expert at work pass through it, and the VAE stays: so a text encoder or a quality filter never meets an expert there.
+Each is a thin composition of what diffusers, torch and torchao offer. :func:`check_machine` checks before anything is
+loaded that this machine can run the settings; :func:`accelerate` and :func:`place` apply them to a pipeline, in this
+order, so that what a cache skips is below the hooks that stream weights.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.util
 import logging
+import os
 import re
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks import FirstBlockCacheConfig, ModelHook, TaylorSeerCacheConfig
+from diffusers.hooks.hooks import StateManager
+from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
+from torch import nn
+from torch.nn import functional as F
 
 from storymem.devices import resolve_device
-from storymem.wan.parallel import parallelize
-from storymem.wan.settings import RuntimeSettings
+from storymem.wan.gguf import check_gguf
+from storymem.wan.parallel import can_share_tokens, parallelize
+from storymem.wan.settings import Attention, ContextParallel, ModelSettings, RuntimeSettings
 
 logger = logging.getLogger(__name__)
+
+#: Our names for diffusers' attention backends.
+BACKENDS: dict[Attention, str] = {
+    "flash3": "_flash_3",
+    "flash2": "flash",
+    "cudnn": "_native_cudnn",
+    "sage": "sage",
+    "native": "native",
+}
+#: Exact kernels, fastest first; torch's own takes FlashAttention 2 where it can, and runs everywhere.
+_FASTEST: tuple[Attention, ...] = ("flash3", "cudnn", "flash2", "native")
+_TOLERANCE = 0.1  # of a small attention in 16 bits or, by Sage, in 8; a kernel that fails is off by about 1
+_CAPABILITIES = {"fp8": (8, 9), "int8": (8, 0)}  # Ada and Hopper; Ampere
+
+#: A story has up to 11 sizes of memory, once with one and once with two passes in a batch, and a first shot without
+#: adapters; further shapes run uncompiled, with a warning from torch.
+_RECOMPILE_LIMIT = 32
+_THRESHOLDS = {"first_block": 0.05, "taylor": 2.0}  # where ``runtime.cache_threshold`` is None
+
+
+# Devices
+
+
+def check_runtime(runtime: RuntimeSettings) -> torch.device:
+    """The device to use.
+
+    Raises:
+        ValueError: for settings that cannot work on it.
+    """
+    device = resolve_device(runtime.device)
+    if runtime.offload not in ("none", "auto") and device.type == "cpu":
+        raise ValueError(
+            f"runtime.offload={runtime.offload} moves weights between a CPU and an accelerator, and the device is "
+            "the CPU; use runtime.offload=none. With dry_run=true it is planned for a machine with an accelerator"
+        )
+    if runtime.context_parallel != "none" and torch.accelerator.device_count() == 0:
+        raise ValueError(
+            f"runtime.context_parallel={runtime.context_parallel} is for accelerators and this machine has none; two "
+            "processes on CPUs can use runtime.guidance_parallel=true"
+        )
+    return device
 
 
 def planned_device(runtime: RuntimeSettings) -> tuple[torch.device, bool]:
@@ -36,45 +89,301 @@ def planned_device(runtime: RuntimeSettings) -> tuple[torch.device, bool]:
         return torch.device("cuda" if runtime.device == "auto" else runtime.device), False
 
 
-def check_runtime(runtime: RuntimeSettings) -> torch.device:
-    """The device to use, or a ValueError for settings that cannot work on this machine."""
-    device = resolve_device(runtime.device)
-    if runtime.offload not in ("none", "auto") and device.type == "cpu":
-        raise ValueError(
-            f"runtime.offload={runtime.offload} moves weights between a CPU and an accelerator, and the device is "
-            "the CPU; use runtime.offload=none. With dry_run=true it is planned for a machine with an accelerator"
-        )
-    if runtime.context_parallel != "none" and torch.accelerator.device_count() == 0:
-        raise ValueError(
-            f"runtime.context_parallel={runtime.context_parallel} is for accelerators and this machine has none; two "
-            "processes on CPUs can use runtime.guidance_parallel=true"
-        )
-    return device
+def make_current(device: torch.device) -> None:
+    """Make a numbered device the one of streams and kernels that name none; torch's default is the first."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and device.type == accelerator.type and device.index is not None:
+        torch.accelerator.set_device_index(device.index)
 
 
-def warn_of_small_shared_memory(runtime: RuntimeSettings, device: torch.device) -> None:
-    """Say if processes that make a film together may run out of the shared memory that NCCL uses between them."""
-    if not runtime.spread or device.type != "cuda" or not _SHARED_MEMORY.is_dir():
+def release_memory() -> None:
+    """Give the VRAM of freed networks back to the accelerator."""
+    gc.collect()  # hooks and their networks refer to each other
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+# Checks before anything is loaded
+
+
+def check_machine(model: ModelSettings, runtime: RuntimeSettings, *, here: bool = True) -> str:
+    """What makes forwards fast with these settings, in words; loads nothing.
+
+    Args:
+        here: whether this machine has the device; if not, only what holds on any machine is checked.
+
+    Raises:
+        ValueError: for what this machine cannot do.
+    """
+    if model.gguf is not None:
+        check_gguf(model.gguf, runtime)
+    parts = [f"attention {runtime.attention} (not tried here)"]
+    if here:
+        device = resolve_device(runtime.device)
+        _check_precision(runtime, device)
+        name, reason = _attention(model, runtime, device)
+        parts = [f"attention {name} ({reason})"]
+        if runtime.compile == "blocks":
+            _check_compiler(device)
+        _warn_of_small_shared_memory(runtime, device)
+    if runtime.compile == "blocks":
+        parts.append("compiled blocks")
+    if runtime.cache != "none":
+        parts.append(f"cache {runtime.cache} at {_threshold(runtime):g}")
+    if runtime.guidance_batch:
+        parts.append("guidance in one batch")
+    return ", ".join(parts)
+
+
+def _check_precision(runtime: RuntimeSettings, device: torch.device) -> None:
+    precision = runtime.precision
+    if precision == "fp8_storage" and device.type == "mps":
+        raise ValueError("runtime.precision=fp8_storage: mps devices have no 8-bit floats; use precision=as_is")
+    if precision not in ("fp8", "int8"):
         return
-    free = shutil.disk_usage(_SHARED_MEMORY).free
-    if free < _SHARED_MEMORY_BYTES:
-        logger.warning(
-            "%s has %.0f MB free; NCCL, which the processes of a film use, may need up to 1 GB: start a container with "
-            "--shm-size=1g",
-            *(_SHARED_MEMORY, free / 1e6),
+    if device.type == "cuda" and torch.version.hip is None:
+        needed, found = _CAPABILITIES[precision], torch.cuda.get_device_capability(device)
+        if found < needed:
+            raise ValueError(
+                f"runtime.precision={precision} needs compute capability {needed[0]}.{needed[1]}, and "
+                f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: use runtime.precision=fp8_storage"
+            )
+    elif not (precision == "int8" and device.type == "cpu"):
+        raise ValueError(
+            f"runtime.precision={precision} computes in 8 bits on CUDA devices, and the device is {device.type}: use "
+            "runtime.precision=fp8_storage or as_is"
+        )
+    if importlib.util.find_spec("torchao") is None:
+        raise ValueError(
+            f"runtime.precision={precision} needs torchao: pip install 'torchao>=0.15'; fp8_storage needs nothing"
         )
 
 
-_SHARED_MEMORY, _SHARED_MEMORY_BYTES = Path("/dev/shm"), 10**9
+def _check_compiler(device: torch.device) -> None:
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("runtime.compile=blocks needs triton on CUDA devices: pip install triton")
+    elif device.type == "cpu":
+        if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl")):
+            raise ValueError("runtime.compile=blocks needs a C++ compiler on the CPU: install g++ or set CXX")
+    else:
+        raise ValueError(f"runtime.compile=blocks is for CUDA devices and the CPU, not {device.type}")
+
+
+def _warn_of_small_shared_memory(runtime: RuntimeSettings, device: torch.device) -> None:
+    folder = Path("/dev/shm")
+    if not runtime.spread or device.type != "cuda" or not folder.is_dir():
+        return
+    free = shutil.disk_usage(folder).free
+    if free < 1e9:
+        message = "%s has %.0f MB free, and NCCL may need up to 1 GB: start a container with --shm-size=1g"
+        logger.warning(message, folder, free / 1e6)
+
+
+# Attention
+
+
+def set_attention(expert: Any, backend: str) -> None:
+    """Have a transformer use one of diffusers' attention backends; the process's default stays as it is."""
+    with attention_backend(backend):
+        expert.set_attention_backend(backend)
+
+
+def choose_attention(
+    attention: Attention, device: torch.device, *, dtype: torch.dtype, head_dim: int, sharing: ContextParallel = "none"
+) -> tuple[Attention, str]:
+    """The kernel for a ``runtime.attention`` setting on a device, tried on a small example, and the reason.
+
+    Args:
+        sharing: how tokens are shared among processes; not every kernel can.
+
+    Raises:
+        ValueError: for a named kernel that does not work there, or if none can share tokens.
+    """
+    works = functools.partial(_works, device=device, dtype=dtype, head_dim=head_dim, sharing=sharing)
+    if attention == "auto":
+        if device.type != "cuda":
+            return "native", f"torch's own, because the device is {device.type}"
+        if name := next(filter(works, _FASTEST), None):
+            return name, "the fastest exact one that is installed and works here"
+        raise ValueError(f"no exact attention kernel here can share tokens by runtime.context_parallel={sharing}")
+    if works(attention):
+        return attention, "as set"
+    fault = _fault(attention, device, dtype, head_dim, sharing)
+    others = ["auto", *filter(works, (name for name in BACKENDS if name != attention))]
+    raise ValueError(f"runtime.attention={attention} cannot be used here: {fault}. Use one of: {', '.join(others)}")
+
+
+def _works(attention: Attention, *, device: Any, dtype: Any, head_dim: int, sharing: ContextParallel) -> bool:
+    return _fault(attention, device, dtype, head_dim, sharing) is None
+
+
+@functools.cache
+def _fault(
+    attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int, sharing: ContextParallel
+) -> str | None:
+    """Why a kernel cannot be used, from diffusers' own checks and from running it; None if it can."""
+    if attention != "native" and device.type != "cuda":
+        return f"it runs on CUDA devices, and the device is {device.type}"
+    if attention != "native" and dtype == torch.float32:
+        return "it computes in 16 bits, and model.dtype is float32"
+    if not can_share_tokens(BACKENDS[attention], sharing):
+        return f"diffusers does not run it with context_parallel={sharing}"
+    example = torch.randn(3, 1, 128, 2, head_dim, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    try:
+        with attention_backend(BACKENDS[attention]):
+            ours = dispatch_attention_fn(*example)
+    except (RuntimeError, ValueError, ImportError, AssertionError, TypeError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    query, key, value = (x.float().transpose(1, 2) for x in example)
+    expected = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    if not torch.allclose(ours.float(), expected, rtol=0, atol=_TOLERANCE):
+        return "on this device it computes something else than attention"
+    return None
+
+
+def _attention(model: ModelSettings, runtime: RuntimeSettings, device: torch.device) -> tuple[Attention, str]:
+    head_dim, dtype = model.network.transformer["attention_head_dim"], getattr(torch, model.dtype)
+    sharing = runtime.context_parallel
+    return choose_attention(runtime.attention, device, dtype=dtype, head_dim=head_dim, sharing=sharing)
+
+
+# Precision, attention, compilation and step caches, on the experts of a pipeline
+
+
+def accelerate(pipe: Any, model: ModelSettings, runtime: RuntimeSettings) -> None:
+    """Apply ``runtime`` to the experts of a pipeline whose adapters are loaded, before they are placed."""
+    pipe.guidance_batch, pipe.memory_cache = runtime.guidance_batch, runtime.memory_cache
+    name, reason = _attention(model, runtime, resolve_device(runtime.device))
+    logger.info("attention: %s, %s", name, reason)
+    for expert in pipe.experts.values():
+        _lower_precision(expert, model, runtime)
+        if name != "native" or runtime.attention == "native":
+            set_attention(expert, BACKENDS[name])
+        if runtime.compile == "blocks":
+            _compile(expert)
+        if runtime.cache != "none":
+            expert.enable_cache(_cache_config(runtime))
+
+
+def _lower_precision(expert: Any, model: ModelSettings, runtime: RuntimeSettings) -> None:
+    """Bring the linears of the blocks, 98 % of an expert, to ``runtime.precision``; all else, LoRAs too, stays."""
+    if runtime.precision == "fp8_storage":
+        compute = getattr(torch, model.dtype)
+        expert.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
+    elif runtime.precision != "as_is":
+        from torchao import quantization as q
+
+        fp8 = runtime.precision == "fp8"
+        config = (
+            q.Float8DynamicActivationFloat8WeightConfig(granularity=q.PerRow())
+            if fp8
+            else q.Int8DynamicActivationInt8WeightConfig()
+        )
+        q.quantize_(expert, config, filter_fn=_is_blocks_linear)
+
+
+def _is_blocks_linear(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and name.startswith("blocks.") and "lora_" not in name
+
+
+class _Counted:
+    """One of torch's compilers, counting the graphs that it compiles in this process."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+        from torch._dynamo import lookup_backend
+
+        self.graphs += 1
+        return lookup_backend(self.backend)(graph, inputs, **options)
+
+
+_counted = _Counted("inductor")
+
+
+def compiled_graphs() -> int:
+    """Graphs compiled for ``runtime.compile: blocks`` in this process."""
+    return _counted.graphs
+
+
+def _compile(expert: Any) -> None:
+    """Compile the block that an expert repeats: one graph for each shape, shared by its blocks and by both experts.
+
+    ``compile_repeated_blocks`` of diffusers would compile a block with the hooks on it: caches, streamed weights. Their
+    decisions are Python's; here they stay outside, around a compiled forward.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
+    for block in expert.blocks:
+        block.forward = torch.compile(block.forward, dynamic=False, backend=_counted)
+
+
+def _threshold(runtime: RuntimeSettings) -> float:
+    return _THRESHOLDS[runtime.cache] if runtime.cache_threshold is None else runtime.cache_threshold
+
+
+def _cache_config(runtime: RuntimeSettings) -> Any:
+    threshold = _threshold(runtime)
+    if runtime.cache == "first_block":
+        return FirstBlockCacheConfig(threshold=threshold)
+    # Its usual form keeps the outputs of all attentions, 80 times half a gigabyte at true size; the light form
+    # extrapolates the output of the whole network.
+    return TaylorSeerCacheConfig(
+        cache_interval=int(threshold) + 1, use_lite_mode=True, taylor_factors_dtype=torch.float32
+    )
+
+
+def clear_step_caches(experts: Mapping[str, Any]) -> None:
+    """Drop what step caches hold, so that nothing of a shot, finished or interrupted, reaches the next."""
+    for expert in experts.values():
+        if expert.is_cache_enabled:
+            expert._reset_stateful_cache()
+
+
+def check_shared_states(experts: Collection[Any], *, guided: bool, passes_differ: bool) -> None:
+    """Refuse caches of diffusers that cannot serve passes of guidance with different memory.
+
+    PyramidAttentionBroadcast and FasterCache keep one state in a layer, for pipelines that run both passes of guidance
+    as one batch; Wan's pipelines run them one after the other. The other caches keep a state for each pass.
+
+    Raises:
+        ValueError: if the passes differ in more than their texts.
+    """
+    names = {type(hook).__name__.removesuffix("Hook") for expert in experts for hook in _sharing_hooks(expert)}
+    if not names or not guided:
+        return
+    what = f"{' and '.join(sorted(names))} of diffusers keeps one state for both passes of guidance"
+    if passes_differ:
+        raise ValueError(
+            f"{what}, and with negative_sees_memory=False one of them sees no memory: write True, or disable the cache "
+            "by disable_cache() of both transformers"
+        )
+    logger.warning("%s: the pass with the negative prompt is given what the other computed", what)
+
+
+def _sharing_hooks(expert: Any) -> list[ModelHook]:
+    """Hooks of diffusers that keep a state, but not one for each pass."""
+    registries = [module._diffusers_hook for module in expert.modules() if hasattr(module, "_diffusers_hook")]
+    hooks = [hook for registry in registries for hook in registry.hooks.values() if hook._is_stateful]
+    return [hook for hook in hooks if not any(isinstance(value, StateManager) for value in vars(hook).values())]
+
+
+# Placement
 
 
 def place(pipe: DiffusionPipeline, runtime: RuntimeSettings, *, device: torch.device | None = None) -> None:
-    """Put a pipeline's networks where ``runtime`` says; its ``offload`` must be settled.
+    """Put a pipeline's networks where ``runtime`` says; its ``offload`` must not be "auto".
+
+    With "model" at most one network is on the device, and none between shots. With "group" the blocks of the expert at
+    work pass through it, and the VAE stays.
 
     Args:
-        device: None: what ``runtime.device`` means, after :func:`check_runtime`.
+        device: None: that of ``runtime.device``.
     """
-    assert runtime.offload != "auto", "settle it first: storymem.wan.presets.choose_runtime"
+    assert runtime.offload != "auto", "storymem.wan.placement settles it"
     device = device or check_runtime(runtime)
     make_current(device)
     if runtime.threads is not None:
@@ -91,20 +400,6 @@ def place(pipe: DiffusionPipeline, runtime: RuntimeSettings, *, device: torch.de
             onload_device=device,
             offload_type="block_level",
             num_blocks_per_group=1,
-            use_stream=device.type == "cuda",  # the next block comes while one computes
+            use_stream=device.type == "cuda",  # the next block is copied while one computes
             exclude_modules=["vae", "text_encoder"],  # small, or alone
         )
-
-
-def make_current(device: torch.device) -> None:
-    """Have streams and kernels that name no device use this one, if it has a number: they would take the first."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None and device.type == accelerator.type and device.index is not None:
-        torch.accelerator.set_device_index(device.index)
-
-
-def release_memory() -> None:
-    """Give memory of freed networks back to the accelerator."""
-    gc.collect()  # hooks and their networks refer to each other
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()

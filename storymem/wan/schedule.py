@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
-
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -31,12 +29,10 @@ class WanUniPCScheduler(UniPCMultistepScheduler):
     """``UniPCMultistepScheduler`` on the sigmas of Wan's own sampler.
 
     diffusers starts at sigma 1 and stops at 1/1000 before the shift; the original starts at 0.999 and stops a step
-    above 0. The shift ``s -> shift * s / (1 + (shift - 1) * s)``, the integer timesteps and the last sigma 0 are
-    the same in both. Build it with :func:`wan_scheduler`.
+    above 0. The shift, the integer timesteps and the last sigma 0 are the same. Build it with :func:`wan_scheduler`.
     """
 
-    # Saved pipelines note where each part's class is found, and diffusers takes "wan" in a module's path for its
-    # own `diffusers.pipelines.wan`; under the package's name the class is found again.
+    # diffusers saves each class with its module, and takes "wan" in that for its own `diffusers.pipelines.wan`.
     __module__ = "storymem"
 
     def set_timesteps(
@@ -77,29 +73,15 @@ class WanEulerScheduler(FlowMatchEulerDiscreteScheduler):
         super().set_timesteps(num_inference_steps, device, sigmas=sigmas, mu=mu, timesteps=timesteps)
 
 
-@overload
-def wan_scheduler(shift: float = ..., kind: Literal["unipc"] = ..., **overrides: Any) -> WanUniPCScheduler: ...
-@overload
-def wan_scheduler(shift: float, kind: str, **overrides: Any) -> WanUniPCScheduler | WanEulerScheduler: ...
-
-
-def wan_scheduler(shift: float = 4.0, kind: str = "unipc", **overrides: Any) -> WanUniPCScheduler | WanEulerScheduler:
+def wan_scheduler(shift: float = 4.0, kind: str = "unipc") -> WanUniPCScheduler | WanEulerScheduler:
     """A sampler; the published one is "unipc" at shift 4.0, and 12.0 for the first shot by text-to-video.
 
     Args:
         shift: of the noise levels.
         kind: "unipc" or "euler".
-        overrides: arguments of the scheduler.
     """
     if not 0 < shift < float("inf"):
         raise ValueError(f"the sampler's shift must be positive, not {shift}")
     if kind == "euler":
-        return WanEulerScheduler(**({"shift": shift, "num_train_timesteps": 1000} | overrides))
-    assert kind == "unipc"
-    settings: dict[str, Any] = {
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": shift,
-        "num_train_timesteps": 1000,
-    }
-    return WanUniPCScheduler(**(settings | overrides))
+        return WanEulerScheduler(shift=shift)
+    return WanUniPCScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)

@@ -47,22 +47,19 @@ class VideoSettings:
         check_bounds(self, height=(16, LONGEST_SIDE), width=(16, LONGEST_SIDE), frames=(5, _MOST_FRAMES), fps=(1, 240))
         if self.height * self.width * self.frames > MOST_PIXELS:
             raise ValueError(
-                f"height x width x frames is {self.height * self.width * self.frames:,} pixels; at most "
-                f"{MOST_PIXELS:,} are a shot: make it smaller or shorter"
+                f"height x width x frames is {self.height * self.width * self.frames:,} pixels; a shot has at most "
+                f"{MOST_PIXELS:,}: make it smaller or shorter"
             )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class NetworkSettings:
-    """Shape of the networks.
-
-    With published weights it serves to plan (tokens, FLOPs) without reading them; without weights the networks are
-    built from it.
+    """Shape of the networks: for plans, and to build networks where there are no weights.
 
     Args:
-        transformer: arguments of ``WanTransformer3DModel``; ``in_channels`` is left out, it follows from the task.
-        vae: arguments of ``AutoencoderKLWan``; only for networks built from their configuration.
-        text_encoder: arguments of ``UMT5Config``; only for networks built from their configuration.
+        transformer: arguments of ``WanTransformer3DModel``, without ``in_channels``, which follows from the task.
+        vae: arguments of ``AutoencoderKLWan``; empty: as in the weights.
+        text_encoder: arguments of ``UMT5Config``; empty: as in the weights.
         text_tokens: length to which prompts are padded.
     """
 
@@ -80,7 +77,7 @@ class NetworkSettings:
 
     @property
     def positions(self) -> int:
-        """How many positions on the temporal axis the transformer knows, on either side of 0."""
+        """Temporal positions in the transformer's table, on either side of 0."""
         return self.transformer.get("rope_max_seq_len", POSITIONS)
 
 
@@ -89,10 +86,10 @@ class AdapterSettings:
     """The memory LoRA.
 
     Args:
-        weights: where it lies; a local folder or a hub repository.
-        folders: for each ``continuity`` the sub-folder that holds its two files; empty if ``weights`` is that folder.
-        alpha: for files that do not say it; None: the published 128 in the released layout, else the rank.
-        use_rslora: for files that do not say it; None: the published true in the released layout, else false.
+        weights: a local folder or a hub repository.
+        folders: for each ``continuity`` the sub-folder with its two files; empty if ``weights`` is that folder.
+        alpha: for files without it; None: the published 128 in the released layout, else the rank.
+        use_rslora: for files without it; None: the published true in the released layout, else false.
         weight: strength of the adapter; 1.0 as trained.
     """
 
@@ -108,12 +105,12 @@ class AdapterSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ExtraAdapterSettings:
-    """A LoRA beside the memory adapter: of a style, a character, few steps. It may cover any part of the networks.
+    """A LoRA beside the memory adapter (style, character, few steps); it may cover any part of the networks.
 
     Args:
         source: a file or folder, or a hub repository that was downloaded before.
         weight: strength, a factor on the scale that it was trained at.
-        expert: which expert it is put on.
+        expert: which expert it is loaded into.
     """
 
     source: UserPath
@@ -125,13 +122,12 @@ class ExtraAdapterSettings:
 
     @property
     def weights(self) -> Weights:
-        """Where it lies."""
         return Weights(name=f"adapter {self.source}", source=self.source)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GgufSettings:
-    """Both experts as GGUF single files, in few bits."""
+    """Both experts as quantised GGUF single files."""
 
     high_noise: Weights
     low_noise: Weights
@@ -143,21 +139,18 @@ class ModelSettings:
 
     Args:
         name: for plans and manifests.
-        base: which base model the networks are of, in kind; see :mod:`storymem.wan.spec`.
+        base: the base model; see :mod:`storymem.wan.spec`.
         video: size and length of its shots.
         network: shape of its networks.
-        weights: a diffusers folder or repository of the image-to-video model; None builds the networks from
-            ``network`` with random weights drawn from ``seed``.
-        gguf: files for the experts, in place of the transformers in ``weights``; all else is taken from there.
-        text_to_video: the same as ``weights`` for the text-to-video model of the first shot (only its transformers are
-            used); None: see ``has_text_to_video``.
+        weights: a diffusers folder or repository of the image-to-video model; None: random weights from ``seed``.
+        gguf: files for the experts, in place of the transformers in ``weights``.
+        text_to_video: weights of the text-to-video model for the first shot; only its transformers are used.
         has_text_to_video: whether ``first_shot: t2v`` has a model of its own. If not, the memory-to-video model
             makes the first shot from text alone.
         adapter: the memory LoRA; None: the weights themselves know memory, or are random.
-        adapters: others beside it, also on the networks of a first shot by text-to-video.
-        rope_stride: S, the distance between memory slots on the temporal axis.
-        memory_attention: "joint", as published: memory slots are denoised with the video. "cached": they are clean and
-            look only at memory, which is then computed once a shot; another function, for an adapter trained for it.
+        adapters: other LoRAs, also for the text-to-video model.
+        rope_stride: S, the distance between memory frames on the temporal axis.
+        memory_attention: the layout of memory in :mod:`storymem.wan.segments`; an adapter is trained for one of them.
         boundary: timesteps >= boundary * 1000 go to the high-noise expert; None: there is one expert.
         text_to_video_boundary: the same for the text-to-video model.
         dtype: of the transformers and the text encoder.
@@ -185,26 +178,26 @@ class ModelSettings:
 
     @property
     def spec(self) -> ModelSpec:
-        """Sizes, condition and experts of the base model."""
+        """The base model."""
         return {"wan2.2-a14b": A14B, "wan2.2-ti2v-5b": TI2V_5B}[self.base]
 
     @property
     def text_spec(self) -> ModelSpec:
-        """The same of the networks that make a first shot from text alone."""
+        """The base model of the networks that make a first shot from text alone."""
         return T2V_A14B if self.has_text_to_video else self.spec
 
     def __post_init__(self) -> None:
         self.spec.latent_size(self.video.height, self.video.width)
+        check_bounds(self, rope_stride=(1, POSITIONS - 1), seed=(0, MAX_SEED))
+        check_bounds(self, boundary=(0, 1), text_to_video_boundary=(0, 1))
         if self.memory_attention not in self.spec.layouts:
             raise ValueError(
                 f"memory_attention={self.memory_attention} is not for {self.spec.name}: use {self.spec.layouts[0]}"
             )
         if (self.boundary is None) != (len(self.spec.experts) == 1):
-            raise ValueError(f"boundary stands between two experts; {self.spec.name} has {len(self.spec.experts)}")
+            raise ValueError(f"boundary separates two experts; {self.spec.name} has {len(self.spec.experts)}")
         if self.has_text_to_video and self.base != "wan2.2-a14b":
             raise ValueError(f"{self.spec.name} makes first shots itself: set has_text_to_video to false")
-        check_bounds(self, rope_stride=(1, POSITIONS - 1), seed=(0, MAX_SEED))
-        check_bounds(self, boundary=(0, 1), text_to_video_boundary=(0, 1))
         if self.gguf is not None and self.weights is None:
             raise ValueError("gguf holds the experts alone: weights must name where VAE and text encoder come from")
         if self.weights is not None and self.has_text_to_video and self.text_to_video is None:
@@ -213,12 +206,12 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StepAdapterSettings:
-    """A step-distilled LoRA, stacked on the memory LoRA: few steps, and no guidance.
+    """A step-distilled LoRA on top of the memory LoRA: few steps, and no guidance.
 
     Args:
         weights: its files for image-to-video, one for each expert.
-        text_to_video: those for a first shot by text-to-video; None: there are none, so ``first_shot: m2v`` is needed
-            where the model has text-to-video networks of its own.
+        text_to_video: those for text-to-video; None: there are none, so a model with text-to-video networks needs
+            ``first_shot: m2v``.
         weight: strength in the high-noise expert; 1.0 as trained.
         weight_low: in the low-noise expert; None: as ``weight``.
     """
@@ -237,16 +230,16 @@ class SamplerSettings:
     """How a shot is sampled; the defaults are the published settings.
 
     Args:
-        scheduler: "unipc", the published solver of second order, or "euler", which step-distilled adapters want.
-        adapter: a step-distilled LoRA; None: the networks as they are.
+        scheduler: "unipc", the published solver of second order, or "euler", for step-distilled adapters.
+        adapter: a step-distilled LoRA.
         steps: denoising steps.
         guidance: classifier-free guidance of the high-noise expert; 1.0 means none (and half the work).
         guidance_low: of the low-noise expert; None: as ``guidance``.
         negative_sees_memory: whether the pass with the negative prompt sees the memory, as published. If not, guidance
-            strengthens memory as it does the prompt; for adapters that were trained without memory at times.
+            strengthens memory as it does the prompt; for adapters trained with memory left out at times.
         shift: of the noise levels, for memory-to-video.
         text_to_video_shift: for a first shot by text-to-video.
-        negative_prompt: what a shot should not show, unless the shot says its own.
+        negative_prompt: for shots without their own.
     """
 
     scheduler: Literal["unipc", "euler"] = "unipc"
@@ -262,46 +255,41 @@ class SamplerSettings:
     def __post_init__(self) -> None:
         check_bounds(self, steps=(1, 1000), shift=(0.01, 100), text_to_video_shift=(0.01, 100))
         check_bounds(self, guidance=(1, 100), guidance_low=(1, 100))  # 1: none
-        if self.guidance == 1 and (self.guidance_low or 1) > 1:
-            raise ValueError("guidance_low needs guidance above 1: without it no negative prompt is run at all")
-        if self.guidance == 1 and not self.negative_sees_memory:
-            raise ValueError("negative_sees_memory=false needs guidance above 1: without it there is no such pass")
+        if self.guidance == 1 and ((self.guidance_low or 1) > 1 or not self.negative_sees_memory):
+            name = "guidance_low" if self.negative_sees_memory else "negative_sees_memory=false"
+            raise ValueError(f"{name} needs guidance above 1: without it there is no pass with the negative prompt")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RuntimeSettings:
     """Where and how the networks run.
 
-    Only ``cache``, ``precision`` and ``attention: sage`` change a film by more than rounding.
+    Only ``cache``, ``precision`` and ``attention: sage`` change a film by more than rounding. What goes together is
+    checked by :func:`storymem.wan.combinations.check_combinations`.
 
     Args:
         device: "auto" (the accelerator if there is one), "cpu", "cuda", "cuda:1", "mps", ...
-        offload: "none" keeps all on the device; "model" moves whole networks there one at a time, so that the idle
-            expert lies in main memory; "group" streams the blocks of the transformers, so that a 14B expert fits a
-            small card. "auto" takes the first of these, fastest first, that fits; see :mod:`storymem.wan.presets`.
-        precision: of the weights of the transformers' blocks; adapters stay as they are. "as_is": ``model.dtype``.
-            "fp8_storage": 8-bit floats, computed with in ``model.dtype``: half the room, on any card. "fp8" and "int8"
-            compute in 8 bits too, by torchao, where the hardware can. See :mod:`storymem.wan.precision`.
-        vae_tiling: encode and decode in tiles: less memory, slower, and faint differences where tiles overlap.
-        threads: CPU threads for torch; None leaves torch's choice.
-        context_parallel: how the tokens of one shot are shared among the processes that torchrun started, for
-            attention: "ulysses" exchanges heads, "ring" passes keys and values on; see :mod:`storymem.wan.layout`.
-        guidance_parallel: the passes with the prompt and with the negative prompt run at the same time, each on one
-            half of the processes.
-        shard_weights: each process keeps its part of the experts' weights and gathers them block by block.
-        processes_per_film: of the processes that torchrun started, so many make a film together, and the others make
-            other stories' films at the same time; None: all work at one film after the other.
-        attention: "auto" takes the fastest exact kernel that is installed and works on the device; "sage", which
-            rounds queries and keys to int8, is taken only when named.
-        compile: "blocks" compiles the block that the transformers repeat, once for each size of memory.
-        cache: skips work in steps that resemble the step before: "first_block" where the first block says so,
+        offload: "none": all networks stay on the device; "model": whole networks are moved there one at a time;
+            "group": the blocks of the transformers are streamed. "auto": the fastest of these that fits.
+        precision: of the weights of the transformers' blocks. "as_is": ``model.dtype``. "fp8_storage": stored as 8-bit
+            floats, on any device. "fp8" and "int8": computed in 8 bits by torchao. Adapters stay as they are.
+        vae_tiling: encode and decode in tiles: less VRAM, slower, and faint differences where tiles overlap.
+        threads: CPU threads of torch; None: torch's choice.
+        context_parallel: how the tokens of a shot are shared among processes: "ulysses" exchanges attention heads,
+            "ring" passes keys and values on.
+        guidance_parallel: each half of the processes runs one of the two passes of guidance.
+        shard_weights: each process keeps a part of the experts' weights and gathers them block by block.
+        processes_per_film: divide the processes into teams of this size, which make films at the same time; None: all
+            make one film.
+        attention: "auto": the fastest exact kernel that works; "sage" rounds queries and keys to int8.
+        compile: "blocks" compiles the block that the transformers repeat, once for each shape.
+        cache: skips work in steps that resemble the step before: "first_block" where the first block changes little,
             "taylor" in all but every n-th step, by extrapolation.
         cache_threshold: 0 skips nothing. first_block: relative change of the first block's residual; taylor: steps
-            extrapolated after each one computed. None: 0.05 and 2.
+            extrapolated after each computed one. None: 0.05 and 2.
         guidance_batch: run both passes of guidance as one batch of two.
-        memory_cache: where the memory's keys and values lie that ``memory_attention: cached`` keeps (12.8 GB an expert
-            for 10 frames at 480p): on the "device"; in the memory of the "cpu", from where each block fetches its own;
-            nowhere, and the memory is computed again in every step ("recompute").
+        memory_cache: where ``memory_attention: cached`` keeps keys and values (12.8 GB an expert for 10 frames at
+            480p): on the "device"; in RAM ("cpu"), copied back block by block; "recompute": nowhere.
     """
 
     device: str = "auto"
@@ -321,26 +309,11 @@ class RuntimeSettings:
     memory_cache: MemoryCache = "device"
 
     def __post_init__(self) -> None:
+        check_bounds(self, threads=(1, 4096), processes_per_film=(1, 65536), cache_threshold=(0, 1000))
         if self.cache == "none" and self.cache_threshold is not None:
             raise ValueError("cache_threshold needs a cache: first_block or taylor")
-        check_bounds(self, threads=(1, 4096), processes_per_film=(1, 65536), cache_threshold=(0, 1000))
-        if self.cache == "taylor" and self.cache_threshold is not None and self.cache_threshold % 1:
+        if self.cache == "taylor" and (self.cache_threshold or 0) % 1:
             raise ValueError(f"with cache: taylor, cache_threshold is a number of steps, not {self.cache_threshold}")
-        if self.guidance_batch and self.cache != "none":
-            raise ValueError(
-                f"guidance_batch does not combine with cache: {self.cache}, which skips steps for each of the two "
-                "passes alone; use one of them"
-            )
-        if self.guidance_batch and self.guidance_parallel:
-            raise ValueError(
-                "guidance_batch runs both passes of guidance on one device, guidance_parallel each on its own; "
-                "use one of them"
-            )
-        if self.cache == "first_block" and self.context_parallel != "none":
-            raise ValueError(
-                "cache: first_block does not combine with context_parallel: each process sees its own tokens, and they "
-                "would skip different steps; use cache: taylor"
-            )
 
     @property
     def spread(self) -> bool:
@@ -349,49 +322,14 @@ class RuntimeSettings:
 
 
 def check_reach(model: ModelSettings, memory_frames: int, name: str) -> None:
-    """Raise ``ValueError`` if a memory of so many frames lies beyond the positions that the network knows.
+    """Raise ``ValueError`` if memory frames lie beyond the transformer's temporal positions.
 
     Args:
-        name: of the setting that says how many.
+        name: of the setting that gives their number.
     """
     most = (model.network.positions - 1) // model.rope_stride
     if memory_frames > most:
         raise ValueError(
-            f"{name}={memory_frames}: with model.rope_stride={model.rope_stride} {model.name} can look back at {most} "
-            "frames at most; write fewer, or a smaller stride"
-        )
-
-
-def check_speed(model: ModelSettings, sampler: SamplerSettings, runtime: RuntimeSettings) -> None:
-    """Raise ``ValueError`` for a way of running that does nothing, or harm, with a model or a sampler."""
-    if runtime.guidance_batch and sampler.guidance == 1:
-        raise ValueError("runtime.guidance_batch batches the two passes of guidance; sampler.guidance=1 has only one")
-    if not sampler.negative_sees_memory:
-        _check_unseen_memory(model, runtime)
-    if runtime.cache != "none" and sampler.adapter is not None:
-        raise ValueError(
-            f"runtime.cache={runtime.cache} skips steps that resemble the one before; the {sampler.steps} steps of a "
-            "step-distilled sampler do not: use runtime.cache=none"
-        )
-    if runtime.cache == "first_block" and model.network.transformer["num_layers"] < 2:
-        raise ValueError(
-            f"runtime.cache=first_block skips all blocks but the first, and the networks of {model.name} have only "
-            "one: use runtime.cache=none"
-        )
-    if model.memory_attention == "joint" and runtime.memory_cache != "device":
-        raise ValueError(
-            f"runtime.memory_cache={runtime.memory_cache} is for model.memory_attention=cached: with joint nothing of "
-            "the memory is kept between steps"
-        )
-
-
-def _check_unseen_memory(model: ModelSettings, runtime: RuntimeSettings) -> None:
-    """Refuse ways of running in which the two passes of guidance cannot see different memory."""
-    refused = "sampler.negative_sees_memory=false hides the memory from one of the two passes of guidance, and "
-    if runtime.guidance_batch:
-        raise ValueError(f"{refused}runtime.guidance_batch gives both the same tokens: set it to false")
-    if runtime.guidance_parallel and model.memory_attention == "joint":
-        raise ValueError(
-            f"{refused}with memory_attention=joint that pass needs what the other predicts, which "
-            "runtime.guidance_parallel computes elsewhere at the same time: set it to false"
+            f"{name}={memory_frames}: with model.rope_stride={model.rope_stride} {model.name} can recall at most "
+            f"{most} frames; write fewer, or a smaller stride"
         )

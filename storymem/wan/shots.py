@@ -1,4 +1,4 @@
-"""From a request for one shot to its frames: Wan with memory, seen from the loop that tells a story."""
+"""From a request for one shot to its frames: the video model as the shot loop sees it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from storymem.io import check_finite
-from storymem.wan.acceleration import check_acceleration, compiled_graphs
 from storymem.wan.conditioning import decode_video
 from storymem.wan.loading import load_pipeline, load_text_to_video
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
-from storymem.wan.precision import check_precision
-from storymem.wan.presets import check_room
-from storymem.wan.runtime import check_runtime, release_memory, warn_of_small_shared_memory
+from storymem.wan.placement import settle
+from storymem.wan.runtime import check_machine, check_runtime, compiled_graphs, release_memory
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
-from storymem.wan.sources import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +28,7 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ShotRequest:
-    """Everything one shot is made from.
+    """What one shot is made from.
 
     Args:
         prompt: must be among those given to :meth:`WanShotGenerator.prepare`.
@@ -39,7 +36,7 @@ class ShotRequest:
         frames: F = 4n + 1.
         seed: of the noise.
         memory: normalised one-frame latents [z, 1, h, w] of the keyframes, oldest first.
-        given: uint8 [n, H, W, 3], the frames that the shot begins with: 0 (M2V), 1 (MI2V) or 5 (MM2V).
+        given: uint8 [n, H, W, 3], the frames that the shot begins with: n is 0 (M2V), 1 (MI2V) or 5 (MM2V).
     """
 
     prompt: str
@@ -51,17 +48,17 @@ class ShotRequest:
 
 
 class WanShotGenerator:
-    """Makes shots with Wan; loads what is needed when it is needed and frees what is not.
+    """Makes shots with Wan; loads networks when they are needed and frees them when they are not.
 
-    Text encoder: loaded, all prompts of a film encoded, freed. Text-to-video experts: loaded for the first shot, kept
-    for other shots from text alone, freed when those of memory-to-video are needed, which are loaded once.
+    The text encoder is freed when all prompts are encoded. Text-to-video experts are loaded for shots from text alone
+    and freed when those of memory-to-video are needed, which are loaded once.
 
     Args:
         model: which networks.
-        sampler: steps, guidance, shift, negative prompt.
-        runtime: where they run.
-        continuity: which adapter is used, where there is one for each kind.
-        scorers: bytes of the scorers that take turns with these networks, for ``runtime.offload: auto``.
+        sampler: how shots are sampled.
+        runtime: where the networks run.
+        continuity: selects the adapter, where there is one for each kind.
+        scorers: bytes of the scorers that take turns with the networks, for ``runtime.offload: auto``.
     """
 
     def __init__(
@@ -74,8 +71,7 @@ class WanShotGenerator:
         scorers: int = 0,
     ) -> None:
         self.model, self.sampler, self.runtime = model, sampler, runtime
-        self.continuity = continuity
-        self.scorers = scorers
+        self.continuity, self.scorers = continuity, scorers
         self._embeds: dict[str, Tensor] = {}
         self._pipe: WanMemoryToVideoPipeline | None = None
         self._text_pipe: WanMemoryToVideoPipeline | None = None
@@ -85,21 +81,10 @@ class WanShotGenerator:
         """Size, length and rate of the shots."""
         return self.model.video
 
-    def check(self, *, text_to_video: bool) -> None:
-        """Raise for missing weights or a machine that cannot run the settings; loads nothing.
-
-        Args:
-            text_to_video: whether :meth:`first` will be called.
-        """
-        check_weights(self.model, text_to_video=text_to_video, continuity=self.continuity, sampler=self.sampler)
-        self.check_machine()
-
     def check_machine(self) -> None:
-        """Raise ``ValueError`` for a machine that cannot run the settings, and say what it is short of."""
-        device = check_runtime(self.runtime)
-        check_precision(self.model, self.runtime, device)
-        warn_of_small_shared_memory(self.runtime, device)
-        check_acceleration(self.model, self.sampler, self.runtime)
+        """Raise ``ValueError`` for a machine that cannot run the settings, and warn of what it is short of."""
+        check_runtime(self.runtime)
+        check_machine(self.model, self.runtime)
         _ = self._settled
 
     @torch.no_grad()  # else the embeddings' graph would keep the text encoder alive
@@ -135,29 +120,25 @@ class WanShotGenerator:
         """
         for number, latents in enumerate(request.memory):
             check_finite(latents, f"the latents of memory frame {number + 1}")
-        pictures = [Image.fromarray(frame) for frame in request.given]
+        images = [Image.fromarray(frame) for frame in request.given]
         return self._run(
             self._memory_to_video(),
             request,
             on_step,
             memory=list(request.memory) or None,
             negative_sees_memory=self.sampler.negative_sees_memory,
-            first_frame=pictures[0] if len(pictures) == 1 else None,
-            motion_frames=pictures if len(pictures) > 1 else None,
+            first_frame=images[0] if len(images) == 1 else None,
+            motion_frames=images if len(images) > 1 else None,
         )
 
     def first(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray:
-        """The frames of a film's first shot from text alone, uint8 [F, H, W, 3].
-
-        By the text-to-video networks, or by those with memory where the model has no others. Raises as
-        :meth:`generate`.
-        """
+        """The frames of a first shot from text alone, by the text-to-video networks if the model has them."""
         if not self.model.has_text_to_video:
             return self.generate(request, on_step)
         return self._run(self._text_to_video(), request, on_step)
 
     def encode_keyframes(self, frames: Sequence[np.ndarray]) -> list[Tensor]:
-        """Normalised latents [z, 1, h, w] of pictures, uint8 [H, W, 3], each encoded alone."""
+        """Normalised latents [z, 1, h, w] of images, uint8 [H, W, 3], each encoded alone."""
         if not frames:
             return []
         latents = self._memory_to_video().encode_memory([Image.fromarray(frame) for frame in frames])
@@ -187,7 +168,7 @@ class WanShotGenerator:
         return self._text_pipe
 
     def _free_experts(self) -> None:
-        """Two pairs of experts are too much for most machines."""
+        """Two pairs of experts do not fit most machines."""
         for pipe in (self._pipe, self._text_pipe):
             if pipe is not None:
                 pipe.remove_all_hooks()
@@ -196,8 +177,8 @@ class WanShotGenerator:
 
     @cached_property
     def _settled(self) -> RuntimeSettings:
-        """``runtime`` with nothing left open: settled once, before anything takes room."""
-        return check_room(self.model, self.runtime, sampler=self.sampler, scorers=self.scorers)
+        """``runtime`` without "auto": settled once, before anything takes room."""
+        return settle(self.model, self.runtime, sampler=self.sampler, scorers=self.scorers)
 
     def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
         return load_pipeline(
@@ -210,11 +191,7 @@ class WanShotGenerator:
         )
 
     def _run(
-        self,
-        pipe: WanMemoryToVideoPipeline,
-        request: ShotRequest,
-        on_step: OnStep | None,
-        **conditions: Any,
+        self, pipe: WanMemoryToVideoPipeline, request: ShotRequest, on_step: OnStep | None, **conditions: Any
     ) -> np.ndarray:
         video, sampler = self.model.video, self.sampler
         negative = sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
@@ -244,30 +221,25 @@ class WanShotGenerator:
         )
         if self.runtime.compile != "none":
             logger.info("compiled graphs so far: %d", compiled_graphs())
-        check_finite(latents, "the latents of the shot", f"likely causes: {self._doubtful(pipe)}")
-        return self._decoded(pipe, latents)
-
-    def _decoded(self, pipe: WanMemoryToVideoPipeline, latents: Tensor) -> np.ndarray:
-        video = decode_video(pipe.vae, latents)
+        check_finite(latents, "the latents of the shot", f"likely causes: {', '.join(self._likely_causes(pipe))}")
+        decoded = decode_video(pipe.vae, latents)
         pipe.maybe_free_model_hooks()
-        check_finite(video, "the frames of the shot", "check the VAE's weights, or use model.vae_dtype=float32")
-        (frames,) = pipe.video_processor.postprocess_video(video, "np")
+        check_finite(decoded, "the frames of the shot", "check the VAE's weights, or use model.vae_dtype=float32")
+        (frames,) = pipe.video_processor.postprocess_video(decoded, "np")
         return (frames * 255).round().astype(np.uint8)
 
-    def _doubtful(self, pipe: WanMemoryToVideoPipeline) -> str:
-        """What may have made numbers that are not finite, the likeliest first."""
+    def _likely_causes(self, pipe: WanMemoryToVideoPipeline) -> list[str]:
+        """What may have computed values that are not finite, the likeliest first."""
         model, sampler, runtime = self.model, self.sampler, self.runtime
-        found = []
-        if sampler.adapter is not None:
-            found.append(f"the adapter {sampler.adapter.weights.name} (sampler.adapter)")
-        if model.adapter is not None and pipe is self._pipe:
-            found.append(f"the adapter {model.adapter.weights.name} (model.adapter)")
-        if runtime.precision != "as_is":
-            found.append(f"runtime.precision={runtime.precision}")
-        if runtime.cache != "none":
-            found.append(f"runtime.cache={runtime.cache}")
-        if model.dtype == "float16":
-            found.append("model.dtype=float16, which overflows easily (bfloat16 does not)")
-        if self._uses_guidance:
-            found.append(f"sampler.guidance={sampler.guidance:g}")
-        return ", ".join([*found, f"the weights of {model.name}"])
+        step_adapter = "" if sampler.adapter is None else sampler.adapter.weights.name
+        adapter = "" if model.adapter is None or pipe is not self._pipe else model.adapter.weights.name
+        causes = {
+            f"the adapter {step_adapter} (sampler.adapter)": step_adapter,
+            f"the adapter {adapter} (model.adapter)": adapter,
+            f"runtime.precision={runtime.precision}": runtime.precision != "as_is",
+            f"runtime.cache={runtime.cache}": runtime.cache != "none",
+            "model.dtype=float16, which overflows easily (bfloat16 does not)": model.dtype == "float16",
+            f"sampler.guidance={sampler.guidance:g}": self._uses_guidance,
+            f"the weights of {model.name}": True,
+        }
+        return [cause for cause, applies in causes.items() if applies]

@@ -1,4 +1,4 @@
-"""What the text encoder reads of a text: where the text is cut, and which words the encoder never learned."""
+"""What the text encoder reads of a text: where the text is truncated, and which words the encoder does not know."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from storymem.weights import MissingWeights, locate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Beside the tokenizer of a model that was trained on few words: all of them, one a line.
+#: A file beside the tokenizer of a model that was trained on few words: all of them, one a line.
 KNOWN_WORDS = "known_words.txt"
 
 _WORD = r"[^\W_]+(?:['’-][^\W_]+)*"
 
 
 class Reading(NamedTuple):
-    """How a text is read: its tokens with the end token, its end that is not read, and the words not known."""
+    """How a text is read: its tokens with the end token, the part that is truncated, and the unknown words."""
 
     tokens: int
     cut: str

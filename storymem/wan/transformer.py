@@ -1,14 +1,13 @@
 """Wan's transformer over a sequence of segments; see :mod:`storymem.wan.segments`.
 
-The network is diffusers' ``WanTransformer3DModel``, class, weights and blocks unchanged; :func:`enable_layouts` gives
-it the forward below. A forward is told its layout, and nothing about it is kept between calls. Two things reach the
-attention processors through the block's own arguments: the rotary tables come as :class:`SelfReads`, the text as
-:class:`TextReads`.
+The network is diffusers' ``WanTransformer3DModel``: class, weights and blocks are unchanged. :func:`enable_layouts`
+gives it the forward below, which takes a layout and keeps no state between calls. The attention processors get what
+they need through the block's own arguments: :class:`SelfReads` as the rotary tables, :class:`TextReads` as the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import MethodType
 from typing import Any, NamedTuple
@@ -29,11 +28,11 @@ KeysAndValues = tuple[Tensor, Tensor]  # each [1 or B, tokens, heads, head_dim]
 
 
 class Piece(NamedTuple):
-    """Tokens [start, stop) of a forward's own sequence, or, with ``kept``, of a kept segment."""
+    """Tokens [start, stop) of a forward's own sequence, or, with ``cached``, of a cached segment."""
 
     start: int
     stop: int
-    kept: str | None = None
+    cached: str | None = None
 
 
 class SelfQuery(NamedTuple):
@@ -53,46 +52,46 @@ class TextQuery(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A layout in tokens of this process."""
+    """A layout in tokens of this process; queries are empty where all tokens read all, as in Wan itself."""
 
     self_queries: tuple[SelfQuery, ...]
     text_queries: tuple[TextQuery, ...]
     tokens: tuple[int, ...]  # of each computed segment
-    keeps: tuple[tuple[str, int, int], ...]  # constant segments: name, start, stop
+    to_cache: tuple[tuple[str, int, int], ...]  # constant segments: name, start, stop
 
 
 class BlockCache:
-    """Keys and values that one block keeps, by segment; a class of its own, so that hooks pass it on as it is."""
+    """Keys and values of one block by segment; a class of its own, so that hooks pass it on as it is."""
 
     def __init__(self, *, on_cpu: bool = False) -> None:
         self.on_cpu = on_cpu
         self.segments: dict[str, KeysAndValues] = {}
 
-    def keep(self, name: str, key: Tensor, value: Tensor) -> None:
-        """Keep keys and values [B, tokens, heads, head_dim], without the larger tensors that they may be parts of."""
-        keep = _to_ram if self.on_cpu else _alone
-        self.segments[name] = (keep(key), keep(value))
+    def add(self, name: str, key: Tensor, value: Tensor) -> None:
+        """Cache keys and values [B, tokens, heads, head_dim], without the larger tensors that they may be parts of."""
+        copy = _to_ram if self.on_cpu else _alone
+        self.segments[name] = (copy(key), copy(value))
 
 
 class SelfReads(NamedTuple):
-    """What a block's self-attention is given in place of the rotary tables ``cos`` and ``sin`` [1, tokens, 1, D]."""
+    """For a block's self-attention: rotary tables ``cos`` and ``sin`` [1, tokens, 1, D], and what each query reads."""
 
     cos: Tensor
     sin: Tensor
     queries: tuple[SelfQuery, ...]
-    kept: BlockCache
-    keeps: tuple[tuple[str, int, int], ...]
+    cache: BlockCache
+    to_cache: tuple[tuple[str, int, int], ...]
 
 
 class TextReads(NamedTuple):
-    """What a block's cross-attention is given in place of one text: texts [B, L, dim] by name."""
+    """For a block's cross-attention: texts [B, L, dim] by name, and what each query reads."""
 
     texts: dict[str, Tensor]
     queries: tuple[TextQuery, ...]
 
 
 class SegmentCache:
-    """Keys and values of constant segments, per block, kept between the steps of one shot.
+    """Keys and values of constant segments, per block, for the steps of one shot.
 
     Args:
         on_cpu: keep them in RAM and copy them to the device block by block.
@@ -100,20 +99,16 @@ class SegmentCache:
 
     def __init__(self, *, on_cpu: bool = False) -> None:
         self.on_cpu = on_cpu
-        self.names: frozenset[str] = frozenset()
+        self.names: frozenset[str] = frozenset()  # segments that every block has
         self._blocks: dict[int, BlockCache] = {}
 
     def block(self, index: int) -> BlockCache:
-        """What one block keeps, on the device of the computation or in RAM."""
+        """The cache of one block."""
         return self._blocks.setdefault(index, BlockCache(on_cpu=self.on_cpu))
-
-    def complete(self, names: frozenset[str]) -> None:
-        """Note that segments were computed in every block."""
-        self.names |= names
 
 
 class SegmentRope(WanRotaryPosEmbed):
-    """Wan's rotary tables at given temporal positions, which may be negative; height and width are as in Wan."""
+    """Wan's rotary tables at any temporal positions, also negative ones; height and width are as in Wan."""
 
     def forward(
         self, hidden_states: Tensor, positions: tuple[int, ...] | None = None, order: Tensor | None = None
@@ -122,8 +117,7 @@ class SegmentRope(WanRotaryPosEmbed):
 
         Args:
             positions: of the N / p_t latent frames; None: 0, 1, ...
-            order: [tokens], the order in which tokens are wanted.
-
+            order: [tokens], indices that reorder the tokens.
         """
         cos, sin = super().forward(hidden_states)
         frames = hidden_states.shape[2] // self.patch_size[0]
@@ -167,7 +161,7 @@ class SegmentAttnProcessor(WanAttnProcessor):
         if isinstance(encoder_hidden_states, TextReads):
             return self._read_texts(attn, hidden_states, encoder_hidden_states)
         if isinstance(rotary_emb, SelfReads):
-            if rotary_emb.queries or rotary_emb.keeps:
+            if rotary_emb.queries or rotary_emb.to_cache:
                 return self._read_segments(attn, hidden_states, rotary_emb)
             rotary_emb = rotary_emb[:2]
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
@@ -178,15 +172,17 @@ class SegmentAttnProcessor(WanAttnProcessor):
             projected.unflatten(2, (attn.heads, -1)) for projected in (attn.norm_q(query), attn.norm_k(key), value)
         )
         query, key = (_rotated(projected, reads.cos, reads.sin) for projected in (query, key))
-        for name, start, stop in reads.keeps:
-            reads.kept.keep(name, key[:, start:stop], value[:, start:stop])
+        for name, start, stop in reads.to_cache:
+            reads.cache.add(name, key[:, start:stop], value[:, start:stop])
         outputs = []
         for start, stop, sets in reads.queries or (SelfQuery(0, query.shape[1], ((Piece(0, query.shape[1]),),)),):
             results = [
-                self._attend(
+                dispatch_attention_fn(
                     query[:, start:stop],
-                    _gathered(key, reads.kept, pieces, 0),
-                    _gathered(value, reads.kept, pieces, 1),
+                    _gathered(key, reads.cache, pieces, 0),
+                    _gathered(value, reads.cache, pieces, 1),
+                    backend=self._attention_backend,
+                    parallel_config=self._parallel_config,
                 )
                 for pieces in sets
             ]
@@ -194,11 +190,6 @@ class SegmentAttnProcessor(WanAttnProcessor):
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         output = output.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](output))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
 
     def _read_texts(self, attn: Any, hidden_states: Tensor, reads: TextReads) -> Tensor:
         outputs = []
@@ -210,21 +201,23 @@ class SegmentAttnProcessor(WanAttnProcessor):
             tokens = reads.texts[text.name]
             if text.spans is not None:
                 if text.spans[-1][1] > tokens.shape[1]:
-                    raise ValueError(f"the text {text.name!r} has {tokens.shape[1]} tokens, and {text.spans} are read")
+                    raise ValueError(
+                        f"the text {text.name!r} has {tokens.shape[1]} tokens; the layout reads {text.spans}"
+                    )
                 tokens = torch.cat([tokens[:, first:last] for first, last in text.spans], dim=1)
             outputs.append(super().__call__(attn, queries, tokens))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def enable_layouts(transformer: WanTransformer3DModel) -> None:
-    """Let a transformer be told layouts, in place; once is enough, twice is harmless.
+    """Give a transformer the forward that takes a layout, in place; repeated calls do nothing.
 
     Its class, weights and saved form stay diffusers' own, and without a layout its predictions. Gradient checkpointing,
-    LoRA, compiled blocks, attention backends, offloading, layerwise casting, step caches and context parallelism are
-    diffusers' as well.
+    LoRA, compiled blocks, attention backends, offloading, layerwise casting, step caches and context parallelism work
+    as in diffusers.
 
     Raises:
-        ValueError: if hooks are on it already, which would go on calling the forward that they have wrapped.
+        ValueError: if it has hooks already, which would keep calling the stock forward.
     """
     if isinstance(transformer.rope, SegmentRope):
         return
@@ -247,7 +240,7 @@ def enable_layouts(transformer: WanTransformer3DModel) -> None:
             attn.set_processor(processor)
 
 
-#: diffusers' plan for Wan, but for timesteps, which are per segment here and not split.
+#: diffusers' plan for Wan, except for timesteps, which are per segment here and not split.
 _CP_PLAN = {
     "rope": {
         0: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True),
@@ -271,7 +264,7 @@ def forward(
     layout: Layout | None = None,
     cache: SegmentCache | None = None,
 ) -> Transformer2DModelOutput | tuple[Tensor]:
-    """The forward of a transformer that is told a layout: a prediction for all frames that ``cache`` does not hold.
+    """The forward of a transformer over a layout: a prediction for all frames that are not in ``cache``.
 
     Args:
         hidden_states: latents and condition channels [B, C, N, h, w] of the computed segments, in their order.
@@ -279,25 +272,21 @@ def forward(
             [B, tokens], as Wan2.2-TI2V-5B's stock pipeline passes it, is possible without a layout.
         encoder_hidden_states: text embeddings [B, L, text_dim], or several by the names that segments read.
         layout: what the frames are; None: one shot of N latent frames.
-        cache: keys and values of constant segments. Those it holds are read and not computed; constant segments
-            that are computed are added to it.
+        cache: keys and values of constant segments. Segments in it are read and not computed; constant segments that
+            are computed are added to it.
 
     Returns:
         The prediction [B, out_channels, N, h, w].
     """
     p_t, p_h, p_w = self.config.patch_size
-    frames, height, width = (
-        hidden_states.shape[2] // p_t,
-        hidden_states.shape[3] // p_h,
-        hidden_states.shape[4] // p_w,
-    )
+    frames, height, width = (n // p for n, p in zip(hidden_states.shape[2:], (p_t, p_h, p_w), strict=True))
     layout = single_shot(frames) if layout is None else layout
-    held = frozenset() if cache is None else cache.names
-    segments = [segment for segment in layout.segments if segment.name not in held]
+    cached = frozenset() if cache is None else cache.names
+    segments = [segment for segment in layout.segments if segment.name not in cached]
     if sum(segment.frames for segment in segments) != frames:
         raise ValueError(f"the layout's segments {[s.name for s in segments]} do not have {frames} latent frames")
     rank, processes = _share(self)
-    plan = make_plan(layout, held, height * width, rank, processes, cache is not None)
+    plan = make_plan(layout, cached, height * width, rank, processes, cache is not None)
 
     order = _strided(frames * height * width, processes, hidden_states.device) if processes > 1 else None
     cos, sin = self.rope(hidden_states, sum((s.positions for s in segments), ()), order)
@@ -308,14 +297,15 @@ def forward(
     text = _texts(self.condition_embedder, encoder_hidden_states, encoder_hidden_states_image, plan)
 
     for index, block in enumerate(self.blocks):
-        kept = BlockCache() if cache is None else cache.block(index)
-        arguments = (hidden_states, text, modulation, SelfReads(cos, sin, plan.self_queries, kept, plan.keeps))
+        block_cache = BlockCache() if cache is None else cache.block(index)
+        reads = SelfReads(cos, sin, plan.self_queries, block_cache, plan.to_cache)
+        arguments = (hidden_states, text, modulation, reads)
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             hidden_states = self._gradient_checkpointing_func(block, *arguments)
         else:
             hidden_states = block(*arguments)
-    if cache is not None and plan.keeps:
-        cache.complete(frozenset(name for name, _, _ in plan.keeps))
+    if cache is not None:
+        cache.names |= {name for name, _, _ in plan.to_cache}
 
     shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(-2)).unbind(dim=-2)
     if temb.ndim == 2:
@@ -379,73 +369,72 @@ def _texts(embedder: Any, texts: Tensor | Mapping[str, Tensor], image: Tensor | 
 
 @lru_cache(maxsize=256)
 def make_plan(
-    layout: Layout, held: frozenset[str], frame_tokens: int, rank: int, processes: int, keeping: bool
+    layout: Layout, cached: frozenset[str], frame_tokens: int, rank: int, processes: int, caching: bool
 ) -> Plan:
     """``layout`` in tokens of one process.
 
-    Token i of the computed segments lies in process i mod P, in order, so that a range of tokens is a range in every
-    process, and shares of ranges differ by at most one token.
+    Token i of the computed segments is in process i mod P, in order. So a range of tokens is a range in every process,
+    and shares of ranges differ by at most one token.
 
     Args:
-        held: names of segments that are kept and not computed.
+        cached: names of segments that are not computed.
         frame_tokens: tokens of one latent frame.
         rank: of this process among the ``processes`` that share the tokens.
-        keeping: whether keys and values of constant segments are wanted.
+        caching: whether keys and values of constant segments are cached.
     """
-    segments = [segment for segment in layout.segments if segment.name not in held]
-    spans: dict[str, tuple[int, int]] = {}
-    start = 0
-    for segment in segments:
-        spans[segment.name] = (start, start + segment.frames * frame_tokens)
-        start += segment.frames * frame_tokens
+    segments = [segment for segment in layout.segments if segment.name not in cached]
 
     def local(token: int) -> int:
         return max(0, -(-(token - rank) // processes))
 
+    spans = {segment.name: (0, segment.frames * frame_tokens) for segment in layout.segments}
+    start = 0
+    for segment in segments:
+        spans[segment.name] = (start, start + segment.frames * frame_tokens)
+        start += segment.frames * frame_tokens
+    own = {segment.name: (local(spans[segment.name][0]), local(spans[segment.name][1])) for segment in segments}
+
     def piece(keys: str | Keys) -> Piece:
-        name = name_of(keys)
-        begin, end = spans.get(name) or (0, sum(s.frames for s in layout.segments if s.name == name) * frame_tokens)
+        begin, end = spans[name_of(keys)]
         if isinstance(keys, Keys):
             end = begin + keys.frames * frame_tokens
-        return Piece(local(begin), local(end), name if name in held else None)
+        return Piece(local(begin), local(end), name_of(keys) if name_of(keys) in cached else None)
 
-    self_queries: list[SelfQuery] = []
-    text_queries: list[TextQuery] = []
-    for segment in segments:
-        begin, end = (local(token) for token in spans[segment.name])
-        sets = tuple(_merged(piece(keys) for keys in key_set) for key_set in segment.reads)
-        if self_queries and self_queries[-1].sets == sets:
-            self_queries[-1] = self_queries[-1]._replace(stop=end)
-        else:
-            self_queries.append(SelfQuery(begin, end, sets))
-        if text_queries and text_queries[-1].text == segment.text:
-            text_queries[-1] = text_queries[-1]._replace(stop=end)
-        else:
-            text_queries.append(TextQuery(begin, end, segment.text))
+    self_queries = _joined(
+        SelfQuery(*own[segment.name], tuple(_joined_pieces(map(piece, key_set)) for key_set in segment.reads))
+        for segment in segments
+    )
+    text_queries = _joined(TextQuery(*own[segment.name], segment.text) for segment in segments)
     total = local(start)
     plain = self_queries == [SelfQuery(0, total, ((Piece(0, total),),))]
-    tokens = tuple(local(spans[s.name][1]) - local(spans[s.name][0]) for s in segments)
     return Plan(
         self_queries=() if plain else tuple(self_queries),
         text_queries=() if [query.text for query in text_queries] == [Text()] else tuple(text_queries),
-        tokens=tokens,
-        keeps=tuple(
-            (s.name, local(spans[s.name][0]), local(spans[s.name][1]))
-            for s in segments
-            if keeping and s.name in layout.constant
-        ),
+        tokens=tuple(end - begin for begin, end in own.values()),
+        to_cache=tuple((name, *own[name]) for name in own if caching and name in layout.constant),
     )
 
 
-def _merged(pieces: Any) -> tuple[Piece, ...]:
-    """Pieces with neighbours joined: keys that already lie side by side are not copied."""
-    merged: list[Piece] = []
-    for piece in pieces:
-        if merged and merged[-1].kept is None and piece.kept is None and merged[-1].stop == piece.start:
-            merged[-1] = merged[-1]._replace(stop=piece.stop)
+def _joined(queries: Iterable[Any]) -> list[Any]:
+    """Queries with neighbours that read the same joined to one."""
+    joined: list[Any] = []
+    for query in queries:
+        if joined and joined[-1][2] == query[2]:
+            joined[-1] = joined[-1]._replace(stop=query.stop)
         else:
-            merged.append(piece)
-    return tuple(merged)
+            joined.append(query)
+    return joined
+
+
+def _joined_pieces(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """Pieces with neighbours joined: keys that are adjacent already are not copied."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and joined[-1].cached is None and piece.cached is None and joined[-1].stop == piece.start:
+            joined[-1] = joined[-1]._replace(stop=piece.stop)
+        else:
+            joined.append(piece)
+    return tuple(joined)
 
 
 def _strided(tokens: int, processes: int, device: torch.device) -> Tensor:
@@ -461,17 +450,17 @@ def _rotated(projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(projected)
 
 
-def _gathered(own: Tensor, kept: BlockCache, pieces: tuple[Piece, ...], which: int) -> Tensor:
+def _gathered(own: Tensor, cache: BlockCache, pieces: tuple[Piece, ...], which: int) -> Tensor:
     """Keys (``which`` 0) or values (1) of pieces, one after the other."""
-    if len(pieces) == 1 and pieces[0].kept is None:
+    if len(pieces) == 1 and pieces[0].cached is None:
         return own[:, pieces[0].start : pieces[0].stop]
     parts = []
     for start, stop, name in pieces:
         if name is None:
             parts.append(own[:, start:stop])
         else:
-            held = kept.segments[name][which][:, start:stop].to(own.device, non_blocking=True)
-            parts.append(held.expand(own.shape[0], -1, -1, -1))
+            cached = cache.segments[name][which][:, start:stop].to(own.device, non_blocking=True)
+            parts.append(cached.expand(own.shape[0], -1, -1, -1))
     return torch.cat(parts, dim=1)
 
 
@@ -483,5 +472,5 @@ def _to_ram(tensor: Tensor) -> Tensor:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if it is a part of a larger one, which would be kept with it."""
+    """The tensor, or a copy if it is a part of a larger one, which would stay in memory with it."""
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

@@ -179,15 +179,14 @@ def deep() -> Any:
 
 @pytest.mark.parametrize("offload", PLACEMENTS)
 def test_the_benchmark_measures_a_shot(offload: Offload) -> None:
-    sampler = SamplerSettings(steps=2)
     runtime = RuntimeSettings(offload=offload, cache="first_block", cache_threshold=0)
     model = tiny.settings()
     model.network.transformer["num_layers"] = 2
     case = Case(name="it", model=model, runtime=runtime)
-    rows = list(measure(case, sampler=sampler, memory_sizes=[0, 2], ceiling=1.0, repeats=1))
+    rows = list(measure(case, memory_sizes=[0, 2], ceiling=1.0, repeats=1))
     assert [(row.memory, row.refused) for row in rows] == [(0, ""), (2, "")]
-    assert rows[1].measured_gb > 0
-    assert measure_shot(case, sampler=sampler, memory=2, steps=2).measured_gb > 0
+    assert rows[1].measured_gb
+    assert measure_shot(case, memory=2, steps=2).measured_gb > 0
 
 
 # Scorers

@@ -315,7 +315,8 @@ def test_the_plan_lists_what_is_missing_and_what_does_not_fit(
     film: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "high_noise_model").mkdir()
-    generate(composed(*film, "dry_run=true", "model.weights.source=.", "model.adapter.weights.source=./gone"))
+    with pytest.raises(ValueError, match="not ready: 2 marked MISSING"):
+        generate(composed(*film, "dry_run=true", "model.weights.source=.", "model.adapter.weights.source=./gone"))
     plan = capsys.readouterr().out
     assert "weights  toy models: .\n  UNFIT: . is in the original Wan layout" in plan
     assert "weights  MISSING toy memory adapter: ./gone does not exist" in plan

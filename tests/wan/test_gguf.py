@@ -17,11 +17,11 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
 from storymem.io import NotFiniteError
+from storymem.wan.estimate import estimate_shot
 from storymem.wan.gguf import check_gguf
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config
-from storymem.wan.memory_estimate import estimate_memory
-from storymem.wan.precision import check_precision
+from storymem.wan.runtime import check_machine
 from storymem.wan.settings import ModelSettings, RuntimeSettings
 from storymem.wan.sources import check_weights, required_weights
 from storymem.weights import MissingWeights
@@ -107,11 +107,11 @@ def test_the_memory_estimate_is_that_of_the_files(saved: ModelSettings) -> None:
     assert saved.gguf is not None
     size = saved.gguf.high_noise.path.stat().st_size
     weights, rounded = (
-        next(stage for stage in estimate_memory(model, CPU, memory_frames=0).stages if stage.name == "denoise").weights
+        next(stage for stage in estimate_shot(model, CPU, memory_frames=0).stages if stage.name == "denoise").weights
         for model in (wide(), saved)
     )
     assert rounded < weights
-    assert abs((rounded - 2 * size) - (estimate_memory(saved, CPU, memory_frames=0).stages[4].weights - 2 * size)) < 4
+    assert abs((rounded - 2 * size) - (estimate_shot(saved, CPU, memory_frames=0).stages[4].weights - 2 * size)) < 4
 
 
 def test_files_are_required_and_named_when_missing(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         wide(gguf=files)
     model = wide(weights={"name": "others", "source": "."}, gguf=files, has_text_to_video=False)
     with pytest.raises(ValueError, match=r"model\.gguf have few bits already; use as_is"):
-        check_precision(model, RuntimeSettings(precision="fp8_storage"), torch.device("cpu"))
+        check_machine(model, RuntimeSettings(precision="fp8_storage"))
 
 
 # By header alone; these files are written here, so that no reader of the format is needed.

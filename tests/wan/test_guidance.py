@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from storymem.wan.combinations import check_combinations
 from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.segments import memory_cached, memory_joint
-from storymem.wan.settings import MemoryMode, ModelSettings, RuntimeSettings, SamplerSettings, check_speed
+from storymem.wan.settings import MemoryMode, ModelSettings, RuntimeSettings, SamplerSettings
 from tests.wan.tiny import CPU, SLOTS, STEPS, counting, generate, pictures, settings, shot_by_text
 
 ONE_BATCH = RuntimeSettings(device="cpu", guidance_batch=True)
@@ -218,5 +219,5 @@ def test_a_pipeline_whose_passes_must_see_the_same_says_so(guided: WanMemoryToVi
 )
 def test_where_both_passes_must_see_the_same_it_is_refused(mode: MemoryMode, runtime: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_speed(model(mode), SamplerSettings(negative_sees_memory=False), RuntimeSettings(**runtime))
-    check_speed(model(mode), SamplerSettings(), RuntimeSettings(**runtime))
+        check_combinations(model(mode), SamplerSettings(negative_sees_memory=False), RuntimeSettings(**runtime))
+    check_combinations(model(mode), SamplerSettings(), RuntimeSettings(**runtime))

@@ -134,7 +134,7 @@ def test_a_network_of_another_task_is_refused(pipe: WanMemoryToVideoPipeline) ->
     config = dict(pipe.transformer.config)
     for channels, message in (
         (16, r"transformer_2 has 16 input channels, .*Wan2.2-I2V-A14B, with 36"),
-        (20, "no base model"),
+        (20, "no known base model"),
     ):
         other = WanTransformer3DModel.from_config(config | {"in_channels": channels})
         with pytest.raises(ValueError, match=message):
@@ -170,9 +170,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no frames": ({"num_frames": 0}, r"4n \+ 1 frames, not 0"),
     "fewer than no frames": ({"num_frames": -3}, r"4n \+ 1 frames, not -3"),
     "two kinds of given frames": ({"first_frame": FRAME, "motion_frames": pictures(5)}, "exclude each other"),
-    "4 motion frames": ({"motion_frames": pictures(4)}, "exactly 5 pictures, not 4"),
-    "6 motion frames": ({"motion_frames": pictures(6)}, "exactly 5 pictures, not 6"),
-    "0 motion frames": ({"motion_frames": []}, "exactly 5 pictures, not 0"),
+    "4 motion frames": ({"motion_frames": pictures(4)}, "exactly 5 images, not 4"),
+    "6 motion frames": ({"motion_frames": pictures(6)}, "exactly 5 images, not 6"),
+    "0 motion frames": ({"motion_frames": []}, "exactly 5 images, not 0"),
     "motion frames as an array": (
         {"motion_frames": np.zeros((5, 32, 48, 3), np.uint8)},
         r"motion_frames\[0\] must be a PIL image",

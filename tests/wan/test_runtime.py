@@ -1,26 +1,81 @@
-"""Devices and offloading: what cannot work here is told before anything is loaded."""
+"""How networks run: devices, precision, attention kernels, compiled blocks, step caches, placement."""
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import PyramidAttentionBroadcastConfig
+from torch import nn
 
+from storymem.config import build_settings
+from storymem.wan import runtime as runtimes
 from storymem.wan.loading import load_pipeline
-from storymem.wan.runtime import check_runtime, place, release_memory, resolve_device
-from storymem.wan.settings import RuntimeSettings
-from tests.wan.tiny import generate, pictures, settings
+from storymem.wan.lora import memory_lora_config
+from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.runtime import (
+    check_machine,
+    check_runtime,
+    choose_attention,
+    compiled_graphs,
+    place,
+    release_memory,
+    resolve_device,
+)
+from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
+from tests.wan.tiny import CPU, counting, generate, pictures, settings
 
 HAS_ACCELERATOR = torch.accelerator.is_available()
+HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
+STEPS = 6  # two of the high-noise expert, four of the other
+SAMPLER = SamplerSettings(steps=STEPS)
+GUIDED: dict[str, Any] = {"num_inference_steps": STEPS, "negative_prompt": "fog", "guidance_scale": 3.0}
+STORED = RuntimeSettings(device="cpu", precision="fp8_storage")
+COMPILED = RuntimeSettings(device="cpu", compile="blocks")
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+def deep(**changes: Any) -> ModelSettings:
+    """The tiny model with four blocks: caches treat the first, the last and those between differently."""
+    network = asdict(settings().network)
+    network["transformer"]["num_layers"] = 4
+    return settings(network=network, **changes)
+
+
+@pytest.fixture(scope="module")
+def plain() -> WanMemoryToVideoPipeline:
+    return load_pipeline(deep(), runtime=CPU)
+
+
+def caching(cache: str, threshold: float) -> WanMemoryToVideoPipeline:
+    values = {"device": "cpu", "cache": cache, "cache_threshold": threshold}
+    return load_pipeline(deep(), sampler=SAMPLER, runtime=build_settings(RuntimeSettings, values))
+
+
+@contextmanager
+def computed(pipe: WanMemoryToVideoPipeline) -> Iterator[list[str]]:
+    """The expert of each forward inside the block that was computed beyond its first block."""
+    found: list[str] = []
+    handles = [
+        expert.blocks[1].attn1.register_forward_hook(lambda *_, name=name: found.append(name))
+        for name, expert in pipe.experts.items()
+    ]
+    yield found
+    for handle in handles:
+        handle.remove()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+# Devices
 
 
 def test_auto_is_the_accelerator_or_the_cpu() -> None:
@@ -30,39 +85,322 @@ def test_auto_is_the_accelerator_or_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "xpu", "gpu", "", "meta", "hpu"])
-def test_a_device_that_is_not_there_is_refused_in_one_line(device: str) -> None:
+def test_an_absent_device_is_refused_in_one_line(device: str) -> None:
     with pytest.raises(ValueError, match=f"runtime.device={device} cannot be used here.*try auto or cpu") as error:
         check_runtime(RuntimeSettings(device=device))
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("offload", ["model", "group"])
-def test_offloading_needs_an_accelerator(offload: str) -> None:
-    with pytest.raises(ValueError, match=rf"runtime.offload={offload}.*use runtime.offload=none"):
-        check_runtime(RuntimeSettings(device="cpu", offload=offload))
+@pytest.mark.parametrize(
+    ("runtime", "message"),
+    [
+        ({"offload": "group"}, r"runtime.offload=group.*use runtime.offload=none"),
+        ({"precision": "fp8"}, r"fp8 computes in 8 bits on CUDA devices, and the device is cpu"),
+        ({"attention": "flash2"}, r"runtime.attention=flash2 cannot be used here: it runs on CUDA devices"),
+    ],
+)
+def test_a_machine_that_cannot_run_it_is_reported_before_loading(runtime: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(settings(dtype="bfloat16"), runtime=RuntimeSettings(device="cpu", **runtime))
 
 
-def test_threads_must_be_positive_and_are_set(threads: None) -> None:
-    with pytest.raises(ValueError, match="threads must be 1 or more, not 0"):
-        RuntimeSettings(device="cpu", threads=0)
-    load_pipeline(settings(), runtime=RuntimeSettings(device="cpu", threads=2), experts=False, text_encoder=False)
-    assert torch.get_num_threads() == 2
-
-
-def test_tiling_is_the_vaes() -> None:
-    pipe = load_pipeline(settings(), runtime=RuntimeSettings(device="cpu", vae_tiling=True))
+def test_threads_and_tiling_are_set() -> None:
+    before = torch.get_num_threads()
+    try:
+        pipe = load_pipeline(settings(), runtime=RuntimeSettings(device="cpu", threads=2, vae_tiling=True))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert pipe.vae.use_tiling
     assert generate(pipe, output_type="np").shape == (1, 9, 32, 48, 3)
 
 
-def test_a_bad_runtime_stops_loading() -> None:
-    with pytest.raises(ValueError, match=r"runtime\.offload=group"):
-        load_pipeline(settings(), runtime=RuntimeSettings(device="cpu", offload="group"))
+# Precision
 
 
-def test_with_model_offloading_a_network_that_begins_sends_away_the_one_before() -> None:
-    """What ``place`` relies on, read off the hooks: one network at a time is on the card."""
-    pipe = load_pipeline(settings(), runtime=RuntimeSettings(device="cpu"))
+def linears(expert: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in expert.named_modules() if isinstance(module, nn.Linear)}
+
+
+def test_only_the_linears_of_blocks_are_stored_in_8_bits() -> None:
+    pipe = load_pipeline(settings(), runtime=STORED)
+    for expert in pipe.experts.values():
+        small = {name for name, weight in expert.named_parameters() if weight.dtype == torch.float8_e4m3fn}
+        assert {name.rsplit(".", 1)[0] for name in small} == {n for n in linears(expert) if n.startswith("blocks.")}
+        assert {weight.dtype for name, weight in expert.named_parameters() if name not in small} == {torch.float32}
+    expected = generate(load_pipeline(settings(), runtime=CPU), memory=pictures(2))
+    assert 0 < relative(generate(pipe, memory=pictures(2)), expected) < 0.1
+
+
+def adapted(runtime: RuntimeSettings, **changes: Any) -> Any:
+    """An expert with an adapter that has an effect, in ``runtime.precision``."""
+    model = settings(**changes)
+    pipe = load_pipeline(model, runtime=CPU, text_encoder=False)
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(memory_lora_config(rank=4), adapter_name="memory")
+    for name, weight in pipe.transformer.named_parameters():
+        if "lora_" in name:
+            weight.data = torch.randn(weight.shape).mul(0.1).to(getattr(torch, model.dtype))
+    runtimes.accelerate(pipe, model, runtime)
+    return pipe.transformer.eval()
+
+
+def forward(expert: Any) -> torch.Tensor:
+    dtype = expert.dtype
+    generator = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(1, 36, 3, 4, 6, generator=generator), torch.randn(1, 16, 32, generator=generator)
+    with torch.no_grad():
+        return expert(latents.to(dtype), torch.tensor([500.0]), text.to(dtype)).sample.float()
+
+
+def test_adapters_keep_their_precision() -> None:
+    whole, stored = adapted(CPU), adapted(STORED)
+    weights = dict(whole.named_parameters())
+    for name, weight in stored.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(weight, weights[name]), name
+        elif "base_layer" in name:
+            assert weight.dtype == torch.float8_e4m3fn, name
+    assert 0 < relative(forward(stored), forward(whole)) < 0.1
+    stored.set_adapters(["memory"], [0.0])
+    assert relative(forward(stored), forward(whole)) > 0.1, "the adapter has an effect on 8-bit weights"
+
+
+@pytest.mark.skipif(HAS_TORCHAO, reason="torchao is installed")
+def test_torchao_is_asked_for_with_its_command() -> None:
+    with pytest.raises(ValueError, match=r"precision=int8 needs torchao: pip install 'torchao>=0.15'"):
+        check_machine(settings(dtype="bfloat16"), RuntimeSettings(device="cpu", precision="int8"))
+
+
+@pytest.mark.skipif(not HAS_TORCHAO, reason="needs torchao")
+def test_8_bit_integers_by_torchao() -> None:
+    whole, rounded = (
+        adapted(RuntimeSettings(device="cpu", precision=precision), dtype="bfloat16") for precision in ("as_is", "int8")
+    )
+    kinds = {name: type(module.weight.data).__name__ for name, module in linears(rounded).items()}
+    assert {name for name, kind in kinds.items() if kind != "Tensor"} == {
+        name for name in kinds if "base_layer" in name
+    }
+    assert 0 < relative(forward(rounded), forward(whole)) < 0.1
+
+
+# Attention
+
+
+@pytest.mark.parametrize("name", ["flash3", "flash2", "cudnn", "sage"])
+def test_a_kernel_that_does_not_run_here_is_refused(name: str) -> None:
+    runtime = build_settings(RuntimeSettings, {"device": "cpu", "attention": name})
+    absent = settings(weights={"name": "i2v", "source": "/nowhere"}, has_text_to_video=False)
+    message = (
+        f"runtime.attention={name} cannot be used here: it runs on CUDA devices, and the device is cpu. Use one of: "
+    )
+    with pytest.raises(ValueError, match=re.escape(message + "auto, native")):
+        check_machine(absent, runtime)
+
+
+def test_auto_on_the_cpu_is_torchs_own_kernel() -> None:
+    name, reason = choose_attention("auto", torch.device("cpu"), dtype=torch.bfloat16, head_dim=128)
+    assert (name, "cpu" in reason) == ("native", True)
+
+
+def test_a_named_kernel_is_set_on_the_experts_alone(plain: WanMemoryToVideoPipeline) -> None:
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    before = _AttentionBackendRegistry.get_active_backend()
+    named = load_pipeline(deep(), runtime=RuntimeSettings(device="cpu", attention="native"))
+    assert {block.attn1.processor._attention_backend.value for block in named.transformer_2.blocks} == {"native"}
+    assert _AttentionBackendRegistry.get_active_backend() == before
+    assert torch.equal(generate(named), generate(plain))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["auto", "native", "cudnn"])
+def test_kernels_of_torch_make_the_same_shot_on_cuda(name: str) -> None:
+    model = deep(dtype="bfloat16")
+    shots = [
+        generate(load_pipeline(model, runtime=RuntimeSettings(device="cuda", attention=kind)), memory=pictures(2))
+        for kind in ("native", name)
+    ]
+    assert relative(shots[1], shots[0]) < 0.05
+
+
+# Step caches
+
+
+@pytest.mark.parametrize("cache", ["first_block", "taylor"])
+def test_a_cache_at_threshold_zero_changes_nothing(plain: WanMemoryToVideoPipeline, cache: str) -> None:
+    pipe = caching(cache, 0)
+    with computed(pipe) as forwards:
+        shot = generate(pipe, memory=pictures(2), **GUIDED)
+    assert len(forwards) == 2 * STEPS
+    torch.testing.assert_close(shot, generate(plain, memory=pictures(2), **GUIDED), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("taylor", 2)])
+def test_nothing_of_a_shot_reaches_the_next(plain: WanMemoryToVideoPipeline, cache: str, threshold: float) -> None:
+    first = {"prompt": "an owl", "memory": pictures(3), **GUIDED}
+    second = {"memory": pictures(1), **GUIDED}
+    pipe = caching(cache, threshold)
+    with computed(pipe) as forwards:
+        alone = generate(pipe, **second)
+    assert len(forwards) < 2 * STEPS, "something is skipped"
+    assert not torch.equal(alone, generate(plain, **second))
+    generate(pipe, **first)
+    assert torch.equal(generate(pipe, **second), alone)
+
+    def stop(_pipe: Any, step: int, _t: Any, _tensors: Any) -> dict:
+        if step == 4:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, callback_on_step_end=stop, **first)
+    assert torch.equal(generate(pipe, **second), alone)
+
+
+@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("taylor", 2)])
+def test_each_pass_of_guidance_has_its_own_cache(cache: str, threshold: float) -> None:
+    pipe = caching(cache, threshold)
+    with computed(pipe) as one_pass:
+        single = generate(pipe, num_inference_steps=STEPS, guidance_scale=1.0)
+    with computed(pipe) as two_passes:
+        double = generate(pipe, num_inference_steps=STEPS, guidance_scale=3.0, negative_prompt="a fox")
+    # With the same text in both passes guidance changes nothing, unless one pass is answered from the other's cache.
+    assert len(two_passes) == 2 * len(one_pass)
+    torch.testing.assert_close(double, single, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("taylor", 2)])
+def test_caches_are_cleared_at_the_expert_switch(cache: str, threshold: float) -> None:
+    pipe = caching(cache, threshold)
+    filled: list[list[str]] = []
+
+    def look(_pipe: Any, _step: int, _t: Any, _tensors: Any) -> dict:
+        filled.append([name for name, expert in pipe.experts.items() if has_state(expert)])
+        return {}
+
+    generate(pipe, callback_on_step_end=look, memory=pictures(1), **GUIDED)
+    assert filled == [["transformer"]] * 2 + [["transformer_2"]] * 4
+
+
+def has_state(expert: Any) -> bool:
+    hooks = [
+        hook for m in expert.modules() if hasattr(m, "_diffusers_hook") for hook in m._diffusers_hook.hooks.values()
+    ]
+    return any(hook.state_manager._state_cache for hook in hooks if hasattr(hook, "state_manager"))
+
+
+def broadcasting(mode: str) -> WanMemoryToVideoPipeline:
+    """With PyramidAttentionBroadcast, which keeps one state for both passes, in every other forward of every block."""
+    pipe = load_pipeline(settings(memory_attention=mode), runtime=CPU)
+    for expert in pipe.experts.values():
+        expert.enable_cache(
+            PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2,
+                spatial_attention_timestep_skip_range=(-1, 1001),
+                spatial_attention_block_identifiers=("blocks",),
+                current_timestep_callback=lambda: pipe.current_timestep,
+            )
+        )
+    return pipe
+
+
+@pytest.mark.parametrize("mode", ["joint", "cached"])
+def test_a_cache_for_both_passes_is_refused_if_they_differ(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    pipe, memory = broadcasting(mode), pictures(2)
+    with (
+        counting(pipe.transformer, pipe.vae.encoder) as calls,
+        pytest.raises(ValueError, match="negative_sees_memory=False"),
+    ):
+        generate(pipe, memory=memory, negative_sees_memory=False, **GUIDED)
+    assert not any(calls.values()), "refused before anything is computed"
+    generate(pipe, memory=memory, **GUIDED)
+    assert "PyramidAttentionBroadcast of diffusers keeps one state for both passes" in caplog.text
+    caplog.clear()
+    generate(pipe, memory=memory, guidance_scale=1.0)
+    assert not caplog.text
+    for expert in pipe.experts.values():
+        expert.disable_cache()  # as advised
+    shot = generate(pipe, memory=memory, negative_sees_memory=False, **GUIDED)
+    unaltered = load_pipeline(settings(memory_attention=mode), runtime=CPU)
+    assert torch.equal(shot, generate(unaltered, memory=memory, negative_sees_memory=False, **GUIDED))
+
+
+# Compiled blocks
+
+
+@pytest.fixture
+def _eager_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs are traced and counted, but run as they are: compiling them takes half a minute each on a CPU."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(runtimes._counted, "backend", "eager")
+    yield
+    torch._dynamo.reset()
+
+
+def with_two_adapters(pipe: WanMemoryToVideoPipeline) -> WanMemoryToVideoPipeline:
+    for number, expert in enumerate(pipe.experts.values()):
+        for name in ("memory", "steps"):
+            expert.add_adapter(memory_lora_config(rank=2, alpha=2, dropout=0.0), adapter_name=name)
+        expert.set_adapter(["memory", "steps"])
+        generator = torch.Generator().manual_seed(number)
+        for name, weight in expert.named_parameters():
+            if "lora_" in name:
+                weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
+    return pipe
+
+
+@pytest.mark.usefixtures("_eager_backend")
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_block_is_compiled_once_for_each_shape(adapters: bool) -> None:
+    plain, pipe = load_pipeline(deep(), runtime=CPU), load_pipeline(deep(), runtime=COMPILED)
+    if adapters:
+        plain, pipe = with_two_adapters(plain), with_two_adapters(pipe)
+    before, counts = compiled_graphs(), []
+    for memory in (0, 2, 0):
+        shot = generate(pipe, memory=pictures(memory), num_inference_steps=2, guidance_scale=1.0)
+        counts.append(compiled_graphs() - before)
+        expected = generate(plain, memory=pictures(memory), num_inference_steps=2, guidance_scale=1.0)
+        torch.testing.assert_close(shot, expected, rtol=1e-4, atol=1e-4)
+    assert counts == [1, 2, 2], "for all blocks of both experts"
+
+
+@pytest.mark.usefixtures("_eager_backend")
+def test_step_caches_stay_outside_the_compiled_blocks() -> None:
+    runtime = RuntimeSettings(device="cpu", compile="blocks", cache="first_block", cache_threshold=9)
+    pipe, before = load_pipeline(deep(), runtime=runtime), compiled_graphs()
+    shot = generate(pipe, memory=pictures(2), **GUIDED)
+    assert compiled_graphs() - before == 1
+    expected = generate(caching("first_block", 9), memory=pictures(2), **GUIDED)
+    torch.testing.assert_close(shot, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_make_the_same_shot(plain: WanMemoryToVideoPipeline) -> None:
+    torch._dynamo.reset()
+    shot = generate(load_pipeline(deep(), runtime=COMPILED), memory=pictures(2))
+    torch.testing.assert_close(shot, generate(plain, memory=pictures(2)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match=r"runtime\.compile=blocks needs a C\+\+ compiler"):
+        check_machine(deep(), COMPILED)
+
+
+def test_the_choices_are_described() -> None:
+    described = check_machine(deep(), RuntimeSettings(device="cpu", cache="taylor", guidance_batch=True))
+    assert described == (
+        "attention native (torch's own, because the device is cpu), cache taylor at 2, guidance in one batch"
+    )
+
+
+# Placement
+
+
+def test_with_model_offloading_one_network_is_on_the_device_at_a_time() -> None:
+    """What ``place`` relies on, from the hooks: a network that begins sends away the one before."""
+    pipe = load_pipeline(settings(), runtime=CPU)
     pipe.enable_model_cpu_offload(device="cpu")
     hooks = {name: getattr(pipe, name)._hf_hook for name in ("text_encoder", "transformer", "transformer_2", "vae")}
     for before, name in pairwise(hooks):
@@ -72,34 +410,26 @@ def test_with_model_offloading_a_network_that_begins_sends_away_the_one_before()
 
 def test_streamed_blocks_make_the_same_shot() -> None:
     """Group offloading, with the CPU for both places."""
-    expected = generate(load_pipeline(settings(), runtime=RuntimeSettings(device="cpu")), memory=pictures(2))
-    pipe = load_pipeline(settings(), runtime=RuntimeSettings(device="cpu"))
+    from diffusers.hooks.group_offloading import _is_group_offload_enabled
+
+    expected = generate(load_pipeline(settings(), runtime=CPU), memory=pictures(2))
+    pipe = load_pipeline(settings(), runtime=CPU)
     place(pipe, RuntimeSettings(device="cpu", offload="group"), device=torch.device("cpu"))
-    streamed = {name for name, part in pipe.components.items() if _is_group_offload_enabled_in(part)}
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    streamed = {name for name, part in modules.items() if _is_group_offload_enabled(part)}
     assert streamed == {"transformer", "transformer_2"}
     assert torch.equal(generate(pipe, memory=pictures(2)), expected)
 
 
-def _is_group_offload_enabled_in(part: object) -> bool:
-    from diffusers.hooks.group_offloading import _is_group_offload_enabled
-
-    return isinstance(part, torch.nn.Module) and _is_group_offload_enabled(part)
-
-
-@pytest.mark.skipif(not HAS_ACCELERATOR, reason="needs an accelerator")
-@pytest.mark.parametrize("offload", ["model", "group"])
-def test_between_shots_no_expert_is_on_the_card(offload: str) -> None:
-    pipe = load_pipeline(settings(), runtime=RuntimeSettings(offload=offload))
-    generate(pipe, output_type="np")
-    for expert in pipe.experts.values():
-        assert {weight.device.type for weight in expert.parameters()} == {"cpu"}
-    release_memory()
-
-
 @pytest.mark.skipif(not HAS_ACCELERATOR, reason="needs an accelerator")
 @pytest.mark.parametrize("offload", ["none", "model", "group"])
-def test_where_the_networks_run_does_not_change_the_shot(offload: str) -> None:
-    expected = generate(load_pipeline(settings(), runtime=RuntimeSettings(device="cpu")))
-    shot = generate(load_pipeline(settings(), runtime=RuntimeSettings(offload=offload)))
-    torch.testing.assert_close(shot.cpu(), expected, rtol=1e-3, atol=1e-3)
+def test_placement_does_not_change_the_shot(offload: str) -> None:
+    pipe = load_pipeline(settings(), runtime=RuntimeSettings(offload=offload))
+    torch.testing.assert_close(
+        generate(pipe).cpu(), generate(load_pipeline(settings(), runtime=CPU)), rtol=1e-3, atol=1e-3
+    )
+    generate(pipe, output_type="np")
+    if offload != "none":
+        for expert in pipe.experts.values():
+            assert {weight.device.type for weight in expert.parameters()} == {"cpu"}, "between shots"
     release_memory()

@@ -10,7 +10,7 @@ from tests.composing import generate_settings
 BEYOND = {
     "model.video.height=100000": "height must be 8192 or less, not 100000",
     "model.video.height=-16": "height must be a positive multiple of 16, not -16",
-    "model.video.width=8192 model.video.height=8192 model.video.frames=81": "pixels; at most 2,000,000,000 are a shot",
+    "model.video.width=8192 model.video.height=8192 model.video.frames=81": "pixels; a shot has at most 2,000,000,000",
     "model.video.frames=100001": "frames must be 4093 or less",
     "model.video.frames=-3": r"frames must be 4n \+ 1 and at least 5, not -3",
     "model.video.fps=1000000": "fps must be 240 or less, not 1000000",
@@ -57,6 +57,6 @@ def test_the_ends_of_the_ranges_are_allowed() -> None:
         *("sampler.steps=1000", "sampler.guidance=100", "sampler.shift=100", "memory.recall.capacity=204"),
     )
     assert (settings.model.video.frames, settings.sampler.steps) == (4093, 1000)
-    with pytest.raises(ConfigError, match="look back at 204 frames at most"):
+    with pytest.raises(ConfigError, match="can recall at most 204 frames"):
         generate_settings("memory.recall.capacity=205")
     assert generate_settings("memory.recall.capacity=205", "model.rope_stride=4").model.rope_stride == 4

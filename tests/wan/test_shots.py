@@ -15,7 +15,6 @@ from storymem.io import NotFiniteError
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings, SamplerSettings
 from storymem.wan.shots import ShotRequest, WanShotGenerator
-from storymem.weights import MissingWeights
 from tests.wan.test_step_adapter import write_adapter
 from tests.wan.tiny import CPU, FRAMES, HEIGHT, WIDTH, generate, pictures, settings
 
@@ -253,14 +252,3 @@ def test_keyframes_are_encoded_alone(ready: WanShotGenerator, pipe: WanMemoryToV
     assert [latent.shape for latent in latents] == [(16, 1, HEIGHT // 8, WIDTH // 8)] * 3
     assert torch.equal(torch.stack(latents), pipe.encode_memory(pictures(3)))
     assert ready.encode_keyframes([]) == []
-
-
-def test_weights_of_the_first_shot_are_needed_by_it_alone(pipe: WanMemoryToVideoPipeline, tmp_path: Any) -> None:
-    pipe.save_pretrained(tmp_path)
-    model = settings(
-        weights={"name": "i2v", "source": str(tmp_path)}, text_to_video={"name": "t2v", "source": "./absent"}
-    )
-    made = generator(model)
-    made.check(text_to_video=False)
-    with pytest.raises(MissingWeights, match="t2v"):
-        made.check(text_to_video=True)

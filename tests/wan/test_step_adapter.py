@@ -166,7 +166,8 @@ def test_missing_adapters_are_told_with_their_commands() -> None:
 @pytest.mark.usefixtures("_empty_cache")
 def test_the_plan_shows_them(tmp_path: Path) -> None:
     made = generate_settings("model=tiny", "sampler=lightning", "runtime=cpu")
-    plan = make_plan(story(tmp_path, TWO_SHOTS), made, tmp_path / "film")
+    plan, problems = make_plan(story(tmp_path, TWO_SHOTS), made, tmp_path / "film")
+    assert len(problems) == 2
     assert "4 forwards a shot (4 steps)" in plan
     assert "weights  MISSING Wan2.2-Lightning for image-to-video" in plan
     assert "weights  MISSING Wan2.2-Lightning for text-to-video" in plan

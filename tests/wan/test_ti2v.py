@@ -14,9 +14,9 @@ from storymem.config import build_settings
 from storymem.training.dataset import Batch
 from storymem.training.objective import MemoryObjective
 from storymem.training.settings import ObjectiveSettings
+from storymem.wan.estimate import memory_cache_bytes
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config
-from storymem.wan.memory_estimate import memory_cache_bytes
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
 from storymem.wan.shots import ShotRequest, WanShotGenerator

@@ -15,6 +15,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed
 from torch import Tensor
 
+from storymem.wan.combinations import check_combinations
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
@@ -28,7 +29,7 @@ from storymem.wan.segments import (
     single_shot,
     with_given,
 )
-from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings, check_speed
+from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
 from storymem.wan.transformer import SegmentCache, enable_layouts
 from tests.wan.tiny import CPU, LATENT, SLOTS, STEPS, generate, pictures, settings
 
@@ -486,5 +487,5 @@ def test_compiled_blocks_share_one_graph_for_each_size_of_memory(cached: WanMemo
 def test_keeping_nothing_in_another_place_is_refused() -> None:
     runtime = RuntimeSettings(memory_cache="cpu")
     with pytest.raises(ValueError, match=r"runtime\.memory_cache=cpu is for model\.memory_attention=cached"):
-        check_speed(settings(), SamplerSettings(), runtime)
-    check_speed(cached_model(), SamplerSettings(), runtime)
+        check_combinations(settings(), SamplerSettings(), runtime)
+    check_combinations(cached_model(), SamplerSettings(), runtime)

@@ -1,4 +1,4 @@
-"""The arithmetic of memory, against parameters counted on the meta device and tensors that torch itself reports."""
+"""What a shot costs: operations and bytes, compared with what torch counts on the meta device."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5Config, UMT5EncoderModel
 
-from storymem.wan.layout import Layout
-from storymem.wan.loading import load_pipeline
-from storymem.wan.lora import memory_lora_config
-from storymem.wan.memory_estimate import (
+from storymem.wan.estimate import (
     UMT5_XXL,
-    WAN_VAE,
+    Flops,
     decode_bytes,
     encode_bytes,
-    estimate_memory,
+    estimate_shot,
     expert_bytes,
     forward_bytes,
-    text_encoder_parameters,
-    vae_parameters,
+    forward_flops,
 )
+from storymem.wan.loading import load_pipeline
+from storymem.wan.lora import memory_lora_config
+from storymem.wan.processes import Grid
+from storymem.wan.segments import Layout, Text, holocine, memory_cached, memory_joint, single_shot, with_given
 from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
+from storymem.wan.transformer import SegmentCache, enable_layouts
 from storymem.weights import Weights
 from tests.composing import generate_settings
 from tests.wan.tiny import settings
@@ -121,6 +123,71 @@ def held(module: nn.Module) -> int:
     return sum(weight.numel() * weight.element_size() for weight in module.parameters())
 
 
+# Operations
+
+
+def flops(config: dict[str, Any], layout: Layout, size: tuple[int, int] = (60, 104), **changes: Any) -> Flops:
+    return forward_flops(config, layout, height=size[0], width=size[1], **{"text_tokens": 512} | changes)
+
+
+def counted(config: dict[str, Any], layout: Layout, size: tuple[int, int], text: int, *, cached: bool = False) -> int:
+    """What torch counts for a forward; ``cached``: that of the segments which are not constant."""
+    with torch.device("meta"):
+        made = WanTransformer3DModel(**config, in_channels=36)
+        enable_layouts(made)
+    cache = SegmentCache() if cached else None
+    parts = [layout.only(layout.constant), layout] if cached else [layout]
+    for part in parts:
+        frames = layout.frames - part.only(layout.constant).frames if part is parts[-1] and cached else part.frames
+        latents = torch.empty(1, 36, frames, *size, device="meta")
+        embeds = torch.empty(1, text, config["text_dim"], device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            made(latents, torch.empty(1, device="meta"), embeds, layout=part, cache=cache)
+    return counter.get_total_flops()
+
+
+TEXTS = [Text(spans=((0, 3), (5, 9))), Text(spans=((0, 3), (9, 16)))]
+LAYOUTS = {
+    "single shot": single_shot(5),
+    "joint": memory_joint(3, 2),
+    "cached": memory_cached(3, 2),
+    "given": with_given(single_shot(3), 1),
+    "sparse": holocine([2, 1], TEXTS, sparse=True),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_torch_counts_the_same_operations(name: str) -> None:
+    layout, size = LAYOUTS[name], (4, 6)
+    assert flops(SMALL, layout, size, text_tokens=16).total == counted(SMALL, layout, size, 16)
+    if constant := layout.constant:
+        read = flops(SMALL, layout, size, text_tokens=16, cached=constant)
+        assert read.total == counted(SMALL, layout, size, 16, cached=True)
+        once = layout.only(constant)
+        assert flops(SMALL, once, size, text_tokens=16).total == counted(SMALL, once, size, 16)
+
+
+@pytest.mark.parametrize("mode", ["joint", "cached"])
+@pytest.mark.parametrize("memory", [0, 4, 10])
+def test_torch_counts_the_same_at_the_published_size(mode: str, memory: int) -> None:
+    config = A14B | {"num_layers": 1}
+    layout = (memory_joint if mode == "joint" else memory_cached)(memory, 21)
+    expected = counted(config, layout, (60, 104), 512, cached=bool(layout.constant))
+    assert flops(config, layout, cached=layout.constant).total == expected
+
+
+def test_memory_costs_at_the_published_size() -> None:
+    without, joint, cached = single_shot(21), memory_joint(10, 21), memory_cached(10, 21)
+    assert (flops(A14B, without).tokens, flops(A14B, joint).tokens) == (32760, 48360)
+    assert flops(A14B, joint).attention / 1e15 == pytest.approx(1.9, abs=0.05)
+    assert flops(A14B, joint).linear / 1e15 == pytest.approx(1.18, abs=0.01)
+    alone = flops(A14B, without).total
+    assert flops(A14B, joint).total / alone == pytest.approx(1.84, abs=0.01)
+    read, once = flops(A14B, cached, cached=cached.constant).total, flops(A14B, cached.only({"memory"})).total
+    assert read / alone <= 1.25
+    assert (80 * read + 2 * once) / (80 * alone) < 1.26, "both experts compute the memory once a shot"
+
+
 # Weights
 
 
@@ -147,25 +214,6 @@ def test_text_to_video_has_fewer_channels() -> None:
     with torch.device("meta"):
         made = WanTransformer3DModel(**SMALL, in_channels=16)
     assert expert_bytes(SMALL, dtype="float32", in_channels=16).total == held(made)
-
-
-SMALL_TEXT = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-
-
-@pytest.mark.parametrize("config", [{}, SMALL_TEXT], ids=str)
-def test_the_text_encoder(config: dict[str, Any]) -> None:
-    shape = UMT5_XXL | config
-    with torch.device("meta"):
-        made = UMT5EncoderModel(UMT5Config(**shape, feed_forward_proj="gated-gelu"))
-    assert text_encoder_parameters(config) == sum(weight.numel() for weight in made.parameters())
-
-
-def test_the_vae() -> None:
-    with torch.device("meta"):
-        made = AutoencoderKLWan()
-    assert vae_parameters({}) == WAN_VAE == sum(weight.numel() for weight in made.parameters())
-    small = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
-    assert 0 < vae_parameters(small) < WAN_VAE / 100
 
 
 # Activations
@@ -243,7 +291,7 @@ def a14b() -> ModelSettings:
 
 
 def stages(model: ModelSettings, memory: int = 10, scorers: int = 0, **runtime: Any) -> dict[str, float]:
-    estimate = estimate_memory(model, RuntimeSettings(**runtime), memory_frames=memory, scorers=scorers)
+    estimate = estimate_shot(model, RuntimeSettings(**runtime), memory_frames=memory, scorers=scorers)
     return {stage.name: stage.total / GB for stage in estimate.stages}
 
 
@@ -259,15 +307,17 @@ def test_the_published_model_at_480p(a14b: ModelSettings) -> None:
 
 def test_scorers_and_text_encoder_are_alone_where_weights_are_offloaded(a14b: ModelSettings) -> None:
     scorers = int(17.2e9)
+    with torch.device("meta"):
+        vae, texts = held(AutoencoderKLWan()), held(UMT5EncoderModel(UMT5Config(**UMT5_XXL)).bfloat16())
     for offload in ("model", "group"):
-        estimate = estimate_memory(a14b, RuntimeSettings(offload=offload), memory_frames=10, scorers=scorers)
+        estimate = estimate_shot(a14b, RuntimeSettings(offload=offload), memory_frames=10, scorers=scorers)
         by_name = {stage.name: stage for stage in estimate.stages}
-        assert by_name["score"].weights - scorers <= 4 * WAN_VAE
-        assert by_name["texts"].weights <= 2 * text_encoder_parameters({}) + 4 * WAN_VAE
+        assert by_name["score"].weights - scorers <= vae
+        assert by_name["texts"].weights <= texts + vae
     assert stages(a14b, scorers=scorers, offload="none")["score"] > 57 + 17
 
 
-def test_every_setting_that_saves_memory_does(a14b: ModelSettings) -> None:
+def test_settings_that_save_vram(a14b: ModelSettings) -> None:
     full = stages(a14b, offload="model")
     assert stages(a14b, memory=0, offload="model")["denoise"] < full["denoise"]
     assert stages(a14b, offload="model", precision="fp8_storage")["denoise"] < full["denoise"] - 13
@@ -276,7 +326,7 @@ def test_every_setting_that_saves_memory_does(a14b: ModelSettings) -> None:
     assert stages(shorter, offload="model")["denoise"] < full["denoise"]
 
 
-def test_every_setting_that_takes_memory_does(a14b: ModelSettings) -> None:
+def test_settings_that_take_vram(a14b: ModelSettings) -> None:
     plain = stages(a14b, offload="model")["denoise"]
     stream = 31 * 1560 * 5120 * 2 / GB
     assert stages(a14b, offload="model", guidance_batch=True)["denoise"] > plain + 5
@@ -290,7 +340,7 @@ def test_every_setting_that_takes_memory_does(a14b: ModelSettings) -> None:
 def test_without_guidance_nothing_is_doubled(a14b: ModelSettings) -> None:
     runtime = RuntimeSettings(offload="model", cache="first_block")
     guided, alone = (
-        estimate_memory(a14b, runtime, sampler=SamplerSettings(guidance=guidance), memory_frames=10).stages[2].total
+        estimate_shot(a14b, runtime, sampler=SamplerSettings(guidance=guidance), memory_frames=10).stages[2].total
         for guidance in (3.5, 1.0)
     )
     assert guided - alone == 2 * 31 * 1560 * 5120 * 2
@@ -298,19 +348,19 @@ def test_without_guidance_nothing_is_doubled(a14b: ModelSettings) -> None:
 
 def test_several_cards_share_tokens_and_weights(a14b: ModelSettings) -> None:
     runtime = RuntimeSettings(context_parallel="ulysses")
-    layout = Layout(context=8, method="ulysses")
-    alone = estimate_memory(a14b, RuntimeSettings(), memory_frames=10)
-    shared = estimate_memory(a14b, runtime, memory_frames=10, layout=layout)
-    sharded = estimate_memory(a14b, replace(runtime, shard_weights=True), memory_frames=10, layout=layout)
+    grid = Grid(context=8, method="ulysses")
+    alone = estimate_shot(a14b, RuntimeSettings(), memory_frames=10)
+    shared = estimate_shot(a14b, runtime, memory_frames=10, grid=grid)
+    sharded = estimate_shot(a14b, replace(runtime, shard_weights=True), memory_frames=10, grid=grid)
     denoise = [estimate.stages[2] for estimate in (alone, shared, sharded)]
     assert denoise[1].activations == pytest.approx(denoise[0].activations / 8, rel=0.01)
     assert denoise[1].weights == denoise[0].weights
     assert denoise[2].weights < denoise[0].weights / 6
 
 
-def test_main_memory_holds_both_experts_and_resting_scorers(a14b: ModelSettings) -> None:
-    estimate = estimate_memory(a14b, RuntimeSettings(offload="group"), memory_frames=10, scorers=int(17e9))
-    assert estimate.host / GB == pytest.approx(2 * 29.8 + 0.5 + 17, abs=0.2)
+def test_ram_holds_both_experts_and_idle_scorers(a14b: ModelSettings) -> None:
+    estimate = estimate_shot(a14b, RuntimeSettings(offload="group"), memory_frames=10, scorers=int(17e9))
+    assert estimate.ram / GB == pytest.approx(2 * 29.8 + 0.5 + 17, abs=0.2)
 
 
 def test_shapes_left_to_the_weights_are_read_from_them(tmp_path: Path) -> None:
@@ -321,10 +371,10 @@ def test_shapes_left_to_the_weights_are_read_from_them(tmp_path: Path) -> None:
     network = replace(tiny.network, vae={}, text_encoder={})
     weights = Weights(name="saved", source=str(tmp_path))
     saved = replace(tiny, network=network, weights=weights, has_text_to_video=False)
-    expected, found = (estimate_memory(model, RuntimeSettings(), memory_frames=2) for model in (tiny, saved))
+    expected, found = (estimate_shot(model, RuntimeSettings(), memory_frames=2) for model in (tiny, saved))
     assert found == expected
     absent = replace(saved, weights=Weights(name="absent", source="./absent"))
-    assert estimate_memory(absent, RuntimeSettings(), memory_frames=2).stages[0].weights > 4 * 5e9, "Wan's own"
+    assert estimate_shot(absent, RuntimeSettings(), memory_frames=2).stages[0].weights > 4 * 5e9, "Wan's own"
 
 
 @pytest.mark.parametrize(
@@ -332,17 +382,10 @@ def test_shapes_left_to_the_weights_are_read_from_them(tmp_path: Path) -> None:
     ["{", "[1]", '{"z_dim": "many"}', '{"base_dim": -5}', '{"base_dim": 1e9}', '{"dim_mult": [1, 1e400]}', "\x00"],
 )
 def test_a_damaged_configuration_counts_as_wans(a14b: ModelSettings, tmp_path: Path, config: str) -> None:
-    """What is wrong with weights is said where they are checked."""
+    """Damaged weights are reported where weights are checked."""
     for part in ("vae", "text_encoder"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(config)
     local = replace(a14b, weights=Weights(name="damaged", source=str(tmp_path)))
     whole = {"runtime": RuntimeSettings(), "memory_frames": 3}
-    assert estimate_memory(local, **whole) == estimate_memory(a14b, **whole)
-
-
-def test_a_model_without_adapter_is_smaller() -> None:
-    tiny = settings()
-    estimate = estimate_memory(tiny, RuntimeSettings(device="cpu"), memory_frames=2)
-    assert estimate.peak.total < 50e6
-    assert {stage.name for stage in estimate.stages} == {"texts", "encode", "denoise", "decode", "score"}
+    assert estimate_shot(local, **whole) == estimate_shot(a14b, **whole)

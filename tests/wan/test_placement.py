@@ -1,4 +1,4 @@
-"""``runtime.offload: auto``: what is chosen for which machine, and what is said of it and where nothing fits."""
+"""``runtime.offload: auto``: what is chosen for which machine and why, and what is reported where nothing fits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ import pytest
 import torch
 
 from storymem.film.generate import generate as films
-from storymem.wan import presets
+from storymem.wan import placement
+from storymem.wan.estimate import estimate_shot
 from storymem.wan.loading import load_pipeline
-from storymem.wan.memory_estimate import estimate_memory
-from storymem.wan.presets import Choice, Machine, choose_runtime, main_memory, needed_bytes, settle, this_machine
+from storymem.wan.placement import (
+    Choice,
+    Machine,
+    choose_runtime,
+    free_and_total_ram,
+    needed_vram,
+    settle,
+    this_machine,
+)
 from storymem.wan.runtime import check_runtime, planned_device
 from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
 from storymem.wan.shots import WanShotGenerator
@@ -32,10 +40,10 @@ def a14b() -> ModelSettings:
     return generate_settings("model=wan2.2-a14b").model
 
 
-def machine(card: float | None, host: float | None = 128) -> Machine:
+def machine(vram: float | None, ram: float | None = 128) -> Machine:
     """Sizes in GB."""
-    sizes = [None if size is None else int(size * 1e9) for size in (card, host)]
-    return Machine(name="a card", memory=sizes[0], host=sizes[1])
+    sizes = [None if size is None else int(size * 1e9) for size in (vram, ram)]
+    return Machine(name="a card", vram=sizes[0], ram=sizes[1])
 
 
 def chosen(model: ModelSettings, on: Machine, runtime: RuntimeSettings = AUTO, **options: Any) -> Choice:
@@ -51,8 +59,8 @@ def test_the_fastest_way_that_fits(a14b: ModelSettings, card: float, offload: st
     assert choice.fits
     assert choice.runtime == replace(AUTO, offload=offload)
     assert f"offload={offload}" in choice.reason
-    assert (f"as runtime={preset}" in choice.reason) if preset else ("as runtime" not in choice.reason)
-    assert needed_bytes(choice.estimate) <= card * 1e9
+    assert (f"(runtime={preset})" in choice.reason) if preset else ("(runtime=" not in choice.reason)
+    assert needed_vram(choice.estimate) <= card * 1e9
 
 
 def test_a_card_of_24_gb_takes_the_published_model(a14b: ModelSettings) -> None:
@@ -62,9 +70,9 @@ def test_a_card_of_24_gb_takes_the_published_model(a14b: ModelSettings) -> None:
 
 def test_the_reason_names_what_the_faster_way_needs(a14b: ModelSettings) -> None:
     choice = chosen(a14b, machine(84))
-    needs = needed_bytes(estimate_memory(a14b, replace(AUTO, offload="none"), memory_frames=10, scorers=HPSV3_AND_CLIP))
-    assert f"since for offload=none {needs / 1e9:.1f} GB on the card are needed" in choice.reason
-    assert "84.0 GB free, 128 GB of main memory" in choice.reason
+    needs = needed_vram(estimate_shot(a14b, replace(AUTO, offload="none"), memory_frames=10, scorers=HPSV3_AND_CLIP))
+    assert f"because for offload=none {needs / 1e9:.1f} GB of VRAM are needed" in choice.reason
+    assert "84.0 GB of VRAM and 128.0 GB of RAM free" in choice.reason
 
 
 def test_tiles_are_the_last_resort(a14b: ModelSettings) -> None:
@@ -72,18 +80,18 @@ def test_tiles_are_the_last_resort(a14b: ModelSettings) -> None:
     choice = choose_runtime(wide, AUTO, machine=machine(22), scorers=LAION_AND_CLIP)
     assert choice.fits
     assert (choice.runtime.offload, choice.runtime.vae_tiling) == ("group", True)
-    assert "vae_tiling, as runtime=gpu-24gb" in choice.reason
+    assert "vae_tiling (runtime=gpu-24gb)" in choice.reason
 
 
 def test_where_nothing_fits_it_says_what_would(a14b: ModelSettings) -> None:
     small = chosen(a14b, machine(21))
     assert not small.fits
-    assert "on the card are needed (to choose keyframes); scorer/quality=laion-v1 would fit" in small.reason
+    assert "of VRAM are needed (to choose keyframes); scorer/quality=laion-v1 would fit" in small.reason
     tiny = chosen(a14b, machine(2))
-    assert "a machine with" in tiny.reason
+    assert "use a machine with" in tiny.reason
     assert "or a smaller model.video" in tiny.reason
-    short = chosen(a14b, machine(84, host=64))
-    assert "77.4 GB of main memory are needed to hold the weights" in short.reason
+    short = chosen(a14b, machine(84, ram=64))
+    assert "77.4 GB of RAM are needed" in short.reason
     assert "scorer/quality=laion-v1 would fit" in short.reason
 
 
@@ -101,7 +109,7 @@ def test_what_is_asked_for_is_kept_and_judged(a14b: ModelSettings) -> None:
     asked = RuntimeSettings(offload="none")
     choice = chosen(a14b, machine(48), asked)
     assert (choice.runtime, choice.fits) == (asked, False)
-    assert "a card with 48.0 GB free" in choice.reason
+    assert "a card with 48.0 GB of VRAM" in choice.reason
     assert chosen(a14b, machine(141), asked).reason == ""
 
 
@@ -110,40 +118,41 @@ def test_several_processes_offload_nothing(a14b: ModelSettings) -> None:
     assert chosen(a14b, machine(48), runtime).runtime.offload == "none"
 
 
-def test_on_the_cpu_only_main_memory_counts(a14b: ModelSettings) -> None:
+def test_on_the_cpu_only_ram_counts(a14b: ModelSettings) -> None:
     large, small = (chosen(a14b, machine(None, host)) for host in (256, 32))
     assert (large.fits, large.runtime.offload) == (True, "none")
     assert not small.fits
-    assert "GB of main memory are needed" in small.reason
-    assert "on the card" not in small.reason
+    assert "GB of RAM are needed" in small.reason
+    assert "VRAM" not in small.reason
 
 
-def test_this_machine_can_be_looked_at() -> None:
+def test_this_machine_is_measured() -> None:
     here = this_machine(torch.device("cpu"))
-    assert here.memory is None
-    assert here.host is not None
-    assert 1e8 < here.host < 1e14
-    assert str(here).startswith("the CPU, ")
+    assert here.vram is None
+    assert here.ram is not None
+    assert 1e8 < here.ram < 1e14
+    assert str(here).startswith("the CPU with ")
 
 
-def test_settling_says_what_was_chosen(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "storymem.wan.presets")
+def test_the_choice_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "storymem.wan.placement")
     settled = settle(settings(), RuntimeSettings(device="cpu", offload="auto"))
     assert settled == RuntimeSettings(device="cpu", offload="none")
-    assert "the CPU, " in caplog.text
-    assert settle(settings(), settled) is settled
+    assert "the CPU with " in caplog.text
+    assert settle(settings(), settled) == settled
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(a14b: ModelSettings) -> None:
     transformer = a14b.network.transformer | {"num_layers": 40_000}
-    endless = replace(a14b, network=replace(a14b.network, transformer=transformer), weights=None)
+    network = replace(settings().network, transformer=transformer)
+    endless = replace(a14b, network=network, weights=None)
     with pytest.raises(ValueError, match=r"runtime.offload=auto finds no room for wan2.2-a14b on the CPU.*smaller"):
         settle(endless, RuntimeSettings(device="cpu", offload="auto"))
-    settled = settle(endless, RuntimeSettings(device="cpu", offload="auto"), experts=False)
-    assert settled == RuntimeSettings(device="cpu"), "to encode texts and pictures"
+    pipe = load_pipeline(endless, runtime=RuntimeSettings(device="cpu", offload="auto"), experts=False)
+    assert pipe.experts == {}, "texts and images can be encoded"
 
 
-def test_auto_is_settled_by_whoever_loads() -> None:
+def test_loading_settles_auto() -> None:
     pipe = load_pipeline(settings(), runtime=RuntimeSettings(device="cpu", offload="auto"))
     assert torch.equal(generate(pipe), generate(load_pipeline(settings(), runtime=RuntimeSettings(device="cpu"))))
 
@@ -158,13 +167,13 @@ def huge(layers: int) -> ModelSettings:
     return model
 
 
-def test_main_memory_that_can_never_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ram_that_can_never_be_enough_is_refused() -> None:
     asked = RuntimeSettings(device="cpu", offload="none")
-    with pytest.raises(ValueError, match=r"needs [\d.]+ GB of main memory, and this machine has [\d.]+ GB in all"):
-        WanShotGenerator(model=huge(100), sampler=SamplerSettings(), runtime=asked).check(text_to_video=False)
+    with pytest.raises(ValueError, match=r"needs [\d.]+ GB of RAM, and this machine has [\d.]+ GB in all"):
+        WanShotGenerator(model=huge(100), sampler=SamplerSettings(), runtime=asked).check_machine()
 
 
-def test_a_machine_that_is_short_of_memory_is_told_before_work(
+def test_a_tight_machine_is_reported_before_work(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = WanShotGenerator(model=settings(), sampler=SamplerSettings(), runtime=RuntimeSettings(device="cpu"))
@@ -174,19 +183,19 @@ def test_a_machine_that_is_short_of_memory_is_told_before_work(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     made = WanShotGenerator(model=settings(), sampler=SamplerSettings(), runtime=RuntimeSettings(device="cpu"))
     made.check_machine()
-    (told,) = caplog.messages
-    assert "runtime.offload=none as asked, although on the CPU" in told
-    assert "of main memory are needed" in told
+    (warning,) = caplog.messages
+    assert "runtime.offload=none may run out of memory on the CPU" in warning
+    assert "of RAM are needed" in warning
 
 
-def test_a_containers_limit_is_the_memory_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_container_limits_ram(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "job").mkdir()
     for name, text in {"max": "3000000", "current": "2500000", "stat": "anon 1\ninactive_file 400000\n"}.items():
         (tmp_path / "job" / f"memory.{name}").write_text(text)
     (tmp_path / "memory.max").write_text("max\n")
-    monkeypatch.setattr(presets, "_control_groups", lambda: [tmp_path / "job", tmp_path])
-    assert main_memory() == (900_000, 3_000_000)
-    assert this_machine(torch.device("cpu")).host == 900_000
+    monkeypatch.setattr(placement, "_control_groups", lambda: [tmp_path / "job", tmp_path])
+    assert free_and_total_ram() == (900_000, 3_000_000)
+    assert this_machine(torch.device("cpu")).ram == 900_000
 
 
 # Plans for another machine
@@ -194,38 +203,39 @@ def test_a_containers_limit_is_the_memory_there_is(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without an accelerator")
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "planned"),
     [
         (
             "runtime=gpu-24gb",
-            "for cuda, not for this machine: offload=group and vae_tiling, as runtime=gpu-24gb, needs 23 ",
+            "for cuda, not for this machine: offload=group and vae_tiling (runtime=gpu-24gb) needs 23 ",
         ),
-        ("runtime=gpu-80gb runtime.precision=fp8", "offload=model, as runtime=gpu-80gb, needs 27 GB on the card"),
-        ("runtime.device=cuda", "offload=model, as runtime=gpu-80gb, needs 42 GB on the card and 77 GB of main memory"),
+        ("runtime=gpu-80gb runtime.precision=fp8", "offload=model (runtime=gpu-80gb) needs 27 GB of VRAM"),
+        ("runtime.device=cuda", "offload=model (runtime=gpu-80gb) needs 42 GB of VRAM and 77 GB of RAM"),
         ("runtime.device=cuda:1 runtime.attention=flash3", "planned for cuda:1, not for this machine"),
         ("runtime.device=xpu runtime.offload=none", "planned for xpu, not for this machine"),
     ],
 )
 def test_a_plan_may_be_for_a_machine_with_a_card(
-    overrides: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    overrides: str, planned: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     command = ("model=wan2.2-a14b", *overrides.split(), "dry_run=true", f"output={tmp_path / 'film'}")
-    assert films(composed(f"story={EXAMPLE}", *command)) == []
+    with pytest.raises(ValueError, match=r"not ready: .* marked MISSING"):
+        films(composed(f"story={EXAMPLE}", *command))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("machine")]
-    assert told in line
+    assert planned in line
     assert "TOO SMALL" not in line
     with pytest.raises(ValueError, match=r"cannot be used here|With dry_run=true it is planned|no such"):
-        check_runtime(generate_settings(*overrides.split()).runtime)
+        check_runtime(generate_settings("model=wan2.2-a14b", *overrides.split()).runtime)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "meta"])
-def test_a_plan_is_not_made_for_a_device_that_nobody_has(device: str) -> None:
+def test_a_plan_for_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=f"runtime.device={device} cannot be used here"):
         planned_device(RuntimeSettings(device=device))
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
-def test_an_accelerator_can_be_looked_at() -> None:
+def test_an_accelerator_is_measured() -> None:
     here = this_machine(torch.device(torch.accelerator.current_accelerator()))  # type: ignore[arg-type]
-    assert here.memory is not None
-    assert here.memory > 1e9
+    assert here.vram is not None
+    assert here.vram > 1e9

@@ -1,0 +1,224 @@
+"""``runtime.offload: auto``: the fastest placement of the weights that fits a machine, and the reason."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from storymem.devices import resolve_device
+from storymem.wan.estimate import GB, MEMORY_FRAMES, Estimate, estimate_shot
+from storymem.wan.processes import Grid, Launch, divide
+from storymem.wan.settings import ModelSettings, Offload, RuntimeSettings, SamplerSettings
+
+logger = logging.getLogger(__name__)
+
+_CONTEXT_BYTES, _GAPS = 1.5e9, 0.1  # driver and workspaces; gaps between tensors, as a share
+_LIGHT_SCORERS = int(2.3e9)  # CLIP and the LAION head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What there is to run on; sizes in bytes, None where they are not known.
+
+    Args:
+        name: of the accelerator, or "the CPU".
+        vram: free; None: the CPU, or an accelerator that shares RAM.
+        ram: free.
+        here: False for an accelerator that a plan is for and this machine lacks.
+    """
+
+    name: str
+    vram: int | None
+    ram: int | None
+    here: bool = True
+
+    def __str__(self) -> str:
+        sizes = {"VRAM": self.vram, "RAM": self.ram}
+        known = [f"{size / GB:.1f} GB of {kind}" for kind, size in sizes.items() if size is not None]
+        return f"{self.name} with {' and '.join(known)} free" if known else self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How a film will run.
+
+    Args:
+        runtime: without "auto" in ``offload``.
+        estimate: of its most demanding shot.
+        fits: whether the machine has room for it.
+        reason: one line for the user.
+    """
+
+    runtime: RuntimeSettings
+    estimate: Estimate
+    fits: bool
+    reason: str
+
+
+#: Ways to place the weights (offload, tiled VAE), fastest first, and the preset for each.
+_PRESETS: dict[tuple[Offload, bool], str] = {
+    ("none", False): "",
+    ("model", False): "gpu-80gb",
+    ("group", False): "gpu-32gb",
+    ("group", True): "gpu-24gb",
+}
+_DOING = {"texts": "encode texts", "encode": "encode images", "score": "choose keyframes"}
+
+
+def this_machine(device: torch.device) -> Machine:
+    """The machine of this process, seen from ``device``."""
+    ram, _ = free_and_total_ram()
+    if device.type in ("cpu", "mps"):
+        return Machine(name="the CPU" if device.type == "cpu" else str(device), vram=None, ram=ram)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return Machine(name=name, vram=torch.accelerator.get_memory_info(device)[0], ram=ram)
+
+
+def free_and_total_ram() -> tuple[int, int]:
+    """RAM for this process in bytes: free, and all there is, swap included.
+
+    Containers and clusters allow a process less than the machine has, by Linux's control groups (version 2).
+    """
+    machine = psutil.virtual_memory()
+    free, total = machine.available, machine.total + psutil.swap_memory().total
+    for folder in _control_groups():
+        try:
+            limit = int((folder / "memory.max").read_text())
+            used = int((folder / "memory.current").read_text())
+            files = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        free = min(free, max(0, limit - used + (int(files[1]) if files else 0)))
+        total = min(total, limit)
+    return free, total
+
+
+def _control_groups(root: Path = Path("/sys/fs/cgroup")) -> list[Path]:
+    """Folders of the control groups of this process, from its own to the root."""
+    try:
+        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    folder = root / own.removeprefix("0::").lstrip("/")
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+
+
+def choose_runtime(
+    model: ModelSettings,
+    runtime: RuntimeSettings,
+    *,
+    sampler: SamplerSettings | None = None,
+    memory_frames: int = MEMORY_FRAMES,
+    scorers: int = 0,
+    grid: Grid | None = None,
+    machine: Machine | None = None,
+) -> Choice:
+    """``runtime`` with ``offload: auto`` settled: the fastest way that fits; if none does, the smallest.
+
+    Precision is never lowered, as that changes the film. For a machine that is not here, the reason names what each way
+    needs.
+
+    Args:
+        machine: None: this one.
+        model, runtime, sampler, memory_frames, scorers, grid: see :func:`estimate_shot`.
+    """
+    machine = machine or this_machine(resolve_device(runtime.device))
+
+    def tried(settled: RuntimeSettings, memory: int = memory_frames, scorers: int = scorers) -> Choice:
+        estimate = estimate_shot(model, settled, sampler=sampler, grid=grid, memory_frames=memory, scorers=scorers)
+        lacking = _lacking(estimate, machine)
+        return Choice(runtime=settled, estimate=estimate, fits=not lacking, reason=lacking)
+
+    if runtime.offload != "auto":
+        ways = [tried(runtime)]
+    elif runtime.spread or (machine.vram is None and machine.here):
+        ways = [tried(replace(runtime, offload="none"))]
+    else:
+        ways = [
+            tried(replace(runtime, offload=offload, vae_tiling=runtime.vae_tiling or tiled))
+            for offload, tiled in _PRESETS
+        ]
+    if not machine.here:
+        needs = "; ".join(f"{_placement(way.runtime)} needs {_needs(way.estimate)}" for way in ways)
+        return replace(ways[0], fits=True, reason=f"planned for {machine.name}, not for this machine: {needs}")
+    if runtime.offload != "auto":
+        return ways[0] if ways[0].fits else replace(ways[0], reason=f"{machine}: {ways[0].reason}")
+    for faster, way in zip([None, *ways], ways, strict=False):
+        if way.fits:
+            why = f", because for offload={faster.runtime.offload} {faster.reason}" if faster else ""
+            return replace(way, reason=f"{machine}: {_placement(way.runtime)}{why}")
+    last = ways[-1]
+    options = {
+        "runtime.precision=fp8_storage": tried(replace(last.runtime, precision="fp8_storage")),
+        "scorer/quality=laion-v1": tried(last.runtime, scorers=min(scorers, _LIGHT_SCORERS)),
+        "memory.recall.capacity=4": tried(last.runtime, memory=min(memory_frames, 4)),
+    }
+    fitting = " or ".join(name for name, option in options.items() if option.fits)
+    ram = f"{max(last.estimate.ram, last.estimate.peak.total) / GB:.0f} GB of RAM"
+    needs = ram if machine.vram is None else _needs(last.estimate)
+    advice = f"{fitting} would fit" if fitting else f"use a machine with {needs}, or a smaller model.video"
+    return replace(last, reason=f"{machine}: {last.reason}; {advice}")
+
+
+def settle(
+    model: ModelSettings, runtime: RuntimeSettings, *, sampler: SamplerSettings | None = None, scorers: int = 0
+) -> RuntimeSettings:
+    """``runtime`` without "auto"; logs the choice and its reason, or warns that an explicit placement is tight.
+
+    Args:
+        model, runtime, sampler, scorers: see :func:`estimate_shot`.
+
+    Raises:
+        ValueError: if "auto" finds no way that fits, or RAM can never be enough for an explicit placement.
+    """
+    grid = divide(runtime, Launch.of(runtime).world) if runtime.spread else None
+    choice = choose_runtime(model, runtime, sampler=sampler, scorers=scorers, grid=grid)
+    if runtime.offload == "auto":
+        if not choice.fits:
+            raise ValueError(f"runtime.offload=auto finds no room for {model.name} on {choice.reason}")
+        logger.info("runtime: %s", choice.reason)
+    elif not choice.fits:
+        _, total = free_and_total_ram()
+        on_cpu = resolve_device(runtime.device).type == "cpu"
+        needed = max(choice.estimate.ram, choice.estimate.peak.total if on_cpu else 0)
+        if needed > total:
+            raise ValueError(
+                f"{model.name} with runtime.offload={runtime.offload} needs {needed / GB:.1f} GB of RAM, and this "
+                f"machine has {total / GB:.1f} GB in all, swap included: use a smaller model.video or another machine"
+            )
+        logger.warning("runtime.offload=%s may run out of memory on %s", runtime.offload, choice.reason)
+    return choice.runtime
+
+
+def needed_vram(estimate: Estimate) -> int:
+    """Bytes of VRAM that must be free for a shot."""
+    return int(estimate.peak.total * (1 + _GAPS) + _CONTEXT_BYTES)
+
+
+def _lacking(estimate: Estimate, machine: Machine) -> str:
+    """What a machine lacks, in words; empty if nothing."""
+    vram, ram = (needed_vram(estimate), estimate.ram) if machine.vram is not None else (0, 0)
+    ram = ram or max(estimate.ram, estimate.peak.total)  # without VRAM all stages take place in RAM
+    lacking = []
+    if machine.vram is not None and vram > machine.vram:
+        doing = _DOING.get(estimate.peak.name, estimate.peak.name)
+        lacking.append(f"{vram / GB:.1f} GB of VRAM are needed (to {doing})")
+    if machine.ram is not None and ram > machine.ram:
+        lacking.append(f"{ram / GB:.1f} GB of RAM are needed")
+    return " and ".join(lacking)
+
+
+def _placement(runtime: RuntimeSettings) -> str:
+    """How the weights are placed, and the preset with that placement."""
+    preset = _PRESETS.get((runtime.offload, runtime.vae_tiling))
+    placed = f"offload={runtime.offload}" + (" and vae_tiling" if runtime.vae_tiling else "")
+    return f"{placed} (runtime={preset})" if preset else placed
+
+
+def _needs(estimate: Estimate) -> str:
+    return f"{needed_vram(estimate) / GB:.0f} GB of VRAM and {estimate.ram / GB:.0f} GB of RAM"
