@@ -1,4 +1,4 @@
-"""The command line: answers that a person can use, and quickly, because torch is not imported for them."""
+"""The command line: messages that a user can act on, without importing torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ scenes:
 """
 
 
-# As a person runs it
+# As a user runs it
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-def test_help_is_for_people(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_help_lists_the_groups(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     result = run("--help")
     assert result.returncode == 0
     for text in ("storymem generate story.yaml", "model=wan2.2-a14b", "dry_run=true", "resume=from_shot:N"):
@@ -78,7 +78,7 @@ def test_help_is_for_people(run: Callable[..., subprocess.CompletedProcess[str]]
         assert f"{group}: {', '.join(choices)}" in shown
 
 
-def test_a_faulty_story_is_told_with_its_line(
+def test_a_faulty_story_is_reported_with_its_line(
     run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "story.yaml").write_text(STORY.replace("cut: false", "cat: false"))
@@ -88,7 +88,7 @@ def test_a_faulty_story_is_told_with_its_line(
     assert result.stdout == ""
 
 
-def test_missing_weights_are_told_all_at_once(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_missing_weights_are_reported_all_at_once(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     result = run("story.yaml", "model=wan2.2-a14b")
     assert result.returncode == 2
     for command in (
@@ -229,32 +229,32 @@ def test_main_is_given_the_composed_configuration(script: Callable[..., tuple[in
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_are_reported_in_one_line(
     script: Callable[..., tuple[int, str]], arguments: list[str], message: str
 ) -> None:
     assert script(*arguments) == (2, message)
 
 
-def test_an_unknown_choice_is_told_with_those_there_are(script: Callable[..., tuple[int, str]]) -> None:
-    status, said = script("a.yaml", "model=tinny")
+def test_an_unknown_choice_is_reported_with_those_there_are(script: Callable[..., tuple[int, str]]) -> None:
+    status, error = script("a.yaml", "model=tinny")
     assert status == 2
-    assert "Could not find 'model/tinny'" in said
-    assert "wan2.2-a14b" in said
+    assert "Could not find 'model/tinny'" in error
+    assert "wan2.2-a14b" in error
 
 
 def test_errors_of_our_own_checks_are_the_users(script: Callable[..., tuple[int, str]]) -> None:
     from storymem.story import load_story
 
-    status, said = script("absent.yaml", main=lambda config: load_story(config["story"]) and None)
-    assert (status, said) == (2, "absent.yaml: the file does not exist; expected a story file; check the path")
+    status, error = script("absent.yaml", main=lambda config: load_story(config["story"]) and None)
+    assert (status, error) == (2, "absent.yaml: the file does not exist; expected a story file; check the path")
 
 
 def test_the_error_of_a_part_is_reported_alone(script: Callable[..., tuple[int, str]]) -> None:
     from hydra.utils import instantiate
 
     arguments = ("a.yaml", "model=tiny", "memory.recall.sink=99")
-    status, said = script(*arguments, main=lambda config: instantiate(config["memory"]["recall"]))
-    assert (status, said.startswith("sink=99 does not fit into capacity=10")) == (2, True)
+    status, error = script(*arguments, main=lambda config: instantiate(config["memory"]["recall"]))
+    assert (status, error.startswith("sink=99 does not fit into capacity=10")) == (2, True)
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("out of memory"), ValueError("inside a library"), KeyError("x")])
@@ -277,14 +277,14 @@ def test_a_fault_of_a_configuration_file_names_the_file(script: Callable[..., tu
     (tmp_path / "sampler").mkdir()
     for name, content in {"open": b"steps: [", "latin": b"# \xe9\nsteps: 3", "deep": b"[" * 5000}.items():
         (tmp_path / "sampler" / f"{name}.yaml").write_bytes(content)
-        status, said = script("a.yaml", "--config-dir", str(tmp_path), f"sampler={name}")
+        status, error = script("a.yaml", "--config-dir", str(tmp_path), f"sampler={name}")
         assert status == 2
-        assert said.startswith(f"{tmp_path}/sampler/{name}.yaml is not YAML in UTF-8")
+        assert error.startswith(f"{tmp_path}/sampler/{name}.yaml is not YAML in UTF-8")
 
 
-def test_flags_that_do_not_go_together_are_told(script: Callable[..., tuple[int, str]]) -> None:
-    status, said = script("a.yaml", "--cfg", "job", "-m")
-    assert (status, said.startswith("Only one of --run, --multirun, --cfg")) == (2, True)
+def test_flags_that_do_not_go_together_are_reported(script: Callable[..., tuple[int, str]]) -> None:
+    status, error = script("a.yaml", "--cfg", "job", "-m")
+    assert (status, error.startswith("Only one of --run, --multirun, --cfg")) == (2, True)
 
 
 def raising(error: Exception) -> Callable[[Any], None]:
@@ -306,21 +306,21 @@ def raising(error: Exception) -> Callable[[Any], None]:
         (FileError("shard.bin is damaged"), "shard.bin is damaged"),
     ],
 )
-def test_errors_of_files_are_told_wherever_they_are_raised(
+def test_errors_of_files_are_reported_wherever_they_are_raised(
     script: Callable[..., tuple[int, str]], error: Exception, message: str
 ) -> None:
     assert script("a.yaml", main=raising(error)) == (2, message)
 
 
-def test_what_a_writer_raises_on_a_full_disk_is_told_with_the_file(
+def test_what_a_writer_raises_on_a_full_disk_is_reported_with_the_file(
     script: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     def main(config: Any) -> None:
         with replacing(tmp_path / "x.bin"):
             raising(RuntimeError("unexpected pos 814848 vs 814800: No space left on device"))(config)
 
-    status, said = script("a.yaml", main=main)
-    assert (status, said.startswith(f"{tmp_path}/x.bin could not be written: the disk is full")) == (2, True)
+    status, error = script("a.yaml", main=main)
+    assert (status, error.startswith(f"{tmp_path}/x.bin could not be written: the disk is full")) == (2, True)
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, "reset"), OSError("of a library")])
@@ -371,9 +371,9 @@ def test_without_a_target_a_node_keeps_its_class(script: Callable[..., tuple[int
     assert (recall["_target_"], recall["capacity"], recall["sink"]) == ("storymem.memory.SinkAndRecent", 4, 2)
 
 
-def test_a_node_that_does_not_exist_is_told(script: Callable[..., tuple[int, str]]) -> None:
-    said = script("a.yaml", "memory.recal={_target_: mine.Recall}")
-    assert said == (2, "memory.recal: unknown key; did you mean 'recall'?")
+def test_a_node_that_does_not_exist_is_reported(script: Callable[..., tuple[int, str]]) -> None:
+    error = script("a.yaml", "memory.recal={_target_: mine.Recall}")
+    assert error == (2, "memory.recal: unknown key; did you mean 'recall'?")
 
 
 def test_a_class_in_the_working_folder_is_found(
@@ -550,15 +550,15 @@ def test_numbers_and_interpolations_stay_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("value", ["4)", "é", "9" * 5000, "[" * 3000 + "]" * 3000])
-def test_a_value_that_hydra_cannot_read_is_told_by_the_settings(
+def test_a_value_that_hydra_cannot_read_is_reported_by_the_settings(
     script: Callable[..., tuple[int, str]], value: str
 ) -> None:
     def main(config: Any) -> None:
         build_settings(GenerateSettings, config)
 
-    status, said = script("a.yaml", "model=tiny", f"seed={value}", main=main)
+    status, error = script("a.yaml", "model=tiny", f"seed={value}", main=main)
     assert status == 2
-    assert re.match(r"  seed: .*integer", said.splitlines()[1])
+    assert re.match(r"  seed: .*integer", error.splitlines()[1])
 
 
 def test_sweeps_are_asked_for_by_m() -> None:
@@ -578,12 +578,12 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("argument", ["été=3", "my key=3", "no setting"])
-def test_what_is_no_setting_is_told_without_grammar(script: Callable[..., tuple[int, str]], argument: str) -> None:
-    status, said = script(argument, name="prepare")
+def test_what_is_no_setting_is_reported_without_grammar(script: Callable[..., tuple[int, str]], argument: str) -> None:
+    status, error = script(argument, name="prepare")
     assert status == 2
-    assert said.startswith(f"{argument}: not a setting; write key=value")
-    assert not re.search("mismatched|token recognition|hydra.cc", said)
-    advice = shlex.split(said.rsplit(": ", 1)[1])[0].replace("key", "captions")
+    assert error.startswith(f"{argument}: not a setting; write key=value")
+    assert not re.search("mismatched|token recognition|hydra.cc", error)
+    advice = shlex.split(error.rsplit(": ", 1)[1])[0].replace("key", "captions")
     assert given(advice, settings=PrepareSettings) == ["a, b"]
 
 

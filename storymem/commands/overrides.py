@@ -1,7 +1,7 @@
-"""The command line as Hydra overrides: what a person writes reaches the configuration as it was written.
+"""The command line as Hydra overrides, in which text needs no quotes.
 
-Hydra reads values by a grammar of its own, in which spaces, brackets, commas, ``=``, ``~``, ``#`` and accented letters
-are syntax or errors. The settings classes say which values are text; those are quoted here.
+In Hydra's grammar spaces, brackets, commas, ``=``, ``~``, ``#`` and accented letters are syntax or errors. The settings
+classes define which values are text; those are quoted here.
 """
 
 from __future__ import annotations
@@ -25,21 +25,19 @@ _TARGET = "_target_"
 
 
 def hydra_arguments(arguments: Sequence[str], positional: str | None, settings: type | None = None) -> list[str]:
-    """The command line as Hydra reads it.
+    """The command line in Hydra's grammar.
 
     Args:
-        arguments: what was written. ``key=value`` is an override, unless a file of that name exists, or a folder whose
-            name begins with no setting.
+        arguments: as the user wrote them. ``key=value`` is an override, unless a file of that name exists, or a folder
+            whose name does not begin with a setting.
         positional: the key that other arguments stand for: one as itself, several as a list.
-        settings: the settings class, which says which keys are text. Their values are quoted unless they already are;
-            with ``-m``, commas outside quotes still separate the values of a sweep.
+        settings: the settings class. Values of its text keys are quoted unless they already are; with ``-m``, commas
+            outside quotes separate the values of a sweep.
 
-    An override that chooses a ``_target_`` replaces the whole node: the arguments of the old target do not stay.
+    An override that sets a ``_target_`` replaces the whole node, with all arguments of the old target.
     """
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
-    flags: list[str] = []
-    overrides: list[str] = []
-    found: list[str] = []
+    flags, overrides, found = [], [], []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument.startswith("-") or before in _FLAGS_WITH_VALUE:
             flags.append(argument)
@@ -76,7 +74,7 @@ def _with_text_quoted(override: str, settings: type | None, *, sweep: bool) -> s
 
 
 def _as_value(text: str, annotation: Any, key: str, settings: type | None) -> str:
-    """``text`` in Hydra's grammar, given the annotation of the setting ``key`` that it is for."""
+    """``text`` in Hydra's grammar, for the setting ``key`` with this annotation."""
     kinds = kinds_of(annotation)
     if Any in kinds and _PATHS.fullmatch(key.rpartition(".")[2]):
         kinds = kinds_of(str | None)
@@ -88,7 +86,7 @@ def _as_value(text: str, annotation: Any, key: str, settings: type | None) -> st
         return "[" + ",".join(_as_value(item, inner, "", settings) for item in items) + "]"
     if str not in kinds:
         several = _is_sweep(text)
-        # Of an unknown key let the composition complain, and not the grammar of its value.
+        # An unknown key is reported by the composition, before the grammar of its value.
         return _quoted(text) if several is None or (several and annotation is None) else text
     if not text or _is_quoted(text) or (None in kinds and text.lower() == "null"):
         return text
@@ -96,7 +94,7 @@ def _as_value(text: str, annotation: Any, key: str, settings: type | None) -> st
 
 
 def _quoted(text: str, settings: type | None = None) -> str:
-    """A text as a Hydra value; ``${...}`` stays an interpolation if ``settings`` know what it names."""
+    """A text as a Hydra value; ``${...}`` stays an interpolation if it names a key of ``settings``."""
     from omegaconf import OmegaConf
 
     names = re.findall(r"\$\{([^{}]*)\}", text)
@@ -113,7 +111,7 @@ def _quoted(text: str, settings: type | None = None) -> str:
 
 
 def _is_sweep(text: str) -> bool | None:
-    """Whether Hydra reads a value as several to sweep over; None if it cannot read it."""
+    """Whether Hydra reads a value as a sweep; None if it cannot parse it."""
     parsed = _parsed(text)
     return None if parsed is None else parsed.is_sweep_override()
 
@@ -173,7 +171,7 @@ def _split(text: str) -> list[str]:
 
 
 def _with_nodes_replaced(overrides: Sequence[str]) -> list[str]:
-    """Overrides in which a node whose ``_target_`` is chosen begins empty."""
+    """Overrides in which a node starts empty if its ``_target_`` is set."""
     nodes: dict[str, str] = {}
     spread: list[tuple[str, str]] = []
     for override in overrides:
