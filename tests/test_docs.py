@@ -46,7 +46,7 @@ LINES = command_lines()
 COMMAND = re.compile(
     rf"(?:^|-m )storymem ({'|'.join(NAMES.values())})(?: (.*))?$|scripts/({'|'.join(NAMES)})\.py(?: (.*))?$"
 )
-HYDRA = [line for line in LINES if COMMAND.search(line) and "[key=value" not in line]
+HYDRA = [line for line in LINES if COMMAND.search(line) and not re.search(r"\[key=value|my_configs", line)]
 
 
 def test_there_are_commands() -> None:

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, run from outside the package as a user would: saved under their names, then the command."""
+"""The examples of docs/extending.md, run as a user would: outside the package, saved under their names, by command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_examples_of_the_page_run(tmp_path: Path) -> None:
     (tmp_path / "stories" / "two.yaml").write_text(STORY)
     assert len(SECTIONS) == 6
     for section, text in SECTIONS.items():
-        ((language, name, code),) = re.findall(r"```(python|yaml)\n# (\S+)\n(.*?)```", text, re.S)
+        ((name, code),) = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, re.S)
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(code)
