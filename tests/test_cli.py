@@ -448,65 +448,59 @@ def test_several_stories_become_a_list() -> None:
 # Text needs no quotes
 
 TEXTS = (
-    *(
-        "my clips [v1] (final)",
-        "run=1",
-        "out(2)",
-        "20261126",
-        "1e3",
-        "0x10",
-        "true",
-        "films/été",
-        "a,b",
-        "[x]",
-        "{a: b}",
-    ),
-    *(
-        "blurry, low quality",
-        "a:b",
-        "C:\\Users\\me\\x y\\",
-        "\\\\server\\share",
-        "it's",
-        'say "hi"',
-        "50%",
-        "a#b",
-        "x & y; z",
-        "!x",
-    ),
-    *(
-        "${x}",
-        "a\\${b",
-        "${seed",
-        "<a|b>",
-        "*",
-        "a\nb",
-        "a\tb",
-        "林黛玉🎬",
-        "a\u202fb",
-        "nm/set=1",
-        "-x",
-        "@a",
-        "$HOME",
-        "choice(a,b)",
-    ),
+    *r"""
+my clips [v1] (final)
+run=1
+out(2)
+20261126
+1e3
+0x10
+true
+films/été
+a,b
+[x]
+{a: b}
+blurry, low quality
+a:b
+C:\Users\me\x y\
+\\server\share
+it's
+say "hi"
+50%
+a#b
+x & y; z
+!x
+${x}
+a\${b
+${seed
+<a|b>
+*
+林黛玉🎬
+nm/set=1
+-x
+@a
+$HOME
+choice(a,b)
+""".strip().splitlines(),
+    "a\nb",
+    "a\tb",
+    "a\u202fb",
 )
-TEXT_KEYS = (
-    *(
-        "output",
-        "resume",
-        "sampler.negative_prompt",
-        "model.name",
-        "model.weights.source",
-        "model.adapter.weights.file",
-    ),
-    *(
-        "model.gguf.low_noise.source",
-        "sampler.adapter.weights.source",
-        "model.adapter.folders.mi2v",
-        "runtime.device",
-    ),
-    *("scorer.clip.folder", "scorer.quality.source", "+memory.selector.file"),
-)
+TEXT_KEYS = [
+    "output",
+    "resume",
+    "sampler.negative_prompt",
+    "model.name",
+    "model.weights.source",
+    "model.adapter.weights.file",
+    "model.gguf.low_noise.source",
+    "sampler.adapter.weights.source",
+    "model.adapter.folders.mi2v",
+    "runtime.device",
+    "scorer.clip.folder",
+    "scorer.quality.source",
+    "+memory.selector.file",
+]
 
 
 def given(*arguments: str, settings: type = GenerateSettings) -> list[Any]:
