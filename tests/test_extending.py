@@ -49,3 +49,26 @@ def test_the_examples_of_the_page_run(tmp_path: Path) -> None:
         assert (tmp_path / "films" / film / "two" / "film.mp4").exists()
     assert "Steady" in (tmp_path / "results" / "stbench" / "results.md").read_text()
     assert "PlainColours" in (tmp_path / "results" / "plain" / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_code_of_the_python_page_runs(tmp_path: Path) -> None:
+    (tmp_path / "story.yaml").write_text(STORY)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.S)
+    assert len(blocks) == 2
+    run_python("\n".join(blocks), tmp_path)
+    assert {path.parent.name for path in tmp_path.glob("films/*/film.mp4")} == {"ada", "noise"}
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "examples" / "storymem.ipynb").read_text())["cells"]
+    run_python("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"), tmp_path)
+    assert (tmp_path / "films" / "two_friends" / "film.mp4").exists()
+
+
+def run_python(code: str, folder: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
