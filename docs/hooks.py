@@ -119,7 +119,8 @@ def story_schema() -> dict[str, Any]:
     story = {
         "title": name,
         "overview": text,
-        "style": name,
+        "style": name | {"description": "begins every prompt that the model is given"},
+        "genre": name | {"description": "a label; changes nothing"},
         "characters": {"type": "array", "items": _object(character, schema._CHARACTER_KEYS, ["name"])},
         "scenes": {"type": "array", "minItems": 1, "items": _object({"shots": shots}, schema._SCENE_KEYS, ["shots"])},
     }
