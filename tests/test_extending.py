@@ -40,7 +40,7 @@ def test_the_examples_of_the_page_run(tmp_path: Path) -> None:
         arguments = [sys.executable, "-m", "storymem", *shlex.split(command)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, f"{section}: {done.stderr}"
     recalled = json.loads((tmp_path / "films" / "closest" / "two" / "film.json").read_text())
@@ -69,6 +69,13 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
 
 def run_python(code: str, folder: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
