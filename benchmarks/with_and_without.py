@@ -1,64 +1,90 @@
-"""The same story with and without memory, as one picture: the contact sheet of the README.
+"""The contact sheet of the README: stories as they truly are, generated with memory, and generated without.
 
     python -m benchmarks.with_and_without [STORY ...] [key=value ...]
 
-Makes both films of each story on the embedded model (or on what the overrides say) with the same seeds and noise, and
-writes docs/with_and_without.png: above with memory, below without, the middle frame of every shot.
+Generates both films of each story of st_bench/toy on the embedded model (or on what the overrides name) from the same
+seeds and noise, and writes docs/with_and_without.png: the middle frame of every shot. The memory begins with one true
+frame, as a reference image of the story's first character.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+import yaml
+from PIL import Image, ImageDraw, ImageFont
 
 from storymem.commands.configuration import composed
 from storymem.film.folder import Film
 from storymem.film.generate import generate
 from storymem.media.video import probe, read_video
+from toyworld.world import story as true_story
 
-#: One with reference pictures, one without.
-STORIES = ("examples/ada_and_the_tent.yaml", "st_bench/toy/01_lou_on_the_beach.yaml")
-PICTURE = Path("docs/with_and_without.png")
-HEIGHT, GAP = 128, 4
+STORIES = ("st_bench/toy/01_lou_on_the_beach.yaml", "st_bench/toy/06_ada_on_the_beach.yaml")  # of one character each
+SHEET = Path("docs/with_and_without.png")
+FILMS = Path("films/with_and_without")
+HEIGHT, GAP, LABEL, COLOURS = 96, 4, 150, 256
+
+Frame = npt.NDArray[np.uint8]
 
 
 def main() -> None:
-    """Two films a story, one picture."""
+    """Two films a story, one image."""
     stories = [argument for argument in sys.argv[1:] if "=" not in argument] or list(STORIES)
     overrides = [argument for argument in sys.argv[1:] if "=" in argument]
-    rows: list[npt.NDArray[np.uint8]] = []
+    rows = []
     for story in stories:
-        above, below = (strip(made(story, memory, overrides)) for memory in ("toy", "none"))
-        between = np.full_like(above[: 2 * GAP], 255)
-        rows += [above, between[:GAP], below, between]
-    width = max(row.shape[1] for row in rows)
-    padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows[:-1]]
-    Image.fromarray(np.concatenate(padded)).save(PICTURE)
-    print(PICTURE)
+        (seed,) = re.findall(r"toyworld\.world\.story\((\d+)\)", Path(story).read_text(encoding="utf-8"))
+        drawn = [shot.frames[len(shot.frames) // 2] for shot in true_story(int(seed)).shots]
+        rows.append(strip("true drawing", drawn))
+        source = with_reference(Path(story), drawn[0])
+        rows.append(strip("with memory", middles(made(source, "toy", overrides))))
+        rows.append(strip("without memory", middles(made(source, "none", overrides))))
+        rows.append(np.full_like(rows[-1][: 2 * GAP], 255))
+    Image.fromarray(np.concatenate(rows[:-1])).quantize(COLOURS).save(SHEET, optimize=True)
+    print(SHEET)
 
 
-def made(story: str, memory: str, overrides: list[str]) -> Film:
+def with_reference(story: Path, frame: Frame) -> Path:
+    """A copy of a story whose first character has a frame as its reference image."""
+    copy = FILMS / story.name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(frame).save(copy.with_suffix(".png"))
+    content = yaml.safe_load(story.read_text(encoding="utf-8"))
+    content["characters"][0]["references"] = [copy.with_suffix(".png").name]
+    copy.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return copy
+
+
+def made(story: Path, memory: str, overrides: list[str]) -> Film:
     """The film of a story with one of ``configs/memory``."""
-    name = f"films/with_and_without/{Path(story).stem}_{memory}"
-    shutil.rmtree(name, ignore_errors=True)  # an older film of other weights would be refused
-    (film,) = generate(composed("generate", [f"story={story}", f"output={name}", f"memory={memory}", *overrides]))
+    folder = FILMS / f"{story.stem}_{memory}"
+    shutil.rmtree(folder, ignore_errors=True)  # an older film of other weights would be refused
+    (film,) = generate(composed("generate", [f"story={story}", f"output={folder}", f"memory={memory}", *overrides]))
     return film
 
 
-def strip(film: Film) -> npt.NDArray[np.uint8]:
-    """The middle frames of a film's shots side by side, uint8 [128, W, 3]."""
-    pictures = []
-    for shot in film.shots:
-        path = film.folder / shot.file
-        frame = Image.fromarray(read_video(path, [probe(path).frames // 2])[0])
+def middles(film: Film) -> list[Frame]:
+    """The middle frame of every shot."""
+    paths = [film.folder / shot.file for shot in film.shots]
+    return [read_video(path, [probe(path).frames // 2])[0] for path in paths]
+
+
+def strip(label: str, frames: list[Frame]) -> Frame:
+    """A label and frames side by side, uint8 [100, W, 3]."""
+    title = Image.new("RGB", (LABEL, HEIGHT), "white")
+    ImageDraw.Draw(title).text((4, HEIGHT // 2 - 8), label, fill="black", font=ImageFont.load_default(18))
+    cells = [np.asarray(title)]
+    for frame in map(Image.fromarray, frames):
         resized = frame.resize((round(frame.width * HEIGHT / frame.height), HEIGHT), Image.Resampling.LANCZOS)
-        pictures += [np.asarray(resized), np.full((HEIGHT, GAP, 3), 255, np.uint8)]
-    return np.concatenate(pictures[:-1], axis=1)
+        cells += [np.asarray(resized), np.full((HEIGHT, GAP, 3), 255, np.uint8)]
+    row = np.concatenate(cells, axis=1)
+    return np.concatenate([row, np.full_like(row[:GAP], 255)])
 
 
 if __name__ == "__main__":

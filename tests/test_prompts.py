@@ -12,7 +12,7 @@ from storymem.story.prompts import story_remarks
 from storymem.wan.texts import KNOWN_WORDS, TextReader
 from tests.composing import composed, generate_settings
 from tests.stories import story
-from toyworld.build import WEIGHTS
+from toyworld import WEIGHTS
 from toyworld.text import write_known_words
 
 ROOT = Path(__file__).parents[1]

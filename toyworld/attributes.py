@@ -67,7 +67,7 @@ class Seen:
     """What one frame shows, as the renderer knows it or as `read_attributes` reads it.
 
     `looks` runs from left to right. A value is "unknown" where it cannot be told: the frame is damaged, or the
-    thing lies outside the picture (then the renderer says "unknown" too).
+    thing lies outside the image (then the renderer says "unknown" too).
     """
 
     place: str

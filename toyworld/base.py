@@ -1,31 +1,33 @@
-"""The toy base model: two `WanTransformer3DModel` experts, trained from text and first frames.
+"""The toy base model: `WanTransformer3DModel` experts, trained from text, first frames and memory.
 
-First one network learns all noise levels; then each expert goes on from it in its own range. The text encoder is
-frozen, and no memory is ever shown.
+Unlike Wan, this base has seen memory: in most of its samples earlier frames of the story stand before the shot, as the
+`cached` layout has them. A network this small would otherwise need hours to learn what an adapter is to add.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import T5Tokenizer, UMT5EncoderModel
+from torch import Tensor
 
+from storymem.training.dataset import Batch
+from storymem.training.objective import MemoryObjective
+from storymem.training.settings import ObjectiveSettings
 from storymem.wan.conditioning import condition_channels
-from storymem.wan.schedule import shifted, unshifted
-from toyworld.fitting import Run, Schedule, fit
-from toyworld.latents import LatentShots
-from toyworld.text import embed
+from storymem.wan.segments import DEFAULT_STRIDE
+from toyworld.latents import KEYFRAMES, LatentStories
+from toyworld.text import TextEmbedder
 
 BOUNDARY = 0.9
-SHIFT = 3.0
-FIRST_FRAME, NO_TEXT, LOOKS = 0.5, 0.1, 0.5  # how often a sample has a first frame, no text, looks in its text
-PEOPLE = 5.0  # they reach into a third of the latents, and are what must be told apart
-RANGES = {"base": (0.0, 1.0), "high": (BOUNDARY, 1.0), "low": (0.0, BOUNDARY)}
+MEMORY, SINK = 6, 2  # memory frames of a sample: one a shot, the first two shots and the latest
+PEOPLE = 4.0  # how often the loss counts where characters are
+NO_MEMORY, NO_TEXT, ONE_FRAME = 0.35, 0.1, 0.4  # shares of batches, of texts, of batches of single frames
+# How many shots before may give memory: few numbers, for every shape is compiled once.
+SHOT_BEFORE, FRAME_BEFORE = (1, 2, 4, 7), (4, 7)
+SIZES = {False: 24, True: 48}  # samples of a batch of shots, and of single frames
+TWICE = 0.3  # how often few shots give two memory frames each
 
 
 def build_transformer() -> WanTransformer3DModel:
@@ -46,111 +48,93 @@ def build_transformer() -> WanTransformer3DModel:
     )
 
 
-class Denoiser(nn.Module):
-    """An expert and the frozen text encoder that it reads."""
-
-    def __init__(self, transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel) -> None:
-        super().__init__()
-        self.transformer, self.text_encoder = transformer, text_encoder.requires_grad_(False)
+def objective(boundary: float | None) -> MemoryObjective:
+    """The loss: flow matching on the video's frames; `boundary` None: one network for all noise levels."""
+    settings = ObjectiveSettings(shift=3.0, memory_weight=0.0, mask_weight=PEOPLE)
+    return MemoryObjective(settings=settings, boundary=boundary, rope_stride=DEFAULT_STRIDE, memory_attention="cached")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What one step is made of: clean latents x0 [B, 16, T, h, w], their condition [B, 20, T, h, w], where people are
-    [B, T, h, w], the texts, noise and levels [B]."""
+class Kind:
+    """What all samples of a batch have in common: memory frames of how many shots before, and how many of each;
+    whether the target is a shot or a single frame."""
 
-    x0: Tensor
-    condition: Tensor
-    people: Tensor
-    texts: list[str]
-    noise: Tensor
-    levels: Tensor
+    before: int
+    each: int = 1
+    is_frame: bool = False
 
 
-def draw_batch(data: LatentShots, step: int, size: int, span: tuple[float, float], *, plain: bool = False) -> Batch:
-    """The batch of a step: it depends on the step alone. With `plain`: always text with looks, no first frame."""
-    rng = torch.Generator().manual_seed(1000 + step)
-    index = torch.randint(len(data.prompts), (size,), generator=rng)
-    chance = torch.rand(3, size, generator=rng)
-    given = (chance[0] < FIRST_FRAME) & (not plain)
-    x0 = data.shots[index].float()
-    latents = torch.where(given[:, None, None, None, None], data.firsts[index].float(), data.blank.float())
-    condition = [condition_channels(None, each[None], int(g)) for each, g in zip(latents, given, strict=True)]
-    texts = []
-    for i, silent, looks in zip(index.tolist(), chance[1] < NO_TEXT, chance[2] < LOOKS, strict=True):
-        text = data.described[i] if looks or plain else data.prompts[i]
-        texts.append("" if silent and not plain else text)
-    low, high = (unshifted(s, SHIFT) for s in span)
-    levels = shifted(low + (high - low) * torch.rand(size, generator=rng), SHIFT)
-    noise = torch.randn(x0.shape, generator=rng)
-    return Batch(
-        x0=x0,
-        condition=torch.cat(condition),
-        people=data.people[index].float(),
-        texts=texts,
-        noise=noise,
-        levels=levels,
+def draw_kind(rng: torch.Generator) -> Kind:
+    """The kind of a batch, at random."""
+    chance = torch.rand(4, generator=rng).tolist()
+    is_frame = chance[3] < ONE_FRAME
+    choices = FRAME_BEFORE if is_frame else SHOT_BEFORE
+    before = 0 if chance[0] < NO_MEMORY else choices[int(len(choices) * chance[1])]
+    return Kind(
+        before=before,
+        each=KEYFRAMES if before in (1, 2) and chance[2] < TWICE else 1,
+        is_frame=is_frame,
     )
 
 
-def flow_errors(model: Denoiser, tokenizer: T5Tokenizer, batch: Batch) -> Tensor:
-    """Squared errors [B, T, h, w] of the predicted velocity e - x0 at x = (1 - s) x0 + s e, means over channels."""
-    s = batch.levels.view(-1, 1, 1, 1, 1)
-    noisy = (1 - s) * batch.x0 + s * batch.noise
-    # On CPUs the fused attention's backward pass takes ten times as long as the plain one at this size.
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        words = embed(tokenizer, model.text_encoder, batch.texts)
-        predicted = model.transformer(
-            torch.cat([noisy, batch.condition], dim=1), 1000 * batch.levels, words, return_dict=False
-        )[0]
-    return (predicted.float() - (batch.noise - batch.x0)).square().mean(dim=1)
+def recalled(before: int) -> list[int]:
+    """Which of the shots before give memory frames, from the first on."""
+    return list(range(before)) if before <= MEMORY else [*range(SINK), *range(before - MEMORY + SINK, before)]
 
 
-def flow_loss(model: Denoiser, tokenizer: T5Tokenizer, batch: Batch) -> Tensor:
-    """The mean of `flow_errors`, in which people count `PEOPLE` times as much as the place."""
-    weights = 1 + (PEOPLE - 1) * batch.people
-    return (weights * flow_errors(model, tokenizer, batch)).mean() / weights.mean()
+def draw_batch(data: LatentStories, embed: TextEmbedder, rng: torch.Generator, kind: Kind, size: int) -> Batch:
+    """Samples of a kind: shots (or frames of them) with their memory, condition, text and noise."""
+    rows = torch.nonzero(data.number == kind.before)[:, 0] if kind.before else torch.arange(len(data.number))
+    rows = rows[torch.randint(len(rows), (size,), generator=rng)]
+    chance = torch.rand(2, size, generator=rng)
+    if kind.is_frame:
+        which = torch.randint(KEYFRAMES, (size,), generator=rng)
+        x0, people = data.keyframes[rows, which][:, :, None].float(), data.key_people[rows, which][:, None].float()
+        video = data.blank[None, :, :1].float().expand_as(x0)
+        condition = condition_channels(None, video, 0)
+    else:
+        x0, people = data.shots[rows].float(), data.people[rows].float()
+        first = data.first_of[rows]
+        given = first >= 0
+        video = torch.where(given[:, None, None, None, None], data.firsts[first].float(), data.blank.float())
+        condition = condition_channels(None, video, 0)
+        condition[:, :4, 0] = given[:, None, None, None].float()
+    if kind.before:
+        shots = rows[:, None] - kind.before + torch.tensor(recalled(kind.before))
+        memory = data.keyframes[shots, : kind.each].float().flatten(1, 2).transpose(1, 2)
+        if kind.each == 1:  # either of the two
+            which = torch.randint(KEYFRAMES, shots.shape, generator=rng)
+            memory = data.keyframes[shots, which].float().transpose(1, 2)
+        x0 = torch.cat([memory, x0], dim=2)
+        condition = torch.cat([condition_channels(memory, memory[:, :, :0], 0), condition], dim=2)
+    looks = 0.15 if kind.before else 0.75
+    texts = [data.described[i] if c < looks else data.prompts[i] for i, c in zip(rows.tolist(), chance[0], strict=True)]
+    texts = ["" if c < NO_TEXT else text for text, c in zip(texts, chance[1], strict=True)]
+    return Batch(
+        x0=x0,
+        noise=torch.randn(x0.shape, generator=rng),
+        u=torch.rand(size, generator=rng),
+        condition=condition,
+        mask=people,
+        text=embed(texts),
+        memory_frames=x0.shape[2] - people.shape[1],
+        ids=tuple(texts),
+    )
 
 
-@torch.no_grad()
-def held_out_loss(
-    model: Denoiser, tokenizer: T5Tokenizer, data: LatentShots, span: tuple[float, float], batches: int = 4
-) -> tuple[float, float]:
-    """The plain loss on held-out shots with fixed noise: of the whole picture, and of where people are."""
-    drawn = [draw_batch(data, -1 - k, 16, span) for k in range(batches)]
-    errors = torch.stack([flow_errors(model, tokenizer, batch) for batch in drawn])
-    people = torch.stack([batch.people for batch in drawn])
-    return float(errors.mean()), float((errors * people).sum() / people.sum())
-
-
-def train_denoiser(
-    run: Run,
-    schedule: Schedule,
-    model: Denoiser,
-    tokenizer: T5Tokenizer,
-    data: LatentShots,
-    held_out: LatentShots,
-    *,
+def base_loss(
+    loss: MemoryObjective,
     expert: str,
-    size: int = 16,
-    compiled: bool = False,
-    draw: Callable[[Denoiser, int], None] | None = None,
-) -> None:
-    """Train on one range of noise levels: "base" (all), "high" or "low".
-
-    compiled: a third faster, after a minute of compiling.
-    """
-    span = RANGES[expert]
-    if compiled:
-        model.transformer.compile_repeated_blocks(fullgraph=True)
-
-    def loss(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        return flow_loss(model, tokenizer, draw_batch(data, step, size, span)), {}
-
-    def report(step: int) -> None:
-        whole, people = held_out_loss(model, tokenizer, held_out, span)
-        run.log(step=step, held_out_loss=whole, held_out_loss_people=people)
-        if draw is not None:
-            draw(model, step)
-
-    fit(model, run, schedule, loss, report=report)
+    network: WanTransformer3DModel,
+    data: LatentStories,
+    embed: TextEmbedder,
+    rng: torch.Generator,
+    *,
+    scale: float = 1.0,
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a batch drawn at random, `scale` times as large as usual, and figures to log."""
+    kind = draw_kind(rng)
+    batch = draw_batch(data, embed, rng, kind, max(1, round(scale * SIZES[kind.is_frame]))).to(network.device)
+    losses = loss(network, "high_noise" if expert == "high" else "low_noise", batch)
+    names = ("loss_video", "loss_subject", "memory_frames")
+    return losses.total, {name: float(losses.sums[name][0] / losses.sums[name][1]) for name in names}

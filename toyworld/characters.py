@@ -10,7 +10,7 @@ from toyworld.attributes import HEIGHT, WIDTH, Look
 from toyworld.draw import Array, Colour, box, coverage, disc, ellipse, mix, paint, rgb, tint, wedge
 from toyworld.places import BASE, LIGHTS, ZOOM
 
-Window = tuple[slice, slice]  # rows and columns of the picture
+Window = tuple[slice, slice]  # rows and columns of the image
 WHOLE = (slice(0, HEIGHT), slice(0, WIDTH))
 
 BODY = 10.0  # half the height of a round body, in world units
@@ -132,7 +132,7 @@ def _pixels(rows: slice, columns: slice) -> tuple[Array, Array]:
 def paint_character(
     canvas: Array, framing: str, time: str, look: Look, pose: Pose, camera: Array, crop: Window = WHOLE
 ) -> None:
-    """One character over the canvas [3, F, h, w], in place; the canvas is the part `crop` of the picture."""
+    """One character over the canvas [3, F, h, w], in place; the canvas is the part `crop` of the image."""
     rows, columns = _window(framing, pose, camera)
     rows = slice(max(rows.start, crop[0].start), min(rows.stop, crop[0].stop))
     columns = slice(max(columns.start, crop[1].start), min(columns.stop, crop[1].stop))

@@ -1,7 +1,11 @@
-"""Shots of training stories as video files with captions: what `prepare_data` and the tutorial start from."""
+"""Shots of training stories as video files with captions, from which `storymem prepare` makes a training set.
+
+python -m toyworld.clips FOLDER --stories 200 [--masks FOLDER]
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
@@ -13,15 +17,15 @@ from storymem.media.video import write_video
 from toyworld.attributes import FPS
 from toyworld.world import HELD_OUT, ToyShot, people_mask, render_layers, story
 
-CRF = 4  # nearly without loss: the reader must still tell colours
+CRF = 4  # nearly without loss: colours must stay readable
 
 
 def write_clips(folder: Path, stories: range, *, masks: Path | None = None) -> int:
     """Write all shots of the stories with these seeds as `000123_ada/01.mp4`, each with its prompt in a `.txt`.
 
     A clip is 17 frames of 96x64 at 8 a second. Clips that are there already are left alone, and several processes may
-    work on one folder. Characters keep their looks within a story and only there, and pictures do not say who is who:
-    so a folder holds the shots of a story in which the same people appear.
+    work on one folder. Characters keep their looks within a story only, so a folder holds the shots of a story in which
+    the same characters appear.
 
     Args:
         folder: of the clips.
@@ -71,3 +75,17 @@ def _write(path: Path, frames: npt.NDArray[np.uint8]) -> None:
 def _part(path: Path) -> Path:
     """Where a file is written first, each process's own."""
     return path.with_name(f".{path.stem}.{os.getpid()}")
+
+
+def main() -> None:
+    """Parse the command line and write the clips."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the clips; those that exist are left alone")
+    parser.add_argument("--stories", type=int, default=400, help="how many training stories, of eight clips each")
+    parser.add_argument("--masks", type=Path, help="a folder for masks of where the characters are")
+    args = parser.parse_args()
+    print(f"{write_clips(args.folder, range(args.stories), masks=args.masks)} clips written")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,8 +16,8 @@ import numpy as np
 from storymem.evaluation.metric import Column, FilmInfo, Metric, Pair, Scores, Value, mean, reasons_for
 from storymem.story import Shot, Story
 from toyworld.attributes import LOOKS, PROP_COLOURS, SIDES, UNKNOWN, Look, Scenery
-from toyworld.prompts import Said, left_to_right, read_prompt
-from toyworld.shot_reader import ShotSeen, read_shot
+from toyworld.reader import ShotSeen, read_shot
+from toyworld.words import Asked, left_to_right, read_prompt
 
 LOOK_PARTS = tuple(field.name for field in fields(Look))
 SCENERY_PARTS = tuple(field.name for field in fields(Scenery))
@@ -41,7 +41,7 @@ class Thing:
     Args:
         name: of the character or the place.
         parts: its attributes.
-        shots: the shots it appears in, from 0; the first is what the others are held against.
+        shots: the shots it appears in, from 0; the others are compared with the first.
         stands: for a character in each of these shots: its place from the left, and among how many.
     """
 
@@ -52,7 +52,7 @@ class Thing:
 
     @property
     def is_character(self) -> bool:
-        """Whether it is someone."""
+        """Whether it is a character and not a place."""
         return bool(self.stands)
 
 
@@ -68,7 +68,7 @@ def things_of(story: Story) -> list[Thing]:
         shots = tuple(index for index, cast in enumerate(casts) if character.name in cast)
         stands = tuple((casts[index].index(character.name), len(casts[index])) for index in shots)
         found.append(Thing(name=character.name, parts=LOOK_PARTS, shots=shots, stands=stands))
-    places = [_said(shot).place for shot in story.shots]
+    places = [_asked(shot).place for shot in story.shots]
     for place in dict.fromkeys(places):
         shots = tuple(index for index, name in enumerate(places) if name == place)
         found.append(Thing(name=place, parts=SCENERY_PARTS, shots=shots))
@@ -79,14 +79,14 @@ class ToyConsistency(Metric):
     """Do characters and places of the toy world keep their attributes from shot to shot?
 
     Attributes are shape, colour, hat and eyes of a character, and the landmark's colour and side and the flag's colour
-    in a place. Each is read in every shot in which the story has its character or place, and held against the shot in
-    which these first appear. Consistency is the share of equal ones, over all attributes and later appearances. The
+    in a place. Each is read in every shot in which the story has its character or place, and compared with the shot in
+    which they first appear. Consistency is the share of equal ones, over all attributes and later appearances. The
     story alone decides how many are compared: what cannot be read in one of the two shots counts as different. Of two
     characters, the one whom the prompt names first is taken to stand on the left, as everywhere in the world.
 
-    A prompt does not say how anyone looks, and a picture does not say who is in it. So in a story with several
-    characters the pictures in memory do not tell who is meant; stories with one have a column of their own. A film in
-    which all look alike is consistent as well: whether characters differ from each other stands beside it.
+    Prompts do not describe characters, and memory frames carry no names: with several characters it cannot be known
+    whose look to take, so stories with one character have a column of their own. A film in which all look alike is
+    consistent as well: whether characters differ has its own column.
 
     Args:
         every: of a shot, each so-many-th frame is read.
@@ -114,7 +114,7 @@ class ToyConsistency(Metric):
         Raises:
             ValueError: for frames or a prompt that are not of the toy world.
         """
-        _said(shot)
+        _asked(shot)
         return read_shot(frames, self.every)
 
     def compute(self, measured: Sequence[ShotSeen | None], film: FilmInfo) -> Scores:
@@ -188,7 +188,7 @@ def _comparisons(thing: Thing, seen: Sequence[ShotSeen | None]) -> Iterator[_Com
 def _read(thing: Thing, place: int, seen: Sequence[ShotSeen | None]) -> tuple[str, ...] | None:
     """Its attributes at an appearance; None if the shot is missing.
 
-    Where more or fewer people are seen than the prompt names, nobody can say who is who: all is unknown.
+    Where more or fewer characters are seen than the prompt names, all is unknown.
     """
     shown = seen[thing.shots[place]]
     if shown is None:
@@ -235,7 +235,7 @@ def _pairs(things: Sequence[Thing], seen: Sequence[ShotSeen | None]) -> Iterator
         yield i, j, mean(values)
 
 
-def _said(shot: Shot) -> Said:
+def _asked(shot: Shot) -> Asked:
     try:
         return read_prompt(shot.prompt)
     except ValueError as error:
@@ -248,9 +248,9 @@ def _plain(shown: ShotSeen) -> dict[str, Any]:
 
 
 def _as_asked(shown: ShotSeen, shot: Shot) -> float:
-    """Share of place, time, framing and action that are read as the prompt says."""
-    said, read = _said(shot), {**vars(shown.seen), "action": shown.action}
-    return float(np.mean([read[name] == getattr(said, name) for name in ASKED]))
+    """Share of place, time, framing and action that are read as in the prompt."""
+    asked, read = _asked(shot), {**vars(shown.seen), "action": shown.action}
+    return float(np.mean([read[name] == getattr(asked, name) for name in ASKED]))
 
 
 def _undefined(compared: Sequence[_Comparison], alone: bool, apart: Sequence[Value]) -> dict[str, str]:

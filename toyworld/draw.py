@@ -1,6 +1,6 @@
-"""Soft-edged shapes on small pictures: signed distances in pixels, painted with an alpha ramp.
+"""Soft-edged shapes on small images: signed distances in pixels, painted with an alpha ramp.
 
-Everything is vectorised over frames: coordinates have shape [F or 1, H, W], pictures are planar [3, F, H, W] in 0..1.
+Everything is vectorised over frames: coordinates have shape [F or 1, H, W], images are planar [3, F, H, W] in 0..1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def coverage(distance: Array, edge: float = EDGE) -> Array:
 
 
 def paint(canvas: Array, colour: Colour | Array, alpha: Array) -> None:
-    """Lay a colour over the canvas in place; `colour` is one colour or a picture [3, F or 1, h, w]."""
+    """Lay a colour over the canvas in place; `colour` is one colour or a image [3, F or 1, h, w]."""
     if isinstance(colour, tuple):
         colour = np.asarray(colour, dtype=np.float32).reshape(3, 1, 1, 1)
     canvas += (colour - canvas) * alpha

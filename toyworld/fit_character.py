@@ -1,4 +1,4 @@
-"""Fitting drawn characters to a frame: pose and look of everybody in it, left to right."""
+"""Fitting drawn characters to a frame: pose and look of each, from left to right."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.floating[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What the fit is made against: the frame, the place without people, and how it is seen."""
+    """What the fit is made against: the frame, the place without characters, and how it is seen."""
 
     observed: Array  # [3, H, W]
     place: Array
@@ -58,12 +58,12 @@ class Fit:
 
 
 def fit_characters(scene: Scene) -> list[Fit]:
-    """Everybody in the frame from left to right."""
+    """The characters in the frame from left to right."""
     fits: list[Fit] = []
     taken = np.zeros((HEIGHT, WIDTH), dtype=bool)
     for colour, mask in _bodies(scene):
         if (mask & ~taken).sum() < 0.6 * mask.sum():
-            continue  # somebody's hat
+            continue  # a hat
         fit = _fit_body(scene, colour, mask)
         if fit is not None and len(fits) < 2 and (not fits or _is_needed(scene, fit)):
             fits.append(fit)
@@ -80,7 +80,7 @@ def _is_needed(scene: Scene, fit: Fit) -> bool:
 
 def _bodies(scene: Scene) -> list[tuple[str, Mask]]:
     """Blobs of a body colour that differ from the place and are big enough to be a body: colour and pixels."""
-    behind = [np.abs(scene.observed - picture).max(axis=0) for picture in (scene.place, scene.empty)]
+    behind = [np.abs(scene.observed - image).max(axis=0) for image in (scene.place, scene.empty)]
     foreground = np.minimum(*behind) > 0.07
     light = LIGHTS[scene.time].people
     palette = np.array([tint(BODY_RGB[c], light) for c in BODY_COLOURS], dtype=np.float32)
@@ -192,7 +192,7 @@ def _inside(shape: str) -> Mask:
 
 def _centres(shape: str, mask: Mask, filled: Mask, unit: float, rolls: Floats) -> list[tuple[Floats, Floats]]:
     """Where a body of this size may turn about (columns, rows, one for each roll): from the middle of the blob's
-    area, and for upright bodies also from its ends, one of which may be cut off by the picture's edge."""
+    area, and for upright bodies also from its ends, one of which may be cut off by the image's edge."""
     rows, columns = np.nonzero(filled)
     away = unit * body_middle(shape)
     middles = columns.mean() + 0.5 - away * np.sin(rolls)
@@ -231,7 +231,7 @@ def draw(scene: Scene, look: Look, places: list[Placement], where: Window = WHOL
 
 
 def _around(scene: Scene, at: Placement) -> Window:
-    """Rows and columns of the picture around a character (without its shadow)."""
+    """Rows and columns of the image around a character (without its shadow)."""
     zoom, base = ZOOM[scene.framing], BASE[scene.framing]
     unit = BODY * zoom * at.size
     middle = WIDTH / 2 + (at.x - scene.camera) * zoom

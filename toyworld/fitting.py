@@ -1,178 +1,170 @@
-"""The training loop of every toy stage: a schedule by the clock or by steps, checkpoints, EMA, logs.
-
-A stage gives a loss for step n; data depend on n alone, so a resumed run sees what an uninterrupted one would have.
-"""
+"""The training loop of every toy network: by the clock, on any device, resumable at any moment."""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from toyworld.muon import Muon
+Network = TypeVar("Network", bound=nn.Module)
+Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
+EVERY = 120.0  # seconds between checkpoints
+SHARD = "15MB"  # the largest file of a checkpoint
+WARMUP, COOL = 50, 0.3  # steps of rising learning rate; the share of the time in which it falls to 0
+LOG_EVERY = 20  # steps
 
 
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long a stage trains and how its learning rate runs: linear warm-up, then half a cosine down to nothing.
+class Fit:
+    """A network in training: optimizers, moving average and a folder of checkpoints.
 
-    Exactly one of `minutes` (of training, counted over all resumed runs) and `steps` is given.
+    Matrices in the network's blocks are trained with Muon, everything else with AdamW. The folder holds
+    `checkpoint/` (safetensors files below 16 MiB and `state.json`), which is replaced when its successor is complete,
+    and `log.jsonl`.
+
+    Args:
+        model: whose parameters that require gradients are trained.
+        folder: resumed from if it holds a checkpoint.
+        rate: the learning rate.
+        decay: of the moving average.
+        device: "cpu", "cuda" or None for whatever accelerate finds.
     """
 
-    minutes: float | None = None
-    steps: int | None = None
-    learning_rate: float = 1e-3
-    warmup: int = 200
-    ema: float = 0.999
-    save_every: float = 120.0  # seconds
-    log_every: int = 20
-
-    def __post_init__(self) -> None:
-        if (self.minutes is None) == (self.steps is None):
-            raise ValueError("give a stage either minutes or steps, not both and not neither")
-
-    def progress(self, step: int, seconds: float) -> float:
-        """How much of the training is done, 0..1."""
-        done = step / self.steps if self.steps is not None else seconds / (60 * (self.minutes or 1.0))
-        return min(1.0, done)
-
-    def rate(self, step: int, progress: float) -> float:
-        """The learning rate of a step."""
-        cosine = 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * max(cosine, 0.01)
-
-
-class Ema:
-    """A running average of a model's parameters, which is what is measured and saved."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.values = [p.detach().clone() for p in model.parameters()]
-
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards the parameters as they are after `step`."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p.detach() for p in model.parameters()], weight)
-
-    def swap(self, model: nn.Module) -> None:
-        """Exchange the averaged and the live parameters; twice is no change."""
-        for value, parameter in zip(self.values, model.parameters(), strict=True):
-            held = parameter.detach().clone()
-            parameter.data.copy_(value)
-            value.copy_(held)
-
-
-class Run:
-    """A stage's folder: `checkpoint.pt` (replaced atomically), `log.jsonl`, pictures."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self, model: nn.Module, folder: Path, *, rate: float, decay: float = 0.999, device: str | None = None
+    ) -> None:
+        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16")
+        self.model, self.folder, self.rate = model.to(self.accelerator.device), folder, rate
         folder.mkdir(parents=True, exist_ok=True)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for name, p in named.items() if p.ndim == 2 and "blocks." in name]
+        others = [p for name, p in named.items() if not (p.ndim == 2 and "blocks." in name)]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, rate, betas=(0.9, 0.98), weight_decay=0)
+        ]
+        if matrices:
+            self.optimizers.append(torch.optim.Muon(matrices, rate, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
+        self.average = EMAModel(named.values(), decay=decay, use_ema_warmup=True, inv_gamma=10, power=1)
+        self.names = list(named)
+        self.step, self.seconds = 0, 0.0
+        if (folder / "checkpoint" / "state.json").exists():
+            self._load()
+
+    def run(self, loss: Loss, minutes: float, *, until: float = float("inf"), seed: int = 0) -> None:
+        """Train until `minutes` are spent, those before a resume included, and save.
+
+        Args:
+            loss: draws its batch from the generator it is given, which depends on the step alone; returns the loss and
+                figures to log.
+            minutes: of training in all.
+            seed: of the batches.
+        """
+        self.model.train()
+        saved = clock = time.monotonic()
+        while (progress := self.seconds / (60 * minutes)) < 1 and self.seconds < until:
+            rng = torch.Generator().manual_seed(1_000_003 * seed + self.step)
+            with self.accelerator.autocast():
+                value, figures = loss(rng)
+            self.accelerator.backward(value)
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.rate * min(1.0, (self.step + 1) / WARMUP) * min(1.0, (1 - progress) / COOL)
+                if torch.isfinite(norm):  # one bad batch must not undo an hour
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            self.average.step(self._trained())
+            self.step += 1
+            now = time.monotonic()
+            self.seconds, clock = self.seconds + now - clock, now
+            if self.step % LOG_EVERY == 0:
+                self.log(
+                    step=self.step, seconds=round(self.seconds), loss=float(value.detach()), norm=float(norm), **figures
+                )
+            if now - saved > EVERY:
+                self.save()
+                saved = clock = time.monotonic()
+        self.save()
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def log(self, **record: Any) -> None:
-        """Append one line to the log, and say it."""
+        """Append a line to the log and print it."""
         line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()})
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(line + "\n")
         print(self.folder.name, line, flush=True)
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint; an interrupted write leaves the old one."""
-        part = self.folder / "checkpoint.part"
-        torch.save(state, part)
-        os.replace(part, self.folder / "checkpoint.pt")
-
-    def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint, if there is one."""
-        path = self.folder / "checkpoint.pt"
-        return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-
-
-def averaged(run: Run, model: nn.Module) -> nn.Module:
-    """The model with the averaged weights of a stage's newest checkpoint, whether the stage is done or not."""
-    state = run.load()
-    if state is None:
-        raise ValueError(
-            f"the stage {run.folder.name} has not been trained yet: there is no {run.folder}/checkpoint.pt"
-        )
-    model.load_state_dict(state["model"])
-    for parameter, value in zip(model.parameters(), state["ema"], strict=True):
-        parameter.data.copy_(value)
-    return model
-
-
-def fit(
-    model: nn.Module,
-    run: Run,
-    schedule: Schedule,
-    loss: Callable[[int, float], tuple[Tensor, dict[str, float]]],
-    *,
-    report: Callable[[int], None] | None = None,
-    report_at: Iterable[float] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-    clip: float = 1.0,
-) -> None:
-    """Train until the schedule is done; the model is left with its averaged weights.
-
-    loss(step, progress) gives the loss and figures to log. report(step) is called with averaged weights in place
-    whenever the progress passes one of `report_at`.
-    """
-    optimizer, ema = Muon(model), Ema(model, schedule.ema)
-    step, seconds = _resume(run, model, optimizer, ema)
-    marks = [m for m in report_at if m > schedule.progress(step, seconds)]
-    saved = clock = time.monotonic()
-    while (progress := schedule.progress(step, seconds)) < 1.0:
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step, progress)
-        value, figures = loss(step, progress)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-        if torch.isfinite(norm):  # one broken batch must not undo an hour
-            optimizer.step()
-            ema.update(model, step)
-        step += 1
-        now = time.monotonic()
-        seconds, clock = seconds + now - clock, now
-        if step % schedule.log_every == 0:
-            run.log(step=step, seconds=round(seconds), loss=float(value.detach()), norm=float(norm.detach()), **figures)
-        if now - saved > schedule.save_every:
-            _save(run, model, optimizer, ema, step, seconds)
-            saved = now
-        if report and marks and schedule.progress(step, seconds) >= marks[0]:
-            marks = [m for m in marks if m > schedule.progress(step, seconds)]
-            ema.swap(model)
-            report(step)
-            ema.swap(model)
-            clock = time.monotonic()
-    _save(run, model, optimizer, ema, step, seconds)
-    ema.swap(model)
-
-
-def _resume(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> tuple[int, float]:
-    state = run.load()
-    if state is None:
-        return 0, 0.0
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    for value, saved in zip(ema.values, state["ema"], strict=True):
-        value.copy_(saved)
-    return int(state["step"]), float(state["seconds"])
-
-
-def _save(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema, step: int, seconds: float) -> None:
-    run.save(
-        {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "ema": ema.values,
-            "step": step,
-            "seconds": seconds,
+    def save(self) -> None:
+        """Write a checkpoint; the old one stays until it is complete."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {
+            f"average.{name}": value for name, value in zip(self.names, self.average.shadow_params, strict=True)
         }
-    )
+        for number, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        tensors = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+        }
+        part, whole, old = (self.folder / name for name in ("checkpoint.part", "checkpoint", "checkpoint.old"))
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        shards = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD)
+        for file, names in shards.filename_to_tensors.items():
+            save_file({name: tensors[name] for name in names}, part / file)
+        state = {"step": self.step, "seconds": self.seconds, "average_steps": self.average.optimization_step}
+        (part / "state.json").write_text(json.dumps(state))
+        shutil.rmtree(old, ignore_errors=True)
+        if whole.exists():
+            whole.rename(old)
+        part.rename(whole)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _load(self) -> None:
+        tensors = read_checkpoint(self.folder)
+        state = json.loads((self.folder / "checkpoint" / "state.json").read_text())
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.average.optimization_step = state["average_steps"]
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        for shadow, name in zip(self.average.shadow_params, self.names, strict=True):
+            shadow.copy_(tensors[f"average.{name}"])
+        for number, optimizer in enumerate(self.optimizers):
+            whole = optimizer.state_dict()
+            whole["state"] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer.{number}."):
+                    index, name = key.split(".")[2:]
+                    whole["state"].setdefault(int(index), {})[name] = value
+            optimizer.load_state_dict(whole)
+
+
+def read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    files = sorted((folder / "checkpoint").glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no checkpoint: train the stage {folder.name} first")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def averaged(folder: Path, model: Network) -> Network:
+    """The model with the averaged weights of a stage's checkpoint, in evaluation mode."""
+    tensors = read_checkpoint(folder)
+    state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    state |= {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
+    model.load_state_dict(state)
+    return model.eval()

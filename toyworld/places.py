@@ -15,7 +15,7 @@ Shape = Callable[..., Array]  # signed distance over two coordinate arrays
 FEET = -16.0  # where characters stand, in world units below the horizon
 LANDMARK_AT, FLAG_AT = 24.0, 31.0  # distance from the middle of the place
 ZOOM = {"wide": 1.0, "medium": 1.45, "close": 1.9}
-BASE = {"wide": 54.0, "medium": 58.0, "close": 61.0}  # picture row of the characters' feet
+BASE = {"wide": 54.0, "medium": 58.0, "close": 61.0}  # image row of the characters' feet
 
 PROP_RGB = {
     "red": rgb(222, 52, 44),
@@ -107,7 +107,7 @@ class View:
     far_y: Array
     column: Array  # [1, 1, W], pixels
     row: Array  # [1, H, 1], pixels
-    horizon: float  # picture row
+    horizon: float  # image row
 
 
 def view(framing: str, camera: Array) -> View:

@@ -1,4 +1,4 @@
-"""What the toy models reach on held-out stories, by the ordinary door: figures for the stage `report`."""
+"""What the toy models reach on held-out stories, by the ordinary door."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from PIL import Image
 
@@ -19,23 +18,23 @@ from storymem.scorers.clip import ClipScorer
 from storymem.scorers.scorer import as_images
 from storymem.scorers.viclip import ViclipScorer
 from storymem.wan.lora import load_memory_lora
-from storymem.wan.lora_files import LoraFile
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from toyworld.attributes import FRAMES, HEIGHT, LOOKS, UNKNOWN, WIDTH, Look, Seen
-from toyworld.contrast import THRESHOLD, auroc, clip_top1, place_and_time_top1, quality_frames
+from toyworld.base import MEMORY
+from toyworld.contrast import THRESHOLD, auroc, quality_frames, top1
 from toyworld.damage import DAMAGES, damage
-from toyworld.reader import read_attributes
-from toyworld.shot_reader import read_shot
+from toyworld.reader import read_attributes, read_shot
 from toyworld.text import TEXT_TOKENS
-from toyworld.vae import psnr_of
+from toyworld.vae import decoded
 from toyworld.world import HELD_OUT, ToyShot, ToyStory, story
 
 PLACE_PARTS = ("place", "time", "framing", "landmark", "side", "flag")
 LOOK_PARTS = ("shape", "colour", "hat", "eyes")
 STEPS = 20
 GUIDANCE, NEGATIVE_SEES_MEMORY = 2.5, False  # as sampler=toy guides
-MEMORY = 6  # frames; what the adapter was trained with
 FILTER = 3.0  # the threshold of scorer/quality=toy
+
+Answers = list[tuple[str, bool]]
 
 
 def held_out_shots(count: int, *, looks: bool = False) -> list[ToyShot]:
@@ -43,7 +42,7 @@ def held_out_shots(count: int, *, looks: bool = False) -> list[ToyShot]:
     return [story(HELD_OUT + i, looks=looks).shots[i % 8] for i in range(count)]
 
 
-def agreement(truth: Seen, read: Seen) -> list[tuple[str, bool]]:
+def agreement(truth: Seen, read: Seen) -> Answers:
     """For every part that can be seen, its name and whether it was read right ("unknown" is not)."""
     pairs = [(part, getattr(truth, part), getattr(read, part)) for part in PLACE_PARTS]
     lost = Look(shape=UNKNOWN, colour=UNKNOWN, hat=UNKNOWN, eyes=UNKNOWN)
@@ -55,208 +54,203 @@ def agreement(truth: Seen, read: Seen) -> list[tuple[str, bool]]:
 
 def shares(answers: Iterable[tuple[str, bool]]) -> dict[str, float]:
     """The share of right answers of each part."""
-    answers = list(answers)
-    names = dict.fromkeys(name for name, _ in answers)
-    return {name: float(np.mean([right for part, right in answers if part == name])) for name in names}
+    by_part: dict[str, list[bool]] = {}
+    for name, right in answers:
+        by_part.setdefault(name, []).append(right)
+    return {name: float(np.mean(right)) for name, right in by_part.items()}
 
 
-def measure_vae(vae: AutoencoderKLWan, count: int) -> dict[str, Any]:
-    """PSNR of whole shots, and attributes read from one decoded frame of each."""
-    shots = held_out_shots(count)
-    psnr, decoded = psnr_of(vae, shots)
+def interval(values: Sequence[float]) -> list[float]:
+    """95 % of the mean of one value per story, by 2,000 bootstrap samples."""
     rng = np.random.default_rng(0)
-    answers: list[tuple[str, bool]] = []
-    for shot, frames in zip(shots, decoded, strict=True):
-        at = int(rng.integers(FRAMES))
-        answers += agreement(shot.seen(at), read_attributes(frames[at]))
-    right = float(np.mean([right for _, right in answers]))
-    return {"shots": count, "psnr_db": psnr, "attributes_right": right, "by_part": shares(answers)}
+    means = rng.choice(np.asarray(values), size=(2000, len(values))).mean(axis=1)
+    return [float(x) for x in np.quantile(means, (0.025, 0.975))]
 
 
-def generate(
-    pipe: WanMemoryToVideoPipeline,
-    prompt: str,
-    seed: int,
-    *,
-    steps: int,
-    guidance: float = GUIDANCE,
-    first: npt.NDArray[np.uint8] | None = None,
-    memory: Sequence[Image.Image] | None = None,
-    negative_sees_memory: bool = NEGATIVE_SEES_MEMORY,
-) -> npt.NDArray[np.uint8]:
-    """A shot, uint8 [17, 64, 96, 3], from text and perhaps a first frame and memory."""
-    result = pipe(
-        prompt,
-        negative_prompt="",
-        height=HEIGHT,
-        width=WIDTH,
-        num_frames=FRAMES,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=torch.Generator().manual_seed(seed),
-        max_sequence_length=TEXT_TOKENS,
-        first_frame=None if first is None else Image.fromarray(first),
-        memory=memory,
-        negative_sees_memory=negative_sees_memory or not memory,
-    )
-    assert isinstance(result, WanPipelineOutput)
-    made = result.frames[0]
-    return (made * 255).round().astype(np.uint8)
+def mean_of(answers: Answers, parts: Sequence[str]) -> float:
+    """The mean of the shares of some parts."""
+    found = shares(answers)
+    return float(np.mean([found[part] for part in parts if part in found]))
 
 
-def measure_text_following(
-    pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEPS, guidance: float = GUIDANCE
-) -> dict[str, Any]:
-    """Attributes read from shots generated from text with looks."""
-    answers: list[tuple[str, bool]] = []
-    for i, shot in enumerate(held_out_shots(count, looks=True)):
-        read = read_shot(generate(pipe, shot.prompt, i, steps=steps, guidance=guidance))
-        answers += agreement(shot.seen(FRAMES // 2), read.seen)
-        answers.append(("action", read.action == shot.action))
-    by_part = shares(answers)
-    asked = ("place", "time", "framing", "action")
-    return {
-        "shots": count,
-        "steps": steps,
-        "guidance": guidance,
-        "place_time_framing_action": float(np.mean([by_part[part] for part in asked])),
-        "looks": float(np.mean([by_part[part] for part in LOOK_PARTS])),
-        "by_part": by_part,
-    }
+class Report:
+    """The figures of the models in a folder.
 
+    Args:
+        weights: the folder.
+        adapter: of the memory, for joints, memory and filter; None: that in the folder.
+        count: held-out stories; joints, memory and filter take a quarter.
+        steps: of the sampler.
+        guidance: of shots made from text and memory.
 
-def measure_joints(
-    pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEPS, guidance: float = GUIDANCE
-) -> dict[str, Any]:
-    """Pixel steps across the joint of a shot with a first frame, relative to the steps inside the shot."""
-    ratios = []
-    for i, shot in enumerate(held_out_shots(count)):
-        made = generate(pipe, shot.prompt, i, steps=steps, guidance=guidance, first=shot.frames[0]).astype(np.float64)
-        inside = np.abs(np.diff(made[1:], axis=0)).mean()
-        across = np.abs(made[1] - shot.frames[0]).mean()
-        ratios.append(across / max(inside, 1e-6))
-    return {"shots": count, "joint_over_inside_median": float(np.median(ratios)), "mean": float(np.mean(ratios))}
-
-
-def remembered(told: ToyStory, index: int) -> list[Image.Image]:
-    """The middle frames of the shots before `index` that do not just go on from another: a memory as drawn."""
-    return [Image.fromarray(shot.frames[FRAMES // 2]) for shot in told.shots[:index] if shot.cut][:MEMORY]
-
-
-def measure_memory(
-    pipe: WanMemoryToVideoPipeline, count: int, steps: int = STEPS, guidance: float = GUIDANCE
-) -> dict[str, Any]:
-    """How much of a character's look, which no prompt says, a shot takes from frames of shots before.
-
-    One shot of each of `count` held-out stories with one character, from drawn memory, the same with guidance as
-    published (both passes see the memory), and the same without memory, all from the same noise; beside them the chance
-    that two looks drawn at random agree.
+    Raises:
+        FileNotFoundError: if there is no such adapter.
     """
-    answers: dict[str, list[tuple[str, bool]]] = {"with_memory": [], "published_guidance": [], "without": []}
-    alone = (told for told in map(story, itertools.count(HELD_OUT)) if len(told.cast) == 1)
-    for seed, told in enumerate(itertools.islice(alone, count)):
-        index = max(i for i, shot in enumerate(told.shots) if shot.cut)
-        shot = told.shots[index]
-        for name, given in answers.items():
-            memory = None if name == "without" else remembered(told, index)
-            both = name != "with_memory"
-            made = generate(
-                pipe, shot.prompt, seed, steps=steps, guidance=guidance, memory=memory, negative_sees_memory=both
-            )
-            pairs = agreement(shot.seen(FRAMES // 2), read_shot(made).seen)
-            given += [(part, right) for part, right in pairs if part in LOOK_PARTS]
-    shares_of = {name: shares(given) for name, given in answers.items()}
-    means = {name: float(np.mean(list(parts.values()))) for name, parts in shares_of.items()}
-    return {
-        "stories": count,
-        "steps": steps,
-        "guidance": guidance,
-        **means,
-        "chance": chance_of_look(),
-        "by_part": shares_of,
-    }
+
+    def __init__(
+        self,
+        weights: Path,
+        *,
+        adapter: Path | None = None,
+        count: int = 200,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
+    ) -> None:
+        self.adapter = adapter or weights / "adapter"
+        if not self.adapter.is_dir():
+            raise FileNotFoundError(f"{self.adapter} is no folder: give the one that train.py wrote")
+        self.weights, self.count, self.few = weights, count, max(2, count // 4)
+        self.steps, self.guidance = steps, guidance
+        self.pipe = WanMemoryToVideoPipeline.from_pretrained(
+            weights, torch_dtype=torch.float32, memory_attention="cached"
+        )
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def measure(self, part: str) -> dict[str, Any]:
+        """The figures of a part: one of `PARTS`. Only vae and text are measured without the adapter."""
+        if part not in ("vae", "text") and not hasattr(self.pipe.transformer, "peft_config"):
+            load_memory_lora(self.pipe, self.adapter)
+        return PARTS[part](self)
+
+    def generate(
+        self,
+        prompt: str,
+        seed: int,
+        *,
+        first: npt.NDArray[np.uint8] | None = None,
+        memory: Sequence[Image.Image] | None = None,
+        negative_sees_memory: bool = NEGATIVE_SEES_MEMORY,
+    ) -> npt.NDArray[np.uint8]:
+        """A shot, uint8 [17, 64, 96, 3], from text and perhaps a first frame and memory."""
+        result = self.pipe(
+            prompt,
+            negative_prompt="",
+            height=HEIGHT,
+            width=WIDTH,
+            num_frames=FRAMES,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance,
+            generator=torch.Generator().manual_seed(seed),
+            max_sequence_length=TEXT_TOKENS,
+            first_frame=None if first is None else Image.fromarray(first),
+            memory=memory,
+            negative_sees_memory=negative_sees_memory or not memory,
+        )
+        assert isinstance(result, WanPipelineOutput)
+        return (result.frames[0] * 255).round().astype(np.uint8)
+
+    def vae(self) -> dict[str, Any]:
+        """PSNR of whole shots, and attributes read from one decoded frame of each."""
+        rng, answers, psnr = np.random.default_rng(0), [], []
+        for shot in held_out_shots(self.count):
+            frames, value = decoded(self.pipe.vae, shot)
+            at = int(rng.integers(FRAMES))
+            answers.append(agreement(shot.seen(at), read_attributes(frames[at])))
+            psnr.append(value)
+        flat = [answer for each in answers for answer in each]
+        return {
+            "shots": self.count,
+            "psnr_db": float(np.mean(psnr)),
+            "attributes_right": float(np.mean([right for _, right in flat])),
+            "interval": interval([float(np.mean([right for _, right in each])) for each in answers]),
+            "by_part": shares(flat),
+        }
+
+    def text(self) -> dict[str, Any]:
+        """Attributes read from shots made from prompts with looks, without memory."""
+        answers = []
+        for i, shot in enumerate(held_out_shots(self.count, looks=True)):
+            read = read_shot(self.generate(shot.prompt, i))
+            answers.append([*agreement(shot.seen(FRAMES // 2), read.seen), ("action", read.action == shot.action)])
+        flat = [answer for each in answers for answer in each]
+        asked = ("place", "time", "framing", "action")
+        return {
+            "shots": self.count,
+            "place_time_framing_action": mean_of(flat, asked),
+            "place_time_framing_action_interval": interval([mean_of(each, asked) for each in answers]),
+            "looks": mean_of(flat, LOOK_PARTS),
+            "looks_interval": interval([mean_of(each, LOOK_PARTS) for each in answers]),
+            "by_part": shares(flat),
+        }
+
+    def joints(self) -> dict[str, Any]:
+        """Pixel steps across the joint of a shot with a first frame, relative to the steps inside the shot."""
+        ratios = []
+        for i, shot in enumerate(held_out_shots(self.few)):
+            made = self.generate(shot.prompt, i, first=shot.frames[0]).astype(np.float64)
+            inside = np.abs(np.diff(made[1:], axis=0)).mean()
+            ratios.append(float(np.abs(made[1] - shot.frames[0]).mean() / max(inside, 1e-6)))
+        return {"shots": len(ratios), "joint_over_inside_median": float(np.median(ratios))}
+
+    def memory(self) -> dict[str, Any]:
+        """How much of a character's look, which is not in the prompt, a shot takes from drawn earlier frames.
+
+        The last cut of stories with one character: with memory, with guidance as published (both passes see the memory)
+        and without memory, from the same noise; beside them the chance that two looks drawn at random agree.
+        """
+        figures: dict[str, Any] = {"stories": self.few, "chance": chance_of_look()}
+        for name in ("with_memory", "published_guidance", "without"):
+            source = (s for s in map(story, itertools.count(HELD_OUT)) if len(s.cast) == 1)
+            answers = [self._recall(one, seed, name) for seed, one in enumerate(itertools.islice(source, self.few))]
+            flat = [answer for each in answers for answer in each]
+            figures[name] = mean_of(flat, LOOK_PARTS)
+            figures[f"{name}_interval"] = interval([float(np.mean([right for _, right in each])) for each in answers])
+            figures[f"{name}_by_part"] = shares(flat)
+        return figures
+
+    def _recall(self, source: ToyStory, seed: int, how: str) -> Answers:
+        index = max(i for i, shot in enumerate(source.shots) if shot.cut)
+        shot, memory = source.shots[index], None if how == "without" else memory_of(source, index)
+        made = self.generate(shot.prompt, seed, memory=memory, negative_sees_memory=how == "published_guidance")
+        return [a for a in agreement(shot.seen(FRAMES // 2), read_shot(made).seen) if a[0] in LOOK_PARTS]
+
+    def scorers(self) -> dict[str, Any]:
+        """CLIP's and ViCLIP's retrieval among held-out sentences; the quality head's AUROC."""
+        quality = AestheticScorer.from_folder(self.weights / "clip", threshold=THRESHOLD)
+        images, clean = quality_frames(self.count, HELD_OUT)
+        return {
+            "clip_place_and_time_top1": top1(ClipScorer.from_folder(self.weights / "clip"), self.count),
+            "viclip_place_time_action_top1": top1(ViclipScorer.from_folder(self.weights / "viclip"), self.count),
+            "quality_auroc": auroc(quality.score(images), clean),
+        }
+
+    def filter(self) -> dict[str, Any]:
+        """What the quality filter of films accepts of frames that the model makes, and of damaged copies of them."""
+        quality = AestheticScorer.from_folder(self.weights / "clip", threshold=FILTER)
+        rng = np.random.default_rng(0)
+        made: list[npt.NDArray[np.uint8]] = []
+        for seed, source in enumerate(story(HELD_OUT + i) for i in range(self.few)):
+            index = max(i for i, shot in enumerate(source.shots) if shot.cut)
+            made += list(self.generate(source.shots[index].prompt, seed, memory=memory_of(source, index))[[3, 8, 13]])
+
+        def accepted(frames: Sequence[npt.NDArray[np.uint8]]) -> float:
+            return float((quality.score(as_images(np.stack(frames))) >= quality.threshold).float().mean())
+
+        refused = {kind: 1 - accepted([damage(rng, frame, kind) for frame in made]) for kind in DAMAGES}
+        return {
+            "frames": len(made),
+            "threshold": FILTER,
+            "kept": accepted(made),
+            "refused_of_damaged": float(np.mean(list(refused.values()))),
+            "by_damage": refused,
+        }
+
+
+PARTS = {
+    "vae": Report.vae,
+    "text": Report.text,
+    "scorers": Report.scorers,
+    "joints": Report.joints,
+    "memory": Report.memory,
+    "filter": Report.filter,
+}
+
+
+def memory_of(source: ToyStory, index: int) -> list[Image.Image]:
+    """The middle frames of the shots before `index` that follow a cut: a memory as drawn."""
+    return [Image.fromarray(shot.frames[FRAMES // 2]) for shot in source.shots[:index] if shot.cut][:MEMORY]
 
 
 def chance_of_look() -> float:
     """The mean share of parts in which two looks drawn at random agree."""
     return float(np.mean([1 / len({getattr(look, part) for look in LOOKS}) for part in LOOK_PARTS]))
-
-
-def measure_scorers(weights: Path, count: int) -> dict[str, Any]:
-    """CLIP's and ViCLIP's retrieval among held-out sentences; the quality head's AUROC."""
-    quality = AestheticScorer.from_folder(weights / "clip", threshold=THRESHOLD)
-    pictures, clean = quality_frames(count, HELD_OUT)
-    return {
-        "clip_place_and_time_top1": place_and_time_top1(ClipScorer.from_folder(weights / "clip"), count),
-        "viclip_place_time_action_top1": clip_top1(ViclipScorer.from_folder(weights / "viclip"), count),
-        "quality_auroc": auroc(quality.score(pictures), clean),
-    }
-
-
-def measure_filter(pipe: WanMemoryToVideoPipeline, weights: Path, count: int, steps: int = STEPS) -> dict[str, Any]:
-    """What the quality filter of films keeps of frames that the model makes, and refuses of damaged copies of them."""
-    quality = AestheticScorer.from_folder(weights / "clip", threshold=FILTER)
-    rng = np.random.default_rng(0)
-    made: list[npt.NDArray[np.uint8]] = []
-    for seed, told in enumerate(story(HELD_OUT + i) for i in range(count)):
-        index = max(i for i, shot in enumerate(told.shots) if shot.cut)
-        shot = generate(pipe, told.shots[index].prompt, seed, steps=steps, memory=remembered(told, index))
-        made += list(shot[[3, FRAMES // 2, 13]])
-    damaged = {kind: np.stack([damage(rng, frame, kind) for frame in made]) for kind in DAMAGES}
-
-    def kept(frames: npt.NDArray[np.uint8]) -> float:
-        return float((quality.score(as_images(frames)) >= quality.threshold).float().mean())
-
-    refused = {kind: 1 - kept(frames) for kind, frames in damaged.items()}
-    return {
-        "frames": len(made),
-        "threshold": FILTER,
-        "kept": kept(np.stack(made)),
-        "refused_of_damaged": float(np.mean(list(refused.values()))),
-        "by_damage": refused,
-    }
-
-
-def memory_mode(adapter: Path) -> str:
-    """What an adapter was trained for: joint or cached."""
-    info = LoraFile(adapter / "low_noise.safetensors").info
-    assert info is not None, "the recipe ships adapters in our own layout"
-    return info.memory_attention
-
-
-def measure(
-    weights: Path,
-    *,
-    adapter: Path | None = None,
-    count: int = 200,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    parts: Sequence[str] = (),
-) -> dict[str, Any]:
-    """All figures of the models in a folder, or those of some parts: "vae", "text", "scorers", "joints" and so on.
-
-    The base is measured without the memory adapter, joints, memory and filter with it: ``adapter``, or else the
-    folder's own.
-    """
-    if adapter is not None and not adapter.is_dir():
-        raise FileNotFoundError(f"adapter {adapter}: there is no such folder; give the one that train.py wrote")
-    adapter = adapter or weights / "adapter"
-    pipe = WanMemoryToVideoPipeline.from_pretrained(
-        weights, torch_dtype=torch.float32, memory_attention=memory_mode(adapter) if adapter.is_dir() else "joint"
-    )
-    pipe.set_progress_bar_config(disable=True)
-
-    def remembering() -> WanMemoryToVideoPipeline:
-        if adapter.is_dir() and not hasattr(pipe.transformer, "peft_config"):
-            load_memory_lora(pipe, adapter)
-        return pipe
-
-    tasks = {
-        "vae": lambda: measure_vae(pipe.vae, count),
-        "text": lambda: measure_text_following(pipe, count, steps, guidance),
-        "scorers": lambda: measure_scorers(weights, count),
-        "joints": lambda: measure_joints(remembering(), max(2, count // 4), steps, guidance),
-        "memory": lambda: measure_memory(remembering(), max(2, count // 4), steps, guidance),
-        "filter": lambda: measure_filter(remembering(), weights, max(2, count // 4), steps),
-    }
-    return {name: task() for name, task in tasks.items() if not parts or name in parts}

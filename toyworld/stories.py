@@ -31,41 +31,41 @@ def benchmark() -> dict[str, ToyStory]:
     chosen: dict[int, list[ToyStory]] = {1: [], 2: [], 3: []}
     titles: set[str] = set()
     for seed in itertools.count(START):
-        told = story(seed)
-        group = chosen[len(told.cast)]
-        if len(group) < EACH and _all_come_back(told) and title(told) not in titles:
-            group.append(told)
-            titles.add(title(told))
+        one = story(seed)
+        group = chosen[len(one.cast)]
+        if len(group) < EACH and _all_come_back(one) and title(one) not in titles:
+            group.append(one)
+            titles.add(title(one))
         if all(len(group) == EACH for group in chosen.values()):
             break
-    stories = [told for group in chosen.values() for told in group]
-    return {f"{number:02d}_{_slug(title(told))}.yaml": told for number, told in enumerate(stories, start=1)}
+    stories = [one for group in chosen.values() for one in group]
+    return {f"{number:02d}_{_slug(title(one))}.yaml": one for number, one in enumerate(stories, start=1)}
 
 
-def _all_come_back(told: ToyStory) -> bool:
+def _all_come_back(one: ToyStory) -> bool:
     """Whether every character is in two or more shots that do not just go on from another."""
-    return all(sum(shot.cut and character in shot.cast for shot in told.shots) >= 2 for character in told.cast)
+    return all(sum(shot.cut and character in shot.cast for shot in one.shots) >= 2 for character in one.cast)
 
 
-def title(told: ToyStory) -> str:
+def title(one: ToyStory) -> str:
     """Who, and where the story begins: "Ada and Bo on the Moon"."""
-    where = PLACE_WORDS[told.shots[0].place][0]
+    where = PLACE_WORDS[one.shots[0].place][0]
     words = [word if word in ("in", "on", "the") else word.capitalize() for word in where.split()]
-    return " ".join([_listed([character.name for character in told.cast]), *words])
+    return " ".join([_listed([character.name for character in one.cast]), *words])
 
 
-def story_text(told: ToyStory) -> str:
+def story_text(one: ToyStory) -> str:
     """The story as a file: prompts, cuts and who is in each shot; no looks."""
-    places = list(dict.fromkeys(PLACE_WORDS[shot.place][0] for shot in told.shots))
+    places = list(dict.fromkeys(PLACE_WORDS[shot.place][0] for shot in one.shots))
     content = {
-        "title": title(told),
-        "overview": f"{_listed([character.name for character in told.cast])} {_listed(places)}.",
+        "title": title(one),
+        "overview": f"{_listed([character.name for character in one.cast])} {_listed(places)}.",
         "style": "toy",
-        "characters": [{"name": character.name} for character in told.cast],
-        "scenes": [{"shots": [_entry(shot) for shot in scene]} for scene in told.scenes],
+        "characters": [{"name": character.name} for character in one.cast],
+        "scenes": [{"shots": [_entry(shot) for shot in scene]} for scene in one.scenes],
     }
     written = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
-    return f"# Its shots as they truly are: toyworld.world.story({told.seed})\n{written}"
+    return f"# Its shots as they truly are: toyworld.world.story({one.seed})\n{written}"
 
 
 def _entry(shot: ToyShot) -> dict[str, Any]:
@@ -85,8 +85,8 @@ def _slug(text: str) -> str:
 def write_stories(folder: Path) -> None:
     """Write all files."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, told in benchmark().items():
-        (folder / name).write_text(story_text(told), encoding="utf-8")
+    for name, one in benchmark().items():
+        (folder / name).write_text(story_text(one), encoding="utf-8")
 
 
 if __name__ == "__main__":

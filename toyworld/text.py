@@ -83,14 +83,14 @@ def build_text_encoder(vocabulary: int) -> UMT5EncoderModel:
             eos_token_id=1,
         )
     )
-    look_at_neighbours(encoder)
+    _look_at_neighbours(encoder)
     return encoder
 
 
-def look_at_neighbours(encoder: UMT5EncoderModel) -> None:
+def _look_at_neighbours(encoder: UMT5EncoderModel) -> None:
     """Set the relative attention biases: of four heads one to the token before, one to the next, one backwards.
 
-    Whose colour a colour is, its place says; biases that start at nothing are learnt last of all.
+    Position decides which noun an adjective belongs to; biases that start at 0 are learnt last.
     """
     for block in encoder.encoder.block:
         bias = block.layer[0].SelfAttention.relative_attention_bias.weight.data  # [16 buckets, 4 heads]
@@ -104,14 +104,9 @@ def embed(tokenizer: T5Tokenizer, encoder: UMT5EncoderModel, prompts: Sequence[s
     """Prompt embeddings [B, 80, 128], zero beyond a prompt's end, as Wan's pipelines give them to the network."""
     tokens = tokenizer(
         list(prompts), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
-    )
+    ).to(encoder.device)
     hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
     return hidden * tokens.attention_mask[..., None].to(hidden.dtype)
-
-
-def count_tokens(tokenizer: T5Tokenizer, prompts: Sequence[str]) -> int:
-    """The tokens of the longest prompt, its end included."""
-    return max(len(ids) for ids in tokenizer(list(prompts)).input_ids)
 
 
 def load_tokenizer(folder: Path) -> T5Tokenizer:
@@ -119,8 +114,13 @@ def load_tokenizer(folder: Path) -> T5Tokenizer:
     return T5Tokenizer.from_pretrained(folder)
 
 
-def seeded_text_encoder(vocabulary: int, seed: int = 0) -> UMT5EncoderModel:
-    """A fresh encoder whose weights depend on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_text_encoder(vocabulary)
+class TextEmbedder:
+    """A frozen text encoder with its tokenizer: texts to embeddings [B, 80, 128]."""
+
+    def __init__(self, tokenizer: T5Tokenizer, encoder: UMT5EncoderModel) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Embed texts on the encoder's device."""
+        return embed(self.tokenizer, self.encoder, texts)

@@ -9,10 +9,9 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-from PIL import Image
 from torch import Tensor
 
-from toyworld.fitting import Run, Schedule, fit
+from toyworld.attributes import FRAMES
 from toyworld.world import HELD_OUT, ToyShot, people_mask, render_layers, story
 
 ARCHITECTURE = {
@@ -32,12 +31,17 @@ ARCHITECTURE = {
 
 KL_WEIGHT = 2e-3  # enough that a denoiser's small errors stay small when decoded
 DENOISER_ERROR = 0.15  # of a latent channel's deviation; the decoder learns to overlook what a denoiser gets wrong
-FOREGROUND = 3.0  # characters are small in the picture but what the eye looks at
+CLIPS = ((8, 1), (4, 5), (2, 17))  # how many clips of how many frames a step has
+FOREGROUND = 3.0  # weight of characters, above that of the place
 
 
-def build_vae() -> AutoencoderKLWan:
-    """A fresh VAE in the memory layout that trains fastest on CPUs."""
-    vae = AutoencoderKLWan(**ARCHITECTURE)
+def build_vae(folder: Path | None = None) -> AutoencoderKLWan:
+    """A fresh VAE, or that of a folder, in the memory layout that trains fastest on CPUs."""
+    vae = (
+        AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
+        if folder
+        else AutoencoderKLWan(**ARCHITECTURE)
+    )
     for parameter in vae.parameters():
         if parameter.ndim == 5:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
@@ -54,26 +58,17 @@ def to_video(frames: npt.NDArray[np.uint8]) -> Tensor:
 def to_frames(video: Tensor) -> npt.NDArray[np.uint8]:
     """A video [B, 3, F, H, W] in -1..1 to frames uint8 [B, F, H, W, 3]."""
     levels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return levels.permute(0, 2, 3, 4, 1).contiguous().numpy()
+    return levels.permute(0, 2, 3, 4, 1).contiguous().cpu().numpy()
 
 
-def random_shot(rng: np.random.Generator) -> ToyShot:
-    """A shot of a random training story."""
-    return story(int(rng.integers(0, HELD_OUT)), shots=1).shots[0]
-
-
-def training_clips(step: int, batch: int, frames: int) -> tuple[Tensor, Tensor]:
-    """Clips [B, 3, F, H, W] in -1..1 for a step, and their weights [B, 1, F, H, W]: characters count more."""
-    rng = np.random.default_rng([7, step])
-    clips, people = [], []
-    for _ in range(batch):
-        shot = random_shot(rng)
-        start = int(rng.integers(0, len(shot.camera) - frames + 1))
-        drawn, empty = render_layers(shot, slice(start, start + frames))
-        clips.append(drawn)
-        people.append(people_mask(drawn, empty))
-    weight = 1 + FOREGROUND * torch.from_numpy(np.stack(people)).float()
-    return to_video(np.stack(clips)), weight[:, None]
+def training_clips(rng: torch.Generator, batch: int, frames: int) -> tuple[Tensor, Tensor]:
+    """Clips [B, 3, F, H, W] in -1..1, and their weights [B, 1, F, H, W]: characters count more."""
+    seeds = torch.randint(HELD_OUT, (batch,), generator=rng).tolist()
+    starts = torch.randint(FRAMES - frames + 1, (batch,), generator=rng).tolist()
+    shots = [story(seed, shots=2).shots[seed % 2] for seed in seeds]
+    drawn = [render_layers(shot, slice(at, at + frames)) for shot, at in zip(shots, starts, strict=True)]
+    people = np.stack([people_mask(*layers) for layers in drawn])
+    return to_video(np.stack([clip for clip, _ in drawn])), 1 + FOREGROUND * torch.from_numpy(people).float()[:, None]
 
 
 def reconstruct(vae: AutoencoderKLWan, video: Tensor, *, sample: bool, noise: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -101,75 +96,29 @@ def reconstruct(vae: AutoencoderKLWan, video: Tensor, *, sample: bool, noise: fl
     return decoded, kl
 
 
-def clip_plan(progress: float) -> tuple[int, int]:
-    """Batch and frames: single frames first (the causal VAE treats them alone), then longer and longer clips."""
-    for until, batch, frames in ((0.12, 8, 1), (0.32, 4, 5), (0.53, 3, 9), (1.1, 2, 17)):
-        if progress < until:
-            return batch, frames
-    raise AssertionError(progress)
+def vae_loss(vae: AutoencoderKLWan, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    """Weighted L1 and squared error, the same for differences of neighbours (edges), and a little KL.
 
-
-def vae_loss(vae: AutoencoderKLWan, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-    """Weighted L1 and squared error, the same for differences of neighbours (edges), and a little KL."""
-    video, weight = training_clips(step, *clip_plan(progress))
+    Clips of one frame (the causal VAE treats the first frame alone), of five and of all seventeen take turns.
+    """
+    batch, frames = CLIPS[int(torch.randint(len(CLIPS), (), generator=rng))]
+    video, weight = (x.to(vae.device) for x in training_clips(rng, batch, frames))
     is_frozen = not vae.quant_conv.weight.requires_grad
-    noise = DENOISER_ERROR * float(torch.rand(())) if is_frozen else 0.0
-    with torch.autocast("cpu", torch.bfloat16):
-        decoded, kl = reconstruct(vae, video, sample=True, noise=noise)
+    noise = DENOISER_ERROR * float(torch.rand((), generator=rng)) if is_frozen else 0.0
+    decoded, kl = reconstruct(vae, video, sample=True, noise=noise)
     error = decoded - video
     mean_weight = weight.mean()
     pixels = (weight * (error.abs() + 2 * error.square())).mean() / mean_weight
     edges = (weight[..., 1:] * error.diff(dim=-1).abs()).mean() + (weight[..., 1:, :] * error.diff(dim=-2).abs()).mean()
     loss = pixels + 0.5 * edges / mean_weight + KL_WEIGHT * kl
-    return loss, {"mse": float(error.detach().square().mean()), "kl": float(kl.detach()), "frames": video.shape[2]}
-
-
-def held_out_shots(count: int, offset: int = 0) -> list[ToyShot]:
-    """One shot each of `count` stories that no training sees."""
-    return [story(HELD_OUT + offset + i).shots[i % 8] for i in range(count)]
+    return loss, {"mse": float(error.detach().square().mean()), "kl": float(kl.detach()), "frames": frames}
 
 
 @torch.no_grad()
-def psnr_of(vae: AutoencoderKLWan, shots: list[ToyShot], frames: int = 17) -> tuple[float, npt.NDArray[np.uint8]]:
-    """Mean PSNR in dB over shots of whole decoded clips as uint8, and the decoded frames [N, F, H, W, 3]."""
-    values, decoded = [], []
-    for shot in shots:
-        truth = shot.frames[:frames]
-        with torch.autocast("cpu", torch.bfloat16):
-            video, _ = reconstruct(vae, to_video(truth[None]), sample=False)
-        decoded.append(to_frames(video)[0])
-        error = np.square(decoded[-1].astype(np.float64) - truth).mean()
-        values.append(10 * np.log10(255**2 / max(error, 1e-6)))
-    return float(np.mean(values)), np.stack(decoded)
-
-
-def picture(path: Path, *rows: npt.NDArray[np.uint8]) -> None:
-    """Rows of frames [N, H, W, 3] as one picture, doubled in size."""
-    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-    Image.fromarray(sheet.repeat(2, axis=0).repeat(2, axis=1)).save(path)
-
-
-def train_vae(
-    run: Run, schedule: Schedule, vae: AutoencoderKLWan, *, only_decoder: bool = False, held_out: int = 24
-) -> None:
-    """Train (or go on training) the VAE; logs the held-out PSNR and draws true above decoded frames.
-
-    only_decoder: keep the encoder, so that latents computed with it stay valid while pictures get sharper.
-    """
-    torch.manual_seed(0)
-    for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(not only_decoder)
-    shots = held_out_shots(held_out)
-
-    def loss(step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        return vae_loss(vae, step, 0.5 + 0.5 * progress if only_decoder else progress)
-
-    def report(step: int) -> None:
-        single, _ = psnr_of(vae, shots, 1)
-        clip, decoded = psnr_of(vae, shots)
-        run.log(step=step, held_out_psnr_frame=single, held_out_psnr_clip=clip)
-        truth = np.stack([shot.frames for shot in shots])
-        rows = (truth[:8, 8], decoded[:8, 8], truth[-8:, 16], decoded[-8:, 16])
-        picture(run.folder / f"decoded_{step:06d}.png", *rows)
-
-    fit(vae, run, schedule, loss, report=report)
+def decoded(vae: AutoencoderKLWan, shot: ToyShot) -> tuple[npt.NDArray[np.uint8], float]:
+    """The frames of a shot after encoding and decoding, uint8 [17, 64, 96, 3], and their PSNR in dB."""
+    with torch.autocast(vae.device.type, torch.bfloat16):
+        video, _ = reconstruct(vae, to_video(shot.frames[None]).to(vae.device), sample=False)
+    frames = to_frames(video)[0]
+    error = np.square(frames.astype(np.float64) - shot.frames).mean()
+    return frames, float(10 * np.log10(255**2 / max(error, 1e-6)))

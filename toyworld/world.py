@@ -1,4 +1,4 @@
-"""The toy world: stories of a few drawn shots whose prompts name characters without saying how they look.
+"""The toy world: stories of a few drawn shots whose prompts name characters and do not describe them.
 
 `story(seed)` is deterministic: the same seed gives the same prompts, the same pixels and the same attributes. All
 seeds from `HELD_OUT` on are kept out of training.
@@ -146,10 +146,11 @@ def _shows(shot: ToyShot, frame: int) -> tuple[bool, bool]:
     return changed(replace(shot.scenery, landmark=landmark)), changed(replace(shot.scenery, flag=flag))
 
 
-def story(seed: int, *, shots: int = 8, looks: bool = False) -> ToyStory:
+def story(seed: int, *, shots: int = 8, looks: bool = False, where: tuple[str, str] | None = None) -> ToyStory:
     """A story of `shots` shots in two or three scenes with one to three characters.
 
-    looks: let every prompt also say how characters and things look (for measuring text following).
+    looks: let every prompt also describe characters and things (for measuring text following).
+    where: place and time of all scenes, instead of those drawn.
     """
     rng = np.random.default_rng([seed, 20_251])
     count = int(rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3]))
@@ -160,7 +161,8 @@ def story(seed: int, *, shots: int = 8, looks: bool = False) -> ToyStory:
     scenes: list[tuple[ToyShot, ...]] = []
     lengths = _scene_lengths(rng, shots)
     for length in lengths:
-        place, time = str(rng.choice(PLACES)), str(rng.choice(TIMES))
+        drawn = str(rng.choice(PLACES)), str(rng.choice(TIMES))
+        place, time = where or drawn
         scenes.append(_scene(rng, length, place, time, cast, sceneries[place], looks))
     places = list(dict.fromkeys(scene[0].place for scene in scenes))
     overview = f"{' and '.join(c.name for c in cast)}: a story in the {', the '.join(places)}."

@@ -19,7 +19,7 @@ from tests.composing import composed
 from tests.evaluation import small
 from toyworld.attributes import LOOKS, UNKNOWN, Character, Look, Scenery, Seen
 from toyworld.consistency import CHANCE, ToyConsistency, things_of
-from toyworld.shot_reader import ShotSeen
+from toyworld.reader import ShotSeen
 from toyworld.stories import benchmark
 from toyworld.world import HELD_OUT, ToyShot, ToyStory, story
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from toyworld.attributes import ACTIONS, FRAMINGS, PLACES, TIMES
-from toyworld.prompts import Said, left_to_right, read_prompt
+from toyworld.words import Asked, left_to_right, read_prompt
 from toyworld.world import HELD_OUT, story
 
 
@@ -15,7 +15,7 @@ def test_every_wording_of_the_world_is_read_back(looks: bool) -> None:
     for seed in range(HELD_OUT, HELD_OUT + 60):
         for shot in story(seed, looks=looks).shots:
             said.append(read_prompt(shot.prompt))
-            assert said[-1] == Said(place=shot.place, time=shot.time, framing=shot.framing, action=shot.action)
+            assert said[-1] == Asked(place=shot.place, time=shot.time, framing=shot.framing, action=shot.action)
     assert {one.place for one in said} == set(PLACES)
     assert {one.time for one in said} == set(TIMES)
     assert {one.framing for one in said} == set(FRAMINGS)

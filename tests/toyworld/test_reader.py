@@ -7,8 +7,7 @@ import pytest
 
 from toyworld.attributes import UNKNOWN, Look, Seen
 from toyworld.damage import blur, damage
-from toyworld.reader import read_attributes
-from toyworld.shot_reader import read_shot, vote
+from toyworld.reader import read_attributes, read_shot, vote
 from toyworld.world import HELD_OUT, story
 
 PLACE_PARTS = ("place", "time", "framing", "landmark", "side", "flag")

@@ -1,22 +1,35 @@
-"""The models that come with the package."""
+"""The models that come with the package, and how their figures are counted."""
 
 from __future__ import annotations
 
-import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 
-from storymem.scorers.clip import VOCABULARY_FILE
+from storymem.scorers.clip import VOCABULARY_FILE, ClipTokenizer
 from storymem.wan.loading import load_pipeline
 from storymem.wan.settings import RuntimeSettings
-from tests.composing import generate_settings
-from toyworld.build import WEIGHTS, Recipe, adapter
-from toyworld.report import chance_of_look, memory_mode, remembered
-from toyworld.vocabulary import write_vocabulary
+from tests.composing import composed, generate_settings
+from toyworld import WEIGHTS
+from toyworld.attributes import UNKNOWN
+from toyworld.base import MEMORY, SINK
+from toyworld.contrast import write_vocabulary
+from toyworld.damage import DAMAGES
+from toyworld.report import (
+    FILTER,
+    GUIDANCE,
+    NEGATIVE_SEES_MEMORY,
+    Report,
+    agreement,
+    chance_of_look,
+    held_out_shots,
+    interval,
+    memory_of,
+    shares,
+)
 from toyworld.world import HELD_OUT, story
 
 
@@ -45,30 +58,58 @@ def test_the_default_model_takes_part_of_a_shot_from_memory() -> None:
     assert (red - blue).abs().mean() > 0.01
 
 
-def test_the_shipped_adapter_says_what_it_is_for_and_keeps_saying_it(tmp_path: Path) -> None:
-    assert memory_mode(WEIGHTS / "adapter") == generate_settings().model.memory_attention
-    adapter(Recipe(work=tmp_path, weights=tmp_path / "weights", adapter=WEIGHTS / "adapter"))
-    assert memory_mode(tmp_path / "weights" / "adapter") == memory_mode(WEIGHTS / "adapter")
-    with safe_open(tmp_path / "weights" / "adapter" / "high_noise.safetensors", "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
-
-
 def test_what_ships_is_small() -> None:
     assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 24e6
 
 
-@pytest.mark.parametrize("scorer", ["clip", "viclip"])
-def test_the_shipped_vocabulary_is_the_recipe_s(scorer: str, tmp_path: Path) -> None:
-    shipped, made = WEIGHTS / scorer / VOCABULARY_FILE, write_vocabulary(tmp_path)
-    assert gzip.decompress(shipped.read_bytes()) == gzip.decompress(made.read_bytes())
+def pieces(tokenizer: ClipTokenizer, text: str) -> list[str]:
+    inner = tokenizer._tokenizer
+    return [inner.decoder[i] for i in inner.encode(text)]
 
 
-def test_a_drawn_memory_is_of_shots_before_and_fits_the_adapter() -> None:
-    told = story(HELD_OUT + 3)
-    memory = remembered(told, 5)
-    assert len(memory) == min(6, sum(shot.cut for shot in told.shots[:5]))
-    assert memory[0].size == (96, 64)
+@pytest.mark.parametrize("name", ["clip", "viclip", "written anew"])
+def test_vocabularies_cut_sentences_of_the_world_as_clip_does_and_read_others(name: str, tmp_path: Path) -> None:
+    small = write_vocabulary(tmp_path) if name == "written anew" else WEIGHTS / name / VOCABULARY_FILE
+    ours, clip = ClipTokenizer(77, small), ClipTokenizer(77)
+    for seed in range(HELD_OUT, HELD_OUT + 20):
+        for text in [shot.prompt for shot in story(seed, looks=True).shots]:
+            assert pieces(ours, text) == pieces(clip, text)
+    text = "a tired astronaut repairs the antenna under a violet sky"
+    assert "".join(pieces(ours, text)).replace("</w>", " ").strip() == text
+    assert ours.vocab_size < 2000
 
 
-def test_chance_is_that_of_the_worlds_looks() -> None:
+def test_what_is_measured_is_what_the_embedded_model_does() -> None:
+    config = composed("story=story.yaml")
+    sampler, recall = config["sampler"], config["memory"]["recall"]
+    assert (sampler["guidance"], sampler["negative_sees_memory"]) == (GUIDANCE, NEGATIVE_SEES_MEMORY)
+    assert config["scorer"]["quality"]["threshold"] == FILTER
+    assert (recall["capacity"], recall["sink"]) == (MEMORY, SINK)
+
+
+def test_a_drawn_memory_is_of_shots_before() -> None:
+    memory = memory_of(story(HELD_OUT + 3), 7)
+    cuts = sum(shot.cut for shot in story(HELD_OUT + 3).shots[:7])
+    assert (len(memory), memory[0].size) == (min(MEMORY, cuts), (96, 64))
+
+
+def test_right_answers_are_counted_part_by_part() -> None:
+    seen = held_out_shots(1)[0].seen(3)
+    assert all(right for _, right in agreement(seen, seen))
+    assert ("place", False) in agreement(seen, replace(seen, place=UNKNOWN)), "unknown is no right answer"
+    assert "place" not in dict(agreement(replace(seen, place=UNKNOWN), seen)), "and no question"
+    missed = agreement(seen, replace(seen, looks=()))
+    assert [right for name, right in missed if name == "hat"] == [False] * len(seen.looks)
+    assert shares([("hat", True), ("hat", False), ("place", True)]) == {"hat": pytest.approx(0.5), "place": 1.0}
+    low, high = interval([0.0, 1.0] * 50)
+    assert 0.38 < low < 0.5 < high < 0.62
     assert chance_of_look() == pytest.approx((1 / 4 + 1 / 7 + 1 / 5 + 1 / 4) / 4)
+
+
+def test_the_filter_keeps_more_of_what_is_made_than_of_what_is_damaged(tmp_path: Path) -> None:
+    found = Report(WEIGHTS, count=8, steps=6).measure("filter")
+    assert found["frames"] == 2 * 3
+    assert found["by_damage"].keys() == set(DAMAGES)
+    assert found["kept"] > 1 - found["refused_of_damaged"]
+    with pytest.raises(FileNotFoundError, match=r"give the one that train\.py wrote"):
+        Report(WEIGHTS, adapter=tmp_path / "nothing")

@@ -11,11 +11,11 @@ from statistics import median
 import pytest
 
 from storymem.story import Story, load_story
+from toyworld import WEIGHTS
 from toyworld.attributes import BODY_COLOURS, EYES, HATS, PROP_COLOURS, SHAPES
-from toyworld.build import WEIGHTS
-from toyworld.prompts import read_prompt
 from toyworld.stories import START, benchmark, story_text, write_stories
 from toyworld.text import TEXT_TOKENS, load_tokenizer
+from toyworld.words import read_prompt
 from toyworld.world import HELD_OUT, ToyStory, story
 
 FOLDER = Path(__file__).parents[2] / "st_bench" / "toy"
