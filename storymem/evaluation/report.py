@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from storymem.evaluation.metric import Pair
+from storymem.evaluation.metric import Column, Pair
 from storymem.evaluation.plots import means_plot, story_plot
 from storymem.evaluation.results import Results, Summary
 from storymem.evaluation.scoring import StoryResult
@@ -147,12 +147,12 @@ def _matrix(story: StoryResult, low: float, high: float) -> list[list[dict[str, 
     return [[cells.get((i, j)) for j in numbers] for i in numbers]
 
 
-def _reasons(story: StoryResult, results: Results) -> dict[str, list[str]]:
-    """Reason -> headings of the columns that have no value for it."""
-    found: dict[str, list[str]] = {}
+def _reasons(story: StoryResult, results: Results) -> dict[str, list[Column]]:
+    """Reason -> the columns that have no value for it."""
+    found: dict[str, list[Column]] = {}
     for column in results.columns:
         if (reason := story.reason(column.name)) is not None:
-            found.setdefault(reason, []).append(column.heading)
+            found.setdefault(reason, []).append(column)
     return found
 
 
