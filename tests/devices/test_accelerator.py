@@ -288,7 +288,7 @@ def test_films_are_made_and_scored_as_on_the_cpu(tmp_path: Path) -> None:
     for device in ("cpu", "auto"):
         config = composed(
             *(f"stbench.stories={tmp_path / 'stories'}", f"output={tmp_path / device}", f"films={films}"),
-            *(f"metrics.{scorer}.device={device}" for scorer in SCORERS),
+            *(f"++metrics.{scorer}.device={device}" for scorer in SCORERS),
             *("metrics=tiny", "statistics.resamples=100"),
             name="eval_stbench",
         )
