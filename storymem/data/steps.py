@@ -1,4 +1,4 @@
-"""The five steps of preparing data, and what the frozen networks compute of a clip."""
+"""The five steps of preparing data."""
 
 from __future__ import annotations
 
@@ -7,37 +7,26 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from hydra.utils import instantiate
-from torch import Tensor
 from tqdm import tqdm
 
 from storymem.data.cache import CachedClip, LatentCache, blank_key, cache_fingerprint, text_key, write_cache
 from storymem.data.clips import Clip, fault_of, load_splitter, shots_between, spread, video_times
+from storymem.data.encoding import encode_clip, encode_text, load_chooser, load_embedder, scorer_identity, stored
 from storymem.data.grouping import Grouping, group_clips
 from storymem.data.manifest import ShardWriter, TensorManifest, digest
 from storymem.data.prepare import Preparation, refuse_unfinished
-from storymem.data.settings import CacheSettings
-from storymem.io import NotFiniteError, check_finite, check_room
-from storymem.memory import EmbedFrames, SelectionPolicy, embed_in_batches
+from storymem.io import NotFiniteError, check_room
+from storymem.memory import embed_in_batches
 from storymem.memory.keyframes import normalised
-from storymem.scorers import scorer_weights
-from storymem.scorers.scorer import as_images
-from storymem.wan.conditioning import blank_padded, encode_frames, encode_video, latent_mask
+from storymem.wan.conditioning import blank_padded, encode_video
 from storymem.wan.loading import load_pipeline
-from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.runtime import check_runtime, release_memory
-from storymem.wan.spec import ModelSpec
-from storymem.weights import Weights, locate, sample_hash
 
-_CAUSES = "its weights are damaged, or too large for their dtype: write model.dtype=float32 model.vae_dtype=float32"
-_SCORER_CAUSES = "its weights are damaged, or too large for its dtype"
 _LOG_SECONDS = 10.0
 
 T = TypeVar("T")
@@ -111,7 +100,7 @@ def embed_clips(run: Preparation) -> None:
     with run.manifest("embed") as manifest:
         todo = [id for id in clips if manifest.get(id, inputs[id]) is None]
         mine = list(filter(run.is_mine, todo))
-        embed = _embedder(run) if mine else np.asarray
+        embed = load_embedder(run.settings) if mine else np.asarray
         for id in _progress("embed", mine, len(clips), len(todo)):
             clip = clips[id]
             try:
@@ -176,7 +165,7 @@ def _place(run: Preparation, clip: Clip) -> str:
 
 def _embedding_inputs(run: Preparation, clips: Mapping[str, Clip]) -> dict[str, str]:
     """What the embedding of each clip depends on."""
-    network = digest(_identity(run.settings.scorer.clip), run.settings.group.frames)
+    network = digest(scorer_identity(run.settings.scorer.clip), run.settings.group.frames)
     return {id: digest(run.clip_inputs(clip), network) for id, clip in clips.items()}
 
 
@@ -189,82 +178,13 @@ def _embeddings(run: Preparation, ids: list[str], inputs: Mapping[str, str]) -> 
     return normalised(np.stack(rows))
 
 
-# --- scorers ----------------------------------------------------------------------------------------------------------
-
-
-def _embedder(run: Preparation) -> EmbedFrames:
-    """CLIP on the device of ``runtime``, for uint8 frames."""
-    scorer = instantiate(run.settings.scorer.clip).to(check_runtime(run.settings.runtime.placement))
-
-    def embed(frames: np.ndarray) -> np.ndarray:
-        rows = scorer.embed_images(as_images(frames)).numpy()
-        check_finite(rows, "the embeddings by scorer.clip", _SCORER_CAUSES)
-        return rows
-
-    return embed
-
-
-def _identity(scorer: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a scorer's numbers: its configuration, except for where it runs, and its weights."""
-    places = [locate(weights) for weights in scorer_weights(scorer)]
-    if "folder" in scorer:
-        places.append(Weights(name="scorer", source=str(scorer["folder"])).path)
-    settings = {name: value for name, value in scorer.items() if name not in ("device", "dtype", "batch_size")}
-    return {**settings, "weights": sample_hash(*places)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeyframeChooser:
-    """How candidate keyframes are chosen: as in generation, from one clip with an empty memory bank.
-
-    Args:
-        embed: frames -> CLIP embeddings.
-        selector: the policy that a film uses.
-        score: quality of a frame, uint8 [H, W, 3]; None: every frame is good.
-        threshold: lowest quality that passes.
-    """
-
-    embed: EmbedFrames
-    selector: SelectionPolicy
-    score: Callable[[np.ndarray], float] | None = None
-    threshold: float | None = None
-
-    def choose(self, frames: np.ndarray) -> list[int]:
-        """Frame indices. ``ValueError`` if no frame is good enough."""
-        score = self.score
-        selection = self.selector.select(
-            embed_in_batches(frames, self.embed),
-            bank=np.zeros((0, 0), np.float32),
-            quality=None if score is None else (lambda index: score(frames[index])),
-            quality_threshold=None if score is None else self.threshold,
-        )
-        if not selection.selected:
-            best = max(selection.quality.values(), default=float("nan"))
-            raise ValueError(
-                f"quality: no frame reaches the threshold {self.threshold}, the best has {best:.2f}: no keyframes"
-            )
-        return list(selection.selected)
-
-
-def _chooser(run: Preparation) -> KeyframeChooser:
-    quality = instantiate(run.settings.scorer.quality).to(check_runtime(run.settings.runtime.placement))
-
-    def score(frame: np.ndarray) -> float:
-        scores = quality.score(as_images(frame[None]))
-        check_finite(scores, "the score by scorer.quality", _SCORER_CAUSES)
-        return float(scores[0])
-
-    selector = instantiate(run.settings.memory["selector"])
-    return KeyframeChooser(embed=_embedder(run), selector=selector, score=score, threshold=quality.threshold)
-
-
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 
 def cache_clips(run: Preparation) -> LatentCache | None:
     """Encode texts, then clips, group by group; None if other workers are not finished."""
     settings, clips, grouping = run.settings, run.good_clips(), grouping_of(run)
-    scorers = [_identity(settings.scorer.clip), _identity(settings.scorer.quality)]
+    scorers = [scorer_identity(settings.scorer.clip), scorer_identity(settings.scorer.quality)]
     fingerprint = cache_fingerprint(settings.model, settings.data) | {
         "keyframes": digest(settings.memory["selector"], *scorers),
         "stored": f"{settings.cache.dtype}, conditioning of {sorted(settings.cache.given)} first frames",
@@ -331,19 +251,6 @@ def _cache_texts(run: Preparation, manifest: TensorManifest, writer: ShardWriter
     release_memory()
 
 
-def encode_text(pipe: WanMemoryToVideoPipeline, text: str, length: int) -> tuple[dict[str, Tensor], int]:
-    """Prompt embeds of a text up to its last token, and how many tokens it has (those beyond ``length`` are cut).
-
-    Raises:
-        NotFiniteError: for NaN or infinity from the text encoder, naming the text.
-    """
-    embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)
-    rows = embeds[0].cpu()
-    check_finite(rows, f"the text encoder's output for the caption {text[:80]!r}", _CAUSES)
-    used = max(rows.abs().sum(dim=1).nonzero().flatten().tolist(), default=0) + 1  # padding follows
-    return {"embeds": rows[:used].clone()}, len(pipe.tokenizer(prompt_clean(text), verbose=False).input_ids)
-
-
 def _cache_latents(
     run: Preparation,
     manifest: TensorManifest,
@@ -362,10 +269,10 @@ def _cache_latents(
     pipe = load_pipeline(settings.model, runtime=settings.runtime.placement, text_encoder=False, experts=False)
     for bucket in my_blanks:
         blank = encode_video(pipe.vae, blank_padded(None, *bucket))[0]
-        writer.add(blank_key(bucket), {"blank": _stored(blank, "the latents of the blank video", settings.cache)})
+        writer.add(blank_key(bucket), {"blank": stored(blank, "the latents of the blank video", settings.cache)})
     if not mine:
         return
-    chooser = _chooser(run)
+    chooser = load_chooser(run.settings)
     for clip in _progress("latents", mine, total, len(clips)):
         try:
             frames, mask = run.read(clip), run.read_mask(clip)
@@ -378,48 +285,6 @@ def _cache_latents(
             known = {"keyframes": len(tensors["keyframes"]), "mask": "mask" in tensors}
             writer.add(clip.id, tensors, inputs=run.cache_inputs(clip), **known)
     _report("latents", f"{len(mine)} clips encoded")
-
-
-def encode_clip(
-    pipe: WanMemoryToVideoPipeline,
-    keyframes: KeyframeChooser,
-    frames: np.ndarray,
-    mask: np.ndarray | None,
-    settings: CacheSettings,
-    spec: ModelSpec,
-) -> dict[str, Tensor]:
-    """Everything that a cache holds of a clip, see :mod:`storymem.data.cache`.
-
-    Args:
-        pipe: its VAE is used.
-        keyframes: chooses the candidate keyframes.
-        frames: uint8 [F, H, W, 3].
-        mask: float32 [F, H, W] in 0..1, 1 where the subject is; None: the clip has none.
-        settings: what is stored.
-        spec: the base model.
-
-    Raises:
-        ValueError: if no frame is good enough for a keyframe.
-        NotFiniteError: for NaN or infinity from a network.
-    """
-    pixels = torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1.0
-    chosen = keyframes.choose(frames)
-    latents = {
-        "video": encode_video(pipe.vae, pixels[None])[0],
-        "keyframes": encode_frames(pipe.vae, pixels[:, chosen].transpose(0, 1)),
-    }
-    for given in sorted(settings.given):
-        latents[f"given_{given}"] = encode_video(pipe.vae, blank_padded(pixels[:, :given], *frames.shape[:3]))[0]
-    if mask is not None:
-        latents["mask"] = latent_mask(torch.from_numpy(mask), spec)
-    return {name: _stored(latent, f"the latents {name!r}", settings) for name, latent in latents.items()}
-
-
-def _stored(latents: Tensor, what: str, settings: CacheSettings) -> Tensor:
-    check_finite(latents, f"{what} from the VAE", _CAUSES)
-    stored = latents.cpu().to(getattr(torch, settings.dtype))
-    check_finite(stored, f"{what} in {settings.dtype}", "write cache.dtype=float32, which can represent them")
-    return stored
 
 
 def _usable(run: Preparation, records: Mapping[str, dict[str, Any]], grouping: Grouping) -> list[CachedClip]:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from storymem.config import build_settings
 from storymem.data import manifest
 from storymem.data.cache import LatentCache, cache_fingerprint
+from storymem.data.encoding import KeyframeChooser
 from storymem.data.manifest import Manifest, ShardReader, ShardWriter, TensorManifest
 from storymem.data.prepare import prepare
 from storymem.data.settings import Bucket, DataSettings, PrepareSettings
-from storymem.data.steps import KeyframeChooser
 from storymem.media.video import read_video
 from storymem.memory import UniformSelector
 from storymem.wan.loading import load_pipeline

@@ -75,7 +75,7 @@ def test_nothing_is_done_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished step loads and reads nothing")
 
-    for name in ("load_pipeline", "instantiate", "video_times"):
+    for name in ("load_pipeline", "load_embedder", "load_chooser", "video_times"):
         monkeypatch.setattr(steps, name, forbidden)
     again = prepare(config(folder))
     assert first is not None

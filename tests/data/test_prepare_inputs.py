@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from storymem.config import ConfigError, build_settings
-from storymem.data import steps
+from storymem.data import encoding, steps
 from storymem.data.cache import LatentCache
 from storymem.data.prepare import prepare
 from storymem.data.settings import PrepareSettings
@@ -133,16 +133,16 @@ def test_footage_that_the_quality_filter_does_not_know(tmp_path: Path) -> None:
 def test_clips_whose_companions_are_refused_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         video(tmp_path / "videos" / f"{number // 2}/{number}.mp4", scene(number, 12), caption="Tiles.")
-    choose = steps.KeyframeChooser.choose
+    choose = encoding.KeyframeChooser.choose
     calls: list[int] = []
 
-    def refuse_first(self: steps.KeyframeChooser, frames: np.ndarray) -> list[int]:
+    def refuse_first(self: encoding.KeyframeChooser, frames: np.ndarray) -> list[int]:
         calls.append(0)
         if len(calls) == 1:
             raise ValueError("quality: too low")
         return choose(self, frames)
 
-    monkeypatch.setattr(steps.KeyframeChooser, "choose", refuse_first)
+    monkeypatch.setattr(encoding.KeyframeChooser, "choose", refuse_first)
     cache = finish(tmp_path, "group.within=folder", "group.valid_fraction=0")
     kept, refused = ("1", "0") if cache.clips[0].id.startswith("1") else ("0", "1")
     assert [clip.id.partition("/")[0] for clip in cache.clips] == [kept, kept]
@@ -211,13 +211,13 @@ def test_scorers_that_give_nan_stop_the_run(tmp_path: Path, monkeypatch: pytest.
         def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
             return torch.full((len(pixels), 4), float("nan"))
 
-    instantiate = steps.instantiate
+    instantiate = encoding.instantiate
     monkeypatch.setattr(
-        steps, "instantiate", lambda node: Broken() if "scorers" in node["_target_"] else instantiate(node)
+        encoding, "instantiate", lambda node: Broken() if "scorers" in node["_target_"] else instantiate(node)
     )
     with pytest.raises(ValueError, match=r"[01]\.mp4@0\.000: the embeddings by scorer\.clip: NaN or infinite values"):
         prepare(config(tmp_path))
-    monkeypatch.setattr(steps, "instantiate", instantiate)
+    monkeypatch.setattr(encoding, "instantiate", instantiate)
     finish(tmp_path)
 
 
