@@ -73,7 +73,7 @@ class DrawnLatents:
 
 
 class Watch:
-    """Callback: wall time from the second step on, and the parts of it that the trainer tells."""
+    """Callback: wall time from the second step on, and the parts of it that the trainer reports."""
 
     def __init__(self) -> None:
         self.parts = dict.fromkeys(FIELDS, 0.0)

@@ -69,7 +69,7 @@ class Clip:
 
 @contextmanager
 def naming_fault() -> Iterator[None]:
-    """Turn what keeps a video from being read into a reason to leave it out, which begins with a word to count by."""
+    """Turn an error of reading a video into a reason to leave it out, which begins with a word to count by."""
     try:
         yield
     except VideoError as error:

@@ -101,7 +101,7 @@ def _partition(keys: Sequence[Hashable]) -> list[list[int]]:
 
 
 def near_duplicates(rows: Tensor, threshold: float) -> dict[int, int]:
-    """Row -> the earlier row that is kept in its stead, for cosines of at least ``threshold``; rows [N, D]."""
+    """Row -> the earlier row that is used instead, for cosines of at least ``threshold``; rows [N, D]."""
     copies: dict[int, int] = {}
     kept = torch.empty(0, dtype=torch.long, device=rows.device)
     for start in range(0, len(rows), _ROWS):

@@ -219,7 +219,9 @@ class Preparation:
                 else:
                     clips[clip.id] = clip
         if not clips:
-            raise ValueError(f"no clip is left of {len(self.videos)} videos: {self.output / 'rejected.jsonl'} says why")
+            raise ValueError(
+                f"no clip is left of {len(self.videos)} videos: {self.output / 'rejected.jsonl'} has the reasons"
+            )
         used = {id(self.captions.of(clip.video, clip.start, clip.end)) for clip in clips.values()}
         for video in sorted({clip.video for clip in clips.values()}):
             for caption in self.captions.by_video[video]:
@@ -305,7 +307,7 @@ def _read_rejected(path: Path) -> Iterator[tuple[str, str, str]]:
     except (FileNotFoundError, FileError):
         return
     for line in lines:
-        with suppress(ValueError, TypeError, KeyError, RecursionError):  # the file is written anew
+        with suppress(ValueError, TypeError, KeyError, RecursionError):  # the file is rewritten
             row = json.loads(line)
             values = row["key"], row["step"], row["reason"]
             if all(isinstance(value, str) for value in values):

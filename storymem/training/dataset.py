@@ -63,35 +63,31 @@ class SamplePlanner:
 
     Args:
         latents: the clips.
-        split: which of them.
+        batch: the most memory frames, and how often what is given or left out; held-out samples always have text.
+        conditioning: which first frames of its target a sample may be given.
         seed: of all draws.
         samples: of one step, over all processes.
-        max_memory: the most memory frames.
-        given_frames: how many first frames of the target a sample may be given.
-        given_probability: how often.
-        text_dropout: how often the text is left out.
+        split: which clips.
 
     Raises:
-        ValueError: if the split is empty, or no group can give ``max_memory`` frames.
+        ValueError: if the split is empty, or no group can give ``batch.max_memory`` frames.
     """
 
     def __init__(
         self,
         latents: LatentCache,
+        batch: BatchSettings,
         *,
-        split: Split = "train",
+        conditioning: Conditioning,
         seed: int,
         samples: int,
-        max_memory: int,
-        given_frames: int = 0,
-        given_probability: float = 0.0,
-        text_dropout: float = 0.0,
+        split: Split = "train",
     ) -> None:
         self._same_given = not latents.spec.condition_channels  # then it is part of the layout
         self._clips, self._split, self._seed = latents.clips, split, seed
-        self.samples, self.max_memory = samples, max_memory
-        self._given_frames, self._given_probability = given_frames, given_probability
-        self._text_dropout = text_dropout
+        self.samples, self.max_memory = samples, batch.max_memory
+        self._given_frames, self._given_probability = GIVEN_FRAMES[conditioning], batch.given_probability
+        self._text_dropout = batch.text_dropout if split == "train" else 0.0
         self._companions: dict[int, list[int]] = {}
         for members in latents.groups(split).values():
             by_size: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
@@ -263,36 +259,6 @@ def training_set_digest(latents: LatentCache) -> str:
     """A short hash of all that decides which samples a seed draws from a training set."""
     clips = [(clip.id, clip.bucket, clip.keyframes, clip.mask) for clip in latents.clips]
     return digest(clips, latents.groups("train"))
-
-
-def train_planner(
-    latents: LatentCache, batch: BatchSettings, *, conditioning: Conditioning, seed: int, world: int
-) -> SamplePlanner:
-    """The planner of a training run of ``world`` processes."""
-    return SamplePlanner(
-        latents,
-        seed=seed,
-        samples=batch.size * batch.accumulation * world,
-        max_memory=batch.max_memory,
-        given_frames=GIVEN_FRAMES[conditioning],
-        given_probability=batch.given_probability,
-        text_dropout=batch.text_dropout,
-    )
-
-
-def valid_planner(
-    latents: LatentCache, batch: BatchSettings, *, conditioning: Conditioning, seed: int
-) -> SamplePlanner:
-    """One sample a step from held-out groups, always with its text."""
-    return SamplePlanner(
-        latents,
-        split="valid",
-        seed=seed,
-        samples=1,
-        max_memory=batch.max_memory,
-        given_frames=GIVEN_FRAMES[conditioning],
-        given_probability=batch.given_probability,
-    )
 
 
 def train_batches(

@@ -18,7 +18,7 @@ from storymem.data.settings import Bucket, DataSettings
 from storymem.io import FileError, check_room, replacing_folder, write_text
 from storymem.training.callbacks import LogMetrics, Validation
 from storymem.training.checkpoints import Checkpoint, Checkpoints
-from storymem.training.dataset import train_batches, train_planner, training_set_digest, valid_planner
+from storymem.training.dataset import SamplePlanner, train_batches, training_set_digest
 from storymem.training.experts import (
     Experts,
     check_parallel,
@@ -90,7 +90,8 @@ class Run:
         check_optimizer(settings.optimizer, accelerator.device)
         check_log(settings.log)
         world, batch = accelerator.num_processes, settings.batch
-        planner = train_planner(latents, batch, conditioning=settings.conditioning, seed=settings.seed, world=world)
+        self._planned: dict[str, Any] = {"conditioning": settings.conditioning, "seed": settings.seed}
+        planner = SamplePlanner(latents, batch, samples=batch.size * batch.accumulation * world, **self._planned)
         about = {
             "config": json.loads(json.dumps(config)),
             "processes": world,
@@ -199,7 +200,7 @@ class Run:
         settings, validation = self.settings, self.settings.validation
         if not validation.every:
             return []
-        planner = valid_planner(latents, settings.batch, conditioning=settings.conditioning, seed=settings.seed)
+        planner = SamplePlanner(latents, settings.batch, samples=1, split="valid", **self._planned)
         counts = {"samples": validation.samples, "every": validation.every}
         return [Validation(self.method, latents, planner, **counts, log=self.log)]
 

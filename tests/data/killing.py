@@ -1,4 +1,4 @@
-"""Processes that are killed in the middle of writing files, at a moment that a number says."""
+"""Processes that are killed in the middle of writing files, at a moment that a number message."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def count_changes(work: Callable[[], Any], folder: Path) -> int:
             event in _CHANGES and isinstance(arguments[0], str | Path) and str(arguments[0]).startswith(str(folder))
         )
 
-    def told() -> None:
+    def printed() -> None:
         sys.addaudithook(count)
         work()
         os.write(writer, str(counted).encode())
 
-    assert fork(1, told) == [0]
+    assert fork(1, printed) == [0]
     os.close(writer)
     with os.fdopen(reader) as file:
         return int(file.read())

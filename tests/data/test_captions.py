@@ -1,4 +1,4 @@
-"""Captions in their three forms, and what is wrong with them told with file and line."""
+"""Captions in their three forms, with file and line for what is wrong in them."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ def read(folder: Path, table: Path | None = None, videos: Sequence[str] = VIDEOS
     return read_captions(found, table)
 
 
-def said(captions: Captions, video: str, start: float = 0, end: float = 2) -> str | None:
+def text_of(captions: Captions, video: str, start: float = 0, end: float = 2) -> str | None:
     caption = captions.of(video, start, end)
     return None if caption is None else caption.text
 
@@ -32,8 +32,8 @@ def test_a_text_file_beside_the_video(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "b.txt").write_text("A dog\n runs. \n")
     captions = read(tmp_path)
-    assert said(captions, "far/b.mp4", 0, 2) == "A dog runs."
-    assert said(captions, "a.mp4", 0, 2) is None
+    assert text_of(captions, "far/b.mp4", 0, 2) == "A dog runs."
+    assert text_of(captions, "a.mp4", 0, 2) is None
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
@@ -52,10 +52,10 @@ def test_a_table_names_videos_and_parts_of_them(tmp_path: Path, form: str) -> No
             writer.writeheader()
             writer.writerows(rows)
     captions = read(tmp_path)
-    assert said(captions, "a.mp4", 1, 3) == "Morning."
-    assert said(captions, "a.mp4", 5, 7) == "Evening."
-    assert said(captions, "a.mp4", 10, 12) == "A day, whole."
-    assert said(captions, "far/b.mp4", 100, 102) == "Night."
+    assert text_of(captions, "a.mp4", 1, 3) == "Morning."
+    assert text_of(captions, "a.mp4", 5, 7) == "Evening."
+    assert text_of(captions, "a.mp4", 10, 12) == "A day, whole."
+    assert text_of(captions, "far/b.mp4", 100, 102) == "Night."
 
 
 def test_a_table_elsewhere_and_texts_beside_complete_each_other(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_table_elsewhere_and_texts_beside_complete_each_other(tmp_path: Path) 
     table = tmp_path / "mine.jsonl"
     table.write_text('{"video": "far/b.mp4", "caption": "Two."}\n')
     captions = read(tmp_path / "videos", table)
-    assert [said(captions, name, 0, 1) for name in VIDEOS] == ["One.", "Two."]
+    assert [text_of(captions, name, 0, 1) for name in VIDEOS] == ["One.", "Two."]
 
 
 def test_no_captions_at_all(tmp_path: Path) -> None:
@@ -111,13 +111,13 @@ def test_two_captions_for_one_video(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\ufeffA dog.\r\nIt runs.", encoding="utf-8")
-    assert said(read(tmp_path), "a.mp4") == "A dog. It runs."
+    assert text_of(read(tmp_path), "a.mp4") == "A dog. It runs."
     line = json.dumps({"video": "far/b.mp4", "caption": "Two."})
     (tmp_path / "captions.jsonl").write_text(f"\ufeff{line}\r\n", encoding="utf-8")
-    assert said(read(tmp_path), "far/b.mp4") == "Two."
+    assert text_of(read(tmp_path), "far/b.mp4") == "Two."
     (tmp_path / "captions.jsonl").unlink()
     (tmp_path / "captions.csv").write_text("\ufeffvideo,caption\nfar/b.mp4,Three.\n", encoding="utf-8")
-    assert said(read(tmp_path), "far/b.mp4") == "Three."
+    assert text_of(read(tmp_path), "far/b.mp4") == "Three."
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "utf-16", "utf-16-le", "latin-1"])
@@ -137,7 +137,7 @@ def test_lines_end_with_a_newline_and_nowhere_else(tmp_path: Path, separator: st
     lines = "".join(json.dumps(row, ensure_ascii=separator < " ") + "\n" for row in rows)
     (tmp_path / "captions.jsonl").write_text(lines, encoding="utf-8")
     captions = read(tmp_path, videos=[video, "c.mp4"])
-    assert [said(captions, name) for name in (video, "c.mp4")] == ["Rain. Wind.", "Sun."]
+    assert [text_of(captions, name) for name in (video, "c.mp4")] == ["Rain. Wind.", "Sun."]
 
 
 COMPOSED, DECOMPOSED = "caf\u00e9.mp4", "cafe\u0301.mp4"
@@ -147,19 +147,19 @@ def test_names_are_compared_exactly_and_then_by_spelling(tmp_path: Path) -> None
     jsonl(tmp_path, {"video": COMPOSED, "caption": "One."}, {"video": "x\u202fy.mp4", "caption": "Two."})
     videos = [DECOMPOSED, "x y.mp4"]
     captions = read(tmp_path, videos=videos)
-    assert [said(captions, video) for video in videos] == ["One.", "Two."]
+    assert [text_of(captions, video) for video in videos] == ["One.", "Two."]
     assert captions.respelled == {COMPOSED: DECOMPOSED, "x\u202fy.mp4": "x y.mp4"}
     both = read(tmp_path, videos=[DECOMPOSED, COMPOSED, "x y.mp4"])
-    assert [said(both, video) for video in (DECOMPOSED, COMPOSED)] == [None, "One."]
+    assert [text_of(both, video) for video in (DECOMPOSED, COMPOSED)] == [None, "One."]
 
 
 def test_a_text_beside_is_found_by_spelling_and_no_video_gets_two(tmp_path: Path) -> None:
     texts = [Path(name).with_suffix(".txt") for name in (COMPOSED, DECOMPOSED)]
     (tmp_path / texts[0]).write_text("One.")
-    assert said(read(tmp_path, videos=[DECOMPOSED]), DECOMPOSED) == "One."
+    assert text_of(read(tmp_path, videos=[DECOMPOSED]), DECOMPOSED) == "One."
     (tmp_path / texts[1]).write_text("Two.")
     exact = read(tmp_path, videos=[DECOMPOSED])
-    assert said(exact, DECOMPOSED) == "Two."
+    assert text_of(exact, DECOMPOSED) == "Two."
     assert exact.unused == [str(texts[0])]
 
 
@@ -175,8 +175,8 @@ def test_a_text_beside_two_videos_of_one_name_is_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"a\.txt lies beside a\.mov and a\.mp4: rename .*or write captions\.jsonl"):
         read(tmp_path, videos=videos)
     jsonl(tmp_path, *({"video": video, "caption": f"This is {video}."} for video in videos))
-    (tmp_path / "a.txt").unlink()  # as it says
-    assert [said(read(tmp_path, videos=videos), video) for video in videos] == ["This is a.mov.", "This is a.mp4."]
+    (tmp_path / "a.txt").unlink()  # as the message says
+    assert [text_of(read(tmp_path, videos=videos), video) for video in videos] == ["This is a.mov.", "This is a.mp4."]
 
 
 def test_texts_of_no_video_are_counted(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_texts_of_no_video_are_counted(tmp_path: Path) -> None:
         (tmp_path / name).write_text("Something.")
     (tmp_path / "README.txt").write_bytes(b"Not a caption, and \xe9 is not UTF-8.")
     captions = read(tmp_path)
-    assert said(captions, "a.mp4") == "Something."
+    assert text_of(captions, "a.mp4") == "Something."
     assert captions.unused == ["README.txt", "elsewhere.txt"]
 
 
@@ -193,12 +193,12 @@ def test_two_tables_are_not_chosen_between(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").write_text("video,caption\na.mp4,Two.\n")
     with pytest.raises(ValueError, match=r"captions\.jsonl and captions\.csv: choose one with captions="):
         read(tmp_path)
-    assert said(read(tmp_path, tmp_path / "captions.csv"), "a.mp4") == "Two."  # as it says
+    assert text_of(read(tmp_path, tmp_path / "captions.csv"), "a.mp4") == "Two."  # as the message says
 
 
 def test_a_long_field_of_a_table_is_read(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").write_text(f"video,caption\na.mp4,{'word ' * 60_000}\n")
-    assert len(said(read(tmp_path), "a.mp4") or "") == 299_999
+    assert len(text_of(read(tmp_path), "a.mp4") or "") == 299_999
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_a_bucket_has_4n_plus_1_frames(frames: int, message: str) -> None:
         Bucket(frames=frames, height=32, width=48)
 
 
-def test_black_and_frozen_clips_are_told_from_dark_and_slow_ones() -> None:
+def test_black_and_frozen_clips_are_distinguished_from_dark_and_slow_ones() -> None:
     settings = CheckSettings()
     dark = scene(0, 8) // 12
     slow = np.repeat(scene(0, 2), 4, axis=0)

@@ -65,7 +65,7 @@ def test_the_order_of_the_clips_does_not_matter() -> None:
     assert one == other
 
 
-def test_of_near_duplicates_one_is_kept_however_many_there_are() -> None:
+def test_one_of_any_number_of_near_duplicates_remains() -> None:
     settings = GroupSettings(neighbours=8)
     base = clusters(1, 3)
     copies = normalised(base[:1] + 1e-4 * np.random.default_rng(0).standard_normal((60, 32)))

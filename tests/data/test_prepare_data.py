@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_becomes_a_cache_and_the_useless_is_told(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_folder_becomes_a_cache_and_rejections_are_reported(folder: Path, capsys: pytest.CaptureFixture) -> None:
     settings = config(folder)
     cache = prepare(settings)
     assert cache is not None
@@ -59,10 +59,10 @@ def test_a_folder_becomes_a_cache_and_the_useless_is_told(folder: Path, capsys: 
         "silent.mp4@0.000": "no caption",
         "broken.mp4": "broken",
     }
-    told = capsys.readouterr().err
-    assert "4 of 6 clips are good" in told
-    assert "1 black" in told
-    assert "cache: 4 clips" in told
+    printed = capsys.readouterr().err
+    assert "4 of 6 clips are good" in printed
+    assert "1 black" in printed
+    assert "cache: 4 clips" in printed
     built = build_settings(PrepareSettings, settings)
     wanted = cache_fingerprint(built.model, built.data)
     assert LatentCache.open(folder / "set", fingerprint=wanted).folder == cache.folder
@@ -84,7 +84,7 @@ def test_nothing_is_done_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {path: path.stat().st_mtime_ns for path in (folder / "set").rglob("*.safetensors")} == before
 
 
-def test_a_run_that_was_killed_goes_on_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_resumes_where_it_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
     fault_of = steps.fault_of
 
@@ -147,7 +147,7 @@ def test_workers_share_the_work_and_make_the_same_set(folder: Path) -> None:
     assert all(torch.equal(result.video(index), latents[index]) for index in range(4))
 
 
-def test_a_step_without_the_one_before_says_so(folder: Path) -> None:
+def test_a_step_without_the_one_before_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"step split has not finished 10 items, .* \(steps=\[split\]\)"):
         prepare(config(folder, "steps=[check]"))
     prepare(config(folder, "steps=[split,check]"))
@@ -206,9 +206,7 @@ def test_masks_are_cached_with_their_clips(folder: Path) -> None:
     assert halves[1].max() < 0.1
 
 
-def test_a_mask_that_comes_later_makes_its_clip_anew_and_no_other(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_later_mask_recomputes_its_clip_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert prepare(config(folder)) is not None
     seen: list[str] = []
     read = Preparation.read
@@ -219,7 +217,7 @@ def test_a_mask_that_comes_later_makes_its_clip_anew_and_no_other(
     assert cache.mask(1).any()
 
 
-def test_a_mask_of_another_shape_is_told(folder: Path) -> None:
+def test_a_mask_of_another_shape_is_rejected(folder: Path) -> None:
     cache = prepare(config(folder, *masks_of(folder, 1, height=HEIGHT * 2)))
     assert cache is not None
     assert len(cache) == 3
@@ -252,7 +250,7 @@ def test_every_data_config_is_valid(name: str) -> None:
     assert max(areas) < 1.05 * min(areas), "buckets of one group cost about the same"
 
 
-def test_faulty_settings_are_told_without_torch(tmp_path: Path) -> None:
+def test_faulty_settings_are_reported_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from storymem.data.prepare import prepare\n"
         "try: prepare({'videos': 1})\n"
@@ -272,7 +270,7 @@ def test_a_mistake_on_the_command_line_is_one_message(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "nothing is made"
 
 
-def test_what_was_left_out_is_told_whichever_step_runs_last(folder: Path) -> None:
+def test_rejections_are_reported_whichever_step_runs_last(folder: Path) -> None:
     shutil.copy(folder / "videos" / "good0.mp4", folder / "videos" / "twin.mp4")
     (folder / "videos" / "twin.txt").write_text("Good again.")
     prepare(config(folder))

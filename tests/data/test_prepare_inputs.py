@@ -92,20 +92,20 @@ def test_what_is_not_read_is_listed_with_the_reason(tmp_path: Path, capsys: pyte
         "dead.mp4": "dead link: to nowhere",
         "long.mp4@9-11": "unused caption: no clip lies in these seconds",
     }
-    told = capsys.readouterr().err
-    assert "left out: " in told
-    assert all(f"1 {kind}" in told for kind in ("not a video", "caption without a video", "hidden", "dead link"))
+    printed = capsys.readouterr().err
+    assert "left out: " in printed
+    assert all(f"1 {kind}" in printed for kind in ("not a video", "caption without a video", "hidden", "dead link"))
 
 
-def test_names_of_another_unicode_form_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_names_of_another_unicode_form_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for number, name in enumerate(("cafe\u0301.mp4", "b.mp4")):
         video(tmp_path / "videos" / name, scene(number, 12))
     rows = '{"video": "caf\u00e9.mp4", "caption": "One."}\n{"video": "b.mp4", "caption": "Two."}\n'
     (tmp_path / "videos" / "captions.jsonl").write_text(rows, encoding="utf-8")
     finish(tmp_path)
-    told = capsys.readouterr().err
-    assert "names in captions that are spelled differently than the videos (accents, spaces): 1, " in told
-    assert "such as 'caf\u00e9.mp4' for 'cafe\u0301.mp4'" in told
+    printed = capsys.readouterr().err
+    assert "names in captions that are spelled differently than the videos (accents, spaces): 1, " in printed
+    assert "such as 'caf\u00e9.mp4' for 'cafe\u0301.mp4'" in printed
 
 
 def test_captions_that_are_cut_are_counted_at_every_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -113,9 +113,9 @@ def test_captions_that_are_cut_are_counted_at_every_run(tmp_path: Path, capsys: 
         video(tmp_path / "videos" / f"{number}.mp4", scene(number, 12), caption=caption)
     for _ in range(2):
         finish(tmp_path)
-        told = capsys.readouterr().err
-        assert told.count("the captions of 2 clips are longer than the 16 tokens that the text encoder reads") == 1
-        assert "the first is that of 0.mp4@0.000, with 300 tokens" in told
+        printed = capsys.readouterr().err
+        assert printed.count("the captions of 2 clips are longer than the 16 tokens that the text encoder reads") == 1
+        assert "the first is that of 0.mp4@0.000, with 300 tokens" in printed
 
 
 def test_footage_that_the_quality_filter_does_not_know(tmp_path: Path) -> None:
@@ -124,13 +124,13 @@ def test_footage_that_the_quality_filter_does_not_know(tmp_path: Path) -> None:
     strict = "scorer.quality.threshold=99"
     with pytest.raises(ValueError, match=r"no clip of 3 could be cached; the first, 0\.mp4@0\.000: quality: no frame"):
         finish(tmp_path, "scorer/quality=tiny", strict)
-    with pytest.raises(ValueError, match=r"3 of 3 clips have no .*\. scorer/quality=none lets every") as told:
+    with pytest.raises(ValueError, match=r"3 of 3 clips have no .*\. scorer/quality=none lets every") as printed:
         finish(tmp_path, "scorer/quality=tiny", strict)
-    (advice,) = (word for word in str(told.value).split() if word.startswith("scorer/quality=none"))
+    (advice,) = (word for word in str(printed.value).split() if word.startswith("scorer/quality=none"))
     assert len(finish(tmp_path, advice)) == 3
 
 
-def test_clips_whose_companions_are_refused_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_whose_companions_are_refused_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         video(tmp_path / "videos" / f"{number // 2}/{number}.mp4", scene(number, 12), caption="Tiles.")
     choose = encoding.KeyframeChooser.choose

@@ -1,4 +1,4 @@
-"""What a prepared set is after kills, stops, damage, full disks and several runs at once: whole, or not said to be."""
+"""What a prepared set is after kills, stops, damage, full disks and several runs at once: complete, or reported as incomplete."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def copy_of(folder: Path, to: Path) -> Path:
 
 
 def finish(prepared: Path, output: Path, *overrides: str) -> LatentCache:
-    """The same command again, and what it says is finished must be there for a training."""
+    """The same command again, and what it message is finished must be there for a training."""
     cache = prepare(config(prepared, EACH_ALONE, f"output={output}", *overrides))
     assert cache is not None
     train_on(output)
     return cache
 
 
-def die_and_go_on(prepared: Path, output: Path, expected: dict[str, Any], moments: list[int]) -> None:
+def die_and_resume(prepared: Path, output: Path, expected: dict[str, Any], moments: list[int]) -> None:
     """Kill the command at each of ``moments``, one run after the other, and then let it end."""
     work = partial(prepare, config(prepared, EACH_ALONE, f"output={output}"))
     for at in moments:
@@ -81,7 +81,7 @@ def test_a_run_that_is_killed_while_it_caches_ends_with_the_same_set(
     prepared: Path, tmp_path: Path, expected: dict[str, Any], seed: int
 ) -> None:
     output = copy_of(prepared / "grouped", tmp_path / "set")
-    die_and_go_on(prepared, output, expected, random.Random(seed).sample(range(80), 2))
+    die_and_resume(prepared, output, expected, random.Random(seed).sample(range(80), 2))
 
 
 @pytest.mark.slow
@@ -90,10 +90,10 @@ def test_a_run_may_be_killed_at_any_moment(prepared: Path, tmp_path: Path, expec
     total = count_changes(work, tmp_path / "counted")
     assert total > 100
     for at in range(0, total, 5):
-        die_and_go_on(prepared, tmp_path / f"set{at}", expected, [at])
+        die_and_resume(prepared, tmp_path / f"set{at}", expected, [at])
     draw = random.Random(0)
     for number in range(5):
-        die_and_go_on(prepared, tmp_path / f"chain{number}", expected, draw.sample(range(total), 4))
+        die_and_resume(prepared, tmp_path / f"chain{number}", expected, draw.sample(range(total), 4))
 
 
 def test_a_set_without_its_blank_videos_is_not_finished(
@@ -109,7 +109,7 @@ def test_a_set_without_its_blank_videos_is_not_finished(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_stops_the_run_and_what_was_made_is_kept(
+def test_a_signal_stops_the_run_without_losing_work(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     output = copy_of(prepared / "grouped", tmp_path / "set")
@@ -169,7 +169,7 @@ def check_harmed(
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_damaged_file_is_named_or_made_again(
+def test_a_damaged_file_is_reported_or_recomputed(
     prepared: Path, tmp_path: Path, expected: dict[str, Any], seed: int
 ) -> None:
     check_harmed(prepared, copy_of(prepared / "set", tmp_path / "set"), expected, random.Random(seed))
@@ -189,7 +189,7 @@ def test_groups_that_are_damaged_are_named_if_they_may_not_be_made(prepared: Pat
     groups.write_text(groups.read_text().replace("clip", "klip"))
     with pytest.raises(ValueError, match=r"its result is damaged: run it again \(steps=\[group,cache\]\)"):
         finish(prepared, output, "steps=[cache]")
-    finish(prepared, output, "steps=[group,cache]")  # as the message says
+    finish(prepared, output, "steps=[group,cache]")  # as the message message
 
 
 def test_a_file_that_is_a_folder_is_named(prepared: Path, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_files_have_the_mode_of_the_umask(prepared: Path) -> None:
     assert {oct(path.stat().st_mode & 0o777) for path in files} == {oct(0o666 & ~umask)}
 
 
-def test_a_full_disk_is_told_and_the_same_command_goes_on(
+def test_a_full_disk_is_reported_and_the_same_command_resumes(
     prepared: Path, tmp_path: Path, expected: dict[str, Any]
 ) -> None:
     output = copy_of(prepared / "grouped", tmp_path / "set")
@@ -245,7 +245,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
     assert same(contents(finish(prepared, output)), expected)
 
 
-def test_a_disk_without_room_is_told_before_anything_is_loaded(
+def test_a_disk_without_room_is_reported_before_anything_is_loaded(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = copy_of(prepared / "grouped", tmp_path / "set")
@@ -283,9 +283,7 @@ def test_workers_that_share_the_work_otherwise_are_refused(
     prepare(shares("workers=2", "worker=0"))
 
 
-def test_another_number_of_workers_goes_on_with_what_others_made(
-    prepared: Path, tmp_path: Path, expected: dict[str, Any]
-) -> None:
+def test_another_number_of_workers_resumes(prepared: Path, tmp_path: Path, expected: dict[str, Any]) -> None:
     """Of a clip that two workers made, the one that was made of what is there now counts, whatever its file's name."""
     videos = Path(shutil.copytree(prepared / "videos", tmp_path / "videos"))
     before = (videos / "clip3.mp4").read_bytes(), (videos / "clip3.mp4").stat()
@@ -317,7 +315,7 @@ def test_a_video_that_was_replaced_is_noticed_though_size_and_time_are_the_same(
     assert {id for id in first if not same(first[id], second[id])} == {"clip3.mp4@0.000"}
 
 
-def test_a_video_that_changes_while_it_is_prepared_is_told(
+def test_a_video_that_changes_while_it_is_prepared_is_rejected(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(prepared / "videos", tmp_path / "videos")
@@ -332,5 +330,5 @@ def test_a_video_that_changes_while_it_is_prepared_is_told(
     assert rejected(tmp_path) == {"clip3.mp4@0.000": rejected(tmp_path)["clip3.mp4@0.000"]}
     assert rejected(tmp_path)["clip3.mp4@0.000"].startswith("changed: ")
     monkeypatch.setattr(steps, "check_clips", check)
-    prepare(config(tmp_path, "steps=[split,check]"))  # as it says
+    prepare(config(tmp_path, "steps=[split,check]"))  # as the message says
     assert rejected(tmp_path) == {}

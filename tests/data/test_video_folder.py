@@ -1,4 +1,4 @@
-"""Which files of a folder are read, and that the others are told of, by name and with the reason."""
+"""Which files of a folder are read, and that the others are reported by name with the reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def kinds(found: VideoFolder) -> dict[str, str]:
     return {path: reason.partition(":")[0] for path, reason in found.ignored.items()}
 
 
-def test_links_are_followed_once_and_dead_ones_told(tmp_path: Path) -> None:
+def test_links_are_followed_once_and_dead_ones_reported(tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     touch(folder / "a.mp4", folder / "here/b.mp4", tmp_path / "elsewhere/c.mp4", tmp_path / "elsewhere/deep/d.mp4")
     (folder / "sub").symlink_to(tmp_path / "elsewhere")
@@ -39,7 +39,7 @@ def test_links_are_followed_once_and_dead_ones_told(tmp_path: Path) -> None:
     assert found.ignored["z.mp4"] == "dead link: to nowhere.mp4"
 
 
-def test_what_is_no_video_is_told(tmp_path: Path) -> None:
+def test_other_files_are_reported(tmp_path: Path) -> None:
     names = ["._a.mp4", ".DS_Store", "c.gif", "d.webp", "e.jpg", ".hidden/f.mp4"]
     touch(tmp_path / "a.MP4", tmp_path / "a.txt", *(tmp_path / name for name in names))
     (tmp_path / "folder.mp4").mkdir()
@@ -54,7 +54,7 @@ def test_what_is_no_video_is_told(tmp_path: Path) -> None:
     assert "convert it to .mp4" in found.ignored["c.gif"]
 
 
-def test_a_folder_without_a_video_says_what_is_in_it(tmp_path: Path) -> None:
+def test_a_folder_without_a_video_is_refused(tmp_path: Path) -> None:
     touch(tmp_path / "a.gif", tmp_path / "b.gif", tmp_path / ".c.mp4")
     with pytest.raises(ValueError, match=r"no video in .*Not read: 2 not a video, 1 hidden; the first is \.c\.mp4"):
         scan_videos(tmp_path)
@@ -68,7 +68,7 @@ def test_folders_of_our_own_inside_are_left_out(tmp_path: Path) -> None:
     assert (found.videos, found.ignored) == (["a.mp4"], {})
 
 
-def test_an_unreadable_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_folder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path / "a.mp4", tmp_path / "locked/b.mp4")
     scandir = os.scandir
 

@@ -56,29 +56,29 @@ class Command:
 
     Args:
         arguments: of ``scripts/train.py``, after those of :data:`TRAIN`.
-        folder: where what it says is kept.
+        folder: where what it message is kept.
         before: done in the process first.
     """
 
     def __init__(self, *arguments: str, folder: Path, before: Callable[[], object] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._said = folder / "said.txt"
+        self._printed = folder / "printed.txt"
         self.pid = os.fork()
         if self.pid == 0:
             os._exit(self._run([*TRAIN, *arguments], before))
 
     @property
-    def said(self) -> str:
+    def printed(self) -> str:
         """What it has printed so far."""
-        return self._said.read_text() if self._said.exists() else ""
+        return self._printed.read_text() if self._printed.exists() else ""
 
-    def until_it_says(self, *texts: str) -> None:
-        """Return once it has said all of these."""
+    def until_it_prints(self, *texts: str) -> None:
+        """Return once it has printed all of these."""
         deadline = time.monotonic() + 30
-        while not all(text in self.said for text in texts):
+        while not all(text in self.printed for text in texts):
             ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            assert ended is None, self.said
-            assert time.monotonic() < deadline, self.said
+            assert ended is None, self.printed
+            assert time.monotonic() < deadline, self.printed
             time.sleep(0.01)
 
     def wait(self, seconds: float = 60) -> int:
@@ -88,13 +88,13 @@ class Command:
             if time.monotonic() > deadline:
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-                raise AssertionError(f"it does not end: {self.said}")
+                raise AssertionError(f"it does not end: {self.printed}")
             time.sleep(0.01)
         return os.waitstatus_to_exitcode(found[1])
 
     def _run(self, arguments: list[str], before: Callable[[], object] | None) -> int:
         """What an interpreter that runs the script would return at its end."""
-        stream = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        stream = os.open(self._printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         sys.stdout, sys.stderr = (os.fdopen(os.dup(stream), "w", buffering=1) for _ in range(2))
         sys.argv = [str(SCRIPT), *arguments]
         try:
@@ -115,6 +115,6 @@ class Command:
 
 
 def train(*arguments: str, folder: Path, before: Callable[[], object] | None = None) -> tuple[int, str]:
-    """Exit status of a command, and what it says."""
+    """Exit status of a command, and what it message."""
     command = Command(*arguments, folder=folder, before=before)
-    return command.wait(), command.said
+    return command.wait(), command.printed

@@ -117,7 +117,7 @@ def signal_to_one(folder: Path, accelerator: Accelerator) -> None:
 
 
 def whole_run(folder: Path, accelerator: Accelerator) -> None:
-    """The way of ``scripts/train.py``: validation, a story told by sharded experts, export.
+    """The way of ``scripts/train.py``: validation, a film by sharded experts, export.
 
     The last scenario: a finished run ends the process group.
     """

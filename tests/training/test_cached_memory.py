@@ -172,7 +172,7 @@ def test_a_loss_on_memory_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_an_adapter_says_its_mode_and_serves_no_other(tmp_path: Path, checkpointed: bool) -> None:
+def test_an_adapter_states_its_mode_and_is_refused_for_the_other(tmp_path: Path, checkpointed: bool) -> None:
     model = asdict(stories.MODEL) | {"memory_attention": "cached"}
     training = run(
         tmp_path / "run",
@@ -195,5 +195,5 @@ def test_an_adapter_says_its_mode_and_serves_no_other(tmp_path: Path, checkpoint
         load_pipeline(using("joint"), runtime=CPU)
 
 
-def test_an_adapter_that_says_nothing_is_of_the_published_mode() -> None:
+def test_an_adapter_without_a_mode_is_of_the_published_one() -> None:
     assert AdapterInfo().memory_attention == "joint"

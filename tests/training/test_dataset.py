@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from storymem.training.dataset import SamplePlanner, read_sample, train_batches
+from storymem.training.settings import BatchSettings
 from tests.training.tiny import MemoryLatents, TinyClip, latents
 
 EIGHT = 8
 
 
 def planner(data: MemoryLatents | None = None, **changes: object) -> SamplePlanner:
-    arguments = {"seed": 0, "samples": EIGHT, "max_memory": 3} | changes
-    return SamplePlanner(data or latents(groups=3), **arguments)  # type: ignore[arg-type]
+    arguments = {"conditioning": "m2v", "seed": 0, "samples": EIGHT, "max_memory": 3, "text_dropout": 0.0} | changes
+    of_batch = {name: arguments.pop(name) for name in list(arguments) if name in BatchSettings.__dataclass_fields__}
+    return SamplePlanner(data or latents(groups=3), BatchSettings(**of_batch), **arguments)  # type: ignore[arg-type]
 
 
 def mixed() -> MemoryLatents:
@@ -81,8 +83,8 @@ def test_samples_follow_from_seed_and_step_alone() -> None:
     assert planner(latents(groups=3), split="valid", max_memory=2).plan(7) != later
 
 
-def test_text_and_given_frames_are_left_out_as_often_as_is_said() -> None:
-    plans = planner(given_frames=5, given_probability=0.5, text_dropout=0.1)
+def test_text_and_given_frames_are_left_out_as_often_as_set() -> None:
+    plans = planner(conditioning="mm2v", given_probability=0.5, text_dropout=0.1)
     samples = [sample for step in range(250) for sample in plans.plan(step)]
     assert sum(s.given == 5 for s in samples) / len(samples) == pytest.approx(0.5, abs=0.04)
     assert sum(s.drop_text for s in samples) / len(samples) == pytest.approx(0.1, abs=0.03)
@@ -104,7 +106,7 @@ def test_processes_share_a_step() -> None:
 
 @pytest.mark.parametrize("start", [0, 3])
 def test_workers_change_nothing(start: int) -> None:
-    data, plans = latents(groups=3), planner(given_frames=1, given_probability=0.5)
+    data, plans = latents(groups=3), planner(conditioning="mi2v", given_probability=0.5)
     here = train_batches(data, plans, size=4, start=start)
     there = train_batches(data, plans, size=4, start=start, workers=1)
     for mine, theirs in islice(zip(here, there, strict=False), 4):

@@ -64,7 +64,7 @@ def test_training_ends_where_one_process_ends(folder: Path, tmp_path: Path, stra
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_one_process_goes_on_from_a_checkpoint_of_two(folder: Path, strategy: str) -> None:
+def test_one_process_resumes_a_checkpoint_of_two(folder: Path, strategy: str) -> None:
     of = method("high_noise", "low_noise", adapter=processes.PLAIN)
     training = trainer(of, batch=replace(BATCH, size=4), optimizer=processes.AVERAGED, steps=processes.STEPS)
     checkpoints = Checkpoints(folder / strategy, keep=2)
@@ -76,21 +76,21 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(folder: Path, strategy: st
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("kind", "message"),
     [("Broken", "latents of clip clip1_0: NaN or infinite"), ("Huge", "the clips of this batch are clip1_0")],
 )
-def test_numbers_lost_on_one_process_stop_both(folder: Path, kind: str, says: str) -> None:
-    said = [(folder / f"{kind}_{rank}").read_text() for rank in range(processes.WORLD)]
-    assert said[0] == said[1]
-    assert says in said[0]
+def test_numbers_lost_on_one_process_stop_both(folder: Path, kind: str, message: str) -> None:
+    printed = [(folder / f"{kind}_{rank}").read_text() for rank in range(processes.WORLD)]
+    assert printed[0] == printed[1]
+    assert message in printed[0]
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(folder: Path) -> None:
-    said = {(folder / f"stopped_{rank}").read_text() for rank in range(processes.WORLD)}
-    assert said == {"1 143"}
+    printed = {(folder / f"stopped_{rank}").read_text() for rank in range(processes.WORLD)}
+    assert printed == {"1 143"}
 
 
-def test_a_sharded_run_validates_tells_its_story_and_exports_as_a_whole_one(folder: Path, tmp_path: Path) -> None:
+def test_a_sharded_run_validates_samples_and_exports_as_a_whole_one(folder: Path, tmp_path: Path) -> None:
     alone = run(
         tmp_path,
         steps=processes.STEPS,

@@ -149,7 +149,7 @@ def test_what_is_logged_adds_up(memory_frames: int) -> None:
 
 
 @pytest.mark.parametrize("memory_frames", [0, 2])
-def test_the_subject_counts_more_and_is_told_alone(memory_frames: int) -> None:
+def test_the_subject_has_more_weight_and_a_loss_of_its_own(memory_frames: int) -> None:
     network, of = Recorder(), batch(memory_frames)
     settings = ObjectiveSettings(memory_weight=0.5, mask_weight=3.0)
     losses = MemoryObjective(settings=settings, boundary=0.9, rope_stride=5)(network, "low_noise", of)

@@ -1,4 +1,4 @@
-"""Training as a command: whatever ends it, it ends soon, says why, and goes on from there to the same adapter."""
+"""Training as a command: whatever ends it, it ends soon, message why, and goes on from there to the same adapter."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def same(one: Path, other: Path) -> None:
 def whole(training_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    status, said = train(f"dataset={training_set}", f"output={folder}", folder=folder.parent)
-    assert status == 0, said
+    status, printed = train(f"dataset={training_set}", f"output={folder}", folder=folder.parent)
+    assert status == 0, printed
     return folder
 
 
@@ -88,8 +88,8 @@ def spoilt_from(call: int) -> Callable[[], None]:
 
 def test_an_error_of_a_reader_costs_no_step(training_set: Path, whole: Path, tmp_path: Path) -> None:
     arguments = (f"dataset={training_set}", f"output={tmp_path / 'run'}", "batch.workers=1")
-    status, said = train(*arguments, folder=tmp_path, before=spoilt_from(11))
-    assert (status, "shard-w000-00000.safetensors is damaged" in said) == (2, True), said
+    status, printed = train(*arguments, folder=tmp_path, before=spoilt_from(11))
+    assert (status, "shard-w000-00000.safetensors is damaged" in printed) == (2, True), printed
     assert Checkpoints(tmp_path / "run" / "checkpoints", keep=2).steps() == [3, 5]
     assert train(*arguments, folder=tmp_path)[0] == 0
     same(tmp_path / "run", whole)
@@ -99,9 +99,9 @@ def test_an_error_of_a_reader_costs_no_step(training_set: Path, whole: Path, tmp
 def test_an_error_of_a_reader_ends_the_run_with_a_message(training_set: Path, tmp_path: Path, workers: int) -> None:
     copy, shard = damaged(training_set, tmp_path)
     command = Command(f"dataset={copy}", f"output={tmp_path / 'run'}", f"batch.workers={workers}", folder=tmp_path)
-    assert command.wait(20) == 2, command.said
-    assert f"{shard} is damaged" in command.said
-    assert "Traceback" not in command.said
+    assert command.wait(20) == 2, command.printed
+    assert f"{shard} is damaged" in command.printed
+    assert "Traceback" not in command.printed
 
 
 @pytest.mark.slow
@@ -135,10 +135,10 @@ def test_a_signal_while_waiting_for_data_saves_and_ends(
     arguments = (f"dataset={training_set}", f"output={run}", f"batch.workers={workers}")
     command = Command(*arguments, folder=tmp_path, before=once_slow(LatentCache, "video", 8))
     # Of two readers one may be far behind the other when both hang.
-    command.until_it_says("hanging", *(["step 4 of"] if workers < 2 else []))
+    command.until_it_prints("hanging", *(["step 4 of"] if workers < 2 else []))
     os.kill(command.pid, number)
-    assert command.wait(10) == 128 + number, command.said
-    assert "the same command resumes" in command.said
+    assert command.wait(10) == 128 + number, command.printed
+    assert "the same command resumes" in command.printed
     assert workers == 2 or Checkpoints(run / "checkpoints", keep=2).steps() == [3, 4]
     assert train(*arguments, folder=tmp_path)[0] == 0
     same(run, whole)
@@ -160,9 +160,9 @@ def test_a_signal_in_a_validation_saves_and_the_validation_is_made_up_for(traini
     command = Command(
         *arguments, f"output={tmp_path / 'run'}", folder=tmp_path, before=slowly(MemoryTraining, "evaluate", 1.0)
     )
-    command.until_it_says("step 1 of 2")
+    command.until_it_prints("step 1 of 2")
     os.kill(command.pid, signal.SIGTERM)
-    assert command.wait(10) == 143, command.said
+    assert command.wait(10) == 143, command.printed
     assert [set(row) >= {"loss"} for row in read_metrics(tmp_path / "run")] == [True]
     for name in ("run", "whole"):
         assert train(*arguments, f"output={tmp_path / name}", folder=tmp_path)[0] == 0
@@ -170,7 +170,7 @@ def test_a_signal_in_a_validation_saves_and_the_validation_is_made_up_for(traini
     assert sum("valid_loss_high_noise" in row for row in rows(tmp_path / "run")) == 2
 
 
-def test_a_signal_while_a_story_is_told_saves_and_the_story_is_told_again(training_set: Path, tmp_path: Path) -> None:
+def test_a_signal_during_a_sample_film_saves_and_the_film_is_regenerated(training_set: Path, tmp_path: Path) -> None:
     (tmp_path / "story.yaml").write_text(stories.FOUR_SHOTS)
     arguments = (
         *(f"dataset={training_set}", "steps=2", "samples.every=1", f"samples.story={tmp_path / 'story.yaml'}"),
@@ -179,13 +179,13 @@ def test_a_signal_while_a_story_is_told_saves_and_the_story_is_told_again(traini
     command = Command(
         *arguments, f"output={tmp_path / 'run'}", folder=tmp_path, before=slowly(WanShotGenerator, "generate", 0.5)
     )
-    command.until_it_says("step 1 of 2")
+    command.until_it_prints("step 1 of 2")
     os.kill(command.pid, signal.SIGTERM)
-    assert command.wait(10) == 143, command.said
+    assert command.wait(10) == 143, command.printed
     assert not (tmp_path / "run" / "samples" / "step_00000001.png").exists()
     for name in ("run", "whole"):
-        status, said = train(*arguments, f"output={tmp_path / name}", folder=tmp_path)
-        assert status == 0, said
+        status, printed = train(*arguments, f"output={tmp_path / name}", folder=tmp_path)
+        assert status == 0, printed
     same(tmp_path / "run", tmp_path / "whole")
     assert sum("cross_shot" in row for row in rows(tmp_path / "run")) == 2
 
@@ -232,22 +232,22 @@ def killed_at(call: int) -> Callable[[], None]:
     return prepare
 
 
-def go_on_until_it_ends(arguments: tuple[str, ...], folder: Path) -> None:
-    status, said = train(*arguments, folder=folder)
-    assert status == 0, said
+def run_to_the_end(arguments: tuple[str, ...], folder: Path) -> None:
+    status, printed = train(*arguments, folder=folder)
+    assert status == 0, printed
     left = [path.name for path in (folder / "run").rglob(".*") if path.name != ".lock"]
     assert left == []
 
 
 @pytest.mark.parametrize("call", [4, 12, 23, pytest.param(None, marks=pytest.mark.slow)])
-def test_killed_at_any_change_on_disk_it_goes_on_to_the_same_adapter(
+def test_killed_at_any_change_on_disk_it_resumes_to_the_same_adapter(
     training_set: Path, tmp_path: Path, call: int | None
 ) -> None:
     def arguments(name: str) -> tuple[str, ...]:
         return (f"dataset={training_set}", f"output={tmp_path / name / 'run'}", "steps=3", *every)
 
     every = ("checkpoint.every=1", "checkpoint.keep=1")
-    go_on_until_it_ends(arguments("whole"), tmp_path / "whole")
+    run_to_the_end(arguments("whole"), tmp_path / "whole")
     survived = False
     for number in [call] if call is not None else range(1, 300, 2):
         name = f"killed_{number}"
@@ -255,20 +255,20 @@ def test_killed_at_any_change_on_disk_it_goes_on_to_the_same_adapter(
         survived = command.wait() == 0
         if survived:
             break
-        go_on_until_it_ends(arguments(name), tmp_path / name)
+        run_to_the_end(arguments(name), tmp_path / name)
         same(tmp_path / name / "run", tmp_path / "whole" / "run")
     assert survived == (call is None)
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_goes_on_to_the_same_adapter(
+def test_killed_at_random_moments_it_resumes_to_the_same_adapter(
     training_set: Path, tmp_path: Path, kills: int
 ) -> None:
     def arguments(name: str) -> tuple[str, ...]:
         return (f"dataset={training_set}", f"output={tmp_path / name / 'run'}", f"steps={4 * kills}", *every)
 
     every = ("checkpoint.every=2", "optimizer.schedule=cosine", "optimizer.ema_decay=0.9")
-    go_on_until_it_ends(arguments("whole"), tmp_path / "whole")
+    run_to_the_end(arguments("whole"), tmp_path / "whole")
     drawn = random.Random(0)
     for _ in range(kills):
         command = Command(*arguments("killed"), folder=tmp_path / "killed")
@@ -276,16 +276,16 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_adapter(
         os.kill(command.pid, signal.SIGKILL)
         if command.wait() == 0:
             break
-    go_on_until_it_ends(arguments("killed"), tmp_path / "killed")
+    run_to_the_end(arguments("killed"), tmp_path / "killed")
     same(tmp_path / "killed" / "run", tmp_path / "whole" / "run")
 
 
 def test_two_processes_do_not_train_in_one_folder(training_set: Path, whole: Path, tmp_path: Path) -> None:
     arguments = (f"dataset={training_set}", f"output={tmp_path / 'run'}", "batch.workers=1")
     first = Command(*arguments, folder=tmp_path / "first", before=once_slow(LatentCache, "video", 8))
-    first.until_it_says("step 4 of")
-    status, said = train(*arguments, folder=tmp_path / "second")
-    assert (status, "another process is training in" in said) == (2, True), said
+    first.until_it_prints("step 4 of")
+    status, printed = train(*arguments, folder=tmp_path / "second")
+    assert (status, "another process is training in" in printed) == (2, True), printed
     os.kill(first.pid, signal.SIGTERM)
     assert first.wait() == 143
     assert train(*arguments, folder=tmp_path / "second")[0] == 0
@@ -299,16 +299,16 @@ def limited(bytes_: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
 
 
-def test_what_cannot_be_written_is_told_and_nothing_is_lost(training_set: Path, whole: Path, tmp_path: Path) -> None:
+def test_write_errors_are_reported_and_nothing_is_lost(training_set: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = (f"dataset={training_set}", f"output={run}")
     assert train(*arguments, "steps=3", folder=tmp_path)[0] == 0
     size = max(path.stat().st_size for path in (run / "checkpoints").rglob("*.safetensors"))
-    status, said = train(*arguments, folder=tmp_path, before=limited(size - 1))
-    assert status == 2, said
-    assert re.search(r"step_00000006\S* could not be written: the file is larger.* run the same command again", said), (
-        said
-    )
+    status, printed = train(*arguments, folder=tmp_path, before=limited(size - 1))
+    assert status == 2, printed
+    assert re.search(
+        r"step_00000006\S* could not be written: the file is larger.* run the same command again", printed
+    ), printed
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000003"]
     assert train(*arguments, folder=tmp_path)[0] == 0
     same(run, whole)
@@ -338,10 +338,10 @@ def test_the_advice_about_a_clip_with_nan_works(training_set: Path, whole: Path,
         shutil.copytree(training_set.parent / name, tmp_path / name)
     poison(tmp_path / "set")
     arguments = (f"dataset={tmp_path / 'set'}", f"output={tmp_path / 'run'}")
-    status, said = train(*arguments, folder=tmp_path)
-    assert status == 2, said
-    assert re.search(r"step \d+: (latents|keyframe 0) of clip \d/\d\.mp4@0.000: NaN", said), said
-    for file in re.findall(r"\S+\.safetensors", said):
+    status, printed = train(*arguments, folder=tmp_path)
+    assert status == 2, printed
+    assert re.search(r"step \d+: (latents|keyframe 0) of clip \d/\d\.mp4@0.000: NaN", printed), printed
+    for file in re.findall(r"\S+\.safetensors", printed):
         Path(file).unlink()
     prepare_set(tmp_path)
     assert train(*arguments, folder=tmp_path)[0] == 0

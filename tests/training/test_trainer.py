@@ -119,7 +119,7 @@ def test_experts_take_turns() -> None:
 
 
 @pytest.mark.parametrize("which", ["high", "both"])
-def test_a_run_that_is_taken_up_gives_the_same_losses(tmp_path: Path, which: str) -> None:
+def test_a_resumed_run_gives_the_same_losses(tmp_path: Path, which: str) -> None:
     """Dropout, warm-up, average and turns included; the second half is another process's for all that it knows."""
     whole = run(tmp_path / "whole", expert=which)
     whole.trainer.run()
@@ -143,11 +143,11 @@ def test_a_run_that_is_taken_up_gives_the_same_losses(tmp_path: Path, which: str
     second.trainer.run()
     second.finish()
 
-    def told(folder: Path) -> list[dict[str, Any]]:
+    def printed(folder: Path) -> list[dict[str, Any]]:
         timed = ("seconds_", "samples_per_second", "memory_gb")
         return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_metrics(tmp_path / folder)]
 
-    assert told(Path("halves")) == told(Path("whole"))
+    assert printed(Path("halves")) == printed(Path("whole"))
     for file in sorted((tmp_path / "whole" / "storymem").iterdir()):
         one, other = load_file(file), load_file(tmp_path / "halves" / "storymem" / file.name)
         assert one.keys() == other.keys()
@@ -191,20 +191,20 @@ class Huge(MemoryLatents):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    ("broken", "says"),
+    ("broken", "message"),
     [
         (Broken, r"step (\d+): latents of clip clip1_0: NaN or infinite values; draw them again"),
         (Huge, r"step (\d+): the loss is (?:inf|nan); .*clip1_0.* optimizer\.lr=0\.0025"),
     ],
 )
 def test_lost_numbers_stop_the_run_name_the_clips_and_are_not_saved(
-    tmp_path: Path, broken: type[MemoryLatents], says: str, workers: int
+    tmp_path: Path, broken: type[MemoryLatents], message: str, workers: int
 ) -> None:
     batch = replace(BATCH, workers=workers)
     data, checkpoints = broken(latents().clips), Checkpoints(tmp_path, keep=9)
     of = method("high_noise")
     training = trainer(of, data=data, checkpoints=checkpoints, checkpoint_every=1, steps=50, batch=batch)
-    with pytest.raises(NotFiniteError, match=says) as stopped:
+    with pytest.raises(NotFiniteError, match=message) as stopped:
         training.run()
     reached = int(str(stopped.value).split()[1].rstrip(":"))
     assert checkpoints.steps() == list(range(1, reached))
@@ -284,7 +284,7 @@ def test_validation_is_the_same_each_time_and_moves_with_the_adapter(tmp_path: P
     assert validation.losses(ready.trainer) != before  # type: ignore[attr-defined]
 
 
-def test_the_loss_of_the_video_is_told_whatever_memory_weighs(tmp_path: Path) -> None:
+def test_the_loss_of_the_video_does_not_depend_on_weights(tmp_path: Path) -> None:
     def losses(weight: float) -> dict[str, float]:
         ready = run(
             tmp_path / f"{weight}",
@@ -300,7 +300,7 @@ def test_the_loss_of_the_video_is_told_whatever_memory_weighs(tmp_path: Path) ->
     assert both["valid_loss_low_noise"] != pytest.approx(video["valid_loss_low_noise"], rel=1e-3)
 
 
-def test_the_loss_of_the_subject_is_told_if_masks_count(tmp_path: Path) -> None:
+def test_the_loss_of_the_subject_is_logged_with_masks(tmp_path: Path) -> None:
     ready = run(tmp_path, validation={"every": 5, "samples": 4}, expert="low", objective={"mask_weight": 4.0})
     plain = run(tmp_path / "plain", validation={"every": 5, "samples": 4}, expert="low")
     weighted, before = (one.trainer.callbacks[1].losses(one.trainer) for one in (ready, plain))  # type: ignore[attr-defined]
@@ -375,7 +375,7 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"adapter": {"rank": 0}}, "rank must be 1 or more"),
         ({"batch": {"text_dropout": 1.5}}, "text_dropout must be 1 or less"),
@@ -391,8 +391,8 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:
         ({"runtime": {"offload": "group"}}, "runtime.offload: unknown key"),
     ],
 )
-def test_mistakes_in_settings_are_told(tmp_path: Path, change: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_mistakes_in_settings_are_reported(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         build_settings(TrainSettings, config(tmp_path, **change))
 
 

@@ -100,6 +100,6 @@ def test_what_did_not_train_keeps_its_files(trained: Run, tmp_path: Path) -> Non
 @pytest.mark.trains_in_forks
 def test_the_command_trains_and_exports(training_set: Path, tmp_path: Path) -> None:
     arguments = (f"dataset={training_set}", f"output={tmp_path / 'run'}", "adapter=null", "steps=1")
-    status, said = train(*arguments, folder=tmp_path)
-    assert (status, str(tmp_path / "run" / "model") in said) == (0, True), said
+    status, printed = train(*arguments, folder=tmp_path)
+    assert (status, str(tmp_path / "run" / "model") in printed) == (0, True), printed
     assert {path.name for path in (tmp_path / "run" / "model").iterdir()} >= {"model_index.json", "transformer", "vae"}

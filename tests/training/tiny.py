@@ -14,7 +14,7 @@ from torch import Tensor
 
 from storymem.config import build_settings
 from storymem.data.cache import Split
-from storymem.training.dataset import train_batches, train_planner
+from storymem.training.dataset import SamplePlanner, train_batches
 from storymem.training.experts import Experts, make_accelerator, prepare_expert
 from storymem.training.method import MemoryTraining
 from storymem.training.objective import MemoryObjective
@@ -152,7 +152,8 @@ def trainer(
     accelerator = accelerator or make_accelerator(CPU)
     data = data or latents()
     world, rank = accelerator.num_processes, accelerator.process_index
-    planner = train_planner(data, batch, conditioning="m2v", seed=0, world=world)
+    samples = batch.size * batch.accumulation * world
+    planner = SamplePlanner(data, batch, conditioning="m2v", seed=0, samples=samples)
     arguments: dict[str, Any] = {"optimizer": OPTIMIZER, "steps": 3, "accumulation": batch.accumulation}
     return Trainer(
         of,

@@ -89,9 +89,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     folder = copy(begun, tmp_path)
     DAMAGES[damage](folder / "checkpoints" / "step_00000006" / file)
     finished(folder, steps=8, checkpoint={"every": 2, "keep": 2})
-    said = capsys.readouterr().err
-    assert re.search(r"step_00000006 is damaged .* is skipped: \S*step_00000006/", said), said
-    assert "resuming after step 4" in said
+    printed = capsys.readouterr().err
+    assert re.search(r"step_00000006 is damaged .* is skipped: \S*step_00000006/", printed), printed
+    assert "resuming after step 4" in printed
     assert equal(folder, whole)
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     assert checkpoints.steps()[-2:] == [6, 8]
@@ -122,7 +122,7 @@ def test_damaged_settings_are_written_again(begun: Path, tmp_path: Path, capsys:
         check_run_folder(folder, build_settings(TrainSettings, values), values)
 
 
-def test_lines_that_are_no_rows_are_told_and_kept(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_damaged_rows_are_reported_and_copied(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = copy(begun, tmp_path)
     lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
     bad = [b"garbage", b"[]", b'{"step": "two"}', b'{"step": -1}', b'{"step": NaN}', b"\xff", b"{" * 50_000]
@@ -154,7 +154,7 @@ def damage(path: Path, drawn: random.Random) -> None:
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_damage_ends_in_the_same_adapter_or_a_message(begun: Path, whole: Path, tmp_path: Path, seed: int) -> None:
     drawn = random.Random(seed)
-    outcomes = {"same": 0, "told": 0}
+    outcomes = {"same": 0, "printed": 0}
     for number in range(12 if seed == 0 else 300):
         folder = copy(begun, tmp_path / str(number))
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -168,12 +168,12 @@ def test_any_damage_ends_in_the_same_adapter_or_a_message(begun: Path, whole: Pa
         except (FileError, FileNotFoundError) as error:
             message = str(error)
         assert str(folder) in message if message else equal(folder, whole)
-        outcomes["told" if message else "same"] += 1
+        outcomes["printed" if message else "same"] += 1
         shutil.rmtree(folder.parent)
     assert min(outcomes.values()) > 0
 
 
-def test_a_checkpoint_with_something_of_ones_own_stays(begun: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_files_of_the_user_stays(begun: Path, tmp_path: Path) -> None:
     folder = copy(begun, tmp_path)
     (folder / "checkpoints" / "step_00000002" / "notes.txt").write_text("the best so far")
     elsewhere = tmp_path / "elsewhere"
@@ -189,23 +189,23 @@ def test_a_checkpoint_with_something_of_ones_own_stays(begun: Path, tmp_path: Pa
 # --- other settings -------------------------------------------------------------------------------------------------
 
 
-def test_optimizer_settings_may_change_and_are_told(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_changed_optimizer_settings_are_reported(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = copy(begun, tmp_path)
     optimizer = {"lr": 0.001, "warmup_steps": 0, "max_grad_norm": 0.5}
     taken = run(folder, **CHANGES | {"optimizer": optimizer}, steps=7)
-    said = capsys.readouterr().err
-    assert "resuming after step 6, with changes:" in said
-    assert "optimizer.lr: 0.01 before, 0.001 now" in said
-    assert "optimizer.max_grad_norm: 'nothing' before, 0.5 now" in said
+    printed = capsys.readouterr().err
+    assert "resuming after step 6, with changes:" in printed
+    assert "optimizer.lr: 0.01 before, 0.001 now" in printed
+    assert "optimizer.max_grad_norm: 'nothing' before, 0.5 now" in printed
     assert (
         "the learning rate of step 7 is 0.001, and would have been 0.01; to keep the old rate, write optimizer.lr=0.01"
-        in said
+        in printed
     )
     taken.trainer.run()
     assert read_metrics(folder)[-1]["lr"] == 0.001
 
 
-def test_a_schedule_that_becomes_longer_is_told_and_the_advice_keeps_the_rate(
+def test_a_longer_schedule_is_reported_and_the_advice_keeps_the_rate(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     optimizer = {"lr": 0.01, "warmup_steps": 0, "schedule": "cosine"}
@@ -220,11 +220,11 @@ def test_a_schedule_that_becomes_longer_is_told_and_the_advice_keeps_the_rate(
     planned = rate(tmp_path / "planned")
     assert "learning rate" not in capsys.readouterr().err
     longer = rate(tmp_path / "longer", steps=20)
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert re.search(
-        r"rate of step 5 is 0.0090\d, and would have been 0.0025 \(schedule=cosine, steps: 6 before, 20 now\)", said
+        r"rate of step 5 is 0.0090\d, and would have been 0.0025 \(schedule=cosine, steps: 6 before, 20 now\)", printed
     )
-    lr = float(re.search(r"to keep the old rate, write optimizer.lr=(\S+)", said)[1])  # type: ignore[index]
+    lr = float(re.search(r"to keep the old rate, write optimizer.lr=(\S+)", printed)[1])  # type: ignore[index]
     kept = rate(tmp_path / "kept", steps=20, optimizer=optimizer | {"lr": lr})
     assert (kept, longer) == (pytest.approx(planned, rel=0.01), pytest.approx(0.0090, rel=0.01))
 
@@ -267,7 +267,7 @@ def test_another_run_can_begin_from_what_this_one_has_learnt(
         assert torch.equal(tensor, learnt[name.partition("/")[2]])
 
 
-def test_another_training_set_is_told(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_another_training_set_is_reported(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run(copy(begun, tmp_path), data=latents(groups=3), **CHANGES)
     assert "the training set is not the one of the steps before" in capsys.readouterr().err
 
@@ -359,7 +359,7 @@ def test_an_export_replaces_its_own_files_alone(begun: Path, whole: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ("missing", r"start does not exist"),
         ("rank", r"has rank=4, and the settings have adapter.rank=8: write adapter.rank=4"),
@@ -369,7 +369,7 @@ def test_an_export_replaces_its_own_files_alone(begun: Path, whole: Path, tmp_pa
     ],
 )
 def test_an_adapter_to_start_from_that_does_not_fit_is_refused_before_anything_is_touched(
-    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, says: str
+    begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, message: str
 ) -> None:
     start = tmp_path / "start"
     if wrong != "missing":
@@ -385,7 +385,7 @@ def test_an_adapter_to_start_from_that_does_not_fit_is_refused_before_anything_i
     elif wrong == "another network":
         save_file({"blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 5)}, file)
     monkeypatch.setattr("storymem.training.session.open_cache", lambda _: latents())
-    with pytest.raises((ValueError, FileNotFoundError), match=says):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(config(tmp_path / "run", **CHANGES, adapter=settings))
     assert not (tmp_path / "run").exists()
 
