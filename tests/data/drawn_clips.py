@@ -21,7 +21,7 @@ def scene(seed: int, frames: int, *, height: int = HEIGHT, width: int = WIDTH) -
 
 
 def counted(frames: int, *, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """Plain frames of which :func:`number_of` tells the number, modulo 40."""
+    """Plain frames of which :func:`number_of` gives the number, modulo 40."""
     levels = 20 + 5 * (np.arange(frames) % 40)
     return np.broadcast_to(levels[:, None, None, None], (frames, height, width, 3)).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""Processes that are killed in the middle of writing files, at a moment that a number message."""
+"""Processes that are killed in the middle of writing files, at a moment given by a number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grouping: what may stand in one group, what is dropped, and what stays the same when data is added."""
+"""Grouping: what may be in one group, what is dropped, and what stays the same when data is added."""
 
 from itertools import combinations
 
@@ -73,7 +73,7 @@ def test_one_of_any_number_of_near_duplicates_remains() -> None:
     result = group_clips(names(embeddings), embeddings, settings)
     assert len(result.duplicates) == 60
     assert len(result.group) == 3, "the clips that the copies hid are found in the end"
-    assert not set(result.duplicates) & set(result.duplicates.values()), "what is kept is itself no copy"
+    assert not set(result.duplicates) & set(result.duplicates.values()), "what remains is itself no copy"
 
 
 def test_a_clip_without_companions_is_left_out_unless_wanted() -> None:

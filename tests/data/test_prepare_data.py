@@ -1,4 +1,4 @@
-"""From a folder of videos to a cache by one command: what it makes, what it refuses, and how it goes on."""
+"""From a folder of videos to a cache by one command: what it makes, what it refuses, and how it resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a prepared set is after kills, stops, damage, full disks and several runs at once: complete, or reported as incomplete."""
+"""A prepared set after kills, stops, damage, full disks and several runs at once: complete, or reported as incomplete."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_signal_stops_the_run_without_losing_work(
         prepare(config(prepared, large))
     assert stopped.value.status == 128 + number
     assert prepare(config(prepared, large)) is not None
-    assert len(read) == 4 + 2, "three were kept"
+    assert len(read) == 4 + 2, "three were done"
 
 
 def damages(content: bytes, draw: random.Random) -> list[tuple[str, bytes]]:
@@ -240,7 +240,7 @@ def test_a_full_disk_is_reported_and_the_same_command_resumes(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    for limit in (100, 4000, 9000):  # a journal, a shard of texts, one of clips
+    for limit in (100, 4000, 9000):  # a manifest, a shard of texts, one of clips
         assert fork(1, partial(limited, limit)) == [5]
     assert same(contents(finish(prepared, output)), expected)
 

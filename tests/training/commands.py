@@ -56,7 +56,7 @@ class Command:
 
     Args:
         arguments: of ``scripts/train.py``, after those of :data:`TRAIN`.
-        folder: where what it message is kept.
+        folder: of the file with its output.
         before: done in the process first.
     """
 

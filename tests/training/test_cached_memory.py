@@ -123,7 +123,7 @@ def test_gradients_reach_the_adapter_through_keys_and_values_of_memory() -> None
     OBJECTIVE(network, "high_noise", batch()).total.backward()
     of_memory = {name: output.grad[:, : FRAMES * TOKENS].abs().max().item() for name, output in seen.items()}
     last = len(network.blocks) - 1
-    assert of_memory.pop(f"{last}.to_q") == 0, "what memory looks for in the last block, nobody looks at"
+    assert of_memory.pop(f"{last}.to_q") == 0, "queries of memory in the last block are not used"
     assert len(of_memory) == 2 * 3 - 1
     assert all(size > 0 for size in of_memory.values()), of_memory
 

@@ -1,4 +1,4 @@
-"""Going on with a run: from a damaged folder, with other settings, or in a folder of another kind."""
+"""Resuming a run: from a damaged folder, with other settings, or in a folder of another kind."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, gone on with to 8 steps and finished."""
+    """The same run, resumed to 8 steps and finished."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     finished(folder, steps=8)
     return folder
@@ -241,7 +241,7 @@ def test_a_step_keeps_its_samples_however_they_are_cut(
     finished(folder, **CHANGES, steps=8, batch=one | {"accumulation": 2})
     for mine, theirs in zip(read_metrics(folder)[6:], read_metrics(whole)[6:], strict=True):
         assert mine["memory_frames"] == theirs["memory_frames"]
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.05)  # dropout is drawn anew
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.05)  # dropout is another
 
 
 def test_fewer_steps_than_were_done_are_refused(begun: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training as a command: whatever ends it, it ends soon, message why, and goes on from there to the same adapter."""
+"""Training as a command: whatever ends it, it ends soon with a message, and resumes to the same adapter."""
 
 from __future__ import annotations
 

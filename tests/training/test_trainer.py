@@ -1,4 +1,4 @@
-"""The loop: what it trains, what it saves, how it stops and how it goes on."""
+"""The loop: what it trains, what it saves, how it stops and resumes."""
 
 from __future__ import annotations
 
