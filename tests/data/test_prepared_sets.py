@@ -1,4 +1,4 @@
-"""A prepared set after kills, stops, damage, full disks and several runs at once: complete, or reported as incomplete."""
+"""A prepared set after kills, stops, damage, full disks and several runs: complete, or reported as incomplete."""
 
 from __future__ import annotations
 
