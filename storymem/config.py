@@ -99,7 +99,7 @@ def _describe(cls: type, problem: Any) -> str:
         return f"{where}: unknown key{nearest(path[-1], _fields_at(cls, path[:-1]))}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{where}: is missing"
-    if problem["type"] == "value_error":  # raised by a __post_init__, whose text stands for itself
+    if problem["type"] == "value_error":  # raised by a __post_init__ with a complete message
         return f"{where}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
     wrong = f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, not {reprlib.repr(problem.get('input'))}"
     return f"{wrong}; write {path[-1]}=[...]" if problem["type"] == "tuple_type" and path else wrong

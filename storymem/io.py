@@ -33,7 +33,7 @@ _AGAIN = "make room and run the same command again"
 
 
 class FileError(ValueError):
-    """A file that cannot be read or written; the message names it and says what to do."""
+    """A file that cannot be read or written; the message names it and what to do."""
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Ways in which a file comes to harm, drawn from a seed: by disks, transfers and other programs, or on purpose."""
+"""Ways in which a file is damaged, drawn from a seed: by disks, transfers and other programs, or on purpose."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def kinds_for(path: Path) -> list[str]:
 
 
 def damage(path: Path, kind: str, draw: random.Random) -> None:
-    """Harm the file at ``path`` in the way ``kind``, of :func:`kinds_for`."""
+    """Damage the file at ``path`` in the way ``kind``, of :func:`kinds_for`."""
     if kind in _PLACES:
         _PLACES[kind](path, draw)
     else:
@@ -122,7 +122,7 @@ def _not_a_number(path: Path, draw: random.Random) -> bytes:
 
 
 def _header(path: Path, draw: random.Random) -> bytes:
-    """Bits that say how the rest is read."""
+    """Bits that determine how the rest is read."""
     content = path.read_bytes()
     if path.suffix == ".gguf":
         return _flipped(path, draw, 400)

@@ -31,11 +31,11 @@ def patches(frame: np.ndarray) -> np.ndarray:
 
 
 def corners(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A picture that shows how it is turned: red at the top left, green at the top right, blue at the bottom left."""
-    picture = np.full((height, width, 3), 128.0)
+    """An image that shows its orientation: red at the top left, green at the top right, blue at the bottom left."""
+    image = np.full((height, width, 3), 128.0)
     y, x = height // 4, width // 4
-    picture[:y, :x], picture[:y, -x:], picture[-y:, :x] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    return picture
+    image[:y, :x], image[:y, -x:], image[-y:, :x] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    return image
 
 
 def corner_names(frame: np.ndarray) -> str:
@@ -47,17 +47,17 @@ def corner_names(frame: np.ndarray) -> str:
     return found
 
 
-def yuv_frame(picture: np.ndarray, pixels: str, matrix: str, *, full: bool = False) -> av.VideoFrame:
+def yuv_frame(image: np.ndarray, pixels: str, matrix: str, *, full: bool = False) -> av.VideoFrame:
     """A frame whose planes are computed here and not by FFmpeg.
 
     Args:
-        picture: float [H, W, 3] in 0..255, non-linear.
+        image: float [H, W, 3] in 0..255, non-linear.
         pixels: ``yuv420p``, ``yuv444p``, ``yuv420p10le`` and their like.
         matrix: bt601, bt709 or bt2020.
         full: range.
     """
     bits = 10 if "10" in pixels else 8
-    (kr, kb), (r, g, b) = _LUMA[matrix], np.moveaxis(picture / 255, -1, 0)
+    (kr, kb), (r, g, b) = _LUMA[matrix], np.moveaxis(image / 255, -1, 0)
     y = kr * r + (1 - kr - kb) * g + kb * b
     scale, middle = 2 ** (bits - 8), 2 ** (bits - 1)
     top, span = (2**bits - 1, 2**bits - 1) if full else (219 * scale, 224 * scale)
@@ -66,7 +66,7 @@ def yuv_frame(picture: np.ndarray, pixels: str, matrix: str, *, full: bool = Fal
     if "420" in pixels:
         planes[1:] = [plane[::2, ::2] for plane in planes[1:]]
     kind = np.uint8 if bits == 8 else np.dtype("<u2")
-    frame = av.VideoFrame(picture.shape[1], picture.shape[0], pixels)
+    frame = av.VideoFrame(image.shape[1], image.shape[0], pixels)
     for plane, values in zip(frame.planes, planes, strict=True):
         rows = np.zeros((plane.height, plane.line_size // np.dtype(kind).itemsize), kind)
         rows[:, : plane.width] = np.clip(values.round(), 0, 2**bits - 1)
@@ -132,14 +132,14 @@ def turned(path: Path, a: int, b: int, c: int, d: int) -> Path:
     return path
 
 
-def pq_from_sdr(picture: np.ndarray) -> np.ndarray:
-    """An SDR picture (0..255, BT.709, white at 203 cd/m2, gamma 2.4) as PQ values in BT.2020, 0..255."""
-    return 255 * pq(_bt2020_light(picture) / 10000)
+def pq_from_sdr(image: np.ndarray) -> np.ndarray:
+    """An SDR image (0..255, BT.709, white at 203 cd/m2, gamma 2.4) as PQ values in BT.2020, 0..255."""
+    return 255 * pq(_bt2020_light(image) / 10000)
 
 
-def hlg_from_sdr(picture: np.ndarray) -> np.ndarray:
+def hlg_from_sdr(image: np.ndarray) -> np.ndarray:
     """Likewise as HLG for a display of 1000 cd/m2."""
-    light = _bt2020_light(picture) / 1000
+    light = _bt2020_light(image) / 1000
     luminance = np.maximum(light @ (0.2627, 0.678, 0.0593), 1e-9)[..., None]
     scene = light / luminance ** (0.2 / 1.2)
     a, b, c = 0.17883277, 0.28466892, 0.55991073
@@ -153,6 +153,6 @@ def pq(light: np.ndarray) -> np.ndarray:
     return ((3424 / 4096 + 2413 / 128 * power) / (1 + 2392 / 128 * power)) ** (2523 / 32)
 
 
-def _bt2020_light(picture: np.ndarray) -> np.ndarray:
+def _bt2020_light(image: np.ndarray) -> np.ndarray:
     to_bt2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
-    return 203 * (picture / 255) ** 2.4 @ to_bt2020.T
+    return 203 * (image / 255) ** 2.4 @ to_bt2020.T

@@ -68,7 +68,7 @@ class Door:
     may_differ: Mapping[str, Collection[str]] = field(default_factory=dict)
 
 
-# --- stories, pictures, videos --------------------------------------------------------------------------------------
+# --- stories, images, videos ----------------------------------------------------------------------------------------
 
 STORY = """\
 title: The keeper
@@ -98,13 +98,13 @@ BENCH = {
 
 
 def make_story(folder: Path) -> None:
-    make_picture(folder)
+    make_image(folder)
     (folder / "story.yaml").write_text(STORY, encoding="utf-8")
     (folder / "bench.json").write_text(json.dumps(BENCH, indent=1), encoding="utf-8")
 
 
-def make_picture(folder: Path) -> None:
-    """Noise, and a picture of which little is left after compression."""
+def make_image(folder: Path) -> None:
+    """Noise, and an image that compresses to a few bytes."""
     notes = PngImagePlugin.PngInfo()
     notes.add_text("Title", "Tam" * 20)
     noise = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
@@ -124,7 +124,7 @@ def use_video(folder: Path, _: Any) -> Any:
 
 # --- films ----------------------------------------------------------------------------------------------------------
 
-TOLD = """\
+TWO_SHOTS = """\
 title: Two
 overview: A short walk.
 scenes:
@@ -135,7 +135,7 @@ scenes:
 
 
 def make_film(folder: Path) -> None:
-    stories.storyteller().tell(stories.story(folder, TOLD), folder / "film")
+    stories.storyteller().tell(stories.story(folder, TWO_SHOTS), folder / "film")
 
 
 def use_film(folder: Path, _: Any, resume: str = "auto") -> Any:
@@ -215,7 +215,7 @@ def make_gguf(folder: Path) -> Any:
 
 
 def use_gguf(folder: Path, _: Any) -> None:
-    """By header alone, which says where each tensor lies; no reader of the format is needed."""
+    """By header alone, which holds the place of each tensor; no reader of the format is needed."""
     files = {f"{name}_noise": {"name": name, "source": str(folder / f"{name}.gguf")} for name in ("high", "low")}
     weights = {"name": "others", "source": str(folder / "others")}
     check_weights(tiny.settings(weights=weights, gguf=files, has_text_to_video=False), text_to_video=False)
@@ -293,8 +293,8 @@ DOORS = {
         cases=60,
         may_differ={".yaml": TEXT, ".json": TEXT},
     ),
-    "picture": Door(
-        make=make_picture,
+    "image": Door(
+        make=make_image,
         use=lambda folder, _: [read_image(folder / name).tobytes() for name in ("noise.png", "tam.png")],
         cases=90,
         may_differ={".png": ["checked header"]},
@@ -366,21 +366,21 @@ def bounded() -> Iterator[None]:
 
 def use(door: Door, folder: Path, given: Any) -> tuple[Any, list[str]]:
     """The result, and lines that were printed, with paths as if in the folder."""
-    said = io.StringIO()
-    with bounded(), redirect_stdout(said), redirect_stderr(said):
+    printed = io.StringIO()
+    with bounded(), redirect_stdout(printed), redirect_stderr(printed):
         result = door.use(folder, given)
-    return result, said.getvalue().replace(str(folder), "").splitlines()
+    return result, printed.getvalue().replace(str(folder), "").splitlines()
 
 
 def outcome(door: Door, folder: Path, given: Any, whole: tuple[Any, list[str]], names: list[str]) -> str:
-    """ "same", "told" or "another"; else what is wrong with it.
+    """ "same", "reported" or "another"; else what is wrong with it.
 
     Args:
         door: what is used.
         folder: of its damaged files.
         given: what `door.make` returned.
         whole: what :func:`use` returns for files that are not damaged.
-        names: of which one must be told if the result is another.
+        names: of which one must be reported if the result is another.
     """
     try:
         result, lines = use(door, folder, given)
@@ -393,11 +393,11 @@ def outcome(door: Door, folder: Path, given: Any, whole: tuple[Any, list[str]], 
         raised_in = "" if trace is None else trace.tb_frame.f_globals["__name__"]
         if not any(name.startswith("storymem.") for name in (type(error).__module__, raised_in)):
             return f"{type(error).__name__} of {raised_in}: {error}"
-        return "told" if any(name in str(error) for name in names) else f"does not name the file: {error}"
+        return "reported" if any(name in str(error) for name in names) else f"does not name the file: {error}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     if any(name in line for line in set(lines) - set(whole[1]) for name in names):
-        return "told"
+        return "reported"
     return "same" if result == whole[0] else "another"
 
 
@@ -427,15 +427,15 @@ def test_damage_is_repaired_or_named(name: str, times: int, tmp_path: Path) -> N
         damage(folder / target, kind, draw)
         names = names_of(target, original, gone=not (folder / target).exists())
         ended = outcome(door, folder, given, whole, names)
-        if ended not in ("same", "told") and not (
+        if ended not in ("same", "reported") and not (
             ended == "another" and kind in door.may_differ.get(target.suffix, ())
         ):
             ended = f"{number} {target}, {kind}: {ended[:600]}"
         outcomes.append(ended)
         shutil.rmtree(folder)
-    faults = [ended for ended in outcomes if ended not in ("same", "told", "another")]
+    faults = [ended for ended in outcomes if ended not in ("same", "reported", "another")]
     assert not faults, "\n".join(faults)
-    assert "told" in outcomes, "these files are read"
+    assert "reported" in outcomes, "these files are read"
 
 
 def test_a_last_frame_of_another_size_is_named(tmp_path: Path) -> None:

@@ -103,11 +103,11 @@ def test_a_broken_profile_is_reported_and_ignored(tmp_path: Path, profile: bytes
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
-    picture = np.zeros((4, 6, 3), np.uint8)
-    picture[0, 0] = 255
+    image = np.zeros((4, 6, 3), np.uint8)
+    image[0, 0] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
     shown, notes = read_image_with_notes(tmp_path / "a.png")
     assert shown.shape[:2] == ((6, 4) if orientation > 4 else (4, 6))
     place = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
@@ -181,9 +181,9 @@ def test_damaged_images_are_read_or_named(tmp_path: Path) -> None:
 
 def portrait(height: int = 1344, width: int = 768) -> np.ndarray:
     """A standing figure on blue, with a red head near the upper edge."""
-    picture = np.full((height, width, 3), (60, 80, 160), np.uint8)
-    picture[height // 60 : height // 6, width * 2 // 5 : width * 3 // 5] = (230, 30, 30)
-    return picture
+    image = np.full((height, width, 3), (60, 80, 160), np.uint8)
+    image[height // 60 : height // 6, width * 2 // 5 : width * 3 // 5] = (230, 30, 30)
+    return image
 
 
 def head(frame: np.ndarray) -> int:
@@ -196,11 +196,11 @@ def head(frame: np.ndarray) -> int:
 )
 @pytest.mark.parametrize("film", [(480, 832), (832, 480), (624, 624)])
 def test_auto_never_cuts_a_head_off(size: tuple[int, int], film: tuple[int, int]) -> None:
-    picture = portrait(*size)
-    frame = fit_image(picture, *film, "auto")
+    image = portrait(*size)
+    frame = fit_image(image, *film, "auto")
     scale = max(min(film[0] / size[0], film[1] / size[1]), 1e-9)
     assert frame.shape == (*film, 3)
-    assert head(frame) >= 0.9 * head(picture) * scale**2
+    assert head(frame) >= 0.9 * head(image) * scale**2
 
 
 def test_auto_fills_the_frame_where_little_is_cut() -> None:

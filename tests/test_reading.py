@@ -54,7 +54,7 @@ HLG = {**PQ, "color_trc": 18}
         ("vp9.webm", "libvpx-vp9", "yuv420p", "bt709", BT709),
     ],
 )
-def test_colours_are_those_of_the_picture(
+def test_colours_are_those_of_the_original(
     tmp_path: Path, name: str, codec: str, pixels: str, matrix: str, tags: dict
 ) -> None:
     full = tags.get("color_range") == 2
@@ -91,7 +91,7 @@ def test_hdr_is_tone_mapped_to_what_sdr_shows(
     assert any(note.startswith("HDR: ") for note in probe(path).notes)
 
 
-def test_wide_gamut_is_brought_to_srgb(tmp_path: Path) -> None:
+def test_wide_gamut_is_converted_to_srgb(tmp_path: Path) -> None:
     p3_red = np.full((HEIGHT, WIDTH, 3), (234, 51, 35), float)  # (255, 0, 0) of sRGB, nearly: the gamma is another
     frames = (yuv_frame(p3_red, "yuv420p", "bt709") for _ in range(2))
     path = encode(tmp_path / "p3.mp4", frames, tags={**BT709, "color_primaries": 12})
@@ -111,7 +111,7 @@ def test_wide_gamut_is_brought_to_srgb(tmp_path: Path) -> None:
         ((0, -1, -1, 0), "-grb", True),
     ],
 )
-def test_the_display_matrix_is_obeyed(tmp_path: Path, matrix: tuple, shown: str, upright: bool) -> None:
+def test_the_display_matrix_is_applied(tmp_path: Path, matrix: tuple, shown: str, upright: bool) -> None:
     path = turned(encode(tmp_path / "a.mp4", [corners().astype(np.uint8)] * 3), *matrix)
     info, frames = probe(path), read_video(path)
     assert corner_names(frames[1]) == shown
@@ -134,15 +134,15 @@ def test_a_turned_clip_of_oblong_pixels_is_scaled_before_it_is_turned(tmp_path: 
     assert read_video(turned(path, 0, 1, -1, 0)).shape[1:3] == (128, 64)
 
 
-def test_transparent_parts_are_white_as_in_pictures(tmp_path: Path) -> None:
-    picture = np.full((HEIGHT, WIDTH, 4), (255, 0, 0, 255), np.uint8)
-    picture[:, WIDTH // 2 :, 3] = 0
+def test_transparent_parts_are_white_as_in_images(tmp_path: Path) -> None:
+    image = np.full((HEIGHT, WIDTH, 4), (255, 0, 0, 255), np.uint8)
+    image[:, WIDTH // 2 :, 3] = 0
     for name, codec, pixels in (
         ("a.mov", "qtrle", "argb"),
         ("a.webm", "libvpx-vp9", "yuva420p"),
         ("b.mov", "prores_ks", "yuva444p10le"),
     ):
-        frames = [av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format=pixels) for _ in range(3)]
+        frames = [av.VideoFrame.from_ndarray(image, format="rgba").reformat(format=pixels) for _ in range(3)]
         shown = read_video(encode(tmp_path / name, frames, codec=codec, pixels=pixels))[1]
         assert np.abs(shown[30, 10].astype(int) - (255, 0, 0)).max() < 6, name
         assert shown[30, -10].min() > 250, name
@@ -220,7 +220,7 @@ def test_recordings_put_one_after_the_other_are_read_whole(tmp_path: Path) -> No
     assert (np.diff(probe(tmp_path / "both.ts").times) > 0).all()
 
 
-def test_clips_from_a_phone_lie_upright_in_a_training_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_clips_from_a_phone_are_upright_in_a_training_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "videos").mkdir()
     moving = [np.roll(corners(48, 96), 3 * number, axis=1).astype(np.uint8) for number in range(12)]
     turned(encode(tmp_path / "videos" / "phone.mp4", moving), 0, 1, -1, 0)
@@ -231,7 +231,7 @@ def test_clips_from_a_phone_lie_upright_in_a_training_set(tmp_path: Path, capsys
     assert "1 rotated" in capsys.readouterr().err
 
 
-def test_an_edit_list_is_obeyed(tmp_path: Path) -> None:
+def test_an_edit_list_is_applied(tmp_path: Path) -> None:
     whole = encode(tmp_path / "whole.mp4", counted(30), options={"crf": "1", "bf": "2"})
     path = tmp_path / "edited.mp4"
     options = {"avoid_negative_ts": "disabled", "use_editlist": "1"}
@@ -265,7 +265,7 @@ def test_files_that_state_no_times_are_counted(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
-def test_a_file_that_is_cut_off_is_not_taken_for_a_short_one(tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_cut_off_is_not_read_as_a_short_one(tmp_path: Path, name: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (24, HEIGHT, WIDTH, 3), dtype=np.uint8)
     path = encode(tmp_path / name, noise)
     if name == "a.mp4":
@@ -287,7 +287,7 @@ def test_a_file_that_is_cut_off_is_not_taken_for_a_short_one(tmp_path: Path, nam
             pass
 
 
-def test_a_recording_with_a_lost_piece_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+def test_a_recording_with_a_lost_piece_is_not_read_as_a_whole_one(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (24, HEIGHT, WIDTH, 3), dtype=np.uint8)
     path = encode(tmp_path / "a.ts", noise)
     content, packet = path.read_bytes(), 188
@@ -296,7 +296,7 @@ def test_a_recording_with_a_lost_piece_is_not_taken_for_a_whole_one(tmp_path: Pa
         read_video(path)
 
 
-def test_damaged_pixels_are_not_read_in_silence(tmp_path: Path) -> None:
+def test_damaged_pixels_are_reported(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (12, HEIGHT, WIDTH, 3), dtype=np.uint8)
     path = encode(tmp_path / "a.mp4", noise, options={"crf": "18"})
     whole, content = read_video(path), bytearray(path.read_bytes())
@@ -318,7 +318,7 @@ def sound(path: Path) -> Path:
     return path
 
 
-def test_what_holds_no_pictures_is_named(tmp_path: Path) -> None:
+def test_what_holds_no_video_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sound\.mp4 holds no video stream"):
         probe(sound(tmp_path / "sound.mp4"))
     whole = encode(tmp_path / "a.mp4", counted(3))
@@ -342,7 +342,7 @@ def test_a_playlist_opens_nothing_of_the_network(tmp_path: Path) -> None:
         probe(tmp_path / "list.mp4")
 
 
-def test_a_size_that_changes_is_told(tmp_path: Path) -> None:
+def test_a_size_that_changes_is_reported(tmp_path: Path) -> None:
     first = encode(tmp_path / "a.ts", counted(8))
     second = encode(tmp_path / "b.ts", counted(8, height=64, width=96))
     both = tmp_path / "both.ts"
@@ -397,8 +397,8 @@ def test_a_part_of_another_encoder_is_encoded_again(tmp_path: Path, edited: dict
     files = parts(tmp_path)
     encode(files[1], scene(7, 9, height=64, width=96), **edited)
     before = [read_video(path) for path in files]
-    told = join_videos(files, tmp_path / "film.mp4")
-    assert told == [f"{files[1]} comes from another encoder and is encoded again for film.mp4"]
+    notes = join_videos(files, tmp_path / "film.mp4")
+    assert notes == [f"{files[1]} comes from another encoder and is encoded again for film.mp4"]
     frames = read_video(tmp_path / "film.mp4")
     np.testing.assert_array_equal(frames[:9], before[0])
     np.testing.assert_array_equal(frames[18:], before[2])

@@ -13,7 +13,7 @@ from storymem.media.video import iter_frames, join_videos, probe, read_video, wr
 
 
 def moving(frames: int, height: int = 46, width: int = 70, seed: int = 0) -> np.ndarray:
-    """A smooth picture that drifts, with saturated patches; H.264 keeps it well."""
+    """A smooth image that drifts, with saturated patches; H.264 changes it little."""
     rng = np.random.default_rng(seed)
     y, x, t = np.mgrid[0:height, 0:width, 0:frames].transpose(0, 3, 1, 2)
     waves = [np.sin((x * a + y * b) / 40 + t / 5 + c) for a, b, c in rng.uniform(1, 4, (3, 3))]
@@ -103,7 +103,7 @@ def test_a_cut_file_is_read_as_far_as_it_goes(tmp_path: Path, clip: Path) -> Non
         read_video(cut, [22])
 
 
-def test_damage_inside_a_file_is_told_and_does_not_hang(tmp_path: Path, clip: Path) -> None:
+def test_damage_inside_a_file_is_reported_and_does_not_hang(tmp_path: Path, clip: Path) -> None:
     content = bytearray(faststart(clip, tmp_path / "fast.mp4"))
     content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
     damaged = tmp_path / "damaged.mp4"

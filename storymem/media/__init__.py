@@ -1,1 +1,1 @@
-"""Video and picture files as pixels."""
+"""Video and image files as pixels."""

@@ -201,7 +201,7 @@ def _on_white(pixels: np.ndarray) -> np.ndarray:
 
 
 def to_sdr(pixels: np.ndarray, transfer: Transfer, gamut: Gamut) -> np.ndarray:
-    """HDR or wide-gamut RGB -> what an SDR video of the same picture holds.
+    """HDR or wide-gamut RGB -> what an SDR video of the same scene holds.
 
     Light L in cd/m2 on a display of 1000 cd/m2, by SMPTE ST 2084 (PQ) or ARIB STD-B67 with the system gamma 1.2 (HLG);
     each pixel is multiplied by EETF(max(R, G, B)) / max(R, G, B), the roll-off of ITU-R BT.2390 from 1000 to 203 cd/m2
@@ -209,7 +209,7 @@ def to_sdr(pixels: np.ndarray, transfer: Transfer, gamut: Gamut) -> np.ndarray:
 
     Args:
         pixels: uint16 [H, W, 3], full range.
-        transfer: "sdr" is taken for a gamma of 2.4 and needs no tone mapping.
+        transfer: "sdr" is read as a gamma of 2.4 and needs no tone mapping.
         gamut: the primaries.
 
     Returns:

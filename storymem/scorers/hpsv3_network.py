@@ -107,7 +107,7 @@ def in_4_bits(network: Hpsv3Network, device: torch.device) -> Hpsv3Network:
     """Replace the backbone by one on ``device`` with its linears in 4 bits (NF4) and the rest in bfloat16.
 
     Raises:
-        ImportError: if bitsandbytes is not installed; the message says how to install it.
+        ImportError: if bitsandbytes is not installed.
     """
     try:
         import bitsandbytes  # noqa: F401

@@ -13,11 +13,11 @@ from torch import nn
 from storymem.io import FileError
 from storymem.scorers.aesthetic import AestheticScorer, LinearsHead
 from storymem.weights import MissingWeights
-from tests.scorers.tiny import CLIP_CONFIG, aesthetic, clip, pictures
+from tests.scorers.tiny import CLIP_CONFIG, aesthetic, clip, images
 
 
 def test_v1_is_a_linear_of_the_unit_embedding() -> None:
-    scorer, frames = aesthetic(), pictures(3, 3, 48, 80)
+    scorer, frames = aesthetic(), images(3, 3, 48, 80)
     embeddings = scorer.clip.embed_images(frames)
     expected = embeddings @ scorer.head.weight[0] + scorer.head.bias
     torch.testing.assert_close(scorer.score(frames), expected, atol=1e-5, rtol=0)
@@ -37,7 +37,7 @@ def test_v2_has_the_published_layout_and_no_activation() -> None:
     a, b = torch.randn(2, 768, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(head(a + b), head(a) + head(b) - head(torch.zeros(768)), atol=1e-5, rtol=0)
-    scores = aesthetic(version="v2").score(pictures(2, 3, 48, 80))
+    scores = aesthetic(version="v2").score(images(2, 3, 48, 80))
     assert ((scores > 3) & (scores < 7)).all()
 
 
@@ -58,7 +58,7 @@ def test_heads_load_from_published_pickles(tmp_path: Path) -> None:
 
 
 def test_folder_with_clip_and_head_loads(tmp_path: Path) -> None:
-    scorer, frames = aesthetic(seed=3), pictures(2, 3, 48, 80)
+    scorer, frames = aesthetic(seed=3), images(2, 3, 48, 80)
     save_file(scorer.clip.network.state_dict(), tmp_path / "open_clip_model.safetensors")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP_CONFIG}))
     with pytest.raises(MissingWeights, match=r"holds no aesthetic_head\.safetensors"):

@@ -17,14 +17,14 @@ from storymem.io import FileError
 from storymem.scorers.clip import VOCABULARY_FILE, ClipScorer, ClipTokenizer
 from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD
 from storymem.weights import MissingWeights
-from tests.scorers.tiny import CLIP_CONFIG, clip, pictures
+from tests.scorers.tiny import CLIP_CONFIG, clip, images
 
 MEAN, STD = list(CLIP_MEAN), list(CLIP_STD)
 
 
 def drawn(*shape: int) -> torch.Tensor:
     """Frames with hard edges, black to white, where bicubic values overshoot; exact in 8 bits."""
-    frames = pictures(*shape)
+    frames = images(*shape)
     frames[..., ::7, :] = 1.0
     frames[..., 3::11] = 0.0
     return frames
@@ -40,8 +40,8 @@ def test_images_are_preprocessed_as_published(preprocessing: str, size: tuple[in
     else:
         pixels = tv.center_crop(tv.resize(frames, 32, InterpolationMode.BICUBIC, antialias=False), [32, 32])
         assert size != (100, 131) or pixels.max() > 1.01, "there is something to clamp"
-    images = scorer.network.encode_image(tv.normalize(pixels, MEAN, STD), normalize=True)
-    torch.testing.assert_close(scorer.embed_images(frames), images, atol=1e-5, rtol=0)
+    expected = scorer.network.encode_image(tv.normalize(pixels, MEAN, STD), normalize=True)
+    torch.testing.assert_close(scorer.embed_images(frames), expected, atol=1e-5, rtol=0)
 
 
 def test_unknown_preprocessing_is_refused() -> None:
@@ -59,7 +59,7 @@ def test_weights_for_another_activation_are_refused(tmp_path: Path) -> None:
     """The two activations give different embeddings from the same weights, which fit both."""
     quick, plain = clip(), ClipScorer.from_config(CLIP_CONFIG | {"quick_gelu": False})
     plain.network.load_state_dict(quick.network.state_dict(), strict=True)
-    frames = pictures(2, 3, 48, 80)
+    frames = images(2, 3, 48, 80)
     assert (quick.embed_images(frames) - plain.embed_images(frames)).abs().max() > 1e-3
     with pytest.raises(ValueError, match=r"QuickGELU, but ViT-B-32 computes GELU.*write ViT-B-32-quickgelu"):
         ClipScorer.from_pretrained("ViT-B-32", "openai")
@@ -98,15 +98,15 @@ def write_folder(folder: Path, scorer: ClipScorer, config: dict = CLIP_CONFIG, *
 
 
 def test_folder_loads_what_was_saved(tmp_path: Path) -> None:
-    scorer, frames = clip(seed=4), pictures(2, 3, 48, 80)
+    scorer, frames = clip(seed=4), images(2, 3, 48, 80)
     write_folder(tmp_path, scorer)
     loaded = ClipScorer.from_folder(tmp_path)
     assert torch.equal(loaded.embed_images(frames), scorer.embed_images(frames))
     theirs = open_clip.create_model(f"local-dir:{tmp_path}", require_pretrained=True).eval()
     pixels = tv.resize(frames, [32, 32], InterpolationMode.BILINEAR, antialias=False)
     with torch.no_grad():
-        images = theirs.encode_image(tv.normalize(pixels, MEAN, STD), normalize=True)
-    torch.testing.assert_close(loaded.embed_images(frames), images, atol=2e-6, rtol=0)
+        expected = theirs.encode_image(tv.normalize(pixels, MEAN, STD), normalize=True)
+    torch.testing.assert_close(loaded.embed_images(frames), expected, atol=2e-6, rtol=0)
 
 
 def test_a_folder_s_own_vocabulary_is_used_and_must_fit(tmp_path: Path) -> None:

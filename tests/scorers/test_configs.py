@@ -16,7 +16,7 @@ from storymem.scorers.scorer import NoQuality
 from storymem.scorers.viclip import ViclipScorer
 from storymem.weights import MissingWeights
 from tests.composing import composed
-from tests.scorers.tiny import CONFIGS, pictures
+from tests.scorers.tiny import CONFIGS, images
 
 SELF_SUFFICIENT = {
     "clip/tiny": ClipScorer,
@@ -70,7 +70,7 @@ def test_unknown_keys_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in SELF_SUFFICIENT if name.startswith("quality")])
 def test_quality_filters_are_interchangeable(name: str) -> None:
     scorer = instantiate(node(name)).to("cpu")
-    passes = scorer.score(pictures(2, 3, 40, 56)) >= scorer.threshold
+    passes = scorer.score(images(2, 3, 40, 56)) >= scorer.threshold
     assert passes.shape == (2,)
     assert passes.all() == (name != "quality/toy"), "the trained filter refuses noise"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from storymem.scorers.scorer import NoQuality
 from tests.scorers import tiny
-from tests.scorers.tiny import pictures
+from tests.scorers.tiny import images
 
 # name -> (how it is built, how it is called on frames [N, 3, H, W], shape of a result's row)
 SCORERS: dict[str, tuple[Callable[..., Any], Callable[[Any, Any], Tensor], list[int]]] = {
@@ -37,7 +37,7 @@ def call(kind: str, scorer: Any, frames: Any) -> Tensor:
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_row_per_image_in_float32(kind: str, count: int) -> None:
-    result = call(kind, build(kind), pictures(1, 3, 40, 56)[:count])
+    result = call(kind, build(kind), images(1, 3, 40, 56)[:count])
     assert list(result.shape) == [count, *SCORERS[kind][2]]
     assert result.dtype == torch.float32
     assert result.isfinite().all()
@@ -59,11 +59,11 @@ def test_a_row_per_image_in_float32(kind: str, count: int) -> None:
 )
 def test_other_inputs_are_refused(kind: str, change: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        call(kind, build(kind), change(pictures(2, 3, 40, 56)))
+        call(kind, build(kind), change(images(2, 3, 40, 56)))
 
 
 def test_bf16_agrees_within_its_precision(kind: str) -> None:
-    frames = pictures(3, 3, 40, 56)
+    frames = images(3, 3, 40, 56)
     exact, rounded = call(kind, build(kind), frames), call(kind, build(kind, dtype="bfloat16"), frames)
     assert rounded.dtype == torch.float32
     assert 0 < (exact - rounded).abs().max() < 0.03
@@ -72,7 +72,7 @@ def test_bf16_agrees_within_its_precision(kind: str) -> None:
 
 
 def test_result_does_not_depend_on_batch_or_order(kind: str) -> None:
-    frames = pictures(5, 3, 40, 56)
+    frames = images(5, 3, 40, 56)
     whole = call(kind, build(kind, batch_size=8), frames)
     parts = call(kind, build(kind, batch_size=2), frames.flip(0)).flip(0)
     torch.testing.assert_close(whole, parts, atol=2e-6, rtol=0)
@@ -80,7 +80,7 @@ def test_result_does_not_depend_on_batch_or_order(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["clip", "viclip", "aesthetic"])
 def test_same_seed_same_weights_and_the_global_state_is_unchanged(kind: str) -> None:
-    frames = pictures(2, 3, 40, 56)
+    frames = images(2, 3, 40, 56)
     state = torch.get_rng_state()
     first = call(kind, build(kind, seed=1), frames)
     assert torch.equal(torch.get_rng_state(), state)
@@ -101,7 +101,7 @@ def test_wrong_settings_are_refused(kind: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_agrees_with_the_cpu(kind: str) -> None:
-    frames = pictures(3, 3, 40, 56)
+    frames = images(3, 3, 40, 56)
     scorer = build(kind, dtype="bfloat16")
     before = call(kind, scorer, frames)
     assert scorer.to("cuda") is scorer
@@ -118,7 +118,7 @@ def test_texts_and_images_become_unit_vectors(kind: str) -> None:
     assert texts.shape == (2, 32)
     assert texts.dtype == torch.float32
     torch.testing.assert_close(texts.norm(dim=-1), torch.ones(2))
-    torch.testing.assert_close(call(kind, scorer, pictures(2, 3, 40, 56)).norm(dim=-1), torch.ones(2))
+    torch.testing.assert_close(call(kind, scorer, images(2, 3, 40, 56)).norm(dim=-1), torch.ones(2))
     assert scorer.embed_texts([]).shape == (0, 32)
     with pytest.raises(ValueError, match=r"write \['a cat'\]"):
         scorer.embed_texts("a cat")
@@ -135,7 +135,7 @@ def test_thresholds_are_numbers(kind: str, threshold: Any) -> None:
 
 def test_no_quality_lets_every_frame_pass() -> None:
     scorer = NoQuality()
-    assert (scorer.score(pictures(2, 3, 40, 56)) >= scorer.threshold).all()
+    assert (scorer.score(images(2, 3, 40, 56)) >= scorer.threshold).all()
     assert scorer.to("cpu") is scorer
     with pytest.raises(ValueError, match=r"probably 0\.\.255"):
-        scorer.score(pictures(2, 3, 40, 56) * 255)
+        scorer.score(images(2, 3, 40, 56) * 255)

@@ -1,4 +1,4 @@
-"""Scorers' folders that are damaged, incomplete or not what they say: a message that names the file, and quickly."""
+"""Scorers' folders that are damaged, incomplete or not what they state: a message that names the file, and quickly."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.clip import VOCABULARY_FILE, ClipScorer
 from storymem.scorers.dinov2 import Dinov2Embedder
 from storymem.scorers.viclip import ViclipScorer
-from tests.scorers.tiny import CLIP_CONFIG, aesthetic, clip, hpsv3, pictures, viclip
+from tests.scorers.tiny import CLIP_CONFIG, aesthetic, clip, hpsv3, images, viclip
 
 CLIP_WEIGHTS, CLIP_JSON = "open_clip_model.safetensors", "open_clip_config.json"
 
 
 @pytest.fixture(autouse=True)
-def _nobody_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("called somebody"))
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("used the network"))
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def refused(kind: str, folder: Path, path: Path, *parts: str) -> None:
         assert part in str(caught.value)
 
 
-def test_they_load_as_they_are(kind: str, folder: Path) -> None:
+def test_undamaged_folders_load(kind: str, folder: Path) -> None:
     load(kind, folder)
 
 
@@ -92,7 +92,7 @@ def test_they_load_as_they_are(kind: str, folder: Path) -> None:
 def test_damaged_weights(kind: str, folder: Path, fault: str) -> None:
     path = folder / LOADERS[kind][1]
     content = path.read_bytes()
-    said = ""
+    message = ""
     if fault in ("nan", "infinite", "types"):
         tensors = load_file(path)
         name = max(tensors, key=lambda name: tensors[name].numel())
@@ -100,7 +100,7 @@ def test_damaged_weights(kind: str, folder: Path, fault: str) -> None:
             tensors[name] = tensors[name].int()
         else:
             tensors[name].view(-1)[-1] = float("nan" if fault == "nan" else "-inf")
-            said = "NaN or infinite"
+            message = "NaN or infinite"
         save_file(tensors, path, metadata={"format": "pt"})
     elif fault in ("folder", "fifo"):
         path.unlink()
@@ -108,11 +108,11 @@ def test_damaged_weights(kind: str, folder: Path, fault: str) -> None:
     else:
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
         path.write_bytes({"empty": b"", "cut off": content[:-50], "pointer": pointer, "text": b"hello"}[fault])
-        said = "git lfs pull" if fault == "pointer" else ""
+        message = "git lfs pull" if fault == "pointer" else ""
     if kind == "dinov2" and fault == "types":
-        load(kind, folder)  # whole numbers are taken as they are
+        load(kind, folder)  # integers are accepted
     else:
-        refused(kind, folder, path, said)
+        refused(kind, folder, path, message)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "NaN", "\ufeff3", "[" * 9000, '"text"'])
@@ -130,7 +130,7 @@ def test_sizes_in_a_fifo(kind: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"text_cfg": {"hf_model_name": "xlm-roberta-base"}}, "text_cfg.hf_model_name: unknown key"),
         ({"text_cfg": {"hf_tokenizer_name": "xlm-roberta-base"}}, "hf_tokenizer_name"),
@@ -149,12 +149,12 @@ def test_sizes_in_a_fifo(kind: str, folder: Path) -> None:
         ({"vision_cfg": [1]}, "vision_cfg"),
     ],
 )
-def test_a_clip_config_says_sizes_and_nothing_else(folder: Path, change: dict[str, Any], said: str) -> None:
+def test_a_clip_config_holds_sizes_and_nothing_else(folder: Path, change: dict[str, Any], message: str) -> None:
     model = json.loads(json.dumps(CLIP_CONFIG))
     for key, value in change.items():
         model[key] = model[key] | value if isinstance(value, dict) else value
     describe(folder, model)
-    refused("clip", folder, folder / CLIP_JSON, said)
+    refused("clip", folder, folder / CLIP_JSON, message)
 
 
 @pytest.mark.parametrize("values", ["text", [1, 2], [1, 2, "3"], [0.5, 0.5, True]])
@@ -193,7 +193,7 @@ def test_dinov2_is_loaded_strictly(folder: Path, change: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (gzip.compress(bytes(1 << 25)), "no vocabulary is so large"),
         (b"not gzipped", "not a gzipped list"),
@@ -201,9 +201,9 @@ def test_dinov2_is_loaded_strictly(folder: Path, change: str) -> None:
         (gzip.compress(b"\xff\xfe", mtime=0), "UTF-8"),
     ],
 )
-def test_vocabularies(folder: Path, content: bytes, said: str) -> None:
+def test_vocabularies(folder: Path, content: bytes, message: str) -> None:
     (folder / VOCABULARY_FILE).write_bytes(content)
-    refused("clip", folder, folder / VOCABULARY_FILE, said)
+    refused("clip", folder, folder / VOCABULARY_FILE, message)
 
 
 def test_a_vocabulary_in_a_fifo(folder: Path) -> None:
@@ -250,7 +250,7 @@ def test_pickles_of_something_else(tmp_path: Path, content: Any) -> None:
 
 def broken(kind: str) -> tuple[Any, Callable[[Any], Any]]:
     """A scorer whose last layer gives NaN, and a call of it."""
-    frames = pictures(2, 3, 40, 56)
+    frames = images(2, 3, 40, 56)
     if kind == "clip":
         scorer: Any = clip()
         scorer.network.visual.proj.data.fill_(torch.nan)
@@ -267,14 +267,14 @@ def broken(kind: str) -> tuple[Any, Callable[[Any], Any]]:
 
 
 @pytest.mark.parametrize("kind", ["clip", "viclip", "aesthetic", "hpsv3"])
-def test_what_is_no_number_decides_nothing(kind: str) -> None:
+def test_results_that_are_not_finite_are_refused(kind: str) -> None:
     scorer, call = broken(kind)
     with pytest.raises(NotFiniteError, match="NaN or infinite"):
         call(scorer)
 
 
-def test_a_type_that_is_too_narrow_is_named() -> None:
+def test_a_dtype_that_is_too_narrow_is_named() -> None:
     scorer = clip(dtype="float16")
     scorer.network.visual.ln_post.weight.data.fill_(6e4)
     with pytest.raises(NotFiniteError, match=r"float16 may be too narrow .* dtype=float32"):
-        scorer.embed_images(pictures(2, 3, 40, 56))
+        scorer.embed_images(images(2, 3, 40, 56))

@@ -16,7 +16,7 @@ from storymem.scorers.checkpoint import read_checkpoint
 from storymem.scorers.hpsv3 import IMAGE_TOKEN, REWARD_TOKEN, Hpsv3Scorer, assemble_prompt, resized_size, selector_size
 from storymem.scorers.hpsv3_network import PUBLISHED, Hpsv3Network
 from storymem.weights import MissingWeights
-from tests.scorers.tiny import HPSV3_CONFIG, TinyHpsv3, byte_tokenizer, hpsv3, pictures
+from tests.scorers.tiny import HPSV3_CONFIG, TinyHpsv3, byte_tokenizer, hpsv3, images
 
 
 def test_prompt_stands_in_the_template_with_one_reward_token() -> None:
@@ -45,7 +45,7 @@ def test_the_two_preprocessings_differ() -> None:
 
 
 def test_batches_are_bounded_in_pixels() -> None:
-    frames = pictures(5, 3, 112, 112)
+    frames = images(5, 3, 112, 112)
     seen: list[int] = []
     whole = hpsv3().score(frames)
     for bound, rows in ((2 * 112 * 112, [2, 2, 1]), (1, [1] * 5), (100 * 112 * 112, [5])):
@@ -92,7 +92,7 @@ def load(folder: Path, **arguments: object) -> Hpsv3Scorer:
 
 
 def test_public_layout_loads(local: Path) -> None:
-    frames = pictures(2, 3, 40, 56)
+    frames = images(2, 3, 40, 56)
     assert torch.equal(load(local).score(frames), hpsv3(seed=7).score(frames))
 
 
@@ -174,6 +174,6 @@ def test_four_bits_score_close_to_full_precision(local: Path) -> None:
     linears = [module for module in scorer.network.model.modules() if isinstance(module, torch.nn.Linear)]
     assert all(isinstance(module, bitsandbytes.nn.Linear4bit) for module in linears)
     assert {parameter.dtype for parameter in scorer.network.rm_head.parameters()} == {torch.float32}
-    frames = pictures(2, 3, 40, 56)
+    frames = images(2, 3, 40, 56)
     assert (scorer.score(frames) - hpsv3(seed=7).score(frames)).abs().max() < 0.1
     assert scorer.to("cpu").device.type == "cpu"

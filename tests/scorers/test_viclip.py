@@ -18,7 +18,7 @@ from storymem.scorers.checkpoint import load_strictly
 from storymem.scorers.viclip import ViclipScorer, middle_frames, strided_frames
 from storymem.scorers.viclip_network import VICLIP_B_16, VICLIP_L_14, Viclip, ViclipConfig
 from storymem.weights import MissingWeights
-from tests.scorers.tiny import VICLIP_CONFIG, pictures, viclip
+from tests.scorers.tiny import VICLIP_CONFIG, images, viclip
 
 SMALL = ViclipConfig(**VICLIP_CONFIG)
 
@@ -46,15 +46,15 @@ def test_one_frame_agrees_with_open_clip() -> None:
     with torch.device("meta"):
         ours = Viclip(config)
     load_strictly(ours, from_open_clip(theirs.state_dict(), config), "open_clip", assign=True)
-    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(ours.vision_encoder(images[:, None]), theirs.encode_image(images), atol=1e-5, rtol=1e-5)
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours.vision_encoder(pixels[:, None]), theirs.encode_image(pixels), atol=1e-5, rtol=1e-5)
     ids = open_clip.tokenize(["a cat runs in a field", "Night. 2 trains pass"], context_length=32)
     torch.testing.assert_close(ours.text_encoder(ids), theirs.encode_text(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_every_frame_and_their_order_count() -> None:
     """No token is dropped at random: two runs agree, and a change in any one frame is seen."""
-    clips, scorer = pictures(1, 8, 3, 40, 56), viclip()
+    clips, scorer = images(1, 8, 3, 40, 56), viclip()
     whole = scorer.embed_clips(clips)
     assert torch.equal(whole, scorer.embed_clips(clips))
     for frame in range(8):
@@ -66,7 +66,7 @@ def test_every_frame_and_their_order_count() -> None:
 
 
 def test_clips_of_other_lengths() -> None:
-    clips, scorer = pictures(1, 33, 3, 40, 56), viclip()
+    clips, scorer = images(1, 33, 3, 40, 56), viclip()
     chosen = clips[:, scorer.frame_indices(33)]
     assert chosen.shape[1] == 8
     assert torch.equal(scorer.embed_clips(clips), scorer.embed_clips(chosen))
@@ -96,7 +96,7 @@ def test_frames_are_the_middles_of_equal_intervals() -> None:
 
 
 def test_profiles_differ() -> None:
-    clips = pictures(1, 16, 3, 40, 56)
+    clips = images(1, 16, 3, 40, 56)
     vbench, internvid = (viclip(profile=name).embed_clips(clips) for name in ("vbench", "internvid"))
     assert (vbench - internvid).abs().max() > 1e-3
     assert strided_frames(81, 8) == [0, 10, 20, 30, 40, 50, 60, 70]
@@ -118,7 +118,7 @@ def _small_is_l_14(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_small_is_l_14")
 @pytest.mark.parametrize("layout", ["pth", "safetensors"])
 def test_both_public_layouts_load(tmp_path: Path, layout: str) -> None:
-    scorer, clips = viclip(seed=5), pictures(2, 8, 3, 40, 56)
+    scorer, clips = viclip(seed=5), images(2, 8, 3, 40, 56)
     state = {name: value.clone() for name, value in scorer.network.state_dict().items()}
     if layout == "pth":
         path = tmp_path / "ViClip-InternVid-10M-FLT.pth"
@@ -154,7 +154,7 @@ def test_missing_weights_say_how_to_get_them(
 
 
 def test_save_and_load_give_the_same_embeddings(tmp_path: Path) -> None:
-    scorer, clips = viclip(seed=6), pictures(2, 8, 3, 40, 56)
+    scorer, clips = viclip(seed=6), images(2, 8, 3, 40, 56)
     scorer.save(tmp_path / "network")
     loaded = ViclipScorer.from_folder(tmp_path / "network")
     assert loaded.config == scorer.config

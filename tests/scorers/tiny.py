@@ -58,7 +58,7 @@ class TinyHpsv3(Hpsv3Scorer):
     pixels = 16 * 28 * 28
 
 
-def pictures(*shape: int, seed: int = 0) -> Tensor:
+def images(*shape: int, seed: int = 0) -> Tensor:
     """Smooth random images in 0..1 that are exact in 8 bits."""
     noise = torch.rand(*shape[:-2], 6, 8, generator=torch.Generator().manual_seed(seed))
     smooth = torch.nn.functional.interpolate(noise.flatten(0, -4), size=shape[-2:], mode="bilinear")
