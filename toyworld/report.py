@@ -101,9 +101,7 @@ class Report:
             raise FileNotFoundError(f"{self.adapter} is no folder: give the one that train.py wrote")
         self.weights, self.count, self.few = weights, count, max(2, count // 4)
         self.steps, self.guidance = steps, guidance
-        self.pipe = WanMemoryToVideoPipeline.from_pretrained(
-            weights, torch_dtype=torch.float32, memory_attention="cached"
-        )
+        self.pipe = WanMemoryToVideoPipeline.from_pretrained(weights, dtype=torch.float32, memory_attention="cached")
         self.pipe.set_progress_bar_config(disable=True)
 
     def measure(self, part: str) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def load_experts(model: ModelSettings, names: Collection[str]) -> dict[str, Any]
                 str(path) if gguf else _widened(path, dtype),
                 config=shape,
                 quantization_config=GGUFQuantizationConfig(compute_dtype=dtype) if gguf else None,
-                torch_dtype=dtype,
+                dtype=dtype,
             )
             check_values(_numbers(experts[name]), path)
     return experts

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from storymem.wan.combinations import check_combinations
 from storymem.wan.folders import check_text_to_video, load_tokenizer, weights_file
@@ -101,7 +104,7 @@ def load_text_to_video(
         experts = []
         for name in COMPONENTS.values():
             dtype = getattr(torch, model.dtype)
-            expert = WanTransformer3DModel.from_pretrained(folder / name, torch_dtype=dtype, use_safetensors=True)
+            expert = WanTransformer3DModel.from_pretrained(folder / name, dtype=dtype, use_safetensors=True)
             check_values(expert.named_parameters(), weights_file(folder, name))
             experts.append(expert)
     pipe = WanMemoryToVideoPipeline(
@@ -142,19 +145,33 @@ def _saved_pipeline(model: ModelSettings, parts: dict[str, Any]) -> WanMemoryToV
         parts["tokenizer"] = load_tokenizer(folder)
     if model.gguf is not None:
         parts |= load_experts(model, [name for name in COMPONENTS.values() if name not in parts])
-    pipe = WanMemoryToVideoPipeline.from_pretrained(
-        folder,
-        torch_dtype={"default": getattr(torch, model.dtype), "vae": getattr(torch, model.vae_dtype)},
-        use_safetensors=True,
-        rope_stride=model.rope_stride,
-        memory_attention=model.memory_attention,
-        boundary_ratio=model.boundary,
-        **parts,
-    )
+    with _without_progress_bars():
+        pipe = WanMemoryToVideoPipeline.from_pretrained(
+            folder,
+            dtype={"default": getattr(torch, model.dtype), "vae": getattr(torch, model.vae_dtype)},
+            use_safetensors=True,
+            rope_stride=model.rope_stride,
+            memory_attention=model.memory_attention,
+            boundary_ratio=model.boundary,
+            **parts,
+        )
     for name in ("text_encoder", "vae", *COMPONENTS.values()):
         if name not in parts:
             check_values(getattr(pipe, name).named_parameters(), weights_file(folder, name))
     return pipe
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Without a bar for every component; commands report their own progress."""
+    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
 
 
 def _random_pipeline(model: ModelSettings, parts: dict[str, Any]) -> WanMemoryToVideoPipeline:
