@@ -123,9 +123,7 @@ def _match(file: LoraFile, transformer: nn.Module, component: str | None, *, str
         FileError: listing all keys that are missing, given twice, misshapen or (``strict``) unexpected.
     """
     if foreign := [key for key in file.shapes if _OTHER_KINDS.search(key)]:
-        raise FileError(
-            listed(f"{file.path} is not a plain LoRA, the only kind that is supported:", {"found": foreign})
-        )
+        raise FileError(listed(f"{file.path} is not a plain LoRA; other kinds are not supported:", {"found": foreign}))
     targets, linears = _targets(transformer), adapted_linears(transformer)
     names = {way: name for name in (linears if strict else targets) for way in (name, original_name(name))}
     names |= {way.replace(".", "_"): name for way, name in names.items()}
@@ -151,12 +149,8 @@ def _match(file: LoraFile, transformer: nn.Module, component: str | None, *, str
             shape = list(file.shapes[key])
             if shape != right[part] and (part, shape) != ("alpha", [1]):
                 misshapen.append(f"{key} is {shape}, not {right[part] or 'one number'}")
-    problems = {
-        "missing": missing,
-        "given twice": twice,
-        "misshapen": misshapen,
-        "unexpected": unused if strict else [],
-    }
+    unexpected = unused if strict else []
+    problems = {"missing": missing, "given twice": twice, "misshapen": misshapen, "unexpected": unexpected}
     if any(problems.values()):
         size = f"{len(linears) // len(ADAPTED_LINEARS)} blocks, {len(linears)} adapted linears"
         raise FileError(listed(f"{file.path} does not fit this transformer of {size}:", problems))
@@ -194,26 +188,30 @@ class ExpertAdapter:
         Raises:
             NotFiniteError: if one is NaN, infinite or too large to be a weight.
         """
-        lora = [(name, part) for name, parts in self.parts.items() for part in parts if part in ("A", "B")]
-        tensors = self.file.tensors(self.parts[name][part] for name, part in lora)
         return {
             f"{name}.lora_{part}.weight": tensor.to(dtype or tensor.dtype)
-            for (name, part), tensor in zip(lora, tensors.values(), strict=True)
+            for name, part, tensor in self._read("A", "B")
         }
 
     def differences(self) -> dict[str, Tensor]:
         """What is added to the network's own parameters: ``blocks.0.norm2.weight`` ... -> float32 tensor."""
         found: dict[str, Tensor] = {}
-        for name, parts in self.parts.items():
-            alpha = self.config["alpha_pattern"].get(name, self.config["lora_alpha"])
-            rank = self.config["rank_pattern"].get(name, self.config["r"])
-            own = {part: key for part, key in parts.items() if part in ("diff", "diff_b", "bias")}
-            for part, tensor in zip(own, self.file.tensors(own.values()).values(), strict=True):
-                value = tensor.float() * (replace(self.info, alpha=alpha).scale(rank) if part == "bias" else 1.0)
-                suffix = ".weight" if part == "diff" else ".bias"
-                parameter = name if name.endswith("scale_shift_table") else name + suffix
-                found[parameter] = found[parameter] + value if parameter in found else value
+        for name, part, tensor in self._read("diff", "diff_b", "bias"):
+            value = tensor.float()
+            if part == "bias":  # of B
+                alpha = self.config["alpha_pattern"].get(name, self.config["lora_alpha"])
+                rank = self.config["rank_pattern"].get(name, self.config["r"])
+                value = value * replace(self.info, alpha=alpha).scale(rank)
+            attribute = ".weight" if part == "diff" else ".bias"
+            parameter = name if name.endswith("scale_shift_table") else name + attribute
+            found[parameter] = found[parameter] + value if parameter in found else value
         return found
+
+    def _read(self, *wanted: Part) -> list[tuple[str, Part, Tensor]]:
+        """Modules, parts and tensors of the wanted parts."""
+        chosen = [(name, part) for name, keys in self.parts.items() for part in keys if part in wanted]
+        tensors = self.file.tensors(self.parts[name][part] for name, part in chosen)
+        return [(name, part, tensor) for (name, part), tensor in zip(chosen, tensors.values(), strict=True)]
 
 
 def read_memory_lora(
@@ -247,9 +245,9 @@ def read_memory_lora(
             adapter = replace(adapter, as_usual=False, report=report)
         adapters[expert] = adapter
     for entry in ("memory_attention", "rope_stride", "conditioning"):
-        values = {adapter.file.path.name: getattr(adapter.info, entry) for adapter in adapters.values()}
+        values = {adapter.file.path: getattr(adapter.info, entry) for adapter in adapters.values()}
         if len(set(values.values())) > 1:
-            stated = ", ".join(f"{name}: {value!r}" for name, value in values.items())
+            stated = ", ".join(f"{path}: {value!r}" for path, value in values.items())
             raise ValueError(f"the experts' files belong to different adapters: {entry} differs ({stated})")
     return adapters
 

@@ -115,7 +115,7 @@ def _inspect(weights: Weights, check: Check) -> Source:
 
 
 class _Inspection:
-    """The weights of one model, each with its check; a base that passed gives the networks for its adapters."""
+    """The weights of one model, each with its check; those of networks give what adapters are compared with."""
 
     def __init__(
         self,
@@ -130,6 +130,7 @@ class _Inspection:
         self.text_networks: dict[Expert, Any] = {}
 
     def required(self, text_to_video: bool, continuity: Continuity) -> Iterator[tuple[Weights, Check]]:
+        """All weights, adapters after the networks that they are compared with."""
         model = self.model
         by_text = text_to_video and model.has_text_to_video
         if model.weights is not None:

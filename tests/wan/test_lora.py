@@ -483,13 +483,15 @@ def test_a_pipeline_with_one_expert_needs_that_file_only(released: Path) -> None
     assert torch.equal(outputs(low_only)[0], outputs(both)[1])
 
 
-def test_experts_of_two_different_adapters_are_refused(pipe: WanImageToVideoPipeline, tmp_path: Path) -> None:
-    states = {"high_noise": _diffusers_state(3), "low_noise": _diffusers_state(4)}
-    write_memory_lora(states, tmp_path, info=AdapterInfo(rank=4))
-    cached = AdapterInfo(rank=4, memory_attention="cached")
-    write_memory_lora({"low_noise": states["low_noise"]}, tmp_path, info=cached)
+@pytest.mark.parametrize("folders", [("", ""), ("high_noise", "low_noise")], ids=["one folder", "two folders"])
+def test_experts_of_two_different_adapters_are_refused(tmp_path: Path, folders: tuple[str, str]) -> None:
+    infos = [AdapterInfo(rank=4), AdapterInfo(rank=4, memory_attention="cached")]
+    for expert, folder, info in zip(("high_noise", "low_noise"), folders, infos, strict=True):
+        (path,) = write_memory_lora({expert: _diffusers_state(3)}, tmp_path / folder, info=info)
+        if folder:
+            path.rename(path.with_name("adapter.safetensors"))
     with pytest.raises(ValueError, match=r"memory_attention.*'joint'.*'cached'"):
-        load_memory_lora(pipe, tmp_path)
+        load_memory_lora(plain(), tmp_path)
 
 
 def _diffusers_state(seed: int) -> dict[str, Tensor]:
