@@ -133,8 +133,7 @@ class LatentCache:
         found = {path.parent: _read_description(path) for path in _descriptions(Path(folder))}
         if not found:
             raise ValueError(
-                f"there is no finished cache in {folder}: make it with "
-                f"python scripts/prepare_data.py videos=FOLDER output={folder}"
+                f"there is no finished cache in {folder}: make it with storymem prepare videos=FOLDER output={folder}"
             )
         wanted = dict(fingerprint or {})
         faults = {path: differences(wanted, description["fingerprint"]) for path, description in found.items()}

@@ -228,7 +228,7 @@ def check_parallel(parallel: ParallelSettings, accelerator: Accelerator) -> None
     if parallel.strategy == "fsdp" and accelerator.num_processes == 1:
         raise ValueError(
             "parallel.strategy=fsdp shards the experts over several processes and there is one: start it with "
-            "torchrun --nproc-per-node=N scripts/train.py ..., or use parallel.strategy=ddp"
+            "torchrun --nproc-per-node=N -m storymem train ..., or use parallel.strategy=ddp"
         )
 
 
