@@ -121,8 +121,8 @@ def test_neither_processes_nor_batches_change_the_values(folder: Path) -> None:
         for metric, scores in one["scores"].items():
             assert other["scores"][metric]["columns"] == pytest.approx(scores["columns"], abs=2e-6)
     run["metrics"] = full_config(folder)["metrics"]
-    evaluate({**run, "output": str(folder / "alone")})
-    assert json.loads((folder / "alone" / "results.json").read_text())["systems"] == shared["systems"]
+    evaluate({**run, "output": str(folder / "again")})
+    assert json.loads((folder / "again" / "results.json").read_text())["systems"] == shared["systems"]
 
 
 def test_workers_are_those_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
