@@ -1,45 +1,52 @@
 """What a system denoises, as data: one token sequence made of segments.
 
-Every system here runs the same network over one sequence of latent frames. Systems differ only in where each run of
-frames sits on the temporal axis, at which timestep it is, whose keys its queries read, and which text it reads. A
-:class:`Segment` states exactly that; a :class:`Layout` is a sequence of them, and
-:mod:`storymem.wan.transformer` executes it.
+Every system here runs the same network on one sequence of latent frames. Systems differ in four things only, and a
+:class:`Segment` states them for a run of frames: its temporal positions, its timestep, which keys its queries read, and
+which text it reads. A :class:`Layout` is a sequence of segments; :mod:`storymem.wan.transformer` executes it.
 
-With M memory frames, T latent frames of video, stride S and the step's timestep t:
+M memory frames, T latent frames of video, stride S, timestep t of the step. In the tables a cell is marked ``x`` where
+the queries of its row read the keys of its column.
 
 ``single_shot``, Wan itself::
 
-    segment   positions    timestep   reads              text
-    video     0 .. T-1     t          video              prompt
+    segment   positions    timestep   text      reads: video
+    video     0 .. T-1     t          prompt           x
 
-``memory_joint``, StoryMem as published (paper section 3.3): memory slots are noise and are denoised with the video; a
-clean copy of each memory frame is given in condition channels, and negative positions say that it came before::
+``memory_joint``, StoryMem as published (section 3.3). Memory frames are noise and are denoised with the video; their
+clean latents are given in condition channels. Negative positions place them before the shot: frame k of M is at
+``(k - M - 1) * S``, k = 1 .. M, that is at ``-M*S, -(M-1)*S, ..., -S``, and the video at ``0, 1, ..., T-1``::
 
-    memory    -MS .. -S    t          memory, video      prompt
-    video     0 .. T-1     t          memory, video      prompt
+    segment   positions    timestep   text      reads: memory   video
+    memory    -MS .. -S    t          prompt           x        x
+    video     0 .. T-1     t          prompt           x        x
 
-``memory_cached``, ours: memory slots are clean. They read nothing that changes between steps, so their keys and values
-are computed once a shot (:attr:`Layout.constant`)::
+``memory_cached``, ours. Memory frames are clean, at timestep 0, and read nothing that changes between steps: their keys
+and values are computed once a shot (:attr:`Layout.constant`), and a step computes the video alone::
 
-    memory    -MS .. -S    0          memory             none
-    video     0 .. T-1     t          memory, video      prompt
+    segment   positions    timestep   text      reads: memory   video
+    memory    -MS .. -S    0          none             x
+    video     0 .. T-1     t          prompt           x        x
 
-``given``: latent frames that begin the video and are clean, as Wan2.2-TI2V-5B is told its first frame::
+``with_given``: the first n latent frames of the video are clean, as Wan2.2-TI2V-5B gets its first frame::
 
-    given     0 .. n-1     0          given, video       prompt
-    video     n .. T-1     t          given, video       prompt
+    segment   positions    timestep   text      reads: given    video
+    given     0 .. n-1     0          prompt           x        x
+    video     n .. T-1     t          prompt           x        x
 
-``holocine``: all shots of a film at once, each with its own caption. ``full``: every shot reads all. ``sparse``: a shot
-reads itself and the first latent frame of every shot, its own included, which therefore counts twice::
+``holocine``: all shots of a film at once, each with its own caption. ``full``: every shot reads all shots. ``sparse``:
+a shot reads itself and the first latent frame of every shot; its own first frame is read twice and counts twice::
 
-    shot i    its frames   t          shot i, first of 1, first of 2, ...    global caption + caption i
+    segment   positions    timestep   text                 reads: shot 1  shot 2   first frame of 1   of 2
+    shot 1    its frames   t          global, caption 1           x                x                  x
+    shot 2    its frames   t          global, caption 2                   x        x                  x
 
-``memento``: a picture of the subject is denoised beside the shot. Memory reads two key sets and takes the mean of both
-results, so that subject and video exchange information through memory alone::
+``memento``: an image of the subject is denoised beside the shot. Memory has two key sets, one attention for each, and
+takes the mean (marked 1 and 2): subject and video exchange information through memory alone::
 
-    subject   -512         t          subject, memory                        subject caption
-    memory    film time    t          mean of {subject, memory} and {memory, video}   prompt
-    video     0 .. T-1     t          memory, video                          prompt
+    segment   positions    timestep   text              reads: subject  memory  video
+    subject   -512         t          subject caption          x        x
+    memory    film time    t          prompt                   1        1, 2    2
+    video     0 .. T-1     t          prompt                            x       x
 """
 
 from __future__ import annotations
@@ -64,8 +71,8 @@ class Text:
     """Tokens of a text.
 
     Args:
-        name: of the text among those that a forward is given; a forward with one text calls it "prompt".
-        spans: token ranges [first, last + 1), disjoint; None: all, padding included, as Wan reads.
+        name: of the text among those given to a forward; a single text is "prompt".
+        spans: token ranges [first, last + 1), in order and disjoint; None: all tokens, with padding, as in Wan.
     """
 
     name: str = "prompt"
@@ -85,8 +92,8 @@ class Segment:
     Args:
         name: unique in a layout.
         positions: temporal RoPE position of each latent frame; height and width are as in Wan.
-        reads: key sets, each of segments' names or parts of segments. The queries take one softmax over all keys of a
-            set; a segment named twice in a set counts twice. Of several sets the mean of the results is taken.
+        reads: key sets, each of names of segments or parts of segments. A query takes one softmax over all keys of a
+            set; a segment named twice in a set counts twice. The results of several sets are averaged.
         text: what cross-attention reads; None: nothing, and cross-attention adds nothing.
         timestep: fixed, in 0..1000, such as 0 for clean latents; None: that of the step.
     """
@@ -110,10 +117,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """A sequence of segments, in the order of their latent frames; hashable, so that plans made of it can be kept.
+    """A sequence of segments, in the order of their latent frames; hashable.
 
     Raises:
-        ValueError: for names that stand twice or are read and not there, or parts longer than their segment.
+        ValueError: for duplicate names, names that are read and absent, or parts longer than their segment.
     """
 
     segments: tuple[Segment, ...]
@@ -150,11 +157,11 @@ class Layout:
         return names
 
     def only(self, names: Iterable[str]) -> Layout:
-        """The segments of these names; they must read only each other."""
+        """The layout of these segments, which must read only each other."""
         return Layout(tuple(segment for segment in self.segments if segment.name in set(names)))
 
     def span(self, name: str) -> slice:
-        """Where the latent frames of a segment lie."""
+        """The latent frames of a segment."""
         start = 0
         for segment in self.segments:
             if segment.name == name:
@@ -164,16 +171,16 @@ class Layout:
 
 
 def name_of(keys: str | Keys) -> str:
-    """Of the segment that is read, wholly or in part."""
+    """The name of the segment that is read, wholly or in part."""
     return keys if isinstance(keys, str) else keys.segment
 
 
 def memory_positions(frames: int, stride: int = DEFAULT_STRIDE) -> tuple[int, ...]:
-    """(-M*S, ..., -2S, -S), the negative temporal positions of M memory frames (paper section 3.3).
+    """(-M*S, ..., -2S, -S): the negative temporal positions of M memory frames (section 3.3).
 
     Args:
         frames: M.
-        stride: S; published adapters were trained with 5, the first public release ran with 1.
+        stride: S; 5 for the published adapters, although the first public release ran with 1.
     """
     if not isinstance(stride, int) or stride < 1:
         raise ValueError(f"the RoPE stride of the memory must be a whole number, 1 or more, not {stride}")
@@ -194,7 +201,7 @@ def memory_joint(memory: int, video: int, stride: int = DEFAULT_STRIDE) -> Layou
 
 
 def memory_cached(memory: int, video: int, stride: int = DEFAULT_STRIDE) -> Layout:
-    """Ours: ``memory`` clean frames at timestep 0, which read only each other."""
+    """``memory`` clean frames at timestep 0, which read only each other, before ``video`` latent frames."""
     positions = memory_positions(memory, stride)
     before = Segment(name="memory", positions=positions, reads=(("memory",),), text=None, timestep=0)
     shot = Segment(name="video", positions=tuple(range(video)), reads=(("memory", "video"),))
@@ -202,7 +209,7 @@ def memory_cached(memory: int, video: int, stride: int = DEFAULT_STRIDE) -> Layo
 
 
 def with_given(layout: Layout, frames: int) -> Layout:
-    """``layout`` with the first ``frames`` latent frames of its segment "video" clean, as Wan2.2-TI2V-5B is told them.
+    """``layout`` with the first ``frames`` latent frames of its segment "video" clean, as for Wan2.2-TI2V-5B.
 
     Raises:
         ValueError: if no noisy frame would be left.
@@ -229,12 +236,12 @@ def _with_part(key_set: tuple[str | Keys, ...], whole: str, part: str) -> tuple[
 
 
 def holocine(shots: Sequence[int], texts: Sequence[Text], *, sparse: bool) -> Layout:
-    """HoloCine (arXiv 2510.20822): a film's shots at once, one segment each.
+    """HoloCine (arXiv 2510.20822): all shots of a film at once, one segment each.
 
     Args:
         shots: latent frames of each shot.
         texts: tokens that each shot reads: those of the global caption, of its own, and padding.
-        sparse: whether a shot reads of the others their first latent frame alone.
+        sparse: whether a shot reads only the first latent frame of the others.
     """
     names = [f"shot{number}" for number in range(1, len(shots) + 1)]
     summaries = tuple(Keys(segment=name, frames=1) for name in names)
@@ -258,9 +265,9 @@ def memento(memory: Sequence[int], video: int, *, subject: bool = True, split: b
     Args:
         memory: film-time positions of the memory frames, before 0.
         video: latent frames of the shot.
-        subject: whether a picture of the subject is denoised too.
-        split: without a subject: whether memory takes the mean of {memory} and {memory, video} all the same, as in
-            training; released inference does not.
+        subject: whether an image of the subject is denoised too.
+        split: without a subject: whether memory takes the mean of {memory} and {memory, video}, as in training;
+            released inference does not.
     """
     apart = (("subject", "memory"),) if subject else (("memory",),) if split else ()
     inner = (*apart, ("memory", "video"))
@@ -268,5 +275,5 @@ def memento(memory: Sequence[int], video: int, *, subject: bool = True, split: b
         Segment(name="memory", positions=tuple(memory), reads=inner),
         Segment(name="video", positions=tuple(range(video)), reads=(("memory", "video"),)),
     )
-    portrait = Segment(name="subject", positions=(-512,), reads=(("subject", "memory"),), text=Text(name="subject"))
-    return Layout((portrait, *segments) if subject else segments)
+    image = Segment(name="subject", positions=(-512,), reads=(("subject", "memory"),), text=Text(name="subject"))
+    return Layout((image, *segments) if subject else segments)

@@ -26,7 +26,7 @@ from ..testing_utils import (
 )
 
 
-def picture(shade: int) -> Image.Image:
+def image(shade: int) -> Image.Image:
     return Image.new("RGB", (16, 16), (shade, 255 - shade, 90))
 
 
@@ -97,6 +97,8 @@ class MemoryToVideo(BasePipelineTesterConfig):
             **self.given,
         }
 
+
+class Whole(PipelineTesterMixin):
     def test_save_load_optional_components(self) -> None:
         pytest.skip("diffusers tests it with one expert and boundary_ratio 1; see test_one_expert_alone")
 
@@ -126,21 +128,21 @@ class Broadcast(PyramidAttentionBroadcastTesterMixin):
     }
 
 
-PICTURES = [picture(200), picture(20)]
+IMAGES = [image(200), image(20)]
 KINDS: dict[str, dict] = {
-    "Stock": {"image": picture(40)},  # diffusers' own pipeline, for what fails in any case
+    "Stock": {"image": image(40)},  # diffusers' own pipeline, for what fails in any case
     "Plain": {},
-    "FirstFrame": {"first_frame": picture(40)},
-    "Motion": {"motion_frames": [picture(shade) for shade in (0, 10, 20, 30, 40)]},
-    "Memory": {"memory": PICTURES, "rope_stride": 2},
-    "MemoryFirstFrame": {"memory": PICTURES, "rope_stride": 2, "first_frame": picture(40)},
-    "MemoryUnseen": {"memory": PICTURES, "rope_stride": 2, "negative_sees_memory": False},
-    "Cached": {"memory": PICTURES, "rope_stride": 2},
-    "CachedFirstFrame": {"memory": PICTURES, "rope_stride": 2, "first_frame": picture(40)},
-    "CachedUnseen": {"memory": PICTURES, "rope_stride": 2, "negative_sees_memory": False},
+    "FirstFrame": {"first_frame": image(40)},
+    "Motion": {"motion_frames": [image(shade) for shade in (0, 10, 20, 30, 40)]},
+    "Memory": {"memory": IMAGES, "rope_stride": 2},
+    "MemoryFirstFrame": {"memory": IMAGES, "rope_stride": 2, "first_frame": image(40)},
+    "MemoryUnseen": {"memory": IMAGES, "rope_stride": 2, "negative_sees_memory": False},
+    "Cached": {"memory": IMAGES, "rope_stride": 2},
+    "CachedFirstFrame": {"memory": IMAGES, "rope_stride": 2, "first_frame": image(40)},
+    "CachedUnseen": {"memory": IMAGES, "rope_stride": 2, "negative_sees_memory": False},
 }
 MIXINS = {
-    "Pipeline": (PipelineTesterMixin,),
+    "Pipeline": (Whole,),
     "Offload": (PipelineOffloadTesterMixin, GroupOffloadTesterMixin, LayerwiseCastingTesterMixin),
     "Lora": (OneDenoiserLora,),
     "FasterCache": (FasterCacheTesterMixin,),
@@ -154,5 +156,5 @@ for kind, given in KINDS.items():
     for mixin, bases in MIXINS.items():
         name = f"Test{kind}{mixin}"
         kinds = {"pipeline_class": WanImageToVideoPipeline} if kind == "Stock" else {"memory_attention": layout}
-        parents = (*bases, MemoryToVideo) if mixin == "Lora" else (MemoryToVideo, *bases)
+        parents = (*bases, MemoryToVideo) if mixin in ("Lora", "Pipeline") else (MemoryToVideo, *bases)
         globals()[name] = type(name, parents, {"given": given, **kinds})

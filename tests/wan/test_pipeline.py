@@ -146,6 +146,9 @@ def test_it_is_made_from_a_stock_pipeline_and_back(pipe: WanMemoryToVideoPipelin
     ours = WanMemoryToVideoPipeline.from_pipe(stock(pipe))
     ours.set_progress_bar_config(disable=True)
     assert torch.equal(generate(ours, memory=pictures(2)), generate(pipe, memory=pictures(2)))
+    ours.memory_cache, ours.guidance_batch = "cpu", True
+    again = WanMemoryToVideoPipeline.from_pipe(ours)
+    assert (again.memory_cache, again.guidance_batch) == ("cpu", True)
     theirs = WanImageToVideoPipeline.from_pipe(pipe)
     theirs.set_progress_bar_config(disable=True)
     torch.testing.assert_close(stock_latents(theirs, frame), generate(pipe, first_frame=frame), rtol=1e-5, atol=1e-5)

@@ -344,7 +344,27 @@ def test_the_scale_of_an_adapter_reaches_the_memory_too() -> None:
     torch.testing.assert_close(shots["device"], shots["recompute"], rtol=1e-4, atol=1e-4)
 
 
-def test_kept_keys_and_values_hold_nothing_else() -> None:
+def test_cached_memory_follows_adapters_that_a_callback_changes() -> None:
+    pipe = load_pipeline(cached_model(), runtime=CPU)
+    for expert in pipe.experts.values():
+        expert.add_adapter(memory_lora_config(rank=2, alpha=2, dropout=0.0), adapter_name="memory")
+        for name, weight in expert.named_parameters():
+            if "lora_B" in name:
+                weight.data = 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+
+    def weaken(pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict:
+        for expert in pipe.experts.values():
+            expert.set_adapters(["memory"], [0.5 if step == 0 else 1.0])
+        return {}
+
+    shots = {}
+    for cache in ("device", "recompute"):
+        pipe.memory_cache = cache
+        shots[cache] = generate(pipe, memory=pictures(2), callback_on_step_end=weaken)
+    torch.testing.assert_close(shots["device"], shots["recompute"], rtol=1e-4, atol=1e-4)
+
+
+def test_cached_keys_and_values_keep_no_larger_tensor_alive() -> None:
     of, layout = network(), memory_cached(2, 2)
     for block in of.blocks:
         block.attn1.fuse_projections()
