@@ -1,4 +1,4 @@
-"""What a network is told besides the text: condition channels or clean frames, memory first.
+"""What a network is given besides the text: condition channels or clean frames, memory first.
 
 All functions are pure and work on tensors, so generation and training build the same condition. Letters as in the
 paper: M memory frames, F video frames, T latent frames of video, z latent channels.
@@ -37,7 +37,7 @@ def encode_video(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
 
 
 def encode_frames(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
-    """Normalised latents [M, z, 1, h, w] of pictures [M, 3, H, W] in -1..1, each encoded alone.
+    """Normalised latents [M, z, 1, h, w] of images [M, 3, H, W] in -1..1, each encoded alone.
 
     One at a time: together they would be a video to the causal VAE, and the peak VRAM of one frame is small.
     """
@@ -66,7 +66,7 @@ def blank_padded(given: Tensor | None, frames: int, height: int, width: int) -> 
 def condition_channels(memory: Tensor | None, video: Tensor, given: int, spec: ModelSpec = A14B) -> Tensor:
     """The condition [B, mask + z, M + T, h, w]: mask, then clean latents; memory frames first.
 
-    The mask is 1 where the clean latents are to be believed: in memory frames and in the first ``given`` latent frames.
+    The mask is 1 where the clean latents are given: in memory frames and in the first ``given`` latent frames.
 
     Args:
         memory: normalised one-frame latents [B, z, M, h, w], or None for no memory.

@@ -341,7 +341,7 @@ def _denoise_bytes(
     tokens, cached = model.spec.latent_frames(frames) * _frame_tokens(model), 0
     if model.memory_attention == "joint" or runtime.memory_cache == "recompute":
         tokens += memory * _frame_tokens(model)
-    else:  # those of one block at a time, if the others lie in RAM
+    else:  # those of one block at a time, if the others are in RAM
         cached = memory_cache_bytes(model, memory) // (1 if runtime.memory_cache == "device" else network["num_layers"])
     if runtime.cache == "first_block":  # two residuals for each pass
         cached += 2 * (2 if guided else 1) * tokens * _dim(network) * size

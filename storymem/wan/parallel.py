@@ -68,7 +68,7 @@ def leave() -> None:
 
 
 def parallelize(pipe: Any, runtime: RuntimeSettings, device: torch.device) -> None:
-    """Spread a pipeline's transformers over the processes that :func:`join` joined, as ``runtime`` says.
+    """Spread a pipeline's transformers over the processes that :func:`join` joined, as ``runtime`` specifies.
 
     Adapters must be loaded and the attention backend set before. Weights may be in RAM: shares go to ``device``.
     """

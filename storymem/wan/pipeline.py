@@ -420,9 +420,9 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             given=first,
         )
 
-    def _pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """[n, 3, H, W] in -1..1."""
-        return torch.cat([self.video_processor.preprocess(picture) for picture in pictures])
+        return torch.cat([self.video_processor.preprocess(image) for image in images])
 
     def _memory_latents(self, memory: Memory | None) -> Tensor | None:
         if memory is None or len(memory) == 0:

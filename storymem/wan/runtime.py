@@ -375,7 +375,7 @@ def _sharing_hooks(expert: Any) -> list[ModelHook]:
 
 
 def place(pipe: DiffusionPipeline, runtime: RuntimeSettings, *, device: torch.device | None = None) -> None:
-    """Put a pipeline's networks where ``runtime`` says; its ``offload`` must not be "auto".
+    """Place a pipeline's networks as ``runtime`` specifies; its ``offload`` must not be "auto".
 
     With "model" at most one network is on the device, and none between shots. With "group" the blocks of the expert at
     work pass through it, and the VAE stays.

@@ -322,7 +322,7 @@ class RuntimeSettings:
 
 
 def check_reach(model: ModelSettings, memory_frames: int, name: str) -> None:
-    """Raise ``ValueError`` if memory frames lie beyond the transformer's temporal positions.
+    """Raise ``ValueError`` if memory frames are beyond the transformer's temporal positions.
 
     Args:
         name: of the setting that gives their number.

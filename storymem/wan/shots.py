@@ -202,7 +202,7 @@ class WanShotGenerator:
             return {}
 
         pipe.set_progress_bar_config(disable=True)
-        device = pipe._execution_device  # not where offloaded weights lie
+        device = pipe._execution_device  # not where offloaded weights are
         (latents,) = pipe(
             prompt_embeds=self._embeds[request.prompt].to(device),
             negative_prompt_embeds=self._embeds[negative].to(device) if self._uses_guidance else None,

@@ -147,7 +147,7 @@ class SegmentRope(WanRotaryPosEmbed):
 
 
 class SegmentAttnProcessor(WanAttnProcessor):
-    """Wan's attention, in which each segment's queries read what its layout says; plain inputs give Wan's own."""
+    """Wan's attention, in which each segment's queries read what the layout states; plain inputs give Wan's own."""
 
     def __call__(
         self,
@@ -362,8 +362,8 @@ def _texts(embedder: Any, texts: Tensor | Mapping[str, Tensor], image: Tensor | 
         raise ValueError(f"segments read the texts {sorted(absent)}, and only {sorted(by_name)} are given")
     embedded = {name: embedder.text_embedder(by_name[name]) for name in read}
     if image is not None:
-        pictures = embedder.image_embedder(image)
-        embedded = {name: torch.cat([pictures, text], dim=1) for name, text in embedded.items()}
+        images = embedder.image_embedder(image)
+        embedded = {name: torch.cat([images, text], dim=1) for name, text in embedded.items()}
     return TextReads(embedded, plan.text_queries) if plan.text_queries else embedded["prompt"]
 
 
