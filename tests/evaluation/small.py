@@ -52,7 +52,7 @@ def stories(folder: Path) -> list[Story]:
 
 def frames(seed: int, count: int = FRAMES) -> np.ndarray:
     """A shot that moves a little: one smooth picture, shifted from frame to frame."""
-    picture = (tiny.pictures(1, 3, HEIGHT, WIDTH + count, seed=seed)[0] * 255).round().byte().movedim(0, -1).numpy()
+    picture = (tiny.images(1, 3, HEIGHT, WIDTH + count, seed=seed)[0] * 255).round().byte().movedim(0, -1).numpy()
     return np.stack([picture[:, shift : shift + WIDTH] for shift in range(count)])
 
 
