@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from storymem.commands.configuration import composed
 from storymem.film.folder import Film
-from storymem.film.generate import generate
+from storymem.film.generate import generate_films as generate
 from storymem.media.video import probe, read_video
 from toyworld.world import story as true_story
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from storymem.film.ranks import among_ranks
+from storymem.film.processes import among_processes
 from storymem.wan.loading import load_pipeline
 from storymem.wan.parallel import join, leave
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
@@ -204,7 +204,7 @@ def tell(folder: Path, runtime: RuntimeSettings, *, killed: int | None = None) -
     launch = Launch.of_environment()
     kind = Mortal if launch.rank == killed else stories.CountingGenerator
     generator = kind(model=stories.MODEL, sampler=stories.SAMPLER, runtime=runtime, continuity="mi2v")
-    with among_ranks(generator, launch, CPU) as shared:
+    with among_processes(generator, launch, CPU) as shared:
         if shared is not None:
             told = stories.story(folder.parent, stories.FOUR_SHOTS)
             replace(stories.storyteller(), generator=shared).tell(told, folder)
@@ -213,7 +213,7 @@ def tell(folder: Path, runtime: RuntimeSettings, *, killed: int | None = None) -
 def unfit(folder: Path) -> None:
     """The first process finds a mistake of the user before anything is generated."""
     generator = stories.storyteller().generator
-    with among_ranks(generator, Launch.of_environment(), CPU) as shared:
+    with among_processes(generator, Launch.of_environment(), CPU) as shared:
         if shared is not None:
             raise ValueError("the first says what is wrong")
     (folder / f"dismissed_{Launch.of_environment().rank}").touch()

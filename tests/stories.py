@@ -62,14 +62,14 @@ MODEL = ModelSettings(
 )
 SAMPLER = SamplerSettings(steps=2, guidance=2.0, negative_prompt="blurred")
 
-# Every frame of an untrained model is much like every other: keep two a shot, whatever the bank holds.
+# The frames of an untrained model are much alike: two keyframes a shot, whatever the bank holds.
 EAGER = KeyframeSelector(
     similarity_threshold=1.0, threshold_step=0.0001, max_keyframes=2, bank_similarity_threshold=1.0
 )
 
 
 class CountingGenerator(WanShotGenerator):
-    """The real generator, which also writes down what it was asked for."""
+    """The real generator, which also records its calls."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -116,7 +116,7 @@ def storyteller(continuity: Continuity = "mi2v", **changes: Any) -> Storyteller:
 
 
 def story(folder: Path, text: str) -> Story:
-    """The story that ``text`` (YAML) tells, written to and read from ``folder``."""
+    """The story of a YAML text, written to and read from ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "story.yaml").write_text(text)
     return load_story(folder / "story.yaml")
@@ -140,19 +140,14 @@ scenes:
 """
 
 
-def all_frames(folder: Path) -> dict[str, bytes]:
-    """Decoded pixels of every video, and the bytes of every picture and of the memory, of a film's folder."""
-    from storymem.media.images import read_image
-    from storymem.media.video import read_video
-
-    found = {str(p.relative_to(folder)): read_video(p).tobytes() for p in sorted(folder.rglob("*.mp4"))}
-    found |= {str(p.relative_to(folder)): read_image(p).tobytes() for p in sorted(folder.rglob("*.png"))}
-    found |= {name: (folder / name).read_bytes() for name in ("memory.json",)}
-    return found
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder except locks."""
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if path.name != ".lock"}
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """What a film shows and remembers, whatever its files are called: equal for films that are told alike."""
+    """What a film shows and its memory holds, whatever its files are called: equal for equal films."""
     from storymem.film.folder import Film
     from storymem.media.images import read_image
     from storymem.media.video import read_video
@@ -167,7 +162,7 @@ def content(folder: Path) -> dict[str, Any]:
         "film": read_video(film.video).tobytes(),
         "shots": [
             {
-                "told": (shot.scene, shot.number, shot.prompt, shot.mode, shot.seed, shot.frames, shot.repeated),
+                "made": (shot.scene, shot.number, shot.prompt, shot.mode, shot.seed, shot.frames, shot.repeated),
                 "frames": read_video(folder / shot.file).tobytes(),
                 "end": film.last_frames(shot.index, 1).tobytes(),
                 "memory": pictures(shot.memory),
@@ -180,5 +175,5 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def single_thread() -> None:
-    """Before a fork: threads of a pool do not survive it."""
+    """For a fork: threads of a pool do not survive it."""
     torch.set_num_threads(1)

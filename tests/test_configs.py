@@ -17,7 +17,7 @@ from storymem.commands.cli import CONFIGS
 from storymem.config import build_settings
 from storymem.film.generate import build_storyteller
 from storymem.film.settings import GenerateSettings, MemorySettings
-from storymem.memory import Keyframe
+from storymem.memory import ComingShot, Keyframe
 from storymem.scorers import scorer_bytes
 from storymem.wan.estimate import forward_flops
 from storymem.wan.placement import Machine, choose_runtime
@@ -155,10 +155,10 @@ def test_a_preset_fits_the_card_it_is_named_after(name: str, card: int) -> None:
         assert choose_runtime(model, made.runtime, machine=machine, scorers=scorers).fits
 
 
-MEMORIES = [f"memory/{name}" if "/" in name else f"memory={name}" for name in choices("memory")]
+MEMORIES = [("memory/" if "/" in name else "memory=") + name.replace("/", "=") for name in choices("memory")]
 
 
-@pytest.mark.parametrize("choice", [choice.replace("selector/", "selector=") for choice in MEMORIES])
+@pytest.mark.parametrize("choice", MEMORIES)
 def test_memories_recall_and_select(choice: str) -> None:
     memory = generate_settings(choice).memory
     recall, selector = instantiate(memory.recall), instantiate(memory.selector)
@@ -171,7 +171,7 @@ def test_memories_recall_and_select(choice: str) -> None:
         )
         for number in range(20)
     ]
-    assert len(recall.recall(bank, None)) == memory.recall["capacity"]
+    assert len(recall.recall(bank, ComingShot())) == memory.recall["capacity"]
     chosen = selector.select(random.normal(size=(9, 8)), bank=np.empty((0, 8), np.float32))
     assert 1 <= len(chosen.selected) <= selector.max_keyframes
 

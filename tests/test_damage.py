@@ -142,18 +142,18 @@ def use_film(folder: Path, _: Any, resume: str = "auto") -> Any:
     film = stories.storyteller().tell(load_story(folder / "story.yaml"), folder / "film", resume=resume)
     assert film.video is not None
     assert (film.folder / "storyboard.html").is_file()
-    Film.open(film.folder).check(pytest.fail)
+    Film.open(film.folder).check()
     shots = [read_video(film.folder / shot.file).tobytes() for shot in film.shots]
     return (
         read_video(film.video).tobytes(),
         shots,
-        [film.last_frames(shot.index, 5, print).tobytes() for shot in film.shots],
+        [film.last_frames(shot.index, 5).tobytes() for shot in film.shots],
     )
 
 
 def use_memory(folder: Path, _: Any) -> Any:
     bank = MemoryBank.load(folder / "film", embed=lambda frames: encoder().embed_images(as_images(frames)).numpy())
-    for done in bank.by_hand.values():
+    for done in bank.edited.values():
         print(done)
     latents = [None if keyframe.latent is None else keyframe.latent.numpy().tobytes() for keyframe in bank]
     return [(k.sha256, k.embedding.tobytes(), k.shot, k.frame) for k in bank], latents

@@ -1,334 +1,498 @@
-"""A film's folder: what it says, who may use it, and that its files are exact."""
+"""A film's folder: whose it is, what ``film.json`` may hold, edited and damaged files, full disks, signals."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import signal
-import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from filelock import FileLock
+from PIL import Image
 
-from storymem.film.folder import (
-    END_FRAMES,
-    Film,
-    FilmError,
-    ShotRecord,
-    differences,
-    estimated_bytes,
-    library_versions,
-)
-from storymem.film.manifest import KeyframeRecord
-from storymem.film.ownership import film_folder
+from storymem.commands.cli import main
+from storymem.film.folder import Film, FilmError, estimated_bytes, library_versions
+from storymem.film.generate import generate_films
+from storymem.film.manifest import film_folder
+from storymem.film.storyboard import storyboard
 from storymem.io import FileError
 from storymem.media.video import probe, read_video, write_video
-from storymem.story import Shot
+from tests.composing import SMALL, composed
+from tests.stories import content, files, single_thread, story, storyteller
 
-ROOT = Path(__file__).parents[1]
-STORY = {"title": "Two", "scenes": [{"shots": [{"prompt": "a"}, {"prompt": "b"}]}]}
-CONFIG = {"seed": 0, "sampler": {"steps": 8, "shift": 4.0}}
-
-
-def frames(count: int, seed: int) -> np.ndarray:
-    """Smooth random frames, uint8 [count, 32, 48, 3]."""
-    corners = np.random.default_rng(seed).integers(0, 256, (count, 2, 3, 3), dtype=np.uint8)
-    return corners.repeat(16, axis=1).repeat(16, axis=2)
-
-
-def shot(index: int) -> Shot:
-    return Shot(prompt=f"Shot {index}.", cut=index != 1, scene=1 + index // 2, number=1 + index % 2, index=index)
+TWO_SHOTS = """\
+title: Two
+overview: A short walk.
+scenes:
+  - shots:
+      - {prompt: "A dog walks out of a door."}
+      - {prompt: "The dog looks at a tree.", cut: false}
+"""
 
 
-def record(index: int, file: str, count: int, repeated: int = 0) -> ShotRecord:
-    keyframe = KeyframeRecord(id=f"s{index}_f0", frame=0, quality=5.5, similarity=None if index == 0 else 0.25)
-    return ShotRecord(
-        index=index,
-        scene=1 + index // 2,
-        number=1 + index % 2,
-        prompt=f"Shot {index}.",
-        mode="mi2v" if repeated else "m2v",
-        seed=index,
-        frames=count,
-        repeated=repeated,
-        file=file,
-        memory=("ref_1",),
-        keyframes=(keyframe,),
-        config_hash="0" * 16,
-        seconds={"generate": 1.5, "save": 0.25},
-    )
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a story and its film."""
+    folder = tmp_path_factory.mktemp("finished")
+    storyteller().tell(story(folder, TWO_SHOTS), folder / "film")
+    return folder
 
 
-def film_of(folder: Path, shots: int = 3) -> Film:
-    """A film of ``shots`` shots of 9 frames; the second continues the first and cuts one frame."""
-    film = Film(folder, story=STORY, config=CONFIG)
-    folder.mkdir(parents=True, exist_ok=True)
-    film.save()
-    for index in range(shots):
-        repeated = 1 if index == 1 else 0
-        name = film.write_shot(shot(index), frames(9, index), repeated=repeated, fps=8)
-        film.add(record(index, name, 9 - repeated, repeated))
+@pytest.fixture
+def film(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that film."""
+    shutil.copytree(finished / "film", tmp_path / "film")
+    return tmp_path / "film"
+
+
+def resume(folder: Path, from_shot: int | None = None, *, seed: int = 0) -> Film:
+    """The film of two shots, resumed."""
+    how = "auto" if from_shot is None else f"from_shot:{from_shot}"
+    film = storyteller(seed=seed).tell(story(folder.parent, TWO_SHOTS), folder, resume=how)
+    assert film.video is not None
+    assert film.video.is_file()
     return film
 
 
-# The manifest
+def command(folder: Path, *overrides: str) -> list[Film]:
+    """``storymem generate`` of the smallest film."""
+    story(folder, TWO_SHOTS)
+    return generate_films(composed(f"story='{folder}/story.yaml'", *SMALL, *overrides))
 
 
-def test_the_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
-    film = film_of(tmp_path)
-    again = Film.open(tmp_path)
-    assert again.shots == film.shots
-    assert again.story == STORY
-    assert again.config == CONFIG
-    assert again.video is None
-    again.join()
-    assert Film.open(tmp_path).video == tmp_path / "film.mp4"
+# Folders
 
 
-def test_the_manifest_says_how_the_film_was_made(tmp_path: Path) -> None:
-    film = film_of(tmp_path)
-    manifest = json.loads((tmp_path / "film.json").read_text())
-    assert (manifest["schema"], manifest["title"], manifest["video"]) == (1, "Two", None)
-    assert manifest["config_hash"] == film.config_hash
-    assert manifest["versions"] == library_versions()
-    assert manifest["versions"]["torch"] != "unknown"
-    assert manifest["seconds"] == pytest.approx(3 * 1.75)
-    assert manifest["shots"][1]["keyframes"] == [
-        {"id": "s1_f0", "frame": 0, "quality": 5.5, "similarity": 0.25, "sha256": None}
-    ]
+def test_a_folder_that_holds_no_film_is_refused_and_not_touched(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    for name in ("shots/a.mp4", "shots/b_end/1.png", "film.mp4", "keyframes/x.png", "notes.txt"):
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text("mine")
+    before = files(mine)
+    for dry in ("dry_run=true", "dry_run=false"):
+        with pytest.raises(FilmError, match=r"mine is not empty and holds no film .*\(film\.mp4, keyframes, notes\.tx"):
+            command(tmp_path, f"output={mine}", dry)
+    assert files(mine) == before
+    assert sorted(path.name for path in mine.iterdir()) == ["film.mp4", "keyframes", "notes.txt", "shots"]
 
 
-def test_the_hash_is_of_the_settings_whatever_their_order(tmp_path: Path) -> None:
-    one = Film(tmp_path, story=STORY, config={"a": 1, "b": {"c": 2, "d": "ü"}})
-    same = Film(tmp_path, story={"title": "other"}, config={"b": {"d": "ü", "c": 2}, "a": 1})
-    other = Film(tmp_path, story=STORY, config={"a": 1, "b": {"c": 3, "d": "ü"}})
-    assert one.config_hash == same.config_hash != other.config_hash
-    assert len(one.config_hash) == 16
-    int(one.config_hash, 16)
+@pytest.mark.parametrize("inside", ["shots", "shots/new", "keyframes/a/b", "film.mp4", "storyboard.html"])
+def test_a_folder_among_a_films_own_files_is_refused(film: Path, inside: str) -> None:
+    before = files(film)
+    if inside.endswith((".mp4", ".html")):
+        (film / inside).unlink()  # as while the film is being made
+        del before[inside]
+    with pytest.raises(FilmError, match=r"would lie in .* of the film in .*film: choose another output"):
+        command(film.parent, f"output={film / inside}")
+    assert files(film) == before
 
 
-def test_a_folder_without_a_film(tmp_path: Path) -> None:
-    assert not Film.exists(tmp_path)
-    with pytest.raises(FilmError, match=r"holds no film: there is no film\.json"):
-        Film.open(tmp_path)
+@pytest.mark.parametrize("name", ["film.mp4", "storyboard.html", "memory.json", "film.json"])
+def test_a_folder_with_the_name_of_a_file_is_refused_before_anything_is_made(film: Path, name: str) -> None:
+    (film / name).unlink()
+    (film / name).mkdir()
+    (film / name / "mine").write_text("mine")
+    before = files(film)
+    with pytest.raises(ValueError, match=f"{name} is a folder"):
+        resume(film, 2)
+    assert files(film) == before
+
+
+@pytest.mark.parametrize("name", ["shots", "keyframes"])
+def test_links_in_the_place_of_a_films_folders_are_not_followed(film: Path, tmp_path: Path, name: str) -> None:
+    (film / name).rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "mine.txt").write_text("mine")
+    (film / name).symlink_to(tmp_path / "elsewhere")
+    before = files(tmp_path / "elsewhere")
+    with pytest.raises(FilmError, match=f"{name} must be a folder, not a link or a file"):
+        resume(film, 1)
+    assert files(tmp_path / "elsewhere") == before
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("below", "message"),
     [
-        b"",
-        b"{",
-        b"[]",
-        b"7",
-        b'{"schema": 1}',
-        b'{"schema": 1, "shots": [7]}',
-        b'{"schema": 1, "shots": [{}]}',
-        b"\xff",
+        ("a_file", r"cannot be written \(.+\): choose another output"),
+        ("a_file/films/two", r"cannot be written \(.+\): choose another output"),
+        ("/proc/films", "/proc/films cannot be written"),
     ],
 )
-def test_a_damaged_manifest_is_told_and_left_alone(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "film.json").write_bytes(content)
-    with pytest.raises(FilmError, match=r"film\.json is damaged .*: put it back from a copy, or choose another output"):
-        Film.open(tmp_path)
-    assert (tmp_path / "film.json").read_bytes() == content
-
-
-@pytest.mark.parametrize("shot", [{"colour": "red"}, {"keyframes": [{"id": "a"}]}, {"memory": 3}])
-def test_a_shot_that_cannot_be_understood_is_damage(tmp_path: Path, shot: dict) -> None:
-    film_of(tmp_path, shots=1)
-    manifest = json.loads((tmp_path / "film.json").read_text())
-    manifest["shots"][0] |= shot
-    (tmp_path / "film.json").write_text(json.dumps(manifest))
-    with pytest.raises(FilmError, match="damaged"):
-        Film.open(tmp_path)
-
-
-def test_a_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
-    film_of(tmp_path, shots=0)
-    manifest = json.loads((tmp_path / "film.json").read_text()) | {"schema": 2}
-    (tmp_path / "film.json").write_text(json.dumps(manifest))
-    with pytest.raises(FilmError, match="schema 2 is not known; this version reads 1"):
-        Film.open(tmp_path)
-
-
-def test_differences_are_told_by_their_path() -> None:
-    before = {"seed": 0, "sampler": {"steps": 8, "shift": 4.0}, "shots": [{"prompt": "a"}, {"prompt": "b"}]}
-    after = {"seed": 0, "sampler": {"steps": 40, "shift": 4.0}, "shots": [{"prompt": "a"}, {"prompt": "c"}], "x": None}
-    assert differences(before, after) == [
-        "sampler.steps: 8 before, 40 now",
-        "shots[2].prompt: 'b' before, 'c' now",
-        "x: 'nothing' before, None now",
-    ]
-    assert differences(after, dict(reversed(after.items()))) == []
-
-
-def test_differences_of_length_and_emptiness() -> None:
-    assert differences({"a": [1, 2]}, {"a": [1]}) == ["a[2]: 2 before, 'nothing' now"]
-    assert differences({"a": []}, {"a": [1]}) == ["a: [] before, 'nothing' now", "a[1]: 'nothing' before, 1 now"]
-    assert differences({"a": ()}, {"a": []}) in ([], ["a: () before, [] now"])
-    assert differences({}, {}) == []
-
-
-# Shots
-
-
-def test_a_shots_video_leaves_out_what_it_repeats(tmp_path: Path) -> None:
-    film, made = Film(tmp_path, story=STORY, config=CONFIG), frames(9, 0)
-    assert film.write_shot(shot(0), made, repeated=0, fps=8) == "shots/01_01.mp4"
-    assert film.write_shot(shot(1), made, repeated=5, fps=8) == "shots/01_02.mp4"
-    write_video(tmp_path / "expected.mp4", made[5:], 8)
-    np.testing.assert_array_equal(read_video(tmp_path / "shots/01_02.mp4"), read_video(tmp_path / "expected.mp4"))
-    assert probe(tmp_path / "shots/01_01.mp4").frames == 9
-    assert probe(tmp_path / "shots/01_02.mp4").frames == 4
-
-
-def test_last_frames_are_kept_without_loss(tmp_path: Path) -> None:
-    film = film_of(tmp_path)
-    for index in range(3):
-        for count in range(1, END_FRAMES + 1):
-            np.testing.assert_array_equal(film.last_frames(index, count), frames(9, index)[-count:])
-
-
-def test_the_joined_film_is_its_shots_one_after_the_other(tmp_path: Path) -> None:
-    film = film_of(tmp_path)
-    assert film.join() == tmp_path / "film.mp4" == film.video
-    parts = [read_video(tmp_path / made.file) for made in film.shots]
-    np.testing.assert_array_equal(read_video(tmp_path / "film.mp4"), np.concatenate(parts))
-    assert probe(tmp_path / "film.mp4").frames == 9 + 8 + 9
-
-
-def test_shots_are_finished_in_order(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="in order"):
-        film_of(tmp_path, shots=1).add(record(2, "shots/02_01.mp4", 9))
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
-    }
-
-
-def test_forgetting_changes_nothing_on_disk_until_there_is_another_shot(tmp_path: Path) -> None:
-    film = film_of(tmp_path)
-    film.join()
-    before = files(tmp_path)
-    film.forget_from(1)
-    assert (len(film.shots), film.video) == (1, None)
-    assert files(tmp_path) == before
-    np.testing.assert_array_equal(film.last_frames(0, 5), frames(9, 0)[-5:])
-
-    name = film.write_shot(shot(1), frames(9, 7), repeated=1, fps=8)
-    assert name == "shots/01_02_take2.mp4"
-    whole = Film.open(tmp_path)
-    assert (len(whole.shots), whole.video) == (3, tmp_path / "film.mp4"), "until add() the film is the old one"
-    whole.check(pytest.fail)
-    film.add(record(1, name, 8, 1))
-    assert [made.file for made in Film.open(tmp_path).shots] == ["shots/01_01.mp4", name]
-    assert before.items() - files(tmp_path).items() == {("film.json", before["film.json"])}
-
-    film.join()
-    film.remove_replaced()
-    kept = {made.file for made in film.shots}
-    assert {path for path in files(tmp_path) if path.endswith(".mp4")} == {*kept, "film.mp4"}
-    assert not (tmp_path / "shots" / "01_02_end").exists()
-
-
-def test_only_files_that_were_being_written_are_removed(tmp_path: Path) -> None:
-    film = film_of(tmp_path, shots=2)
-    whole = files(tmp_path)
-    film.write_shot(shot(2), frames(9, 2), repeated=0, fps=8)
-    (tmp_path / "shots" / ".02_02.mp4.partial").write_bytes(b"half")
-    mine = {"notes.txt", "keyframes/a.png", "shots/01_02 copy.mp4", "shots/02_01_end/9.png", "film.mp4"}
-    for name in mine:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"mine")
-    again = Film.open(tmp_path)
-    again.remove_unfinished()
-    assert files(tmp_path).keys() == whole.keys() | mine
-    assert {name for name, content in files(tmp_path).items() if content == b"mine"} == mine
-    assert again.shots == Film.open(tmp_path).shots == film.shots
-
-
-# The folder
-
-
-def test_a_folder_is_made_and_left_clean(tmp_path: Path) -> None:
-    with film_folder(tmp_path / "films" / "two") as folder:
-        assert folder == tmp_path / "films" / "two"
-        assert [path.name for path in folder.iterdir()] == [".lock"]
-    assert {path.name for path in folder.iterdir()} <= {".lock"}
-
-
-@pytest.mark.parametrize("below", ["a_file", "a_file/films/two"])
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, below: str) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, below: str, message: str) -> None:
     (tmp_path / "a_file").write_bytes(b"x")
-    with (
-        pytest.raises(FilmError, match=r"cannot be written \(.+\): choose another output"),
-        film_folder(tmp_path / below),
-    ):
+    with pytest.raises(FileError, match=message), film_folder(tmp_path / below):
         pass
     assert (tmp_path / "a_file").read_bytes() == b"x"
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a Linux file system")
-def test_a_file_system_that_takes_no_files_is_told() -> None:
-    with pytest.raises(FileError, match="/proc/films cannot be written"), film_folder("/proc/films"):
-        pass
-    with pytest.raises(FilmError, match="/proc is not empty and holds no film"), film_folder("/proc"):
-        pass
+def test_the_users_files_in_a_film_stay_whatever_is_regenerated(film: Path) -> None:
+    mine = {"shots/01_02 copy.mp4", "shots/notes/a.png", "shots/01_02_end/6.png", "keyframes/x.png", "cut.mp4"}
+    for name in mine:
+        (film / name).parent.mkdir(exist_ok=True)
+        (film / name).write_text("mine")
+    (film / "shots" / "02_01.mp4").symlink_to(film.parent / "story.yaml")
+    resume(film, 1, seed=5)
+    resume(film, 2, seed=6)
+    assert {name for name, written in files(film).items() if written == b"mine"} == mine
+    assert (film.parent / "story.yaml").is_file()
 
 
-def test_a_second_process_is_refused(tmp_path: Path) -> None:
-    with film_folder(tmp_path):
-        with (
-            pytest.raises(FileError, match=r"another process is making the film in .*: wait for it"),
-            film_folder(tmp_path),
-        ):
-            pass
-        assert not FileLock(tmp_path / ".lock").is_locked
-    with film_folder(tmp_path):
-        pass
+@pytest.mark.parametrize("name", ["file:x", "été", "a b,c", "a%20#?&'\"", "-x", "concat:a|b"])
+def test_any_name_of_a_folder_will_do(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    film = storyteller().tell(story(tmp_path, TWO_SHOTS), name)
+    assert film.video == Path(name) / "film.mp4"
+    assert len(read_video(film.video)) == 17
 
 
-def test_a_failure_inside_gives_the_folder_back(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), film_folder(tmp_path):
-        raise KeyError
-    with film_folder(tmp_path):
-        pass
+# Files that are missing, damaged or edited
 
 
-HOLD = """
-import sys, time
-from storymem.film.ownership import film_folder
-with film_folder(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+@pytest.mark.parametrize("known", [False, True])
+def test_what_the_user_edited_stays_on_disk_when_its_shot_is_regenerated(film: Path, known: bool) -> None:
+    shot = film / "shots" / "01_02.mp4"
+    write_video(shot, read_video(shot)[:5], 8)
+    edited = shot.read_bytes()
+    painted = film / "keyframes" / f"{Film.open(film).shots[1].keyframes[0].id}.png"
+    Image.new("RGB", (48, 32), (9, 9, 9)).save(painted)
+    image = painted.read_bytes()
+    if known:
+        resume(film)
+        resume(film, 2, seed=4)
+    resume(film, 2, seed=5)
+    assert Film.open(film).shots[1].file != "shots/01_02.mp4"
+    assert shot.read_bytes() == edited
+    assert painted.read_bytes() == image
 
 
-def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
+def test_a_film_or_page_that_is_missing_is_written_again(film: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = files(film)
+    for name in ("film.mp4", "storyboard.html"):
+        (film / name).unlink()
+        resume(film)
+        assert files(film) == before
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"half", None])
+@pytest.mark.parametrize("name", ["film.mp4", "storyboard.html"])
+def test_a_film_or_page_that_was_changed_gets_another_name(
+    film: Path, name: str, content: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = files(film)
+    changed = before["shots/01_01.mp4"] if content is None else content
+    (film / name).write_bytes(changed)
+    aside = name.replace(".", "_1.")
+    resume(film)
+    assert f"{name} was changed since it was written: it is now {aside}, and {name} is written again" in caplog.text
+    assert files(film) == before | {aside: changed}
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "no video", "a folder"])
+def test_a_shot_that_cannot_be_read_is_named_and_the_advice_works(film: Path, damage: str) -> None:
+    shot = film / "shots" / "01_02.mp4"
+    whole = shot.read_bytes()
+    shot.unlink()
+    if damage == "a folder":
+        shot.mkdir()
+    elif damage != "missing":
+        shot.write_bytes({"empty": b"", "cut off": whole[: len(whole) * 2 // 3], "no video": b"text"}[damage])
+    for name in ("film.mp4", "storyboard.html"):
+        (film / name).unlink()
+    before = files(film)
+    with pytest.raises(ValueError, match=r"shots/01_02\.mp4.*: put it back, or regenerate .* with resume=from_shot:2"):
+        resume(film)
+    assert files(film) == before
+    resume(film, 2)
+
+
+def test_damage_within_a_shot_is_detected(film: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shot = film / "shots" / "01_01.mp4"
+    content = bytearray(shot.read_bytes())
+    middle = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 4
+    content[middle : middle + 40] = bytes(40)
+    shot.write_bytes(bytes(content))
+    try:
+        resume(film)
+        message = caplog.text
+    except ValueError as error:
+        message = str(error)
+    assert str(shot) in message
+
+
+def test_shots_that_were_swapped_or_shortened_are_named(film: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one, two = (film / "shots" / f"01_0{number}.mp4" for number in (1, 2))
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    resume(film)
+    for path, number, other in ((one, 1, 2), (two, 2, 1)):
+        label = f"shot {number} (scene 1, shot {number}), but that of shot {other}"
+        assert f"{path} is not the video that was generated for {label}" in caplog.text
+    assert [shot.frames for shot in Film.open(film).shots] == [8, 9]
+    np.testing.assert_array_equal(read_video(film / "film.mp4"), np.concatenate([read_video(one), read_video(two)]))
+    caplog.clear()
+    resume(film)
+    assert caplog.text == "", "it is reported once"
+
+    write_video(two, read_video(two)[:5], 8)
+    resume(film)
+    assert f"{two} is not the video that was generated" in caplog.text
+    assert probe(film / "film.mp4").frames == 13
+
+
+@pytest.mark.parametrize(("height", "width", "fps"), [(32, 48, 8), (32, 48, 16), (90, 60, 25)])
+def test_a_video_of_the_user_is_fitted_to_the_film(
+    film: Path, height: int, width: int, fps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    shot = film / "shots" / "01_01.mp4"
+    frames = np.full((2 * fps, height, width, 3), 200, np.uint8)
+    frames[fps:] = 20
+    write_video(shot, frames, fps, crf=30)
+    mine = shot.read_bytes()
+    resume(film)
+    assert f"{shot} is not the video that was generated for shot 1" in caplog.text
+    assert shot.read_bytes() == mine
+    joined = read_video(film / "film.mp4")
+    assert joined.shape == (16 + 8, 32, 48, 3), "two seconds, and the other shot"
+    middle = joined[:, 16, 24].astype(int)
+    assert np.abs(middle[:8] - 200).max() < 8
+    assert np.abs(middle[8:16] - 20).max() < 8
+
+    made = resume(film, 2, seed=4)
+    assert made.shots[1].mode == "mi2v"
+    np.testing.assert_array_equal(made.last_frames(0, 1)[0], read_video(shot, [2 * fps - 1])[0])
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"text"])
+def test_last_frames_that_cannot_be_read_are_reported_before_anything_is_made(film: Path, damage: bytes | None) -> None:
+    end = film / "shots" / "01_01_end" / "5.png"
+    end.unlink()
+    if damage is not None:
+        end.write_bytes(damage)
+    before = files(film)
+    with pytest.raises(FilmError, match=r"cannot continue from shot 1 .*5\.png.*with resume=from_shot:1"):
+        resume(film, 2)
+    assert files(film) == before
+    resume(film, 1)
+
+
+def test_only_files_that_were_being_written_are_removed(film: Path) -> None:
+    whole, made = files(film), Film.open(film)
+    shot = story(film.parent, TWO_SHOTS).shots[1]
+    made.drop_from(1)
+    made.write_shot(shot, np.zeros((9, 32, 48, 3), np.uint8), repeated=1, fps=8)
+    (film / "shots" / ".02_02.mp4.partial").write_bytes(b"half")
+    mine = {"notes.txt", "keyframes/a.png", "shots/01_02 copy.mp4", "shots/02_01_end/9.png"}
+    for name in mine:
+        (film / name).parent.mkdir(exist_ok=True)
+        (film / name).write_bytes(b"mine")
+    resume(film)
+    assert files(film) == whole | dict.fromkeys(mine, b"mine")
+
+
+# film.json
+
+
+def changed_manifest(film: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((film / "film.json").read_text(encoding="utf-8"))
+    change(manifest)
+    (film / "film.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_the_manifest_records_how_the_film_was_made(film: Path) -> None:
+    manifest = json.loads((film / "film.json").read_text())
+    assert (manifest["schema"], manifest["title"], manifest["video"]) == (2, "Two", "film.mp4")
+    assert manifest["versions"] == library_versions()
+    assert [shot["shot"] for shot in manifest["shots"]] == [1, 2]
+    assert manifest["shots"][0]["config_hash"] == manifest["config_hash"] == Film.open(film).config_hash
+
+
+def test_films_of_schema_1_which_counted_from_0_are_opened_and_resumed(film: Path) -> None:
+    before = Film.open(film)
+
+    def downgrade(manifest: dict[str, Any]) -> None:
+        manifest["schema"] = 1
+        for shot in manifest["shots"]:
+            shot["index"] = shot.pop("shot") - 1
+            for keyframe in shot["keyframes"]:
+                keyframe["frame"] -= 1
+
+    changed_manifest(film, downgrade)
+    memory = json.loads((film / "memory.json").read_text())
+    entries = [entry | {"shot": entry["shot"] - 1, "frame": entry["frame"] - 1} for entry in memory["keyframes"]]
+    (film / "memory.json").write_text(json.dumps({"schema": 1, "keyframes": entries}))
+    assert Film.open(film).shots == before.shots
+    resume(film, 2)
+    places = [(shot, frame) for _, shot, frame, _ in content(film)["memory"]]
+    assert places == [(entry["shot"], entry["frame"]) for entry in memory["keyframes"]]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": 2}', b"\xff"])
+def test_a_damaged_manifest_is_reported_and_left_alone(film: Path, content: bytes) -> None:
+    (film / "film.json").write_bytes(content)
+    with pytest.raises(FilmError, match=r"film\.json is damaged .*: put it back from a copy, or choose another output"):
+        resume(film)
+    assert (film / "film.json").read_bytes() == content
+
+
+DAMAGE: list[tuple[str, Any]] = [
+    *[("shots", value) for value in (None, "x", {}, 7, [[]], [None])],
+    *[("story", value) for value in (None, [], {}, "x", {"title": 7, "scenes": []}, {"title": "x", "scenes": [{}]})],
+    *[("config", value) for value in (None, [], 7)],
+    *[("video", value) for value in (7, "../film.mp4", "/etc/passwd", "a\0b", [])],
+    *[("writing", value) for value in (["../mine.txt"], ["/tmp/x"], 7, [7], ["a\0b"])],
+    *[("replaced", value) for value in ({"../mine.txt": ""}, [1], {"a": 1})],
+    *[("schema", value) for value in (None, "1", 3, [], 10**30)],
+]
+KEYFRAME = {"id": "a", "frame": 1, "quality": None, "similarity": 0.5}
+SHOT_DAMAGE: list[tuple[str, Any]] = [
+    *[("frames", value) for value in ("<script>alert(1)</script>", None, -1, 1.5, [9], 10**30)],
+    *[("scene", value) for value in ("<script>", "1", None, True)],
+    *[("mode", value) for value in ("x", None, 1)],
+    *[("file", value) for value in ("../x.mp4", "/etc/passwd", "", "a\0b", 7, "x" * 300, "shots/01_02.mp4")],
+    *[("memory", value) for value in ("x", [7], ["x" * 300], ["<script>"], ["../x"], None)],
+    *[("keyframes", value) for value in ([7], [{"id": 7}], {}, [KEYFRAME | {"frame": "1"}])],
+    *[("seconds", value) for value in ({"a": "b"}, [], {"a": None})],
+    *[("shot", value) for value in (0, 2, "1", None)],
+    *[("index", 0), ("prompt", 7), ("colour", "red")],
+]
+
+
+@pytest.mark.parametrize(("key", "value"), DAMAGE)
+def test_a_manifest_of_other_types_is_reported(film: Path, key: str, value: Any) -> None:
+    (film.parent / "mine.txt").write_text("mine")
+    changed_manifest(film, lambda manifest: manifest.update({key: value}))
+    before = files(film)
+    with pytest.raises(FilmError, match=r"film\.json"):
+        resume(film)
+    assert files(film) == before
+    assert (film.parent / "mine.txt").is_file()
+
+
+@pytest.mark.parametrize(("key", "value"), SHOT_DAMAGE)
+def test_a_shot_of_other_types_is_reported(film: Path, key: str, value: Any) -> None:
+    changed_manifest(film, lambda manifest: manifest["shots"][0].update({key: value}))
+    with pytest.raises(FilmError, match=r"film\.json is damaged \(.*\): put it back from a copy, or choose another ou"):
+        Film.open(film)
+
+
+def test_files_that_a_manifest_names_are_deleted_only_if_the_film_wrote_them(film: Path) -> None:
+    (film / "mine.txt").write_text("mine")
+    outside = film.parent / "outside"
+    outside.mkdir()
+    (outside / "x.png").write_text("mine")
+    (film / "shots" / "z_end").symlink_to(outside)
+
+    def claim(manifest: dict[str, Any]) -> None:
+        name = "shots/01_01.mp4"
+        manifest["replaced"] = {"mine.txt": "0" * 64, name: manifest["shots"][0]["sha256"][name]}
+        manifest["writing"] = ["shots/z_end/x.png", "shots/01_02.mp4", "film.mp4", "mine.txt"]
+
+    changed_manifest(film, claim)
+    resume(film)
+    assert all(path.is_file() for path in (film / "mine.txt", film / "shots" / "01_01.mp4", outside / "x.png"))
+
+
+def test_the_page_shows_text_as_text(film: Path) -> None:
+    def write(manifest: dict[str, Any]) -> None:
+        manifest["story"]["overview"] = manifest["story"]["title"] = "</title><script>1</script>"
+        manifest["shots"][0]["prompt"] = "'><script>1</script>"
+
+    changed_manifest(film, write)
+    page = storyboard(Film.open(film))
+    assert "<script>" not in page
+    assert page.count("&lt;script&gt;") == 4
+
+
+# Disks and signals
+
+
+def in_a_child(work: Callable[[], Any]) -> int:
+    """A forked child's exit status, as a shell sees it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
         try:
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == "held\n"
-            with pytest.raises(FileError, match="another process"), film_folder(tmp_path):
-                pass
+            work()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
         finally:
-            holder.send_signal(signal.SIGKILL)
-    with film_folder(tmp_path):
-        pass
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_the_estimate_is_above_what_a_shot_takes(tmp_path: Path) -> None:
-    film = film_of(tmp_path, shots=1)
-    film.join()
-    taken = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file() and path.name != "film.json")
-    assert taken < estimated_bytes(9, 32, 48) + 4096  # containers have headers
-    assert estimated_bytes(81, 480, 832) > estimated_bytes(17, 480, 832)
+def script(*arguments: str) -> None:
+    """``storymem generate`` with these arguments."""
+    sys.argv = ["generate.py", *arguments]
+    main("generate")
+
+
+@pytest.mark.parametrize("limit", [1500, 4000])
+def test_a_full_disk_is_reported_and_the_same_command_resumes(
+    tmp_path: Path, limit: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A limit of the size of files stands for a full disk: both are errors of the system's write."""
+    single_thread()
+    story(tmp_path, TWO_SHOTS)
+    arguments = [str(tmp_path / "story.yaml"), f"output={tmp_path / 'film'}", *SMALL]
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        script(*arguments)
+
+    assert in_a_child(limited) == 2
+    message = capfd.readouterr().err
+    assert "could not be written: the file is larger than this process may write; make room and run" in message
+    assert "Traceback" not in message
+    assert {path.name for path in (tmp_path / "film").rglob("*.*")} <= {".lock", "film.json"}, "nothing takes up room"
+    if Film.exists(tmp_path / "film"):
+        Film.open(tmp_path / "film").check()
+    assert in_a_child(lambda: script(*arguments)) == 0
+
+
+def test_a_disk_without_room_is_reported_before_anything_is_made(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = sum((film / "shots" / name).stat().st_size for name in ("01_01.mp4", "01_01_end/1.png"))
+    assert taken < estimated_bytes(9, 32, 48)
+    usage = shutil.disk_usage(film)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    before = files(film)
+    with pytest.raises(ValueError, match=r"has 0\.00 MB free and the film needs about 0\.\d+ MB"):
+        resume(film, 2)
+    assert files(film) == before
+    resume(film)  # needs no room
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_within_seconds_and_the_command_that_resumes_is_named(
+    tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    single_thread()
+    story(tmp_path, TWO_SHOTS)
+    arguments = [str(tmp_path / "story.yaml"), f"output={tmp_path / 'film'}", *SMALL, "sampler.steps=1000"]
+    child = os.fork()
+    if child == 0:
+        try:
+            script(*arguments)
+        except SystemExit as end:
+            sys.stderr.flush()
+            os._exit(int(end.code or 0))
+    while not (tmp_path / "film" / ".lock").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(child, number)
+    started = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
+    assert time.monotonic() - started < 5
+    message = capfd.readouterr().err
+    assert f"stopped by {number.name}; the same command resumes" in message
+    assert "Traceback" not in message
+    command(tmp_path, f"output={tmp_path / 'film'}")

@@ -1,18 +1,22 @@
-"""From a configuration to films: which stories, where they go, and what a film records of how it was made."""
+"""From settings to films: which stories, their folders and modes, what a film records, policies of the user."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from storymem.commands.cli import main
 from storymem.config import build_settings
-from storymem.film.folder import Film, differences
-from storymem.film.generate import _recorded, build_storyteller, generate
-from storymem.film.settings import GenerateSettings
-from tests.composing import composed
+from storymem.film.folder import Film
+from storymem.film.generate import _recorded, build_storyteller, generate, generate_films
+from storymem.film.resume import differences
+from storymem.film.settings import GIVEN_FRAMES, GenerateSettings, check_lengths, mode_of
+from storymem.story import Character, Scene, Shot, Story, load_story
+from tests.composing import SMALL, composed
 
 TWO = """\
 title: {title}
@@ -35,7 +39,7 @@ def two_stories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def several(*overrides: str, story: str = "[stories/Red.yaml,stories/Blue.yaml]") -> list[Film]:
-    return generate(composed(f"story={story}", "model=tiny", "sampler.steps=1", "runtime=cpu", *overrides))
+    return generate_films(composed(f"story={story}", "model=tiny", "sampler.steps=1", "runtime=cpu", *overrides))
 
 
 def test_several_stories_are_several_films_in_one_folder(two_stories: Path) -> None:
@@ -60,7 +64,7 @@ def test_all_stories_are_checked_before_the_first_is_filmed(two_stories: Path) -
     (two_stories / "stories" / "Grey.yaml").unlink()
     with pytest.raises(ValueError, match=r"two stories are called red \(.*Green.yaml, .*Red.yaml\)"):
         several(story="stories")
-    with pytest.raises(ValueError, match=r"resume=from_shot:2 is for one story, and 2 were named"):
+    with pytest.raises(ValueError, match="resume=from_shot:2 is for one story, not for 2"):
         several("resume=from_shot:2")
     with pytest.raises(ValueError, match="no story was named"):
         several(story="[]")
@@ -70,8 +74,62 @@ def test_all_stories_are_checked_before_the_first_is_filmed(two_stories: Path) -
 def test_there_must_be_a_film_for_every_team(two_stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="lets 3 films be made at once, and the stories are 2"):
+    with pytest.raises(ValueError, match="makes 3 films at once, and there are 2 stories"):
         several("runtime.processes_per_film=1", "dry_run=true")
+
+
+def test_a_film_is_generated_from_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "red.yaml"
+    text.write_text(TWO.format(title="Red"))
+    film = generate(text, model="tiny", output=tmp_path / "film", overrides=SMALL[1:], progress=False)
+    assert (len(film.shots), film.video) == (2, tmp_path / "film" / "film.mp4")
+    again = generate(load_story(text), model="tiny", output=tmp_path / "film", overrides=SMALL[1:], progress=False)
+    assert again.shots == film.shots
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match=r"sampler\.step: unknown key; did you mean 'steps'"):
+        generate(text, overrides=["+sampler.step=3"])
+
+
+POLICY = """
+from dataclasses import dataclass
+
+@dataclass
+class Newest:
+    most: int
+
+    @property
+    def capacity(self):
+        return self.most
+
+    def recall(self, keyframes, shot):
+        return keyframes[-self.most:]
+
+class Unfinished:
+    def recall(self, keyframes, shot):
+        return keyframes
+"""
+
+
+def test_a_policy_replaces_another_and_inherits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(POLICY)
+    (tmp_path / "conf" / "memory" / "recall").mkdir(parents=True)
+    (tmp_path / "conf" / "memory" / "recall" / "mine.yaml").write_text("_target_: mine.Newest\nmost: 2\n")
+    (tmp_path / "story.yaml").write_text(TWO.format(title="Red"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def dry_run(*choice: str) -> str:
+        monkeypatch.setattr("sys.argv", ["storymem", "story.yaml", "dry_run=true", *choice])
+        main("generate")
+        return capsys.readouterr().out.split("\n\n")[1].splitlines()[-1]
+
+    for choice in (["memory.recall={_target_: mine.Newest, most: 2}"], ["--config-dir=conf", "memory/recall=mine"]):
+        assert dry_run(*choice).split()[4] == "2", "keyframes of the second shot"
+    with pytest.raises(SystemExit):
+        dry_run("memory.recall._target_=mine.Unfinished")
+    assert "memory.recall: mine.Unfinished has no capacity; see docs/extending.md" in capsys.readouterr().err
 
 
 def recorded(*overrides: str) -> dict[str, Any]:
@@ -107,3 +165,67 @@ def test_other_weights_under_the_same_name_are_another_film(tmp_path: Path) -> N
     file.write_bytes(b"new")
     (line,) = differences(before, config())
     assert line.startswith("weights.toy models: ")
+
+
+# How each shot is made
+
+
+def moving(*, references: bool = False, shot_references: bool = False) -> Story:
+    pictures = (Path("a.png"),)
+    shots = tuple(
+        Shot(
+            prompt="A dog.",
+            cut=cut,
+            scene=1,
+            number=index + 1,
+            index=index,
+            references=pictures if shot_references and index == 0 else (),
+        )
+        for index, cut in enumerate([True, False, True])
+    )
+    dog = Character(name="Dog", references=pictures if references else ())
+    return Story(title="t", overview="o", characters=(dog,), scenes=(Scene(number=1, shots=shots),))
+
+
+def modes(story: Story, continuity: str = "mi2v", first_shot: str = "auto") -> list[str]:
+    return [mode_of(shot, story, continuity=continuity, first_shot=first_shot) for shot in story.shots]
+
+
+@pytest.mark.parametrize(
+    ("continuity", "expected"),
+    [("none", ["t2v", "m2v", "m2v"]), ("mi2v", ["t2v", "mi2v", "m2v"]), ("mm2v", ["t2v", "mm2v", "m2v"])],
+)
+def test_only_shots_that_continue_are_given_frames(continuity: str, expected: list[str]) -> None:
+    assert modes(moving(), continuity) == expected
+
+
+@pytest.mark.parametrize(
+    ("first_shot", "references", "shot_references", "expected"),
+    [
+        ("auto", False, False, "t2v"),
+        ("auto", True, False, "m2v"),
+        ("auto", False, True, "m2v"),
+        ("t2v", True, True, "t2v"),
+        ("m2v", False, False, "m2v"),
+    ],
+)
+def test_the_first_shot(first_shot: str, references: bool, shot_references: bool, expected: str) -> None:
+    told = moving(references=references, shot_references=shot_references)
+    assert modes(told, first_shot=first_shot) == [expected, "mi2v", "m2v"]
+
+
+def test_given_frames_are_those_of_the_paper() -> None:
+    assert GIVEN_FRAMES == {"t2v": 0, "m2v": 0, "mi2v": 1, "mm2v": 5}
+
+
+def test_every_shot_too_short_is_named() -> None:
+    """Two shots of five frames: enough after one given frame, too few after five."""
+    told = moving()
+    short = replace(told, scenes=(replace(told.scenes[0], shots=tuple(replace(s, frames=5) for s in told.shots)),))
+    check_lengths(short, frames=9, continuity="mi2v", first_shot="auto")
+    with pytest.raises(ValueError, match=r"shot 2 \(scene 1, shot 2\) has 5 frames.*mm2v.*at least 9") as error:
+        check_lengths(short, frames=9, continuity="mm2v", first_shot="auto")
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(ValueError, match=r"(?s)shot 1 .*shot 2 .*shot 3 ") as error:
+        check_lengths(told, frames=1, continuity="none", first_shot="auto")
+    assert len(str(error.value).splitlines()) == 3

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from storymem.film.generate import generate
+from storymem.film.generate import generate_films as generate
 from storymem.media.images import MAX_PIXELS, fit_image, fit_note, read_image, read_image_with_notes, write_image
 from storymem.story import StoryError, load_story
 from tests.composing import SMALL, composed
@@ -236,7 +236,7 @@ def test_plan_and_run_report_what_is_done_to_references(
 
 
 def test_reading_an_image_needs_no_torch() -> None:
-    modules = "storymem.media.images, storymem.story.references"
+    modules = "storymem.media.images"
     code = f"import {modules}, sys; sys.exit(bool({{'torch', 'av'}} & {{*sys.modules}}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

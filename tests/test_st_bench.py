@@ -12,7 +12,7 @@ from storymem.story import Story, load_story
 
 FOLDER = Path(__file__).parent.parent / "st_bench"
 FILES = sorted((FOLDER / "stories").glob("*.yaml"))
-STYLES = ("realistic", "historical", "fairy-tale", "science-fiction", "animated", "documentary", "cinematic")
+GENRES = ("realistic", "historical", "fairy-tale", "science-fiction", "animated", "documentary", "cinematic")
 VICLIP_CONTEXT, CLIP_CONTEXT = 32, 77
 
 # What a viewer of a film without sound cannot check.
@@ -59,7 +59,7 @@ def test_each_story_keeps_the_rules(path: Path) -> None:
     assert 8 <= len(story.shots) <= 12
     assert 2 <= len(story.scenes) <= 5
     assert len(story.shots) <= 3 * continued(story) <= 1.5 * len(story.shots)
-    assert story.style in STYLES
+    assert story.genre in GENRES
     assert path.stem[3:] == story.slug
     assert 1 <= len(sentences(story.overview)) <= 3
     for shot in story.shots:
@@ -91,7 +91,7 @@ def test_a_continued_shot_shares_someone_with_the_shot_it_continues() -> None:
 
 def test_the_style_of_animation_or_documentary_is_named_first_in_every_prompt() -> None:
     for story in stories():
-        if story.style in ("animated", "documentary"):
+        if story.genre in ("animated", "documentary"):
             ways = {re.split("[,:]", shot.prompt)[0] for shot in story.shots}
             assert len(ways) == 1, (story.title, ways)
 
@@ -127,20 +127,20 @@ def test_the_counts_are_those_of_the_files() -> None:
     ]
 
 
-def test_the_counts_per_style_are_those_of_the_files() -> None:
+def test_the_counts_per_genre_are_those_of_the_files() -> None:
     rows = []
-    for style in STYLES:
-        found = [story for story in stories() if story.style == style]
-        shots, cuts = sum(len(story.shots) for story in found), sum(continued(story) for story in found)
-        rows.append([style, str(len(found)), str(shots), str(cuts)])
-    assert table("Styles") == rows
+    for genre in GENRES:
+        told = [story for story in stories() if story.genre == genre]
+        shots, cuts = sum(len(story.shots) for story in told), sum(continued(story) for story in told)
+        rows.append([genre, str(len(told)), str(shots), str(cuts)])
+    assert table("Genres") == rows
 
 
 def test_the_list_of_stories_is_that_of_the_files() -> None:
     assert table("Stories") == [
         [
             f"[{story.title}](stories/{path.name})",
-            str(story.style),
+            str(story.genre),
             str(len(story.scenes)),
             str(len(story.shots)),
             str(continued(story)),

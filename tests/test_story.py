@@ -392,7 +392,7 @@ def test_a_block_that_yaml_reads_as_a_mapping_is_given_back_as_text(tmp_path: Pa
             "title:",
             "titel:",
             1,
-            "story: unknown key titel; expected title, overview, style, characters, scenes",
+            "story: unknown key titel; expected title, overview, style, genre, characters, scenes",
         ),
         ("title: The Keeper", "title: [a]", 1, "story: title is read as a list; expected text"),
         (
@@ -645,7 +645,7 @@ def test_a_name_is_read_as_written(tmp_path: Path, name: str) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / name)
     story = load_story(write(tmp_path, HEAD + f"      - {{prompt: a, references: [{json.dumps(name)}]}}\n"))
     assert story.shots[0].references == (tmp_path / name,)
-    assert story.remarks == ()
+    assert story.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -667,9 +667,9 @@ def test_the_one_file_of_an_equal_name_is_taken_and_told(tmp_path: Path, name: s
     path = write(tmp_path, HEAD + f'      - {{prompt: a, references: ["{written}"]}}\n')
     story = load_story(path)
     assert story.shots[0].references == (tmp_path / name,)
-    (remark,) = story.remarks
-    assert remark.startswith(f"{path}:{SHOT_LINE}: shot 1 (scene 1, shot 1): reference ")
-    shown = remark.split(" is read from ")
+    (note,) = story.notes
+    assert note.startswith(f"{path}:{SHOT_LINE}: shot 1 (scene 1, shot 1): reference ")
+    shown = note.split(" is read from ")
     assert shown[0].split("reference ")[1] != shown[1], "what looks alike is told apart"
 
 

@@ -1,22 +1,22 @@
-"""The shot loop: what each shot is given, what it leaves, and how a film is gone on with or made again."""
+"""The shot loop: what each shot is given, what it adds to the memory, how a film is resumed."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from storymem.film.folder import Film, FilmError
-from storymem.film.modes import parse_resume
+from storymem.film.settings import parse_resume
 from storymem.media.video import read_video
-from storymem.memory import CharacterFirst, KeyframeSelector, MemoryBank, SinkAndRecent
+from storymem.memory import CharacterFirst, ComingShot, Keyframe, KeyframeSelector, MemoryBank, SinkAndRecent
 from storymem.scorers.aesthetic import AestheticScorer
-from storymem.scorers.scorer import NoQuality
 from tests.stories import CLIP, FOUR_SHOTS, MODEL, content, picture, story, storyteller
 
 
@@ -30,6 +30,11 @@ def test_a_story_becomes_a_film(tmp_path: Path) -> None:
     joined = read_video(film.video)
     parts = [read_video(film.folder / shot.file) for shot in film.shots]
     np.testing.assert_array_equal(joined, np.concatenate(parts))
+    page = (film.folder / "storyboard.html").read_text(encoding="utf-8")
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert all((film.folder / source).is_file() for source in sources)
+    shown = {f"keyframes/{id}.png" for shot in film.shots for id in (*shot.memory, *(k.id for k in shot.keyframes))}
+    assert {*shown, "film.mp4", *(shot.file for shot in film.shots)} == set(sources)
     reread = Film.open(film.folder)
     assert reread.shots == film.shots
     assert reread.story == film.story
@@ -85,22 +90,17 @@ def test_frames_are_embedded_once_in_batches_and_scored_lazily(tmp_path: Path) -
 
 
 class CountingAesthetic(AestheticScorer):
-    """The real scorer, which also writes down how many frames it is asked for at a time."""
+    """The real scorer, which also records how many frames it is asked for at a time."""
 
     def score(self, frames: torch.Tensor) -> torch.Tensor:
         self.calls = [*getattr(self, "calls", []), len(frames)]
         return super().score(frames)
 
 
-def test_bad_frames_are_not_remembered(tmp_path: Path) -> None:
+def test_frames_of_low_quality_do_not_become_keyframes(tmp_path: Path) -> None:
     strict = AestheticScorer.from_config(CLIP, threshold=1000.0)
     film = storyteller(quality=strict).tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
     assert all(shot.keyframes == () and shot.memory == () for shot in film.shots)
-
-
-def test_without_a_filter_no_score_is_noted(tmp_path: Path) -> None:
-    film = storyteller(quality=NoQuality()).tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
-    assert {keyframe.quality for shot in film.shots for keyframe in shot.keyframes} == {None}
 
 
 def test_references_are_the_first_memory(tmp_path: Path) -> None:
@@ -127,15 +127,6 @@ def test_references_are_the_first_memory(tmp_path: Path) -> None:
     assert (bank["ref_blue_1"].image == (0, 0, 255)).all()
 
 
-def test_first_shot_by_text_ignores_references_only_if_told_so(tmp_path: Path) -> None:
-    picture(tmp_path / "red.png", (255, 0, 0))
-    text = FOUR_SHOTS.replace("scenes:", "characters:\n  - {name: Dog, references: [red.png]}\nscenes:", 1)
-    film = storyteller(first_shot="t2v").tell(story(tmp_path, text), tmp_path / "film")
-    assert film.shots[0].mode == "t2v"
-    assert film.shots[0].memory == ()
-    assert film.shots[1].memory[0] == "ref_dog_1"
-
-
 def test_first_shot_by_text_has_networks_of_its_own_unless_the_model_has_none(tmp_path: Path) -> None:
     told = story(tmp_path, FOUR_SHOTS)
     own = storyteller().tell(told, tmp_path / "own")
@@ -155,26 +146,65 @@ def test_the_same_command_again_makes_nothing(tmp_path: Path) -> None:
     assert after.video.stat().st_mtime_ns == stamp
 
 
-def test_a_changed_story_or_config_is_refused_with_what_changed(tmp_path: Path) -> None:
-    storyteller().tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
-    changed = story(tmp_path, FOUR_SHOTS.replace("on a wall", "on a roof"))
-    with pytest.raises(FilmError, match=r"scenes\[2\].shots\[1\].prompt: 'A cat sits on a wall.' before"):
-        storyteller().tell(changed, tmp_path / "film")
-    with pytest.raises(FilmError, match="seed: 0 before, 5 now"):
-        storyteller(seed=5).tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
-
-
-def test_a_repainted_reference_is_a_changed_story(tmp_path: Path) -> None:
-    text = FOUR_SHOTS.replace("scenes:", "characters:\n  - {name: Dog, references: [red.png]}\nscenes:", 1)
+def test_a_changed_story_is_refused_with_what_changed_and_what_to_type(tmp_path: Path) -> None:
     picture(tmp_path / "red.png", (255, 0, 0))
+    text = FOUR_SHOTS.replace("scenes:", "characters:\n  - {name: Dog, references: [red.png]}\nscenes:", 1)
     storyteller().tell(story(tmp_path, text), tmp_path / "film")
+    regrouped = text.replace('  - shots:\n      - {prompt: "A cat', '      - {prompt: "A cat')
+    with pytest.raises(FilmError) as refused:
+        storyteller().tell(story(tmp_path, regrouped.replace("on a wall", "on a roof")), tmp_path / "film")
+    assert str(refused.value).splitlines()[1:] == [
+        "  shot 3 (scene 1, shot 3): prompt: 'A cat sits on a wall.' before, 'A cat sits on a roof.' now",
+        "add to the command:",
+        "  resume=from_shot:3  to regenerate shots 3 and later",
+        "  output=FOLDER  to make another film",
+    ]
+    longer = text + '      - {prompt: "The cat sleeps."}\n'
+    with pytest.raises(FilmError, match=r"shot 5 \(scene 2, shot 3\): is new\n.*\n  resume=from_shot:5  "):
+        storyteller().tell(story(tmp_path, longer), tmp_path / "film")
+    with pytest.raises(FilmError, match=r"seed: 0 before, 5 now(?s:.*)  seed=0  to resume this film with its own sett"):
+        storyteller(seed=5).tell(story(tmp_path, text), tmp_path / "film")
     picture(tmp_path / "red.png", (200, 0, 0))
-    with pytest.raises(FilmError, match=r"reference_sha256\.red\.png"):
+    with pytest.raises(FilmError, match=r"the image red\.png has changed(?s:.*)resume=from_shot:N"):
         storyteller().tell(story(tmp_path, text), tmp_path / "film")
+    picture(tmp_path / "red.png", (255, 0, 0))
+    film = storyteller().tell(story(tmp_path, regrouped), tmp_path / "film")
+    assert [(shot.scene, shot.number) for shot in film.shots] == [(1, 1), (1, 2), (1, 3), (1, 4)]
+
+
+def test_the_style_of_a_story_begins_every_prompt(tmp_path: Path) -> None:
+    teller = storyteller("none")
+    film = teller.tell(
+        story(tmp_path, FOUR_SHOTS.replace("overview:", "style: Stop-motion\noverview:")), tmp_path / "a"
+    )
+    assert teller.generator.requests[2].prompt == "Stop-motion: A cat sits on a wall."
+    assert teller.generator.encoded_texts[2] == "Stop-motion: A cat sits on a wall."
+    assert film.shots[2].prompt == "A cat sits on a wall."
+
+
+@dataclass(frozen=True)
+class MostAlike:
+    """A recall policy of a user: the keyframes most like the prompt."""
+
+    capacity: int = 1
+
+    def recall(self, keyframes: Sequence[Keyframe], shot: ComingShot) -> list[Keyframe]:
+        alike = sorted(keyframes, key=lambda k: float(k.embedding @ shot.text_embedding), reverse=True)
+        chosen = {keyframe.id for keyframe in alike[: self.capacity]}
+        return [keyframe for keyframe in keyframes if keyframe.id in chosen]
+
+
+def test_a_policy_of_the_users_own_knows_the_coming_shot(tmp_path: Path) -> None:
+    teller = storyteller(recall=MostAlike())
+    film = teller.tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
+    bank = {keyframe.id: keyframe.embedding for keyframe in MemoryBank.load(film.folder)}
+    text = teller.embedder.embed_texts(["A cat sits on a wall."])[0].numpy()
+    before = [keyframe.id for shot in film.shots[:2] for keyframe in shot.keyframes]
+    assert film.shots[2].memory == (max(before, key=lambda id: float(bank[id] @ text)),)
 
 
 def test_from_shot_makes_later_shots_again_without_stale_memory(tmp_path: Path) -> None:
-    """The re-rolled film equals one that was told with the new story from the beginning."""
+    """The film equals one that was made with the new story from the beginning."""
     told = story(tmp_path / "a", FOUR_SHOTS)
     changed = story(tmp_path / "b", FOUR_SHOTS.replace("on a wall", "on a roof"))
     storyteller().tell(told, tmp_path / "film")
@@ -217,22 +247,7 @@ def test_resume_is_checked(resume: str) -> None:
         parse_resume(resume, 4)
 
 
-def test_memory_edited_by_hand_is_what_later_shots_see(tmp_path: Path) -> None:
-    told = story(tmp_path, FOUR_SHOTS)
-    film = storyteller().tell(told, tmp_path / "film")
-    unwanted = film.shots[0].keyframes[0].id
-    bank = MemoryBank.load(film.folder)
-    MemoryBank([keyframe for keyframe in bank if keyframe.id != unwanted]).save(film.folder)
-    Image.new("RGB", (48, 32), (9, 9, 9)).save(film.folder / "keyframes" / f"{film.shots[1].keyframes[0].id}.png")
-    teller = storyteller()
-    film = teller.tell(told, tmp_path / "film", resume="from_shot:3")
-    assert unwanted not in film.shots[2].memory
-    repainted = MemoryBank.load(film.folder)[film.shots[1].keyframes[0].id]
-    assert (repainted.image == 9).all()
-    assert repainted.latent is not None
-
-
-def test_shots_too_short_are_told_before_anything_is_made(tmp_path: Path) -> None:
+def test_shots_too_short_are_refused_before_anything_is_made(tmp_path: Path) -> None:
     text = FOUR_SHOTS.replace("cut: false, negative", "cut: false, frames: 5, negative")
     with pytest.raises(ValueError, match=r"shot 4 \(scene 2, shot 2\) has 5 frames.*mm2v.*at least 9"):
         storyteller("mm2v").tell(story(tmp_path, text), tmp_path / "film")
@@ -244,10 +259,10 @@ def test_selection_of_a_static_shot_keeps_one_keyframe(tmp_path: Path) -> None:
     """With the published thresholds an untrained model's shots show nothing new after the first."""
     film = storyteller(selector=KeyframeSelector()).tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
     assert [len(shot.keyframes) for shot in film.shots] == [1, 0, 0, 0]
-    assert all(shot.memory == ("s000_f000",) for shot in film.shots[1:])
+    assert all(shot.memory == ("shot01_frame001",) for shot in film.shots[1:])
 
 
-def test_frames_of_a_character_alone_are_remembered_as_theirs(tmp_path: Path) -> None:
+def test_frames_of_a_character_alone_are_keyframes_of_that_character(tmp_path: Path) -> None:
     told = story(
         tmp_path,
         """\
@@ -263,8 +278,8 @@ scenes:
     )
     film = storyteller().tell(told, tmp_path / "film")
     entries = json.loads((film.folder / "memory.json").read_text())["keyframes"]
-    whose = {(entry["shot"], entry["character"]) for entry in entries}
-    assert whose == {(0, "Ada"), (1, None), (2, "Bo")}
+    shown = {(entry["shot"], entry["character"]) for entry in entries}
+    assert shown == {(1, "Ada"), (2, None), (3, "Bo")}
     teller = storyteller(recall=CharacterFirst(capacity=10, sink=0))
     again = teller.tell(told, tmp_path / "by_character")
-    assert {id[:4] for id in again.shots[2].memory} == {"s001"}, "Bo is not shown what Ada looks like alone"
+    assert {id[:6] for id in again.shots[2].memory} == {"shot02"}, "nothing of Ada alone"

@@ -60,7 +60,6 @@ def story_text(one: ToyStory) -> str:
     content = {
         "title": title(one),
         "overview": f"{_listed([character.name for character in one.cast])} {_listed(places)}.",
-        "style": "toy",
         "characters": [{"name": character.name} for character in one.cast],
         "scenes": [{"shots": [_entry(shot) for shot in scene]} for scene in one.scenes],
     }

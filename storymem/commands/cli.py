@@ -45,7 +45,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command(
-        *("generate a film from a story", "storymem.film.generate:generate"),
+        *("generate a film from a story", "storymem.film.generate:generate_films"),
         *("generate", "storymem.film.settings:GenerateSettings", "story"),
     ),
     "prepare": Command(

@@ -236,7 +236,7 @@ def _score(
         key=key,
         title=story.title,
         slug=story.slug,
-        style=story.style,
+        style=story.genre,
         story_sha256=hash_json(story.to_dict()),
         folder=_folder(film),
         shots=tuple(_shot_result(shot, n, film, hashes) for shot, n in zip(story.shots, info.lengths, strict=True)),

@@ -19,8 +19,7 @@ from storymem.evaluation.films import Films, find_films, stories_of
 from storymem.evaluation.mapping import MAPPING, MAPPING_SUFFIXES
 from storymem.evaluation.statistics import StatisticsSettings
 from storymem.evaluation.workers import Workers
-from storymem.film.modes import FirstShot
-from storymem.film.settings import MemorySettings
+from storymem.film.settings import FirstShot, MemorySettings
 from storymem.io import FileError, folder_lock, write_text
 from storymem.story import Story
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings
@@ -340,9 +339,9 @@ def check_methods(
         for story in stories:
             method.check(story)
     if workers.is_first:
-        from storymem.story.prompts import remarks_on
+        from storymem.story.notes import notes_on
 
-        for remark in remarks_on(stories, settings.model, settings.sampler):
+        for remark in notes_on(stories, settings.model, settings.sampler, settings.memory.reference_fit):
             report(remark)
 
 

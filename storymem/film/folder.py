@@ -1,26 +1,26 @@
-"""A film's folder: shots, last frames, memory, and a manifest from which the film can be taken up again or checked.
+"""A film's folder: shots, last frames, memory, and a manifest from which the film can be resumed or checked.
 
-    film.json              what was told, with what, and what came of it: the truth about which shots are finished
+    film.json              the story, the settings and the finished shots
     film.mp4               all shots joined; continued shots do not repeat frames
     storyboard.html        the film as a page: see :mod:`storymem.film.storyboard`
     shots/01_02.mp4        scene 1, shot 2; 01_02_take2.mp4 where that name was taken
-    shots/01_02_end/1.png  its last frames without loss, from which the next shot can go on
-    memory.json, keyframes/  see :mod:`storymem.memory.storage`
+    shots/01_02_end/1.png  its last frames without loss, from which the next shot can continue
+    memory.json, keyframes/  see :mod:`storymem.memory.bank`
 
-A shot's files get names that no file has, and renaming ``film.json`` over the one before is the moment at which the
-shot is finished. Until then the film is what it was; a process that is killed loses at most the shot it was making.
-Files of earlier takes are deleted when the film is whole again. Only files that the manifest names are ever deleted,
-and only if they still are what was written.
+The files of a shot get names that no file has. It is finished when ``film.json`` is renamed over the previous one; till
+then the film is what it was, and a process that is killed loses at most the shot it was making. Files of earlier takes
+are deleted when the film is complete again. Only files that the manifest names are deleted, if they are as written.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache, cached_property
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count, repeat
 from pathlib import Path
@@ -40,7 +40,7 @@ from storymem.film.manifest import (
     ShotRecord,
     read_manifest,
 )
-from storymem.io import hash_file, hash_json, naming_full_disk, remove_leftovers, write_json
+from storymem.io import hash_file, hash_json, naming_full_disk, remove_leftovers, write_json, write_text
 from storymem.media.images import fit_image, read_image, write_image
 from storymem.media.video import VideoInfo, iter_frames, join_videos, probe, read_video, write_video
 from storymem.story import Shot
@@ -48,20 +48,19 @@ from storymem.story import Shot
 if TYPE_CHECKING:
     from storymem.memory import Keyframe, MemoryBank
 
-END_FRAMES = 5
-_NEXT_MEMORY = ".memory.json.next"  # written before the manifest that says so, renamed after it
-_LIBRARIES = ("storymem", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "av")
+logger = logging.getLogger(__name__)
 
-Say = Callable[[str], None]
-"""Takes one line for the person who makes the film."""
+END_FRAMES = 5
+_NEXT_MEMORY = ".memory.json.next"  # written before the manifest with its hash, renamed after it
+_LIBRARIES = ("storymem", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "av")
 
 
 class Film:
-    """A film on disk, finished or in the making.
+    """A film on disk, finished or not. Warnings are logged.
 
     Args:
         folder: where it lies.
-        story: ``Story.to_dict()`` of what is told.
+        story: see :func:`storymem.film.resume.story_record`.
         config: the settings that it is made with, plain JSON types.
         shots: records of its finished shots, in order.
     """
@@ -77,16 +76,12 @@ class Film:
         self._made: dict[str, str] = {}
         self._replaced: dict[str, str] = {}
         self._memory: str | None = None
-        self._dropped: dict[str, str | None] = {}  # keyframes of shots that are made again
+        self._dropped: dict[str, str | None] = {}  # keyframes of shots that are regenerated: id -> sha256
         self._saved: dict[str, Any] | None = None  # what film.json holds now
 
     @classmethod
     def open(cls, folder: str | Path) -> Film:
-        """Read a film's manifest; nothing in the folder changes.
-
-        Raises:
-            FilmError: if there is none, or it cannot be understood.
-        """
+        """Read a film's manifest; nothing in the folder changes. ``FilmError`` as :func:`read_manifest`."""
         manifest, saved = read_manifest(Path(folder))
         film = cls(Path(folder), story=manifest.story, config=manifest.config, shots=manifest.shots)
         film._video, film._made, film._replaced = manifest.video, manifest.made, manifest.replaced
@@ -113,20 +108,9 @@ class Film:
         """Whether a memory was saved with the film."""
         return os.path.lexists(self.folder / MEMORY)
 
-    def missing_memory(self) -> list[Path]:
-        """Files of the memory that the last finished shot left and that are not there."""
-        if self._memory is None:
-            return []
-        if not self.has_memory:
-            return [self.folder / MEMORY]
-        from storymem.memory.storage import read_entries  # with torch
-
-        pictures = [self.folder / entry["image"] for entry in read_entries(self.folder)]
-        return [path for path in pictures if not path.exists()]
-
     @property
     def memory_changed(self) -> bool:
-        """Whether ``memory.json`` is another than the last finished shot left."""
+        """Whether ``memory.json`` is not what the last finished shot left."""
         path = self.folder / MEMORY
         return self._memory is not None and path.is_file() and hash_file(path) != self._memory
 
@@ -157,114 +141,17 @@ class Film:
         write_json(self.folder / MANIFEST, manifest)
         self._saved = manifest
 
-    def add(self, record: ShotRecord) -> None:
-        """Note that a shot is finished; its files must be on disk."""
-        assert record.index == len(self.shots), "shots are finished in order"
-        self.shots.append(replace(record, sha256=self._hashes(record.file)))
-        self._video = None
-        if (self.folder / _NEXT_MEMORY).is_file():
-            self._memory = hash_file(self.folder / _NEXT_MEMORY)
-        self.save()
-        self._take_over_memory()
-
-    def forget_from(self, shot: int) -> None:
-        """Drop shot ``shot`` (from 0) and all later ones; on disk they stay until other shots are finished."""
-        for record in self.shots[shot:]:
-            if not record.is_by_hand:
-                self._replaced |= record.sha256 or self._hashes(record.file)
-            self._replaced.setdefault(record.file, "")  # a name that is not free
-            self._dropped |= {keyframe.id: keyframe.sha256 for keyframe in record.keyframes}
-        if shot < len(self.shots):
-            self.shots, self._video = self.shots[:shot], None
-
-    def keep_memory(self, bank: MemoryBank, gone: Iterable[Keyframe]) -> None:
-        """Say what the memory is once another shot is finished; files of keyframes that are gone are deleted then.
-
-        Args:
-            bank: what is remembered.
-            gone: what no longer is. Pictures that a person changed stay on disk.
-        """
-        from storymem.memory import keyframe_files  # loads torch
-
-        named = {id for shot in self.shots for id in (*shot.memory, *(k.id for k in shot.keyframes))}
-        for keyframe in gone:
-            if keyframe.id not in named and self._dropped.get(keyframe.id) in (None, keyframe.sha256):
-                paths = {name: self.folder / name for name in keyframe_files(keyframe.id)}
-                self._replaced |= {name: hash_file(path) for name, path in paths.items() if path.is_file()}
-        for name in bank.files():
-            self._replaced.pop(name, None)
-
-    def remove_unfinished(self) -> None:
-        """Delete what a killed process was writing; take over what it had finished. Call it under the folder's lock."""
-        writing = (self._saved or {}).get("writing", ())
-        named = {name for shot in self.shots for name in (shot.file, *shot.sha256)}
-        for name in writing:
-            if name not in named:
-                self._remove(name)
-        self._take_over_memory()
-        for name in {*FOLDERS, *(str(Path(name).parent) for name in writing)}:
-            if (self.folder / name).is_dir() and not (self.folder / name).is_symlink():
-                remove_leftovers(self.folder / name)
-                _remove_if_empty_end(self.folder / name)
-        if self._video and not self._made:  # as written by versions that kept no hashes
-            self._adopt()
-        if writing:
-            self.save()
-
-    def check(self, say: Say = lambda line: None) -> None:
-        """Read all shots' files and compare them with the manifest. A video that a person changed is accepted.
-
-        Args:
-            say: is told of each file that is not what was written.
-
-        Raises:
-            FilmError: if a shot's video is missing or cannot be decoded.
-        """
-        known = {shot.sha256[shot.file]: shot for shot in self.shots if shot.file in shot.sha256}
-        for place, record in enumerate(self.shots):
-            path = self.folder / record.file
-            again = f"put it back, or make this shot and all later ones again with resume=from_shot:{record.index + 1}"
-            if not path.is_file():
-                raise FilmError(f"{path}, the video of {record.label}, is missing: {again}")
-            digest = hash_file(path)
-            if record.sha256.get(record.file) == digest:
-                continue
-            try:
-                frames = sum(1 for _ in iter_frames(path))
-            except ValueError as error:
-                raise FilmError(f"{error}: {again}") from None
-            if not frames:
-                raise FilmError(f"{path} holds no frames: {again}")
-            if not record.sha256 and frames == record.frames:
-                self.shots[place] = replace(record, sha256=self._hashes(record.file))
-                continue
-            other = f", but that of {known[digest].label}" if digest in known else ""
-            say(
-                f"{path} is not the video that was made as {record.label}{other}: "
-                f"its {frames} frames take the place of {record.frames}"
-            )
-            self.shots[place] = replace(record, frames=frames, sha256={record.file: digest})
-            self._video = None
-
-    def _adopt(self) -> None:
-        try:
-            whole = probe(self.folder / VIDEO).frames == sum(shot.frames for shot in self.shots)
-        except (ValueError, FileNotFoundError):
-            whole = False
-        found = [name for name in (PAGE, *([VIDEO] if whole else [])) if (self.folder / name).is_file()]
-        self._made = {name: hash_file(self.folder / name) for name in found}
+    # Shots
 
     def write_shot(
         self, shot: Shot, frames: np.ndarray, *, repeated: int, fps: int, memory: MemoryBank | None = None
     ) -> str:
-        """Write a shot's video without its first ``repeated`` frames, its last frames, and the memory after it.
-
-        All of this counts once :meth:`add` is called.
+        """Write a shot's video, its last frames, and the memory after it; they take effect with :meth:`add`.
 
         Args:
             shot: which one.
             frames: uint8 [F, H, W, 3], all that were generated.
-            repeated: how many at the beginning repeat the shot before.
+            repeated: how many at the beginning repeat the previous shot; the video leaves them out.
             fps: frames per second.
             memory: the bank with what the shot added.
 
@@ -273,9 +160,9 @@ class Film:
         """
         name = self._free_name(f"shots/{shot.scene:02d}_{shot.number:02d}")
         ends = _end_names(name)[-len(frames) :]
-        pictures = [] if memory is None else [one for one in memory.files() if not (self.folder / one).exists()]
-        writing = [name, *ends, *pictures, _NEXT_MEMORY]
-        self._write({**(self._saved or self._manifest()), "writing": writing})
+        images = [] if memory is None else [one for one in memory.files() if not (self.folder / one).exists()]
+        writing = [name, *ends, *images, _NEXT_MEMORY]
+        self._write({**(self._manifest() if self._saved is None else self._saved), "writing": writing})
         try:
             with naming_full_disk(self.folder / name):
                 (self.folder / ends[0]).parent.mkdir(parents=True, exist_ok=True)
@@ -284,21 +171,26 @@ class Film:
                 write_image(self.folder / end, frame)
             if memory is not None:
                 memory.save(self.folder, manifest=_NEXT_MEMORY)
-        except BaseException:  # a disk that is full, say: give the room back
+        except BaseException:  # for example a full disk: free the room
             for one in writing:
                 self._remove(one)
             raise
         return name
 
-    def last_frames(self, shot: int, count: int, say: Say = lambda line: None) -> np.ndarray:
-        """The last ``count`` (up to 5) frames of a finished shot, uint8 [count, H, W, 3].
+    def add(self, record: ShotRecord) -> None:
+        """Add a finished shot, whose files are on disk."""
+        assert record.index == len(self.shots), "shots are finished in order"
+        self.shots.append(replace(record, sha256=self._hashes(record.file)))
+        self._video = None
+        if (self.folder / _NEXT_MEMORY).is_file():
+            self._memory = hash_file(self.folder / _NEXT_MEMORY)
+        self.save()
+        self._put_memory()
 
-        They are as they were generated; of a video that a person put in the place of a shot's, they are that video's.
+    def last_frames(self, shot: int, count: int) -> np.ndarray:
+        """The last ``count`` (up to 5) frames of a finished shot (index from 0), uint8 [count, H, W, 3].
 
-        Args:
-            shot: from 0.
-            count: how many.
-            say: is told of pictures that were changed since they were written.
+        They are as they were generated, or those of the video that the user put in its place.
 
         Raises:
             FilmError: if a file is missing or damaged, or such a video is too short.
@@ -307,90 +199,183 @@ class Film:
         record = self.shots[shot]
         names = _end_names(record.file)[-count:]
         try:
-            if record.is_by_hand:
-                last = range(record.frames - count, record.frames)
-                return read_video(self.folder / record.file, list(last))
-            pictures = [read_image(self.folder / name) for name in names]
-            for name, picture in zip(names, pictures, strict=True):
-                if picture.shape != pictures[0].shape:
+            if record.is_replaced:
+                return read_video(self.folder / record.file, list(range(record.frames - count, record.frames)))
+            images = [read_image(self.folder / name) for name in names]
+            for name, image in zip(names, images, strict=True):
+                if image.shape != images[0].shape:
                     raise FilmError(f"{self.folder / name} has another size than {names[0]}")
         except (ValueError, FileNotFoundError) as error:
             raise FilmError(
-                f"the next shot cannot go on from {record.label} ({error}): "
-                f"make that shot again too, with resume=from_shot:{shot + 1}"
+                f"the next shot cannot continue from {record.label} ({error}): "
+                f"regenerate that shot too, with resume=from_shot:{record.shot}"
             ) from None
         for name in names:
             if record.sha256.get(name) not in (None, hash_file(self.folder / name)):
-                say(f"{self.folder / name} was changed since it was written: the next shot goes on from it as it is")
-        return np.stack(pictures)
+                logger.warning(
+                    "%s was changed since it was written: the next shot continues from it", self.folder / name
+                )
+        return np.stack(images)
 
-    def join(self, say: Say = lambda line: None) -> Path:
-        """Join all shots into ``film.mp4`` and note it in the manifest.
+    def check(self) -> None:
+        """Compare the videos of all shots with the manifest. A video that the user changed is accepted with a warning.
+
+        Raises:
+            FilmError: if a video is missing or cannot be decoded.
+        """
+        known = {shot.sha256[shot.file]: shot for shot in self.shots if shot.file in shot.sha256}
+        for place, record in enumerate(self.shots):
+            path = self.folder / record.file
+            cure = f"put it back, or regenerate this shot and all later ones with resume=from_shot:{record.shot}"
+            if not path.is_file():
+                raise FilmError(f"{path}, the video of {record.label}, is missing: {cure}")
+            digest = hash_file(path)
+            if record.sha256.get(record.file) == digest:
+                continue
+            try:
+                frames = sum(1 for _ in iter_frames(path))
+            except ValueError as error:
+                raise FilmError(f"{error}: {cure}") from None
+            if not frames:
+                raise FilmError(f"{path} holds no frames: {cure}")
+            other = f", but that of {known[digest].label}" if digest in known else ""
+            logger.warning(
+                f"{path} is not the video that was generated for {record.label}{other}: "
+                f"its {frames} frames are used instead of {record.frames}"
+            )
+            self.shots[place] = replace(record, frames=frames, sha256={record.file: digest})
+            self._video = None
+
+    # Regenerating shots
+
+    def drop_from(self, shot: int) -> None:
+        """Drop shot ``shot`` (index from 0) and later ones; on disk they stay until other shots are finished."""
+        for record in self.shots[shot:]:
+            if not record.is_replaced:
+                self._replaced |= record.sha256
+            self._replaced.setdefault(record.file, "")  # a name that is not free
+            self._dropped |= {keyframe.id: keyframe.sha256 for keyframe in record.keyframes}
+        if shot < len(self.shots):
+            self.shots, self._video = self.shots[:shot], None
+
+    def keep_memory(self, bank: MemoryBank, gone: Iterable[Keyframe]) -> None:
+        """Have the files of keyframes that are ``gone`` from the ``bank`` deleted once the film is complete.
+
+        Images that the user changed stay, and those that the page shows.
+        """
+        from storymem.memory.bank import keyframe_files  # loads torch
+
+        shown = {id for shot in self.shots for id in (*shot.memory, *(k.id for k in shot.keyframes))}
+        for keyframe in gone:
+            if keyframe.id not in shown and self._dropped.get(keyframe.id) in (None, keyframe.sha256):
+                paths = {name: self.folder / name for name in keyframe_files(keyframe.id)}
+                self._replaced |= {name: hash_file(path) for name, path in paths.items() if path.is_file()}
+        for name in bank.files():
+            self._replaced.pop(name, None)
+
+    def remove_unfinished(self) -> None:
+        """Delete what a killed process was writing, put in place what it had finished; the folder must be locked."""
+        writing = (self._saved or {}).get("writing", ())
+        named = self._named()
+        for name in writing:
+            if name not in named:
+                self._remove(name)
+        self._put_memory()
+        for name in {*FOLDERS, *(str(Path(name).parent) for name in writing)}:
+            if (self.folder / name).is_dir() and not (self.folder / name).is_symlink():
+                remove_leftovers(self.folder / name)
+                _remove_if_empty_end(self.folder / name)
+        if writing:
+            self.save()
+
+    # The complete film
+
+    def finish(self, page: str) -> None:
+        """Join the shots if need be, write the page, and delete earlier takes.
 
         Args:
-            say: is told of videos by hand that were fitted or encoded again, and of a ``film.mp4`` that was changed.
+            page: the text of ``storyboard.html``, where ``film.mp4`` lies beside it.
         """
+        for path in self._missing_memory():
+            logger.warning(f"{path} is missing: the film is complete, but shots cannot be regenerated; put it back")
+        if not (self._video and self._is_as_made(VIDEO)):
+            self._join()
+        written = self.folder / f".{PAGE}.partial"
+        write_text(written, page)
+        self._put(PAGE, written)
+        self._remove_replaced()
+
+    def _missing_memory(self) -> list[Path]:
+        """Files of the memory that the last finished shot left and that are not there."""
+        if self._memory is None:
+            return []
+        if not self.has_memory:
+            return [self.folder / MEMORY]
+        from storymem.memory.bank import read_entries  # loads torch
+
+        images = [self.folder / entry.image for entry in read_entries(self.folder)]
+        return [path for path in images if not path.exists()]
+
+    def _is_as_made(self, name: str) -> bool:
+        path = self.folder / name
+        return path.is_file() and hash_file(path) == self._made.get(name)
+
+    def _join(self) -> None:
         joined = self.folder / f".{VIDEO}.joined.partial"
+        own = [record for record in self.shots if not record.is_replaced] or self.shots
+        like = probe(self.folder / own[0].file)
         fitted: list[Path] = []
         try:
-            parts = [self._part(shot, fitted, say) for shot in self.shots]
-            for line in join_videos(parts, joined):
-                if not any(str(path) in line for path in fitted):
-                    say(line.replace(joined.name, VIDEO))
+            parts = [self._part(record, like, fitted) for record in self.shots]
+            for note in join_videos(parts, joined):
+                if not any(str(path) in note for path in fitted):
+                    logger.warning(note.replace(joined.name, VIDEO))
         finally:
             for path in fitted:
                 path.unlink(missing_ok=True)
-        self.put(VIDEO, joined, say)
+        self._put(VIDEO, joined)
         self._video = "film.mp4"
         self.save()
-        return self.folder / VIDEO
 
-    @cached_property
-    def _generated(self) -> VideoInfo:
-        """Size and rate of the shots: those of the first one that no person replaced."""
-        records = [record for record in self.shots if not record.is_by_hand] or self.shots
-        return probe(self.folder / records[0].file)
-
-    def _part(self, record: ShotRecord, fitted: list[Path], say: Say) -> Path:
-        """A shot's video at the size and rate of the others."""
-        path, like = self.folder / record.file, self._generated
+    def _part(self, record: ShotRecord, like: VideoInfo, fitted: list[Path]) -> Path:
+        """A shot's video, or a copy that is fitted to the size and rate of the others and added to ``fitted``."""
+        path = self.folder / record.file
         info = probe(path)
         if (info.height, info.width) == (like.height, like.width) and abs(info.fps - like.fps) < 0.01 * like.fps:
             return path
         was, now = (f"{one.width}x{one.height} at {one.fps:g} frames per second" for one in (info, like))
-        say(f"{path} is {was}: fitted to {now} for {VIDEO}")
+        logger.warning(f"{path} is {was}: fitted to {now} for {VIDEO}")
         fitted.append(self.folder / f".{path.name}.fitted.partial")
         write_video(fitted[-1], _fitted(path, info, like), like.fps)
         return fitted[-1]
 
-    @property
-    def is_joined(self) -> bool:
-        """Whether ``film.mp4`` is there as it was joined of these shots."""
-        path = self.folder / VIDEO
-        return self._video is not None and path.is_file() and hash_file(path) == self._made.get(VIDEO)
-
-    def put(self, name: str, made: Path, say: Say = lambda line: None) -> None:
-        """Give a finished file its name; one of that name that a person changed is kept under another name."""
+    def _put(self, name: str, made: Path) -> None:
+        """Give a complete file its name; a file of that name that the user changed gets another name."""
         path = self.folder / name
         digest = hash_file(made)
         if path.is_file() and hash_file(path) not in (digest, self._made.get(name)):
             aside = next(p for n in count(1) if not os.path.lexists(p := path.with_stem(f"{path.stem}_{n}")))
             path.rename(aside)
-            say(f"{path} was changed since it was made: it is now {aside.name}, and {name} is made again")
+            logger.warning(
+                f"{path} was changed since it was written: it is now {aside.name}, and {name} is written again"
+            )
         made.replace(path)
         self._made = {**self._made, name: digest}
 
-    def remove_replaced(self) -> None:
-        """Delete the files of earlier takes, now that the film is whole, and save the manifest if it has changed."""
-        named = {name for shot in self.shots for name in (shot.file, *shot.sha256)}
+    def _remove_replaced(self) -> None:
+        """Delete the files of earlier takes, and save the manifest if it has changed."""
+        named = self._named()
         for name, digest in self._replaced.items():
             if name not in named and (self.folder / name).is_file() and hash_file(self.folder / name) == digest:
                 self._remove(name)
-            _remove_if_empty_end((self.folder / name).parent)  # killed before that, in the run before
+            _remove_if_empty_end((self.folder / name).parent)  # if the previous run was killed before that
         self._replaced = {}
         now = json.loads(json.dumps(self._manifest()))
         if {**now, "versions": None} != {**(self._saved or {}), "versions": None}:
             self.save()
+
+    def _named(self) -> set[str]:
+        return {name for shot in self.shots for name in (shot.file, *shot.sha256)}
 
     def _hashes(self, file: str) -> dict[str, str]:
         names = [file, *_end_names(file)]
@@ -399,16 +384,13 @@ class Film:
     def _free_name(self, stem: str) -> str:
         taken = {shot.file for shot in self.shots} | self._replaced.keys()
         stems = (stem if take == 1 else f"{stem}_take{take}" for take in count(1))
-        names = (f"{stem}.mp4" for stem in stems)
-        return next(
-            name
-            for name in names
-            if name not in taken
-            and not os.path.lexists(self.folder / name)
-            and not os.path.lexists(self.folder / _end_names(name)[0])
-        )
+        for name in (f"{stem}.mp4" for stem in stems):
+            paths = (self.folder / name, self.folder / _end_names(name)[0])
+            if name not in taken and not any(os.path.lexists(path) for path in paths):
+                return name
+        raise AssertionError
 
-    def _take_over_memory(self) -> None:
+    def _put_memory(self) -> None:
         following = self.folder / _NEXT_MEMORY
         if following.is_file() and hash_file(following) == self._memory:
             following.replace(self.folder / MEMORY)
@@ -431,8 +413,7 @@ def _fitted(path: Path, info: VideoInfo, like: VideoInfo) -> Iterator[np.ndarray
     shown = np.searchsorted(info.times, np.arange(total) / like.fps + 1e-6, side="right") - 1
     times_shown = Counter(shown.tolist())
     for number, frame in enumerate(iter_frames(path)):
-        picture = fit_image(frame, like.height, like.width, "contain")
-        yield from repeat(picture, times_shown[number])
+        yield from repeat(fit_image(frame, like.height, like.width, "contain"), times_shown[number])
 
 
 def _end_names(file: str) -> list[str]:
@@ -445,9 +426,9 @@ def _remove_if_empty_end(folder: Path) -> None:
 
 
 def estimated_bytes(frames: int, height: int, width: int) -> int:
-    """Room that a shot of ``frames`` frames needs: its video, its copy in the film, last frames and keyframes.
+    """Upper estimate of the disk space for a shot: its video, its copy in the film, last frames and keyframes.
 
-    An upper estimate: 0.15 bytes per pixel of video, and lossless pictures uncompressed.
+    0.15 bytes per pixel of video, and lossless images uncompressed.
     """
     pixels = height * width
     return int(2 * 0.15 * frames * pixels + (END_FRAMES + 3) * 3 * pixels)
@@ -455,7 +436,7 @@ def estimated_bytes(frames: int, height: int, width: int) -> int:
 
 @cache
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that have a say in what a film looks like."""
+    """Versions of the libraries that influence what a film looks like."""
     versions = {}
     for name in _LIBRARIES:
         try:
@@ -463,27 +444,3 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a checkout that is not installed
             versions[name] = "unknown"
     return versions
-
-
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """A line for each value that differs: ``sampler.steps: 8 before, 40 now``."""
-    old, new = flat(before), flat(after)
-    return [
-        f"{key}: {old.get(key, 'nothing')!r} before, {new.get(key, 'nothing')!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, _ABSENT) != new.get(key, _ABSENT)
-    ]
-
-
-_ABSENT = object()
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Every value in nested mappings and lists under its path: ``sampler.steps``, ``scenes[2].shots[1].prompt``."""
-    if isinstance(value, Mapping) and value:
-        items = [(f"{path}.{key}" if path else str(key), item) for key, item in value.items()]
-    elif isinstance(value, list | tuple) and value:
-        items = [(f"{path}[{number}]", item) for number, item in enumerate(value, start=1)]
-    else:
-        return {path: value}
-    return {key: leaf for where, item in items for key, leaf in flat(item, where).items()}

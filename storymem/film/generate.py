@@ -1,4 +1,4 @@
-"""From a composed configuration to a film: what is built from the settings of ``generate.yaml``, and run."""
+"""From settings to films: what is built from ``generate.yaml``, and run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storymem.config import build_settings
-from storymem.film.modes import check_lengths, parse_resume
-from storymem.film.ownership import check_folder
-from storymem.film.settings import GenerateSettings, uses_text_to_video
+from storymem.config import CONFIGS, build_settings
+from storymem.film.manifest import check_folder
+from storymem.film.settings import GenerateSettings, check_lengths, parse_resume, uses_text_to_video
 from storymem.stopping import stopping_on_signals
-from storymem.story import Story, load_stories
+from storymem.story import Story, load_stories, load_story
 from storymem.wan.processes import Launch, find_grid
 
 if TYPE_CHECKING:
@@ -20,104 +19,131 @@ if TYPE_CHECKING:
     from storymem.film.storyteller import ShotGenerator, Storyteller
     from storymem.wan.shots import WanShotGenerator
 
-
-# What has no say in what the film looks like, and so may differ when a film is gone on with.
+# What does not influence what the film looks like, and may change when a film is resumed.
 _BESIDES = ("story", "output", "resume", "dry_run", "runtime")
-_APPROXIMATE = ("precision", "cache", "cache_threshold")  # of the runtime, what changes the picture
+_APPROXIMATE = ("precision", "cache", "cache_threshold")  # of the runtime, what changes the film
 
 
-def generate(config: Mapping[str, Any]) -> list[Film]:
-    """Make the films that a composed configuration (plain containers) describes.
+def generate(
+    story: str | Path | Story,
+    *,
+    output: str | Path | None = None,
+    model: str = "toy",
+    overrides: Sequence[str] = (),
+    progress: bool = True,
+) -> Film:
+    """Generate the film of a story, or resume it: the command ``storymem generate`` from Python.
 
-    All stories, folders and the settings are checked first, before torch is imported.
+    Args:
+        story: its file, or a story from :func:`storymem.story.load_story`.
+        output: the film's folder; films/<title> by default.
+        model: "toy" (embedded), "wan2.2-a14b" or another choice of ``configs/model``.
+        overrides: more settings, as on the command line: ``["seed=7", "memory.recall.capacity=7"]``.
+        progress: whether to show shots and steps.
+
+    Returns:
+        The film, whose ``video`` is the path of the joined film.
+
+    Raises:
+        ValueError: for a mistake in the story or the settings, before anything is generated.
+    """
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from storymem.commands.overrides import hydra_arguments
+    from storymem.film.folder import Film
+
+    arguments = hydra_arguments([f"model={model}", *overrides, "dry_run=false"], None, GenerateSettings)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("generate", overrides=arguments)
+    config: Any = OmegaConf.to_container(composed, resolve=True)
+    config |= {"story": "." if isinstance(story, Story) else str(story), "output": output and str(output)}
+    settings = build_settings(GenerateSettings, config)
+    told = story if isinstance(story, Story) else load_story(str(settings.story))
+    folder = Path(settings.output or Path("films") / told.slug)
+    with stopping_on_signals():
+        _generate(settings, config, {folder: told}, progress=progress)
+    return Film.open(folder)
+
+
+def generate_films(config: Mapping[str, Any]) -> list[Film]:
+    """Generate the films that a composed configuration (plain containers) describes, and print their paths.
+
+    All stories, folders and settings are checked first, before torch is imported.
 
     Returns:
         The films that this process made: all of them, unless teams of processes share them out; none in a dry run, and
-        in all but the first process of a team.
+        none in all but the first process of a team.
 
     Raises:
-        Stopped: for SIGINT, SIGTERM and SIGUSR1, with a note that says how to go on; finished shots are kept.
+        Stopped: for SIGINT, SIGTERM and SIGUSR1, with a note that names the command to resume; finished shots are kept.
     """
     with stopping_on_signals():
-        return _generate(config)
+        settings = build_settings(GenerateSettings, config)
+        stories = load_stories([settings.story] if isinstance(settings.story, str) else settings.story)
+        return _generate(settings, config, {_folder(story, settings): story for story in stories})
 
 
-def _generate(config: Mapping[str, Any]) -> list[Film]:
-    settings = build_settings(GenerateSettings, config)
-    stories = load_stories([settings.story] if isinstance(settings.story, str) else settings.story)
-    for story in stories:
-        _check_story(story, settings, among=len(stories))
+def _generate(
+    settings: GenerateSettings, config: Mapping[str, Any], stories: Mapping[Path, Story], *, progress: bool = True
+) -> list[Film]:
+    """Check everything, then make the films; ``stories`` by their films' folders."""
+    for folder, story in stories.items():
+        frames, continuity, first_shot = settings.model.video.frames, settings.continuity, settings.first_shot
+        check_lengths(story, frames=frames, continuity=continuity, first_shot=first_shot)
+        if parse_resume(settings.resume, len(story.shots)) is not None and len(stories) > 1:
+            raise ValueError(f"resume={settings.resume} is for one story, not for {len(stories)}")
+        check_folder(folder)
     launch = Launch.of(settings.runtime)
     if launch.teams > len(stories):
         raise ValueError(
-            f"runtime.processes_per_film={launch.world} lets {launch.teams} films be made at once, and "
-            f"the stories are {len(stories)}: name more stories, start fewer processes, or let more make one film"
+            f"runtime.processes_per_film={launch.world} makes {launch.teams} films at once, and there are "
+            f"{len(stories)} stories: name more stories, start fewer processes, or use more processes per film"
         )
     grid = find_grid(settings.runtime, launch, model=settings.model, sampler=settings.sampler)
     if settings.dry_run:
         if launch.is_first and launch.team == 0:
-            _print_plans(stories, settings)
+            _print_plans(settings, stories)
         return []
     from storymem.wan.sources import check_weights
 
-    text_to_video = any(uses_text_to_video(story, settings) for story in stories)
+    text_to_video = any(uses_text_to_video(story, settings) for story in stories.values())
     check_weights(settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler)
     if launch.is_first and launch.team == 0:
-        _tell_what_is_not_read(stories, settings)
+        from storymem.story.notes import notes_on
+
+        for note in notes_on(list(stories.values()), settings.model, settings.sampler, settings.memory.reference_fit):
+            print(note, file=sys.stderr)
+    from storymem.film.processes import among_processes
     from storymem.film.progress import Progress, film_table
-    from storymem.film.ranks import among_ranks
     from storymem.wan.runtime import check_runtime
 
     films: list[Film] = []
     generator = build_generator(settings)
-    with among_ranks(generator, launch, check_runtime(settings.runtime)) as shared:
+    with among_processes(generator, launch, check_runtime(settings.runtime)) as shared:
         if shared is None:
             return films
         if launch.world > 1:
             print(grid, file=sys.stderr)
         generator.check_machine()
-        teller = build_storyteller(settings, config, shared)
-        for story in launch.share(stories):
-            film = teller.tell(story, _folder(story, settings), resume=settings.resume, progress=Progress())
-            print(film_table(film), file=sys.stderr)
-            print(film.video, flush=True)
+        storyteller = build_storyteller(settings, config, shared)
+        for folder, story in launch.share(list(stories.items())):
+            film = storyteller.tell(story, folder, resume=settings.resume, progress=Progress(enabled=progress))
+            if progress:
+                print(film_table(film), file=sys.stderr)
+                print(film.video, flush=True)
             films.append(film)
     return films
 
 
-def _print_plans(stories: Sequence[Story], settings: GenerateSettings) -> None:
-    """Print the plans.
-
-    Raises:
-        ValueError: if films cannot be made as planned.
-    """
+def _print_plans(settings: GenerateSettings, stories: Mapping[Path, Story]) -> None:
+    """Print the plans. ``ValueError`` if films cannot be made as planned."""
     from storymem.film.plan import make_plan
 
-    plans = [make_plan(story, settings, _folder(story, settings)) for story in stories]
+    plans = [make_plan(story, settings, folder) for folder, story in stories.items()]
     print("\n\n".join(text for text, _ in plans), flush=True)
     if problems := dict.fromkeys(problem for _, found in plans for problem in found):
         raise ValueError(f"not ready: {len(problems)} marked MISSING, UNFIT or TOO SMALL in the plan")
-
-
-def _tell_what_is_not_read(stories: Sequence[Story], settings: GenerateSettings) -> None:
-    from storymem.story.prompts import remarks_on
-    from storymem.story.references import reference_remarks
-
-    for remark in remarks_on(stories, settings.model, settings.sampler):
-        print(remark, file=sys.stderr)
-    video = settings.model.video
-    for story in stories:
-        for remark in reference_remarks(story, video.height, video.width, settings.memory.reference_fit):
-            print(remark if len(stories) == 1 else f"{story.title}: {remark}", file=sys.stderr)
-
-
-def _check_story(story: Story, settings: GenerateSettings, *, among: int) -> None:
-    """Raise ``ValueError`` for what would keep one of ``among`` stories from being filmed in its folder."""
-    frames, continuity, first_shot = settings.model.video.frames, settings.continuity, settings.first_shot
-    check_lengths(story, frames=frames, continuity=continuity, first_shot=first_shot)
-    if parse_resume(settings.resume, len(story.shots)) is not None and among > 1:
-        raise ValueError(f"resume={settings.resume} is for one story, and {among} were named")
-    check_folder(_folder(story, settings))
 
 
 def _folder(story: Story, settings: GenerateSettings) -> Path:
@@ -128,7 +154,7 @@ def _folder(story: Story, settings: GenerateSettings) -> Path:
 
 
 def build_generator(settings: GenerateSettings) -> WanShotGenerator:
-    """What makes the shots; it loads its networks when they are needed."""
+    """The shot generator, which loads its networks when they are needed."""
     from storymem.scorers import scorer_bytes
     from storymem.wan.shots import WanShotGenerator
 
@@ -148,8 +174,8 @@ def build_storyteller(
 
     Args:
         settings: of all parts.
-        config: what the film's manifest will say it was made with.
-        generator: what makes the shots, where it works together with other processes; None: :func:`build_generator`.
+        config: what the film's manifest records as its settings.
+        generator: the shot generator, where it works together with other processes; None: :func:`build_generator`.
 
     Raises:
         ValueError: for settings that this machine cannot run, or a runtime of several processes without ``generator``.
@@ -171,8 +197,8 @@ def build_storyteller(
         generator=generator or build_generator(settings),
         embedder=instantiate(_on_cpu(settings.scorer.clip)),
         quality=instantiate(_on_cpu(settings.scorer.quality)),
-        selector=instantiate(settings.memory.selector),
-        recall=instantiate(settings.memory.recall),
+        selector=build_policy(settings.memory.selector, "memory.selector", ("max_keyframes", "select")),
+        recall=build_policy(settings.memory.recall, "memory.recall", ("capacity", "recall")),
         continuity=settings.continuity,
         first_shot=settings.first_shot,
         reference_fit=settings.memory.reference_fit,
@@ -182,8 +208,18 @@ def build_storyteller(
     )
 
 
+def build_policy(node: Mapping[str, Any], key: str, needs: Sequence[str]) -> Any:
+    """The policy of a ``_target_`` node. ``ValueError`` if it lacks an attribute that its protocol ``needs``."""
+    from hydra.utils import instantiate
+
+    policy = instantiate(node)
+    if lacking := [name for name in needs if not hasattr(policy, name)]:
+        raise ValueError(f"{key}: {node['_target_']} has no {' and no '.join(lacking)}; see docs/extending.md")
+    return policy
+
+
 def _recorded(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a configuration a film is made with, and may not change when it is gone on with."""
+    """The part of a configuration that a film is made with, and that may not change when it is resumed."""
     runtime: Mapping[str, Any] = config.get("runtime", {})
     changed = {name: runtime[name] for name in _APPROXIMATE if runtime.get(name) not in (None, "none", "as_is")}
     if runtime.get("attention") == "sage":  # the one kernel that rounds to 8 bits
@@ -193,9 +229,9 @@ def _recorded(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hashes(settings: GenerateSettings) -> dict[str, str]:
-    """Name of weights -> what tells them from others of that name.
+    """Name of weights -> hash of a sample of their content.
 
-    Text-to-video is left out: it makes a film's first shot and no other, and a film that is gone on with has that.
+    Text-to-video is left out: it makes a film's first shot only, and a film that is resumed has that.
     """
     from storymem.scorers import scorer_weights
     from storymem.wan.sources import required_weights
@@ -207,11 +243,11 @@ def _hashes(settings: GenerateSettings) -> dict[str, str]:
     for scorer in (settings.scorer.clip, settings.scorer.quality):
         wanted += scorer_weights(scorer)
     places: dict[str, list[Path]] = {}
-    for weights in wanted:  # several may go by one name: both files of a GGUF pair, say
+    for weights in wanted:  # several may have one name, as the two files of a GGUF pair
         places.setdefault(weights.name, []).append(locate(weights))
     return {name: sample_hash(*found) for name, found in places.items()}
 
 
 def _on_cpu(scorer: Mapping[str, Any]) -> dict[str, Any]:
-    """A scorer's node with the CPU as its device: the loop moves it to the accelerator when its turn comes."""
+    """A scorer's node with the CPU as its device: the loop moves it to the accelerator when it is needed."""
     return {**scorer, "device": "cpu"} if "device" in scorer else dict(scorer)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from storymem.film.folder import Film, estimated_bytes
-from storymem.film.modes import GIVEN_FRAMES, mode_of
+from storymem.film.generate import build_policy
 from storymem.film.progress import format_table
-from storymem.film.settings import GenerateSettings, uses_text_to_video
-from storymem.memory import Keyframe, RecallPolicy
+from storymem.film.settings import GIVEN_FRAMES, GenerateSettings, mode_of, uses_text_to_video
+from storymem.memory import RecallPolicy, SelectionPolicy
 from storymem.scorers import scorer_bytes, scorer_weights
 from storymem.story import Story
-from storymem.story.prompts import remarks_on
-from storymem.story.references import reference_remarks
+from storymem.story.notes import notes_on
 from storymem.wan.estimate import Flops, estimate_shot, forward_flops, memory_cache_bytes
 from storymem.wan.placement import Machine, choose_runtime, this_machine
 from storymem.wan.processes import Launch, find_grid
@@ -24,9 +20,6 @@ from storymem.wan.runtime import check_machine, planned_device
 from storymem.wan.segments import memory_cached, memory_joint
 from storymem.wan.sources import inspect_weights
 from storymem.weights import MissingWeights, locate
-
-if TYPE_CHECKING:
-    from storymem.memory import SelectionPolicy
 
 _WHERE = {"device": "on the device", "cpu": "in RAM", "recompute": "nowhere: they are computed again in every step"}
 
@@ -37,10 +30,8 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[s
     Memory is the most that a shot can recall: every shot before it is taken to leave as many keyframes as its selector
     allows. Tokens and operations are those of one forward of an expert.
     """
-    from hydra.utils import instantiate
-
-    selector: SelectionPolicy = instantiate(settings.memory.selector)
-    recall: RecallPolicy = instantiate(settings.memory.recall)
+    selector: SelectionPolicy = build_policy(settings.memory.selector, "memory.selector", ("max_keyframes", "select"))
+    recall: RecallPolicy = build_policy(settings.memory.recall, "memory.recall", ("capacity", "recall"))
     video, sampler, passes = settings.model.video, settings.sampler, _passes(settings)
     rows = [("shot", "scene", "mode", "frames", "memory", "tokens", "PFLOP per forward", "PFLOP")]
     total, frames, disk, most_memory, longest = 0.0, 0, 0, 0, 0
@@ -69,10 +60,9 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[s
         f"disk     at most {disk / 1e6:.0f} MB in {folder}{finished}",
         *weights,
         *_first_shot(settings, text_to_video=text_to_video),
-        *(f"text     {remark}" for remark in remarks_on([story], settings.model, sampler)),
         *(
-            f"image    {remark}"
-            for remark in reference_remarks(story, video.height, video.width, settings.memory.reference_fit)
+            f"note     {note}"
+            for note in notes_on([story], settings.model, sampler, settings.memory.reference_fit)
         ),
     ]
     return "\n".join(lines), lacking + unfit
@@ -83,21 +73,12 @@ def _passes(settings: GenerateSettings) -> int:
 
 
 def _most_recalled(story: Story, recall: RecallPolicy, per_shot: int) -> Iterator[int]:
-    """How many keyframes ``recall`` gives each shot if every shot before it left ``per_shot``."""
-
-    def stand_in(id: str, character: str | None = None) -> Keyframe:
-        image, embedding = np.zeros((1, 1, 3), np.uint8), np.ones(1, np.float32)
-        return Keyframe(id=id, image=image, embedding=embedding, character=character)
-
-    bank = [
-        stand_in(f"ref_{number}_{k}", character.name)
-        for number, character in enumerate(story.characters)
-        for k in range(len(character.references))
-    ]
+    """How many keyframes each shot is given at most if every shot before it adds ``per_shot``."""
+    keyframes = len(story.references)
     for shot in story.shots:
-        bank += [stand_in(f"s{shot.index}_ref{k}") for k in range(len(shot.references))]
-        yield len(recall.recall(bank, shot))
-        bank += [stand_in(f"s{shot.index}_{k}") for k in range(per_shot)]
+        keyframes += len(shot.references)
+        yield min(recall.capacity, keyframes)
+        keyframes += per_shot
 
 
 def _flops(settings: GenerateSettings, memory: int, frames: int, *, text: bool) -> tuple[Flops, int]:

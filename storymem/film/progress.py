@@ -1,23 +1,26 @@
-"""What a person sees while a film is made: two bars in a terminal, plain lines elsewhere, a table at the end."""
+"""Progress of a film: two bars in a terminal, plain lines elsewhere, a table at the end."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from storymem.film.folder import Film, ShotRecord
 from storymem.story import Shot
 
 
 class Progress:
-    """Tells of shots and denoising steps, with the time left.
+    """Shows shots and denoising steps, with the time left.
 
     Args:
-        enabled: False shows neither shots nor steps.
+        enabled: False shows nothing.
         stream: where to; bars are drawn only if it is a terminal.
     """
 
@@ -30,14 +33,19 @@ class Progress:
         self._shots: tqdm | None = None
         self._steps: tqdm | None = None
 
-    def begin(self, *, total: int, finished: int) -> None:
-        """A film of ``total`` shots begins, of which ``finished`` exist already."""
+    @contextmanager
+    def film(self, *, total: int, finished: int) -> Iterator[None]:
+        """Inside the block a film of ``total`` shots is made, of which ``finished`` exist already."""
         self._total, self._finished, self._made = total, finished, 0
         self._started = time.perf_counter()
-        if self._bars:
-            self._shots = tqdm(total=total, initial=finished, desc="shots", unit="shot", file=self._stream)
-        elif finished:
-            self._say(f"{finished} of {total} shots are finished already")
+        if not self._bars:
+            if finished:
+                self._print(f"{finished} of {total} shots are finished already")
+            yield
+            return
+        self._shots = tqdm(total=total, initial=finished, desc="shots", unit="shot", file=self._stream)
+        with self._shots, logging_redirect_tqdm([logging.getLogger("storymem")]):
+            yield
 
     def begin_shot(self, shot: Shot) -> None:
         """A shot begins."""
@@ -51,34 +59,21 @@ class Progress:
             self._steps.update(step - self._steps.n)
 
     def end_shot(self, record: ShotRecord) -> None:
-        """A shot is saved."""
+        """A shot is finished."""
         self._made += 1
-        if self._steps is not None:
+        if self._steps is not None and self._shots is not None:
             self._steps.close()
-        if self._shots is not None:
             self._shots.update()
-        elif self._enabled:
-            done = self._finished + self._made
-            left = (time.perf_counter() - self._started) / self._made * (self._total - done)
-            self._say(
-                f"shot {done} of {self._total} (scene {record.scene}, shot {record.number}; {record.mode}): "
-                f"{sum(record.seconds.values()):.1f} s, memory {len(record.memory)}, "
-                f"kept {len(record.keyframes)} keyframes; about {duration(left)} left"
-            )
+            return
+        done = self._finished + self._made
+        left = (time.perf_counter() - self._started) / self._made * (self._total - done)
+        self._print(
+            f"shot {done} of {self._total} (scene {record.scene}, shot {record.number}; {record.mode}): "
+            f"{sum(record.seconds.values()):.1f} s, {len(record.memory)} keyframes recalled, "
+            f"{len(record.keyframes)} added; about {duration(left)} left"
+        )
 
-    def say(self, line: str) -> None:
-        """Something about the film that a person must know; it is said even if nothing else is."""
-        if self._bars:
-            tqdm.write(line, file=self._stream)
-        else:
-            print(line, file=self._stream, flush=True)
-
-    def end(self) -> None:
-        """The film is finished."""
-        if self._shots is not None:
-            self._shots.close()
-
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self._enabled:
             print(line, file=self._stream, flush=True)
 
@@ -91,19 +86,15 @@ def duration(seconds: float) -> str:
 
 
 def film_table(film: Film) -> str:
-    """A line per shot: how it was made, seconds, frames, memory it saw, keyframes it left."""
-    rows = [("shot", "scene", "mode", "frames", "seconds", "memory", "keyframes kept (frames)")]
+    """A line per shot: how it was made, frames, seconds, keyframes recalled and added."""
+    rows = [("shot", "scene", "mode", "frames", "seconds", "recalled", "added (frames)")]
     for shot in film.shots:
-        kept = ", ".join(str(keyframe.frame) for keyframe in shot.keyframes)
+        added = ", ".join(str(keyframe.frame) for keyframe in shot.keyframes)
         rows.append(
             (
-                str(shot.index + 1),
-                f"{shot.scene}.{shot.number}",
-                shot.mode,
-                str(shot.frames),
-                f"{sum(shot.seconds.values()):.1f}",
-                str(len(shot.memory)),
-                f"{len(shot.keyframes)} ({kept})" if kept else "0",
+                *(str(shot.shot), f"{shot.scene}.{shot.number}", shot.mode, str(shot.frames)),
+                *(f"{sum(shot.seconds.values()):.1f}", str(len(shot.memory))),
+                f"{len(shot.keyframes)} ({added})" if added else "0",
             )
         )
     return format_table(rows)

@@ -1,4 +1,4 @@
-"""Going on with a film: whether it is the same film, what is kept of it, and what is said where it cannot go on."""
+"""Resuming a film: whether it is the same film, and what to type where it is not."""
 
 from __future__ import annotations
 
@@ -6,30 +6,34 @@ import hashlib
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from storymem.film.folder import Film, FilmError, differences, flat
+from storymem.film.folder import Film, FilmError
 from storymem.io import hash_json
 from storymem.media.images import read_image
 from storymem.story import Story
 
+_MOST = 12  # lines of a list
 
-class Told(NamedTuple):
-    """What a film tells and with which settings, as its manifest says."""
+
+class Recipe(NamedTuple):
+    """What a film is made from, as its manifest holds it."""
 
     story: dict[str, Any]
     config: dict[str, Any]
 
 
-Reference = tuple[str, str, str | None]
-"""A character's name, the path of a picture as the story gave it, and the hash of its pixels."""
+class Reference(NamedTuple):
+    """A reference image of a character: the character's name, its path in the story, the hash of its pixels."""
 
-SIZE = ("model.video.height", "model.video.width")
+    character: str
+    source: str
+    sha256: str | None
 
 
 def story_record(story: Story) -> dict[str, Any]:
-    """What the manifest keeps of a story: all that it says, and which pixels its reference images hold."""
+    """What the manifest holds of a story: all of it, and hashes of the pixels of its reference images."""
     paths = list(dict.fromkeys([*story.references, *(path for shot in story.shots for path in shot.references)]))
     digests = {
         source: hashlib.sha256(read_image(path).tobytes()).hexdigest()
@@ -38,63 +42,98 @@ def story_record(story: Story) -> dict[str, Any]:
     return story.to_dict() | {"reference_sha256": digests}
 
 
-def references(told: Mapping[str, Any]) -> list[Reference]:
-    """The references of a story's characters, in order."""
-    digests = told.get("reference_sha256", {})
+def references(story: Mapping[str, Any]) -> list[Reference]:
+    """The references of the characters in a story's record, in order."""
+    digests = story.get("reference_sha256", {})
     return [
-        (character["name"], source, digests.get(source))
-        for character in told.get("characters", ())
+        Reference(character["name"], source, digests.get(source))
+        for character in story.get("characters", ())
         for source in character.get("references", ())
     ]
 
 
-def _shots(told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [shot for scene in told["scenes"] for shot in scene["shots"]]
-
-
-def _video(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Size, length and rate of the shots."""
-    return {key: value for key, value in flat(config).items() if key.startswith("model.video.")}
-
-
 def encoders(config: Mapping[str, Any]) -> str:
-    """What tells the networks that encode pictures from others: a hash of all settings that may have a say in it."""
-    chosen = {key: config.get(key) for key in ("model", "scorer", "weights", "runtime")}
-    return hash_json(chosen)[:16]
+    """Identifies the networks that embed and encode keyframes: a hash of all settings that may matter."""
+    return hash_json({key: config.get(key) for key in ("model", "scorer", "weights", "runtime")})[:16]
 
 
-def check_restart(film: Film, story: Story, now: Told, start: int) -> None:
-    """Raise FilmError if shot ``start`` (from 0) and later ones of ``film`` cannot be made again with ``now``."""
+def check_restart(film: Film, story: Story, now: Recipe, start: int) -> None:
+    """Raise FilmError if shot ``start`` (from 0) and later ones of ``film`` cannot be regenerated with ``now``."""
     if start > len(film.shots):
         raise FilmError(
             f"resume=from_shot:{start + 1}: only {len(film.shots)} shots of {film.folder} are finished; "
-            f"write from_shot:{len(film.shots) + 1} or less, or leave resume out to go on"
+            f"write from_shot:{len(film.shots) + 1} or less, or leave resume out"
         )
-    for number, (old, new) in enumerate(zip(_shots(film.story), _shots(now.story), strict=False)):
-        if number < start and old != new:
-            lines = "\n".join(f"  {line}" for line in differences(old, new))
+    for number, changed in _shot_changes(film.story, now.story).items():
+        if number < start:
             raise FilmError(
-                f"{story.shots[number].label} has changed too, before the shot you start from; "
-                f"use resume=from_shot:{number + 1}\n{lines}"
+                f"{story.shots[number].label} has changed too, before the shot you start from: "
+                f"use resume=from_shot:{number + 1}\n  {'; '.join(changed)}"
             )
-    if start > 0 and _video(film.config) != _video(now.config):
+    old, new = flat(film.config), flat(now.config)
+    if start > 0 and any(old.get(key) != new.get(key) for key in old | new if key.startswith("model.video.")):
         raise FilmError("size, length or rate of the shots have changed: use resume=from_shot:1 or another output")
 
 
-def refusal(folder: Path, before: Told, now: Told) -> str:
-    """What is said where the film in a folder is not the one that is asked for."""
-    changed = differences(before.story, now.story) + differences(before.config, now.config)
-    shown = "\n".join(f"  {line}" for line in changed[:12])
-    more = f"\n  and {len(changed) - 12} more" if len(changed) > 12 else ""
-    settings = _as_before(before.config, now.config) if before.story == now.story else None
-    go_on = f", or go on with the settings it has: add {settings}" if settings else ""
-    return (
-        f"{folder} holds a film of another story or with other settings:\n{shown}{more}\n"
-        f"choose another output, or make shots N and later again with resume=from_shot:N{go_on}"
-    )
+def check_same(film: Film, now: Recipe) -> None:
+    """Raise FilmError if ``film``, of which shots are finished, is not the film of ``now``: what differs, what to type.
+
+    How shots are divided into scenes makes no difference.
+    """
+    shots = _shot_changes(film.story, now.story)
+    story = [*_story_changes(film.story, now.story), *_labelled(shots, now.story)]
+    settings = differences(film.config, now.config)
+    if not story and not settings:
+        return
+    changes = [*story, *settings]
+    lines = [f"{film.folder} holds a film of another story or with other settings:"]
+    lines += [f"  {change}" for change in changes[:_MOST]]
+    if len(changes) > _MOST:
+        lines.append(f"  and {len(changes) - _MOST} more")
+    total = sum(len(scene["shots"]) for scene in now.story["scenes"])
+    first = min(min(shots) + 1, len(film.shots) + 1, total) if shots else "N"
+    cures = {f"resume=from_shot:{first}": f"regenerate shots {first} and later", "output=FOLDER": "make another film"}
+    if not story and (arguments := _arguments(film.config, now.config)):
+        cures[arguments] = "resume this film with its own settings"
+    raise FilmError("\n".join([*lines, "add to the command:", *(f"  {key}  to {what}" for key, what in cures.items())]))
 
 
-def _as_before(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def _story_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """A line for each change outside the shots."""
+    besides = [{k: v for k, v in story.items() if k not in ("scenes", "reference_sha256")} for story in (old, new)]
+    images, now = (story.get("reference_sha256", {}) for story in (old, new))
+    repainted = [source for source in images if source in now and images[source] != now[source]]
+    return [*differences(*besides), *(f"the image {source} has changed" for source in repainted)]
+
+
+def _shot_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[int, list[str]]:
+    """Shot (from 0) -> what has changed in it."""
+    shots = ([shot for scene in story["scenes"] for shot in scene["shots"]] for story in (old, new))
+    changes: dict[int, list[str]] = {}
+    for number, (before, after) in enumerate(zip_longest(*shots)):
+        if before is None:
+            changes[number] = ["is new"]
+        elif after is None:
+            changes[number] = [f"is gone ({before['prompt']!r:.80})"]
+        elif changed := differences(before, after):
+            changes[number] = changed
+    return changes
+
+
+def _labelled(changes: Mapping[int, list[str]], story: Mapping[str, Any]) -> list[str]:
+    places = [
+        f"scene {number}, shot {place}"
+        for number, scene in enumerate(story["scenes"], start=1)
+        for place in range(1, len(scene["shots"]) + 1)
+    ]
+    return [
+        f"shot {number + 1}{f' ({places[number]})' if number < len(places) else ''}: {change}"
+        for number, lines in changes.items()
+        for change in lines
+    ]
+
+
+def _arguments(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The arguments that bring back the settings ``before``; None if single values do not."""
     old, new = flat(before), flat(now)
     keys = [key for key in old.keys() | new.keys() if not key.startswith("weights.")]  # these follow from the others
@@ -107,16 +146,37 @@ def _as_before(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def saying_how_to_go_on(film: Film, resume: str) -> Iterator[None]:
-    """Add to a stop by the user what goes on from there."""
-    begun = len(film.shots)
+def naming_next_command(film: Film, resume: str) -> Iterator[None]:
+    """Add the command that resumes to an interrupt by the user."""
+    finished = len(film.shots)
     try:
         yield
     except KeyboardInterrupt as stop:
         if resume == "auto":
-            stop.add_note("the same command goes on from here")
-        elif len(film.shots) > begun:
-            stop.add_note(f"the same command without resume={resume} goes on from here")
+            stop.add_note("the same command resumes")
+        elif len(film.shots) > finished:
+            stop.add_note(f"the same command without resume={resume} resumes")
         else:
-            stop.add_note(f"the film is as it was, and the same command begins with shot {begun + 1} again")
+            stop.add_note(f"the film is as it was; the same command regenerates from shot {finished + 1}")
         raise
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """A line for each value that differs: ``sampler.steps: 8 before, 40 now``."""
+    old, new = flat(before), flat(after)
+    return [
+        f"{key}: {old.get(key, 'nothing')!r} before, {new.get(key, 'nothing')!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, ...) != new.get(key, ...)
+    ]
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Every value in nested mappings and lists under its path: ``sampler.steps``, ``characters[2].name``."""
+    if isinstance(value, Mapping) and value:
+        items = [(f"{path}.{key}" if path else str(key), item) for key, item in value.items()]
+    elif isinstance(value, list | tuple) and value:
+        items = [(f"{path}[{number}]", item) for number, item in enumerate(value, start=1)]
+    else:
+        return {path: value}
+    return {key: leaf for where, item in items for key, leaf in flat(item, where).items()}

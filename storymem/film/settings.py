@@ -1,4 +1,4 @@
-"""The settings of ``generate.yaml``. Loads no torch."""
+"""The settings of ``generate.yaml``, and how each shot of a story is made under them. Loads no torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, StoryPath, UserPath, check_bounds
-from storymem.film.modes import FirstShot, mode_of
-from storymem.story import MAX_SHOTS, Story
+from storymem.story import MAX_SHOTS, Shot, Story
 from storymem.wan.combinations import check_combinations
 from storymem.wan.settings import MAX_SEED, Continuity, ModelSettings, RuntimeSettings, SamplerSettings, check_reach
+
+FirstShot = Literal["auto", "t2v", "m2v"]
+Mode = Literal["t2v", "m2v", "mi2v", "mm2v"]
+
+GIVEN_FRAMES: dict[Mode, int] = {"t2v": 0, "m2v": 0, "mi2v": 1, "mm2v": 5}
+"""How many frames of the previous shot a shot begins with; they are cut from its video."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MemorySettings:
-    """The memory: policies as ``_target_`` nodes, and how reference pictures are brought to size."""
+    """The memory.
+
+    Args:
+        recall: the recall policy, a ``_target_`` node; see :class:`storymem.memory.RecallPolicy`.
+        selector: the selection policy, a ``_target_`` node; see :class:`storymem.memory.SelectionPolicy`.
+        reference_fit: how reference images are resized; see :func:`storymem.media.images.fit_image`.
+    """
 
     recall: dict[str, Any]
     selector: dict[str, Any]
@@ -33,11 +44,13 @@ class ScorerSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GenerateSettings:
-    """Everything ``scripts/generate.py`` can be told; see :class:`storymem.film.storyteller.Storyteller`.
+    """The settings of ``storymem generate``; see :class:`storymem.film.storyteller.Storyteller`.
 
     Args:
-        story: a story's file or a folder of stories, or several of them.
-        output: the film's folder, films/<title> by default; of several stories, the folder in which their films lie.
+        story: a story file or a folder of stories, or several of them.
+        output: the film's folder, films/<title> by default; of several stories, the folder of their films.
+        resume: "auto", or "from_shot:N": regenerate shots N, N + 1, ...
+        dry_run: check everything and print the plan.
     """
 
     story: StoryPath | tuple[StoryPath, ...]
@@ -64,7 +77,49 @@ class GenerateSettings:
             raise ValueError(f"{without[0]} names no class: write {without[0]}._target_=package.module.Class")
 
 
+def mode_of(shot: Shot, story: Story, *, continuity: Continuity, first_shot: FirstShot) -> Mode:
+    """How a shot is made (paper sections 3.3 and 3.5).
+
+    The first shot: by text-to-video ("t2v"), or by memory-to-video with the story's references as memory ("m2v", then
+    called MR2V); "auto" is the latter if there are references. A shot with ``cut: false``: ``continuity``. Others:
+    "m2v".
+    """
+    if shot.index == 0:
+        has_references = bool(story.references or shot.references)
+        return "t2v" if first_shot == "t2v" or (first_shot == "auto" and not has_references) else "m2v"
+    return "m2v" if shot.cut or continuity == "none" else continuity
+
+
 def uses_text_to_video(story: Story, settings: GenerateSettings) -> bool:
     """Whether the film's first shot needs the text-to-video model."""
     first = story.shots[0]
     return mode_of(first, story, continuity=settings.continuity, first_shot=settings.first_shot) == "t2v"
+
+
+def check_lengths(story: Story, *, frames: int, continuity: Continuity, first_shot: FirstShot) -> None:
+    """Raise ``ValueError`` for shots too short for the next one to continue from, or to show anything new.
+
+    Args:
+        story: with its shots.
+        frames: length of shots without one of their own.
+        continuity: see :func:`mode_of`.
+        first_shot: see :func:`mode_of`.
+    """
+    problems = []
+    for shot in story.shots:
+        mode = mode_of(shot, story, continuity=continuity, first_shot=first_shot)
+        least = max(GIVEN_FRAMES["mm2v"], GIVEN_FRAMES[mode] + 4)
+        if (length := shot.frames or frames) < least:
+            problems.append(f"{shot.label} has {length} frames; with continuity={continuity} it needs at least {least}")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def parse_resume(resume: str, shots: int) -> int | None:
+    """``"auto"`` -> None; ``"from_shot:N"`` -> N - 1. ``ValueError`` for anything else."""
+    if resume == "auto":
+        return None
+    name, _, number = resume.partition(":")
+    if name == "from_shot" and number.isdecimal() and 1 <= int(number) <= shots:
+        return int(number) - 1
+    raise ValueError(f"resume={resume}: write auto, or from_shot:N with N from 1 to {shots}")

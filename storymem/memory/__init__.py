@@ -1,13 +1,13 @@
-"""The visual memory: which frames of a shot are kept, where, and which of them the next shot sees."""
+"""The memory of a film: which frames of a shot become keyframes, and which keyframes the next shot is given."""
 
-from storymem.memory.bank import MemoryBank
-from storymem.memory.keyframes import EmbedFrames, Keyframe, embed_in_batches, reference_id
-from storymem.memory.recall import CharacterFirst, RecallPolicy, SinkAndRecent
+from storymem.memory.bank import MemoryBank, ids_on_disk
+from storymem.memory.keyframes import EmbedFrames, Keyframe, embed_in_batches, frame_id, reference_id
+from storymem.memory.recall import CharacterFirst, ComingShot, RecallPolicy, SinkAndRecent
 from storymem.memory.selection import KeyframeSelector, Selection, SelectionPolicy, UniformSelector
-from storymem.memory.storage import ids_on_disk, keyframe_files
 
 __all__ = [
     "CharacterFirst",
+    "ComingShot",
     "EmbedFrames",
     "Keyframe",
     "KeyframeSelector",
@@ -18,7 +18,7 @@ __all__ = [
     "SinkAndRecent",
     "UniformSelector",
     "embed_in_batches",
+    "frame_id",
     "ids_on_disk",
-    "keyframe_files",
     "reference_id",
 ]

@@ -1,41 +1,77 @@
-"""The memory bank of one film: all its keyframes, oldest first."""
+"""The memory bank of a film, and its files, which survive ``kill -9`` and may be edited by the user.
+
+    memory.json                 {"schema": 2, "keyframes": [...]}, oldest first
+    keyframes/<id>.png          the image, lossless
+    keyframes/<id>.safetensors  its embedding, and its latent once there is one
+
+Every file is written to a temporary name and renamed, ``memory.json`` last, so it names complete files only.
+
+``memory.json`` may be edited while no program uses the folder:
+
+- delete entries or change their order: the memory is then exactly that. The files stay, so an entry can be put back.
+- replace an image: its ``sha256`` (of the pixels) no longer fits, so it is embedded and encoded again, and its quality,
+  similarity and source are dropped. The same happens where ``sha256`` is missing.
+- add an image: ``{"image": "tam.jpg"}`` is enough, a path in the folder. ``character``, and ``shot`` (from 1, the first
+  that may recall it) can be given; ``id`` is made from the file's name.
+
+Such images may have any size. A fitted image is saved under an id of its own, and the user's file stays as it is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+import torch
+from pydantic import Field, StringConstraints
+from pydantic.dataclasses import dataclass as settings
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
 
-from storymem.memory.keyframes import EmbedFrames, Keyframe
-from storymem.memory.recall import RecallPolicy, ShotToCome, SinkAndRecent
-from storymem.memory.storage import (
-    MANIFEST,
-    FitImage,
-    Reading,
-    keyframe_files,
-    read_entries,
-    read_keyframes,
-    remove_keyframes,
-    write_keyframes,
+from storymem.config import STRICT, ConfigError, build_settings
+from storymem.io import FileError, check_finite, check_regular, naming_full_disk, read_json, write_atomically
+from storymem.media.images import encode_png, read_image
+from storymem.memory.keyframes import (
+    ID_PATTERN,
+    EmbedFrames,
+    Keyframe,
+    embed_in_batches,
+    image_hash,
+    reference_id,
+    unused_id,
 )
+from storymem.memory.recall import ComingShot, RecallPolicy, SinkAndRecent
+
+SCHEMA = 2  # in schema 1, shot and frame were counted from 0
+MANIFEST = "memory.json"
+IMAGES = "keyframes"
+_NOTE = "storymem"  # metadata of tensors: their sha256, and the bank's `made_with`
+_EMBED_AGAIN = f"delete the sha256 of its entry in {MANIFEST}, and the image is embedded again"
+
+FitImage = Callable[[np.ndarray], np.ndarray]
+"""An image, uint8 [H, W, 3] -> the same at the size of the film's shots."""
 
 
 class MemoryBank:
-    """Keyframes in the order in which they were added.
+    """The keyframes of one film, oldest first.
 
-    The bank itself forgets nothing but what :meth:`forget_from` says: its capacity is the recall policy's, so
-    that a film can be taken up again at any earlier shot. A new keyframe is compared with the whole bank, not
-    only with what is still recalled.
+    Nothing leaves the bank when its capacity is exceeded: the capacity belongs to the recall policy, so that a film can
+    be resumed at any shot. A new keyframe is compared with the whole bank.
 
     Args:
         keyframes: the first content.
-        policy: which keyframes a shot sees; sink and recent by default.
-        made_with: what tells the settings of embeddings and latents from others; saved with them.
+        policy: which keyframes a shot is given; sink and recent by default.
+        made_with: identifies the networks behind embeddings and latents; saved with them.
 
     Attributes:
-        by_hand: of a bank that was loaded, keyframes that a person has added or replaced since it was saved:
-            id -> what was done.
+        edited: of a bank that was loaded, keyframes that the user has added or replaced: id -> what was done.
     """
 
     def __init__(
@@ -43,10 +79,10 @@ class MemoryBank:
     ) -> None:
         self.policy: RecallPolicy = policy if policy is not None else SinkAndRecent()
         self.made_with = made_with
-        self.by_hand: dict[str, str] = {}
+        self.edited: dict[str, str] = {}
         self._keyframes: dict[str, Keyframe] = {}
-        self._written: dict[Path, dict[str, Keyframe]] = {}  # what was saved, and is not written again
-        self.remember(keyframes)
+        self._written: dict[Path, Keyframe] = {}  # keyframes whose files hold exactly this, by the image's path
+        self.add(keyframes)
 
     def __len__(self) -> int:
         return len(self._keyframes)
@@ -63,52 +99,74 @@ class MemoryBank:
     @property
     def embeddings(self) -> np.ndarray:
         """float32 [M, D] in the bank's order; [0, 0] while the bank is empty."""
-        if not self._keyframes:
-            return np.zeros((0, 0), dtype=np.float32)
-        return np.stack([keyframe.embedding for keyframe in self])
+        return np.stack([keyframe.embedding for keyframe in self]) if self._keyframes else np.zeros((0, 0), np.float32)
 
-    def remember(self, keyframes: Iterable[Keyframe]) -> None:
+    def add(self, keyframes: Iterable[Keyframe]) -> None:
         """Add keyframes as the newest. ``ValueError`` for an id that the bank has already."""
         for keyframe in keyframes:
             if keyframe.id in self:
-                raise ValueError(f"keyframe {keyframe.id} is in the memory already: forget it first")
+                raise ValueError(f"keyframe {keyframe.id} is in the memory already: remove it first")
             self._keyframes[keyframe.id] = keyframe
 
-    def update(self, keyframe: Keyframe) -> None:
-        """Put a keyframe in the place of the one with its id (once it has a latent, say). ``KeyError``."""
+    def replace(self, keyframe: Keyframe) -> None:
+        """Put a keyframe in the place of the one with its id, for example with its latent. ``KeyError``."""
         if keyframe.id not in self:
             raise KeyError(keyframe.id)
         self._keyframes[keyframe.id] = keyframe
 
-    def forget_from(self, shot: int) -> None:
-        """Drop what shot ``shot`` (counted from 0) and all later ones added.
+    def remove_from(self, shot: int) -> None:
+        """Remove the keyframes of shot ``shot`` (from 1) and later ones; references and images of the user stay."""
+        self._keyframes = {k.id: k for k in self if k.shot is None or k.shot < shot or k.is_users}
 
-        References of the story and pictures that a person added stay.
+    def recall(self, shot: ComingShot | None = None) -> list[Keyframe]:
+        """The keyframes that the next shot is given, oldest first; never those that were added for a later shot.
+
+        Raises:
+            ValueError: if the policy breaks its contract; see :class:`RecallPolicy`.
         """
-        self._keyframes = {k.id: k for k in self if k.shot is None or k.shot < shot or k.is_by_hand}
-
-    def recall(self, shot: ShotToCome | None = None) -> list[Keyframe]:
-        """What the next shot sees, oldest first: a pure function of the bank's content and of that shot."""
-        return self.policy.recall(list(self), shot)
+        shot = shot or ComingShot()
+        known = [k for k in self if None in (k.shot, shot.number) or k.shot <= shot.number]  # type: ignore[operator]
+        recalled = self.policy.recall(known, shot)
+        ids = {keyframe.id for keyframe in recalled}
+        if len(recalled) > self.policy.capacity or [k for k in known if k.id in ids] != list(recalled):
+            raise ValueError(
+                f"{self.policy} recalled {[keyframe.id for keyframe in recalled]}: it must return at most "
+                f"{self.policy.capacity} (its capacity) of the given keyframes, in their order, each once"
+            )
+        return recalled
 
     def files(self) -> list[str]:
-        """The files that the bank has once it is saved, relative to the film's folder, without the manifest."""
+        """The files of the saved bank, relative to the film's folder, without ``memory.json``."""
         return [name for id in self._keyframes for name in keyframe_files(id)]
 
-    def save(self, folder: str | Path, *, manifest: str | None = None) -> None:
-        """Write ``memory.json`` and ``keyframes/`` in ``folder``; see :mod:`storymem.memory.storage`.
-
-        Files of keyframes that ``memory.json`` names and the bank no longer holds are deleted at the end.
+    def save(self, folder: str | Path, *, manifest: str = MANIFEST) -> None:
+        """Write the bank into a film's folder. Files that are there already are not written again; none is deleted.
 
         Args:
             folder: the film's folder.
-            manifest: another name for ``memory.json``, which then stays as it is; nothing is deleted.
+            manifest: another name for ``memory.json``, which then stays as it is.
         """
         folder = Path(folder)
-        forgotten = [] if manifest else [entry for entry in read_entries(folder) if entry["id"] not in self]
-        written = self._written.setdefault(folder, {})
-        write_keyframes(folder, list(self), written=written, manifest=manifest or MANIFEST, made_with=self.made_with)
-        remove_keyframes(folder, forgotten)
+        with naming_full_disk(folder):
+            (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        saved = {entry.id: entry for entry in read_entries(folder)}
+        entries = {keyframe.id: Entry.of(keyframe) for keyframe in self}
+        changed = [keyframe for keyframe in self if not self._is_written(folder, keyframe)]
+        images = {k.id for k in changed if not _has_image(folder, entries[k.id], saved.get(k.id))}
+        changing = [id for id in images & saved.keys() if saved[id].image == entries[id].image]
+        if changing:  # memory.json never names a file while that changes
+            _write_manifest(folder / MANIFEST, [entry for entry in saved.values() if entry.id not in changing])
+        for keyframe in changed:
+            image, tensors = (folder / name for name in keyframe_files(keyframe.id))
+            if keyframe.id in images:
+                write_atomically(image, encode_png(keyframe.image))
+            _write_if_new(tensors, _tensors(keyframe, self.made_with))
+            self._written[image] = keyframe
+        _write_manifest(folder / manifest, entries.values())
+
+    def _is_written(self, folder: Path, keyframe: Keyframe) -> bool:
+        image, tensors = (folder / name for name in keyframe_files(keyframe.id))
+        return self._written.get(image) is keyframe and image.exists() and tensors.exists()
 
     @classmethod
     def load(
@@ -119,24 +177,222 @@ class MemoryBank:
         policy: RecallPolicy | None = None,
         fit: FitImage | None = None,
         made_with: str | None = None,
-        unmarked: str | None = None,
     ) -> MemoryBank:
-        """Read what :meth:`save` wrote, hand-edited or not; see :mod:`storymem.memory.storage`.
+        """Read what :meth:`save` wrote, edited by the user or not.
 
         Args:
             folder: the film's folder.
-            embed: embeds pictures that were added or replaced by hand; without it they are an error.
+            embed: embeds images that were added or replaced; without it they are an error.
             policy: as in the constructor.
-            fit: brings such pictures to the size of the shots.
-            made_with: as in the constructor; what was made with other settings is embedded anew and loses its latent.
-                None takes all as it is.
-            unmarked: with what embeddings and latents were made that do not say it.
+            fit: brings such images to the size of the shots.
+            made_with: as in the constructor; what was made with other networks is embedded again and loses its latent.
+                None takes everything as it is.
 
         Raises:
-            ValueError: naming the file that is missing, corrupt or not understood.
+            ValueError: naming the file that is missing, damaged or not understood.
         """
-        reading = Reading(embed=embed, fit=fit, made_with=made_with, unmarked=unmarked)
-        keyframes, by_hand = read_keyframes(Path(folder), reading)
-        bank = cls(keyframes, policy=policy, made_with=made_with)
-        bank.by_hand = by_hand
+        folder = Path(folder)
+        if not (folder / MANIFEST).exists():
+            raise FileError(f"{folder / MANIFEST} does not exist: there is no saved memory in this folder")
+        entries = read_entries(folder)
+        taken = {entry.id for entry in entries} | ids_on_disk(folder)
+        reader = _Reader(folder=folder, embed=embed, fit=fit, made_with=made_with, taken=taken)
+        bank = cls([reader.keyframe(entry) for entry in entries], policy=policy, made_with=made_with)
+        sizes = Counter(len(keyframe.embedding) for keyframe in bank)
+        for keyframe in bank:
+            if len(keyframe.embedding) != (usual := sizes.most_common(1)[0][0]):
+                raise FileError(
+                    f"{folder / keyframe_files(keyframe.id)[1]} holds an embedding of {len(keyframe.embedding)} "
+                    f"numbers, others have {usual}: {_EMBED_AGAIN}"
+                )
+        bank.edited = reader.edited
         return bank
+
+
+def keyframe_files(id: str) -> tuple[str, str]:
+    """The files of a keyframe's image and tensors, relative to the film's folder."""
+    return f"{IMAGES}/{id}.png", f"{IMAGES}/{id}.safetensors"
+
+
+def ids_on_disk(folder: Path) -> set[str]:
+    """Ids that files in ``keyframes/`` have, in use or not."""
+    return {path.stem for path in (folder / IMAGES).glob("*")}
+
+
+Text = Annotated[str, StringConstraints(max_length=1000, pattern=r"^[^\x00]*$")]
+Place = Annotated[int, Field(ge=0, le=10**6)]
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class Entry:
+    """A keyframe in ``memory.json``; see the head of this file."""
+
+    id: Annotated[str, StringConstraints(pattern=f"^{ID_PATTERN}$", max_length=100)]
+    image: Text
+    sha256: Text | None = None
+    shot: Place | None = None
+    frame: Place | None = None
+    source: Text | None = None
+    character: Text | None = None
+    quality: float | None = None
+    similarity: float | None = None
+
+    @classmethod
+    def of(cls, keyframe: Keyframe) -> Entry:
+        known = {name: getattr(keyframe, name) for name in cls.__dataclass_fields__ if name != "image"}
+        return cls(**known, image=keyframe_files(keyframe.id)[0])
+
+
+def read_entries(folder: Path) -> list[Entry]:
+    """Entries of ``memory.json``, oldest first; none if there is no such file. ``FileError`` for what is not valid."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return []
+    try:
+        manifest = read_json(path)
+    except FileError as error:
+        cure = "put it back from a copy, or delete it and regenerate all shots with resume=from_shot:1"
+        raise FileError(f"{error}; {cure}") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("keyframes"), list):
+        raise FileError(f'{path} must hold {{"schema": {SCHEMA}, "keyframes": [...]}}')
+    if manifest.get("schema") not in (1, SCHEMA):
+        schema = repr(manifest.get("schema"))[:60]
+        raise FileError(f"{path} has schema {schema}, this version reads 1 and {SCHEMA}: update storymem")
+    named = [raw["id"] for raw in manifest["keyframes"] if isinstance(raw, dict) and isinstance(raw.get("id"), str)]
+    taken = {*named, *ids_on_disk(folder)}
+    entries = []
+    for number, raw in enumerate(manifest["keyframes"], start=1):
+        entries.append(_entry(raw, f"{path}, keyframe {number}", taken, counts_from=manifest["schema"] - 1))
+        taken.add(entries[-1].id)
+    if twice := sorted(id for id, times in Counter(entry.id for entry in entries).items() if times > 1):
+        raise FileError(f"{path}: ids {twice} are used more than once: give each keyframe its own")
+    return entries
+
+
+def _entry(raw: Any, where: str, taken: set[str], *, counts_from: int) -> Entry:
+    given = {name: value for name, value in raw.items() if value is not None} if isinstance(raw, dict) else {}
+    if not isinstance(given.get("id", given.get("image")), str):
+        raise FileError(f"{where}: must be an object with at least an id or an image, is {repr(raw)[:60]}")
+    if "id" not in given:
+        given["id"] = reference_id(Path(given["image"]).stem, taken)
+    given.setdefault("image", keyframe_files(given["id"])[0])
+    try:
+        entry = build_settings(Entry, given)
+    except ConfigError as error:
+        raise FileError(f"{where}: {'; '.join(line.strip() for line in str(error).splitlines()[1:])}") from None
+    places = {name: getattr(entry, name) for name in ("shot", "frame")}
+    return (
+        entry if counts_from else replace(entry, **{n: place + 1 for n, place in places.items() if place is not None})
+    )
+
+
+@dataclass(kw_only=True)
+class _Reader:
+    """Reads keyframes; see :meth:`MemoryBank.load`."""
+
+    folder: Path
+    embed: EmbedFrames | None
+    fit: FitImage | None
+    made_with: str | None
+    taken: set[str]
+    edited: dict[str, str] = field(default_factory=dict)
+
+    def keyframe(self, entry: Entry) -> Keyframe:
+        path = self.folder / entry.image
+        if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder)):
+            raise FileError(f"{self.folder / MANIFEST}: {path} lies outside the film's folder: copy the image into it")
+        try:
+            image = read_image(path)
+        except FileNotFoundError:
+            raise FileError(f"{path} is missing: put it back, or delete its entry in {MANIFEST}") from None
+        origin: dict[str, Any] = {name: getattr(entry, name) for name in ("shot", "frame", "source", "character")}
+        if entry.sha256 == image_hash(image):
+            tensors = self._tensors(self.folder / keyframe_files(entry.id)[1])
+            return Keyframe(
+                id=entry.id,
+                image=image,
+                embedding=tensors["embedding"].numpy() if tensors else self._embedding(path, image),
+                latent=tensors.get("latent"),
+                quality=entry.quality,
+                similarity=entry.similarity,
+                **origin,
+            )
+        return self._edited(entry, path, image, origin | {"source": None})
+
+    def _edited(self, entry: Entry, path: Path, image: np.ndarray, origin: dict[str, Any]) -> Keyframe:
+        """A keyframe whose image the user added or replaced."""
+        done = f"is not the image that {MANIFEST} was written with" if entry.sha256 else f"was added to {MANIFEST}"
+        id, fitted = entry.id, image if self.fit is None else self.fit(image)
+        if fitted.shape != image.shape:
+            done += f", fitted from {image.shape[1]}x{image.shape[0]} to {fitted.shape[1]}x{fitted.shape[0]}"
+            if path == self.folder / keyframe_files(id)[0]:
+                id = unused_id(id, self.taken)
+        self.taken.add(id)
+        self.edited[id] = f"{entry.image} {done}"
+        return Keyframe(id=id, image=fitted, embedding=self._embedding(path, fitted), **origin)
+
+    def _embedding(self, path: Path, image: np.ndarray) -> np.ndarray:
+        if self.embed is None:
+            raise FileError(
+                f"{path} was edited (its sha256 in {MANIFEST} is missing or differs) or embedded by other networks, "
+                "and there is no encoder to embed it: load with embed=..., or put the saved image back"
+            )
+        return embed_in_batches(image[None], self.embed)[0]
+
+    def _tensors(self, path: Path) -> dict[str, torch.Tensor]:
+        """Embedding and latent; none if other networks made them."""
+        try:
+            with safe_open(check_regular(path), framework="pt") as file:
+                digest, _, made_with = (file.metadata() or {}).get(_NOTE, "").partition(" ")
+                if self.made_with and made_with not in ("", self.made_with):
+                    return {}
+                tensors = {name: file.get_tensor(name) for name in file.keys() if name in ("embedding", "latent")}  # noqa: SIM118
+        except FileNotFoundError:
+            raise FileError(f"{path} is missing: put it back, or {_EMBED_AGAIN}") from None
+        except SafetensorError as error:
+            raise FileError(f"{path} is corrupt ({error}): {_EMBED_AGAIN}") from None
+        if digest not in ("", _tensors_hash(tensors)):
+            raise FileError(f"{path} is damaged: {_EMBED_AGAIN}")
+        embedding, latent = tensors.get("embedding"), tensors.get("latent")
+        if embedding is None or embedding.ndim != 1 or embedding.dtype != torch.float32:
+            raise FileError(f"{path} holds no embedding: {_EMBED_AGAIN}")
+        if latent is not None and (latent.ndim != 4 or not latent.is_floating_point()):
+            raise FileError(f"{path} holds a latent of another shape, {list(latent.shape)}: {_EMBED_AGAIN}")
+        for name, tensor in tensors.items():
+            check_finite(tensor, f"the {name} in {path}", _EMBED_AGAIN)
+        return tensors
+
+
+def _write_manifest(path: Path, entries: Iterable[Entry]) -> None:
+    content = {"schema": SCHEMA, "keyframes": [vars(entry) for entry in entries]}
+    _write_if_new(path, f"{json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)}\n".encode())
+
+
+def _write_if_new(path: Path, content: bytes) -> None:
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, content)
+
+
+def _has_image(folder: Path, entry: Entry, saved: Entry | None) -> bool:
+    """Whether the entry's PNG is on disk; if ``memory.json`` says so the file is not read."""
+    path = folder / entry.image
+    if not path.exists():
+        return False
+    if saved is not None and (saved.image, saved.sha256) == (entry.image, entry.sha256):
+        return True
+    try:
+        return image_hash(read_image(path)) == entry.sha256
+    except ValueError:
+        return False
+
+
+def _tensors(keyframe: Keyframe, made_with: str | None) -> bytes:
+    tensors = {"embedding": torch.from_numpy(keyframe.embedding)}
+    if keyframe.latent is not None:
+        tensors["latent"] = keyframe.latent.detach().cpu().contiguous()
+    return to_safetensors(tensors, {_NOTE: f"{_tensors_hash(tensors)} {made_with or ''}"})
+
+
+def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+    contents = (tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes() for name in sorted(tensors))
+    return hashlib.sha256(b"".join(contents)).hexdigest()

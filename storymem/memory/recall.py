@@ -1,39 +1,68 @@
-"""Which part of the memory the next shot looks back at."""
+"""Which keyframes of the memory the next shot is given."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, zip_longest
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from storymem.memory.keyframes import Keyframe
+import numpy as np
+
+from storymem.memory.keyframes import Keyframe, normalised
 
 
-class ShotToCome(Protocol):
-    """What a policy may know of the shot that is about to be generated."""
+@dataclass(frozen=True, kw_only=True)
+class ComingShot:
+    """The shot that is generated next, as a recall policy knows it.
+
+    Args:
+        number: place in the film, from 1; None: after all others.
+        prompt: its text.
+        characters: who the story says is in it.
+        embed_text: the encoder behind :attr:`text_embedding`: a text -> [D].
+    """
+
+    number: int | None = None
+    prompt: str = ""
+    characters: Sequence[str] = ()
+    embed_text: Callable[[str], np.ndarray] | None = None
+
+    @cached_property
+    def text_embedding(self) -> np.ndarray:
+        """CLIP's embedding of the prompt, computed on first use: float32 [D] of unit length.
+
+        Its dot product with ``Keyframe.embedding`` is the cosine of text and image.
+        """
+        if self.embed_text is None:
+            raise ValueError("this shot has no text encoder: pass embed_text")
+        return normalised(self.embed_text(self.prompt)[None])[0]
+
+
+@runtime_checkable
+class RecallPolicy(Protocol):
+    """Chooses keyframes for a shot. Any class like this can be the ``_target_`` of ``memory.recall``."""
 
     @property
-    def characters(self) -> Sequence[str]: ...
+    def capacity(self) -> int:
+        """Most keyframes that :meth:`recall` returns; memory and operations are planned for so many."""
+        ...
 
+    def recall(self, keyframes: Sequence[Keyframe], shot: ComingShot) -> list[Keyframe]:
+        """At most :attr:`capacity` of ``keyframes`` (the whole memory, oldest first), in this order, each once.
 
-class RecallPolicy(Protocol):
-    """Picks keyframes for one shot. Any class with this method can be a ``_target_`` in the configuration."""
-
-    def recall(self, keyframes: Sequence[Keyframe], shot: ShotToCome | None) -> list[Keyframe]:
-        """Some of ``keyframes`` (the whole bank, oldest first), in the bank's order, each once.
-
-        Must depend on its arguments only: a resumed film recalls what the uninterrupted one would have.
+        The result must depend on the arguments only, so that a resumed film is the same film.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SinkAndRecent:
-    """The published policy: the first ``sink`` keyframes, which never leave, and the newest of the others.
+    """The published policy: the ``sink`` oldest keyframes, which always stay, and the newest of the others.
 
     Args:
-        capacity: most keyframes recalled; 0 recalls nothing, whatever the sink.
+        capacity: most keyframes recalled; 0 recalls nothing.
         sink: how many of the oldest always stay, at most ``capacity``.
     """
 
@@ -43,24 +72,23 @@ class SinkAndRecent:
     def __post_init__(self) -> None:
         _check_size(self.capacity, self.sink)
 
-    def recall(self, keyframes: Sequence[Keyframe], shot: ShotToCome | None = None) -> list[Keyframe]:
-        """See :meth:`RecallPolicy.recall`; ``shot`` does not matter."""
+    def recall(self, keyframes: Sequence[Keyframe], shot: ComingShot) -> list[Keyframe]:
+        """See :meth:`RecallPolicy.recall`; ``shot`` makes no difference."""
         return _sink_and_recent(keyframes, self.capacity, self.sink)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CharacterFirst:
-    """Pictures of the characters in the shot, then sink and recent keyframes in the room that is left.
+    """Images of the characters in the shot, then sink and recent keyframes. Not part of the published method.
 
-    Pictures of a character are reference images, and frames of shots with that character alone; the oldest come
-    first. Those of characters that the shot does not name are left out: so several references per character do not
-    crowd out the shots before, and no one is given another's looks. For a shot that names no character this is
-    :class:`SinkAndRecent`. Not part of the published method.
+    Images of a character are its reference images, and frames of shots with that character alone; the oldest come
+    first. Those of characters that are not in the shot are left out, so that many references do not displace the
+    shots before. For a shot without characters this is :class:`SinkAndRecent`.
 
     Args:
         capacity: most keyframes recalled; 0 recalls nothing.
         sink: as in :class:`SinkAndRecent`, counted among keyframes that are of no single character.
-        references: most pictures of characters recalled, shared evenly by the characters of the shot.
+        references: most images of characters recalled, shared evenly by the characters of the shot.
     """
 
     capacity: int = 10
@@ -72,13 +100,13 @@ class CharacterFirst:
         if self.references < 0:
             raise ValueError(f"references={self.references}: must not be negative")
 
-    def recall(self, keyframes: Sequence[Keyframe], shot: ShotToCome | None) -> list[Keyframe]:
+    def recall(self, keyframes: Sequence[Keyframe], shot: ComingShot) -> list[Keyframe]:
         """See :meth:`RecallPolicy.recall`."""
-        if shot is None or not shot.characters:
+        if not shot.characters:
             return _sink_and_recent(keyframes, self.capacity, self.sink)
         of_each = [[k for k in keyframes if k.character == name] for name in shot.characters]
-        by_turns = [k for k in chain.from_iterable(zip_longest(*of_each)) if k is not None]
-        references = by_turns[: min(self.references, self.capacity)]
+        in_turn = [k for k in chain.from_iterable(zip_longest(*of_each)) if k is not None]
+        references = in_turn[: min(self.references, self.capacity)]
         room = self.capacity - len(references)
         others = _sink_and_recent([k for k in keyframes if k.character is None], room, min(self.sink, room))
         recalled = {k.id for k in references + others}

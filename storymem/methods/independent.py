@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from storymem.film.modes import Mode
+from storymem.film.settings import Mode
 from storymem.film.storyteller import Storyteller
 from storymem.memory import Keyframe
 from storymem.methods.storymem import StoryMem

@@ -41,7 +41,7 @@ MAX_CHARACTERS = 1000
 MAX_FRAMES = 4093  # of one shot: 1023 latent frames after the first, which is as far as the networks' positions go
 MAX_NAME = 300  # characters of a title, a style or a name
 MAX_PATH = 4096
-_STORY_KEYS = ("title", "overview", "style", "characters", "scenes")
+_STORY_KEYS = ("title", "overview", "style", "genre", "characters", "scenes")
 _CHARACTER_KEYS = ("name", "references")
 _SCENE_KEYS = ("shots",)
 _SHOT_KEYS = ("prompt", "cut", "characters", "frames", "seed", "negative_prompt", "references")
@@ -103,7 +103,15 @@ class Scene:
 class Story:
     """A story as it was written, checked.
 
-    ``source`` is the absolute path of its file, if it has one; ``remarks`` say where a name was taken for another.
+    Args:
+        title: names the film and its folder.
+        overview: one to three sentences.
+        characters: who appears.
+        scenes: with their shots.
+        style: begins every prompt that the model is given: ``Stop-motion`` -> ``Stop-motion: A fox runs.``
+        genre: for tables; the model is not given it.
+        source: absolute path of its file, if it has one.
+        notes: files that were read under another name than the story gives them.
     """
 
     title: str
@@ -111,13 +119,18 @@ class Story:
     characters: tuple[Character, ...] = ()
     scenes: tuple[Scene, ...]
     style: str | None = None
+    genre: str | None = None
     source: Path | None = None
-    remarks: tuple[str, ...] = field(default=(), compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @cached_property
     def shots(self) -> tuple[Shot, ...]:
         """All shots in the film's order."""
         return tuple(shot for scene in self.scenes for shot in scene.shots)
+
+    def prompt_of(self, shot: Shot) -> str:
+        """The text that the model is given for ``shot``: the story's style, if it has one, and the shot's prompt."""
+        return f"{self.style}: {shot.prompt}" if self.style else shot.prompt
 
     @property
     def references(self) -> tuple[Path, ...]:
@@ -245,7 +258,7 @@ class _Reader(StoryFile):
         super().__init__(path)
         self._names: set[str] | None = None  # what shots may list; None while the story's own list is faulty
         self._pictures: dict[Path, tuple[Path, tuple[str, str] | None]] = {}
-        self._remarks: dict[str, None] = {}
+        self._notes: dict[str, None] = {}
         self._shots = 0  # read so far
 
     def read(self) -> Story:
@@ -259,8 +272,9 @@ class _Reader(StoryFile):
             characters=characters,
             scenes=self.scenes(entries.get("scenes")),
             style=self.string(entries.get("style"), "story", "style", at_most=MAX_NAME),
+            genre=self.string(entries.get("genre"), "story", "genre", at_most=MAX_NAME),
             source=self.path.absolute(),
-            remarks=tuple(self._remarks),
+            notes=tuple(self._notes),
         )
 
     def _is_bench(self) -> bool:
@@ -441,7 +455,7 @@ class _Reader(StoryFile):
                 self.note(item, where, f"reference {as_written(written)} {wrong}", f"an image at {path}", cure)
             elif taken != path:
                 told = f"reference {as_written(written)} is read from {as_written(taken.name)}"
-                self._remarks[f"{self.path}:{item.start_mark.line + 1}: {where}: {told}"] = None
+                self._notes[f"{self.path}:{item.start_mark.line + 1}: {where}: {told}"] = None
             found.append(taken)
         return tuple(found)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from storymem.config import build_settings
-from storymem.film.modes import check_lengths
+from storymem.film.settings import check_lengths
 from storymem.io import folder_lock
 from storymem.story import load_story
 from storymem.training.resume import check_run_folder

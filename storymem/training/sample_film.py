@@ -109,7 +109,7 @@ class SampleFilm:
             continuity=generate.continuity,
         )
         story = load_story(samples.story)
-        generator.prepare([s.prompt for s in story.shots], [s.negative_prompt for s in story.shots])
+        generator.prepare([story.prompt_of(s) for s in story.shots], [s.negative_prompt for s in story.shots])
         return cls(
             story=story,
             storyteller=replace(build_storyteller(generate, config), generator=generator),

@@ -21,7 +21,7 @@ from transformers import Dinov2Config, Dinov2Model
 from storymem.commands.benchmark import Case, measure, measure_shot
 from storymem.data.prepare import prepare
 from storymem.evaluation.stbench import evaluate
-from storymem.film.generate import generate as make_films
+from storymem.film.generate import generate_films as make_films
 from storymem.media.video import read_video
 from storymem.scorers.dinov2 import Dinov2Embedder
 from storymem.training.run import train

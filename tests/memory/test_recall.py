@@ -1,4 +1,4 @@
-"""What a shot sees of the memory."""
+"""Which keyframes a shot is given."""
 
 from __future__ import annotations
 
@@ -7,26 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from storymem.memory import CharacterFirst, Keyframe, MemoryBank, SinkAndRecent
-
-
-@dataclass
-class Shot:
-    characters: tuple[str, ...] = ()
+from storymem.memory import CharacterFirst, ComingShot, Keyframe, MemoryBank, SinkAndRecent
 
 
 def keyframes(count: int) -> list[Keyframe]:
-    return [picture(f"k{number}", shot=number) for number in range(count)]
+    return [keyframe(f"k{number}", shot=number + 1) for number in range(count)]
 
 
-def picture(id: str, *, shot: int | None = None, character: str | None = None) -> Keyframe:
-    return Keyframe(
-        id=id,
-        image=np.zeros((2, 2, 3), np.uint8),
-        embedding=np.ones(1, np.float32),
-        shot=shot,
-        character=character,
-    )
+def keyframe(id: str, *, shot: int | None = None, character: str | None = None) -> Keyframe:
+    image, embedding = np.zeros((2, 2, 3), np.uint8), np.ones(1, np.float32)
+    return Keyframe(id=id, image=image, embedding=embedding, shot=shot, character=character)
 
 
 def ids(recalled: list[Keyframe]) -> str:
@@ -48,14 +38,15 @@ def ids(recalled: list[Keyframe]) -> str:
 def test_the_sink_stays_and_the_newest_fill_the_rest(count: int, capacity: int, sink: int, expected: str) -> None:
     bank = MemoryBank(keyframes(count), policy=SinkAndRecent(capacity=capacity, sink=sink))
     assert ids(bank.recall()) == expected
-    assert len(bank) == count, "recalling forgets nothing"
-    assert ids(bank.recall(Shot())) == expected
+    assert len(bank) == count, "recalling removes nothing"
+
+
+def test_keyframes_for_a_later_shot_wait_for_it() -> None:
+    assert ids(MemoryBank(keyframes(3)).recall(ComingShot(number=2))) == "k0 k1"
 
 
 @pytest.mark.parametrize("policy", [SinkAndRecent, CharacterFirst])
-def test_a_sink_larger_than_the_memory_is_refused(
-    policy: type[SinkAndRecent] | type[CharacterFirst],
-) -> None:
+def test_a_sink_larger_than_the_memory_is_refused(policy: type[SinkAndRecent] | type[CharacterFirst]) -> None:
     with pytest.raises(ValueError, match="sink=3 does not fit into capacity=2: write sink=2 or less"):
         policy(capacity=2)
     with pytest.raises(ValueError, match="negative"):
@@ -63,31 +54,40 @@ def test_a_sink_larger_than_the_memory_is_refused(
 
 
 CAST = [
-    picture("tam1", character="Tam"),
-    picture("tam2", character="Tam"),
-    picture("tam3", character="Tam"),
-    picture("seal1", character="seal"),
-    picture("style"),
+    *(keyframe(f"tam{k}", character="Tam") for k in (1, 2, 3)),
+    keyframe("seal1", character="seal"),
+    keyframe("sky"),
 ]
 
 
-def test_only_the_references_of_the_shots_characters_are_recalled() -> None:
+def test_only_the_images_of_the_shots_characters_are_recalled() -> None:
     bank = MemoryBank([*CAST, *keyframes(6)], policy=CharacterFirst(capacity=7, sink=1, references=2))
-    assert ids(bank.recall(Shot(("seal",)))) == "seal1 style k1 k2 k3 k4 k5"
-    assert ids(bank.recall(Shot(("Tam", "seal")))) == "tam1 seal1 style k2 k3 k4 k5"
-    assert ids(bank.recall(Shot(("somebody",)))) == "style k0 k1 k2 k3 k4 k5"
-
-
-def test_without_named_characters_it_is_sink_and_recent() -> None:
-    content = [*CAST, *keyframes(9)]
-    characters_first = MemoryBank(content, policy=CharacterFirst(capacity=6, sink=2))
-    published = MemoryBank(content, policy=SinkAndRecent(capacity=6, sink=2))
-    for shot in (None, Shot()):
-        assert ids(characters_first.recall(shot)) == ids(published.recall(shot))
+    assert ids(bank.recall(ComingShot(characters=("seal",)))) == "seal1 sky k1 k2 k3 k4 k5"
+    assert ids(bank.recall(ComingShot(characters=("Tam", "seal")))) == "tam1 seal1 sky k2 k3 k4 k5"
+    assert ids(bank.recall(ComingShot(characters=("another",)))) == "sky k0 k1 k2 k3 k4 k5"
+    published = MemoryBank([*CAST, *keyframes(6)], policy=SinkAndRecent(capacity=7, sink=1))
+    assert ids(bank.recall()) == ids(published.recall()), "for a shot without characters"
 
 
 @pytest.mark.parametrize("capacity", range(8))
 def test_characters_never_make_the_memory_overflow(capacity: int) -> None:
     policy = CharacterFirst(capacity=capacity, sink=min(3, capacity), references=4)
-    recalled = MemoryBank([*CAST, *keyframes(9)], policy=policy).recall(Shot(("Tam", "seal")))
+    recalled = MemoryBank([*CAST, *keyframes(9)], policy=policy).recall(ComingShot(characters=("Tam", "seal")))
     assert len(recalled) == len(set(ids(recalled).split())) == capacity
+
+
+@dataclass
+class Returning:
+    """A policy that returns these."""
+
+    indices: list[int]
+    capacity: int = 2
+
+    def recall(self, keyframes: list[Keyframe], shot: ComingShot) -> list[Keyframe]:
+        return [keyframes[index] for index in self.indices]
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 2], [1, 0], [0, 0]])
+def test_a_policy_that_breaks_its_contract_is_reported(indices: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"Returning\(.*must return at most 2 \(its capacity\) of the given keyframes"):
+        MemoryBank(keyframes(4), policy=Returning(indices)).recall()

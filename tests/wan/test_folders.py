@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from storymem.film.generate import generate
+from storymem.film.generate import generate_films as generate
 from storymem.io import NotFiniteError
 from storymem.wan.loading import load_pipeline, load_text_to_video
 from storymem.wan.pipeline import WanMemoryToVideoPipeline

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from storymem.film.generate import generate as films
+from storymem.film.generate import generate_films as films
 from storymem.wan import placement
 from storymem.wan.estimate import estimate_shot
 from storymem.wan.loading import load_pipeline

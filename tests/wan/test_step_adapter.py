@@ -21,7 +21,7 @@ from storymem.wan.settings import ModelSettings, SamplerSettings, StepAdapterSet
 from storymem.wan.sources import check_weights
 from storymem.weights import MissingWeights
 from tests.composing import composed, generate_settings
-from tests.stories import MODEL, all_frames, story, storyteller
+from tests.stories import MODEL, content, story, storyteller
 from tests.wan.tiny import CPU, generate, pictures, settings
 
 FOLDERS = {"i2v": "Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1", "t2v": "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"}
@@ -133,8 +133,8 @@ def test_a_film_takes_four_steps_of_one_pass(tmp_path: Path, monkeypatch: pytest
 
     weaker = storyteller(sampler=replace(teller.generator.sampler, adapter=None))
     weaker.tell(story(tmp_path, TWO_SHOTS), tmp_path / "without")
-    with_it, without = all_frames(tmp_path / "film"), all_frames(tmp_path / "without")
-    assert all(with_it[name] != without[name] for name in with_it if name.endswith(".mp4"))
+    with_it, without = content(tmp_path / "film")["shots"], content(tmp_path / "without")["shots"]
+    assert all(one["frames"] != other["frames"] for one, other in zip(with_it, without, strict=True))
 
 
 def test_a_first_shot_by_text_needs_an_adapter_of_its_own(files: dict[str, Path]) -> None:

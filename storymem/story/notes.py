@@ -1,10 +1,11 @@
-"""What a model does not read of a story: ends of prompts that are cut, and words it does not know."""
+"""What users should know of a story before it is filmed: text the model does not read, images that are changed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from storymem.media.images import Fit, fit_note, read_image_with_notes
 from storymem.story import Story
 from storymem.wan.settings import ModelSettings, SamplerSettings
 from storymem.wan.texts import TextReader
@@ -12,27 +13,34 @@ from storymem.wan.texts import TextReader
 _MOST = 20  # lines of one kind, and words in a line
 
 
-def remarks_on(stories: Sequence[Story], model: ModelSettings, sampler: SamplerSettings) -> list[str]:
-    """:func:`story_remarks` of several stories, each line with its story's title."""
+def notes_on(stories: Sequence[Story], model: ModelSettings, sampler: SamplerSettings, fit: Fit) -> list[str]:
+    """:func:`text_notes` and :func:`image_notes` of stories; of several, each line with its story's title."""
     reader = TextReader.of(model)
     if model.weights is None:  # random networks read nothing, and their default negative prompt is for others
         sampler = replace(sampler, negative_prompt="")
-    told = [(story, story_remarks(story, reader, sampler, model=model.name)) for story in stories]
-    return [line if len(stories) == 1 else f"{story.title}: {line}" for story, lines in told for line in lines]
+    notes = [
+        (story, note)
+        for story in stories
+        for note in (
+            *text_notes(story, reader, sampler, model=model.name),
+            *image_notes(story, model.video.height, model.video.width, fit),
+        )
+    ]
+    return [note if len(stories) == 1 else f"{story.title}: {note}" for story, note in notes]
 
 
-def story_remarks(story: Story, reader: TextReader | None, sampler: SamplerSettings, *, model: str) -> list[str]:
-    """What a person should know of a story before it is filmed, a line each; empty if all is read as written.
+def text_notes(story: Story, reader: TextReader | None, sampler: SamplerSettings, *, model: str) -> list[str]:
+    """A line for each text that is cut and for words that the model does not know.
 
     Args:
-        story: what is told.
+        story: with its prompts.
         reader: of the model; None if its tokenizer is not on this machine.
         sampler: with its negative prompt.
-        model: the model's name, for messages.
+        model: its name, for messages.
     """
-    remarks = list(story.remarks)
+    notes = list(story.notes)
     if reader is None:
-        return [*remarks, f"prompts are not counted: the tokenizer of {model} is not on this machine"]
+        return [*notes, f"prompts are not counted: the tokenizer of {model} is not on this machine"]
     readings = [(name, reader.read(text)) for name, text in _texts(story, sampler)]
     cut = [
         f"{name} has {reading.tokens} tokens, and {model} reads {reader.limit}: not read is {_ends(reading.cut)}"
@@ -43,13 +51,25 @@ def story_remarks(story: Story, reader: TextReader | None, sampler: SamplerSetti
     for name, reading in readings:
         for word in reading.unknown:
             unknown.setdefault(word, []).append(name)
-    return [*remarks, *_first(cut, "more texts are cut"), *_unknown(unknown, reader, model)]
+    return [*notes, *_first(cut, "more texts are cut"), *_unknown(unknown, reader, model)]
+
+
+def image_notes(story: Story, height: int, width: int, fit: Fit) -> list[str]:
+    """A line for each reference image that is converted, cut or padded to ``height`` x ``width``."""
+    paths = [*story.references, *(path for shot in story.shots for path in shot.references)]
+    notes = []
+    for path, written in dict(zip(paths, story.written(paths), strict=True)).items():
+        image, of_image = read_image_with_notes(path)
+        if (fitted := fit_note(image.shape[0], image.shape[1], height, width, fit)) is not None:
+            of_image = [*of_image, f"{fitted} ({width}x{height}, memory.reference_fit={fit})"]
+        notes += [f"reference {written} {note}" for note in of_image]
+    return _first(notes, "more notes on references")
 
 
 def _texts(story: Story, sampler: SamplerSettings) -> Iterable[tuple[str, str]]:
-    """Every text that is encoded, with the name under which people know it."""
+    """Every text that is encoded, with its name for messages."""
     for shot in story.shots:
-        yield f"{shot.label}: the prompt", shot.prompt
+        yield f"{shot.label}: the prompt", story.prompt_of(shot)
     if sampler.guidance <= 1:
         return
     for shot in story.shots:

@@ -1,7 +1,7 @@
-"""One film by several processes: the first tells the story, the others make each shot together with it.
+"""One film by several processes: the first runs the shot loop, the others generate each shot together with it.
 
-Only the first process reads the story, chooses keyframes, and writes. What it asks of its shot generator it asks of
-all, so they agree on every decision by being told of it, and a film is resumed as by one process.
+Only the first process reads the story, selects keyframes and writes files. It broadcasts every call of its shot
+generator, so all processes agree, and a film is resumed as by one process.
 """
 
 from __future__ import annotations
@@ -25,64 +25,61 @@ from storymem.wan.shots import OnStep, ShotRequest
 if TYPE_CHECKING:
     from storymem.film.storyteller import ShotGenerator
 
-# How long the others wait for the first while it scores frames and writes files.
-_PATIENCE = timedelta(days=1)
+_PATIENCE = timedelta(days=1)  # for which the others wait while the first scores frames and writes files
 
-LOST = "another process of this film has ended, so this one ends too; the same command goes on with the unfinished shot"
+LOST = "another process of this film has ended, so this one ends too; the same command resumes at the unfinished shot"
 
 
 class SharedGenerator:
-    """The shot generator of the first process: the others do all that is asked of it.
+    """The shot generator of the first process: all processes run each call; see ``ShotGenerator`` for the methods.
 
     Args:
-        generator: makes this process's part.
+        generator: this process's own.
         group: the processes, for messages between CPUs.
     """
 
     def __init__(self, generator: ShotGenerator, group: dist.ProcessGroup) -> None:
         self.generator, self.group = generator, group
-        self._at_work = False
+        self._calling = False
 
     @property
     def video(self) -> VideoSettings:
-        """Size, length and rate of the shots."""
         return self.generator.video
 
     def prepare(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> None:
-        """See :class:`storymem.film.storyteller.ShotGenerator`, as for the other methods."""
-        self._together("prepare", list(prompts), list(negative_prompts))
+        self._call("prepare", list(prompts), list(negative_prompts))
 
     def first(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray:
-        return self._together("first", request, on_step=on_step)
+        return self._call("first", request, on_step=on_step)
 
     def generate(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray:
-        return self._together("generate", request, on_step=on_step)
+        return self._call("generate", request, on_step=on_step)
 
     def encode_keyframes(self, frames: Sequence[np.ndarray]) -> list[Tensor]:
-        return self._together("encode_keyframes", list(frames))
+        return self._call("encode_keyframes", list(frames))
 
     def dismiss(self) -> None:
-        """Let the others go, unless they are in the middle of something, from which they cannot be called."""
-        if not self._at_work:
+        """End the others, unless they are inside a call, where no message reaches them."""
+        if not self._calling:
             dist.broadcast_object_list([None], src=0, group=self.group)
 
-    def _together(self, name: str, *arguments: Any, **own: Any) -> Any:
-        """Call a method here and on all others; ``own`` is for this process alone."""
-        self._at_work = True
+    def _call(self, name: str, *arguments: Any, **own: Any) -> Any:
+        """Call a method here and on all others; ``own`` arguments are for this process alone."""
+        self._calling = True
         dist.broadcast_object_list([(name, arguments)], src=0, group=self.group)
         result = getattr(self.generator, name)(*arguments, **own)
-        self._at_work = False
+        self._calling = False
         return result
 
 
 @contextmanager
-def among_ranks(generator: ShotGenerator, launch: Launch, device: torch.device) -> Iterator[ShotGenerator | None]:
+def among_processes(generator: ShotGenerator, launch: Launch, device: torch.device) -> Iterator[ShotGenerator | None]:
     """A generator that works together with those of the other processes; with one process, ``generator`` itself.
 
-    In the first process the block tells the story. The others do their part before the block begins, and get None.
+    The first process makes the film in the block. The others do their part before the block begins, and get None.
 
     Raises:
-        SystemExit: if another process has ended; the first to notice says so.
+        SystemExit: if another process has ended; the first to notice prints it.
         ValueError: if the machine lacks accelerators.
     """
     if launch.world == 1:
@@ -104,14 +101,14 @@ def among_ranks(generator: ShotGenerator, launch: Launch, device: torch.device) 
             _follow(generator, group)
             yield None
     except RuntimeError as error:
-        if _is_loss(error):
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo has no exception of its own
             _end(store)
         raise
     leave()
 
 
 def _follow(generator: ShotGenerator, group: dist.ProcessGroup) -> None:
-    """Do what the first process asks for, until it asks for nothing more."""
+    """Run the calls of the first process until it dismisses this one."""
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     message: list[Any] = [None]
@@ -122,18 +119,13 @@ def _follow(generator: ShotGenerator, group: dist.ProcessGroup) -> None:
                 return
             name, arguments = message[0]
             getattr(generator, name)(*arguments)
-    except KeyboardInterrupt as stop:  # Ctrl-C reaches all, and the first says so
+    except KeyboardInterrupt as stop:  # Ctrl-C reaches all processes, and the first prints the message
         raise SystemExit(getattr(stop, "status", 130)) from None
-
-
-def _is_loss(error: RuntimeError) -> bool:
-    """Whether an exchange failed because another process is gone. gloo has no exception of its own for that."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _end(store: dist.Store) -> NoReturn:
     try:
-        is_first_to_say = store.add("storymem/lost", 1) == 1
-    except RuntimeError:  # the store went with the process that kept it
-        is_first_to_say = True
-    raise SystemExit(LOST if is_first_to_say else 1)
+        is_first_to_notice = store.add("storymem/lost", 1) == 1
+    except RuntimeError:  # the store ended with the process that held it
+        is_first_to_notice = True
+    raise SystemExit(LOST if is_first_to_notice else 1)

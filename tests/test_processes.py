@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from storymem.film.folder import Film
-from storymem.film.ranks import LOST
+from storymem.film.processes import LOST
 from storymem.media.video import read_video
 from tests import processes, stories
 

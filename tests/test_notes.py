@@ -1,4 +1,4 @@
-"""What a model does not read of a story is told, by name, in the plan and at the start of a run."""
+"""What a model does not read of a story is reported in the plan and at the start of a run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from storymem.film.generate import generate
+from storymem.film.generate import generate_films
 from storymem.story import load_story
-from storymem.story.prompts import story_remarks
+from storymem.story.notes import text_notes
 from storymem.wan.texts import KNOWN_WORDS, TextReader
 from tests.composing import composed, generate_settings
 from tests.stories import story
@@ -30,7 +30,7 @@ scenes:
 def remarks(folder: Path, *prompts: str, model: str = "toy", overrides: tuple[str, ...] = ()) -> list[str]:
     settings = generate_settings(f"model={model}", *overrides)
     told = story(folder, TOLD.format(*prompts))
-    return story_remarks(told, TextReader.of(settings.model), settings.sampler, model=model)
+    return text_notes(told, TextReader.of(settings.model), settings.sampler, model=model)
 
 
 def test_what_is_read_whole_is_not_spoken_of(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_negative_prompts_are_read_where_there_is_guidance(tmp_path: Path) -> No
     own = TOLD.replace('"{1}"', f'"Ada.", negative_prompt: "{LONG}"')
     settings = generate_settings("model=toy", "sampler.negative_prompt=''")
     told = story(tmp_path, own.format("Ada waits."))
-    (cut,) = story_remarks(told, TextReader.of(settings.model), settings.sampler, model="toy")
+    (cut,) = text_notes(told, TextReader.of(settings.model), settings.sampler, model="toy")
     assert cut.startswith("shot 2 (scene 1, shot 2): the negative prompt has ")
 
 
@@ -98,7 +98,7 @@ def test_many_remarks_are_shortened_and_counted(tmp_path: Path) -> None:
     shots = "".join(f'      - {{prompt: "{LONG}"}}\n' for _ in range(30))
     settings = generate_settings("model=toy")
     told = story(tmp_path, f"title: T\noverview: O\nscenes:\n  - shots:\n{shots}")
-    lines = story_remarks(told, TextReader.of(settings.model), settings.sampler, model="toy")
+    lines = text_notes(told, TextReader.of(settings.model), settings.sampler, model="toy")
     assert (len(lines), lines[-1]) == (21, "10 more texts are cut")
 
 
@@ -110,7 +110,7 @@ def test_the_words_known_are_those_of_the_sentences_trained_on(tmp_path: Path) -
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_example_is_for_the_embedded_model_or_says_for_which(path: Path) -> None:
     settings = generate_settings("model=toy")
-    lines = story_remarks(load_story(path), TextReader.of(settings.model), settings.sampler, model="toy")
+    lines = text_notes(load_story(path), TextReader.of(settings.model), settings.sampler, model="toy")
     for_another = path.read_text().startswith("# For model=wan2.2-a14b")
     assert bool(lines) == for_another, lines
     (row,) = [line for line in (ROOT / "examples" / "README.md").read_text().splitlines() if f"`{path.name}`" in line]
@@ -120,7 +120,7 @@ def test_an_example_is_for_the_embedded_model_or_says_for_which(path: Path) -> N
 @pytest.mark.parametrize("path", sorted((ROOT / "st_bench" / "toy").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_toy_stories_are_read_whole(path: Path) -> None:
     settings = generate_settings("model=toy")
-    assert story_remarks(load_story(path), TextReader.of(settings.model), settings.sampler, model="toy") == []
+    assert text_notes(load_story(path), TextReader.of(settings.model), settings.sampler, model="toy") == []
 
 
 def test_the_plan_and_the_run_say_it(
@@ -129,14 +129,14 @@ def test_the_plan_and_the_run_say_it(
     monkeypatch.chdir(tmp_path)
     told = story(tmp_path, TOLD.format(f"{LONG}THE END", "A woman waits."))
     config = composed(f"story={told.source}", "model=tiny", "sampler.steps=1", "model.video.frames=5", "output=film")
-    generate(config | {"dry_run": True})
+    generate_films(config | {"dry_run": True})
     plan = capsys.readouterr()
-    (line,) = [line for line in plan.out.splitlines() if line.startswith("text     shot 1 (scene 1, shot 1): ")]
+    (line,) = [line for line in plan.out.splitlines() if line.startswith("note     shot 1 (scene 1, shot 1): ")]
     assert line.endswith('THE END" (541 characters)')
     monkeypatch.setattr("storymem.film.generate.build_generator", lambda settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        generate(config)
-    assert line.removeprefix("text     ") in capsys.readouterr().err.splitlines(), "said before anything is made"
+        generate_films(config)
+    assert line.removeprefix("note     ") in capsys.readouterr().err.splitlines(), "said before anything is made"
 
 
 def test_a_plan_without_weights_says_that_nothing_was_counted(
@@ -145,5 +145,5 @@ def test_a_plan_without_weights_says_that_nothing_was_counted(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     told = story(tmp_path, TOLD.format("Ada waits.", "Ada turns."))
     with pytest.raises(ValueError, match="not ready"):
-        generate(composed(f"story={told.source}", "model=wan2.2-a14b", "runtime=cpu", "dry_run=true"))
+        generate_films(composed(f"story={told.source}", "model=wan2.2-a14b", "runtime=cpu", "dry_run=true"))
     assert "prompts are not counted: the tokenizer of wan2.2-a14b is not on this machine" in capsys.readouterr().out
