@@ -61,7 +61,7 @@ def image_notes(story: Story, height: int, width: int, fit: Fit) -> list[str]:
     for path, written in dict(zip(paths, story.written(paths), strict=True)).items():
         image, of_image = read_image_with_notes(path)
         if (fitted := fit_note(image.shape[0], image.shape[1], height, width, fit)) is not None:
-            of_image = [*of_image, f"{fitted} ({width}x{height}, memory.reference_fit={fit})"]
+            of_image = (*of_image, f"{fitted} ({width}x{height}, memory.reference_fit={fit})")
         notes += [f"reference {written} {note}" for note in of_image]
     return _first(notes, "more notes on references")
 

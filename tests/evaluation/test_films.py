@@ -63,7 +63,7 @@ def own_film(folder: Path, story: Story, shots: int = 3) -> None:
         file = film.write_shot(shot, np.zeros((5, 32, 48, 3), np.uint8), repeated=0, fps=8)
         rest = {"mode": "m2v", "seed": 0, "frames": 5, "repeated": 0, "memory": (), "keyframes": (), "config_hash": ""}
         film.add(
-            ShotRecord(index=shot.index, scene=shot.scene, number=shot.number, prompt=shot.prompt, file=file, **rest)  # type: ignore[arg-type]
+            ShotRecord(shot=shot.index + 1, scene=shot.scene, number=shot.number, prompt=shot.prompt, file=file, **rest)  # type: ignore[arg-type]
         )
 
 

@@ -60,7 +60,7 @@ def test_independent_shots_do_not_depend_on_each_other_and_can_be_resumed(story:
     assert (again == whole[2]).all()
 
     first = (tmp_path / "film" / film.shots[0].file).stat().st_mtime_ns
-    film.forget_from(2)
+    film.drop_from(2)
     independent.run(story, tmp_path / "film")
     assert (tmp_path / "film" / film.shots[0].file).stat().st_mtime_ns == first
     after = [read_video(tmp_path / "film" / shot.file) for shot in Film.open(tmp_path / "film").shots]
