@@ -60,10 +60,7 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[s
         f"disk     at most {disk / 1e6:.0f} MB in {folder}{finished}",
         *weights,
         *_first_shot(settings, text_to_video=text_to_video),
-        *(
-            f"note     {note}"
-            for note in notes_on([story], settings.model, sampler, settings.memory.reference_fit)
-        ),
+        *(f"note     {note}" for note in notes_on([story], settings.model, sampler, settings.memory.reference_fit)),
     ]
     return "\n".join(lines), lacking + unfit
 
