@@ -194,7 +194,7 @@ def test_the_benchmark_measures_a_shot(offload: Offload) -> None:
 
 @pytest.mark.parametrize("kind", ["clip", "aesthetic", "viclip", "hpsv3", "dinov2"])
 def test_scorers_agree_with_the_cpu(kind: str, tmp_path: Path) -> None:
-    pictures, clips = tiny_scorers.pictures(3, 3, 40, 60), tiny_scorers.pictures(2, 8, 3, 40, 60)
+    pictures, clips = tiny_scorers.images(3, 3, 40, 60), tiny_scorers.images(2, 8, 3, 40, 60)
 
     def build(device: str) -> Any:
         if kind != "dinov2":
