@@ -105,6 +105,9 @@ def _generate(
         if launch.is_first and launch.team == 0:
             _print_plans(settings, stories)
         return []
+    if progress and launch.is_first and launch.team == 0:
+        for folder, story in stories.items():
+            print(f"{story.title}: {len(story.shots)} shots with {settings.model.name}, to {folder}", file=sys.stderr)
     from storymem.wan.sources import check_weights
 
     text_to_video = any(uses_text_to_video(story, settings) for story in stories.values())
