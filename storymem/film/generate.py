@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storymem.config import CONFIGS, build_settings
+from storymem.config import build_settings
 from storymem.film.manifest import check_folder
 from storymem.film.settings import GenerateSettings, check_lengths, parse_resume, uses_text_to_video
 from storymem.stopping import stopping_on_signals
@@ -47,16 +47,12 @@ def generate(
     Raises:
         ValueError: for a mistake in the story or the settings, before anything is generated.
     """
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
+    from storymem.commands.configuration import composed
     from storymem.commands.overrides import hydra_arguments
     from storymem.film.folder import Film
 
-    arguments = hydra_arguments([f"model={model}", *overrides, "dry_run=false"], None, GenerateSettings)
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = compose("generate", overrides=arguments)
-    config: Any = OmegaConf.to_container(composed, resolve=True)
+    arguments = [f"model={model}", *overrides, "story=.", "dry_run=false"]
+    config = composed("generate", hydra_arguments(arguments, None, GenerateSettings))
     config |= {"story": "." if isinstance(story, Story) else str(story), "output": output and str(output)}
     settings = build_settings(GenerateSettings, config)
     told = story if isinstance(story, Story) else load_story(str(settings.story))
