@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor, nn
 
@@ -47,6 +48,7 @@ def trained(folder: Path, *, steps: tuple[int, ...], monkeypatch: pytest.MonkeyP
     model = Line()
     for until in steps:
         model = Line()
+        AcceleratorState._reset_state(reset_partial_state=True)  # other tests train in this process too
         fit = Fit(model, folder, rate=0.05, device="cpu")
         clock = iter(range(10**6))  # a second a look at the clock: the schedule depends on nothing else
         monkeypatch.setattr("toyworld.fitting.time.monotonic", lambda ticks=clock: float(next(ticks)))
