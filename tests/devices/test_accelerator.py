@@ -239,7 +239,7 @@ def test_a_training_set_is_the_cpus(training_set: Path, tmp_path: Path) -> None:
     )
     prepare(settings)
     files = sorted((tmp_path / "set").rglob("*.safetensors"))
-    assert len(files) >= 4
+    assert files
     for path in files:
         expected = load_file(next(training_set.rglob(path.name)))
         for name, tensor in load_file(path).items():
