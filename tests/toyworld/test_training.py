@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,14 @@ from toyworld.vae import build_vae, reconstruct, to_frames, to_video
 from toyworld.world import HELD_OUT, story
 
 
+@pytest.fixture(autouse=True)
+def _own_accelerator() -> Iterator[None]:
+    """Accelerate's state belongs to a process, in which other tests train with another precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 class Line(nn.Module):
     """A matrix in `blocks`, for Muon, and a bias, for AdamW."""
 
@@ -48,7 +57,6 @@ def trained(folder: Path, *, steps: tuple[int, ...], monkeypatch: pytest.MonkeyP
     model = Line()
     for until in steps:
         model = Line()
-        AcceleratorState._reset_state(reset_partial_state=True)  # other tests train in this process too
         fit = Fit(model, folder, rate=0.05, device="cpu")
         clock = iter(range(10**6))  # a second a look at the clock: the schedule depends on nothing else
         monkeypatch.setattr("toyworld.fitting.time.monotonic", lambda ticks=clock: float(next(ticks)))
