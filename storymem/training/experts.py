@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -203,10 +204,16 @@ def make_accelerator(device: torch.device | None) -> Accelerator:
         device: of the one process; None chooses.
 
     Raises:
-        ValueError: for a device by its number where several processes run.
+        ValueError: for a device by its number where several processes run, or if an earlier Accelerator of this process
+            set mixed precision.
     """
+    if is_initialized() and (precision := AcceleratorState().mixed_precision) != "no":
+        raise ValueError(
+            f"this process has an Accelerator with mixed_precision={precision}, which would change the training's "
+            "own, model.dtype: train in a process of its own"
+        )
     on_cpu = (device is not None and device.type == "cpu") or not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")  # autocast follows model.dtype, see method.py
     own = accelerator.device
     if device is None or (device.type == own.type and device.index in (None, own.index or 0)):
         return accelerator

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from storymem.io import FileError, naming_full_disk, parse_json, read_bytes, write_text
+from storymem.io import naming_full_disk, parse_json, read_bytes, write_text
 from storymem.training.settings import LogSettings
 
 METRICS = "metrics.jsonl"
@@ -111,18 +111,6 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run; a last line that a killed process did not finish is left out.
-
-    Raises:
-        FileError: naming a line that is no row.
-    """
-    rows, damaged = _read(folder / METRICS)
-    if damaged:
-        raise FileError(f"{folder / METRICS}:{damaged[0]}: this is not a row of the log: delete the line")
-    return rows
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:

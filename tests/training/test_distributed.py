@@ -14,10 +14,9 @@ from torch import Tensor
 
 from storymem.training.checkpoints import Checkpoint, Checkpoints
 from storymem.training.experts import make_accelerator
-from storymem.training.run_log import read_metrics
 from storymem.training.settings import ParallelSettings
 from tests.training import processes
-from tests.training.tiny import BATCH, CPU, method, run, trainer
+from tests.training.tiny import BATCH, CPU, method, read_metrics, run, trainer
 
 pytestmark = pytest.mark.slow
 

@@ -21,11 +21,11 @@ from storymem.io import FileError, NotFiniteError
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.resume import check_run_folder
 from storymem.training.run import train
-from storymem.training.run_log import RunLog, read_metrics
+from storymem.training.run_log import RunLog
 from storymem.training.session import Run
 from storymem.training.settings import LogSettings, TrainSettings
 from storymem.training.trainer import StepReport, Trainer
-from tests.training.tiny import ADAPTER, BATCH, MemoryLatents, config, latents, run
+from tests.training.tiny import ADAPTER, BATCH, MemoryLatents, config, latents, read_metrics, run
 
 CHANGES: dict[str, Any] = {"expert": "high", "optimizer": {"lr": 0.01, "warmup_steps": 0}}
 
@@ -128,8 +128,6 @@ def test_damaged_rows_are_reported_and_copied(begun: Path, tmp_path: Path, capsy
     bad = [b"garbage", b"[]", b'{"step": "two"}', b'{"step": -1}', b'{"step": NaN}', b"\xff", b"{" * 50_000]
     damaged = b"\n".join([lines[0], *bad, *lines[1:-1], b'{"step": 6, "lo'])
     (folder / "metrics.jsonl").write_bytes(damaged)
-    with pytest.raises(FileError, match=r"metrics.jsonl:2: this is not a row"):
-        read_metrics(folder)
     run(folder, **CHANGES)
     assert "lines 2, 3, 4, 5, 6, 7, 8 are no rows" in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
@@ -229,9 +227,7 @@ def test_a_longer_schedule_is_reported_and_the_advice_keeps_the_rate(
     assert (kept, longer) == (pytest.approx(planned, rel=0.01), pytest.approx(0.0090, rel=0.01))
 
 
-def test_a_step_keeps_its_samples_however_they_are_cut(
-    begun: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_step_keeps_its_samples_however_they_are_cut(begun: Path, whole: Path, tmp_path: Path) -> None:
     folder = copy(begun, tmp_path)
     one = asdict(replace(BATCH, size=1))
     with pytest.raises(

@@ -23,10 +23,10 @@ from storymem.data.manifest import read_checked, write_checked
 from storymem.io import FileError, hash_file
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.method import MemoryTraining
-from storymem.training.run_log import read_metrics
 from storymem.wan.shots import WanShotGenerator
 from tests import stories
 from tests.training.commands import SCRIPT, TRAIN, Command, prepare_set, train
+from tests.training.tiny import read_metrics
 
 pytestmark = pytest.mark.trains_in_forks
 

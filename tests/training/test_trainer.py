@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from storymem.config import ConfigError, build_settings
@@ -24,7 +26,6 @@ from storymem.training.checkpoints import Checkpoints
 from storymem.training.experts import Experts, check_parallel, make_accelerator, prepare_expert
 from storymem.training.optimization import MovingAverage, check_optimizer
 from storymem.training.resume import check_run_folder
-from storymem.training.run_log import read_metrics
 from storymem.training.session import open_cache
 from storymem.training.settings import OptimizerSettings, ParallelSettings, TrainSettings
 from storymem.training.trainer import StepReport, Trainer
@@ -39,6 +40,7 @@ from tests.training.tiny import (
     expert,
     latents,
     method,
+    read_metrics,
     run,
     trainer,
 )
@@ -99,6 +101,26 @@ def test_checkpointing_and_accumulation_change_no_gradient() -> None:
     ):
         for name, tensor in plain.items():
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_the_precision_is_that_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> dict[str, torch.Tensor]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        training = trainer(method("high_noise"), steps=2)
+        training.run()
+        return training.whole_parameters()
+
+    before = trained()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate launch sets it by its own configuration
+    after = trained()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        Accelerator(cpu=True, mixed_precision="bf16")
+        with pytest.raises(ValueError, match=r"mixed_precision=bf16.*train in a process of its own"):
+            make_accelerator(CPU)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_experts_take_turns() -> None:

@@ -14,7 +14,6 @@ from storymem.config import build_settings
 from storymem.data.cache import cache_fingerprint
 from storymem.data.settings import Bucket, DataSettings
 from storymem.training.resume import check_run_folder
-from storymem.training.run_log import read_metrics
 from storymem.training.session import Run
 from storymem.training.settings import TrainSettings
 from storymem.wan.loading import load_pipeline
@@ -22,7 +21,7 @@ from storymem.wan.spec import experts_of
 from storymem.weights import Weights
 from tests import stories
 from tests.training.commands import train
-from tests.training.tiny import config, run
+from tests.training.tiny import config, read_metrics, run
 from tests.wan import tiny
 
 WHOLE: dict[str, Any] = {"adapter": None, "steps": 4, "checkpoint": {"every": 2, "keep": 2}}

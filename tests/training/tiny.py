@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from storymem.training.dataset import SamplePlanner, train_batches
 from storymem.training.experts import Experts, make_accelerator, prepare_expert
 from storymem.training.method import MemoryTraining
 from storymem.training.objective import MemoryObjective
+from storymem.training.run_log import METRICS
 from storymem.training.session import Run
 from storymem.training.settings import (
     AdapterTrainingSettings,
@@ -188,6 +190,11 @@ def config(folder: Path, **changes: Any) -> dict[str, Any]:
         "log": {"every": 1, "wandb": "disabled"},
     }
     return values | changes
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's log."""
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
 def run(folder: Path, data: MemoryLatents | None = None, **changes: Any) -> Run:
