@@ -56,6 +56,8 @@ class Fit:
         self.average = EMAModel(named.values(), decay=decay, use_ema_warmup=True, inv_gamma=10, power=1)
         self.names = list(named)
         self.step, self.seconds = 0, 0.0
+        if (folder / "checkpoint.old").exists() and not (folder / "checkpoint").exists():  # killed between the renames
+            (folder / "checkpoint.old").rename(folder / "checkpoint")
         if (folder / "checkpoint" / "state.json").exists():
             self._load()
 

@@ -1,9 +1,10 @@
-"""What the toy models reach on held-out stories, by the ordinary door."""
+"""What the toy models reach on held-out stories, through the public pipeline."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from PIL import Image
 
+from storymem.evaluation.statistics import StatisticsSettings, bootstrap_interval
 from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.clip import ClipScorer
 from storymem.scorers.scorer import as_images
@@ -36,6 +38,9 @@ FILTER = 3.0  # the threshold of scorer/quality=toy
 
 Answers = list[tuple[str, bool]]
 
+interval = partial(bootstrap_interval, settings=StatisticsSettings())
+"""95 % of the mean of one value per story."""
+
 
 def held_out_shots(count: int, *, looks: bool = False) -> list[ToyShot]:
     """One shot of each of `count` held-out stories."""
@@ -58,13 +63,6 @@ def shares(answers: Iterable[tuple[str, bool]]) -> dict[str, float]:
     for name, right in answers:
         by_part.setdefault(name, []).append(right)
     return {name: float(np.mean(right)) for name, right in by_part.items()}
-
-
-def interval(values: Sequence[float]) -> list[float]:
-    """95 % of the mean of one value per story, by 2,000 bootstrap samples."""
-    rng = np.random.default_rng(0)
-    means = rng.choice(np.asarray(values), size=(2000, len(values))).mean(axis=1)
-    return [float(x) for x in np.quantile(means, (0.025, 0.975))]
 
 
 def mean_of(answers: Answers, parts: Sequence[str]) -> float:
@@ -98,7 +96,7 @@ class Report:
     ) -> None:
         self.adapter = adapter or weights / "adapter"
         if not self.adapter.is_dir():
-            raise FileNotFoundError(f"{self.adapter} is no folder: give the one that train.py wrote")
+            raise FileNotFoundError(f"{self.adapter} is no folder: give the one that storymem train wrote")
         self.weights, self.count, self.few = weights, count, max(2, count // 4)
         self.steps, self.guidance = steps, guidance
         self.pipe = WanMemoryToVideoPipeline.from_pretrained(weights, dtype=torch.float32, memory_attention="cached")

@@ -1,4 +1,4 @@
-"""The recipe: every stage runs, resumes exactly, and what comes out loads by the ordinary door."""
+"""The recipe: every stage runs, resumes exactly, and what comes out loads through the public pipeline."""
 
 from __future__ import annotations
 
@@ -77,6 +77,14 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(
     losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.7 * losses[0]
     assert not averaged(tmp_path / "whole", Line()).training
+
+
+def test_a_training_that_was_killed_between_the_renames_of_a_checkpoint_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path, steps=(5,), monkeypatch=monkeypatch)
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+    assert Fit(Line(), tmp_path, rate=0.05, device="cpu").step == 5
 
 
 def test_a_stage_without_a_checkpoint_is_named(tmp_path: Path) -> None:
