@@ -29,7 +29,7 @@ def chance_of(values: Sequence[str]) -> float:
     return sum((count / len(values)) ** 2 for count in Counter(values).values())
 
 
-# The world draws looks and scenery evenly; a film of independent shots draws them anew for each shot.
+# The world draws looks and scenery evenly; a film of independent shots draws new ones for each shot.
 CHANCE = {part: chance_of([getattr(look, part) for look in LOOKS]) for part in LOOK_PARTS}
 CHANCE |= {"landmark": chance_of(PROP_COLOURS), "side": chance_of(SIDES), "flag": chance_of(PROP_COLOURS)}
 
@@ -243,7 +243,7 @@ def _asked(shot: Shot) -> Asked:
 
 
 def _plain(shown: ShotSeen) -> dict[str, Any]:
-    """What was read, for people to look at."""
+    """What was read, as plain containers."""
     return {**vars(shown.seen), "looks": [dict(vars(look)) for look in shown.seen.looks], "action": shown.action}
 
 

@@ -37,7 +37,7 @@ def coverage(distance: Array, edge: float = EDGE) -> Array:
 
 
 def paint(canvas: Array, colour: Colour | Array, alpha: Array) -> None:
-    """Lay a colour over the canvas in place; `colour` is one colour or a image [3, F or 1, h, w]."""
+    """Lay a colour over the canvas in place; `colour` is one colour or an image [3, F or 1, h, w]."""
     if isinstance(colour, tuple):
         colour = np.asarray(colour, dtype=np.float32).reshape(3, 1, 1, 1)
     canvas += (colour - canvas) * alpha

@@ -1,4 +1,4 @@
-"""Latents of training stories, computed once and kept in files: the base model never sees a pixel."""
+"""Latents of training stories, computed once and stored in files: the base model never sees a pixel."""
 
 from __future__ import annotations
 

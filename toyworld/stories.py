@@ -43,7 +43,7 @@ def benchmark() -> dict[str, ToyStory]:
 
 
 def _all_come_back(one: ToyStory) -> bool:
-    """Whether every character is in two or more shots that do not just go on from another."""
+    """Whether every character is in two or more shots that do not continue another."""
     return all(sum(shot.cut and character in shot.cast for shot in one.shots) >= 2 for character in one.cast)
 
 

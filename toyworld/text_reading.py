@@ -36,7 +36,7 @@ ABSENT = -100  # the class that cross entropy passes over
 
 
 def answers(shot: ToyShot, *, looks: bool) -> list[int]:
-    """What the prompt of a shot says to each of `QUESTIONS`, as the answer's number; `ABSENT` where it is silent."""
+    """The answer of a shot's prompt to each of `QUESTIONS`, by its number; `ABSENT` where it gives none."""
     labels = {name: getattr(shot, name) for name in _PLAIN}
     if looks:
         labels |= {name: getattr(shot.scenery, name) for name in _THINGS}
@@ -71,7 +71,7 @@ class Reader(nn.Module):
 def draw_prompts(rng: torch.Generator, size: int, *, start: int = 0) -> tuple[list[str], Tensor]:
     """Prompts and their answers [B, questions].
 
-    Half of them say looks, and half of those are of two characters where the story has a shot of two.
+    Half of them describe looks, and half of those are of two characters where the story has a shot of two.
     """
     seeds = start + torch.randint(20_000, (size,), generator=rng)
     prompts, labels = [], []

@@ -111,7 +111,7 @@ class GroupSettings:
     Args:
         frames: how many frames of a clip are embedded, spread evenly.
         within: null: any clips may be grouped; "folder", "video": only clips of one folder, or of one long video,
-            where that is known to show the same people and places (a folder for each film, say). Near-duplicates
+            where that is known to show the same people and places (for example a folder for each film). Near-duplicates
             are then searched for there alone.
         similarity: every two clips of a group are at least this similar.
         near_duplicate: of two clips at least this similar only one is used at all; above 1 all are.
@@ -148,7 +148,7 @@ class CacheSettings:
 
     Args:
         given: numbers of first frames whose conditioning latents are stored: 1 for MI2V, 5 for MM2V; each takes as
-            much room as the clip's latents.
+            much space as the clip's latents.
         dtype: of stored latents; text embeddings keep the text encoder's own.
         shard_mb: size at which a file is full.
     """

@@ -199,7 +199,7 @@ def cache_clips(run: Preparation) -> LatentCache | None:
             print(f"{folder} has {count} damaged shards, the first is {first}: recomputing them", file=sys.stderr)
         _check_room(run, manifest, [clips[id] for id in ids if manifest.get(id, wanted[id]) is None])
         with ShardWriter(manifest, settings.worker, round(settings.cache.shard_mb * 2**20)) as writer:
-            _cache_texts(run, manifest, writer, [text for text in texts if manifest.get(text_key(text)) is None])
+            _cache_texts(run, writer, [text for text in texts if manifest.get(text_key(text)) is None])
             blanks = [bucket for bucket in sorted(buckets) if manifest.get(blank_key(bucket)) is None]
             todo = [clips[id] for id in ids if manifest.get(id, wanted[id]) is None]
             _cache_latents(run, manifest, writer, grouping, blanks, todo, len(ids))
@@ -225,7 +225,7 @@ def cache_clips(run: Preparation) -> LatentCache | None:
 
 
 def _check_room(run: Preparation, manifest: TensorManifest, clips: Iterable[Clip]) -> None:
-    """``FileError`` if the disk has less room than the latents of ``clips`` need."""
+    """``FileError`` if the disk has less space than the latents of ``clips`` need."""
     spec, cache = run.settings.model.spec, run.settings.cache
     values = sum(
         spec.latent_channels * spec.latent_frames(frames) * math.prod(spec.latent_size(height, width))
@@ -235,7 +235,7 @@ def _check_room(run: Preparation, manifest: TensorManifest, clips: Iterable[Clip
     check_room(manifest.folder, size, "the cache")
 
 
-def _cache_texts(run: Preparation, manifest: TensorManifest, writer: ShardWriter, missing: list[str]) -> None:
+def _cache_texts(run: Preparation, writer: ShardWriter, missing: list[str]) -> None:
     """Encode texts one by one, so that an embedding does not depend on what else is encoded."""
     mine = [text for text in missing if text == "" or run.is_mine(text)]
     if not mine:

@@ -107,7 +107,7 @@ def _essential_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     def essence(config: Mapping[str, Any]) -> dict[str, Any]:
         config = json.loads(json.dumps(config))
         optimizer, batch = config.get("optimizer") or {}, config.get("batch") or {}
-        average = "none" if optimizer.get("ema_decay") is None else "kept"
+        average = "none" if optimizer.get("ema_decay") is None else "set"
         return {key: value for key, value in config.items() if key not in _FREE} | {
             "batch": {key: value for key, value in batch.items() if key not in _FREE_OF_BATCH},
             "optimizer": {"name": optimizer.get("name"), "ema_decay": average},

@@ -103,7 +103,7 @@ class Run:
         if self.resumed is not None:
             check_same_run(self.resumed, settings, config, processes=world)
         self.log = RunLog(self.folder, settings.log) if accelerator.is_main_process else None
-        # The sample film first: the text encoder is gone before the experts take the room.
+        # The sample film first: its text encoder is released before the experts are loaded.
         films = self._sample_film(config)
         self.method = self._build_method()
         for film in films:

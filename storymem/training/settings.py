@@ -98,7 +98,7 @@ class OptimizerSettings:
     """AdamW, its schedule and the moving average.
 
     Args:
-        name: "adamw", or "adamw_8bit" (bitsandbytes, on an accelerator), whose state takes a quarter of the room.
+        name: "adamw", or "adamw_8bit" (bitsandbytes, on an accelerator), whose state takes a quarter of the space.
         lr: the learning rate after the warm-up.
         betas: of AdamW.
         weight_decay: of AdamW.

@@ -16,8 +16,8 @@ DATA = DataSettings(buckets=(Bucket(frames=FRAMES, height=HEIGHT, width=WIDTH),)
 def scene(seed: int, frames: int, *, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
     """A pattern of large tiles that moves to the right: uint8 [frames, height, width, 3]."""
     tiles = np.random.default_rng(seed).integers(30, 226, (height // 16, width // 16, 3))
-    picture = tiles.repeat(16, 0).repeat(16, 1)
-    return np.stack([np.roll(picture, 2 * number, axis=1) for number in range(frames)]).astype(np.uint8)
+    image = tiles.repeat(16, 0).repeat(16, 1)
+    return np.stack([np.roll(image, 2 * number, axis=1) for number in range(frames)]).astype(np.uint8)
 
 
 def counted(frames: int, *, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:

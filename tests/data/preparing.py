@@ -24,7 +24,7 @@ SMALL = [
     "scorer/quality=none",
     "cache.given=[1]",
     "runtime=cpu",
-    # An untrained encoder finds all pictures alike.
+    # An untrained encoder finds all images alike.
     "group.similarity=0.5",
     "group.near_duplicate=0.999999",
 ]

@@ -166,7 +166,7 @@ def test_published_weights_count_by_their_files(tmp_path: Path) -> None:
     assert {name for name in one if one[name] != other[name]} == {"vae"}
 
 
-def test_a_set_of_an_older_version_is_refused(folder: Path, tmp_path: Path, cache: LatentCache) -> None:
+def test_a_set_of_an_older_version_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "cache.json").write_text(json.dumps(manifest.with_checksum({"format": 2})))
     with pytest.raises(ValueError, match="of an older version: prepare the data again"):
         LatentCache.open(tmp_path)

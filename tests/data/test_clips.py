@@ -63,9 +63,9 @@ def test_a_varying_frame_rate_is_read_by_time(tmp_path: Path) -> None:
         stream = container.add_stream("libx264", rate=8)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for stamp, frame in zip(stamps, counted(len(stamps)), strict=True):
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture.pts, picture.time_base = stamp, Fraction(1, 8)
-            container.mux(stream.encode(picture))
+            image = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            image.pts, image.time_base = stamp, Fraction(1, 8)
+            container.mux(stream.encode(image))
         container.mux(stream.encode(None))
     shown = frames_at(tmp_path / "a.mkv", [stamp / 8 for stamp in (3, 8, 13, 20, 23)])
     assert shown == [3, 4, 5, 6, 9]

@@ -250,7 +250,7 @@ def test_every_data_config_is_valid(name: str) -> None:
     assert max(areas) < 1.05 * min(areas), "buckets of one group cost about the same"
 
 
-def test_faulty_settings_are_reported_without_torch(tmp_path: Path) -> None:
+def test_faulty_settings_are_reported_without_torch() -> None:
     code = (
         "import sys; from storymem.data.prepare import prepare\n"
         "try: prepare({'videos': 1})\n"

@@ -56,7 +56,7 @@ def copy_of(folder: Path, to: Path) -> Path:
 
 
 def finish(prepared: Path, output: Path, *overrides: str) -> LatentCache:
-    """The same command again, and what it message is finished must be there for a training."""
+    """The same command again, and what it reports as finished must be there for a training."""
     cache = prepare(config(prepared, EACH_ALONE, f"output={output}", *overrides))
     assert cache is not None
     train_on(output)

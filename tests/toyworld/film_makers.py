@@ -1,4 +1,4 @@
-"""Film-makers to compare with, without any pixels: what share of character attributes would they keep?"""
+"""Simulated methods to compare with, without any pixels: what share of character attributes would they keep?"""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from toyworld.attributes import LOOKS, Look
 from toyworld.world import ToyStory
 
 
-def share_of_characters(told: ToyStory, mode: str, *, tries: int) -> float:
+def share_of_characters(source: ToyStory, mode: str, *, tries: int) -> float:
     """Mean share of attributes that are as at first appearance.
 
-    Shots with `cut: false` show whoever was in the shot before. After a cut, "independent" draws looks anew; "nameless"
-    gives everybody the right look at first and then takes any of those seen so far, for a picture in memory has no
-    name on it.
+    Shots with `cut: false` show whoever was in the shot before. After a cut, "independent" draws new looks; "nameless"
+    gives every character the right look at first and then takes any of those seen so far, for a keyframe in memory has
+    no name on it.
     """
-    rng = np.random.default_rng([told.seed, tries])
-    return float(np.mean([_one_film(told, mode, rng) for _ in range(tries)]))
+    rng = np.random.default_rng([source.seed, tries])
+    return float(np.mean([_one_film(source, mode, rng) for _ in range(tries)]))
 
 
-def _one_film(told: ToyStory, mode: str, rng: np.random.Generator) -> float:
+def _one_film(source: ToyStory, mode: str, rng: np.random.Generator) -> float:
     first: dict[str, Look] = {}
     shown: list[Look] = []
     same: list[bool] = []
-    for shot in told.shots:
+    for shot in source.shots:
         if shot.cut:
             shown = []
             for character in shot.cast:

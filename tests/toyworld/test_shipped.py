@@ -67,9 +67,9 @@ def pieces(tokenizer: ClipTokenizer, text: str) -> list[str]:
     return [inner.decoder[i] for i in inner.encode(text)]
 
 
-@pytest.mark.parametrize("name", ["clip", "viclip", "written anew"])
+@pytest.mark.parametrize("name", ["clip", "viclip", "written again"])
 def test_vocabularies_cut_sentences_of_the_world_as_clip_does_and_read_others(name: str, tmp_path: Path) -> None:
-    small = write_vocabulary(tmp_path) if name == "written anew" else WEIGHTS / name / VOCABULARY_FILE
+    small = write_vocabulary(tmp_path) if name == "written again" else WEIGHTS / name / VOCABULARY_FILE
     ours, clip = ClipTokenizer(77, small), ClipTokenizer(77)
     for seed in range(HELD_OUT, HELD_OUT + 20):
         for text in [shot.prompt for shot in story(seed, looks=True).shots]:
@@ -111,5 +111,5 @@ def test_the_filter_keeps_more_of_what_is_made_than_of_what_is_damaged(tmp_path:
     assert found["frames"] == 2 * 3
     assert found["by_damage"].keys() == set(DAMAGES)
     assert found["kept"] > 1 - found["refused_of_damaged"]
-    with pytest.raises(FileNotFoundError, match=r"give the one that train\.py wrote"):
+    with pytest.raises(FileNotFoundError, match=r"give the one that storymem train wrote"):
         Report(WEIGHTS, adapter=tmp_path / "nothing")

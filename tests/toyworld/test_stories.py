@@ -22,13 +22,13 @@ FOLDER = Path(__file__).parents[2] / "st_bench" / "toy"
 
 
 @cache
-def told() -> dict[str, ToyStory]:
+def drawn() -> dict[str, ToyStory]:
     return benchmark()
 
 
 @cache
 def written() -> list[Story]:
-    return [load_story(FOLDER / name) for name in told()]
+    return [load_story(FOLDER / name) for name in drawn()]
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -45,15 +45,15 @@ def test_the_files_are_those_that_the_generator_writes(tmp_path: Path) -> None:
     assert len(made) == 30
 
 
-def test_each_file_says_which_story_of_the_world_it_tells() -> None:
-    for name, one in told().items():
+def test_each_file_names_its_story_of_the_world() -> None:
+    for name, one in drawn().items():
         (seed,) = re.findall(r"toyworld\.world\.story\((\d+)\)", (FOLDER / name).read_text())
         assert int(seed) == one.seed >= START > HELD_OUT
         assert story_text(story(int(seed))) == (FOLDER / name).read_text()
 
 
-def test_the_files_say_what_the_world_says() -> None:
-    for file, one in zip(written(), told().values(), strict=True):
+def test_the_files_have_prompts_cuts_and_casts_of_the_world() -> None:
+    for file, one in zip(written(), drawn().values(), strict=True):
         assert [len(scene.shots) for scene in file.scenes] == [len(scene) for scene in one.scenes]
         for shot, true in zip(file.shots, one.shots, strict=True):
             assert (shot.prompt, shot.cut) == (true.prompt, true.cut)
@@ -73,7 +73,7 @@ def test_names_and_places_appear_and_looks_do_not() -> None:
         assert all(character.name in file.overview for character in file.characters)
 
 
-def test_everybody_comes_back_after_a_cut() -> None:
+def test_every_character_returns_after_a_cut() -> None:
     for file in written():
         seen = Counter(name for shot in file.shots if shot.cut for name in shot.characters)
         assert set(seen) == {character.name for character in file.characters}
@@ -91,7 +91,7 @@ def test_the_text_encoder_reads_all_of_every_text() -> None:
 
 def test_the_datasheet_counts_what_is_there() -> None:
     shots = [shot for file in written() for shot in file.shots]
-    back = sum(len({scene[0].place for scene in one.scenes}) < len(one.scenes) for one in told().values())
+    back = sum(len({scene[0].place for scene in one.scenes}) < len(one.scenes) for one in drawn().values())
     assert rows("Counts") == [
         ["stories", str(len(written()))],
         ["scenes", str(sum(len(file.scenes) for file in written()))],
@@ -108,7 +108,7 @@ def test_the_datasheet_counts_what_is_there() -> None:
             str(sum(not shot.cut for shot in file.shots)),
             ", ".join(dict.fromkeys(shot.place for shot in one.shots)),
         ]
-        for file, (name, one) in zip(written(), told().items(), strict=True)
+        for file, (name, one) in zip(written(), drawn().items(), strict=True)
     ]
 
 
@@ -131,7 +131,7 @@ def test_the_datasheet_gives_the_lengths_of_texts_for_clip_and_viclip() -> None:
 def test_the_ceilings_of_the_datasheet_are_what_a_simulation_gives(mode: str) -> None:
     from tests.toyworld.film_makers import share_of_characters
 
-    groups = [list(told().values())[start : start + 10] for start in (0, 10, 20)]
+    groups = [list(drawn().values())[start : start + 10] for start in (0, 10, 20)]
     found = [sum(share_of_characters(one, mode, tries=150) for one in group) / 10 for group in groups]
     (row,) = [row for row in rows("What can be reached") if row[0].startswith(mode)]
     assert [float(cell.rstrip(" %")) / 100 for cell in row[1:4]] == pytest.approx(found, abs=0.025)

@@ -115,6 +115,6 @@ class Command:
 
 
 def train(*arguments: str, folder: Path, before: Callable[[], object] | None = None) -> tuple[int, str]:
-    """Exit status of a command, and what it message."""
+    """Exit status of a command, and what it printed."""
     command = Command(*arguments, folder=folder, before=before)
     return command.wait(), command.printed
