@@ -54,5 +54,5 @@ $(VENV)/.ready: pyproject.toml
 docs: $(VENV)/.ready  ## build the documentation to build/docs
 	$(VENV)/bin/mkdocs build --strict --quiet --site-dir build/docs
 
-clean:  ## remove the environment and everything built
-	rm -rf $(VENV) films build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove the environment and everything built; films stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

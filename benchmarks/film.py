@@ -12,6 +12,7 @@ import functools
 import json
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,43 +22,22 @@ from storymem.commands.configuration import composed
 STORY = Path(__file__).parents[1] / "examples" / "the_keeper.yaml"
 
 
-class LoopTimer:
-    """Wall time of denoising loops (first forward to last step of the sampler) and of decoding."""
+class Timer:
+    """Wall time of calls, by name."""
 
     def __init__(self) -> None:
-        self.denoising = self.decoding = 0.0
-        self._began: float | None = None
-        self._stepped = 0.0
+        self.seconds: dict[str, float] = defaultdict(float)
 
-    def forward(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if self._began is None:
-                self._began = time.perf_counter()
-            return call(*args, **kwargs)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - started
 
-        return timed
-
-    def step(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(call)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            result = call(*args, **kwargs)
-            self._stepped = time.perf_counter()
-            return result
-
-        return timed
-
-    def decode(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(call)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            assert self._began is not None, "a shot is decoded after it was denoised"
-            self.denoising += self._stepped - self._began
-            started, self._began = time.perf_counter(), None
-            result = call(*args, **kwargs)
-            self.decoding += time.perf_counter() - started
-            return result
-
-        return timed
+        return run
 
 
 def main() -> None:
@@ -67,18 +47,17 @@ def main() -> None:
     overrides = [f"story={STORY}", "model=tiny", *([] if arguments.quick else ["sampler=unipc"])]
 
     import torch
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from diffusers.schedulers import UniPCMultistepScheduler
+    from diffusers import AutoencoderKLWan
 
     from storymem.config import build_settings
     from storymem.film.generate import build_storyteller
     from storymem.film.settings import GenerateSettings
     from storymem.story import load_story
+    from storymem.wan.pipeline import WanMemoryToVideoPipeline
 
-    timer = LoopTimer()
-    WanTransformer3DModel.forward = timer.forward(WanTransformer3DModel.forward)
-    UniPCMultistepScheduler.step = timer.step(UniPCMultistepScheduler.step)
-    AutoencoderKLWan.decode = timer.decode(AutoencoderKLWan.decode)
+    timer = Timer()
+    WanMemoryToVideoPipeline._denoise = timer.timed("denoising", WanMemoryToVideoPipeline._denoise)
+    AutoencoderKLWan.decode = timer.timed("decoding", AutoencoderKLWan.decode)
 
     config = composed("generate", overrides)
     settings = build_settings(GenerateSettings, config)
@@ -95,9 +74,9 @@ def main() -> None:
         "steps": settings.sampler.steps,
         "threads": torch.get_num_threads(),
         "seconds": round(whole, 2),
-        "denoising": round(timer.denoising / whole, 3),
-        "decoding": round(timer.decoding / whole, 3),
-        "overhead": round(1 - (timer.denoising + timer.decoding) / whole, 3),
+        "denoising": round(timer.seconds["denoising"] / whole, 3),
+        "decoding": round(timer.seconds["decoding"] / whole, 3),
+        "overhead": round(1 - sum(timer.seconds.values()) / whole, 3),
         "stages": {name: round(seconds, 2) for name, seconds in stages.items()},
     }
     print(f"film of {row['shots']} shots, {row['steps']} steps, {row['threads']} threads: {whole:.1f} s")

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -61,22 +62,24 @@ class CountedEncoder:
         return self.scorer.embed_images(as_images(frames)).numpy()
 
 
-def select_as_published(frames: np.ndarray, embed: EmbedFrames, selector: KeyframeSelector) -> list[int]:
-    """The published procedure, without quality scores and with an empty bank."""
+def select_as_published(
+    frames: np.ndarray, embed: EmbedFrames, selector: KeyframeSelector
+) -> tuple[tuple[int, ...], int]:
+    """The published procedure, without quality scores and with an empty bank; also how often its threshold fell."""
 
     def similarity(one: int, other: int) -> float:
         first, second = embed(frames[one : one + 1])[0], embed(frames[other : other + 1])[0]
         return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))
 
-    threshold = selector.similarity_threshold
+    threshold, falls = selector.similarity_threshold, 0
     while True:
         chosen = [0]
         for frame in range(2, len(frames)):
             if similarity(chosen[-1], frame) < threshold:
                 chosen.append(frame)
         if len(chosen) <= selector.max_keyframes:
-            return chosen
-        threshold -= selector.threshold_step
+            return tuple(chosen), falls
+        threshold, falls = threshold - selector.threshold_step, falls + 1
 
 
 def static_shot(count: int) -> np.ndarray:
@@ -122,16 +125,13 @@ def measure(name: str, frames: np.ndarray, selector: KeyframeSelector, target: f
     encoder(frames[:1])
 
     def ours() -> tuple[int, ...]:
-        selection = selector.select(embed_in_batches(frames, encoder), bank=NO_BANK)
-        falls.append(selection.threshold_steps)
-        return selection.selected
+        return selector.select(embed_in_batches(frames, encoder), bank=NO_BANK).selected
 
-    falls: list[int] = []
     encoder.count = 0
     before = [_timed(ours) for _ in range(REPEATS)]
     ours_encoded = encoder.count // REPEATS
     encoder.count = 0
-    published_seconds, published = _timed(lambda: tuple(select_as_published(frames, encoder, selector)))
+    published_seconds, (published, falls) = _timed(lambda: select_as_published(frames, encoder, selector))
     published_encoded = encoder.count
     after = [_timed(ours) for _ in range(REPEATS)]
     if any(chosen != published for _, chosen in before + after):
@@ -140,7 +140,7 @@ def measure(name: str, frames: np.ndarray, selector: KeyframeSelector, target: f
     return Result(
         shot=name,
         frames=len(frames),
-        threshold_falls=falls[0],
+        threshold_falls=falls,
         keyframes=len(published),
         published_seconds=round(published_seconds, 3),
         published_encoded=published_encoded,
@@ -152,7 +152,7 @@ def measure(name: str, frames: np.ndarray, selector: KeyframeSelector, target: f
     )
 
 
-def _timed(run: Callable[[], tuple[int, ...]]) -> tuple[float, tuple[int, ...]]:
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     chosen = run()
     return time.perf_counter() - start, chosen

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from storymem.commands.configuration import composed
+from storymem.wan.spec import A14B
 
 SHAPE = (5, 8, 12)  # latent frames, height and width of 17 frames of 96x64 pixels
 TEXT = (80, 128)  # tokens and width
@@ -41,6 +42,7 @@ class DrawnClip:
 class DrawnLatents:
     """A training set of random latents: 64 clips in groups of 8."""
 
+    spec = A14B
     clips = tuple(DrawnClip(id=str(number)) for number in range(64))
 
     @cached_property

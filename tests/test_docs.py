@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from functools import partialmethod
 from pathlib import Path
 from pkgutil import resolve_name
@@ -14,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+import storymem
 from docs import hooks
 from storymem import WanMemoryToVideoPipeline, load_story
 from storymem.commands.cli import COMMANDS
@@ -82,6 +85,15 @@ def test_targets_and_modules_exist() -> None:
             assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), line
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["film", "grouping", "keyframes", "training"])
+def test_a_benchmark_of_the_pages_runs(name: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["benchmark"] == name
+
+
 def test_the_readme_is_short() -> None:
     assert len(PAGES["README"].split()) <= 1200
     for link in re.findall(r"\]\(([^)#:]+)\)", PAGES["README"]):
@@ -133,6 +145,11 @@ def test_the_configuration_reference_has_every_setting() -> None:
         "a": "some text.",
         "b": "some text.",
     }
+
+
+def test_the_api_reference_is_complete() -> None:
+    page = (ROOT / "docs" / "reference" / "api.md").read_text()
+    assert sorted(re.findall(r"^::: .*\.(\w+)$", page, re.MULTILINE)) == sorted(dir(storymem))
 
 
 def test_the_vocabulary_is_on_its_page() -> None:
