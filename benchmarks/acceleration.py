@@ -106,8 +106,8 @@ def prepare(settings: GenerateSettings, pipe: WanMemoryToVideoPipeline, memory: 
         output_type="pil",
         return_dict=False,
     )[0]
-    kept = pipe.encode_memory(evenly(frames, memory))
-    return Shot(prompt=second, negative=negative, memory=kept, video=model.video, sampler=sampler)
+    latents = pipe.encode_memory(evenly(frames, memory))
+    return Shot(prompt=second, negative=negative, memory=latents, video=model.video, sampler=sampler)
 
 
 def evenly(frames: Sequence[Image.Image], count: int) -> list[Image.Image]:
@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="toy", help="one of configs/model")
     parser.add_argument("--story", type=Path, default=STORY, help="its second shot is denoised")
-    parser.add_argument("--memory", type=int, default=4, help="memory frames, but where the table says another number")
+    parser.add_argument("--memory", type=int, default=4, help="memory frames, except where the table lists another number")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="15 steps, each shot once")

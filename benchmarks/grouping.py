@@ -3,8 +3,8 @@
     python -m benchmarks.grouping [--quick] [--threads N] [--device cuda]
 
 The embeddings are drawn: clusters of eight clips with cosines of about 0.86, 512 dimensions as of ViT-B/32, and one
-clip in fifty a near-duplicate of another. Each size runs in a process of its own, whose peak RAM is printed less
-what it uses before grouping begins. Growth is that of CPU seconds, which other work on the machine disturbs less.
+clip in fifty a near-duplicate of another. Each size runs in a process of its own; the peak RAM printed is less
+what that process uses before grouping begins. Growth is that of CPU seconds, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def draw(count: int, folder: Path) -> None:
 
 
 def measure(folder: Path, threads: int | None, device: str) -> Result:
-    """Group the clips whose embeddings and clusters lie in ``folder``, in this process."""
+    """Group the clips of the embeddings and clusters in ``folder``, in this process."""
     if threads is not None:
         torch.set_num_threads(threads)
     embeddings, cluster = np.load(folder / "embeddings.npy"), np.load(folder / "cluster.npy")
@@ -90,7 +90,7 @@ def measure(folder: Path, threads: int | None, device: str) -> Result:
 
 
 def _found(group: dict[str, int], cluster: dict[str, int]) -> float:
-    """Share of all clips whose group holds at least half of their cluster."""
+    """Share of all clips in a group with at least half of their cluster."""
     together: dict[tuple[int, int], int] = {}
     for id, number in group.items():
         key = number, cluster[id]

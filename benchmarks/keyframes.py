@@ -1,10 +1,10 @@
 """Keyframe selection: every frame embedded once, against the published procedure.
 
-    python benchmarks/keyframes.py [--quick] [--threads N]
+    python -m benchmarks.keyframes [--quick] [--threads N]
 
 Both sides choose from the same frames with the same encoder, a ViT-B/32 with random weights, and must choose
-the same keyframes. The published procedure, written here as it was published, encodes both pictures of every
-pair that it compares and starts anew whenever the threshold falls; ours embeds all frames in batches and
+the same keyframes. The published procedure, written here as it was published, encodes both frames of every
+pair that it compares and starts again whenever the threshold falls; ours embeds all frames in batches and
 compares numbers. Quality scores are left out of both. Random weights put all cosines close to 1, so the
 thresholds of the second shot are placed between the cosines measured, such that they fall exactly ten times.
 """
@@ -50,7 +50,7 @@ class Result:
 
 
 class CountedEncoder:
-    """A CLIP image encoder on uint8 frames that counts the pictures it was given."""
+    """A CLIP image encoder on uint8 frames that counts the frames it was given."""
 
     def __init__(self) -> None:
         config = open_clip.get_model_config("ViT-B-32-quickgelu")
@@ -83,20 +83,20 @@ def select_as_published(
 
 
 def static_shot(count: int) -> np.ndarray:
-    """One picture with a little film grain."""
+    """One image with a little film grain."""
     rng = np.random.default_rng(0)
     grain = rng.integers(-3, 4, (count, 480, 832, 1))
-    return np.clip(_picture(rng) + grain, 0, 255).astype(np.uint8)
+    return np.clip(_image(rng) + grain, 0, 255).astype(np.uint8)
 
 
 def changing_shot(count: int, looks: int = 6) -> np.ndarray:
-    """Several pictures one after the other, each held for an equal part of the shot."""
+    """Several images one after the other, each held for an equal part of the shot."""
     rng = np.random.default_rng(1)
-    pictures = np.stack([_picture(rng) for _ in range(looks)])
-    return pictures[np.arange(count) * looks // count].astype(np.uint8)
+    images = np.stack([_image(rng) for _ in range(looks)])
+    return images[np.arange(count) * looks // count].astype(np.uint8)
 
 
-def _picture(rng: np.random.Generator) -> np.ndarray:
+def _image(rng: np.random.Generator) -> np.ndarray:
     tiles = rng.integers(0, 256, (15, 26, 3))
     return tiles.repeat(32, axis=0).repeat(32, axis=1)
 
@@ -180,7 +180,7 @@ def main() -> None:
             f"{result.shot:<9} {result.threshold_falls:>5}  {published:<17}  {ours:<15}  {result.ratio:>5.1f}"
             f"  >= {result.target:g}"
         )
-    print("seconds / pictures encoded; 832x480, ViT-B/32 with random weights, same keyframes on both sides")
+    print("seconds / images encoded; 832x480, ViT-B/32 with random weights, same keyframes on both sides")
     for result in results:
         print(json.dumps({"benchmark": "keyframes", **asdict(result)}))
 

@@ -12,13 +12,10 @@ each of its parts is timed once and the total is calculated.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 
@@ -27,6 +24,7 @@ import open_clip
 import torch
 from torch import Tensor
 
+from storymem.commands import benchmark
 from storymem.devices import resolve_device
 from storymem.evaluation.films import find_films
 from storymem.evaluation.metric import Metric
@@ -170,19 +168,9 @@ def _report(arguments: argparse.Namespace, size: tuple[int, int], ours: float, d
     parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in direct.items())
     print(f"ours {ours:.2f} s a story; direct {total:.2f} s ({parts}): {total / ours:.2f} times as fast")
     if arguments.json:
-        record = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": platform.platform(),
-            "device": str(resolve_device(arguments.device)),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "shots": arguments.shots,
-            "frames": arguments.frames,
-            "seconds": ours,
-            "direct_seconds": direct,
-            "times_as_fast": total / ours,
-        }
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        figures = {"seconds": ours, "direct_seconds": direct, "times_as_fast": total / ours}
+        result = {"shots": arguments.shots, "frames": arguments.frames, **figures}
+        benchmark.save(arguments.json, resolve_device(arguments.device), [result])
 
 
 if __name__ == "__main__":

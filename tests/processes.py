@@ -1,4 +1,4 @@
-"""What several gloo processes do for ``test_ranks``: ``python -m tests.processes FOLDER``."""
+"""What several gloo processes do for ``test_processes``: ``python -m tests.processes FOLDER``."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def shots(case: Case, pipe: WanMemoryToVideoPipeline, heights: Sequence[int] = H
     for height in heights:
         for frames in MEMORY:
             tokens[0] = 0
-            memory = tiny.pictures(frames, size=(tiny.WIDTH, height)) or None
+            memory = tiny.images(frames, size=(tiny.WIDTH, height)) or None
             shot = tiny.generate(pipe, height=height, memory=memory, negative_sees_memory=case.negative_sees_memory)
             found[f"{height}_{frames}"] = shot.contiguous()
             found[f"work_{height}_{frames}"] = torch.tensor(tokens)
@@ -154,7 +154,7 @@ def layouts_together(folder: Path, method: str) -> None:
 
 
 def layout_predictions(runtime: RuntimeSettings | None = None) -> dict[str, Tensor]:
-    """By layout and height; constant segments are kept first, where there are some."""
+    """By layout and height; constant segments are cached first, where there are some."""
     model, found = tiny.settings(), {}
     model.network.transformer["num_layers"] = 2
     expert: Any = load_pipeline(model, runtime=runtime or tiny.CPU, text_encoder=False).transformer
@@ -163,15 +163,15 @@ def layout_predictions(runtime: RuntimeSettings | None = None) -> dict[str, Tens
             generator, cache = torch.Generator().manual_seed(0), SegmentCache()
             latents = torch.randn(1, 36, layout.frames, height, 6, generator=generator)
             text = torch.randn(1, 16, 32, generator=generator)
-            kept = sum(segment.frames for segment in layout.segments if segment.name in layout.constant)
+            constant = sum(segment.frames for segment in layout.segments if segment.name in layout.constant)
             with torch.no_grad():
-                if kept:
+                if constant:
                     given = {"layout": layout.only(layout.constant), "cache": cache}
                     expert(
-                        hidden_states=latents[:, :, :kept], timestep=torch.zeros(1), encoder_hidden_states=text, **given
+                        hidden_states=latents[:, :, :constant], timestep=torch.zeros(1), encoder_hidden_states=text, **given
                     )
                 found[f"{name} {height}"] = expert(
-                    hidden_states=latents[:, :, kept:],
+                    hidden_states=latents[:, :, constant:],
                     timestep=torch.tensor([700.0]),
                     encoder_hidden_states=text,
                     layout=layout,
@@ -182,7 +182,7 @@ def layout_predictions(runtime: RuntimeSettings | None = None) -> dict[str, Tens
 
 
 def unguided(pipe: WanMemoryToVideoPipeline) -> str:
-    """What is said to a call that needs only one of the two passes."""
+    """The error message of a call that needs only one of the two passes."""
     try:
         tiny.generate(pipe, guidance_scale=1.0)
     except ValueError as error:
@@ -190,7 +190,7 @@ def unguided(pipe: WanMemoryToVideoPipeline) -> str:
     return ""
 
 
-class Mortal(stories.CountingGenerator):
+class KilledGenerator(stories.CountingGenerator):
     """The real generator, in a process that is killed in the middle of its second shot with memory."""
 
     def generate(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray:
@@ -199,15 +199,15 @@ class Mortal(stories.CountingGenerator):
         return super().generate(request, on_step)
 
 
-def tell(folder: Path, runtime: RuntimeSettings, *, killed: int | None = None) -> None:
+def make_film(folder: Path, runtime: RuntimeSettings, *, killed: int | None = None) -> None:
     """A film of a few shots in ``folder``, by all processes."""
     launch = Launch.of_environment()
-    kind = Mortal if launch.rank == killed else stories.CountingGenerator
+    kind = KilledGenerator if launch.rank == killed else stories.CountingGenerator
     generator = kind(model=stories.MODEL, sampler=stories.SAMPLER, runtime=runtime, continuity="mi2v")
     with among_processes(generator, launch, CPU) as shared:
         if shared is not None:
-            told = stories.story(folder.parent, stories.FOUR_SHOTS)
-            replace(stories.storyteller(), generator=shared).tell(told, folder)
+            story = stories.story(folder.parent, stories.FOUR_SHOTS)
+            replace(stories.storyteller(), generator=shared).tell(story, folder)
 
 
 def unfit(folder: Path) -> None:
@@ -215,7 +215,7 @@ def unfit(folder: Path) -> None:
     generator = stories.storyteller().generator
     with among_processes(generator, Launch.of_environment(), CPU) as shared:
         if shared is not None:
-            raise ValueError("the first says what is wrong")
+            raise ValueError("found by the first process")
     (folder / f"dismissed_{Launch.of_environment().rank}").touch()
 
 
@@ -257,13 +257,13 @@ def main(arguments: Sequence[str]) -> int:
         "four": fork(4, partial(shots_together, folder, 4)),
         "ulysses": fork(2, partial(layouts_together, folder, "ulysses")),
         "ring": fork(2, partial(layouts_together, folder, "ring")),
-        "film": fork(2, partial(tell, folder / "whole" / "film", _GUIDANCE)),
+        "film": fork(2, partial(make_film, folder / "whole" / "film", _GUIDANCE)),
         "unfit": fork(2, partial(unfit, folder)),
     }
     for rank in range(2):
         film = folder / f"killed_{rank}" / "film"
-        statuses[f"killed_{rank}"] = fork(2, partial(tell, film, _GUIDANCE, killed=rank))
-        statuses[f"resumed_{rank}"] = fork(2, partial(tell, film, _GUIDANCE))
+        statuses[f"killed_{rank}"] = fork(2, partial(make_film, film, _GUIDANCE, killed=rank))
+        statuses[f"resumed_{rank}"] = fork(2, partial(make_film, film, _GUIDANCE))
     (folder / "statuses.json").write_text(json.dumps(statuses))
     return 0
 

@@ -102,7 +102,7 @@ def test_the_readme_is_short() -> None:
 
 def test_the_stories_of_the_pages_are_read(tmp_path: Path) -> None:
     for name in ("tam_front.png", "tam_side.png"):
-        tiny.pictures(1)[0].save(tmp_path / name)
+        tiny.images(1)[0].save(tmp_path / name)
     stories = [block for page in PAGES for block in blocks(page, "yaml") if block.startswith("title:")]
     assert len(stories) == 3
     for block in stories:
@@ -120,7 +120,7 @@ def test_the_python_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.
     for transformer in pipe.experts.values():
         transformer.add_adapter(memory_lora_config(), "memory")
     save_memory_lora(pipe, tmp_path / adapter / subfolder[1], layout="released")
-    tiny.pictures(1)[0].save(tmp_path / "keyframe.png")
+    tiny.images(1)[0].save(tmp_path / "keyframe.png")
     small = {"height": tiny.HEIGHT, "width": tiny.WIDTH, "num_frames": tiny.FRAMES, "num_inference_steps": 1}
     call = partialmethod(WanMemoryToVideoPipeline.__call__, **small, max_sequence_length=16)
     monkeypatch.setattr(WanMemoryToVideoPipeline, "__call__", call)

@@ -116,7 +116,7 @@ def test_the_loss_of_a_process_is_told_once(left: Left) -> None:
 def test_a_mistake_that_the_first_finds_lets_the_others_go(left: Left) -> None:
     assert left.statuses["unfit"] == [1, 0]
     assert (left.folder / "dismissed_1").exists()
-    assert left.said.count("ValueError: the first says what is wrong") == 1
+    assert left.said.count("ValueError: found by the first process") == 1
 
 
 def test_torchrun_makes_a_film_and_speaks_once(tmp_path: Path) -> None:

@@ -41,12 +41,12 @@ def check_shot(
     motion_frames: Sequence[Image.Image] | None,
     output_type: str | None,
 ) -> None:
-    """Raise for missing experts, and for a size, a length or given frames that cannot be."""
+    """Raise for missing experts, and for a size, a length or given frames that are not valid."""
     ratio, experts = pipe.config.boundary_ratio, pipe.experts
     needed = {"transformer": ratio is None or ratio < 1, "transformer_2": ratio is not None and ratio > 0}
     if absent := [name for name, used in needed.items() if used and name not in experts]:
         raise ValueError(f"the pipeline has no {' and no '.join(absent)}: load both experts to make shots")
-    for expert in experts.values():  # one may have been put there since the pipeline was made
+    for expert in experts.values():  # one may have been replaced since the pipeline was made
         enable_layouts(expert)
     pipe.spec.latent_size(height, width)
     if num_frames < 1:

@@ -429,7 +429,7 @@ def write_memory_lora(
     Args:
         states: for each expert, ``blocks.0.attn1.to_q.lora_A.weight`` ... -> tensor.
         folder: created if absent.
-        info: the scale of these weights, and what else the metadata shall contain.
+        info: the scale of these weights, and what else the metadata contains.
         layout: one of those in the module's table.
 
     Returns:

@@ -399,16 +399,16 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
     ) -> _Shot:
         device, spec = self._execution_device, self.spec
         slots, given_slots = spec.latent_frames(frames), spec.latent_frames(len(given))
-        kept = self._memory_latents(memory)
-        kept = None if kept is None else kept.to(device)
+        latents = self._memory_latents(memory)
+        latents = None if latents is None else latents.to(device)
         cached = self.config.memory_attention == "cached"
         build = memory_cached if cached else memory_joint
-        layouts = [build(count, slots, stride) for count in (0 if kept is None else kept.shape[2], 0)]
+        layouts = [build(count, slots, stride) for count in (0 if latents is None else latents.shape[2], 0)]
         pixels = rearrange(self._pixels(given), "n c h w -> c n h w") if given else None
         condition = first = None
         if spec.condition_channels:
             video = self._video_latents(pixels, frames, height, width).to(device)
-            condition = condition_channels(None if cached else kept, video, given_slots, spec)
+            condition = condition_channels(None if cached else latents, video, given_slots, spec)
         elif pixels is not None:
             first = encode_video(self.vae, pixels[None]).to(device)
             layouts = [with_given(layout, given_slots) for layout in layouts]
@@ -416,7 +416,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             layout=layouts[0],
             negative_layout=layouts[0] if negative_sees_memory else layouts[1],
             condition=condition,
-            memory=memory_input(kept, spec) if cached and kept is not None else None,
+            memory=memory_input(latents, spec) if cached and latents is not None else None,
             given=first,
         )
 
@@ -435,12 +435,12 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     def _video_latents(self, given: Tensor | None, frames: int, height: int, width: int) -> Tensor:
         """Latents [1, z, T, h, w] of the conditioning video."""
-        key, kept = (frames, height, width), self.blank_latents if given is None else None
-        if kept is not None and key in kept:
-            return kept[key]
+        key, cached = (frames, height, width), self.blank_latents if given is None else None
+        if cached is not None and key in cached:
+            return cached[key]
         latents = encode_video(self.vae, blank_padded(given, frames, height, width))
-        if kept is not None:
-            kept[key] = latents.cpu()
+        if cached is not None:
+            cached[key] = latents.cpu()
         return latents
 
     def spec_of(self, expert: Any) -> ModelSpec:

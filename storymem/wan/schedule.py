@@ -50,7 +50,7 @@ class WanUniPCScheduler(UniPCMultistepScheduler):
 
 
 class WanEulerScheduler(FlowMatchEulerDiscreteScheduler):
-    """``FlowMatchEulerDiscreteScheduler`` on evenly spaced noise levels from 1, as step-distilled adapters want it.
+    """``FlowMatchEulerDiscreteScheduler`` on evenly spaced noise levels from 1, as step-distilled adapters need it.
 
     Four steps at shift 5 are the timesteps 1000, 937.5, 833.3 and 625, at which Wan2.2-Lightning was trained. diffusers
     would shift the levels twice. Build it with :func:`wan_scheduler`.

@@ -22,7 +22,7 @@ MemoryCache = Literal["device", "cpu", "recompute"]
 Offload = Literal["none", "model", "group", "auto"]
 Precision = Literal["as_is", "fp8_storage", "fp8", "int8"]
 
-#: Positions on the temporal axis that a network knows, where its configuration does not say it.
+#: Positions on the temporal axis that a network knows, where its configuration does not state it.
 POSITIONS = 1024
 LONGEST_SIDE, MOST_PIXELS = 8192, 2 * 10**9
 _MOST_FRAMES = 4 * (POSITIONS - 1) + 1

@@ -169,9 +169,9 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
   TORCH_CHECK(is_pretended(input) && is_pretended(weight) && (!bias || !bias->defined() || is_pretended(*bias)),
               "Expected all tensors to be on the same device, but found at least two devices, ", kDevice,
               " and cpu, in aten::convolution");
-  std::optional<Tensor> told;
-  if (bias && bias->defined()) told = seen_by_cpu(*bias);
-  return at::convolution_symint(seen_by_cpu(input), seen_by_cpu(weight), told, stride, padding, dilation, transposed,
+  std::optional<Tensor> cpu_bias;
+  if (bias && bias->defined()) cpu_bias = seen_by_cpu(*bias);
+  return at::convolution_symint(seen_by_cpu(input), seen_by_cpu(weight), cpu_bias, stride, padding, dilation, transposed,
                                 output_padding, groups)
       .to(kDevice);
 }

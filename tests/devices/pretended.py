@@ -1,11 +1,11 @@
 """A pretended accelerator: real commands as on a GPU, on a machine without one.
 
-Its tensors lie in main memory, and operations that mix devices fail as on CUDA: so it shows what was left on another
-device, and nothing of streams, kernels, NCCL or speed. A process keeps it to its end:
+Its tensors are in RAM, and operations that mix devices fail as on CUDA: so it shows what was left on another
+device, and nothing of streams, kernels, NCCL or speed. It is installed for the rest of the process:
 ``python -m tests.devices.pretended scripts/generate.py story.yaml runtime.offload=model``.
 
-Needs a C++ compiler and the package ``ninja``. The extension is built once, in about 20 seconds, and kept in torch's
-folder of extensions (TORCH_EXTENSIONS_DIR).
+Needs a C++ compiler and the package ``ninja``. The extension is built once, in about 20 seconds, and cached in
+torch's folder of extensions (TORCH_EXTENSIONS_DIR).
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ SMALL = ("model.video.height=32", "model.video.width=48", "model.video.frames=9"
 TOY = SMALL  # cached memory, hidden from one pass, and an adapter
 TINY = ("model=tiny", *SMALL)  # joint; first shot from text
 FILMS: dict[str, tuple[str, ...]] = {
-    "cached, kept on the device": TOY,
-    "cached, kept on the CPU": (*TOY, "runtime.memory_cache=cpu"),
+    "cached on the device": TOY,
+    "cached on the CPU": (*TOY, "runtime.memory_cache=cpu"),
     "cached, recomputed": (*TOY, "runtime.memory_cache=recompute", "sampler.negative_sees_memory=true"),
     "cached, one batch": (*TOY, "runtime.guidance_batch=true", "sampler.negative_sees_memory=true"),
     "joint": (*TINY, "continuity=mm2v"),
@@ -72,7 +72,7 @@ def film(folder: Path, *overrides: str) -> np.ndarray:
     """The frames of a film of three shots."""
     references = ""
     if not any(override.startswith("model=tiny") for override in overrides):  # else the first shot is made from text
-        tiny.pictures(1)[0].save(folder / "ada.png")
+        tiny.images(1)[0].save(folder / "ada.png")
         references = "characters: [{name: Ada, references: [ada.png]}]"
     (folder / "story.yaml").write_text(STORY.format(references=references))
     (made,) = make_films(
@@ -115,7 +115,7 @@ def test_adapters_are_loaded_before_or_after_the_networks_are_placed(
         after = load_pipeline(tiny.settings(), runtime=where)
         load_memory_lora(after, adapters["memory"])
         load_memory_lora(after, adapters["steps"], adapter_name="steps", strict=False)
-        shots[where.device] = [tiny.generate(pipe, memory=tiny.pictures(2)).cpu() for pipe in (before, after)]
+        shots[where.device] = [tiny.generate(pipe, memory=tiny.images(2)).cpu() for pipe in (before, after)]
     for found, expected in zip(shots["auto"], shots["cpu"], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
@@ -123,7 +123,7 @@ def test_adapters_are_loaded_before_or_after_the_networks_are_placed(
 @pytest.mark.parametrize("offload", PLACEMENTS)
 @pytest.mark.parametrize("mode", ["joint", "cached"])
 def test_tensors_may_come_from_anywhere(mode: str, offload: Offload) -> None:
-    """Embeddings, noise and memory on the CPU or on the device, and given frames as pictures."""
+    """Embeddings, noise and memory on the CPU or on the device, and given frames as images."""
     slots = tiny.SLOTS + (2 if mode == "joint" else 0)
     generator = torch.Generator().manual_seed(3)
     tensors = {
@@ -132,7 +132,7 @@ def test_tensors_may_come_from_anywhere(mode: str, offload: Offload) -> None:
         "latents": torch.randn(1, 16, slots, *tiny.LATENT, generator=generator),
         "memory": torch.randn(2, 16, 1, *tiny.LATENT, generator=generator),
     }
-    rest = {"guidance_scale": 3.0, "negative_sees_memory": False, "first_frame": tiny.pictures(1)[0]}
+    rest = {"guidance_scale": 3.0, "negative_sees_memory": False, "first_frame": tiny.images(1)[0]}
     model = tiny.settings(memory_attention=mode)
     expected = tiny.generate(load_pipeline(model, runtime=tiny.CPU), **tensors, **rest)
     pipe = load_pipeline(model, runtime=RuntimeSettings(offload=offload))
@@ -143,7 +143,7 @@ def test_tensors_may_come_from_anywhere(mode: str, offload: Offload) -> None:
 
 @pytest.mark.parametrize("offload", PLACEMENTS)
 def test_the_pipeline_alone_takes_texts_and_gives_frames(offload: Offload) -> None:
-    given = {"memory": tiny.pictures(2), "motion_frames": tiny.pictures(5), "output_type": "np"}
+    given = {"memory": tiny.images(2), "motion_frames": tiny.images(5), "output_type": "np"}
     expected = tiny.generate(load_pipeline(tiny.settings(), runtime=tiny.CPU), **given)
     found = tiny.generate(load_pipeline(tiny.settings(), runtime=RuntimeSettings(offload=offload)), **given)
     np.testing.assert_allclose(found, expected, atol=1e-3)
@@ -151,7 +151,7 @@ def test_the_pipeline_alone_takes_texts_and_gives_frames(offload: Offload) -> No
 
 @pytest.mark.parametrize("offload", PLACEMENTS)
 def test_a_base_without_condition_channels_runs_there(offload: Offload) -> None:
-    given = {"memory": torch.ones(2, 48, 1, 4, 6), "first_frame": tiny.pictures(1, size=(96, 64))[0]}
+    given = {"memory": torch.ones(2, 48, 1, 4, 6), "first_frame": tiny.images(1, size=(96, 64))[0]}
     pipes = [load_pipeline(test_ti2v.model(), runtime=where) for where in (tiny.CPU, RuntimeSettings(offload=offload))]
     expected, found = (test_ti2v.shot(pipe, **given) for pipe in pipes)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
@@ -164,7 +164,7 @@ def test_offloading_leaves_room_on_the_device() -> None:
         release_memory()
         pipe = load_pipeline(deep(), runtime=RuntimeSettings(offload=offload))
         torch.accelerator.reset_peak_memory_stats()
-        tiny.generate(pipe, memory=tiny.pictures(2))
+        tiny.generate(pipe, memory=tiny.images(2))
         peaks[offload] = torch.accelerator.max_memory_allocated()
         del pipe
     assert peaks["none"] > 1.3 * peaks["model"] > 1.3 * peaks["group"]
@@ -194,7 +194,7 @@ def test_the_benchmark_measures_a_shot(offload: Offload) -> None:
 
 @pytest.mark.parametrize("kind", ["clip", "aesthetic", "viclip", "hpsv3", "dinov2"])
 def test_scorers_agree_with_the_cpu(kind: str, tmp_path: Path) -> None:
-    pictures, clips = tiny_scorers.images(3, 3, 40, 60), tiny_scorers.images(2, 8, 3, 40, 60)
+    images, clips = tiny_scorers.images(3, 3, 40, 60), tiny_scorers.images(2, 8, 3, 40, 60)
 
     def build(device: str) -> Any:
         if kind != "dinov2":
@@ -205,7 +205,7 @@ def test_scorers_agree_with_the_cpu(kind: str, tmp_path: Path) -> None:
         return Dinov2Embedder.from_pretrained(str(tmp_path / device), resolution=28, device=device)
 
     def results(scorer: Any, device: torch.device) -> list[Tensor]:
-        calls = {"embed_images": pictures.to(device), "embed_clips": clips.to(device), "score": pictures.to(device)}
+        calls = {"embed_images": images.to(device), "embed_clips": clips.to(device), "score": images.to(device)}
         calls |= {"embed_texts": ["a fox", "an owl in the fog"]}
         return [getattr(scorer, name)(value).cpu() for name, value in calls.items() if hasattr(scorer, name)]
 
@@ -239,10 +239,11 @@ def test_a_training_set_is_the_cpus(training_set: Path, tmp_path: Path) -> None:
     )
     prepare(settings)
     files = sorted((tmp_path / "set").rglob("*.safetensors"))
-    assert files
+    assert [path.name for path in files] == ["shard-w000-00000.safetensors", "shard-w000-00001.safetensors"]
     for path in files:
-        expected = load_file(next(training_set.rglob(path.name)))
-        for name, tensor in load_file(path).items():
+        found, expected = load_file(path), load_file(next(training_set.rglob(path.name)))
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
             torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=1e-2, atol=1e-2)
 
 
@@ -265,7 +266,7 @@ def test_a_run_with_validation_samples_and_resume_is_the_cpus(variant: str, trai
             *(f"samples.story={tmp_path / 'story.yaml'}", "adapter.dropout=0", "batch.workers=0"),
         ]
         train(composed(*run, "steps=2", "checkpoint.every=2", name="train"))
-        train(composed(*run, "steps=4", "checkpoint.every=2", name="train"))  # goes on
+        train(composed(*run, "steps=4", "checkpoint.every=2", name="train"))  # resumes
         assert len(list((tmp_path / device / "storymem").glob("*.safetensors"))) >= 1
         assert len(list((tmp_path / device / "samples").glob("*.png"))) == 2
         used[device] = torch.accelerator.max_memory_allocated()
@@ -282,8 +283,8 @@ SCORERS = ("aesthetic.scorer", "viclip.scorer", "identity.embedder")
 
 
 def test_films_are_made_and_scored_as_on_the_cpu(tmp_path: Path) -> None:
-    told = small.stories(tmp_path / "stories")
-    films = small.write_films(tmp_path / "films", told)
+    stories = small.stories(tmp_path / "stories")
+    films = small.write_films(tmp_path / "films", stories)
     rows = {}
     for device in ("cpu", "auto"):
         config = composed(

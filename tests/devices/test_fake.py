@@ -65,8 +65,8 @@ def test_scorers_compute_there(kind: str) -> None:
     with fake_card():
         scorer = getattr(scorers, kind)(device="cuda")
         for device in (torch.device("cpu"), CARD):
-            pictures, clips = torch.zeros(2, 3, 40, 60, device=device), torch.zeros(2, 8, 3, 40, 60, device=device)
-            inputs = {"embed_images": pictures, "embed_clips": clips, "score": pictures, "embed_texts": ["a", "b"]}
+            images, clips = torch.zeros(2, 3, 40, 60, device=device), torch.zeros(2, 8, 3, 40, 60, device=device)
+            inputs = {"embed_images": images, "embed_clips": clips, "score": images, "embed_texts": ["a", "b"]}
             results = [getattr(scorer, name)(value) for name, value in inputs.items() if hasattr(scorer, name)]
             assert results
             assert all(result.device.type == "cpu" and len(result) == 2 for result in results)

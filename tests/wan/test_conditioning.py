@@ -1,4 +1,4 @@
-"""The condition: which slots are believed, and which latents stand in them."""
+"""The conditioning: which latent frames the mask marks as given, and their clean latents."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def test_other_counts_are_refused_with_the_nearest(frames: int, below: int, abov
 
 
 @pytest.mark.parametrize(
-    ("given", "believed"),
+    ("given", "marked"),
     [(0, [1, 1, 1, 0, 0, 0, 0]), (1, [1, 1, 1, 1, 0, 0, 0]), (2, [1, 1, 1, 1, 1, 0, 0])],
     ids=["m2v", "mi2v", "mm2v"],
 )
-def test_the_mask_of_each_mode(given: int, believed: list[int]) -> None:
+def test_the_mask_of_each_mode(given: int, marked: list[int]) -> None:
     memory, video = random(2, 16, 3, 2, 2), random(2, 16, 4, 2, 2, seed=1)
     condition = condition_channels(memory, video, given)
     assert condition.shape == (2, 20, 7, 2, 2)
-    expected = torch.tensor(believed, dtype=torch.float32).view(1, 1, 7, 1, 1).expand(2, 4, 7, 2, 2)
+    expected = torch.tensor(marked, dtype=torch.float32).view(1, 1, 7, 1, 1).expand(2, 4, 7, 2, 2)
     assert torch.equal(condition[:, :4], expected)
     assert torch.equal(condition[:, 4:, :3], memory)
     assert torch.equal(condition[:, 4:, 3:], video)
@@ -137,5 +137,5 @@ def test_a_mask_of_pixels_reaches_the_latents_that_show_them() -> None:
     assert torch.equal(latent_mask(mask), expected)
 
 
-def test_a_mask_of_one_picture_is_one_latent_frame() -> None:
+def test_a_mask_of_one_image_is_one_latent_frame() -> None:
     assert latent_mask(torch.ones(1, 8, 16)).tolist() == [[[1.0, 1.0]]]

@@ -87,7 +87,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention as fused kernels do it: nothing is kept but the output."""
+    """Attention as fused kernels do it: only the output is stored."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is nn.functional.scaled_dot_product_attention:

@@ -25,7 +25,7 @@ from storymem.wan.runtime import check_machine
 from storymem.wan.settings import ModelSettings, RuntimeSettings
 from storymem.wan.sources import check_weights, required_weights
 from storymem.weights import MissingWeights
-from tests.wan.tiny import CPU, generate, pictures, settings
+from tests.wan.tiny import CPU, generate, images, settings
 
 HAS_GGUF = importlib.util.find_spec("gguf") is not None
 needs_gguf = pytest.mark.skipif(not HAS_GGUF, reason="needs gguf")
@@ -75,7 +75,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> ModelSettings:
 def shot(pipe: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     text = torch.randn(1, 16, 32, generator=generator)
-    return generate(pipe, prompt_embeds=text, guidance_scale=1.0, memory=pictures(2))
+    return generate(pipe, prompt_embeds=text, guidance_scale=1.0, memory=images(2))
 
 
 @needs_gguf

@@ -13,7 +13,7 @@ from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.segments import memory_cached, memory_joint
 from storymem.wan.settings import MemoryMode, ModelSettings, RuntimeSettings, SamplerSettings
-from tests.wan.tiny import CPU, SLOTS, STEPS, counting, generate, pictures, settings, shot_by_text
+from tests.wan.tiny import CPU, SLOTS, STEPS, counting, generate, images, settings, shot_by_text
 
 ONE_BATCH = RuntimeSettings(device="cpu", guidance_batch=True)
 SCALE = 3.0
@@ -48,7 +48,7 @@ def close(one: Tensor, other: Tensor) -> None:
 def test_one_batch_makes_the_same_shot(
     pipe: WanMemoryToVideoPipeline, batched: WanMemoryToVideoPipeline, memory: int
 ) -> None:
-    given = {**GUIDED, "guidance_scale_2": 2.0, "memory": pictures(memory)}
+    given = {**GUIDED, "guidance_scale_2": 2.0, "memory": images(memory)}
     with counting(batched.transformer.blocks[0]) as calls:
         ours = generate(batched, **given)
     close(ours, generate(pipe, **given))
@@ -83,7 +83,7 @@ def test_a_callback_may_change_the_negative_prompt(
 
 
 def test_several_videos_in_one_call(pipe: WanMemoryToVideoPipeline, batched: WanMemoryToVideoPipeline) -> None:
-    given = {**GUIDED, "num_videos_per_prompt": 2, "memory": pictures(1)}
+    given = {**GUIDED, "num_videos_per_prompt": 2, "memory": images(1)}
     close(generate(batched, **given), generate(pipe, **given))
 
 
@@ -97,7 +97,7 @@ def test_a_first_shot_by_text_to_video(pipe: WanMemoryToVideoPipeline) -> None:
 @pytest.mark.parametrize("cache", ["device", "cpu", "recompute"])
 def test_cached_memory_serves_both_passes(cache: Any) -> None:
     made = settings(memory_attention="cached")
-    given = {**GUIDED, "memory": pictures(3)}
+    given = {**GUIDED, "memory": images(3)}
     runtimes = [RuntimeSettings(device="cpu", guidance_batch=batch, memory_cache=cache) for batch in (True, False)]
     close(*(generate(load_pipeline(made, runtime=runtime), **given) for runtime in runtimes))
 
@@ -126,7 +126,7 @@ def guided_step(pipe: WanMemoryToVideoPipeline, **given: Any) -> tuple[list[dict
 
 
 def test_guidance_leads_from_a_shot_of_nothing_to_prompt_and_memory(guided: WanMemoryToVideoPipeline) -> None:
-    (*prefill, cond, uncond), predicted = guided_step(guided, memory=pictures(3), **UNSEEN)
+    (*prefill, cond, uncond), predicted = guided_step(guided, memory=images(3), **UNSEEN)
     joint = guided.config.memory_attention == "joint"
     whole, layout = cond["hidden_states"], memory_joint(3, SLOTS) if joint else memory_cached(3, SLOTS)
     if not joint:
@@ -144,7 +144,7 @@ def test_guidance_leads_from_a_shot_of_nothing_to_prompt_and_memory(guided: WanM
 
 
 def test_the_second_pass_is_of_the_shot_alone(guided: WanMemoryToVideoPipeline) -> None:
-    inputs, _ = guided_step(guided, memory=pictures(3), **UNSEEN)
+    inputs, _ = guided_step(guided, memory=images(3), **UNSEEN)
     frames = [given["hidden_states"].shape[2] for given in inputs]
     joint = guided.config.memory_attention == "joint"
     assert frames == ([3 + SLOTS, SLOTS] if joint else [3, SLOTS, SLOTS])
@@ -156,7 +156,7 @@ def test_without_memory_there_is_nothing_to_hide(guided: WanMemoryToVideoPipelin
 
 def test_memory_pulls_further(guided: WanMemoryToVideoPipeline) -> None:
     """With one text in both passes, published guidance does nothing and this one still leads to the memory."""
-    same = {"negative_prompt": "a fox", "memory": pictures(3)}
+    same = {"negative_prompt": "a fox", "memory": images(3)}
     plain = generate(guided, **same, guidance_scale=1.0)
     torch.testing.assert_close(generate(guided, **same, guidance_scale=SCALE), plain, rtol=1e-4, atol=1e-4)
     pulled = generate(guided, **same, guidance_scale=SCALE, negative_sees_memory=False)
@@ -178,7 +178,7 @@ def test_it_goes_with_caches(guided: WanMemoryToVideoPipeline, runtime: dict[str
         return
     fast = load_pipeline(model(mode), runtime=RuntimeSettings(device="cpu", **runtime))
     for frames in (3, 2):
-        memory = pictures(frames, seed=frames)
+        memory = images(frames, seed=frames)
         shot = generate(fast, memory=memory, **UNSEEN)
         torch.testing.assert_close(shot, generate(guided, memory=memory, **UNSEEN), rtol=1e-4, atol=1e-4)
 
@@ -190,23 +190,23 @@ def test_it_goes_with_streamed_blocks(guided: WanMemoryToVideoPipeline) -> None:
             onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
         )
     for frames in (3, 2):
-        memory = pictures(frames, seed=frames)
+        memory = images(frames, seed=frames)
         shot = generate(streamed, memory=memory, **UNSEEN)
         torch.testing.assert_close(shot, generate(guided, memory=memory, **UNSEEN), rtol=1e-5, atol=1e-5)
 
 
 def test_without_guidance_it_is_refused(guided: WanMemoryToVideoPipeline) -> None:
     with pytest.raises(ValueError, match="negative_sees_memory=False needs guidance: guidance_scale must be above 1"):
-        generate(guided, memory=pictures(1), **UNSEEN | {"guidance_scale": 1.0})
+        generate(guided, memory=images(1), **UNSEEN | {"guidance_scale": 1.0})
     with pytest.raises(ValueError, match="negative_sees_memory=false needs guidance above 1"):
         SamplerSettings(guidance=1.0, negative_sees_memory=False)
 
 
-def test_a_pipeline_whose_passes_must_see_the_same_says_so(guided: WanMemoryToVideoPipeline) -> None:
+def test_one_batch_for_guidance_refuses_passes_that_differ(guided: WanMemoryToVideoPipeline) -> None:
     made = model(guided.config.memory_attention)
     batched = load_pipeline(made, runtime=ONE_BATCH)
     with pytest.raises(ValueError, match="as one batch, of one memory"):
-        generate(batched, memory=pictures(1), **UNSEEN)
+        generate(batched, memory=images(1), **UNSEEN)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import WanUniPCScheduler
 from storymem.wan.settings import ModelSettings, SamplerSettings
 from storymem.weights import MissingWeights
-from tests.wan.tiny import CPU, generate, pictures, settings, shot_by_text
+from tests.wan.tiny import CPU, generate, images, settings, shot_by_text
 
 
 def local(path: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def test_what_diffusers_keeps_in_float32_stays_in_float32(tmp_path: Path, pipe: 
     assert kinds == {torch.bfloat16, torch.float32}
     assert half.transformer.rope.freqs_cos.dtype == torch.float32
 
-    memory = pictures(2)
+    memory = images(2)
     full, shot = generate(pipe, memory=memory), generate(half, memory=memory)
     assert 0 < (shot.float() - full).norm() / full.norm() < 0.2
 
@@ -122,8 +122,8 @@ def test_a_saved_folder_gives_the_same_shots(pipe: WanMemoryToVideoPipeline, sav
     model = settings(weights=local(saved), has_text_to_video=False, rope_stride=3)
     loaded = load_pipeline(model, runtime=CPU)
     assert type(loaded.scheduler) is WanUniPCScheduler
-    assert loaded.config.rope_stride == 3, "settings outdo what the folder says"
-    memory = pictures(2)
+    assert loaded.config.rope_stride == 3, "settings override those of the folder"
+    memory = images(2)
     expected = generate(pipe, memory=memory, rope_stride=3)
     torch.testing.assert_close(generate(loaded, memory=memory), expected, rtol=1e-4, atol=1e-4)
 
@@ -161,7 +161,7 @@ def test_text_to_video_needs_no_adapter(pipe: WanMemoryToVideoPipeline) -> None:
     assert shot_by_text(settings(adapter=absent), pipe.vae).isfinite().all()
 
 
-def test_missing_weights_are_told_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_missing_weights_are_reported_before_anything_is_loaded(tmp_path: Path) -> None:
     missing = settings(weights=local(tmp_path / "absent"), has_text_to_video=False)
     with pytest.raises(MissingWeights, match="absent"):
         load_pipeline(missing, runtime=CPU)
@@ -195,7 +195,7 @@ def with_adapter(folder: Path, **changes: Any) -> ModelSettings:
 
 
 def test_the_adapter_of_the_continuity_is_loaded(pipe: WanMemoryToVideoPipeline, adapter: Path) -> None:
-    model, memory = with_adapter(adapter), pictures(2)
+    model, memory = with_adapter(adapter), images(2)
     none, mi2v, mm2v = (
         generate(load_pipeline(model, runtime=CPU, continuity=continuity), memory=memory)
         for continuity in ("none", "mi2v", "mm2v")
@@ -207,7 +207,7 @@ def test_the_adapter_of_the_continuity_is_loaded(pipe: WanMemoryToVideoPipeline,
 
 
 def test_the_adapters_weight_is_its_strength(pipe: WanMemoryToVideoPipeline, adapter: Path) -> None:
-    memory = pictures(2)
+    memory = images(2)
     bare = generate(pipe, memory=memory)
 
     def change(weight: float) -> float:
@@ -229,7 +229,7 @@ def test_without_experts_no_adapter_is_loaded(adapter: Path) -> None:
     assert pipe.experts == {}
 
 
-def test_a_missing_adapter_is_told_with_its_folder(adapter: Path) -> None:
+def test_a_missing_adapter_is_reported_with_its_folder(adapter: Path) -> None:
     with pytest.raises(MissingWeights, match="adapter/gone"):
         load_pipeline(with_adapter(adapter, folders={"none": "gone"}), runtime=CPU)
 

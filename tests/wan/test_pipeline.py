@@ -28,7 +28,7 @@ from tests.wan.tiny import (
     WIDTH,
     counting,
     generate,
-    pictures,
+    images,
     settings,
 )
 
@@ -65,7 +65,7 @@ def networks(pipe: WanMemoryToVideoPipeline) -> list[torch.nn.Module]:
 
 
 def test_a_first_frame_without_memory_is_diffusers_image_to_video(pipe: WanMemoryToVideoPipeline) -> None:
-    (frame,) = pictures(1)
+    (frame,) = images(1)
     theirs = stock_latents(stock(pipe), frame)
     ours = generate(pipe, first_frame=frame)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -80,7 +80,7 @@ def test_without_memory_and_frames_it_is_text_to_video_on_an_unbelieved_blank_vi
             condition[:, :4] = 0
             return latents, condition
 
-    theirs = stock_latents(stock(pipe, Blank), pictures(1)[0])
+    theirs = stock_latents(stock(pipe, Blank), images(1)[0])
     torch.testing.assert_close(generate(pipe), theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -106,7 +106,7 @@ def test_a_saved_pipeline_comes_back_the_same(tmp_path: Path) -> None:
     assert again.config.boundary_ratio == 0.7
     assert type(again.scheduler) is WanUniPCScheduler
     assert again.scheduler.config.flow_shift == 6.0
-    memory = pictures(2)
+    memory = images(2)
     ours, theirs = (generate(p, memory=memory, output_type="np") for p in (pipe, again))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)  # memory-mapped weights may round otherwise
 
@@ -123,7 +123,7 @@ def test_a_stock_image_to_video_folder_loads(pipe: WanMemoryToVideoPipeline, tmp
     plain.register_modules(scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=4.0))
     plain.save_pretrained(tmp_path)
     loaded = WanMemoryToVideoPipeline.from_pretrained(tmp_path, scheduler=pipe.scheduler, rope_stride=2)
-    memory = pictures(2)
+    memory = images(2)
     ours, theirs = generate(loaded, memory=memory), generate(pipe, memory=memory, rope_stride=2)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -142,10 +142,10 @@ def test_a_network_of_another_task_is_refused(pipe: WanMemoryToVideoPipeline) ->
 
 
 def test_it_is_made_from_a_stock_pipeline_and_back(pipe: WanMemoryToVideoPipeline) -> None:
-    (frame,) = pictures(1)
+    (frame,) = images(1)
     ours = WanMemoryToVideoPipeline.from_pipe(stock(pipe))
     ours.set_progress_bar_config(disable=True)
-    assert torch.equal(generate(ours, memory=pictures(2)), generate(pipe, memory=pictures(2)))
+    assert torch.equal(generate(ours, memory=images(2)), generate(pipe, memory=images(2)))
     ours.memory_cache, ours.guidance_batch = "cpu", True
     again = WanMemoryToVideoPipeline.from_pipe(ours)
     assert (again.memory_cache, again.guidance_batch) == ("cpu", True)
@@ -154,16 +154,16 @@ def test_it_is_made_from_a_stock_pipeline_and_back(pipe: WanMemoryToVideoPipelin
     torch.testing.assert_close(stock_latents(theirs, frame), generate(pipe, first_frame=frame), rtol=1e-5, atol=1e-5)
 
 
-# Every bad argument is told before any network runs
+# Every bad argument is reported before any network runs
 
-FRAME = pictures(1)[0]
-OTHER_SIZE = pictures(1, size=(64, 32))[0]
+FRAME = images(1)[0]
+OTHER_SIZE = images(1, size=(64, 32))[0]
 ONE = torch.zeros(16, 1, *LATENT)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "memory of another size": ({"memory": [FRAME, OTHER_SIZE]}, r"memory\[1\] is 64x32 pixels.*48x32"),
-    "memory that is no picture": ({"memory": [np.zeros((32, 48, 3), np.uint8)]}, r"memory\[0\].*ndarray"),
+    "memory that is no image": ({"memory": [np.zeros((32, 48, 3), np.uint8)]}, r"memory\[0\].*ndarray"),
     "memory as paths": ({"memory": ["a.png"]}, r"memory\[0\] must be a PIL image, not str"),
-    "one picture as memory": ({"memory": FRAME}, "memory must be a list"),
+    "one image as memory": ({"memory": FRAME}, "memory must be a list"),
     "an array as memory": ({"memory": np.zeros((2, 32, 48, 3), np.uint8)}, "memory must be a list"),
     "memory of both kinds": ({"memory": [FRAME, ONE]}, "not a mixture"),
     "latents of another size": ({"memory": [ONE[..., 1:]]}, r"memory\[0\].*\[16, 1, 4, 6\]"),
@@ -172,18 +172,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "4n + 2 frames": ({"num_frames": 10}, "nearest are 9 and 13"),
     "no frames": ({"num_frames": 0}, r"4n \+ 1 frames, not 0"),
     "fewer than no frames": ({"num_frames": -3}, r"4n \+ 1 frames, not -3"),
-    "two kinds of given frames": ({"first_frame": FRAME, "motion_frames": pictures(5)}, "exclude each other"),
-    "4 motion frames": ({"motion_frames": pictures(4)}, "exactly 5 images, not 4"),
-    "6 motion frames": ({"motion_frames": pictures(6)}, "exactly 5 images, not 6"),
+    "two kinds of given frames": ({"first_frame": FRAME, "motion_frames": images(5)}, "exclude each other"),
+    "4 motion frames": ({"motion_frames": images(4)}, "exactly 5 images, not 4"),
+    "6 motion frames": ({"motion_frames": images(6)}, "exactly 5 images, not 6"),
     "0 motion frames": ({"motion_frames": []}, "exactly 5 images, not 0"),
     "motion frames as an array": (
         {"motion_frames": np.zeros((5, 32, 48, 3), np.uint8)},
         r"motion_frames\[0\] must be a PIL image",
     ),
-    "one motion frame of another size": ({"motion_frames": [*pictures(4), OTHER_SIZE]}, r"motion_frames\[4\]"),
+    "one motion frame of another size": ({"motion_frames": [*images(4), OTHER_SIZE]}, r"motion_frames\[4\]"),
     "first frame of another size": ({"first_frame": OTHER_SIZE}, "first_frame is 64x32 pixels"),
     "first frame as an array": ({"first_frame": np.zeros((32, 48, 3), np.uint8)}, "first_frame.*ndarray"),
-    "no room after the given frames": ({"motion_frames": pictures(5), "num_frames": 5}, "no room after 5"),
+    "no room after the given frames": ({"motion_frames": images(5), "num_frames": 5}, "no room after 5"),
     "no room after the first frame": ({"first_frame": FRAME, "num_frames": 1}, "no room after 1"),
     "a height of 40": ({"height": 40}, "height must be a positive multiple of 16 for .*, not 40"),
     "a width of 0": ({"width": 0}, "width must be a positive multiple of 16"),
@@ -235,16 +235,16 @@ def test_every_mode_makes_a_shot(pipe: WanMemoryToVideoPipeline, given: str, fra
     conditions: dict[str, Any] = {
         "m2v": {},
         "mi2v": {"first_frame": FRAME},
-        "mm2v": {"motion_frames": pictures(5, seed=1)},
+        "mm2v": {"motion_frames": images(5, seed=1)},
     }[given]
-    shot = generate(pipe, memory=pictures(frames, seed=2), **conditions)
+    shot = generate(pipe, memory=images(frames, seed=2), **conditions)
     assert shot.shape == SHOT
     assert torch.isfinite(shot).all()
     assert not torch.equal(shot, generate(pipe)) or (frames == 0 and given == "m2v")
 
 
 def test_pictures_and_their_latents_are_the_same_memory(pipe: WanMemoryToVideoPipeline) -> None:
-    memory = pictures(3)
+    memory = images(3)
     latents = pipe.encode_memory(memory)
     assert latents.shape == (3, 16, 1, *LATENT)
     expected = generate(pipe, memory=memory)
@@ -253,7 +253,7 @@ def test_pictures_and_their_latents_are_the_same_memory(pipe: WanMemoryToVideoPi
 
 
 def test_content_order_and_number_of_memory_frames_matter(pipe: WanMemoryToVideoPipeline) -> None:
-    one, two, three = pictures(3)
+    one, two, three = images(3)
     shots = [generate(pipe, memory=memory) for memory in ([one, two], [two, one], [one, three], [one], [one, one])]
     for number, shot in enumerate(shots):
         for other in shots[:number]:
@@ -265,7 +265,7 @@ def test_an_empty_memory_is_no_memory(pipe: WanMemoryToVideoPipeline) -> None:
 
 
 def test_the_stride_of_a_call_and_of_the_pipeline(tiny_model: ModelSettings) -> None:
-    memory = pictures(2)
+    memory = images(2)
     pipes = [load_pipeline(settings(rope_stride=stride), runtime=CPU) for stride in (5, 1)]
     five, one = (generate(pipe, memory=memory) for pipe in pipes)
     assert (five - one).norm() / one.norm() > 1e-4
@@ -274,7 +274,7 @@ def test_the_stride_of_a_call_and_of_the_pipeline(tiny_model: ModelSettings) -> 
 
 
 def test_the_condition_holds_memory_first_then_the_given_frames(pipe: WanMemoryToVideoPipeline) -> None:
-    memory, first = pictures(2), pictures(1, seed=5)[0]
+    memory, first = images(2), images(1, seed=5)[0]
     seen: list[Tensor] = []
     generate(
         pipe,
@@ -295,7 +295,7 @@ def test_the_shot_is_what_follows_the_memory_slots(pipe: WanMemoryToVideoPipelin
     last: list[Tensor] = []
     shot = generate(
         pipe,
-        memory=pictures(2),
+        memory=images(2),
         callback_on_step_end=lambda _p, _i, _t, tensors: last.append(tensors["latents"]) or {},
     )
     assert last[-1].shape == (1, 16, 2 + SLOTS, *LATENT)
@@ -306,7 +306,7 @@ def test_memory_slots_are_never_decoded(pipe: WanMemoryToVideoPipeline) -> None:
     decoded = []
     handle = pipe.vae.decoder.register_forward_hook(lambda _m, _i, out: decoded.append(out.shape[2]))
     try:
-        video = generate(pipe, memory=pictures(4), output_type="np")
+        video = generate(pipe, memory=images(4), output_type="np")
     finally:
         handle.remove()
     assert sum(decoded) == FRAMES
@@ -328,7 +328,7 @@ def test_the_blank_video_is_encoded_once_per_size_if_it_may_be_kept(tiny_model: 
     assert encoded() == FRAMES
     assert encoded(prompt="another") == 0
     assert encoded(memory=latents) == 0
-    assert encoded(memory=pictures(3)) == 3
+    assert encoded(memory=images(3)) == 3
     assert encoded(num_frames=5) == 5
     assert encoded(num_frames=5, width=32) == 5
     assert encoded() == 0
@@ -363,7 +363,7 @@ def test_the_blank_video_is_that_of_the_vae_as_it_is(tiny_model: ModelSettings, 
     assert torch.equal(after, generate(fresh))
 
 
-# What is inherited goes on working
+# Inherited behaviour
 
 
 def test_output_types_show_the_same_frames(pipe: WanMemoryToVideoPipeline) -> None:
@@ -392,7 +392,7 @@ def test_a_tuple_is_returned_if_asked(pipe: WanMemoryToVideoPipeline) -> None:
 
 
 def test_each_video_of_a_prompt_has_its_own_generator(pipe: WanMemoryToVideoPipeline) -> None:
-    memory = pictures(2)
+    memory = images(2)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     both = generate(pipe, memory=memory, num_videos_per_prompt=2, generator=generators)
     assert both.shape == (2, *SHOT[1:])
@@ -402,7 +402,7 @@ def test_each_video_of_a_prompt_has_its_own_generator(pipe: WanMemoryToVideoPipe
 
 
 def test_prompts_of_a_batch_are_made_as_alone(pipe: WanMemoryToVideoPipeline) -> None:
-    memory, prompts = pictures(2), ["a fox", "two owls"]
+    memory, prompts = images(2), ["a fox", "two owls"]
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     both = generate(pipe, prompt=prompts, memory=memory, generator=generators)
     for seed, prompt, shot in zip((3, 4), prompts, both, strict=True):
@@ -411,7 +411,7 @@ def test_prompts_of_a_batch_are_made_as_alone(pipe: WanMemoryToVideoPipeline) ->
 
 
 def test_given_noise_is_what_the_generator_would_draw(pipe: WanMemoryToVideoPipeline) -> None:
-    memory = pictures(2)
+    memory = images(2)
     noise = torch.randn(1, 16, 2 + SLOTS, *LATENT, generator=torch.Generator().manual_seed(0))
     assert torch.equal(generate(pipe, memory=memory, latents=noise), generate(pipe, memory=memory))
 
@@ -441,12 +441,12 @@ def test_callbacks_can_change_the_latents(pipe: WanMemoryToVideoPipeline) -> Non
     def clear(_pipe: object, step: int, _timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
         return {"latents": torch.zeros_like(tensors["latents"])} if step == STEPS - 1 else {}
 
-    assert not generate(pipe, memory=pictures(1), callback_on_step_end=clear).any()
+    assert not generate(pipe, memory=images(1), callback_on_step_end=clear).any()
 
 
 def test_memory_is_forgotten_after_a_call_and_after_a_failure(pipe: WanMemoryToVideoPipeline) -> None:
     before = generate(pipe)
-    generate(pipe, memory=pictures(3))
+    generate(pipe, memory=images(3))
     assert torch.equal(generate(pipe), before)
 
     class StopError(Exception):
@@ -456,7 +456,7 @@ def test_memory_is_forgotten_after_a_call_and_after_a_failure(pipe: WanMemoryToV
         raise StopError
 
     with pytest.raises(StopError):
-        generate(pipe, memory=pictures(3), callback_on_step_end=fail)
+        generate(pipe, memory=images(3), callback_on_step_end=fail)
     assert torch.equal(generate(pipe), before)
 
 

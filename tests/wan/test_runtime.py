@@ -30,7 +30,7 @@ from storymem.wan.runtime import (
     resolve_device,
 )
 from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
-from tests.wan.tiny import CPU, counting, generate, pictures, settings
+from tests.wan.tiny import CPU, counting, generate, images, settings
 
 HAS_ACCELERATOR = torch.accelerator.is_available()
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
@@ -128,8 +128,8 @@ def test_only_the_linears_of_blocks_are_stored_in_8_bits() -> None:
         small = {name for name, weight in expert.named_parameters() if weight.dtype == torch.float8_e4m3fn}
         assert {name.rsplit(".", 1)[0] for name in small} == {n for n in linears(expert) if n.startswith("blocks.")}
         assert {weight.dtype for name, weight in expert.named_parameters() if name not in small} == {torch.float32}
-    expected = generate(load_pipeline(settings(), runtime=CPU), memory=pictures(2))
-    assert 0 < relative(generate(pipe, memory=pictures(2)), expected) < 0.1
+    expected = generate(load_pipeline(settings(), runtime=CPU), memory=images(2))
+    assert 0 < relative(generate(pipe, memory=images(2)), expected) < 0.1
 
 
 def adapted(runtime: RuntimeSettings, **changes: Any) -> Any:
@@ -218,7 +218,7 @@ def test_a_named_kernel_is_set_on_the_experts_alone(plain: WanMemoryToVideoPipel
 def test_kernels_of_torch_make_the_same_shot_on_cuda(name: str) -> None:
     model = deep(dtype="bfloat16")
     shots = [
-        generate(load_pipeline(model, runtime=RuntimeSettings(device="cuda", attention=kind)), memory=pictures(2))
+        generate(load_pipeline(model, runtime=RuntimeSettings(device="cuda", attention=kind)), memory=images(2))
         for kind in ("native", name)
     ]
     assert relative(shots[1], shots[0]) < 0.05
@@ -231,15 +231,15 @@ def test_kernels_of_torch_make_the_same_shot_on_cuda(name: str) -> None:
 def test_a_cache_at_threshold_zero_changes_nothing(plain: WanMemoryToVideoPipeline, cache: str) -> None:
     pipe = caching(cache, 0)
     with computed(pipe) as forwards:
-        shot = generate(pipe, memory=pictures(2), **GUIDED)
+        shot = generate(pipe, memory=images(2), **GUIDED)
     assert len(forwards) == 2 * STEPS
-    torch.testing.assert_close(shot, generate(plain, memory=pictures(2), **GUIDED), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shot, generate(plain, memory=images(2), **GUIDED), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("taylor", 2)])
 def test_nothing_of_a_shot_reaches_the_next(plain: WanMemoryToVideoPipeline, cache: str, threshold: float) -> None:
-    first = {"prompt": "an owl", "memory": pictures(3), **GUIDED}
-    second = {"memory": pictures(1), **GUIDED}
+    first = {"prompt": "an owl", "memory": images(3), **GUIDED}
+    second = {"memory": images(1), **GUIDED}
     pipe = caching(cache, threshold)
     with computed(pipe) as forwards:
         alone = generate(pipe, **second)
@@ -279,7 +279,7 @@ def test_caches_are_cleared_at_the_expert_switch(cache: str, threshold: float) -
         filled.append([name for name, expert in pipe.experts.items() if has_state(expert)])
         return {}
 
-    generate(pipe, callback_on_step_end=look, memory=pictures(1), **GUIDED)
+    generate(pipe, callback_on_step_end=look, memory=images(1), **GUIDED)
     assert filled == [["transformer"]] * 2 + [["transformer_2"]] * 4
 
 
@@ -307,7 +307,7 @@ def broadcasting(mode: str) -> WanMemoryToVideoPipeline:
 
 @pytest.mark.parametrize("mode", ["joint", "cached"])
 def test_a_cache_for_both_passes_is_refused_if_they_differ(mode: str, caplog: pytest.LogCaptureFixture) -> None:
-    pipe, memory = broadcasting(mode), pictures(2)
+    pipe, memory = broadcasting(mode), images(2)
     with (
         counting(pipe.transformer, pipe.vae.encoder) as calls,
         pytest.raises(ValueError, match="negative_sees_memory=False"),
@@ -358,9 +358,9 @@ def test_a_block_is_compiled_once_for_each_shape(adapters: bool) -> None:
         plain, pipe = with_two_adapters(plain), with_two_adapters(pipe)
     before, counts = compiled_graphs(), []
     for memory in (0, 2, 0):
-        shot = generate(pipe, memory=pictures(memory), num_inference_steps=2, guidance_scale=1.0)
+        shot = generate(pipe, memory=images(memory), num_inference_steps=2, guidance_scale=1.0)
         counts.append(compiled_graphs() - before)
-        expected = generate(plain, memory=pictures(memory), num_inference_steps=2, guidance_scale=1.0)
+        expected = generate(plain, memory=images(memory), num_inference_steps=2, guidance_scale=1.0)
         torch.testing.assert_close(shot, expected, rtol=1e-4, atol=1e-4)
     assert counts == [1, 2, 2], "for all blocks of both experts"
 
@@ -369,17 +369,17 @@ def test_a_block_is_compiled_once_for_each_shape(adapters: bool) -> None:
 def test_step_caches_stay_outside_the_compiled_blocks() -> None:
     runtime = RuntimeSettings(device="cpu", compile="blocks", cache="first_block", cache_threshold=9)
     pipe, before = load_pipeline(deep(), runtime=runtime), compiled_graphs()
-    shot = generate(pipe, memory=pictures(2), **GUIDED)
+    shot = generate(pipe, memory=images(2), **GUIDED)
     assert compiled_graphs() - before == 1
-    expected = generate(caching("first_block", 9), memory=pictures(2), **GUIDED)
+    expected = generate(caching("first_block", 9), memory=images(2), **GUIDED)
     torch.testing.assert_close(shot, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
 def test_compiled_blocks_make_the_same_shot(plain: WanMemoryToVideoPipeline) -> None:
     torch._dynamo.reset()
-    shot = generate(load_pipeline(deep(), runtime=COMPILED), memory=pictures(2))
-    torch.testing.assert_close(shot, generate(plain, memory=pictures(2)), rtol=1e-4, atol=1e-4)
+    shot = generate(load_pipeline(deep(), runtime=COMPILED), memory=images(2))
+    torch.testing.assert_close(shot, generate(plain, memory=images(2)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,13 +412,13 @@ def test_streamed_blocks_make_the_same_shot() -> None:
     """Group offloading, with the CPU for both places."""
     from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
-    expected = generate(load_pipeline(settings(), runtime=CPU), memory=pictures(2))
+    expected = generate(load_pipeline(settings(), runtime=CPU), memory=images(2))
     pipe = load_pipeline(settings(), runtime=CPU)
     place(pipe, RuntimeSettings(device="cpu", offload="group"), device=torch.device("cpu"))
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     streamed = {name for name, part in modules.items() if _is_group_offload_enabled(part)}
     assert streamed == {"transformer", "transformer_2"}
-    assert torch.equal(generate(pipe, memory=pictures(2)), expected)
+    assert torch.equal(generate(pipe, memory=images(2)), expected)
 
 
 @pytest.mark.skipif(not HAS_ACCELERATOR, reason="needs an accelerator")

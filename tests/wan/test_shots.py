@@ -16,7 +16,7 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings, SamplerSettings
 from storymem.wan.shots import ShotRequest, WanShotGenerator
 from tests.wan.test_step_adapter import write_adapter
-from tests.wan.tiny import CPU, FRAMES, HEIGHT, WIDTH, generate, pictures, settings
+from tests.wan.tiny import CPU, FRAMES, HEIGHT, WIDTH, generate, images, settings
 
 SAMPLER = SamplerSettings(steps=3, guidance=3.0, negative_prompt="blurred")
 
@@ -40,11 +40,11 @@ def ready(tiny_model: ModelSettings) -> WanShotGenerator:
 
 
 def given(count: int) -> np.ndarray:
-    return np.stack([np.asarray(picture) for picture in pictures(count, seed=7)])
+    return np.stack([np.asarray(image) for image in images(count, seed=7)])
 
 
 def test_a_shot_is_what_the_pipeline_makes(ready: WanShotGenerator, pipe: WanMemoryToVideoPipeline) -> None:
-    memory = ready.encode_keyframes([np.asarray(picture) for picture in pictures(2)])
+    memory = ready.encode_keyframes([np.asarray(image) for image in images(2)])
     frames = ready.generate(request(memory=memory, given=given(1), seed=5))
     expected = generate(
         pipe,
@@ -52,8 +52,8 @@ def test_a_shot_is_what_the_pipeline_makes(ready: WanShotGenerator, pipe: WanMem
         negative_prompt="blurred",
         guidance_scale=3.0,
         num_inference_steps=3,
-        memory=pictures(2),
-        first_frame=pictures(1, seed=7)[0],
+        memory=images(2),
+        first_frame=images(1, seed=7)[0],
         generator=torch.Generator().manual_seed(5),
         output_type="np",
     )
@@ -68,19 +68,19 @@ def test_motion_frames_are_five_given_frames(ready: WanShotGenerator, pipe: WanM
         negative_prompt="blurred",
         guidance_scale=3.0,
         num_inference_steps=3,
-        motion_frames=pictures(5, seed=7),
+        motion_frames=images(5, seed=7),
         output_type="np",
     )
     np.testing.assert_allclose(frames, expected[0] * 255, atol=0.51)
 
 
-def test_the_sampler_says_whether_guidance_strengthens_memory(
+def test_the_sampler_sets_whether_guidance_strengthens_memory(
     tiny_model: ModelSettings, pipe: WanMemoryToVideoPipeline
 ) -> None:
     made = generator(tiny_model, sampler=replace(SAMPLER, negative_sees_memory=False))
     made.prepare(["a fox"], [None])
-    memory = pictures(2)
-    frames = made.generate(request(memory=made.encode_keyframes([np.asarray(picture) for picture in memory])))
+    memory = images(2)
+    frames = made.generate(request(memory=made.encode_keyframes([np.asarray(image) for image in memory])))
     given = {"negative_prompt": "blurred", "guidance_scale": 3.0, "num_inference_steps": 3, "memory": memory}
     expected = generate(pipe, **given, negative_sees_memory=False, output_type="np")
     np.testing.assert_allclose(frames, expected[0] * 255, atol=0.51)
@@ -103,7 +103,7 @@ def broken(model: ModelSettings, part: str, weight: str, **changes: Any) -> WanS
 
 
 @pytest.mark.parametrize(
-    ("part", "weight", "told"),
+    ("part", "weight", "message"),
     [
         ("transformer", "blocks.0.ffn.net.2.weight", r"the latents of the shot: NaN.*sampler\.guidance=3"),
         ("transformer_2", "proj_out.bias", r"the latents of the shot: NaN.*the weights of tiny"),
@@ -111,11 +111,11 @@ def broken(model: ModelSettings, part: str, weight: str, **changes: Any) -> WanS
     ],
 )
 def test_a_shot_of_numbers_that_are_none_is_refused(
-    tiny_model: ModelSettings, part: str, weight: str, told: str
+    tiny_model: ModelSettings, part: str, weight: str, message: str
 ) -> None:
     made = broken(tiny_model, part, weight)
     made.prepare(["a fox"], [None])
-    with pytest.raises(NotFiniteError, match=told):
+    with pytest.raises(NotFiniteError, match=message):
         made.generate(request())
 
 
@@ -128,13 +128,13 @@ def test_an_adapter_in_use_is_named_first(tiny_model: ModelSettings, tmp_path: A
 
 
 def test_what_goes_into_a_shot_is_checked_too(ready: WanShotGenerator, tiny_model: ModelSettings) -> None:
-    latents = ready.encode_keyframes([np.asarray(picture) for picture in pictures(2)])
+    latents = ready.encode_keyframes([np.asarray(image) for image in images(2)])
     latents[1][0, 0, 0, 0] = float("nan")
     with pytest.raises(NotFiniteError, match="the latents of memory frame 2"):
         ready.generate(request(memory=latents))
     made = broken(tiny_model, "vae", "quant_conv.bias")
     with pytest.raises(NotFiniteError, match=r"the latents of a keyframe: NaN.*VAE"):
-        made.encode_keyframes([np.asarray(pictures(1)[0])])
+        made.encode_keyframes([np.asarray(images(1)[0])])
 
 
 def test_embeddings_that_are_none_are_refused_with_their_prompt(tiny_model: ModelSettings) -> None:
@@ -169,11 +169,11 @@ def test_without_text_to_video_the_memory_networks_make_the_first_shot() -> None
     np.testing.assert_array_equal(alone.first(request()), alone.generate(request()))
 
 
-def test_steps_are_told(ready: WanShotGenerator) -> None:
+def test_steps_are_reported(ready: WanShotGenerator) -> None:
     for make in (ready.first, ready.generate):
-        told: list[tuple[int, int]] = []
-        make(request(), lambda step, total, told=told: told.append((step, total)))
-        assert told == [(1, 3), (2, 3), (3, 3)]
+        steps: list[tuple[int, int]] = []
+        make(request(), lambda step, total, steps=steps: steps.append((step, total)))
+        assert steps == [(1, 3), (2, 3), (3, 3)]
 
 
 class Watched(WanShotGenerator):
@@ -204,7 +204,7 @@ def test_a_pair_of_experts_is_loaded_once_and_freed_for_the_other(tiny_model: Mo
     assert from_text is not None
     weight = weakref.ref(from_text.transformer.proj_out.weight)
     made.first(request(seed=1))
-    assert made._text_pipe is from_text, "kept for other shots from text alone"
+    assert made._text_pipe is from_text, "reused for other shots from text alone"
     assert made.loads == 0
     del from_text
     made.generate(request())
@@ -247,8 +247,8 @@ def test_without_guidance_no_negative_prompt_is_encoded(tiny_model: ModelSetting
 
 
 def test_keyframes_are_encoded_alone(ready: WanShotGenerator, pipe: WanMemoryToVideoPipeline) -> None:
-    frames = [np.asarray(picture) for picture in pictures(3)]
+    frames = [np.asarray(image) for image in images(3)]
     latents = ready.encode_keyframes(frames)
     assert [latent.shape for latent in latents] == [(16, 1, HEIGHT // 8, WIDTH // 8)] * 3
-    assert torch.equal(torch.stack(latents), pipe.encode_memory(pictures(3)))
+    assert torch.equal(torch.stack(latents), pipe.encode_memory(images(3)))
     assert ready.encode_keyframes([]) == []

@@ -1,4 +1,4 @@
-"""Step-distilled adapters: stacked on the memory adapter, four steps, one pass each, and told when they are missing."""
+"""Step-distilled adapters: stacked on the memory adapter, four steps, one pass each, and reported when they are missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from storymem.wan.sources import check_weights
 from storymem.weights import MissingWeights
 from tests.composing import composed, generate_settings
 from tests.stories import MODEL, content, story, storyteller
-from tests.wan.tiny import CPU, generate, pictures, settings
+from tests.wan.tiny import CPU, generate, images, settings
 
 FOLDERS = {"i2v": "Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1", "t2v": "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"}
 TWO_SHOTS = """\
@@ -70,7 +70,7 @@ def loaded(files: dict[str, Path], *names: str, **step_weights: Any) -> WanMemor
 
 
 def shot(pipe: WanMemoryToVideoPipeline) -> Tensor:
-    return generate(pipe, memory=pictures(2), guidance_scale=1.0)
+    return generate(pipe, memory=images(2), guidance_scale=1.0)
 
 
 def strengths(expert: Any, adapter: str) -> set[float]:
@@ -99,7 +99,7 @@ def test_each_adapter_changes_the_shot_and_taking_one_away_restores_it(files: di
     torch.testing.assert_close(shot(both), neither, rtol=1e-5, atol=1e-5)
 
 
-def test_diffusers_sets_the_weights_of_both_anew(files: dict[str, Path]) -> None:
+def test_diffusers_sets_the_weights_of_both_again(files: dict[str, Path]) -> None:
     pipe = loaded(files, "memory", "steps")
     pipe.set_adapters(["memory", STEP_ADAPTER], [1.0, 0.0])
     torch.testing.assert_close(shot(pipe), shot(loaded(files, "memory")), rtol=1e-5, atol=1e-5)
@@ -151,7 +151,7 @@ def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_empty_cache")
-def test_missing_adapters_are_told_with_their_commands() -> None:
+def test_missing_adapters_are_reported_with_their_commands() -> None:
     made = generate_settings("model=wan2.2-a14b", "sampler=lightning")
     with pytest.raises(MissingWeights) as error:
         check_weights(made.model, text_to_video=True, continuity="mi2v", sampler=made.sampler)
@@ -189,7 +189,7 @@ def test_adapters_of_a_list_add_up_each_with_its_weight_and_expert(files: dict[s
     both = [{"source": source, "weight": 0.5}, {"source": source, "weight": 0.25, "expert": "low_noise"}]
     pipe = load_pipeline(build_settings(ModelSettings, asdict(model) | {"adapters": both}), runtime=CPU)
     assert [list(expert.peft_config) for expert in pipe.experts.values()] == [["extra_1"], ["extra_1", "extra_2"]]
-    inputs = {"memory": pictures(1), "num_inference_steps": 4}
+    inputs = {"memory": images(1), "num_inference_steps": 4}
     assert not torch.equal(generate(pipe, **inputs), generate(plain, **inputs))
     for expert, names in zip(pipe.experts.values(), (["extra_1"], ["extra_1", "extra_2"]), strict=True):
         scales = {name: expert.blocks[0].attn1.to_q.scaling[name] for name in names}

@@ -22,7 +22,7 @@ from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSetting
 from storymem.wan.shots import ShotRequest, WanShotGenerator
 from storymem.wan.spec import TI2V_5B
 from tests.composing import composed
-from tests.wan.tiny import CPU, STEPS, pictures, settings
+from tests.wan.tiny import CPU, STEPS, images, settings
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 9
 VAE = {
@@ -89,14 +89,14 @@ def stock(pipe: WanMemoryToVideoPipeline, kind: Any) -> Any:
 
 
 def test_text_and_first_frame_are_as_in_diffusers(pipe: WanMemoryToVideoPipeline) -> None:
-    (frame,) = pictures(1, size=(WIDTH, HEIGHT))
+    (frame,) = images(1, size=(WIDTH, HEIGHT))
     torch.testing.assert_close(shot(pipe), shot(stock(pipe, WanPipeline)), rtol=1e-4, atol=1e-5)
     theirs = shot(stock(pipe, WanImageToVideoPipeline), image=frame)
     torch.testing.assert_close(shot(pipe, first_frame=frame), theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_given_frames_stay_and_memory_matters(pipe: WanMemoryToVideoPipeline) -> None:
-    frames, memory = pictures(5, size=(WIDTH, HEIGHT)), pictures(2, seed=3, size=(WIDTH, HEIGHT))
+    frames, memory = images(5, size=(WIDTH, HEIGHT)), images(2, seed=3, size=(WIDTH, HEIGHT))
     given = shot(pipe, motion_frames=frames, memory=memory)
     assert given.shape == (1, 48, 3, HEIGHT // 16, WIDTH // 16)
     torch.testing.assert_close(given[0, :, :1], pipe.encode_memory(frames[:1])[0])
@@ -107,7 +107,7 @@ def test_given_frames_stay_and_memory_matters(pipe: WanMemoryToVideoPipeline) ->
 
 @pytest.mark.parametrize("cache", ["cpu", "recompute"])
 def test_where_memory_lies_changes_nothing(pipe: WanMemoryToVideoPipeline, cache: str) -> None:
-    given = {"memory": pictures(3, size=(WIDTH, HEIGHT)), "first_frame": pictures(1, seed=2, size=(WIDTH, HEIGHT))[0]}
+    given = {"memory": images(3, size=(WIDTH, HEIGHT)), "first_frame": images(1, seed=2, size=(WIDTH, HEIGHT))[0]}
     expected = shot(pipe, **given)
     pipe.memory_cache = cache
     try:

@@ -1,4 +1,4 @@
-"""The transformer over segments: against foreign attention under a mask, with and without kept keys and values."""
+"""The transformer over segments: compared with attention under a mask, with and without cached keys and values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from storymem.wan.segments import (
 )
 from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
 from storymem.wan.transformer import SegmentCache, enable_layouts
-from tests.wan.tiny import CPU, LATENT, SLOTS, STEPS, generate, pictures, settings
+from tests.wan.tiny import CPU, LATENT, SLOTS, STEPS, generate, images, settings
 
 SHAPE = {
     "num_layers": 3,
@@ -162,7 +162,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_it_is_attention_as_the_layout_says(name: str) -> None:
+def test_it_is_attention_as_the_layout_states(name: str) -> None:
     layout = LAYOUTS[name]
     given = inputs(layout.frames)
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_memory_depends_on_nothing_but_memory() -> None:
 @pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", ["cached", "cached, given"])
-def test_reading_what_is_kept_is_computing_together(name: str, batch: int, on_cpu: bool) -> None:
+def test_reading_what_is_cached_is_computing_together(name: str, batch: int, on_cpu: bool) -> None:
     of, layout = network(), LAYOUTS[name]
     count = layout.segments[0].frames
     memory = inputs(count, seed=5)
@@ -292,7 +292,7 @@ def test_gradients_pass_checkpoints_in_every_layout() -> None:
 @pytest.mark.parametrize("frames", [0, 3, 10])
 def test_shots_with_and_without_the_cache_agree(cached: WanMemoryToVideoPipeline, frames: int) -> None:
     """Over both experts and both passes of guidance."""
-    memory, shots = pictures(frames), {}
+    memory, shots = images(frames), {}
     for cache in ("recompute", "device", "cpu"):
         cached.memory_cache = cache
         shots[cache] = generate(cached, memory=memory, **GUIDED)
@@ -306,7 +306,7 @@ def test_shots_with_and_without_the_cache_agree(cached: WanMemoryToVideoPipeline
 
 
 def test_one_cache_serves_a_batch(cached: WanMemoryToVideoPipeline) -> None:
-    memory = pictures(2)
+    memory = images(2)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     both = generate(
         cached,
@@ -322,7 +322,7 @@ def test_one_cache_serves_a_batch(cached: WanMemoryToVideoPipeline) -> None:
 
 
 def test_content_order_and_stride_of_memory_matter(cached: WanMemoryToVideoPipeline) -> None:
-    one, two = pictures(2)
+    one, two = images(2)
     shots = [generate(cached, memory=memory) for memory in ([one, two], [two, one], [one])]
     shots.append(generate(cached, memory=[one, two], rope_stride=1))
     for number, shot in enumerate(shots):
@@ -340,7 +340,7 @@ def test_the_scale_of_an_adapter_reaches_the_memory_too() -> None:
     shots = {}
     for cache in ("device", "recompute"):
         pipe.memory_cache = cache
-        shots[cache] = generate(pipe, memory=pictures(2), attention_kwargs={"scale": 0.5})
+        shots[cache] = generate(pipe, memory=images(2), attention_kwargs={"scale": 0.5})
     torch.testing.assert_close(shots["device"], shots["recompute"], rtol=1e-4, atol=1e-4)
 
 
@@ -360,7 +360,7 @@ def test_cached_memory_follows_adapters_that_a_callback_changes() -> None:
     shots = {}
     for cache in ("device", "recompute"):
         pipe.memory_cache = cache
-        shots[cache] = generate(pipe, memory=pictures(2), callback_on_step_end=weaken)
+        shots[cache] = generate(pipe, memory=images(2), callback_on_step_end=weaken)
     torch.testing.assert_close(shots["device"], shots["recompute"], rtol=1e-4, atol=1e-4)
 
 
@@ -406,7 +406,7 @@ def test_memory_is_computed_once_for_each_expert_and_steps_see_the_shot_alone(
     cached: WanMemoryToVideoPipeline,
 ) -> None:
     with tokens_seen(cached) as seen:
-        generate(cached, memory=pictures(3), **GUIDED)
+        generate(cached, memory=images(3), **GUIDED)
     once = [3 * TOKENS, *[SLOTS * TOKENS] * STEPS]  # half of the steps, two passes each
     assert seen == {"transformer": once, "transformer_2": once}
 
@@ -418,7 +418,7 @@ def test_nothing_is_left_after_a_shot_and_after_a_failure(cached: WanMemoryToVid
     def fail(*_: object) -> dict:
         raise StopError
 
-    plain, one, two = generate(cached), pictures(2, seed=1), pictures(3, seed=2)
+    plain, one, two = generate(cached), images(2, seed=1), images(3, seed=2)
     expected = generate(load_pipeline(cached_model(), runtime=CPU), memory=two)
     for cache in ("device", "recompute"):
         cached.memory_cache = cache
@@ -433,21 +433,21 @@ def test_nothing_is_left_after_a_shot_and_after_a_failure(cached: WanMemoryToVid
 def test_no_memory_is_the_same_in_both_modes(cached: WanMemoryToVideoPipeline) -> None:
     joint = load_pipeline(cached_model(memory_attention="joint"), runtime=CPU)
     assert torch.equal(generate(joint), generate(cached))
-    memory = pictures(2)
+    memory = images(2)
     assert (generate(joint, memory=memory) - generate(cached, memory=memory)).norm() > 1e-3
 
 
 def test_noise_is_of_the_shot_alone(cached: WanMemoryToVideoPipeline) -> None:
     noise = torch.randn(1, 16, SLOTS, *LATENT, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(generate(cached, memory=pictures(2), latents=noise), generate(cached, memory=pictures(2)))
+    assert torch.equal(generate(cached, memory=images(2), latents=noise), generate(cached, memory=images(2)))
     with pytest.raises(ValueError, match=r"latents must be \[1, 16, 3, 4, 6\], not \[1, 16, 5, 4, 6\]"):
-        generate(cached, memory=pictures(2), latents=torch.zeros(1, 16, 2 + SLOTS, *LATENT))
+        generate(cached, memory=images(2), latents=torch.zeros(1, 16, 2 + SLOTS, *LATENT))
 
 
 def test_a_saved_pipeline_keeps_its_mode(cached: WanMemoryToVideoPipeline, tmp_path: Path) -> None:
     cached.save_pretrained(tmp_path)
     again = WanMemoryToVideoPipeline.from_pretrained(tmp_path)
-    memory = pictures(2)
+    memory = images(2)
     torch.testing.assert_close(generate(again, memory=memory), generate(cached, memory=memory), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="memory_attention must be joint or cached, not 'shared'"):
         WanMemoryToVideoPipeline.from_pretrained(tmp_path, memory_attention="shared")
@@ -470,7 +470,7 @@ def test_a_saved_pipeline_keeps_its_mode(cached: WanMemoryToVideoPipeline, tmp_p
 def test_it_goes_with_what_makes_forwards_fast(cached: WanMemoryToVideoPipeline, changes: dict[str, Any]) -> None:
     fast = load_pipeline(cached_model(), runtime=RuntimeSettings(device="cpu", **changes))
     for frames in (3, 2):  # no shot may see what a step cache holds of the one before, or of the memory
-        memory = pictures(frames, seed=frames)
+        memory = images(frames, seed=frames)
         shot = generate(fast, memory=memory, **GUIDED)
         torch.testing.assert_close(shot, generate(cached, memory=memory, **GUIDED), rtol=1e-4, atol=1e-4)
 
@@ -481,7 +481,7 @@ def test_it_goes_with_streamed_blocks(cached: WanMemoryToVideoPipeline) -> None:
         expert.enable_group_offload(
             onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
         )
-    memory = pictures(3)
+    memory = images(3)
     torch.testing.assert_close(generate(streamed, memory=memory), generate(cached, memory=memory), **CLOSE)
 
 
@@ -498,13 +498,13 @@ def test_compiled_blocks_share_one_graph_for_each_size_of_memory(cached: WanMemo
         for block in expert.blocks:
             block.forward = torch.compile(block.forward, dynamic=False, backend=counting)
     for frames, expected in ((0, 1), (2, 2), (3, 3), (2, 3)):
-        memory = pictures(frames)
+        memory = images(frames)
         shot = generate(compiled, memory=memory)
         torch.testing.assert_close(shot, generate(cached, memory=memory), rtol=1e-4, atol=1e-4)
         assert len(graphs) == expected
 
 
-def test_keeping_nothing_in_another_place_is_refused() -> None:
+def test_a_place_for_the_cache_is_refused_where_nothing_is_cached() -> None:
     runtime = RuntimeSettings(memory_cache="cpu")
     with pytest.raises(ValueError, match=r"runtime\.memory_cache=cpu is for model\.memory_attention=cached"):
         check_combinations(settings(), SamplerSettings(), runtime)

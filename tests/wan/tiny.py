@@ -39,8 +39,8 @@ def settings(**changes: Any) -> ModelSettings:
     return build_settings(ModelSettings, values | changes)
 
 
-def pictures(count: int, seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)) -> list[Image.Image]:
-    """Random pictures, no two alike."""
+def images(count: int, seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)) -> list[Image.Image]:
+    """Random images, no two alike."""
     random = np.random.default_rng(seed)
     return [Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(count)]
 
