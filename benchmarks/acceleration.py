@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="toy", help="one of configs/model")
     parser.add_argument("--story", type=Path, default=STORY, help="its second shot is denoised")
-    parser.add_argument("--memory", type=int, default=4, help="memory frames, except where the table lists another number")
+    parser.add_argument("--memory", type=int, default=4, help="memory frames, unless the table has another number")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="15 steps, each shot once")

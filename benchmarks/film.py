@@ -2,7 +2,8 @@
 
     python -m benchmarks.film [--quick]
 
-Generates the film of the example story on ``model=tiny`` with the published sampler, from loading the networks to the joined film.
+Generates the film of the example story on ``model=tiny`` with the published sampler, from loading the networks to the
+joined film.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 The embeddings are drawn: clusters of eight clips with cosines of about 0.86, 512 dimensions as of ViT-B/32, and one
 clip in fifty a near-duplicate of another. Each size runs in a process of its own; the peak RAM printed is less
-what that process uses before grouping begins. Growth is that of CPU seconds, which other work on the machine disturbs less.
+what that process uses before grouping begins. Growth is that of CPU seconds, which other work on the machine disturbs
+less.
 """
 
 from __future__ import annotations

@@ -163,15 +163,15 @@ def layout_predictions(runtime: RuntimeSettings | None = None) -> dict[str, Tens
             generator, cache = torch.Generator().manual_seed(0), SegmentCache()
             latents = torch.randn(1, 36, layout.frames, height, 6, generator=generator)
             text = torch.randn(1, 16, 32, generator=generator)
-            constant = sum(segment.frames for segment in layout.segments if segment.name in layout.constant)
+            n = sum(segment.frames for segment in layout.segments if segment.name in layout.constant)
             with torch.no_grad():
-                if constant:
+                if n:
                     given = {"layout": layout.only(layout.constant), "cache": cache}
                     expert(
-                        hidden_states=latents[:, :, :constant], timestep=torch.zeros(1), encoder_hidden_states=text, **given
+                        hidden_states=latents[:, :, :n], timestep=torch.zeros(1), encoder_hidden_states=text, **given
                     )
                 found[f"{name} {height}"] = expert(
-                    hidden_states=latents[:, :, constant:],
+                    hidden_states=latents[:, :, n:],
                     timestep=torch.tensor([700.0]),
                     encoder_hidden_states=text,
                     layout=layout,

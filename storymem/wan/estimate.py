@@ -199,7 +199,7 @@ def forward_bytes(
 def decode_bytes(*, frames: int, height: int, width: int, base_dim: float = 96, tiled: bool = False) -> int:
     """Peak of the activations when the VAE decodes F frames, in float32 (its norms use it for any dtype)."""
     tiled = tiled and max(height, width) > _TILE
-    # A growing video is copied frame by frame; tiles are stored with their overlaps, then joined in rows and as a whole.
+    # A growing video is copied frame by frame; tiles are stored with overlaps, then joined in rows and as a whole.
     copies = (_TILE / _TILE_STRIDE) ** 2 + 2 if tiled else 2
     return int(_DECODER_TENSORS * _four_frames(height, width, base_dim, tiled) + copies * 12 * frames * height * width)
 

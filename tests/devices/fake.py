@@ -1,7 +1,7 @@
 """A card that is not there, without a compiler: torch's fake tensors have shapes and devices, and no values.
 
-Operations that mix devices fail as on CUDA. Where a program needs a value, it gets one with which it can continue: flags
-are true, numbers are 0, and a timestep belongs to each of the experts in turn.
+Operations that mix devices fail as on CUDA. Where a program needs a value, it gets one that lets it continue: flags are
+true, numbers are 0, and a timestep belongs to each of the experts in turn.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How processes share films, and which settings go together; what processes make together is in tests/test_processes.py."""
+"""How processes share films, and which settings go together; what they make together is in tests/test_processes.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step-distilled adapters: stacked on the memory adapter, four steps, one pass each, and reported when they are missing."""
+"""Step-distilled adapters: stacked on the memory adapter, four steps, one pass each, and reported when missing."""
 
 from __future__ import annotations
 
