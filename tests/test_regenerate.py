@@ -285,6 +285,35 @@ def test_other_networks_embed_and_encode_the_memory_again(made: Path) -> None:
     assert same.generator.encoded_keyframes < teller.generator.encoded_keyframes
 
 
+def test_default_settings_of_scorers_are_no_change_whether_listed_or_not(tmp_path: Path) -> None:
+    clip = {"_target_": "storymem.scorers.clip.ClipScorer.from_folder", "folder": "clip"}
+    quality = {"_target_": "storymem.scorers.aesthetic.AestheticScorer.from_folder", "folder": "clip", "threshold": 3.0}
+    listed = {  # as films of earlier versions record them
+        "clip": clip | {"preprocessing": "published_selector", "dtype": "float32", "device": "auto", "batch_size": 32},
+        "quality": quality | {"version": "v1", "dtype": "float32", "batch_size": 16},
+        "none": {"_target_": "storymem.scorers.quality.NoQuality"},
+    }
+    now = {"clip": clip, "quality": quality, "none": {"_target_": "storymem.scorers.scorer.NoQuality"}}
+
+    def generated(scorer: dict[str, Any], resume: str = "auto") -> Film:
+        teller = storyteller()
+        teller = replace(teller, config={**teller.config, "scorer": scorer})
+        return teller.tell(write_story(tmp_path), tmp_path / "film", resume=resume)
+
+    recorded = generated(listed).config
+    made = content(tmp_path / "film")
+    for resume in ("auto", "from_shot:3"):
+        assert generated(now, resume).config == recorded
+        assert content(tmp_path / "film") == made, "keyframes are not encoded again"
+    other = now | {"clip": clip | {"preprocessing": "published_aesthetic"}}
+    with pytest.raises(
+        FilmError, match=r"clip\.preprocessing: 'published_selector' before, 'published_aesthetic'"
+    ):
+        generated(other)
+    generated(other, "from_shot:3")
+    assert content(tmp_path / "film") != made
+
+
 def test_without_a_filter_nothing_is_scored(made: Path) -> None:
     film = regenerate(made, teller=storyteller(seed=7, quality=NoQuality()))
     assert {keyframe.quality for shot in film.shots for keyframe in shot.keyframes} == {None}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from storymem.film.folder import Film, FilmError
 from storymem.io import hash_json
 from storymem.media.images import read_image
+from storymem.scorers import with_defaults
 from storymem.story import Story
 
 _MOST = 12  # lines of a list
@@ -82,7 +83,7 @@ def check_same(film: Film, now: Recipe) -> None:
     """
     shots = _shot_changes(film.story, now.story)
     story = [*_story_changes(film.story, now.story), *_labelled(shots, now.story)]
-    settings = differences(film.config, now.config)
+    settings = setting_changes(film.config, now.config)
     if not story and not settings:
         return
     changes = [*story, *settings]
@@ -135,7 +136,7 @@ def _labelled(changes: Mapping[int, list[str]], story: Mapping[str, Any]) -> lis
 
 def _arguments(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The arguments that bring back the settings ``before``; None if single values do not."""
-    old, new = flat(before), flat(now)
+    old, new = _settings(before), _settings(now)
     keys = [key for key in old.keys() | new.keys() if not key.startswith("weights.")]  # these follow from the others
     changed = sorted(key for key in keys if old.get(key, ...) != new.get(key, ...))
     if any(key not in old or key not in new or "[" in key or isinstance(old[key], list | dict) for key in changed):
@@ -159,6 +160,17 @@ def naming_next_command(film: Film, resume: str) -> Iterator[None]:
         else:
             stop.add_note(f"the film is as it was; the same command regenerates from shot {finished + 1}")
         raise
+
+
+def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """A line for each difference between the settings of films, whether or not they list the defaults of scorers."""
+    return differences(_settings(before), _settings(after))
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Path -> value of every setting that decides what a film looks like."""
+    scorers = {name: with_defaults(node) for name, node in config.get("scorer", {}).items()}
+    return {path: value for path, value in flat({**config, "scorer": scorers}).items() if value not in ({}, [])}
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

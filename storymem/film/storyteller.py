@@ -25,6 +25,7 @@ from storymem.film.resume import (
     flat,
     naming_next_command,
     references,
+    setting_changes,
     story_record,
 )
 from storymem.film.settings import GIVEN_FRAMES, FirstShot, Mode, check_lengths, mode_of, parse_resume
@@ -187,12 +188,13 @@ class Storyteller:
             check_same(film, now)
         kept = zip(film.shots, story.shots, strict=False)
         film.shots = [replace(record, scene=shot.scene, number=shot.number) for record, shot in kept]
-        film.story, film.config = now.story, now.config
+        same = not setting_changes(before.config, now.config)
+        film.story, film.config = now.story, before.config if same else now.config
         return film, before
 
     def _restore(self, story: Story, film: Film, before: Recipe) -> MemoryBank:
         """The memory of the shots that are kept, as the user left it, with the references that the story names now."""
-        made_with = encoders(self.config)
+        made_with = encoders(film.config)
         if not film.has_memory:
             if film.shots:
                 raise FilmError(

@@ -14,8 +14,9 @@ This module loads no torch, and no scorer is imported before it is used.
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from collections.abc import Mapping
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from storymem.weights import Weights
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LOADS = ".from_pretrained"
+_MOVED = {"storymem.scorers.quality.NoQuality": "storymem.scorers.scorer.NoQuality"}  # in films of earlier versions
+_PLACEMENT = ("device", "batch_size", "max_batch_pixels")
 
 
 class QualityScorer(Protocol):
@@ -51,8 +54,7 @@ def scorer_weights(node: Any) -> list[Weights]:
         return []
     found = [weights for below in node.values() for weights in scorer_weights(below)]
     if (target := str(node.get("_target_"))).endswith(_LOADS):
-        module, name = target.removesuffix(_LOADS).rsplit(".", 1)
-        required = getattr(getattr(importlib.import_module(module), name), "required_weights", None)
+        required = getattr(resolve_name(target.removesuffix(_LOADS)), "required_weights", None)
         if required is not None:  # else it is a user's own scorer
             found += required(**{key: value for key, value in node.items() if key != "_target_"})
     return found
@@ -61,3 +63,26 @@ def scorer_weights(node: Any) -> list[Weights]:
 def scorer_bytes(*scorers: Mapping[str, Any]) -> int:
     """Total size of the published weights of scorers; those that come with the package count as nothing."""
     return int(sum(weights.size_gb for scorer in scorers for weights in scorer_weights(scorer)) * 1e9)
+
+
+def with_defaults(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """All that decides a scorer's results: its ``_target_`` node with defaults, without where and how much at once.
+
+    Keys that a scorer of this package no longer has are left out. A node without a target that exists is unchanged.
+    """
+    from storymem.scorers.scorer import Scorer
+
+    named = str(node.get("_target_", ""))
+    target = _MOVED.get(named, named)
+    try:
+        call = resolve_name(target)
+    except (ImportError, AttributeError, ValueError):
+        return node
+    # A constructor passes on what it does not name to its class, and that to the class of all scorers.
+    calls = [Scorer, getattr(call, "__self__", call), call]
+    known = {name: one.default for each in calls for name, one in inspect.signature(each).parameters.items()}
+    defaults = {name: default for name, default in known.items() if default is not inspect.Parameter.empty}
+    is_ours = target.startswith("storymem.")
+    given = {name: value for name, value in node.items() if name in known or not is_ours}
+    settings = {name: value for name, value in (defaults | given).items() if name not in _PLACEMENT}
+    return settings | {"_target_": target}
