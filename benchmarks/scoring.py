@@ -1,12 +1,12 @@
 """Seconds to score a story, compared with a direct implementation of each definition.
 
     python -m benchmarks.scoring
-    python -m benchmarks.scoring --quick    # ViCLIP B/16 and CLIP B/32, three small shots
+    python -m benchmarks.scoring --quick    # smaller networks, three small shots
 
-Networks have their true sizes and random weights. Ours decodes each shot once, embeds each frame and clip once, in
-batches, and compares all pairs in one matrix product. The direct one decodes a shot whenever a definition needs it and
-embeds both clips of every pair, one at a time. Both give the same values, which is checked. The direct one is slow, so
-each of its parts is timed once and the total is calculated.
+Networks have their true sizes (unless ``--quick``) and random weights. Ours decodes each shot once, embeds each frame
+and clip once, in batches, and compares all pairs in one matrix product. The direct one decodes a shot whenever a
+definition needs it and embeds both clips of every pair, one at a time. Both give the same values, which is checked. The
+direct one is slow, so each of its parts is timed once and the total is calculated.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import open_clip
@@ -36,6 +37,8 @@ from storymem.scorers.scorer import as_images
 from storymem.scorers.viclip import ViclipScorer
 from storymem.scorers.viclip_network import VICLIP_B_16, VICLIP_L_14
 from storymem.story import Story, load_story
+
+T = TypeVar("T")
 
 
 def now() -> float:
@@ -92,10 +95,11 @@ class Direct:
         return float(one @ other)
 
 
-def timed(run: Callable[[], object]) -> float:
+def timed(run: Callable[[], T]) -> tuple[T, float]:
+    """What ``run`` returns, and its seconds."""
     start = now()
-    run()
-    return now() - start
+    found = run()
+    return found, now() - start
 
 
 def direct_seconds(direct: Direct, result: StoryResult) -> dict[str, float]:
@@ -112,12 +116,10 @@ def direct_seconds(direct: Direct, result: StoryResult) -> dict[str, float]:
     }
     measured = {}
     for name, (run, expected) in checks.items():
-        start = now()
-        found = run()
-        measured[name] = now() - start
+        found, measured[name] = timed(run)
         assert expected is not None, name
         assert abs(found - expected) < 1e-4, (name, found, expected)
-    alike = timed(lambda: direct.prompts_alike(0, 1))
+    _, alike = timed(lambda: direct.prompts_alike(0, 1))
     return {
         "aesthetic": shots * measured["aesthetic"],
         "viclip": shots * measured["following"]
@@ -139,7 +141,8 @@ def main() -> None:
         arguments.shots, arguments.frames = 3, 9
     size = (96, 160) if arguments.quick else (480, 832)
     clip_name = "ViT-B-32-quickgelu" if arguments.quick else "ViT-L-14-quickgelu"
-    viclip = ViclipScorer.from_config(VICLIP_B_16 if arguments.quick else VICLIP_L_14, device=arguments.device)
+    sizes = replace(VICLIP_B_16, resolution=96) if arguments.quick else VICLIP_L_14
+    viclip = ViclipScorer.from_config(sizes, device=arguments.device)
     aesthetic = AestheticScorer.from_config(open_clip.get_model_config(clip_name), device=arguments.device)
     metrics: dict[str, Metric] = {"aesthetic": AestheticQuality(aesthetic), "viclip": ViclipScores(viclip)}
     with tempfile.TemporaryDirectory() as folder:
@@ -147,18 +150,12 @@ def main() -> None:
         (film,) = find_films(Path(folder) / "films", [story]).films
         files = [shot.path for shot in film.shots if shot.path is not None]
         one = replace(film, shots=film.shots[:1])
-        score_film(replace(story, scenes=_first_shot(story)), one, metrics, "warm")  # once to warm up
-        start = now()
-        result, _ = score_film(story, film, metrics, "bench")
-        ours = now() - start
+        scene = replace(story.scenes[0], shots=story.shots[:1])
+        score_film(replace(story, scenes=(scene,)), one, metrics, "warm")  # once to warm up
+        (result, _), ours = timed(lambda: score_film(story, film, metrics, "bench"))
         print(f"ours: {ours:.2f} s a story", flush=True)
         direct = direct_seconds(Direct(story, files, aesthetic, viclip), result)
     _report(arguments, size, ours, direct)
-
-
-def _first_shot(story: Story) -> tuple:
-    scene = story.scenes[0]
-    return (replace(scene, shots=scene.shots[:1]),)
 
 
 def _report(arguments: argparse.Namespace, size: tuple[int, int], ours: float, direct: dict[str, float]) -> None:

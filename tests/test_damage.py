@@ -367,15 +367,15 @@ def bounded() -> Iterator[None]:
 
 def use(door: Door, folder: Path, given: Any) -> tuple[Any, list[str]]:
     """The result, and lines that were printed, with paths as if in the folder."""
-    said = io.StringIO()
-    handler, logger = logging.StreamHandler(said), logging.getLogger("storymem")
+    printed = io.StringIO()
+    handler, logger = logging.StreamHandler(printed), logging.getLogger("storymem")
     logger.addHandler(handler)
     try:
-        with bounded(), redirect_stdout(said), redirect_stderr(said):
+        with bounded(), redirect_stdout(printed), redirect_stderr(printed):
             result = door.use(folder, given)
     finally:
         logger.removeHandler(handler)
-    return result, said.getvalue().replace(str(folder), "").splitlines()
+    return result, printed.getvalue().replace(str(folder), "").splitlines()
 
 
 def outcome(door: Door, folder: Path, given: Any, whole: tuple[Any, list[str]], names: list[str]) -> str:

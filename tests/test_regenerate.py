@@ -306,9 +306,7 @@ def test_default_settings_of_scorers_are_no_change_whether_listed_or_not(tmp_pat
         assert generated(now, resume).config == recorded
         assert content(tmp_path / "film") == made, "keyframes are not encoded again"
     other = now | {"clip": clip | {"preprocessing": "published_aesthetic"}}
-    with pytest.raises(
-        FilmError, match=r"clip\.preprocessing: 'published_selector' before, 'published_aesthetic'"
-    ):
+    with pytest.raises(FilmError, match=r"clip\.preprocessing: 'published_selector' before, 'published_aesthetic'"):
         generated(other)
     generated(other, "from_shot:3")
     assert content(tmp_path / "film") != made

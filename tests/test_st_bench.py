@@ -130,9 +130,9 @@ def test_the_counts_are_those_of_the_files() -> None:
 def test_the_counts_per_genre_are_those_of_the_files() -> None:
     rows = []
     for genre in GENRES:
-        told = [story for story in stories() if story.genre == genre]
-        shots, cuts = sum(len(story.shots) for story in told), sum(continued(story) for story in told)
-        rows.append([genre, str(len(told)), str(shots), str(cuts)])
+        chosen = [story for story in stories() if story.genre == genre]
+        shots, cuts = sum(len(story.shots) for story in chosen), sum(continued(story) for story in chosen)
+        rows.append([genre, str(len(chosen)), str(shots), str(cuts)])
     assert table("Genres") == rows
 
 

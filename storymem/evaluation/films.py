@@ -123,7 +123,7 @@ def _search(root: Root, stories: Sequence[Story], taken: set[Path | None]) -> tu
     if not found and (film := _film_in_root(root, [*folders, *files], stories)) is not None:
         return {stories[0].title: film}, []
     for story in stories:
-        reason = f"there is no film of this story in {root.folder.name}/ (a folder {story.slug}/ was looked for)"
+        reason = f"there is no film of this story in {root.folder.name}/ (a folder {story.slug}/ is expected)"
         found.setdefault(story.title, FilmFiles(folder=None, shots=(ShotFile(reason=reason),) * len(story.shots)))
     used = {root.folder, *(film.folder for film in found.values())}
     return found, [path.name for path in (*own, *folders, *files) if path not in used]

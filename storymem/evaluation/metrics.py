@@ -109,7 +109,7 @@ class ViclipScores(Metric):
         return "own" if self.scorer.origin == "published" and not is_papers else self.scorer.origin
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> _Clips:
-        """Eight frames of the shot, and those of the film's eight that lie in it."""
+        """Eight frames of the shot, and those of the film's eight that are in it."""
         start = film.starts[shot.index]
         of_film = [] if film.total is None else self.scorer.frame_indices(film.total)
         inside = [index - start for index in of_film if start <= index < start + len(frames)]

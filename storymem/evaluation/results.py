@@ -67,7 +67,7 @@ class Results:
         metrics: metric -> its version, weights, columns and rules.
         statistics: settings of intervals and tests.
         benchmark: folder and titles of the stories.
-        systems: system -> where its films lie and the method that made them.
+        systems: system -> the folder of its films and the method that made them.
     """
 
     columns: tuple[Column, ...]

@@ -136,7 +136,7 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
     with workers, owned_output(Path(settings.output), systems, workers):
         for system in made:
             make_films(system, workers.share(stories))
-        workers.wait()  # films are divided anew to be scored
+        workers.wait()  # films to score are divided among all processes again
         metrics = metrics or build_metrics(settings.metrics)
         found = score(systems, stories, metrics, measured, Path(settings.output), workers)
         return _summarise(settings, systems, stories, found, metrics, measured) if workers.is_first else None
@@ -341,8 +341,8 @@ def check_methods(
     if workers.is_first:
         from storymem.story.notes import notes_on
 
-        for remark in notes_on(stories, settings.model, settings.sampler, settings.memory.reference_fit):
-            report(remark)
+        for note in notes_on(stories, settings.model, settings.sampler, settings.memory.reference_fit):
+            report(note)
 
 
 def make_films(system: System, stories: Sequence[Story]) -> None:

@@ -201,5 +201,5 @@ def _check_range(images: Tensor, what: str) -> None:
     elif low < -0.5:
         hint = f"they are probably -1..1: write ({what} + 1) / 2"
     else:
-        hint = f"write {what}.clamp(0, 1), after looking for NaN"
+        hint = f"write {what}.clamp(0, 1), after checking for NaN"
     raise ValueError(f"{what} must lie in 0..1; got values from {low:g} to {high:g}; {hint}")

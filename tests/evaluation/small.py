@@ -51,9 +51,9 @@ def stories(folder: Path) -> list[Story]:
 
 
 def frames(seed: int, count: int = FRAMES) -> np.ndarray:
-    """A shot that moves a little: one smooth picture, shifted from frame to frame."""
-    picture = (tiny.images(1, 3, HEIGHT, WIDTH + count, seed=seed)[0] * 255).round().byte().movedim(0, -1).numpy()
-    return np.stack([picture[:, shift : shift + WIDTH] for shift in range(count)])
+    """A shot that moves a little: one smooth image, shifted from frame to frame."""
+    image = (tiny.images(1, 3, HEIGHT, WIDTH + count, seed=seed)[0] * 255).round().byte().movedim(0, -1).numpy()
+    return np.stack([image[:, shift : shift + WIDTH] for shift in range(count)])
 
 
 def write_films(folder: Path, stories: Sequence[Story], *, seed: int = 0, lengths: Sequence[int] = ()) -> Path:

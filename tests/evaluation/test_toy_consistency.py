@@ -33,7 +33,7 @@ def stories() -> list[tuple[Story, ToyStory]]:
     return [(load_story(FOLDER / name), true) for name, true in benchmark().items()]
 
 
-def told(number: int) -> tuple[Story, ToyStory]:
+def toy_story(number: int) -> tuple[Story, ToyStory]:
     """A story of the benchmark (from 1): the file, and the world's own."""
     return stories()[number - 1]
 
@@ -52,7 +52,7 @@ def shown(shot: ToyShot) -> ShotSeen:
 
 def scores(number: int, change: Change = lambda index, shot: shot) -> Scores:
     """Scores of the true film of a story, with changes."""
-    file, true = told(number)
+    file, true = toy_story(number)
     seen = [change(index, shown(shot)) for index, shot in enumerate(true.shots)]
     film = FilmInfo(story=file, lengths=tuple(None if shot is None else 17 for shot in seen))
     return ToyConsistency().compute(seen, film)
@@ -82,7 +82,7 @@ def test_the_true_film_keeps_everything(number: int) -> None:
 
 def test_things_are_those_of_the_world() -> None:
     for number in range(1, 31):
-        file, true = told(number)
+        file, true = toy_story(number)
         things = {thing.name: thing for thing in things_of(file)}
         assert list(things) == [c.name for c in true.cast] + list(dict.fromkeys(shot.place for shot in true.shots))
         for character in true.cast:
@@ -113,7 +113,7 @@ def test_the_first_appearance_is_what_counts() -> None:
 @pytest.mark.parametrize("index", [0, 2])
 def test_what_cannot_be_read_counts_as_different(index: int) -> None:
     found = scores(1, lambda at, shot: with_look(shot, 0, colour=UNKNOWN) if at == index else shot)
-    lost = 7 if index == 0 else 1  # nothing can be held against a first appearance that is not read
+    lost = 7 if index == 0 else 1  # nothing can be compared with a first appearance that is not read
     assert found.columns["character_consistency"] == pytest.approx(1 - lost / 28)
     assert found.columns["attributes_unread"] == pytest.approx(1 / (8 * 4 + 8 * 3))
     nothing = scores(1, lambda at, shot: with_look(shot, 0, colour=UNKNOWN))
@@ -130,7 +130,7 @@ def test_with_one_person_too_many_nobody_is_recognised() -> None:
 
 
 def test_two_who_change_places_are_taken_for_each_other() -> None:
-    file, true = told(14)
+    file, true = toy_story(14)
     (together, *_) = [index for index, shot in enumerate(true.shots) if len(shot.cast) == 2 and index > 0]
 
     def swapped(index: int, shot: ShotSeen) -> ShotSeen:
@@ -199,7 +199,7 @@ def test_scores_are_plain_json() -> None:
 
 
 def test_attributes_are_read_from_pixels() -> None:
-    file, true = told(1)
+    file, true = toy_story(1)
     metric, film = ToyConsistency(every=8), FilmInfo(story=file, lengths=(17,) * 8)
     seen = [metric.measure_shot(file.shots[i], true.shots[i].frames, film) for i in (0, 6)]
     assert [one.seen.looks for one in seen] == [(true.cast[0].look,)] * 2
@@ -214,7 +214,7 @@ def test_stories_and_films_of_another_world_are_refused(tmp_path: Path) -> None:
         ToyConsistency().measure_shot(
             boat.shots[0], np.zeros((17, 64, 96, 3), np.uint8), small.film_info(boat, [17, 17, 17])
         )
-    file, _ = told(1)
+    file, _ = toy_story(1)
     with pytest.raises(ValueError, match=r"uint8 \[64, 96, 3\]"):
         ToyConsistency().measure_shot(
             file.shots[0], np.zeros((17, 32, 48, 3), np.uint8), small.film_info(file, [17] * 8)
