@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from storymem.commands import benchmark
-from storymem.commands.configuration import composed
+from storymem.composition import composed
 from storymem.config import build_settings
 from storymem.film.settings import GenerateSettings
 from storymem.story import load_story

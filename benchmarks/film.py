@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from storymem.commands.configuration import composed
+from storymem.composition import composed
 
 STORY = Path(__file__).parents[1] / "examples" / "the_keeper.yaml"
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storymem.commands.configuration import composed
+from storymem.composition import composed
 from storymem.wan.spec import A14B
 
 SHAPE = (5, 8, 12)  # latent frames, height and width of 17 frames of 96x64 pixels

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from storymem.commands.configuration import composed
+from storymem.composition import composed
 from storymem.film.folder import Film
 from storymem.film.generate import generate_films as generate
 from storymem.media.video import probe, read_video

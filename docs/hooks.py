@@ -12,7 +12,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from storymem.commands.cli import COMMANDS
-from storymem.commands.configuration import arguments_of
+from storymem.composition import SETTINGS, arguments_of
 from storymem.story import schema
 
 SCHEMA = Path(__file__).with_name("story.schema.json")
@@ -45,7 +45,7 @@ def configuration() -> str:
             continue
         lines += ["", f"## storymem {name}", ""]
         lines += [f"`configs/{command.config}.yaml`; `storymem {name} --help` lists the groups.", ""]
-        waiting = [("", resolve_name(command.settings))]
+        waiting = [("", resolve_name(SETTINGS[command.config]))]
         while waiting:
             path, cls = waiting.pop(0)
             if path:

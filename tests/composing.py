@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from storymem.commands import configuration
+from storymem import composition
 from storymem.config import build_settings
 from storymem.film.settings import GenerateSettings
 
 
 def composed(*overrides: str, name: str = "generate") -> dict[str, Any]:
     """The configuration ``configs/<name>.yaml`` with overrides, as plain containers."""
-    return configuration.composed(name, overrides)
+    return composition.composed(name, overrides)
 
 
 def generate_settings(*overrides: str, story: str = "story.yaml") -> GenerateSettings:

@@ -20,7 +20,8 @@ import storymem
 from docs import hooks
 from storymem import WanMemoryToVideoPipeline, load_story
 from storymem.commands.cli import COMMANDS
-from storymem.commands.overrides import hydra_arguments
+from storymem.composition import SETTINGS
+from storymem.overrides import hydra_arguments
 from storymem.story import StoryError
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config, save_memory_lora
@@ -66,7 +67,7 @@ def test_a_command_composes(line: str) -> None:
     assert command.config is not None
     words = [command.flags.get(word, word) for word in shlex.split(found[2] or found[4] or "", comments=True)]
     arguments = [word for word in words if not word.startswith("-") and word != "..."]
-    overrides = hydra_arguments(arguments, command.positional, resolve_name(command.settings))
+    overrides = hydra_arguments(arguments, command.positional, resolve_name(SETTINGS[command.config]))
     needed = {"train": ["dataset=x"], "generate": ["story=x"], "prepare": ["videos=x", "output=x"]}.get(name, [])
     given = {override.split("=")[0] for override in overrides}
     composed(*[one for one in needed if one.split("=")[0] not in given], *overrides, name=command.config)

@@ -29,7 +29,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
-from storymem.commands.configuration import composed
+from storymem.composition import composed
 from storymem.config import build_settings
 from storymem.devices import resolve_device
 from storymem.film.progress import format_table

@@ -13,9 +13,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from storymem import __version__, io
-from storymem.commands.configuration import reference, register_defaults
-from storymem.commands.overrides import hydra_arguments
+from storymem.composition import SETTINGS, reference, register_defaults
 from storymem.config import CONFIGS, closest, nearest
+from storymem.overrides import hydra_arguments
 
 
 def _prepare(config: Mapping[str, Any]) -> None:
@@ -37,32 +37,18 @@ class Command(NamedTuple):
 
     help: str
     run: Callable[..., Any] | str  # takes the configuration as plain containers; or where it is found, "module:name"
-    config: str | None = None  # a file of configs/; None: `run` parses sys.argv
-    settings: str = ""  # the settings class; values of its text keys need no quotes
+    config: str | None = None  # a key of SETTINGS; None: `run` parses sys.argv
     positional: str | None = None  # the key that arguments without = stand for
     flags: Mapping[str, str] = MappingProxyType({})  # shorthands for overrides
 
 
 COMMANDS = {
-    "generate": Command(
-        *("generate a film from a story", "storymem.film.generate:generate_films"),
-        *("generate", "storymem.film.settings:GenerateSettings", "story"),
-    ),
-    "prepare": Command(
-        *("turn captioned videos into a training set", _prepare),
-        *("prepare_data", "storymem.data.settings:PrepareSettings"),
-    ),
-    "train": Command(
-        *("train a memory adapter", "storymem.training.run:train"),
-        *("train", "storymem.training.settings:TrainSettings"),
-    ),
-    "evaluate": Command(
-        *("score films, or the films of a method, on ST-Bench", _evaluate),
-        *("eval_stbench", "storymem.evaluation.stbench:EvaluateSettings"),
-    ),
+    "generate": Command("generate a film from a story", "storymem.film.generate:generate_films", "generate", "story"),
+    "prepare": Command("turn captioned videos into a training set", _prepare, "prepare_data"),
+    "train": Command("train a memory adapter", "storymem.training.run:train", "train"),
+    "evaluate": Command("score films, or the films of a method, on ST-Bench", _evaluate, "eval_stbench"),
     "download": Command(
-        *("list or fetch the weights that settings need", "storymem.commands.download:download"),
-        *("download", "storymem.commands.download:DownloadSettings"),
+        *("list or fetch the weights that settings need", "storymem.commands.download:download", "download"),
         flags={"--yes": "dry_run=false"},
     ),
     "benchmark": Command("measure a model at true size, random weights", "storymem.commands.benchmark:main"),
@@ -135,7 +121,7 @@ def run_command(name: str, command: Command) -> None:
         import hydra
 
         arguments = [command.flags.get(argument, argument) for argument in sys.argv[1:]]
-        settings = resolve_name(command.settings)
+        settings = resolve_name(SETTINGS[command.config])
         sys.argv[1:] = hydra_arguments(arguments, command.positional, settings)
         register_defaults()
         try:

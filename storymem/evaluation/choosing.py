@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from storymem.commands.configuration import composed
+from storymem.composition import composed
 from storymem.config import CONFIGS, nearest
 
 _PRIMARY = "eval_stbench"

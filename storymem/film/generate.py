@@ -47,9 +47,9 @@ def generate(
     Raises:
         ValueError: for a mistake in the story or the settings, before anything is generated.
     """
-    from storymem.commands.configuration import composed
-    from storymem.commands.overrides import hydra_arguments
+    from storymem.composition import composed
     from storymem.film.folder import Film
+    from storymem.overrides import hydra_arguments
 
     arguments = [f"model={model}", *overrides, "story=.", "dry_run=false"]
     config = composed("generate", hydra_arguments(arguments, None, GenerateSettings))

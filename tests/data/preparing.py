@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from storymem.commands.configuration import composed
+from storymem.composition import composed
 from storymem.data.cache import LatentCache
 from storymem.training.dataset import SamplePlanner, train_batches
 from storymem.training.settings import BatchSettings

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import storymem.training.callbacks
 import storymem.wan.loading  # noqa: F401  once here, and not in every process that is forked
-from storymem.commands.configuration import composed
+from storymem.composition import composed
 from storymem.data.prepare import prepare
 from tests.data.drawn_clips import FRAMES, HEIGHT, WIDTH, scene, video
 

@@ -18,6 +18,15 @@ from typing import Any
 
 from storymem.config import CONFIGS
 
+#: File in ``configs/`` -> its settings class, "module:name", which is imported when it is needed.
+SETTINGS = {
+    "generate": "storymem.film.settings:GenerateSettings",
+    "prepare_data": "storymem.data.settings:PrepareSettings",
+    "train": "storymem.training.settings:TrainSettings",
+    "eval_stbench": "storymem.evaluation.stbench:EvaluateSettings",
+    "download": "storymem.commands.download:DownloadSettings",
+}
+
 _MISSING = "???"
 
 
@@ -26,12 +35,9 @@ def register_defaults() -> None:
     """Make ``settings/<name>`` available in the defaults lists of ``configs/<name>.yaml``."""
     from hydra.core.config_store import ConfigStore
 
-    from storymem.commands.cli import COMMANDS
-
-    for command in COMMANDS.values():
-        if command.config is not None:
-            node = defaults_of(resolve_name(command.settings))
-            ConfigStore.instance().store(group="settings", name=command.config, node=node, package="_global_")
+    for name, settings in SETTINGS.items():
+        node = defaults_of(resolve_name(settings))
+        ConfigStore.instance().store(group="settings", name=name, node=node, package="_global_")
 
 
 def composed(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
