@@ -122,10 +122,19 @@ def story(folder: Path, text: str) -> Story:
     return load_story(folder / "story.yaml")
 
 
-def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (48, 32)) -> None:
+def plain_image(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (48, 32)) -> None:
     """A plain reference image."""
     Image.new("RGB", size, colour).save(path)
 
+
+TWO_SHOTS = """\
+title: Two
+overview: A short walk.
+scenes:
+  - shots:
+      - {prompt: "A dog walks out of a door."}
+      - {prompt: "The dog looks at a tree.", cut: false}
+"""
 
 FOUR_SHOTS = """\
 title: Four
@@ -153,7 +162,7 @@ def content(folder: Path) -> dict[str, Any]:
     from storymem.media.video import read_video
     from storymem.memory import MemoryBank
 
-    def pictures(ids: Iterable[str]) -> list[bytes]:
+    def image_bytes(ids: Iterable[str]) -> list[bytes]:
         return [read_image(folder / "keyframes" / f"{id}.png").tobytes() for id in ids]
 
     film = Film.open(folder)
@@ -165,8 +174,8 @@ def content(folder: Path) -> dict[str, Any]:
                 "made": (shot.scene, shot.number, shot.prompt, shot.mode, shot.seed, shot.frames, shot.repeated),
                 "frames": read_video(folder / shot.file).tobytes(),
                 "end": film.last_frames(shot.index, 1).tobytes(),
-                "memory": pictures(shot.memory),
-                "keyframes": pictures(keyframe.id for keyframe in shot.keyframes),
+                "memory": image_bytes(shot.memory),
+                "keyframes": image_bytes(keyframe.id for keyframe in shot.keyframes),
             }
             for shot in film.shots
         ],

@@ -24,16 +24,9 @@ from storymem.config import CONFIGS, build_settings
 from storymem.film.settings import GenerateSettings
 from storymem.io import FileError, replacing
 from storymem.weights import MissingWeights
+from tests.stories import TWO_SHOTS
 
 ROOT = Path(__file__).parents[1]
-STORY = """\
-title: Two
-overview: A dog and a tree.
-scenes:
-  - shots:
-      - {prompt: "A dog walks out of a door."}
-      - {prompt: "The dog looks at a tree.", cut: false}
-"""
 
 
 # As a user runs it
@@ -42,7 +35,7 @@ scenes:
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """``scripts/generate.py`` in a folder with a story, on a machine where importing torch fails."""
-    (tmp_path / "story.yaml").write_text(STORY)
+    (tmp_path / "story.yaml").write_text(TWO_SHOTS)
     poison = tmp_path / "poison" / "torch" / "__init__.py"
     poison.parent.mkdir(parents=True)
     poison.write_text("raise ImportError('torch was imported')")
@@ -78,7 +71,7 @@ def test_help_lists_the_groups(run: Callable[..., subprocess.CompletedProcess[st
 def test_a_faulty_story_is_reported_with_its_line(
     run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    (tmp_path / "story.yaml").write_text(STORY.replace("cut: false", "cat: false"))
+    (tmp_path / "story.yaml").write_text(TWO_SHOTS.replace("cut: false", "cat: false"))
     result = run("story.yaml")
     assert result.returncode == 2
     assert "story.yaml:6: shot 2 (scene 1, shot 2): unknown key cat" in result.stderr
@@ -97,7 +90,7 @@ def test_missing_weights_are_reported_all_at_once(run: Callable[..., subprocess.
     assert "69 GB" in result.stderr
 
 
-def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
     command = f"{shlex.quote(sys.executable)} {ROOT / 'scripts' / 'generate.py'} --help | head -n 0"
     shell = ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"]
     result = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
@@ -116,7 +109,7 @@ def test_the_whole_configuration_can_be_printed(run: Callable[..., subprocess.Co
     assert "hydra" not in config
 
 
-def test_a_script_outside_the_environment_says_how_to_activate_it() -> None:
+def test_a_script_outside_the_environment_prints_how_to_activate_it() -> None:
     for name in ("generate", "prepare_data", "train", "eval_stbench", "benchmark"):
         result = subprocess.run(
             [sys.executable, "-S", str(ROOT / "scripts" / f"{name}.py")],
@@ -263,7 +256,7 @@ def test_faults_of_the_program_keep_their_traceback(script: Callable[..., tuple[
         script("a.yaml", main=fail)
 
 
-def test_stopping_is_no_fault(script: Callable[..., tuple[int, str]]) -> None:
+def test_an_interrupt_is_not_an_error(script: Callable[..., tuple[int, str]]) -> None:
     def stop(config: Any) -> None:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Every file below ``configs/`` is composed and built, so that none can rot; a new file is covered at once."""
+"""Every file below ``configs/`` is composed and built, so that a new file is covered at once."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_group_is_built_in_a_test() -> None:
     groups = {path.relative_to(CONFIGS).parts[0] for path in CONFIGS.rglob("*/*.yaml")}
     assert groups >= BUILT_HERE
     unknown = groups - BUILT_HERE - BUILT_ELSEWHERE.keys()
-    assert not unknown, f"say here where the files of configs/{'|'.join(unknown)} are built, and build them"
+    assert not unknown, f"list here where the files of configs/{'|'.join(unknown)} are built, and build them"
 
 
 @pytest.mark.parametrize("file", sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")))
@@ -141,7 +141,7 @@ def test_samplers(name: str) -> None:
 def test_runtimes(name: str) -> None:
     runtime = generate_settings("model=wan2.2-a14b", f"runtime={name}").runtime
     assert runtime.threads is None
-    assert runtime.precision == "as_is", "no preset trades the picture for memory"
+    assert runtime.precision == "as_is", "no preset trades quality for VRAM"
 
 
 @pytest.mark.parametrize(("name", "card"), [("gpu-24gb", 24), ("gpu-32gb", 32), ("gpu-80gb", 80)])
@@ -195,7 +195,7 @@ def test_the_embedded_default_builds_a_storyteller() -> None:
     assert teller.continuity == "mi2v"
     kept = set(teller.config)
     assert {"model", "sampler", "memory", "scorer", "continuity", "first_shot", "seed"} <= kept
-    assert not kept & {"story", "output", "resume", "dry_run", "runtime"}, "they have no say in the film"
+    assert not kept & {"story", "output", "resume", "dry_run", "runtime"}, "they do not influence the film"
 
 
 def test_unknown_keys_of_a_target_are_refused() -> None:

@@ -125,18 +125,9 @@ def use_video(folder: Path, _: Any) -> Any:
 
 # --- films ----------------------------------------------------------------------------------------------------------
 
-TWO_SHOTS = """\
-title: Two
-overview: A short walk.
-scenes:
-  - shots:
-      - {prompt: "A dog walks out of a door."}
-      - {prompt: "The dog looks at a tree.", cut: false}
-"""
-
 
 def make_film(folder: Path) -> None:
-    stories.storyteller().tell(stories.story(folder, TWO_SHOTS), folder / "film")
+    stories.storyteller().tell(stories.story(folder, stories.TWO_SHOTS), folder / "film")
 
 
 def use_film(folder: Path, _: Any, resume: str = "auto") -> Any:

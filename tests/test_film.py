@@ -1,4 +1,4 @@
-"""A film's folder: whose it is, what ``film.json`` may hold, edited and damaged files, full disks, signals."""
+"""A film's folder: what may be one, what ``film.json`` may hold, edited and damaged files, full disks, signals."""
 
 from __future__ import annotations
 
@@ -25,16 +25,7 @@ from storymem.film.storyboard import storyboard
 from storymem.io import FileError
 from storymem.media.video import probe, read_video, write_video
 from tests.composing import SMALL, composed
-from tests.stories import content, files, single_thread, story, storyteller
-
-TWO_SHOTS = """\
-title: Two
-overview: A short walk.
-scenes:
-  - shots:
-      - {prompt: "A dog walks out of a door."}
-      - {prompt: "The dog looks at a tree.", cut: false}
-"""
+from tests.stories import TWO_SHOTS, content, files, single_thread, story, storyteller
 
 
 @pytest.fixture(scope="module")

@@ -48,14 +48,14 @@ def test_several_stories_are_several_films_in_one_folder(two_stories: Path) -> N
     assert all(len(film.shots) == 2 and film.video is not None for film in films)
 
 
-def test_a_folder_stands_for_its_stories(two_stories: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_means_all_its_stories(two_stories: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert several("dry_run=true", story="stories") == []
-    said = capsys.readouterr().out
-    assert said.index("films/blue") < said.index("films/red")
+    printed = capsys.readouterr().out
+    assert printed.index("films/blue") < printed.index("films/red")
     assert [path.name for path in two_stories.iterdir()] == ["stories"]
 
 
-def test_all_stories_are_checked_before_the_first_is_filmed(two_stories: Path) -> None:
+def test_all_stories_are_checked_before_the_first_film_is_generated(two_stories: Path) -> None:
     for name in ("Green", "Grey"):
         (two_stories / "stories" / f"{name}.yaml").write_text(f"title: {name}\nscenes: 3\n")
     with pytest.raises(ValueError, match=r"(?s)Green\.yaml.*Grey\.yaml"):
@@ -66,7 +66,7 @@ def test_all_stories_are_checked_before_the_first_is_filmed(two_stories: Path) -
         several(story="stories")
     with pytest.raises(ValueError, match="resume=from_shot:2 is for one story, not for 2"):
         several("resume=from_shot:2")
-    with pytest.raises(ValueError, match="no story was named"):
+    with pytest.raises(ValueError, match="no story is given"):
         several(story="[]")
     assert not (two_stories / "films").exists()
 
@@ -146,7 +146,7 @@ def test_where_a_film_is_computed_is_not_recorded() -> None:
 @pytest.mark.parametrize(
     "override", ["runtime.precision=int8", "runtime.cache=taylor", "runtime.attention=sage", "sampler.steps=3"]
 )
-def test_what_changes_the_picture_is_recorded(override: str) -> None:
+def test_runtime_settings_that_change_the_film_are_recorded(override: str) -> None:
     assert recorded(override) != recorded()
 
 
@@ -160,7 +160,7 @@ def test_other_weights_under_the_same_name_are_another_film(tmp_path: Path) -> N
         return build_storyteller(build_settings(GenerateSettings, made), made).config
 
     before = config()
-    (tmp_path / "model" / "README.md").write_text("says more")
+    (tmp_path / "model" / "README.md").write_text("a longer text")
     assert config() == before
     file.write_bytes(b"new")
     (line,) = differences(before, config())
@@ -171,7 +171,7 @@ def test_other_weights_under_the_same_name_are_another_film(tmp_path: Path) -> N
 
 
 def moving(*, references: bool = False, shot_references: bool = False) -> Story:
-    pictures = (Path("a.png"),)
+    images = (Path("a.png"),)
     shots = tuple(
         Shot(
             prompt="A dog.",
@@ -179,11 +179,11 @@ def moving(*, references: bool = False, shot_references: bool = False) -> Story:
             scene=1,
             number=index + 1,
             index=index,
-            references=pictures if shot_references and index == 0 else (),
+            references=images if shot_references and index == 0 else (),
         )
         for index, cut in enumerate([True, False, True])
     )
-    dog = Character(name="Dog", references=pictures if references else ())
+    dog = Character(name="Dog", references=images if references else ())
     return Story(title="t", overview="o", characters=(dog,), scenes=(Scene(number=1, shots=shots),))
 
 
@@ -210,8 +210,8 @@ def test_only_shots_that_continue_are_given_frames(continuity: str, expected: li
     ],
 )
 def test_the_first_shot(first_shot: str, references: bool, shot_references: bool, expected: str) -> None:
-    told = moving(references=references, shot_references=shot_references)
-    assert modes(told, first_shot=first_shot) == [expected, "mi2v", "m2v"]
+    loaded = moving(references=references, shot_references=shot_references)
+    assert modes(loaded, first_shot=first_shot) == [expected, "mi2v", "m2v"]
 
 
 def test_given_frames_are_those_of_the_paper() -> None:
@@ -220,12 +220,13 @@ def test_given_frames_are_those_of_the_paper() -> None:
 
 def test_every_shot_too_short_is_named() -> None:
     """Two shots of five frames: enough after one given frame, too few after five."""
-    told = moving()
-    short = replace(told, scenes=(replace(told.scenes[0], shots=tuple(replace(s, frames=5) for s in told.shots)),))
+    loaded = moving()
+    shots = tuple(replace(shot, frames=5) for shot in loaded.shots)
+    short = replace(loaded, scenes=(replace(loaded.scenes[0], shots=shots),))
     check_lengths(short, frames=9, continuity="mi2v", first_shot="auto")
     with pytest.raises(ValueError, match=r"shot 2 \(scene 1, shot 2\) has 5 frames.*mm2v.*at least 9") as error:
         check_lengths(short, frames=9, continuity="mm2v", first_shot="auto")
     assert len(str(error.value).splitlines()) == 1
     with pytest.raises(ValueError, match=r"(?s)shot 1 .*shot 2 .*shot 3 ") as error:
-        check_lengths(told, frames=1, continuity="none", first_shot="auto")
+        check_lengths(loaded, frames=1, continuity="none", first_shot="auto")
     assert len(str(error.value).splitlines()) == 3

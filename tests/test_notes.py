@@ -1,4 +1,4 @@
-"""What a model does not read of a story is reported in the plan and at the start of a run."""
+"""The plan and the start of a run report what a model does not read of a story."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from toyworld.text import write_known_words
 
 ROOT = Path(__file__).parents[1]
 LONG = "Ada waits in the desert at noon. " * 20
-TOLD = """\
-title: Told
+TWO_PROMPTS = """\
+title: Two
 overview: A walk.
 scenes:
   - shots:
@@ -27,26 +27,26 @@ scenes:
 """
 
 
-def remarks(folder: Path, *prompts: str, model: str = "toy", overrides: tuple[str, ...] = ()) -> list[str]:
+def notes(folder: Path, *prompts: str, model: str = "toy", overrides: tuple[str, ...] = ()) -> list[str]:
     settings = generate_settings(f"model={model}", *overrides)
-    told = story(folder, TOLD.format(*prompts))
-    return text_notes(told, TextReader.of(settings.model), settings.sampler, model=model)
+    loaded = story(folder, TWO_PROMPTS.format(*prompts))
+    return text_notes(loaded, TextReader.of(settings.model), settings.sampler, model=model)
 
 
-def test_what_is_read_whole_is_not_spoken_of(tmp_path: Path) -> None:
-    assert remarks(tmp_path, "Ada waits in the desert at noon. Medium shot.", "Close-up. Ada turns.") == []
+def test_prompts_that_are_read_whole_give_no_notes(tmp_path: Path) -> None:
+    assert notes(tmp_path, "Ada waits in the desert at noon. Medium shot.", "Close-up. Ada turns.") == []
 
 
 @pytest.mark.parametrize("model", ["toy", "tiny"])
-def test_the_end_of_a_prompt_that_is_cut_is_told_with_its_shot(tmp_path: Path, model: str) -> None:
+def test_the_truncated_end_of_a_prompt_is_reported_with_its_shot(tmp_path: Path, model: str) -> None:
     overrides = ("sampler.negative_prompt=''",)
-    (cut,) = remarks(tmp_path, "Ada waits.", f"{LONG}Ada turns to the left.", model=model, overrides=overrides)
+    (cut,) = notes(tmp_path, "Ada waits.", f"{LONG}Ada turns to the left.", model=model, overrides=overrides)
     assert cut.startswith("shot 2 (scene 1, shot 2): the prompt has ")
-    assert f"and {model} reads {80 if model == 'toy' else 128}: not read is" in cut
+    assert f"and {model} reads {80 if model == 'toy' else 128}; it does not read " in cut
     assert "Ada turns to the left." in cut
 
 
-def test_the_words_that_are_cut_are_those_beyond_the_limit(tmp_path: Path) -> None:
+def test_the_words_beyond_the_limit_are_truncated(tmp_path: Path) -> None:
     reader = TextReader.of(generate_settings("model=toy").model)
     assert reader is not None
     words = ["Ada", "waits", "in", "the", "desert", "at", "noon."]
@@ -56,19 +56,19 @@ def test_the_words_that_are_cut_are_those_beyond_the_limit(tmp_path: Path) -> No
     assert reader.read(cut).cut == cut.split()[-1]
 
 
-def test_texts_without_spaces_are_cut_within() -> None:
+def test_texts_without_spaces_are_truncated_at_characters() -> None:
     reader = TextReader.of(generate_settings("model=tiny").model)
     assert reader is not None
     text = "林黛玉在花园里走路" * 9  # three bytes a character, each a token
     assert reader.read(text).cut == text[-38:]
 
 
-def test_negative_prompts_are_read_where_there_is_guidance(tmp_path: Path) -> None:
+def test_negative_prompts_are_checked_if_guidance_is_used(tmp_path: Path) -> None:
     negative = f"sampler.negative_prompt={LONG}"
-    (cut,) = remarks(tmp_path, "Ada waits.", "Ada turns.", overrides=(negative,))
+    (cut,) = notes(tmp_path, "Ada waits.", "Ada turns.", overrides=(negative,))
     assert cut.startswith("sampler.negative_prompt has ")
     assert (
-        remarks(
+        notes(
             tmp_path,
             "Ada waits.",
             "Ada turns.",
@@ -76,39 +76,39 @@ def test_negative_prompts_are_read_where_there_is_guidance(tmp_path: Path) -> No
         )
         == []
     )
-    own = TOLD.replace('"{1}"', f'"Ada.", negative_prompt: "{LONG}"')
+    own = TWO_PROMPTS.replace('"{1}"', f'"Ada.", negative_prompt: "{LONG}"')
     settings = generate_settings("model=toy", "sampler.negative_prompt=''")
-    told = story(tmp_path, own.format("Ada waits."))
-    (cut,) = text_notes(told, TextReader.of(settings.model), settings.sampler, model="toy")
+    loaded = story(tmp_path, own.format("Ada waits."))
+    (cut,) = text_notes(loaded, TextReader.of(settings.model), settings.sampler, model="toy")
     assert cut.startswith("shot 2 (scene 1, shot 2): the negative prompt has ")
 
 
-def test_words_that_the_model_does_not_know_are_told_with_near_ones(tmp_path: Path) -> None:
-    unknown, known = remarks(tmp_path, "A woman in a red coat walked.", "Ada jumped over 3 tents; é!")
+def test_unknown_words_are_reported_with_similar_ones(tmp_path: Path) -> None:
+    unknown, known = notes(tmp_path, "A woman in a red coat walked.", "Ada jumped over 3 tents; é!")
     assert unknown.startswith("words that toy does not know: woman, coat, walked (walks?), jumped (jump?), over")
     assert unknown.endswith("; in shot 1 (scene 1, shot 1), shot 2 (scene 1, shot 2)")
     for sign in ("3", ";", "é", "!", "tents (tent?)"):
         assert f", {sign}" in unknown
-    assert "model=wan2.2-a14b is for any" in known
+    assert "model=wan2.2-a14b knows all words" in known
     assert ", Ada, " in known
-    assert not any("does not know" in line for line in remarks(tmp_path, "A woman.", "3 tents", model="tiny"))
+    assert not any("does not know" in line for line in notes(tmp_path, "A woman.", "3 tents", model="tiny"))
 
 
-def test_many_remarks_are_shortened_and_counted(tmp_path: Path) -> None:
+def test_long_lists_of_notes_are_shortened_and_counted(tmp_path: Path) -> None:
     shots = "".join(f'      - {{prompt: "{LONG}"}}\n' for _ in range(30))
     settings = generate_settings("model=toy")
-    told = story(tmp_path, f"title: T\noverview: O\nscenes:\n  - shots:\n{shots}")
-    lines = text_notes(told, TextReader.of(settings.model), settings.sampler, model="toy")
-    assert (len(lines), lines[-1]) == (21, "10 more texts are cut")
+    loaded = story(tmp_path, f"title: T\noverview: O\nscenes:\n  - shots:\n{shots}")
+    lines = text_notes(loaded, TextReader.of(settings.model), settings.sampler, model="toy")
+    assert (len(lines), lines[-1]) == (21, "10 more texts are truncated")
 
 
-def test_the_words_known_are_those_of_the_sentences_trained_on(tmp_path: Path) -> None:
+def test_the_known_words_are_those_of_the_training_captions(tmp_path: Path) -> None:
     write_known_words(tmp_path)
     assert (tmp_path / KNOWN_WORDS).read_text() == (WEIGHTS / "tokenizer" / KNOWN_WORDS).read_text()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
-def test_an_example_is_for_the_embedded_model_or_says_for_which(path: Path) -> None:
+def test_an_example_is_for_the_embedded_model_or_names_its_model(path: Path) -> None:
     settings = generate_settings("model=toy")
     lines = text_notes(load_story(path), TextReader.of(settings.model), settings.sampler, model="toy")
     for_another = path.read_text().startswith("# For model=wan2.2-a14b")
@@ -118,17 +118,17 @@ def test_an_example_is_for_the_embedded_model_or_says_for_which(path: Path) -> N
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "st_bench" / "toy").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_toy_stories_are_read_whole(path: Path) -> None:
+def test_the_toy_stories_give_no_notes(path: Path) -> None:
     settings = generate_settings("model=toy")
     assert text_notes(load_story(path), TextReader.of(settings.model), settings.sampler, model="toy") == []
 
 
-def test_the_plan_and_the_run_say_it(
+def test_the_plan_and_the_run_print_notes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = story(tmp_path, TOLD.format(f"{LONG}THE END", "A woman waits."))
-    config = composed(f"story={told.source}", "model=tiny", "sampler.steps=1", "model.video.frames=5", "output=film")
+    loaded = story(tmp_path, TWO_PROMPTS.format(f"{LONG}THE END", "A woman waits."))
+    config = composed(f"story={loaded.source}", "model=tiny", "sampler.steps=1", "model.video.frames=5", "output=film")
     generate_films(config | {"dry_run": True})
     plan = capsys.readouterr()
     (line,) = [line for line in plan.out.splitlines() if line.startswith("note     shot 1 (scene 1, shot 1): ")]
@@ -136,14 +136,16 @@ def test_the_plan_and_the_run_say_it(
     monkeypatch.setattr("storymem.film.generate.build_generator", lambda settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate_films(config)
-    assert line.removeprefix("note     ") in capsys.readouterr().err.splitlines(), "said before anything is made"
+    assert line.removeprefix("note     ") in capsys.readouterr().err.splitlines(), (
+        "printed before anything is generated"
+    )
 
 
-def test_a_plan_without_weights_says_that_nothing_was_counted(
+def test_a_plan_without_weights_notes_that_tokens_are_not_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    told = story(tmp_path, TOLD.format("Ada waits.", "Ada turns."))
+    loaded = story(tmp_path, TWO_PROMPTS.format("Ada waits.", "Ada turns."))
     with pytest.raises(ValueError, match="not ready"):
-        generate_films(composed(f"story={told.source}", "model=wan2.2-a14b", "runtime=cpu", "dry_run=true"))
+        generate_films(composed(f"story={loaded.source}", "model=wan2.2-a14b", "runtime=cpu", "dry_run=true"))
     assert "prompts are not counted: the tokenizer of wan2.2-a14b is not on this machine" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The plan of a film: what a dry run says, and that it only says."""
+"""The plan of a film: what a dry run prints, and that it does nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from storymem.story import Story
 from storymem.wan.estimate import estimate_shot, forward_flops
 from storymem.wan.segments import memory_joint
 from tests.composing import composed, generate_settings
-from tests.stories import picture, story
+from tests.stories import plain_image, story
 
 FIVE_SHOTS = """\
 title: Five
@@ -51,18 +51,18 @@ def column(plan: str, number: int) -> list[str]:
     return [row[number] for row in rows(plan)]
 
 
-def planned(told: Story, *overrides: str, folder: str = "film") -> str:
+def planned(loaded: Story, *overrides: str, folder: str = "film") -> str:
     model = [] if any(override.startswith("model=") for override in overrides) else ["model=tiny"]
-    return make_plan(told, generate_settings(*model, *overrides), Path(folder))[0]
+    return make_plan(loaded, generate_settings(*model, *overrides), Path(folder))[0]
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     tmp_path: Path, five: Story, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert generate(composed(f"story={five.source}", "dry_run=true", "output=out/film")) == []
-    said = capsys.readouterr().out
-    assert said.startswith("Five: 5 shots in 2 scenes, ")
-    assert "out/film" in said
+    printed = capsys.readouterr().out
+    assert printed.startswith("Five: 5 shots in 2 scenes, ")
+    assert "out/film" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["story.yaml"]
 
 
@@ -95,13 +95,13 @@ def test_memory_grows_to_its_capacity(five: Story) -> None:
 
 def test_references_are_memory_from_the_beginning(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
-        picture(tmp_path / name, (9, 9, 9))
+        plain_image(tmp_path / name, (9, 9, 9))
     text = FIVE_SHOTS.replace("scenes:", "characters:\n  - {name: Dog, references: [a.png, b.png]}\nscenes:", 1)
-    told = story(tmp_path, text.replace("frames: 9", "references: [c.png]"))
-    plan = planned(told)
+    loaded = story(tmp_path, text.replace("frames: 9", "references: [c.png]"))
+    plan = planned(loaded)
     assert column(plan, 2)[0] == "m2v"
     assert column(plan, 4) == ["2", "5", "9", "10", "10"]
-    assert column(planned(told, "first_shot=t2v"), 4) == ["0", "5", "9", "10", "10"]
+    assert column(planned(loaded, "first_shot=t2v"), 4) == ["0", "5", "9", "10", "10"]
 
 
 def test_tokens_and_operations_are_those_of_the_denoiser(five: Story) -> None:
@@ -143,7 +143,7 @@ def test_cached_memory_is_computed_once_and_its_size_is_reported(five: Story) ->
 
 
 @pytest.mark.parametrize("mode", ["joint", "cached"])
-def test_every_second_pass_without_memory_is_of_the_shot_alone(five: Story, mode: str) -> None:
+def test_every_second_pass_without_memory_counts_only_the_shot(five: Story, mode: str) -> None:
     chosen = ("model=wan2.2-a14b", f"model.memory_attention={mode}", "model.adapter=null", "runtime=cpu")
     shots, plain = (
         rows(planned(five, *chosen, f"sampler.negative_sees_memory={value}")) for value in ("false", "true")

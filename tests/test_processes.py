@@ -29,11 +29,11 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """What the processes left: files, exit statuses by scenario, and all that they said."""
+    """What the processes left: files, exit statuses by scenario, and all that they printed."""
 
     folder: Path
     statuses: dict[str, list[int]]
-    said: str
+    stderr: str
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Left:
     command = [sys.executable, "-m", "tests.processes", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
-    return Left(folder=folder, statuses=json.loads((folder / "statuses.json").read_text()), said=done.stderr)
+    return Left(folder=folder, statuses=json.loads((folder / "statuses.json").read_text()), stderr=done.stderr)
 
 
 @cache
@@ -53,14 +53,14 @@ def alone(case: processes.Case) -> dict[str, Tensor]:
 
 
 def test_all_shots_were_made(left: Left) -> None:
-    assert [*left.statuses["two"], *left.statuses["four"]] == [0] * 6, left.said
+    assert [*left.statuses["two"], *left.statuses["four"]] == [0] * 6, left.stderr
 
 
 @pytest.mark.parametrize("name", processes.CASES)
 def test_latents_are_those_of_one_process(left: Left, name: str) -> None:
     case = processes.CASES[name]
     expected = alone(case.alone)
-    assert (expected["32_0"] - expected["32_3"]).abs().max() > 1e-3, "memory must matter for this to say anything"
+    assert (expected["32_0"] - expected["32_3"]).abs().max() > 1e-3, "memory must matter for this test to show anything"
     for rank in range(case.world):
         found = load_file(left.folder / f"{name}_{rank}.safetensors")
         shots = [shot for shot in found if not shot.startswith("work")]
@@ -81,7 +81,7 @@ def test_each_process_does_its_part_of_the_work_and_no_more(left: Left, name: st
 
 @pytest.mark.parametrize("method", ["ulysses", "ring"])
 def test_every_layout_shares_its_tokens(left: Left, method: str) -> None:
-    assert left.statuses[method] == [0, 0], left.said
+    assert left.statuses[method] == [0, 0], left.stderr
     expected = processes.layout_predictions()
     for rank in range(2):
         found = load_file(left.folder / f"layouts_{method}_{rank}.safetensors")
@@ -97,7 +97,7 @@ def test_a_call_without_guidance_is_refused_where_guidance_is_divided(left: Left
 
 def test_a_film_by_two_is_that_of_one(left: Left, tmp_path: Path) -> None:
     assert left.statuses["film"] == [0, 0]
-    same_film(left.folder / "whole" / "film", told_alone(tmp_path))
+    same_film(left.folder / "whole" / "film", made_alone(tmp_path))
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -106,20 +106,20 @@ def test_a_killed_process_ends_the_other_and_the_film_goes_on(left: Left, tmp_pa
     assert statuses[killed] == -signal.SIGKILL
     assert statuses[1 - killed] == 1
     assert left.statuses[f"resumed_{killed}"] == [0, 0]
-    same_film(left.folder / f"killed_{killed}" / "film", told_alone(tmp_path))
+    same_film(left.folder / f"killed_{killed}" / "film", made_alone(tmp_path))
 
 
-def test_the_loss_of_a_process_is_told_once(left: Left) -> None:
-    assert left.said.count(LOST) == 2, "once for each of two films"
+def test_the_loss_of_a_process_is_reported_once(left: Left) -> None:
+    assert left.stderr.count(LOST) == 2, "once for each of two films"
 
 
-def test_a_mistake_that_the_first_finds_lets_the_others_go(left: Left) -> None:
+def test_a_mistake_found_by_the_first_process_ends_the_others(left: Left) -> None:
     assert left.statuses["unfit"] == [1, 0]
     assert (left.folder / "dismissed_1").exists()
-    assert left.said.count("ValueError: found by the first process") == 1
+    assert left.stderr.count("ValueError: found by the first process") == 1
 
 
-def test_torchrun_makes_a_film_and_speaks_once(tmp_path: Path) -> None:
+def test_torchrun_makes_a_film_and_prints_its_path_once(tmp_path: Path) -> None:
     (tmp_path / "story.yaml").write_text(stories.FOUR_SHOTS)
     overrides = ["model=tiny", "runtime=cpu", "runtime.guidance_parallel=true", "sampler.steps=1", "output=film"]
     command = [
@@ -154,10 +154,10 @@ def test_teams_make_films_at_the_same_time(tmp_path: Path) -> None:
     assert done.stderr.count("2 processes: prompt and negative prompt at the same time") == 2, "one line a team"
 
 
-def told_alone(folder: Path) -> Path:
-    """The film as one process tells it."""
-    told = stories.story(folder, stories.FOUR_SHOTS)
-    return stories.storyteller().tell(told, folder / "film").folder
+def made_alone(folder: Path) -> Path:
+    """The film that one process makes."""
+    story = stories.story(folder, stories.FOUR_SHOTS)
+    return stories.storyteller().tell(story, folder / "film").folder
 
 
 def same_film(one: Path, other: Path) -> None:

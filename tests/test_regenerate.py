@@ -29,7 +29,7 @@ from storymem.scorers.scorer import NoQuality
 from storymem.stopping import Stopped
 from storymem.story import Story
 from storymem.wan.shots import OnStep, ShotRequest
-from tests.stories import CountingGenerator, content, files, picture, story, storyteller
+from tests.stories import CountingGenerator, content, files, plain_image, story, storyteller
 
 TEXT = """\
 title: Three
@@ -48,7 +48,7 @@ scenes:
 def write_story(folder: Path, text: str = TEXT) -> Story:
     folder.mkdir(exist_ok=True)
     for name, colour in {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}.items():
-        picture(folder / f"{name}.png", colour)
+        plain_image(folder / f"{name}.png", colour)
     return story(folder, text)
 
 
@@ -134,7 +134,7 @@ def test_a_failure_leaves_the_film_as_it_was(made: Path, where: str) -> None:
 
 @pytest.mark.parametrize("file", ["film.json", "4.png", "ref_mine_1.png", "ref_mine_1.safetensors", "memory.json.next"])
 def test_a_full_disk_leaves_the_film_as_it_was(made: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture(made / "film" / "mine.jpg", (9, 9, 9))
+    plain_image(made / "film" / "mine.jpg", (9, 9, 9))
     edit_memory(made, lambda entries: entries.append({"image": "mine.jpg"}))
     before, write = files(made / "film"), Path.write_bytes
 
@@ -266,9 +266,9 @@ def test_references_follow_the_story_and_nothing_else_changes(made: Path) -> Non
 
 
 def test_a_changed_reference_image_is_read_again(made: Path) -> None:
-    told = write_story(made)
+    loaded = write_story(made)
     Image.new("RGB", (96, 64), (7, 7, 7)).save(made / "red.png")
-    film = storyteller().tell(told, made / "film", resume="from_shot:2")
+    film = storyteller().tell(loaded, made / "film", resume="from_shot:2")
     bank = MemoryBank.load(film.folder)
     assert (bank[film.shots[1].memory[0]].image == 7).all()
     assert film.shots[0].memory[0] != film.shots[1].memory[0]
@@ -334,7 +334,7 @@ def test_a_replaced_reference_stays(
     made: Path, resume: str, size: tuple[int, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = made / "film" / "keyframes" / "ref_dog_1.png"
-    picture(path, (9, 9, 9), size=size)
+    plain_image(path, (9, 9, 9), size=size)
     painted = path.read_bytes()
     film = regenerate(made, resume=resume)
     assert "keyframes/ref_dog_1.png is not the image that memory.json was written with" in caplog.text
@@ -351,7 +351,7 @@ def test_a_replaced_reference_stays(
 
 def test_added_images_are_fitted_and_recalled(made: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, size in {"tall.jpg": (30, 90), "large.png": (960, 640), "dot.png": (1, 1)}.items():
-        picture(made / "film" / name, (9, 9, 9), size=size)
+        plain_image(made / "film" / name, (9, 9, 9), size=size)
     added = [{"image": "tall.jpg"}, {"image": "large.png", "shot": 3}, {"image": "dot.png", "character": "Dog"}]
     edit_memory(made, lambda entries: entries.extend(added))
     film = regenerate(made)
@@ -365,7 +365,7 @@ def test_added_images_are_fitted_and_recalled(made: Path, caplog: pytest.LogCapt
 
 
 def test_an_added_image_that_is_not_recalled_is_reported(made: Path, caplog: pytest.LogCaptureFixture) -> None:
-    picture(made / "film" / "mine.png", (9, 9, 9))
+    plain_image(made / "film" / "mine.png", (9, 9, 9))
     edit_memory(made, lambda entries: entries.insert(2, {"image": "mine.png"}))
     regenerate(made, resume="from_shot:3", teller=storyteller(seed=7, recall=SinkAndRecent(capacity=2, sink=1)))
     assert "ref_mine_1, added or replaced by the user, not recalled for shot 3 (scene 2, shot 1)" in caplog.text
@@ -439,5 +439,5 @@ def test_tensors_in_memory_that_are_not_finite_are_reported(made: Path) -> None:
         with pytest.raises(NotFiniteError, match=rf"the {name} in .*ref_dog_1\.safetensors: NaN"):
             regenerate(made)
         assert files(made / "film") == before
-    edit_memory(made, lambda entries: entries[0].pop("sha256"))  # as the message says
+    edit_memory(made, lambda entries: entries[0].pop("sha256"))  # as the message advises
     regenerate(made)

@@ -1,4 +1,4 @@
-"""``kill -9`` at any moment loses at most the shot in the making, and the film comes out the same in the end."""
+"""``kill -9`` at any moment loses at most the shot in the making, and the finished film is the same."""
 
 from __future__ import annotations
 
@@ -123,10 +123,10 @@ def test_a_killed_film_is_resumed_and_ends_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("continuity", "first"), [("none", 1), ("mi2v", 3), ("mm2v", 5)])
 def test_killed_before_a_change_of_a_file_nothing_is_lost(tmp_path: Path, continuity: str, first: int) -> None:
     single_thread()
-    told = story(tmp_path, THREE_SHOTS)
+    loaded = story(tmp_path, THREE_SHOTS)
 
     def tell(name: str, *, seed: int = 0, resume: str = "auto") -> Callable[[], Any]:
-        return lambda: storyteller(continuity, seed=seed).tell(told, tmp_path / name, resume=resume)
+        return lambda: storyteller(continuity, seed=seed).tell(loaded, tmp_path / name, resume=resume)
 
     assert in_a_child(tell("whole")) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
@@ -159,19 +159,19 @@ def test_killed_before_a_change_of_a_file_nothing_is_lost(tmp_path: Path, contin
 
 def test_a_second_process_on_one_folder_is_refused(tmp_path: Path) -> None:
     single_thread()
-    told = story(tmp_path, FOUR_SHOTS)
+    loaded = story(tmp_path, FOUR_SHOTS)
     child = os.fork()
     if child == 0:
         try:
-            storyteller("none").tell(told, tmp_path / "film")
+            storyteller("none").tell(loaded, tmp_path / "film")
         finally:
             os._exit(0)
     try:
         while not (tmp_path / "film" / "film.json").exists():
             time.sleep(0.01)
         with pytest.raises(FileError, match="another process is making the film"):
-            storyteller("none").tell(told, tmp_path / "film")
+            storyteller("none").tell(loaded, tmp_path / "film")
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert storyteller("none").tell(told, tmp_path / "film").video is not None
+    assert storyteller("none").tell(loaded, tmp_path / "film").video is not None

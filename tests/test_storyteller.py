@@ -17,12 +17,12 @@ from storymem.film.settings import parse_resume
 from storymem.media.video import read_video
 from storymem.memory import CharacterFirst, ComingShot, Keyframe, KeyframeSelector, MemoryBank, SinkAndRecent
 from storymem.scorers.aesthetic import AestheticScorer
-from tests.stories import CLIP, FOUR_SHOTS, MODEL, content, picture, story, storyteller
+from tests.stories import CLIP, FOUR_SHOTS, MODEL, content, plain_image, story, storyteller
 
 
 def test_a_story_becomes_a_film(tmp_path: Path) -> None:
-    teller, told = storyteller("mi2v"), story(tmp_path, FOUR_SHOTS)
-    film = teller.tell(told, tmp_path / "film")
+    teller, loaded = storyteller("mi2v"), story(tmp_path, FOUR_SHOTS)
+    film = teller.tell(loaded, tmp_path / "film")
     assert film.video is not None
     assert [shot.mode for shot in film.shots] == ["t2v", "mi2v", "m2v", "mi2v"]
     assert [shot.frames for shot in film.shots] == [9, 8, 9, 8]
@@ -43,8 +43,8 @@ def test_a_story_becomes_a_film(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("continuity", "given"), [("none", 0), ("mi2v", 1), ("mm2v", 5)])
 def test_a_continued_shot_begins_with_the_end_of_the_one_before(tmp_path: Path, continuity: str, given: int) -> None:
-    teller, told = storyteller(continuity), story(tmp_path, FOUR_SHOTS)
-    film = teller.tell(told, tmp_path / "film")
+    teller, loaded = storyteller(continuity), story(tmp_path, FOUR_SHOTS)
+    film = teller.tell(loaded, tmp_path / "film")
     asked = teller.generator.requests
     assert [len(request.given) for request in asked] == [0, given, 0, given]
     if given:
@@ -104,9 +104,9 @@ def test_frames_of_low_quality_do_not_become_keyframes(tmp_path: Path) -> None:
 
 
 def test_references_are_the_first_memory(tmp_path: Path) -> None:
-    picture(tmp_path / "red.png", (255, 0, 0), size=(96, 32))
-    picture(tmp_path / "green.png", (0, 255, 0))
-    picture(tmp_path / "blue.png", (0, 0, 255))
+    plain_image(tmp_path / "red.png", (255, 0, 0), size=(96, 32))
+    plain_image(tmp_path / "green.png", (0, 255, 0))
+    plain_image(tmp_path / "blue.png", (0, 0, 255))
     text = FOUR_SHOTS.replace(
         "scenes:",
         "characters:\n  - {name: Dog, references: [red.png, green.png]}\nscenes:",
@@ -128,26 +128,26 @@ def test_references_are_the_first_memory(tmp_path: Path) -> None:
 
 
 def test_first_shot_by_text_has_networks_of_its_own_unless_the_model_has_none(tmp_path: Path) -> None:
-    told = story(tmp_path, FOUR_SHOTS)
-    own = storyteller().tell(told, tmp_path / "own")
-    shared = storyteller(model=replace(MODEL, has_text_to_video=False)).tell(told, tmp_path / "shared")
+    loaded = story(tmp_path, FOUR_SHOTS)
+    own = storyteller().tell(loaded, tmp_path / "own")
+    shared = storyteller(model=replace(MODEL, has_text_to_video=False)).tell(loaded, tmp_path / "shared")
     assert own.shots[0].mode == shared.shots[0].mode == "t2v"
     assert (read_video(own.folder / own.shots[0].file) != read_video(shared.folder / shared.shots[0].file)).any()
 
 
-def test_the_same_command_again_makes_nothing(tmp_path: Path) -> None:
-    told = story(tmp_path, FOUR_SHOTS)
-    before = storyteller().tell(told, tmp_path / "film")
+def test_the_same_command_again_generates_nothing(tmp_path: Path) -> None:
+    loaded = story(tmp_path, FOUR_SHOTS)
+    before = storyteller().tell(loaded, tmp_path / "film")
     stamp = before.video.stat().st_mtime_ns
     teller = storyteller()
-    after = teller.tell(told, tmp_path / "film")
+    after = teller.tell(loaded, tmp_path / "film")
     assert teller.generator.requests == []
     assert teller.generator.encoded_texts == []
     assert after.video.stat().st_mtime_ns == stamp
 
 
 def test_a_changed_story_is_refused_with_what_changed_and_what_to_type(tmp_path: Path) -> None:
-    picture(tmp_path / "red.png", (255, 0, 0))
+    plain_image(tmp_path / "red.png", (255, 0, 0))
     text = FOUR_SHOTS.replace("scenes:", "characters:\n  - {name: Dog, references: [red.png]}\nscenes:", 1)
     storyteller().tell(story(tmp_path, text), tmp_path / "film")
     regrouped = text.replace('  - shots:\n      - {prompt: "A cat', '      - {prompt: "A cat')
@@ -164,10 +164,10 @@ def test_a_changed_story_is_refused_with_what_changed_and_what_to_type(tmp_path:
         storyteller().tell(story(tmp_path, longer), tmp_path / "film")
     with pytest.raises(FilmError, match=r"seed: 0 before, 5 now(?s:.*)  seed=0  to resume this film with its own sett"):
         storyteller(seed=5).tell(story(tmp_path, text), tmp_path / "film")
-    picture(tmp_path / "red.png", (200, 0, 0))
+    plain_image(tmp_path / "red.png", (200, 0, 0))
     with pytest.raises(FilmError, match=r"the image red\.png has changed(?s:.*)resume=from_shot:N"):
         storyteller().tell(story(tmp_path, text), tmp_path / "film")
-    picture(tmp_path / "red.png", (255, 0, 0))
+    plain_image(tmp_path / "red.png", (255, 0, 0))
     film = storyteller().tell(story(tmp_path, regrouped), tmp_path / "film")
     assert [(shot.scene, shot.number) for shot in film.shots] == [(1, 1), (1, 2), (1, 3), (1, 4)]
 
@@ -203,11 +203,11 @@ def test_a_policy_of_the_users_own_knows_the_coming_shot(tmp_path: Path) -> None
     assert film.shots[2].memory == (max(before, key=lambda id: float(bank[id] @ text)),)
 
 
-def test_from_shot_makes_later_shots_again_without_stale_memory(tmp_path: Path) -> None:
+def test_from_shot_regenerates_later_shots_without_stale_memory(tmp_path: Path) -> None:
     """The film equals one that was made with the new story from the beginning."""
-    told = story(tmp_path / "a", FOUR_SHOTS)
+    loaded = story(tmp_path / "a", FOUR_SHOTS)
     changed = story(tmp_path / "b", FOUR_SHOTS.replace("on a wall", "on a roof"))
-    storyteller().tell(told, tmp_path / "film")
+    storyteller().tell(loaded, tmp_path / "film")
     again = storyteller()
     film = again.tell(changed, tmp_path / "film", resume="from_shot:3")
     assert len(again.generator.requests) == 2
@@ -216,10 +216,10 @@ def test_from_shot_makes_later_shots_again_without_stale_memory(tmp_path: Path) 
 
 
 def test_from_shot_with_another_seed_gives_another_shot(tmp_path: Path) -> None:
-    told = story(tmp_path, FOUR_SHOTS)
-    first = storyteller().tell(told, tmp_path / "film")
+    loaded = story(tmp_path, FOUR_SHOTS)
+    first = storyteller().tell(loaded, tmp_path / "film")
     before = [read_video(first.folder / shot.file) for shot in first.shots]
-    film = storyteller(seed=50).tell(told, tmp_path / "film", resume="from_shot:4")
+    film = storyteller(seed=50).tell(loaded, tmp_path / "film", resume="from_shot:4")
     after = [read_video(film.folder / shot.file) for shot in film.shots]
     assert [(a == b).all() for a, b in zip(before, after, strict=True)] == [True, True, True, False]
     assert film.shots[3].seed == 53
@@ -227,17 +227,17 @@ def test_from_shot_with_another_seed_gives_another_shot(tmp_path: Path) -> None:
 
 
 def test_from_shot_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
-    told = story(tmp_path / "a", FOUR_SHOTS)
+    loaded = story(tmp_path / "a", FOUR_SHOTS)
     with pytest.raises(FilmError, match="holds no film yet"):
-        storyteller().tell(told, tmp_path / "film", resume="from_shot:2")
-    storyteller().tell(told, tmp_path / "film")
+        storyteller().tell(loaded, tmp_path / "film", resume="from_shot:2")
+    storyteller().tell(loaded, tmp_path / "film")
     earlier = story(tmp_path / "b", FOUR_SHOTS.replace("a tree", "a bush"))
     with pytest.raises(FilmError, match=r"shot 2 \(scene 1, shot 2\) has changed too.*\n.*a tree"):
         storyteller().tell(earlier, tmp_path / "film", resume="from_shot:3")
     larger = replace(MODEL, video=replace(MODEL.video, width=64))
     with pytest.raises(FilmError, match="from_shot:1"):
-        storyteller(model=larger).tell(told, tmp_path / "film", resume="from_shot:3")
-    again = storyteller(model=larger).tell(told, tmp_path / "film", resume="from_shot:1")
+        storyteller(model=larger).tell(loaded, tmp_path / "film", resume="from_shot:3")
+    again = storyteller(model=larger).tell(loaded, tmp_path / "film", resume="from_shot:1")
     assert read_video(again.video).shape[2] == 64
 
 
@@ -263,7 +263,7 @@ def test_selection_of_a_static_shot_keeps_one_keyframe(tmp_path: Path) -> None:
 
 
 def test_frames_of_a_character_alone_are_keyframes_of_that_character(tmp_path: Path) -> None:
-    told = story(
+    loaded = story(
         tmp_path,
         """\
 title: Two
@@ -276,10 +276,10 @@ scenes:
       - {prompt: "Bo waits.", characters: [Bo]}
 """,
     )
-    film = storyteller().tell(told, tmp_path / "film")
+    film = storyteller().tell(loaded, tmp_path / "film")
     entries = json.loads((film.folder / "memory.json").read_text())["keyframes"]
     shown = {(entry["shot"], entry["character"]) for entry in entries}
     assert shown == {(1, "Ada"), (2, None), (3, "Bo")}
     teller = storyteller(recall=CharacterFirst(capacity=10, sink=0))
-    again = teller.tell(told, tmp_path / "by_character")
+    again = teller.tell(loaded, tmp_path / "by_character")
     assert {id[:6] for id in again.shots[2].memory} == {"shot02"}, "nothing of Ada alone"

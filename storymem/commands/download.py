@@ -8,11 +8,12 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, build_settings
+from storymem.film.settings import FirstShot
 from storymem.io import replacing
 from storymem.wan.settings import Continuity, ModelSettings, SamplerSettings
 from storymem.weights import MissingWeights, Weights, locate
@@ -20,7 +21,11 @@ from storymem.weights import MissingWeights, Weights, locate
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DownloadSettings:
-    """The settings of ``download.yaml``: those of ``generate.yaml`` and ``eval_stbench.yaml`` that choose weights."""
+    """The settings of ``download.yaml``: those of ``generate.yaml`` and ``eval_stbench.yaml`` that choose weights.
+
+    Args:
+        dry_run: list only; ``--yes`` is ``dry_run=false``.
+    """
 
     model: ModelSettings
     sampler: SamplerSettings
@@ -28,7 +33,7 @@ class DownloadSettings:
     memory: dict[str, Any]
     metrics: dict[str, Any] = field(default_factory=dict)
     continuity: Continuity = "mi2v"
-    first_shot: Literal["auto", "t2v", "m2v"] = "auto"
+    first_shot: FirstShot = "auto"
     dry_run: bool = True
 
 

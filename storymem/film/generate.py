@@ -42,7 +42,7 @@ def generate(
         progress: whether to show shots and steps.
 
     Returns:
-        The film, whose ``video`` is the path of the joined film.
+        The film; ``video`` is the path of the joined film.
 
     Raises:
         ValueError: for a mistake in the story or the settings, before anything is generated.
@@ -55,10 +55,10 @@ def generate(
     config = composed("generate", hydra_arguments(arguments, None, GenerateSettings))
     config |= {"story": "." if isinstance(story, Story) else str(story), "output": output and str(output)}
     settings = build_settings(GenerateSettings, config)
-    told = story if isinstance(story, Story) else load_story(str(settings.story))
-    folder = Path(settings.output or Path("films") / told.slug)
+    loaded = story if isinstance(story, Story) else load_story(str(settings.story))
+    folder = Path(settings.output or Path("films") / loaded.slug)
     with stopping_on_signals():
-        _generate(settings, config, {folder: told}, progress=progress)
+        _generate(settings, config, {folder: loaded}, progress=progress)
     return Film.open(folder)
 
 

@@ -149,7 +149,7 @@ def _checked_story(story: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(kw_only=True, config=ConfigDict(extra="ignore"))
 class Manifest:
-    """The content of ``film.json``, except what is only for people to read.
+    """The content of ``film.json``, except what is only for users to read.
 
     Args:
         story: see :func:`storymem.film.resume.story_record`.

@@ -26,7 +26,8 @@ class MemorySettings:
     Args:
         recall: the recall policy, a ``_target_`` node; see :class:`storymem.memory.RecallPolicy`.
         selector: the selection policy, a ``_target_`` node; see :class:`storymem.memory.SelectionPolicy`.
-        reference_fit: how reference images are resized; see :func:`storymem.media.images.fit_image`.
+        reference_fit: how reference images are resized. cover: the edges are cut; contain: whole, on grey; auto:
+            contain where more than a quarter would be cut, else cover with the top kept.
     """
 
     recall: dict[str, Any]
@@ -49,7 +50,12 @@ class GenerateSettings:
     Args:
         story: a story file or a folder of stories, or several of them.
         output: the film's folder, films/<title> by default; of several stories, the folder of their films.
-        resume: "auto", or "from_shot:N": regenerate shots N, N + 1, ...
+        continuity: what a shot with ``cut: false`` is given of the previous one: none, mi2v (its last frame), mm2v (its
+            last five).
+        first_shot: t2v (text-to-video), m2v (memory-to-video, references as memory), auto (m2v if there are
+            references).
+        seed: of the first shot; each later shot uses the next number, unless the story gives it a seed.
+        resume: auto resumes an unfinished film; from_shot:N regenerates shots N, N + 1, ...
         dry_run: check everything and print the plan.
     """
 

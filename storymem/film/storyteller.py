@@ -224,7 +224,7 @@ class Storyteller:
         """
         old = set() if before is None else set(references(before.story))
         size, old_size = (
-            [flat(config).get(f"{key}") for key in ("model.video.height", "model.video.width", "memory.reference_fit")]
+            [flat(config).get(key) for key in ("model.video.height", "model.video.width", "memory.reference_fit")]
             for config in (self.config, {} if before is None else before.config)
         )
         paths = dict(zip(references(film.story), story.references, strict=True))
@@ -265,7 +265,7 @@ class Storyteller:
     # One shot
 
     def _generate(self, story: Story, shots: Sequence[Shot], film: Film, bank: MemoryBank, progress: Progress) -> None:
-        """Make ``shots``, the film's last. Until the first of them is finished, the film on disk is what it was."""
+        """Generate ``shots``, the last of the film. Until the first is finished, the film on disk does not change."""
         self._given(story, shots[0], film)
         self.generator.prepare([story.prompt_of(s) for s in shots], [s.negative_prompt for s in shots])
         for shot in shots:

@@ -20,7 +20,7 @@ class ComingShot:
     Args:
         number: place in the film, from 1; None: after all others.
         prompt: its text.
-        characters: who the story says is in it.
+        characters: names of those who appear in it.
         embed_text: the encoder behind :attr:`text_embedding`: a text -> [D].
     """
 

@@ -135,7 +135,7 @@ class UniformSelector:
     """Keyframes at even distances: the ablation without semantic selection.
 
     The shot is divided into ``max_keyframes`` parts of equal length, and the first frame of each part whose quality
-    passes is kept, whatever the bank holds. The paper does not say how frames are taken in its ablation:
+    passes is kept, whatever the bank holds. The paper does not specify how frames are chosen in its ablation:
     ``max_keyframes=1`` (the first frame of every shot) is the plainest reading, ``max_keyframes=3`` keeps as many as
     the semantic selection may.
     """

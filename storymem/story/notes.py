@@ -1,4 +1,4 @@
-"""What users should know of a story before it is filmed: text the model does not read, images that are changed."""
+"""Notes on a story before its film is generated: text that the model does not read, images that are changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST = 20  # lines of one kind, and words in a line
 def notes_on(stories: Sequence[Story], model: ModelSettings, sampler: SamplerSettings, fit: Fit) -> list[str]:
     """:func:`text_notes` and :func:`image_notes` of stories; of several, each line with its story's title."""
     reader = TextReader.of(model)
-    if model.weights is None:  # random networks read nothing, and their default negative prompt is for others
+    if model.weights is None:  # the default negative prompt is not for random networks
         sampler = replace(sampler, negative_prompt="")
     notes = [
         (story, note)
@@ -30,7 +30,7 @@ def notes_on(stories: Sequence[Story], model: ModelSettings, sampler: SamplerSet
 
 
 def text_notes(story: Story, reader: TextReader | None, sampler: SamplerSettings, *, model: str) -> list[str]:
-    """A line for each text that is cut and for words that the model does not know.
+    """A line for each text that is truncated and for words that the model does not know.
 
     Args:
         story: with its prompts.
@@ -43,7 +43,7 @@ def text_notes(story: Story, reader: TextReader | None, sampler: SamplerSettings
         return [*notes, f"prompts are not counted: the tokenizer of {model} is not on this machine"]
     readings = [(name, reader.read(text)) for name, text in _texts(story, sampler)]
     cut = [
-        f"{name} has {reading.tokens} tokens, and {model} reads {reader.limit}: not read is {_ends(reading.cut)}"
+        f"{name} has {reading.tokens} tokens, and {model} reads {reader.limit}; it does not read {_ends(reading.cut)}"
         for name, reading in readings
         if reading.cut
     ]
@@ -51,7 +51,7 @@ def text_notes(story: Story, reader: TextReader | None, sampler: SamplerSettings
     for name, reading in readings:
         for word in reading.unknown:
             unknown.setdefault(word, []).append(name)
-    return [*notes, *_first(cut, "more texts are cut"), *_unknown(unknown, reader, model)]
+    return [*notes, *_first(cut, "more texts are truncated"), *_unknown(unknown, reader, model)]
 
 
 def image_notes(story: Story, height: int, width: int, fit: Fit) -> list[str]:
@@ -90,11 +90,11 @@ def _unknown(found: dict[str, list[str]], reader: TextReader, model: str) -> lis
     if reader.words is None:
         return [line]
     known = ", ".join(sorted(reader.words, key=str.lower))
-    return [line, f"{model} knows only these words (model=wan2.2-a14b is for any): {known}"]
+    return [line, f"{model} knows only these words (model=wan2.2-a14b knows all words): {known}"]
 
 
 def _ends(text: str) -> str:
-    """A text by its beginning and its end."""
+    """A text in quotes; of a long one, its beginning and end."""
     return f'"{text}"' if len(text) <= 120 else f'"{text[:50]} ... {text[-50:]}" ({len(text):,} characters)'
 
 

@@ -1,7 +1,7 @@
-"""The file under a story: its text, its syntax, and nodes that know their line.
+"""Reading a story file: its text, its syntax, and YAML nodes with their line numbers.
 
-YAML is composed into nodes and never constructed, so every value keeps its place in the file; JSON is read as
-the YAML it nearly is. Whatever is wrong becomes a line that says where, what was expected and what to write.
+YAML is composed into nodes and never constructed, so every value keeps its position in the file. JSON is read as YAML.
+Each mistake becomes one line: where, what is wrong, what was expected, what to write.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from storymem.io import FileError, folded, read_bytes
 
 STORY_SUFFIXES = (".yaml", ".yml", ".json")
 MAX_BYTES = 8 << 20
-MAX_VALUES = 100_000  # in lists and mappings, those behind aliases counted at every use
+MAX_VALUES = 100_000  # in lists and mappings; those of an alias count at every use
 MAX_TEXT = 20_000  # characters of one text
 MAX_PROBLEMS = 100
 # YAML 1.1 also breaks lines where editors show none.
@@ -33,13 +33,13 @@ _KINDS = {
     "null": "empty",
 }
 
-# What a fault of syntax most often is: a piece of the parser's message, what is expected, what to do.
+# Likely causes of syntax errors: a part of the parser's message, what is expected, what to do.
 _QUOTE = "put the whole text in double quotes"
 _LOOK = "look for a missing comma, colon, bracket or quote here or just above"
 _SYNTAX = (
     ("mapping values are not", 'no ": " inside text without quotes', _QUOTE),
-    ("'\\t'", "spaces at the start of lines", "replace the tab by spaces"),
-    ("cannot start any token", "quotes around text that begins with this sign", _QUOTE),
+    ("'\\t'", "spaces at the start of lines", "replace the tab with spaces"),
+    ("cannot start any token", "quotes around text that begins with this character", _QUOTE),
     ("alphabetic or numeric character", "quotes around text that begins with * or &", _QUOTE),
     ("end of stream", "a closing quote", "close the quote that opens on this line"),
     ("unknown escape", "\\\\ for a backslash inside double quotes", "write \\\\, or use single quotes"),
@@ -52,7 +52,7 @@ _SYNTAX = (
 
 
 class StoryError(ValueError):
-    """A story that cannot be read; ``problems`` holds what was found, one line each, in the file's order."""
+    """A story that cannot be read; ``problems`` has one line per mistake, in the file's order."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
@@ -60,10 +60,10 @@ class StoryError(ValueError):
 
 
 class StoryFile:
-    """One story file. A fault of content is noted and reading goes on, so that all are found at once.
+    """One story file. Mistakes in the content are collected and reported together.
 
     Raises:
-        StoryError: if the file cannot be read, or its syntax is broken.
+        StoryError: if the file cannot be read, or its syntax is invalid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,25 +78,25 @@ class StoryFile:
         self.root: yaml.Node = root
 
     def note(self, node: yaml.Node, where: str, wrong: str, expected: str, cure: str) -> None:
-        """Remember a problem of ``where``, such as "shot 3 (scene 2, shot 1)", that stands at ``node``."""
+        """Record a problem of ``where``, such as "shot 3 (scene 2, shot 1)", at the line of ``node``."""
         line = node.start_mark.line + 1
         self.problems.append((line, f"{self.path}:{line}: {where}: {wrong}; expected {expected}; {cure}"))
         if len(self.problems) == MAX_PROBLEMS:
             self.raise_if_faulty(f"{self.path}: reading stopped here, at {MAX_PROBLEMS} problems")
 
-    def raise_if_faulty(self, *remarks: str) -> None:
-        """Raise StoryError with everything noted, in the order of the file's lines, and remarks after it."""
+    def raise_if_faulty(self, *more: str) -> None:
+        """Raise StoryError with all recorded problems in the order of the file's lines, then ``more`` lines."""
         if self.problems:
-            raise StoryError([*(told for _, told in sorted(self.problems, key=lambda found: found[0])), *remarks])
+            raise StoryError([*(text for _, text in sorted(self.problems, key=lambda found: found[0])), *more])
 
     def refuse(self, node: yaml.Node, wrong: str, expected: str, cure: str) -> StoryError:
-        """An error that ends the reading at once, whatever else is wrong."""
+        """The error to raise where reading cannot continue."""
         return _refusal(self.path, node.start_mark.line + 1, wrong, expected, cure)
 
     def _count(self, node: yaml.CollectionNode) -> None:
         self._values += len(node.value)
         if self._values > MAX_VALUES:
-            wrong = f"the story holds more than {MAX_VALUES:,} values (those of an alias *name count at every use)"
+            wrong = f"the story has more than {MAX_VALUES:,} values (those of an alias *name count at every use)"
             raise self.refuse(node, wrong, "a smaller story", "divide it into several")
 
     def mapping(
@@ -107,10 +107,9 @@ class StoryFile:
         required: tuple[str, ...],
         example: str,
     ) -> dict[str, yaml.Node]:
-        """The entries of a mapping by key; faults are noted, and a misspelt key does not count as missing."""
+        """The entries of a mapping by key; problems are recorded, and a misspelt key does not count as missing."""
         if not isinstance(node, yaml.MappingNode):
-            wrong = f"{self.excerpt(node)} stands here alone"
-            self.note(node, where, wrong, f"a mapping of {listing(keys)}", f"write {example}")
+            self.note(node, where, f"found {self.excerpt(node)}", f"a mapping of {listing(keys)}", f"write {example}")
             return {}
         self._count(node)
         entries: dict[str, yaml.Node] = {}
@@ -119,7 +118,7 @@ class StoryFile:
         for key_node, value in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else self.excerpt(key_node)
             if key in lines:
-                wrong = f"{shorten(key)} stands here again, first on line {lines[key]}"
+                wrong = f"{shorten(key)} is repeated, first on line {lines[key]}"
                 self.note(key_node, where, wrong, "each key once", "remove one of the two")
             elif key in keys:
                 entries[key] = value
@@ -128,7 +127,7 @@ class StoryFile:
                 misspelt.add(near)
                 cure = f"write {near} instead" if near else "remove it"
                 if kind(value) == "null" and node.flow_style and not near:
-                    cure = "put text that holds a comma in double quotes"
+                    cure = "put text that contains a comma in double quotes"
                 self.note(key_node, where, f"unknown key {shorten(key)}", listing(keys), cure)
             lines.setdefault(key, key_node.start_mark.line + 1)
         for key in required:
@@ -164,28 +163,28 @@ class StoryFile:
         verbatim: bool = False,
         at_most: int = MAX_TEXT,
     ) -> str | None:
-        """Text; None if absent or faulty.
+        """The text of a node; None if absent or invalid.
 
         Args:
-            node: its place in the file.
-            where: for messages, as ``key``.
-            key: what it is.
-            item: whether it stands in the list ``key``.
+            node: the text.
+            where: for messages, see :meth:`note`.
+            key: its key in the story.
+            item: whether it is an item of the list ``key``.
             empty: whether it may be empty.
-            verbatim: whether white space stays as it is, as in paths; else it is collapsed.
+            verbatim: whether white space is preserved, as in paths; otherwise it is collapsed.
             at_most: how many characters it may have.
         """
         if node is None:
             return None
         prefix = "write " if item else f"write {key}: "
         found = kind(node)
-        if remark := self._comment_after(node):
-            whole = self._text[node.start_mark.index : node.end_mark.index] + remark
+        if comment := self._comment_after(node):
+            whole = self._text[node.start_mark.index : node.end_mark.index] + comment
             self.note(
                 node,
                 where,
-                f"{key} ends before #, which begins a comment: {shorten(remark.strip())} would not be read",
-                "quotes around text that holds #",
+                f"{key} ends before #, which begins a comment: {shorten(comment.strip())} would not be read",
+                "quotes around text that contains #",
                 f"{prefix}{quoted(' '.join(whole.split()))} instead, or the comment on a line of its own",
             )
             return None
@@ -197,7 +196,7 @@ class StoryFile:
         try:  # PyYAML leaves the two halves of JSON's escaped surrogate pairs apart.
             text = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
-            self.note(node, where, f"{key} holds half of a character (\\ud800 to \\udfff)", "text", "remove it")
+            self.note(node, where, f"{key} contains half of a character (\\ud800 to \\udfff)", "text", "remove it")
             return None
         text = text if verbatim else " ".join(text.split())
         if not text.strip() and not empty:
@@ -206,14 +205,14 @@ class StoryFile:
         if len(text) > at_most:
             self.note(node, where, f"{key} has {len(text):,} characters", f"at most {at_most:,}", "shorten it")
             return None
-        shown = text.replace("\t", " ")  # which names of files may hold
+        shown = text.replace("\t", " ")  # which file names may contain
         if (control := next((sign for sign in shown if unicodedata.category(sign) == "Cc"), None)) is not None:
-            self.note(node, where, f"{key} holds the control character {control!a}", "plain text", "remove it")
+            self.note(node, where, f"{key} contains the control character {control!a}", "plain text", "remove it")
             return None
         return text
 
     def _comment_after(self, node: yaml.Node) -> str:
-        """What YAML takes for a comment right after a text without quotes; empty if there is none."""
+        """What YAML reads as a comment after a text without quotes; empty if there is none."""
         if not isinstance(node, yaml.ScalarNode) or node.style:
             return ""
         end = self._text.find("\n", node.end_mark.index)
@@ -221,7 +220,7 @@ class StoryFile:
         return rest.rstrip() if re.match(r"[ \t]+#", rest) else ""
 
     def integer(self, node: yaml.Node | None, where: str, key: str) -> int | None:
-        """A whole number from 0, in plain decimal digits; None if absent or faulty."""
+        """A whole number from 0, in plain decimal digits; None if absent or invalid."""
         if node is None:
             return None
         if kind(node) == "int" and re.fullmatch(r"0|[1-9][0-9]{0,17}", node.value):
@@ -232,7 +231,7 @@ class StoryFile:
         return None
 
     def excerpt(self, node: yaml.Node) -> str:
-        """The beginning of what stands in the file, for messages."""
+        """The beginning of a node's text in the file, for messages."""
         raw = self._text[node.start_mark.index : min(node.end_mark.index, node.start_mark.index + 1000)]
         return shorten(" ".join(raw.split())) or "empty"
 
@@ -245,7 +244,7 @@ def kind(node: yaml.Node) -> str:
 
 
 def nearest_file(path: Path, suffixes: Collection[str]) -> Path | None:
-    """The file beside ``path`` with one of the ``suffixes`` whose name is nearest to its name."""
+    """The file in the folder of ``path``, with one of the ``suffixes``, that has the most similar name."""
     beside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
     names = {one.stem: one.name for one in beside if one.suffix.lower() in suffixes and one.exists()}
     near = closest(path.stem, names)
@@ -263,7 +262,7 @@ def shorten(text: str) -> str:
 
 
 def as_written(name: str) -> str:
-    """A file's name as a story can write it; signs that look like others, as some spaces do, are escaped."""
+    """A file's name as a story can write it; characters that look like others, such as some spaces, are escaped."""
     if re.fullmatch(r"[\w./-]+", name) and folded(name) == name:
         return name
     escaped = json.dumps(name, ensure_ascii=folded(name) != name)
@@ -280,18 +279,18 @@ def _refusal(path: Path, line: int | None, wrong: str, expected: str, cure: str)
 
 
 def _read_text(path: Path) -> str:
-    """The file's text, or a StoryError that says why there is none."""
+    """The file's text. ``StoryError`` if it cannot be read."""
     if path.is_dir():
         raise _refusal(path, None, "this is a folder", "a story file", "write the path of a file in it instead")
     if path.is_symlink() and not path.exists():
-        raise _refusal(path, None, "this is a link to nothing", "a story file", "write the path of the file itself")
+        raise _refusal(path, None, "this is a broken link", "a story file", "write the path of the file itself")
     if not path.exists():
         near = nearest_file(path, STORY_SUFFIXES)
         cure = f"write {near} instead" if near else "check the path"
         raise _refusal(path, None, "the file does not exist", "a story file", cure)
     if path.suffix.lower() not in STORY_SUFFIXES:
         expected = f"a name that ends in {listing(STORY_SUFFIXES)}"
-        raise _refusal(path, None, "this is not named as a story", expected, "rename it if it is a story")
+        raise _refusal(path, None, "this is not the name of a story file", expected, "rename it if it is a story")
     try:
         content = read_bytes(path, limit=MAX_BYTES)
     except FileError as error:
@@ -304,14 +303,14 @@ def _read_text(path: Path) -> str:
 
 
 def _blank_comments(text: str) -> str:
-    """JSON with comments and tabs replaced by blanks: what is left is YAML, line for line."""
-    # What is not closed reaches to the end, or the time would grow with the square of such openings.
+    """JSON with comments and tabs replaced by spaces, so that YAML can read it with the same line numbers."""
+    # An unclosed comment or string reaches to the end; else the time would be quadratic in the number of openings.
     token = re.compile(r'"(?:\\.|[^"\\])*+"?|//[^\n]*|/\*.*?(?:\*/|\Z)|\t', re.DOTALL)
     return token.sub(lambda found: found[0] if found[0][0] == '"' else re.sub(r"[^\n]", " ", found[0]), text)
 
 
 def _compose(path: Path, text: str) -> yaml.Node | None:
-    """The file's nodes, by libyaml where there is one; what is wrong is said by the parser in Python."""
+    """The file's nodes, by libyaml if installed; error messages come from the parser in Python."""
     try:
         try:
             return yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -324,26 +323,26 @@ def _compose(path: Path, text: str) -> yaml.Node | None:
 
 
 def _syntax_error(path: Path, text: str, error: yaml.YAMLError) -> StoryError:
-    """The parser's complaint in words a writer of stories understands."""
+    """The parser's error as a message for authors of stories."""
     language = "JSON" if path.suffix.lower() == ".json" else "YAML"
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
-        return _refusal(path, line, "an invisible control character stands here", "plain text", "remove it")
+        return _refusal(path, line, "found an invisible control character", "plain text", "remove it")
     assert isinstance(error, yaml.MarkedYAMLError), error
     problem = error.problem or error.context or ""
     mark = error.problem_mark
-    # What was never closed is told where it was opened.
+    # An unclosed bracket or quote is reported where it was opened.
     if mark is None or any(piece in problem for piece in ("end of stream", "stream end", "expected ':'")):
         mark = error.context_mark or mark
-    default = (f"{language} as in examples/the_keeper.yaml", "look at this line and the one above")
+    default = (f"{language} as in examples/the_keeper.yaml", "check this line and the one above")
     expected, cure = next((rest for piece, *rest in _SYNTAX if piece in problem), default)
     if language == "YAML" and _holds_comment(text, [error.context_mark, error.problem_mark]):
-        cure += "; text that holds # needs double quotes"
+        cure += "; text that contains # needs double quotes"
     return _refusal(path, mark.line + 1 if mark else 1, f"this is not valid {language} ({problem})", expected, cure)
 
 
 def _holds_comment(text: str, marks: Sequence[yaml.Mark | None]) -> bool:
-    """Whether a comment begins behind something else on a marked line, or on the line before the last mark."""
+    """Whether a comment follows text on a marked line, or on the line before the last mark."""
     lines = text.split("\n")
     numbers = [mark.line for mark in marks if mark is not None]
     near = {*numbers, *(number - 1 for number in numbers[-1:])}

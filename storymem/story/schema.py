@@ -1,7 +1,7 @@
-"""Stories: what a person writes, read from YAML or from ST-Bench's JSON into plain records.
+"""Stories: read from YAML or from ST-Bench's JSON into plain records.
 
-Whatever is wrong in a story is found here, all of it at once and before any model loads: reading imports
-neither torch nor numpy, and Pillow only if the story names reference images.
+All mistakes in a story are found here together, before any model is loaded: reading imports neither torch nor numpy,
+and Pillow only if the story has reference images.
 """
 
 from __future__ import annotations
@@ -32,13 +32,11 @@ from storymem.story.parser import (
     shorten,
 )
 
-__all__ = ["Character", "Scene", "Shot", "Story", "StoryError", "load_stories", "load_story"]
-
 logger = logging.getLogger(__name__)
 
 MAX_SHOTS = 5000
 MAX_CHARACTERS = 1000
-MAX_FRAMES = 4093  # of one shot: 1023 latent frames after the first, which is as far as the networks' positions go
+MAX_FRAMES = 4093  # of one shot: 1023 latent frames after the first, the limit of the networks' positions
 MAX_NAME = 300  # characters of a title, a style or a name
 MAX_PATH = 4096
 _STORY_KEYS = ("title", "overview", "style", "genre", "characters", "scenes")
@@ -51,7 +49,7 @@ _BENCH_SCENE_KEYS = ("scene_num", "video_prompts", "first_frame_prompt", "cut")
 
 @dataclass(frozen=True, kw_only=True)
 class Character:
-    """Someone who appears in the story, with pictures of how they look (paths that exist)."""
+    """A character of the story, with images of their look (paths that exist)."""
 
     name: str
     references: tuple[Path, ...] = ()
@@ -59,18 +57,18 @@ class Character:
 
 @dataclass(frozen=True, kw_only=True)
 class Shot:
-    """One shot: a prompt and what the generator is told beside it.
+    """One shot: a prompt and its settings.
 
     Args:
         prompt: one to four sentences, white space collapsed.
-        cut: false if the shot begins where the one before it ended.
+        cut: False if the shot continues the previous one.
         scene: the scene's number in the story, from 1.
         number: the shot's number in its scene, from 1.
-        characters: names out of ``Story.characters``.
-        frames: length in frames, 4n + 1; ``None``, here and in the next two, leaves it to the config.
+        characters: names from ``Story.characters``.
+        frames: length in frames, 4n + 1; ``None``, as in the next two, means the setting of the configuration.
         seed: of the shot's noise.
         negative_prompt: what should not be seen; may be empty.
-        references: pictures that join the memory just before this shot and stay in it.
+        references: images that join the memory just before this shot and stay in it.
         index: place in the film, from 0.
     """
 
@@ -87,7 +85,7 @@ class Shot:
 
     @property
     def label(self) -> str:
-        """How the shot is named to people: ``shot 3 (scene 2, shot 1)``."""
+        """The shot's name in messages: ``shot 3 (scene 2, shot 1)``."""
         return _label(self.index, self.scene, self.number)
 
 
@@ -101,17 +99,17 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class Story:
-    """A story as it was written, checked.
+    """A story, checked.
 
     Args:
-        title: names the film and its folder.
+        title: of the film; its folder is named after it.
         overview: one to three sentences.
-        characters: who appears.
+        characters: who appears in it.
         scenes: with their shots.
         style: begins every prompt that the model is given: ``Stop-motion`` -> ``Stop-motion: A fox runs.``
-        genre: for tables; the model is not given it.
+        genre: for tables; not part of the prompt.
         source: absolute path of its file, if it has one.
-        notes: files that were read under another name than the story gives them.
+        notes: one line for each file that was read under another name than the story gives.
     """
 
     title: str
@@ -144,10 +142,9 @@ class Story:
         return "_".join(words).strip("_")[:60].rstrip("_") or "story"
 
     def to_dict(self) -> dict[str, Any]:
-        """What the story says, as plain JSON types; equal for two stories that say the same.
+        """The content of the story as plain JSON types, without the genre and the content of images.
 
-        Paths are relative to the story's folder as they were written, so a moved story stays equal; what the
-        pictures show is not part of it.
+        Paths are relative to the story's folder, so a moved story gives an equal result.
         """
         return {
             "title": self.title,
@@ -180,14 +177,14 @@ class Story:
 
 
 def load_story(path: str | os.PathLike[str]) -> Story:
-    """Read a story from our YAML or from ST-Bench's JSON; its keys tell which of the two it is.
+    """Read a story from YAML or from ST-Bench's JSON; the format is detected from its keys.
 
-    A shot is a cut unless the story says ``cut: false``. JSON may hold comments (``//``, ``/* */``) and
-    trailing commas. In ST-Bench's format ``cut`` may be the strings ``"True"`` and ``"False"``, and
-    ``first_frame_prompt`` is ignored. Reference images are looked for beside the story file.
+    A shot is a cut unless ``cut: false`` is set. JSON may contain comments (``//``, ``/* */``) and trailing commas. In
+    ST-Bench's format ``cut`` may be the strings ``"True"`` and ``"False"``, and ``first_frame_prompt`` is ignored.
+    Paths of reference images are relative to the story file.
 
     Raises:
-        StoryError: naming every problem: file, line, shot, what was expected, what to write instead.
+        StoryError: with a line for every problem: file, line, shot, what was expected, what to write instead.
     """
     reader = _Reader(Path(path))
     story = reader.read()
@@ -202,8 +199,8 @@ def load_stories(paths: Iterable[str | os.PathLike[str]]) -> list[Story]:
         paths: in folders all YAML and JSON files must be stories; hidden ones are skipped with a warning.
 
     Raises:
-        StoryError: naming every problem of all files; for a folder without stories, or no path at all; for two stories
-            whose films would have one name.
+        StoryError: with every problem of all files; for a folder without stories, or no path at all; for two stories
+            with the same name for their films.
     """
     stories: list[Story] = []
     faults: list[str] = []
@@ -217,7 +214,7 @@ def load_stories(paths: Iterable[str | os.PathLike[str]]) -> list[Story]:
             except StoryError as error:
                 faults += error.problems
     if not stories and not faults:
-        faults.append("no story was named: write the path of a story's file, of several, or of a folder of stories")
+        faults.append("no story is given: write the path of a story file, of several, or of a folder of stories")
     if faults:
         raise StoryError(faults)
     by_folder: dict[str, list[Story]] = {}
@@ -228,14 +225,14 @@ def load_stories(paths: Iterable[str | os.PathLike[str]]) -> list[Story]:
             where = ", ".join(str(story.source) for story in alike)
             titles = " and ".join(dict.fromkeys(f'"{shorten(story.title)}"' for story in alike))
             which = "two" if len(alike) == 2 else str(len(alike))
-            faults.append(f"{which} stories are called {slug} ({where}): give each a title of its own, not {titles}")
+            faults.append(f"{which} stories are called {slug} ({where}): give each its own title, not {titles}")
     if faults:
         raise StoryError(faults)
     return stories
 
 
 def _stories_below(folder: Path) -> list[Path]:
-    """Story files in a folder and below, through links too, in the order of their paths."""
+    """Story files in a folder and its subfolders, links included, sorted by path."""
     found: list[Path] = []
     hidden: list[str] = []
     seen: set[str] = set()
@@ -252,12 +249,12 @@ def _stories_below(folder: Path) -> list[Path]:
 
 
 class _Reader(StoryFile):
-    """From nodes to records. A faulty value is noted and a default stands in for it until all is read."""
+    """Converts nodes to records. An invalid value is recorded as a problem and replaced by a default."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._names: set[str] | None = None  # what shots may list; None while the story's own list is faulty
-        self._pictures: dict[Path, tuple[Path, tuple[str, str] | None]] = {}
+        self._names: set[str] | None = None  # of the characters; None if the list of characters is invalid
+        self._images: dict[Path, tuple[Path, tuple[str, str] | None]] = {}
         self._notes: dict[str, None] = {}
         self._shots = 0  # read so far
 
@@ -286,19 +283,19 @@ class _Reader(StoryFile):
         taken: set[str] = set()
         listed = self.items(node, "story", "characters")
         if len(listed) > MAX_CHARACTERS:
-            raise self.refuse(listed[0], f"{len(listed):,} characters", f"at most {MAX_CHARACTERS:,}", "name fewer")
+            raise self.refuse(listed[0], f"{len(listed):,} characters", f"at most {MAX_CHARACTERS:,}", "list fewer")
         for place, item in enumerate(listed):
             where = f"character {place + 1}"
             example = _example(item, "name")
             entries = self.mapping(item, where, _CHARACTER_KEYS, required=("name",), example=example)
             name = self.string(entries.get("name"), where, "name", at_most=MAX_NAME) or ""
             if name and folded(name).lower() in taken:
-                wrong = f"the name {name} is taken"
-                self.note(entries["name"], where, wrong, "a name of its own for each", "write another name")
+                wrong = f"the name {name} is used twice"
+                self.note(entries["name"], where, wrong, "a different name for each", "write another name")
             taken.add(folded(name).lower())
             found.append(Character(name=name, references=self.references(entries.get("references"), where)))
         names = {character.name for character in found}
-        # A list that could not be read says nothing about the names in the shots.
+        # If the list could not be read, the names in the shots cannot be checked.
         faulty = "" in names or (not names and bool(self.problems))
         self._names = None if faulty else names
         return tuple(found)
@@ -351,7 +348,7 @@ class _Reader(StoryFile):
         cuts = self.items(entries.get("cut"), where, "cut")
         if cuts and prompts and len(cuts) != len(prompts):
             wrong = f"cut has {len(cuts)} entries and video_prompts has {len(prompts)}"
-            self.note(entries["cut"], where, wrong, "as many of each", "write one true or false for each prompt")
+            self.note(entries["cut"], where, wrong, "equal numbers of both", "write one true or false for each prompt")
         shots = []
         for place, prompt in enumerate(prompts):
             label = _label(start + place, number, place + 1)
@@ -373,7 +370,7 @@ class _Reader(StoryFile):
         return nodes
 
     def scene_number(self, node: yaml.Node | None, before: list[Scene]) -> int:
-        """``scene_num`` as written, by which other tools name files; without one, scenes are counted."""
+        """``scene_num`` as written (other tools name files after it); without it, scenes are counted."""
         following = before[-1].number + 1 if before else 1
         where = f"scene {len(before) + 1}"
         number = self.integer(node, where, "scene_num")
@@ -381,11 +378,11 @@ class _Reader(StoryFile):
             return following
         if before and number < following:
             wrong = f"scene_num {number} comes after scene_num {following - 1}"
-            self.note(node, where, wrong, "numbers that rise", f"write scene_num: {following} instead")
+            self.note(node, where, wrong, "increasing numbers", f"write scene_num: {following} instead")
             return following
         return number
 
-    # What a shot may say
+    # The values of a shot
 
     def cut(self, node: yaml.Node | None, where: str, index: int, strings: bool = False) -> bool:
         if node is None:
@@ -415,13 +412,13 @@ class _Reader(StoryFile):
             elif self._names is not None and name not in self._names:
                 near = closest(name, self._names)
                 cure = f"write {near} instead" if near else f"add - {{name: {name}}} to the story's characters"
-                known = listing(sorted(self._names)) or "none, for the story lists no characters"
+                known = listing(sorted(self._names)) or "none, because the story lists no characters"
                 self.note(item, where, f"{name} is not a character of this story", known, cure)
             found.append(name)
         return tuple(found)
 
     def known_name(self, name: str) -> str:
-        """The character that ``name`` names, by equal letters, whichever way accents are encoded."""
+        """The character with this name, whichever way accents are encoded."""
         if not self._names or name in self._names:
             return name
         same = [one for one in self._names if folded(one) == folded(name)]
@@ -446,17 +443,17 @@ class _Reader(StoryFile):
             if written is None:
                 continue
             path = self.path.absolute().parent / os.path.expanduser(written)
-            if path not in self._pictures:
-                taken = find_sibling(path) or path
-                self._pictures[path] = taken, _picture_fault(taken)
-            taken, fault = self._pictures[path]
+            if path not in self._images:
+                file = find_sibling(path) or path
+                self._images[path] = file, _image_fault(file)
+            file, fault = self._images[path]
             if fault is not None:
                 wrong, cure = fault
                 self.note(item, where, f"reference {as_written(written)} {wrong}", f"an image at {path}", cure)
-            elif taken != path:
-                told = f"reference {as_written(written)} is read from {as_written(taken.name)}"
-                self._notes[f"{self.path}:{item.start_mark.line + 1}: {where}: {told}"] = None
-            found.append(taken)
+            elif file != path:
+                note = f"reference {as_written(written)} is read from {as_written(file.name)}"
+                self._notes[f"{self.path}:{item.start_mark.line + 1}: {where}: {note}"] = None
+            found.append(file)
         return tuple(found)
 
 
@@ -465,21 +462,21 @@ def _label(index: int, scene: int, number: int) -> str:
 
 
 def _example(node: yaml.Node, key: str) -> str:
-    """The list item to write, where text stands alone in place of a mapping."""
+    """The list item to write, where there is text instead of a mapping."""
     return f"- {{{key}: {quoted(node.value)}}}" if isinstance(node, yaml.ScalarNode) else f'- {{{key}: "..."}}'
 
 
-def _picture_fault(path: Path) -> tuple[str, str] | None:
-    """What keeps ``path`` from being used as a reference image and what to do about it, or None."""
+def _image_fault(path: Path) -> tuple[str, str] | None:
+    """Why ``path`` cannot be used as a reference image and what to do about it, or None."""
     try:
         check_regular(path)
     except FileNotFoundError:
-        alike = folded_siblings(path)  # several, or one would have been taken
+        alike = folded_siblings(path)  # several: a single one is used
         near = nearest_file(path, (".png", ".jpg", ".jpeg", ".webp"))
         names = " or ".join(as_written(one.name) for one in alike or ([near] if near else []))
-        return "does not exist", f"write {names} instead" if names else "put the picture there or mend the path"
+        return "does not exist", f"write {names} instead" if names else "put the image there or correct the path"
     except FileError as error:
-        return f"cannot be used: {error}", "name a picture"
+        return f"cannot be used: {error}", "write the path of an image"
     from storymem.media.images import ImageError, read_image
 
     try:

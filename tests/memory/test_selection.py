@@ -87,7 +87,7 @@ def test_similarity_to_the_bank_is_reported() -> None:
     assert selector.select(on_circle(0, 0, 60), bank=NOTHING).similarity == {0: None, 2: None}
 
 
-def test_a_bank_threshold_of_one_keeps_even_the_same_picture() -> None:
+def test_a_bank_threshold_of_one_keeps_even_the_same_image() -> None:
     rng = np.random.default_rng(0)
     frames = rng.normal(size=(50, 7)).astype(np.float32)
     selection = KeyframeSelector(bank_similarity_threshold=1, max_keyframes=50).select(frames, bank=frames)
@@ -133,7 +133,7 @@ def test_uniform_selection_ignores_what_frames_show(count: int, frames: int, sel
     assert selection.similarity == pytest.approx(dict.fromkeys(selected, 1.0))
 
 
-def test_uniform_selection_takes_the_first_good_frame_of_each_stretch() -> None:
+def test_uniform_selection_takes_the_first_good_frame_of_each_part() -> None:
     scores = Scores(1, 5, 5, 1, 1, 1, 1, 1, 5)
     selection = UniformSelector(max_keyframes=3).select(
         on_circle(*range(9)), bank=NOTHING, quality=scores, quality_threshold=3
