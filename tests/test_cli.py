@@ -88,6 +88,7 @@ def test_missing_weights_are_reported_all_at_once(run: Callable[..., subprocess.
     ):
         assert f"  download: {command}" in result.stderr
     assert "69 GB" in result.stderr
+    assert result.stderr.count("storymem download") == 1, "which lists the weights of the scorers too"
 
 
 def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def _asked(shot: Shot) -> Asked:
     try:
         return read_prompt(shot.prompt)
     except ValueError as error:
-        raise ValueError(f"{shot.label}: {error}. metrics=toy is for stories like those in st_bench/toy") from None
+        raise ValueError(f"{shot.label}: {error}. metrics=[toy] is for stories like those in st_bench/toy") from None
 
 
 def _plain(shown: ShotSeen) -> dict[str, Any]:

@@ -17,6 +17,10 @@ from storymem.wan.settings import AdapterSettings, Continuity, ModelSettings, Sa
 from storymem.wan.spec import COMPONENTS, Expert, ModelSpec
 from storymem.weights import MissingWeights, Weights, locate
 
+_DOWNLOAD = (
+    "All at once, with the weights of the scorers: storymem download with the same model=... lists them with their "
+    "sizes and licences, and with --yes fetches them."
+)
 _ORIGINAL_REPOSITORY = re.compile(r"Wan-AI/Wan2\.\d-.+(?<!-Diffusers)")
 
 
@@ -93,8 +97,12 @@ def check_weights(
     """
     inspection = _Inspection(model, sampler, text_encoder, experts)
     found = [_inspect(*needed) for needed in inspection.required(text_to_video, continuity)]
-    if problems := "\n".join(dict.fromkeys(source.problem for source in found if source.problem)):
-        raise (MissingWeights if any(source.path is None for source in found) else FileError)(problems)
+    problems = list(dict.fromkeys(source.problem for source in found if source.problem))
+    missing = [source.weights for source in found if source.path is None]
+    if any(not weights.is_local for weights in missing):
+        problems.append(_DOWNLOAD)
+    if problems:
+        raise (MissingWeights if missing else FileError)("\n".join(problems))
 
 
 Check = Callable[[Path], list[str]]  # raises ValueError or FileNotFoundError; returns notes
