@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from storymem.config import nearest
 from storymem.evaluation.layouts import (
     FilmFiles,
-    Root,
     ShotFile,
+    UnclearError,
     find_shots,
     has_prompts_of,
     is_video,
-    quoted,
     videos_below,
-    whole_film,
 )
 from storymem.evaluation.mapping import MAPPING, MAPPING_SUFFIXES, FilmsMapping, mapped_films, read_mapping
 from storymem.film.folder import Film
@@ -90,65 +88,62 @@ def find_films(place: str | Path, stories: Sequence[Story]) -> Films:
     if not path.is_dir() and path.suffix.lower() not in MAPPING_SUFFIXES:
         raise ValueError(f"films={place}: there is no such folder")
     file = path / MAPPING if path.is_dir() else path
-    if path.is_dir() and not os.path.lexists(file):
-        mapping, root = FilmsMapping(), Root(folder=path, mapping=file)
-    else:
-        mapping, root = read_mapping(file)
-    found, unknown = mapped_films(mapping, root, stories)
-    unused = [f"{title!r} in {file.name}" for title in unknown]
-    if others := [story for story in stories if story.title not in found]:
-        searched, left = _search(root, others, {film.folder for film in found.values()})
-        found |= searched
-        unused += left
-    return Films(root=root.folder, films=tuple(found[story.title] for story in stories), unused=tuple(unused))
+    without = path.is_dir() and not os.path.lexists(file)
+    mapping, folder = (FilmsMapping(), path) if without else read_mapping(file)
+    try:
+        found = mapped_films(mapping, file, folder, stories)
+        unused = [f"{title!r} in {file.name}" for title in sorted(mapping.stories.keys() - {s.title for s in stories})]
+        if others := [story for story in stories if story.title not in found]:
+            searched, left = _search(folder, others, {film.folder for film in found.values()})
+            found |= searched
+            unused += left
+    except UnclearError as error:
+        raise ValueError(error.advice(folder, file)) from None
+    return Films(root=folder, films=tuple(found[story.title] for story in stories), unused=tuple(unused))
 
 
-def _search(root: Root, stories: Sequence[Story], taken: set[Path | None]) -> tuple[dict[str, FilmFiles], list[str]]:
+def _search(root: Path, stories: Sequence[Story], taken: set[Path | None]) -> tuple[dict[str, FilmFiles], list[str]]:
     """Films by manifests and names: title -> film, and what else is in ``root``."""
-    by_title = {story.title: story for story in stories}
-    below = sorted(path for path in root.folder.iterdir() if not path.name.startswith("."))
-    own = [folder for folder in (root.folder, *below) if Film.exists(folder)]
-    others = [] if root.folder in own else [path for path in below if path not in own and path not in taken]
+    below = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    own = [folder for folder in (root, *below) if Film.exists(folder)]
+    others = [] if root in own else [path for path in below if path not in own and path not in taken]
     folders = [path for path in others if path.is_dir() and next(videos_below(path), None) is not None]
     files = [path for path in others if is_video(path)]
-    by_manifest = _by_manifest([Film.open(folder) for folder in own], stories, root)
-    for title, place in by_manifest.items():
-        if named := [folder for folder in folders if _nfc(folder.name) in _names(by_title[title])]:
-            raise _two_films(by_title[title], [place, *named], root)
-    places = _by_name(folders, stories, root, by_manifest)
-    found = {title: find_shots(place, by_title[title], root) for title, place in places.items()}
-    for title, file in _by_name(files, stories, root, places).items():
-        if title not in found:
-            found[title] = whole_film(file, by_title[title], root)
-    if not found and (film := _film_in_root(root, [*folders, *files], stories)) is not None:
-        return {stories[0].title: film}, []
+    places = _by_name(folders, stories, _by_manifest([Film.open(folder) for folder in own], folders, stories))
+    places = _by_name(files, stories, places)
+    if not places and _holds_one_film(root, folders, files, stories):
+        places, folders, files = {stories[0].title: root}, [], []
+    found = {story.title: find_shots(places[story.title], story) for story in stories if story.title in places}
     for story in stories:
-        reason = f"there is no film of this story in {root.folder.name}/ (a folder {story.slug}/ is expected)"
+        reason = f"there is no film of this story in {root.name}/ (a folder {story.slug}/ is expected)"
         found.setdefault(story.title, FilmFiles(folder=None, shots=(ShotFile(reason=reason),) * len(story.shots)))
-    used = {root.folder, *(film.folder for film in found.values())}
-    return found, [path.name for path in (*own, *folders, *files) if path not in used]
+    return found, [path.name for path in (*own, *folders, *files) if path not in {root, *places.values()}]
 
 
-def _by_manifest(films: Sequence[Film], stories: Sequence[Story], root: Root) -> dict[str, Path]:
-    """Title -> folder of the film of ours with this title; if there are several, the only one with its prompts."""
+def _by_manifest(films: Sequence[Film], folders: Sequence[Path], stories: Sequence[Story]) -> dict[str, Path]:
+    """Title -> folder of the film of ours with this title; if there are several, the only one with its prompts.
+
+    Raises:
+        UnclearError: if there are several with its prompts, or another of the ``folders`` has the story's name.
+    """
     found = {}
     for story in stories:
         same = [film for film in films if _nfc(film.story["title"]) == _nfc(story.title)]
         exact = [film for film in same if has_prompts_of(film, story)]
         if len(exact) > 1:
-            raise _two_films(story, [film.folder for film in exact], root)
+            raise _two_films(story, [film.folder for film in exact])
         if same:
             found[story.title] = (exact or same)[0].folder
+            if named := [folder for folder in folders if _nfc(folder.name) in _names(story)]:
+                raise _two_films(story, [found[story.title], *named])
     return found
 
 
-def _by_name(
-    places: Sequence[Path], stories: Sequence[Story], root: Root, known: Mapping[str, Path]
-) -> dict[str, Path]:
+def _by_name(places: Sequence[Path], stories: Sequence[Story], known: Mapping[str, Path]) -> dict[str, Path]:
     """``known``, and for other stories the folder or file with their name: exactly, else without number and case.
 
     Raises:
-        ValueError: if two places have one story's name, or one place the names of two stories.
+        UnclearError: if two places have one story's name, or one place the names of two stories.
     """
     found = dict(known)
     for names_of, name_of in ((_names, _nfc), (_keys, _key)):
@@ -159,38 +154,35 @@ def _by_name(
             if story.title in found or not free:
                 continue
             if len(free) > 1:
-                raise _two_films(story, free, root)
+                raise _two_films(story, free)
             owners = [other.title for other in stories if named[free[0]] in names_of(other)]
             if len(owners) > 1:
-                raise ValueError(
-                    f"{free[0]} could be the film of {' or '.join(map(repr, owners))}: rename it, or write which "
-                    f"it is {root.advice(story, quoted(root.name(free[0])))}"
+                either = " or ".join(map(repr, owners))
+                raise UnclearError(
+                    f"{free[0]} could be the film of {either}: rename it, or write which it is", story, free[0]
                 )
             found[story.title] = free[0]
     return found
 
 
-def _two_films(story: Story, places: Iterable[Path], root: Root) -> ValueError:
-    places = sorted(places)
-    return ValueError(
-        f"{' and '.join(map(str, places))} could both be the film of {story.title!r}: move one of them away, or write "
-        f"which one it is {root.advice(story, quoted(root.name(places[0])))}"
-    )
+def _two_films(story: Story, places: Sequence[Path]) -> UnclearError:
+    both = " and ".join(map(str, places := sorted(places)))
+    problem = f"{both} could both be the film of {story.title!r}: move one of them away, or write which one it is"
+    return UnclearError(problem, story, places[0])
 
 
-def _film_in_root(root: Root, places: Sequence[Path], stories: Sequence[Story]) -> FilmFiles | None:
-    """The film whose shots are in ``root`` itself, as the official code of StoryMem writes them; None if none are."""
-    folders = [path for path in places if path.is_dir()]
+def _holds_one_film(root: Path, folders: Sequence[Path], files: Sequence[Path], stories: Sequence[Story]) -> bool:
+    """Whether ``root`` itself holds the shots of a film, as the official code of StoryMem writes them."""
     of_shots = [path for path in folders if re.fullmatch(r"shots|scene_?[0-9]+", path.name)]
-    numbered = [path for path in places if path not in folders and re.search("[0-9]", path.stem)]
+    numbered = [path for path in files if re.search("[0-9]", path.stem)]
     if len(folders) > len(of_shots) or not (of_shots or numbered):
-        return None
+        return False
     if len(stories) > 1:
         raise ValueError(
-            f"films={root.folder} holds the shots of one film, and there are {len(stories)} stories: write which it "
+            f"films={root} holds the shots of one film, and there are {len(stories)} stories: write which it "
             "is with stbench.only=[NAME], or name this folder as the story and give the one above it"
         )
-    return find_shots(root.folder, stories[0], root)
+    return True
 
 
 def _names(story: Story) -> list[str]:

@@ -10,17 +10,41 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from storymem.film.folder import MANIFEST, Film, FilmError
+from storymem.io import hash_file
 from storymem.story import Story
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
+Numbers = tuple[int, ...]
+
 _NUMBER = re.compile(r"[0-9]+")
 _HOLE = "\0"  # where a pattern has a number; no file name contains it
 _OURS = (f"{_HOLE}_{_HOLE}", f"shots/{_HOLE}_{_HOLE}")  # 01_02.mp4: scene 1, shot 2
 _BY_SCENE = "scene from {}, shot from {}"
 _LISTED = 6  # names in a message before the rest is only counted
+
+
+class UnclearError(ValueError):
+    """Files that do not determine which video is which shot, as ``films.yaml`` can.
+
+    Args:
+        problem: the message, to be followed by the advice.
+        story: the title under which to write the answer.
+        place: the file or folder that the answer names.
+        entry: the answer; ``%s`` stands for ``place``.
+    """
+
+    def __init__(self, problem: str, story: Story, place: Path, entry: str = "%s") -> None:
+        super().__init__(problem)
+        self.story, self.place, self.entry = story, place, entry
+
+    def advice(self, folder: Path, mapping: Path) -> str:
+        """The whole message: ``mapping`` is the file to write, with paths relative to ``folder``."""
+        place = self.place.relative_to(folder).as_posix() if self.place.is_relative_to(folder) else str(self.place)
+        return f"{self} in {mapping}:\nstories:\n  {quoted(self.story.title)}: {self.entry.replace('%s', quoted(place))}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,21 +83,10 @@ class FilmFiles:
     layout: str = ""
     ignored: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True, kw_only=True)
-class Root:
-    """A folder of films, and the mapping file with the user's answers, which need not exist."""
-
-    folder: Path
-    mapping: Path
-
-    def name(self, path: Path) -> str:
-        """A path as it is written in the mapping file."""
-        return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)
-
-    def advice(self, story: Story, entry: str) -> str:
-        """The end of a message: what to write into the mapping file for ``story``."""
-        return f"in {self.mapping}:\nstories:\n  {quoted(story.title)}: {entry}"
+    @cached_property
+    def hashes(self) -> dict[Path, str]:
+        """SHA-256 of each file."""
+        return {path: hash_file(path) for path in {shot.path for shot in self.shots if shot.path is not None}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,69 +96,70 @@ class _Reading:
     Args:
         pattern: path without suffix, with a hole for each number.
         files: numbers -> file.
-        shots: numbers -> index of the shot, for all shots of the story.
-        numbering: its description.
+        shots: the numbers of each shot of the story.
+        numbering: description of these.
     """
 
     pattern: str
-    files: Mapping[tuple[int, ...], Path]
-    shots: Mapping[tuple[int, ...], int]
+    files: Mapping[Numbers, Path]
+    shots: Sequence[Numbers]
     numbering: str
 
     def __str__(self) -> str:
         return f"{self.pattern.replace(_HOLE, '#')} ({self.numbering})"
 
-    def file_name(self, numbers: tuple[int, ...]) -> str:
-        """The name that a file with these numbers would have, padded as the others."""
+    def shot(self, numbers: Numbers) -> ShotFile:
+        """The file with these numbers, or the name that it would have, padded as the others are."""
+        if numbers in self.files:
+            return ShotFile(path=self.files[numbers])
         names = [_NUMBER.findall(str(path.with_suffix("")))[-len(numbers) :] for path in self.files.values()]
         widths = [min(map(len, column)) for column in zip(*names, strict=True)]
         pieces = iter(f"{number:0{width}d}" for number, width in zip(numbers, widths, strict=True))
-        return re.sub(_HOLE, lambda _: next(pieces), self.pattern) + next(iter(self.files.values())).suffix
+        name = re.sub(_HOLE, lambda _: next(pieces), self.pattern) + next(iter(self.files.values())).suffix
+        return ShotFile(reason=f"there is no file {name}")
 
 
-def find_shots(folder: Path, story: Story, root: Root) -> FilmFiles:
-    """The shots of ``story`` in a film's folder, by our manifest or by the names of the videos in it.
+def find_shots(place: Path, story: Story) -> FilmFiles:
+    """The shots of ``story`` in a film's folder or file, by our manifest or by the names of the videos in it.
 
     Numbers are (scene, shot) or the shot's place in the film, counted from 1 or from 0, if they then fit all files of
     one pattern. ``01_02.mp4`` in the folder or in ``shots/`` is scene 1, shot 2, unless a 0 occurs.
 
     Raises:
         FilmError: if a film of ours has other prompts.
-        ValueError: if the files fit in several ways or in none, or the film is one file; with what to write instead.
+        UnclearError: if the files fit in several ways or in none, or the film is one file.
+        ValueError: if two files have the same numbers.
     """
-    if Film.exists(folder):
-        return _own_film(Film.open(folder), story)
-    videos = sorted(videos_below(folder))
-    names = {video: video.relative_to(folder).as_posix() for video in videos}
+    if is_video(place):
+        return _whole_film(place, story)
+    if Film.exists(place):
+        return _own_film(Film.open(place), story)
+    videos = sorted(videos_below(place))
+    names = {video: video.relative_to(place).as_posix() for video in videos}
     readings = [
         _Reading(pattern=pattern, files=files, shots=shots, numbering=numbering)
-        for pattern, files in _groups(folder, names).items()
-        for numbering, shots in _numberings(story, pattern.count(_HOLE))
-        if files.keys() <= shots.keys()
+        for pattern, files in _groups(place, names).items()
+        for shots, numbering in _numberings(story, pattern.count(_HOLE)).items()
+        if files.keys() <= set(shots)
     ]
-    chosen = _choose(readings, story, folder, root)
-    if chosen is None and len(videos) == 1:
-        return whole_film(videos[0], story, root)
-    if chosen is None and videos:
-        raise ValueError(
-            f"{folder}: the numbers in the names of its {len(videos)} videos ({_listed(list(names.values()))}) are not "
-            f"those of the {len(story.shots)} shots of {story.title!r}{_how_to_map(folder, story, root)}"
+    chosen = _choose(readings, story, place)
+    if chosen is not None:
+        return FilmFiles(
+            folder=place,
+            shots=tuple(map(chosen.shot, chosen.shots)),
+            layout=str(chosen),
+            ignored=tuple(name for video, name in names.items() if video not in chosen.files.values()),
         )
-    if chosen is None:
-        missing = tuple(ShotFile(reason=f"there is no file {s.scene:02d}_{s.number:02d}.mp4") for s in story.shots)
-        return FilmFiles(folder=folder, shots=missing)
-    by_index = sorted((index, numbers) for numbers, index in chosen.shots.items())
-    return FilmFiles(
-        folder=folder,
-        shots=tuple(
-            ShotFile(path=chosen.files[numbers])
-            if numbers in chosen.files
-            else ShotFile(reason=f"there is no file {chosen.file_name(numbers)}")
-            for _, numbers in by_index
-        ),
-        layout=str(chosen),
-        ignored=tuple(name for video, name in names.items() if video not in chosen.files.values()),
-    )
+    if len(videos) == 1:
+        return _whole_film(videos[0], story)
+    if videos:
+        problem = (
+            f"the numbers in the names of its {len(videos)} videos ({listed(list(names.values()), _LISTED)}) are not "
+            f"those of the {len(story.shots)} shots of {story.title!r}"
+        )
+        raise _unclear_files(problem, story, place)
+    missing = tuple(ShotFile(reason=f"there is no file {s.scene:02d}_{s.number:02d}.mp4") for s in story.shots)
+    return FilmFiles(folder=place, shots=missing)
 
 
 def has_prompts_of(film: Film, story: Story) -> bool:
@@ -166,20 +180,16 @@ def _own_film(film: Film, story: Story) -> FilmFiles:
     return FilmFiles(folder=film.folder, shots=tuple(shots), layout=MANIFEST)
 
 
-def whole_film(path: Path, story: Story, root: Root) -> FilmFiles:
-    """A film in one file, which is the shot of a story with one shot.
-
-    Raises:
-        ValueError: if the story has more; it asks for their frames.
-    """
-    if len(story.shots) == 1:
+def _whole_film(path: Path, story: Story) -> FilmFiles:
+    """A film in one file, which is the shot of a story with one shot; else the user has to give the frames."""
+    count = len(story.shots)
+    if count == 1:
         return FilmFiles(folder=path, shots=(ShotFile(path=path),), layout="one file, one shot")
-    entry = f"{{file: {quoted(root.name(path))}, cuts: [...]}}"
-    raise ValueError(
-        f"{path} holds the whole film of {story.title!r}, which has {len(story.shots)} shots: write which frames they "
-        f"are {root.advice(story, entry)}\n"
-        f"where cuts are the first frames of shots 2 to {len(story.shots)}, counted from 0 (HoloCine's "
-        "shot_cut_frames); or frames: [[0, 40], ...], for each shot its first frame and the one after its last"
+    raise UnclearError(
+        f"{path} holds the whole film of {story.title!r}, which has {count} shots: write which frames they are",
+        *(story, path),
+        f"{{file: %s, cuts: [...]}}\nwhere cuts are the first frames of shots 2 to {count}, counted from 0 (HoloCine's "
+        "shot_cut_frames); or frames: [[0, 40], ...], for each shot its first frame and the one after its last",
     )
 
 
@@ -209,66 +219,58 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _groups(folder: Path, names: Mapping[Path, str]) -> dict[str, dict[tuple[int, ...], Path]]:
+def listed(names: Sequence[str], most: int) -> str:
+    """The first ``most`` names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _groups(folder: Path, names: Mapping[Path, str]) -> dict[str, dict[Numbers, Path]]:
     """Pattern -> numbers -> file."""
-    groups: dict[str, dict[tuple[int, ...], Path]] = {}
+    groups: dict[str, dict[Numbers, Path]] = {}
     for video, name in names.items():
         stem = name.removesuffix(video.suffix)
         numbers = tuple(int(number) for number in _NUMBER.findall(stem))
         files = groups.setdefault(_NUMBER.sub(_HOLE, stem), {})
         if numbers in files:
-            raise ValueError(
-                f"{folder}: {names[files[numbers]]} and {name} have the same numbers: move one of them away"
-            )
+            both = f"{names[files[numbers]]} and {name}"
+            raise ValueError(f"{folder}: {both} have the same numbers: move one of them away")
         files[numbers] = video
     return groups
 
 
-def _numberings(story: Story, count: int) -> Iterator[tuple[str, dict[tuple[int, ...], int]]]:
-    """Ways to number the shots with ``count`` numbers: description, and numbers -> the shot's index."""
+def _numberings(story: Story, count: int) -> dict[tuple[Numbers, ...], str]:
+    """Ways to number the shots with ``count`` numbers: those of each shot -> description."""
     if count == 1:
-        for first in (1, 0):
-            yield f"shot from {first}", {(shot.index + first,): shot.index for shot in story.shots}
-    if count == 2:
-        places = {scene.number: place for place, scene in enumerate(story.scenes)}
-        for from_zero in (False, True):
-            if from_zero and all(number == place for number, place in places.items()):
-                continue
-            for first in (1, 0):
-                yield (
-                    _BY_SCENE.format(0 if from_zero else 1, first),
-                    {
-                        (places[shot.scene] if from_zero else shot.scene, shot.number - 1 + first): shot.index
-                        for shot in story.shots
-                    },
-                )
+        return {tuple((shot.index + first,) for shot in story.shots): f"shot from {first}" for first in (1, 0)}
+    found: dict[tuple[Numbers, ...], str] = {}
+    places = {scene.number: place for place, scene in enumerate(story.scenes)}
+    for scene_from, scene in ((1, dict(zip(places, places, strict=True))), (0, places)) if count == 2 else ():
+        for shot_from in (1, 0):
+            numbers = tuple((scene[shot.scene], shot.number - 1 + shot_from) for shot in story.shots)
+            found.setdefault(numbers, _BY_SCENE.format(scene_from, shot_from))
+    return found
 
 
-def _choose(readings: Sequence[_Reading], story: Story, folder: Path, root: Root) -> _Reading | None:
+def _choose(readings: Sequence[_Reading], story: Story, folder: Path) -> _Reading | None:
     """The reading of all shots under our own names; else of all shots; else our own names; else of several files."""
     ours = [one for one in readings if one.pattern in _OURS and one.numbering == _BY_SCENE.format(1, 1)]
-    complete = [one for one in readings if one.files.keys() == one.shots.keys()]
+    complete = [one for one in readings if one.files.keys() == set(one.shots)]
     several = [one for one in readings if len(one.files) > 1]
     for candidates in ([one for one in complete if one in ours], complete, ours, several):
         if len(candidates) > 1:
-            raise ValueError(
-                f"{folder}: the files can be read as the shots of {story.title!r} in several ways: "
-                f"{'; '.join(map(str, candidates))}{_how_to_map(folder, story, root)}"
-            )
+            problem = f"the files can be read as the shots of {story.title!r} in several ways"
+            raise _unclear_files(f"{problem}: {'; '.join(map(str, candidates))}", story, folder)
         if candidates:
             return candidates[0]
     return None
 
 
-def _how_to_map(folder: Path, story: Story, root: Root) -> str:
-    entry = f"[{', '.join('...' for _ in story.shots)}]  # such as {root.name(folder)}/shot_1.mp4"
-    return (
-        f'; write into {root.mapping} shots: "{{story}}/shot_{{index}}.mp4", where {{scene}}, {{shot}} (in its scene) '
-        "and {index} (in the film) count from 1, {scene0}, {shot0} and {index0} from 0, and {story} is the folder; or "
-        f"the paths themselves {root.advice(story, entry)}"
+def _unclear_files(problem: str, story: Story, folder: Path) -> UnclearError:
+    return UnclearError(
+        f'{folder}: {problem}; write a template for all stories, shots: "{{story}}/shot_{{index}}.mp4", where {{scene}}, '
+        "{shot} (in its scene) and {index} (in the film) count from 1, {scene0}, {shot0} and {index0} from 0, and "
+        "{story} is the folder; or the paths themselves",
+        *(story, folder / "shot_1.mp4"),
+        f"[{', '.join('...' for _ in story.shots)}]  # such as %s",
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", ... {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

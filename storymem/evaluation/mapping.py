@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from pathlib import Path
 from string import Formatter
@@ -13,7 +13,7 @@ from string import Formatter
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, UserPath, build_settings, nearest
-from storymem.evaluation.layouts import FilmFiles, Root, ShotFile, find_shots, is_video, quoted, whole_film
+from storymem.evaluation.layouts import FilmFiles, ShotFile, UnclearError, find_shots, is_video, quoted
 from storymem.io import FileError, read_yaml
 from storymem.media.video import probe
 from storymem.story import Shot, Story
@@ -44,18 +44,15 @@ class OneFile:
     def ranges(self, total: int, shots: int) -> list[tuple[int, int]]:
         """The frames of each shot in a file of ``total`` frames. Raises ``ValueError`` if they do not fit."""
         starts = [0, *(self.cuts or ())]
-        by_cuts = list(zip(starts, [*starts[1:], total], strict=True))
-        ranges = by_cuts if self.frames is None else self.frames
+        ranges = list(zip(starts, [*starts[1:], total], strict=True)) if self.frames is None else self.frames
         if len(ranges) != shots:
-            given = f"{len(ranges) - 1} cuts, so " if self.cuts is not None else ""
+            given = f"{len(ranges) - 1} cuts, so " if self.frames is None else ""
             raise ValueError(f"gives {given}{len(ranges)} shots, and the story has {shots}")
-        end = 0
-        for first, after in ranges:
-            if not end <= first < after <= total:
+        for (_, before), (first, after) in zip([(0, 0), *ranges], ranges, strict=False):
+            if not before <= first < after <= total:
                 raise ValueError(
                     f"frames [{first}, {after}] do not follow those before, or end after the file's {total} frames"
                 )
-            end = after
         return ranges
 
 
@@ -78,12 +75,8 @@ class FilmsMapping:
     folder: UserPath | None = None
 
 
-def read_mapping(path: Path) -> tuple[FilmsMapping, Root]:
-    """A mapping file, and the folder of films that its paths are relative to.
-
-    Raises:
-        FileError: naming the file, if it cannot be used.
-    """
+def read_mapping(path: Path) -> tuple[FilmsMapping, Path]:
+    """A mapping file, and the folder that its paths are relative to. Raises ``FileError`` if it cannot be used."""
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise FileError(f'{path}: expected a mapping, for example shots: "{{story}}/{{scene:02d}}_{{shot:02d}}.mp4"')
@@ -94,39 +87,37 @@ def read_mapping(path: Path) -> tuple[FilmsMapping, Root]:
     folder = path.parent / (mapping.folder or ".")
     if not folder.is_dir():
         raise FileError(f"{path}: folder: there is no folder {folder}")
-    return mapping, Root(folder=folder, mapping=path)
+    return mapping, folder
 
 
-def mapped_films(mapping: FilmsMapping, root: Root, stories: Sequence[Story]) -> tuple[dict[str, FilmFiles], list[str]]:
-    """The films that a mapping locates: title -> film, and the titles in it that no story has.
+def mapped_films(mapping: FilmsMapping, file: Path, folder: Path, stories: Sequence[Story]) -> dict[str, FilmFiles]:
+    """The films that the mapping in ``file`` locates in ``folder``, by title.
 
     Raises:
         ValueError: if an entry does not fit its story or the files.
     """
-    titles = {story.title: story for story in stories}
-    unknown = sorted(mapping.stories.keys() - titles.keys())
-    if unknown and mapping.shots is None and not titles.keys() & mapping.stories.keys():
-        raise ValueError(f"{root.mapping}: names none of these stories; {unknown[0]!r}{nearest(unknown[0], titles)}")
+    titles = [story.title for story in stories]
+    if mapping.shots is None and mapping.stories and not mapping.stories.keys() & set(titles):
+        unknown = min(mapping.stories)
+        raise ValueError(f"{file}: names none of these stories; {unknown!r}{nearest(unknown, titles)}")
     found = {}
     for story in stories:
         if mapping.shots is None and story.title not in mapping.stories:
             continue
         try:
-            found[story.title] = _mapped_film(mapping, root, story)
+            found[story.title] = _mapped_film(mapping, file.name, folder, story)
             _check_differ(found[story.title], story)
-        except FileError:
+        except (FileError, UnclearError):
             raise
         except ValueError as error:
-            message = str(error)
-            raise ValueError(message if str(root.mapping) in message else f"{root.mapping}: {message}") from None
-    return found, unknown
+            raise ValueError(f"{file}: {error}") from None
+    return found
 
 
-def _mapped_film(mapping: FilmsMapping, root: Root, story: Story) -> FilmFiles:
+def _mapped_film(mapping: FilmsMapping, source: str, folder: Path, story: Story) -> FilmFiles:
     entry, where = mapping.stories.get(story.title, story.slug), f"stories.{story.title}"
-    source = root.mapping.name
     if isinstance(entry, OneFile):
-        file = root.folder / entry.file
+        file = folder / entry.file
         if not is_video(file):
             raise ValueError(f"{where}: there is no video file {file}")
         try:
@@ -140,18 +131,16 @@ def _mapped_film(mapping: FilmsMapping, root: Root, story: Story) -> FilmFiles:
             raise ValueError(
                 f"{where} lists {len(entry)} shots and the story has {len(story.shots)}: write one path for each"
             )
-        shots = tuple(ShotFile.at(root.folder / name) for name in entry)
-        return FilmFiles(folder=root.folder, shots=shots, layout=f"paths from {source}")
+        shots = tuple(ShotFile.at(folder / name) for name in entry)
+        return FilmFiles(folder=folder, shots=shots, layout=f"paths from {source}")
     if mapping.shots is not None:
-        shots = tuple(ShotFile.at(root.folder / _filled(mapping.shots, entry, shot)) for shot in story.shots)
-        _check_all_used(mapping.shots, root.folder, entry, story, shots)
-        return FilmFiles(folder=root.folder, shots=shots, layout=f"{mapping.shots} from {source}, {{story}}: {entry}")
-    place = root.folder / entry
-    if is_video(place):
-        return whole_film(place, story, root)
-    if not place.is_dir():
+        shots = tuple(ShotFile.at(folder / _filled(mapping.shots, entry, shot)) for shot in story.shots)
+        _check_all_used(mapping.shots, folder, entry, story, shots)
+        return FilmFiles(folder=folder, shots=shots, layout=f"{mapping.shots} from {source}, {{story}}: {entry}")
+    place = folder / entry
+    if not place.is_dir() and not is_video(place):
         raise ValueError(f"{where}: there is no folder or video {place}")
-    return find_shots(place, story, root)
+    return find_shots(place, story)
 
 
 def _filled(template: str, entry: str, shot: Shot) -> str:
@@ -171,15 +160,15 @@ def _filled(template: str, entry: str, shot: Shot) -> str:
 
 def _check_all_used(template: str, folder: Path, entry: str, story: Story, shots: Sequence[ShotFile]) -> None:
     """Raise ValueError if the template with other numbers fits a video: its fields may count differently."""
+
+    def pattern(escape: Callable[[str], str], number: str) -> str:
+        values = {None: "", "story": escape(entry)}
+        return "".join(escape(text) + values.get(name, number) for text, name, *_ in Formatter().parse(template))
+
     used = {shot.path for shot in shots}
-    parts = [(text, name) for text, name, *_ in Formatter().parse(template)]
-    pattern = "".join(
-        glob.escape(text) + {None: "", "story": glob.escape(entry)}.get(name, "*") for text, name in parts
-    )
-    exact = "".join(re.escape(text) + {None: "", "story": re.escape(entry)}.get(name, "[0-9]+") for text, name in parts)
-    for found in sorted(glob.glob(pattern, root_dir=folder)):
+    for found in sorted(glob.glob(pattern(glob.escape, "*"), root_dir=folder)):
         path = folder / found
-        if re.fullmatch(exact, found) and is_video(path) and path not in used:
+        if re.fullmatch(pattern(re.escape, "[0-9]+"), found) and is_video(path) and path not in used:
             raise ValueError(
                 f"{path} is there, and no shot of {story.title!r} has these numbers: {{scene}}, {{shot}} and {{index}} "
                 "count from 1; write {scene0}, {shot0} or {index0} where files count from 0, or list the paths under "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from storymem.evaluation.metric import FilmInfo, Metric, Scores
 from storymem.io import (
     FileError,
     NotFiniteError,
-    hash_file,
     hash_json,
     naming_full_disk,
     read_json,
@@ -107,12 +107,6 @@ class StoryResult:
         """Whether the story can have a value of this column."""
         return not any(column in scores.undefined for scores in self.scores.values())
 
-    def write(self, path: Path) -> None:
-        """Write as JSON, in one step. Raises ``FileError`` if that is not possible."""
-        with naming_full_disk(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(self))
-
 
 def read_result(path: Path) -> StoryResult | None:
     """A result as it was written; None if there is none, or it is damaged or of another format."""
@@ -139,11 +133,10 @@ def metric_settings(metrics: Mapping[str, Metric]) -> dict[str, Any]:
 
 def result_key(story: Story, film: FilmFiles, measured: Mapping[str, Any]) -> str:
     """SHA-256 of all that decides a film's scores: story, bytes and frames of shots, video reader, metrics."""
-    hashes = _hashes(film)
     content = {
         "format": FORMAT,
         "story": story.to_dict(),
-        "shots": [shot.reason if shot.path is None else [hashes[shot.path], shot.frames] for shot in film.shots],
+        "shots": [shot.reason if shot.path is None else [film.hashes[shot.path], shot.frames] for shot in film.shots],
         "metrics": measured,
         "reader": [READER, READING],
     }
@@ -169,7 +162,7 @@ def score_story(
     before = read_result(path)
     if before is not None and before.key == key and not before.faults:
         if before.folder != (where := _folder(film)):
-            replace(before, folder=where).write(path)  # the same film elsewhere
+            write_json(path, asdict(replace(before, folder=where)))  # the same film elsewhere
         return
     result, strips = score_film(story, film, metrics, key)
     for fault in result.faults:
@@ -179,7 +172,7 @@ def score_story(
     remove_leftovers(images)
     for name, strip in strips.items():
         write_atomically(images / name, strip)
-    replace(result, metrics=dict(measured)).write(path)
+    write_json(path, asdict(replace(result, metrics=dict(measured))))
     for name in () if before is None else before.images:
         if name not in strips and Path(name).name == name:
             (images / name).unlink(missing_ok=True)
@@ -213,6 +206,15 @@ class _UnreadableError(Exception):
         self.index = index
 
 
+@contextmanager
+def _reading(index: int) -> Iterator[None]:
+    """Errors inside the block are those of reading this shot."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise _UnreadableError(index, str(error)) from None
+
+
 def _score(
     story: Story, film: FilmFiles, metrics: Mapping[str, Metric], key: str
 ) -> tuple[StoryResult, dict[str, bytes]]:
@@ -220,9 +222,11 @@ def _score(
     measured: dict[str, list[Any]] = {name: [] for name in metrics}
     faults: dict[str, list[str]] = {name: [] for name in metrics}
     strips: dict[str, bytes] = {}
-    for shot, file, length in zip(story.shots, film.shots, info.lengths, strict=True):
-        frames = None if length is None else _frames(shot.index, file, length)
-        if frames is not None:
+    for shot, file in zip(story.shots, film.shots, strict=True):
+        frames = None
+        if file.path is not None:
+            with _reading(shot.index):
+                frames = read_video(file.path, None if file.frames is None else range(*file.frames))
             strips[f"{shot.index + 1:02d}.jpg"] = _strip(frames)
         for name, metric in metrics.items():
             try:
@@ -231,7 +235,6 @@ def _score(
                 measured[name].append(None)
                 faults[name].append(f"{shot.label}: {error}")
     scores = {name: _computed(metric, measured[name], info, faults[name]) for name, metric in metrics.items()}
-    hashes = _hashes(film)
     result = StoryResult(
         key=key,
         title=story.title,
@@ -239,7 +242,7 @@ def _score(
         style=story.genre,
         story_sha256=hash_json(story.to_dict()),
         folder=_folder(film),
-        shots=tuple(_shot_result(shot, n, film, hashes) for shot, n in zip(story.shots, info.lengths, strict=True)),
+        shots=tuple(_shot_result(shot, n, film) for shot, n in zip(story.shots, info.lengths, strict=True)),
         scores=scores,
         faults=tuple(f"{name}: {fault}" for name, found in faults.items() for fault in found),
         images=tuple(strips),
@@ -251,32 +254,15 @@ def _length(index: int, file: ShotFile) -> int | None:
     """Number of frames; None for a missing file."""
     if file.path is None:
         return None
-    try:
+    with _reading(index):
         frames = probe(file.path).frames
-    except (FileNotFoundError, ValueError) as error:
-        raise _UnreadableError(index, str(error)) from None
-    if not frames:
-        raise _UnreadableError(index, f"{file.path.name} has no frames")
-    first, end = file.frames or (0, frames)
-    if end > frames:
-        raise _UnreadableError(
-            index, f"{file.path.name} has {frames} frames, and the shot is frames {first} to {end - 1}"
-        )
+        first, end = file.frames or (0, frames)
+        if end > frames:
+            raise ValueError(f"{file.path.name} has {frames} frames, and the shot is frames {first} to {end - 1}")
     return end - first
 
 
-def _frames(index: int, file: ShotFile, length: int) -> np.ndarray:
-    assert file.path is not None
-    try:
-        frames = read_video(file.path, None if file.frames is None else range(*file.frames))
-    except (FileNotFoundError, ValueError) as error:
-        raise _UnreadableError(index, str(error)) from None
-    if len(frames) != length:
-        raise _UnreadableError(index, f"{file.path.name} has {length} frames, of which {len(frames)} can be read")
-    return frames
-
-
-def _shot_result(shot: Shot, length: int | None, film: FilmFiles, hashes: Mapping[Path, str]) -> ShotResult:
+def _shot_result(shot: Shot, length: int | None, film: FilmFiles) -> ShotResult:
     file, folder = film.shots[shot.index], film.folder
     path = file.path
     is_below = path is not None and folder is not None and path != folder and path.is_relative_to(folder)
@@ -288,10 +274,10 @@ def _shot_result(shot: Shot, length: int | None, film: FilmFiles, hashes: Mappin
         cut=shot.cut,
         file=None if path is None else path.relative_to(folder).as_posix() if is_below and folder else path.name,
         file_frames=file.frames,
-        sha256=None if path is None else hashes[path],
+        sha256=None if path is None else film.hashes[path],
         frames=length,
-        reader=None if length is None else READER,
-        notes=() if path is None or length is None else probe(path).notes,
+        reader=None if path is None else READER,
+        notes=() if path is None else probe(path).notes,
         missing=file.reason,
     )
 
@@ -355,7 +341,3 @@ def _strip(frames: np.ndarray) -> bytes:
 def _folder(film: FilmFiles) -> str | None:
     return None if film.folder is None else str(film.folder)
 
-
-def _hashes(film: FilmFiles) -> dict[Path, str]:
-    """SHA-256 of each file of a film."""
-    return {path: hash_file(path) for path in {shot.path for shot in film.shots if shot.path is not None}}

@@ -452,7 +452,7 @@ def test_the_mapping_file_in_the_datasheet_is_one(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "st_bench" / "README.md").read_text()
     (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "films.yaml").write_text(block.replace(", ...", "").replace("/data/films", str(tmp_path)))
-    mapping, root = read_mapping(tmp_path / "films.yaml")
-    assert root.folder == tmp_path
+    mapping, folder = read_mapping(tmp_path / "films.yaml")
+    assert folder == tmp_path
     titles = {story.title for story in stories_of(Path(__file__).parents[2] / "st_bench" / "stories")}
     assert mapping.stories.keys() < titles
