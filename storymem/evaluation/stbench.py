@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, StoryPath, UserPath, build_settings
 from storymem.evaluation.films import Films, find_films, stories_of
+from storymem.evaluation.layouts import listed
 from storymem.evaluation.mapping import MAPPING, MAPPING_SUFFIXES
 from storymem.evaluation.statistics import StatisticsSettings
 from storymem.evaluation.workers import Workers
@@ -26,7 +27,7 @@ from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, Sa
 from storymem.weights import MissingWeights, locate
 
 if TYPE_CHECKING:
-    from storymem.evaluation.metric import Metric
+    from storymem.evaluation.metric import Column, Metric
     from storymem.evaluation.results import Results
     from storymem.evaluation.scoring import StoryResult
     from storymem.methods import Method
@@ -128,7 +129,7 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
     if workers.is_first:
         report(plan)
     metrics = build_metrics(settings.metrics)
-    measured = metric_settings(metrics)
+    measured, columns = metric_settings(metrics), [column for metric in metrics.values() for column in metric.columns]
     made = [system for system in systems if system.method is not None]
     if made:
         metrics = {}  # the methods' models need the room
@@ -139,7 +140,7 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
         workers.wait()  # films to score are divided among all processes again
         metrics = metrics or build_metrics(settings.metrics)
         found = score(systems, stories, metrics, measured, Path(settings.output), workers)
-        return _summarise(settings, systems, stories, found, metrics, measured) if workers.is_first else None
+        return _summarise(settings, systems, stories, found, columns, measured) if workers.is_first else None
 
 
 def _summarise(
@@ -147,7 +148,7 @@ def _summarise(
     systems: Sequence[System],
     stories: Sequence[Story],
     found: Mapping[str, Sequence[StoryResult]],
-    metrics: Mapping[str, Metric],
+    columns: Sequence[Column],
     measured: Mapping[str, Any],
 ) -> Results:
     """Put the results together, write and print them."""
@@ -155,7 +156,7 @@ def _summarise(
     from storymem.evaluation.results import Results
 
     results = Results(
-        columns=tuple(column for metric in metrics.values() for column in metric.columns),
+        columns=tuple(columns),
         stories={system: tuple(one) for system, one in found.items()},
         metrics=dict(measured),
         statistics=settings.statistics,
@@ -181,15 +182,14 @@ def find_systems(settings: EvaluateSettings, compose: Compose | None) -> list[Sy
         ValueError: if there are none, or two with one name.
     """
     folders = {_name_of(settings.films): settings.films} if isinstance(settings.films, str) else settings.films or {}
+    systems = [System(name=name, films=Path(folder)) for name, folder in folders.items()]
     nodes: list[tuple[str, dict[str, Any]]] = []
     if settings.method is not None:
         nodes.append((settings.label or str(settings.method.get("_target_")).rpartition(".")[2], settings.method))
     for name in settings.methods:
         assert compose is not None, "methods are looked up by name"
         nodes.append((name, build_settings(EvaluateSettings, compose(name)).method or {}))
-    made = Path(settings.output) / "films"
-    systems = [System(name=name, films=Path(folder)) for name, folder in folders.items()]
-    systems += [System(name=name, films=made / name, method=node) for name, node in nodes]
+    systems += [System(name=name, films=Path(settings.output) / "films" / name, method=node) for name, node in nodes]
     names = [system.name for system in systems]
     if not names:
         raise ValueError("nothing to score: write films=FOLDER, method=NAME or methods=[NAME,NAME]")
@@ -215,7 +215,7 @@ def make_plan(systems: Sequence[System], stories: Sequence[Story]) -> str:
         ValueError: as `find_films`.
     """
     shots = sum(len(story.shots) for story in stories)
-    lines = [f"{len(stories)} stories, {shots} shots"]
+    lines = [f"{len(stories)} {'story' if len(stories) == 1 else 'stories'}, {shots} shots"]
     for system in systems:
         there = find_films(system.films, stories) if system.films.exists() or system.method is None else None
         found = sum(shot.path is not None for film in (there.films if there else ()) for shot in film.shots)
@@ -234,14 +234,9 @@ def _films_found(there: Films, stories: Sequence[Story]) -> Iterator[str]:
             yield f"  {story.title}: {where}" + (f", {film.layout}" if film.layout else "")
         yield from (f"  {story.title}: {reason}" for reason in dict.fromkeys(s.reason for s in film.shots) if reason)
         if film.ignored:
-            yield f"  {story.title}: not used: {_listed(film.ignored)}"
+            yield f"  {story.title}: not used: {listed(film.ignored, _LISTED)}"
     if there.unused:
-        yield f"  of no story: {_listed(there.unused)}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+        yield f"  of no story: {listed(there.unused, _LISTED)}"
 
 
 # --- metrics
@@ -251,13 +246,13 @@ def missing_weights(nodes: Mapping[str, Any]) -> list[MissingWeights]:
     """The published weights that metrics need and that are not on this machine."""
     from storymem.scorers import scorer_weights
 
-    missing = {}
-    for weights in scorer_weights(nodes):
+    missing = []
+    for weights in dict.fromkeys(scorer_weights(nodes)):
         try:
             locate(weights)
         except MissingWeights as error:
-            missing[weights] = error
-    return list(missing.values())
+            missing.append(error)
+    return missing
 
 
 def build_metrics(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
@@ -368,7 +363,7 @@ def check_output(output: Path) -> None:
     others = sorted(path.name for path in output.iterdir() if path.name not in (".lock", "jobs"))
     if others and not (output / _MARK).is_file():
         raise FileError(
-            f"output={output} is not empty and not a folder of results: it holds {_listed(others)}. "
+            f"output={output} is not empty and not a folder of results: it holds {listed(others, _LISTED)}. "
             "Nothing was written; choose a new or empty folder"
         )
 
