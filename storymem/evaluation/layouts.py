@@ -44,7 +44,8 @@ class UnclearError(ValueError):
     def advice(self, folder: Path, mapping: Path) -> str:
         """The whole message: ``mapping`` is the file to write, with paths relative to ``folder``."""
         place = self.place.relative_to(folder).as_posix() if self.place.is_relative_to(folder) else str(self.place)
-        return f"{self} in {mapping}:\nstories:\n  {quoted(self.story.title)}: {self.entry.replace('%s', quoted(place))}"
+        entry = self.entry.replace("%s", quoted(place))
+        return f"{self} in {mapping}:\nstories:\n  {quoted(self.story.title)}: {entry}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,8 +269,8 @@ def _choose(readings: Sequence[_Reading], story: Story, folder: Path) -> _Readin
 
 def _unclear_files(problem: str, story: Story, folder: Path) -> UnclearError:
     return UnclearError(
-        f'{folder}: {problem}; write a template for all stories, shots: "{{story}}/shot_{{index}}.mp4", where {{scene}}, '
-        "{shot} (in its scene) and {index} (in the film) count from 1, {scene0}, {shot0} and {index0} from 0, and "
+        f'{folder}: {problem}; write a template for all stories, shots: "{{story}}/shot_{{index}}.mp4", where '
+        "{scene}, {shot} (in its scene) and {index} (in the film) count from 1, {scene0}, {shot0} and {index0} from 0, and "
         "{story} is the folder; or the paths themselves",
         *(story, folder / "shot_1.mp4"),
         f"[{', '.join('...' for _ in story.shots)}]  # such as %s",

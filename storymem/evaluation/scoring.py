@@ -340,4 +340,3 @@ def _strip(frames: np.ndarray) -> bytes:
 
 def _folder(film: FilmFiles) -> str | None:
     return None if film.folder is None else str(film.folder)
-

@@ -6,8 +6,14 @@
 - `storymem.scorers.aesthetic.AestheticScorer`: LAION aesthetic score, V1 and V2.
 - `storymem.scorers.hpsv3.Hpsv3Scorer`: human preference score, version 3.
 
-One contract for all: images are float tensors in 0..1, RGB, [N, 3, H, W] (clips [B, T, 3, H, W]); results are float32
-on the CPU, one row per image, clip or text, and an empty input gives an empty result.
+One contract for all: images are float tensors in 0..1, RGB, [N, 3, H, W] of any size (clips [B, T, 3, H, W]); results
+are float32 on the CPU, one row per image, clip or text, embeddings of unit length; an empty input gives an empty result.
+Other inputs raise ``ValueError`` (see `storymem.scorers.scorer.check_frames`), NaN in a result ``NotFiniteError``.
+
+A scorer is built by `from_pretrained` (published weights), `from_folder` (a network of any size, of the user's own) or
+`from_config` (random weights, the same for the same ``seed``, for tests and trials). They raise ``MissingWeights`` for
+what is not on this machine, and ``FileError`` for what is damaged or does not fit. `required_weights` takes the
+arguments of `from_pretrained` and lists what that would load.
 
 This module loads no torch, and no scorer is imported before it is used.
 """

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from storymem.io import check_finite
-from storymem.scorers.checkpoint import load_strictly, read_checkpoint, seeded
+from storymem.scorers.checkpoint import loaded, read_checkpoint, seeded
 from storymem.scorers.clip import ClipScorer
 from storymem.scorers.scorer import Origin, Placement, check_threshold
 from storymem.weights import Weights, locate
@@ -21,22 +22,22 @@ _PREPROCESSING = "published_aesthetic"
 _HEAD_FILE = "aesthetic_head.safetensors"
 
 
-class _Published(NamedTuple):
-    file: str
-    folder: str
-    licence: str
-    size_gb: float
+def _weights(version: str, file: str, repository: str, licence: str, size_gb: float) -> Weights:
+    return Weights(
+        name=f"LAION aesthetic head {version}",
+        source=f"~/.cache/storymem/{file}",
+        file=file,
+        size_gb=size_gb,
+        licence=licence,
+        url=f"https://github.com/{repository}/raw/main/{file}",
+    )
 
 
 _PUBLISHED = {
-    "v1": _Published(
-        "sa_0_4_vit_l_14_linear.pth", "https://github.com/LAION-AI/aesthetic-predictor/raw/main", "MIT", 0.000004
-    ),
-    "v2": _Published(
-        "sac+logos+ava1-l14-linearMSE.pth",
-        "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main",
-        "Apache-2.0",
-        0.0037,
+    "v1": _weights("v1", "sa_0_4_vit_l_14_linear.pth", "LAION-AI/aesthetic-predictor", "MIT", 0.000004),
+    "v2": _weights(
+        *("v2", "sac+logos+ava1-l14-linearMSE.pth", "christophschuhmann/improved-aesthetic-predictor"),
+        *("Apache-2.0", 0.0037),
     ),
 }
 
@@ -58,14 +59,7 @@ class LinearsHead(nn.Module):
         return self.layers(x)
 
 
-def _published(version: str) -> _Published:
-    if version not in _PUBLISHED:
-        raise ValueError(f"unknown version {version!r}; write one of {', '.join(_PUBLISHED)}")
-    return _PUBLISHED[version]
-
-
 def _head(version: str, dim: int = _DIM) -> nn.Module:
-    _published(version)
     return nn.Linear(dim, 1) if version == "v1" else LinearsHead(dim)
 
 
@@ -100,16 +94,10 @@ class AestheticScorer:
         version: str = "v1", source: str | None = None, clip_source: str | None = None, **_: Any
     ) -> list[Weights]:
         """What :meth:`from_pretrained` loads: the head and its CLIP."""
-        published = _published(version)
-        head = Weights(
-            name=f"LAION aesthetic head {version}",
-            source=source or str(Path("~/.cache/storymem") / published.file),
-            file=published.file,
-            size_gb=published.size_gb,
-            licence=published.licence,
-            url=f"{published.folder}/{published.file}",
-        )
-        return [head, *ClipScorer.required_weights(*_CLIP, clip_source)]
+        if version not in _PUBLISHED:
+            raise ValueError(f"unknown version {version!r}; write one of {', '.join(_PUBLISHED)}")
+        head = _PUBLISHED[version]
+        return [replace(head, source=source or head.source), *ClipScorer.required_weights(*_CLIP, clip_source)]
 
     @classmethod
     def from_pretrained(
@@ -130,34 +118,18 @@ class AestheticScorer:
             clip_source: file, folder or hub repository of OpenAI's ViT-L/14; by default timm's.
             threshold: see the class. 4.5 is our choice; no published value exists.
             placement: of the CLIP model; see `Scorer`.
-
-        Raises:
-            MissingWeights: if the head or CLIP is not on this machine.
-            FileError: if a file is damaged or holds something else.
         """
-        head = _head(version)
         path = locate(cls.required_weights(version, source)[0])
-        load_strictly(head, read_checkpoint(path), path)
+        head = loaded(lambda: _head(version), read_checkpoint(path), path)
         clip = ClipScorer.from_pretrained(*_CLIP, clip_source, preprocessing=_PREPROCESSING, **placement)
         return cls(clip, head, name=f"laion-{version}", threshold=threshold)
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, threshold: float, **placement: Unpack[Placement]) -> Self:
-        """Load a linear head and a CLIP of any size from one folder.
-
-        Args:
-            folder: as `ClipScorer.from_folder` takes it, and the head in ``aesthetic_head.safetensors``.
-            threshold: see the class.
-            placement: of the CLIP model; see `Scorer`.
-
-        Raises:
-            MissingWeights: if the folder lacks a file.
-            FileError: if a file is damaged, or they do not fit each other.
-        """
+        """Load a CLIP as `ClipScorer.from_folder` does, and the linear head ``aesthetic_head.safetensors`` beside it."""
         clip = ClipScorer.from_folder(folder, preprocessing=_PREPROCESSING, **placement)
-        head = _head("v1", clip.dim)
         path = locate(Weights(name=f"aesthetic head in {folder}", source=str(folder), file=_HEAD_FILE))
-        load_strictly(head, read_checkpoint(path), path)
+        head = loaded(lambda: _head("v1", clip.dim), read_checkpoint(path), path)
         return cls(clip, head, name="laion-style v1", threshold=threshold)
 
     @classmethod
@@ -170,13 +142,7 @@ class AestheticScorer:
         threshold: float = 0.0,
         **placement: Unpack[Placement],
     ) -> Self:
-        """An untrained head on an untrained CLIP of any size, scores around 5; for tests and trials only.
-
-        Args:
-            clip: open_clip's model configuration; see `ClipScorer.from_config`.
-            version, threshold, placement: see `from_pretrained`.
-            seed: of the random weights; the global random state is left as it was.
-        """
+        """An untrained head, with scores around 5, on the untrained CLIP of `ClipScorer.from_config`."""
         embedder = ClipScorer.from_config(clip, seed=seed, preprocessing=_PREPROCESSING, **placement)
         head = seeded(seed, lambda: _head(version, embedder.dim))
         last = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
@@ -185,18 +151,7 @@ class AestheticScorer:
 
     @torch.no_grad()
     def score(self, frames: Tensor) -> Tensor:
-        """Scores of images.
-
-        Args:
-            frames: [N, 3, H, W], float in 0..1, RGB, of any size.
-
-        Returns:
-            [N] float32 on the CPU, about 0..10.
-
-        Raises:
-            ValueError: for anything else; see `check_frames`.
-            NotFiniteError: if a score is NaN or infinite.
-        """
+        """Scores [N], about 0..10, of images [N, 3, H, W] in 0..1."""
         scores = self.head(self.clip.embed_images(frames)).squeeze(-1)
         check_finite(scores, f"aesthetic scores by {self.name}", "its head is damaged")
         return scores

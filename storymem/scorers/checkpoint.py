@@ -1,4 +1,4 @@
-"""Reading checkpoints and the sizes beside them without running their code, and loading them strictly."""
+"""Reading checkpoints and the sizes beside them without running their code, and building networks from them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
+from accelerate import init_empty_weights
 from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -58,16 +59,21 @@ def read_checkpoint(path: Path, *, inside: str | None = None) -> dict[str, Tenso
     return content
 
 
-def load_strictly(
-    network: nn.Module, tensors: Mapping[str, Tensor], source: Path | str, *, assign: bool = False
-) -> None:
-    """Fill ``network`` with ``tensors``, every one of them and no other.
+def loaded(build: Callable[[], Network], tensors: Mapping[str, Tensor], source: Path | str) -> Network:
+    """The network that ``build`` makes, without RAM for its own parameters, with ``tensors``; see `load_strictly`."""
+    with init_empty_weights(include_buffers=False):
+        network = build()
+    load_strictly(network, tensors, source)
+    return network
+
+
+def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Make ``tensors`` the parameters of ``network``, every one of them and no other.
 
     Args:
-        network: on any device; on the meta device ``assign`` must be true.
+        network: on any device, meta included.
         tensors: by the network's own names.
         source: where they came from, for the message.
-        assign: make the tensors the network's parameters instead of copying their values.
 
     Raises:
         FileError: if names, shapes or kinds of numbers differ; all differences are listed.
@@ -82,7 +88,7 @@ def load_strictly(
         # Floats of 8 bits need scales.
         if wanted[name].is_floating_point() and not (tensor.is_floating_point() and tensor.element_size() > 1):
             raise FileError(f"{source}: {name} is {tensor.dtype}, not a float of 16 bits or more")
-    network.load_state_dict(dict(tensors), strict=True, assign=assign)
+    network.load_state_dict(dict(tensors), strict=True, assign=True)
 
 
 def seeded(seed: int, build: Callable[[], Network]) -> Network:

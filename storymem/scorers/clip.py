@@ -22,7 +22,7 @@ from torch import Tensor
 
 from storymem.config import STRICT, ConfigError, build_settings
 from storymem.io import FileError, check_regular, read_json_object
-from storymem.scorers.checkpoint import Count, Width, load_strictly, read_checkpoint, read_sizes, seeded
+from storymem.scorers.checkpoint import Count, Width, loaded, read_checkpoint, read_sizes, seeded
 from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD, crop, normalise, squash
 from storymem.scorers.scorer import Placement, Scorer, check_frames, check_texts, unit
 from storymem.weights import Weights, locate
@@ -214,10 +214,8 @@ class ClipScorer(Scorer[open_clip.CLIP]):
             preprocessing, placement: see the class.
 
         Raises:
-            ValueError: for unknown names, and for a model whose activation is not the one the weights were trained
-                with: OpenAI's load into the plain ``ViT-...`` names and give wrong embeddings there.
-            MissingWeights: if the weights are not on this machine.
-            FileError: if the file is damaged or holds another model.
+            ValueError: also for a model whose activation is not the one that the weights were trained with: OpenAI's
+                load into the plain ``ViT-...`` names and give wrong embeddings there.
         """
         config, tag = _model_and_tag(model, pretrained)
         path = locate(cls.required_weights(model, pretrained, source)[0])
@@ -242,10 +240,6 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         It holds ``open_clip_config.json``, that is ``{"model_cfg": ..., "preprocess_cfg": ...}``, and the state dict in
         ``open_clip_model.safetensors``; for another vocabulary than CLIP's also ``bpe_vocabulary.txt.gz``, as
         open_clip's ``SimpleTokenizer`` reads it.
-
-        Raises:
-            MissingWeights: if the folder lacks one of the first two files.
-            FileError: if a file is damaged, describes another kind of model, or they do not fit each other.
         """
         described, path = (
             locate(Weights(name=f"CLIP model in {folder}", source=str(folder), file=file))
@@ -265,13 +259,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         preprocessing: str = "published_selector",
         **placement: Unpack[Placement],
     ) -> Self:
-        """An untrained model of any size, the same for the same ``seed``; for tests and trials only.
-
-        Args:
-            config: of the model, as open_clip writes it: ``embed_dim``, ``quick_gelu``, ``vision_cfg``, ``text_cfg``.
-            seed: of the random weights; the global random state is left as it was.
-            preprocessing, placement: see the class.
-        """
+        """An untrained model; ``config`` is open_clip's (``embed_dim``, ``quick_gelu``, ``vision_cfg``, ``text_cfg``)."""
         plain = json.loads(json.dumps(config, default=dict))  # from OmegaConf's containers too
         settings = build_settings(ClipConfig, plain)
         scorer = cls(seeded(seed, lambda: _build(settings)), preprocessing=preprocessing, **placement)
@@ -279,22 +267,11 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         return scorer
 
     def embed_images(self, frames: Tensor) -> Tensor:
-        """Embeddings of images.
-
-        Args:
-            frames: [N, 3, H, W], float in 0..1, RGB, of any size.
-
-        Returns:
-            [N, D] float32 on the CPU, of unit length.
-
-        Raises:
-            ValueError: for anything else; see `check_frames`.
-            NotFiniteError: if an embedding is NaN or infinite.
-        """
+        """Embeddings [N, D] of images [N, 3, H, W] in 0..1."""
         return self._in_batches(check_frames(frames), self._encode_images, self.dim)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of texts, [N, D] float32 on the CPU, of unit length; long texts are cut."""
+        """Embeddings [N, D] of texts; long texts are cut."""
         ids = self.tokenizer(check_texts(texts))
         return self._in_batches(ids, lambda batch: unit(self.network.encode_text(batch)), self.dim)
 
@@ -333,12 +310,7 @@ def _load(config: ClipConfig, path: Path) -> open_clip.CLIP:
     tensors = read_checkpoint(path, inside="state_dict")
     if all(name.startswith("module.") for name in tensors):  # written by open_clip's training on several GPUs
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    with torch.device("meta"):
-        network = _build(config)
-    load_strictly(network, tensors, path, assign=True)
-    causal = torch.full((config.text_cfg.context_length,) * 2, -math.inf).triu_(1)
-    network.register_buffer("attn_mask", causal, persistent=False)  # no checkpoint has it
-    return network
+    return loaded(lambda: _build(config), tensors, path)
 
 
 def _model_and_tag(model: str, pretrained: str) -> tuple[ClipConfig, dict[str, Any]]:

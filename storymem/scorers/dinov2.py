@@ -77,19 +77,14 @@ class Dinov2Embedder(Scorer[Dinov2Model]):
     def from_pretrained(
         cls, source: str = "facebook/dinov2-base", *, resolution: int = 224, **placement: Unpack[Placement]
     ) -> Self:
-        """Load published weights from a hub repository or a folder in transformers' layout.
-
-        Raises:
-            MissingWeights: if they are not on this machine.
-            FileError: if a file is damaged, or they do not fit each other.
-        """
+        """Load published weights from a hub repository or a folder in transformers' layout."""
         path, described = (locate(weights) for weights in cls.required_weights(source))
         scorer = cls(_load(path, described), resolution=resolution, **placement)
         scorer.origin = "published"
         return scorer
 
     def embed_images(self, frames: Tensor) -> Tensor:
-        """Embeddings [N, D], float32 on the CPU, of unit length, of images [N, 3, H, W] in 0..1."""
+        """Embeddings [N, D] of images [N, 3, H, W] in 0..1."""
         return self._in_batches(check_frames(frames), self._encode, self.dim)
 
     def _encode(self, frames: Tensor) -> Tensor:

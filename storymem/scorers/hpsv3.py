@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from storymem.devices import resolve_device
 from storymem.io import FileError, read_text
-from storymem.scorers.hpsv3_network import PUBLISHED, Hpsv3Network, cast_backbone, in_4_bits, load_network
+from storymem.scorers.hpsv3_network import PUBLISHED, Hpsv3Network, in_4_bits, load_network
 from storymem.scorers.preprocessing import to_bytes
 from storymem.scorers.scorer import Placement, Scorer, check_frames, check_threshold
 from storymem.weights import Weights, locate
@@ -29,6 +29,14 @@ PIXELS = 256 * 28 * 28  # the area to which images are resized, up to rounding
 _SELECTOR_MIN_PIXELS = 48 * 28 * 28  # the published selector enlarges smaller frames only
 _PREPROCESSINGS = ("published_selector", "published_hpsv3")
 _TOKENIZER_FILE = "tokenizer.json"
+
+
+class Hpsv3Options(Placement, total=False):
+    """Keyword arguments of `Hpsv3Scorer`."""
+
+    threshold: float
+    preprocessing: str
+    max_batch_pixels: int
 
 
 class Hpsv3Scorer(Scorer[Hpsv3Network]):
@@ -98,10 +106,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
         tokenizer_source: str = "Qwen/Qwen2-VL-7B-Instruct",
         *,
         four_bit: bool = False,
-        threshold: float = 3.0,
-        preprocessing: str = "published_selector",
-        max_batch_pixels: int = 8 * PIXELS,
-        **placement: Unpack[Placement],
+        **options: Unpack[Hpsv3Options],
     ) -> Self:
         """Load the published weights.
 
@@ -109,42 +114,22 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
             source: file, folder or hub repository of the checkpoint.
             tokenizer_source: folder or hub repository of Qwen2-VL's tokenizer.
             four_bit: the backbone in 4 bits by bitsandbytes (about 6 GB instead of 17); scores move a little.
-            threshold, preprocessing, max_batch_pixels, placement: see the class.
+            options: see the class.
 
         Raises:
-            MissingWeights: if the weights or the tokenizer are not on this machine.
-            FileError: if a file is damaged or holds something else.
-            ImportError: if ``four_bit`` is set and bitsandbytes is not installed.
+            ImportError: also if ``four_bit`` is set and bitsandbytes is not installed.
         """
         path, tokenizer = (locate(weights) for weights in cls.required_weights(source, tokenizer_source))
         network = load_network(path, PUBLISHED)
         if four_bit:
-            network = in_4_bits(network, resolve_device(placement.get("device", "cpu"), "device"))
-        scorer = cls(
-            network,
-            _read_tokenizer(tokenizer),
-            threshold=threshold,
-            preprocessing=preprocessing,
-            max_batch_pixels=max_batch_pixels,
-            **placement,
-        )
+            network = in_4_bits(network, resolve_device(options.get("device", "cpu"), "device"))
+        scorer = cls(network, _read_tokenizer(tokenizer), **options)
         scorer.origin = "published"
         return scorer
 
     @torch.no_grad()
     def score(self, frames: Tensor) -> Tensor:
-        """Scores of images.
-
-        Args:
-            frames: [N, 3, H, W], float in 0..1, RGB, of any size.
-
-        Returns:
-            [N] float32 on the CPU, unbounded, higher is better.
-
-        Raises:
-            ValueError: for anything else; see `check_frames`.
-            NotFiniteError: if a score is NaN or infinite.
-        """
+        """Scores [N], unbounded, higher is better, of images [N, 3, H, W] in 0..1."""
         images = to_bytes(check_frames(frames)).cpu()
         if not len(images):
             return torch.empty(0)
@@ -162,10 +147,14 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
         return rewards[:, 0].float().cpu()
 
     def _cast(self) -> None:
-        if getattr(self.network.model, "is_quantized", False):
-            self.network.rm_head.float()
-        else:
-            cast_backbone(self.network, self.dtype)
+        """The backbone's weights to ``dtype``, unless in 4 bits, and the head's to float32.
+
+        Buffers keep their type: rotary frequencies rounded to bfloat16 are off by radians at the end of the prompt.
+        """
+        self.network.rm_head.float()
+        if not getattr(self.network.model, "is_quantized", False):
+            for parameter in self.network.model.parameters():
+                parameter.data = parameter.data.to(self.dtype)
 
 
 def assemble_prompt(prompt: str, visual_tokens: int = 1) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 
-from storymem.scorers.checkpoint import load_strictly, read_checkpoint
+from storymem.scorers.checkpoint import loaded, read_checkpoint
 
 PUBLISHED = Qwen2VLConfig(
     text_config={
@@ -96,11 +94,15 @@ def load_network(path: Path, config: Qwen2VLConfig) -> Hpsv3Network:
     Raises:
         FileError: if the file is damaged or holds another network.
     """
-    tensors = rename_published(read_checkpoint(path))
-    with init_empty_weights(include_buffers=False):
-        network = Hpsv3Network(config)
-    load_strictly(network, tensors, path, assign=True)
-    return network
+    renamed = {}
+    for name, tensor in read_checkpoint(path).items():
+        if name.startswith("visual."):
+            renamed[f"model.{name}"] = tensor
+        elif name.startswith("model."):
+            renamed[f"model.language_model.{name.removeprefix('model.')}"] = tensor
+        elif name != "lm_head.weight":  # which nothing uses
+            renamed[name] = tensor
+    return loaded(lambda: Hpsv3Network(config), renamed, path)
 
 
 def in_4_bits(network: Hpsv3Network, device: torch.device) -> Hpsv3Network:
@@ -127,26 +129,3 @@ def in_4_bits(network: Hpsv3Network, device: torch.device) -> Hpsv3Network:
         device_map={"": device},
     )
     return network
-
-
-def rename_published(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published checkpoint's names as those of `Hpsv3Network`; the unused ``lm_head`` is left out."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        if name.startswith("visual."):
-            renamed[f"model.{name}"] = tensor
-        elif name.startswith("model."):
-            renamed[f"model.language_model.{name.removeprefix('model.')}"] = tensor
-        elif name != "lm_head.weight":
-            renamed[name] = tensor
-    return renamed
-
-
-def cast_backbone(network: Hpsv3Network, dtype: torch.dtype) -> None:
-    """Bring the backbone's weights to ``dtype`` and the head's to float32, in place.
-
-    Buffers keep their type: rotary frequencies rounded to bfloat16 are off by radians at the end of the prompt.
-    """
-    for parameter in network.model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    network.rm_head.float()

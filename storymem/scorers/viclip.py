@@ -15,7 +15,7 @@ from torch import Tensor
 
 from storymem.config import build_settings
 from storymem.io import read_json_object, replacing, write_json
-from storymem.scorers.checkpoint import load_strictly, read_checkpoint, read_sizes, seeded
+from storymem.scorers.checkpoint import loaded, read_checkpoint, read_sizes, seeded
 from storymem.scorers.clip import ClipTokenizer
 from storymem.scorers.preprocessing import (
     CLIP_MEAN,
@@ -128,10 +128,6 @@ class ViclipScorer(Scorer[Viclip]):
             source: a hub id, a folder or a file, in either public layout: ``.safetensors`` (flat), or ``.pth`` with the
                 tensors under the key ``model``. By default OpenGVLab's hub repository of that size.
             profile, placement: see the class.
-
-        Raises:
-            MissingWeights: if the weights are not on this machine.
-            FileError: if the file is damaged or holds another network.
         """
         (weights,) = cls.required_weights(size, source)
         scorer = cls(_load(_SIZES[size], locate(weights)), profile=profile, **placement)
@@ -140,12 +136,7 @@ class ViclipScorer(Scorer[Viclip]):
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, profile: str = "vbench", **placement: Unpack[Placement]) -> Self:
-        """Load a network of any size from a folder that `save` wrote, with its own vocabulary if it has one.
-
-        Raises:
-            MissingWeights: if the folder lacks ``viclip.json`` or ``model.safetensors``.
-            FileError: if a file is damaged, or they do not fit each other.
-        """
+        """Load a network of any size from a folder that `save` wrote, with its own vocabulary if it has one."""
         described, path = (
             locate(Weights(name=f"ViCLIP network in {folder}", source=str(folder), file=file))
             for file in (_CONFIG_FILE, _WEIGHTS_FILE)
@@ -163,7 +154,7 @@ class ViclipScorer(Scorer[Viclip]):
         profile: str = "vbench",
         **placement: Unpack[Placement],
     ) -> Self:
-        """An untrained network of any size, the same for the same ``seed``; for tests and trials only."""
+        """An untrained network."""
         sizes = config if isinstance(config, ViclipConfig) else build_settings(ViclipConfig, config)
         scorer = cls(seeded(seed, lambda: Viclip(sizes)), profile=profile, **placement)
         scorer.origin = "untrained"
@@ -182,24 +173,16 @@ class ViclipScorer(Scorer[Viclip]):
         return PROFILES[self.profile].choose(length, self.config.num_frames)
 
     def embed_clips(self, clips: Tensor) -> Tensor:
-        """Embeddings of clips.
+        """Embeddings [B, D] of clips [B, T, 3, H, W] in 0..1, of which `frame_indices` chooses the frames.
 
-        Args:
-            clips: [B, T, 3, H, W], float in 0..1, RGB, of any size and length; `frame_indices` chooses the frames. A
-                clip of one frame is that frame repeated, as in VBench.
-
-        Returns:
-            [B, D] float32 on the CPU, of unit length.
-
-        Raises:
-            ValueError: for anything else; see `check_clips`. Profile ``internvid`` refuses clips of fewer frames than
-                the network takes.
+        A clip of one frame is that frame repeated, as in VBench. Profile ``internvid`` refuses clips of fewer frames
+        than the network takes.
         """
         clips = check_clips(clips)
         return self._in_batches(clips[:, self.frame_indices(clips.shape[1])], self._encode_clips, self.dim)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings of texts, [N, D] float32 on the CPU, of unit length; long texts are cut."""
+        """Embeddings [N, D] of texts; long texts are cut."""
         ids = self.tokenizer(check_texts(texts))
         return self._in_batches(ids, lambda batch: unit(self.network.text_encoder(batch)), self.dim)
 
@@ -212,8 +195,4 @@ class ViclipScorer(Scorer[Viclip]):
 
 def _load(config: ViclipConfig, path: Path) -> Viclip:
     # The .pth files hold the tensors under "model"; no tensor of the network has that name.
-    tensors = read_checkpoint(path, inside="model")
-    with torch.device("meta"):
-        network = Viclip(config)
-    load_strictly(network, tensors, path, assign=True)
-    return network
+    return loaded(lambda: Viclip(config), read_checkpoint(path, inside="model"), path)

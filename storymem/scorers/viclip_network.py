@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 from einops import rearrange
-from open_clip.transformer import QuickGELU, Transformer
+from open_clip.transformer import QuickGELU, TextTransformer, Transformer
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -56,11 +56,6 @@ VICLIP_L_14 = ViclipConfig()
 VICLIP_B_16 = ViclipConfig(patch=16, width=768, layers=12, heads=12, output_dim=512, text_width=512, text_heads=8)
 
 
-def _transformer(width: int, layers: int, heads: int) -> Transformer:
-    """CLIP's pre-norm transformer on [B, N, width]."""
-    return Transformer(width, layers, heads, act_layer=QuickGELU)
-
-
 class VisionEncoder(nn.Module):
     """Joint space-time attention over all patches of a clip and one class token.
 
@@ -77,7 +72,7 @@ class VisionEncoder(nn.Module):
         self.positional_embedding = nn.Parameter(scale * torch.randn(1 + patches, width))
         self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, config.num_frames, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = _transformer(width, config.layers, config.heads)
+        self.transformer = Transformer(width, config.layers, config.heads, act_layer=QuickGELU)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, config.output_dim))
 
@@ -102,27 +97,6 @@ class VisionEncoder(nn.Module):
         raise ValueError(f"ViCLIP takes clips of {self.num_frames} frames or of 1; got {frames}")
 
 
-class TextEncoder(nn.Module):
-    """CLIP's text tower with a shorter context."""
-
-    def __init__(self, config: ViclipConfig) -> None:
-        super().__init__()
-        width = config.text_width
-        self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, width))
-        self.transformer = _transformer(width, config.text_layers, config.text_heads)
-        self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.output_dim))
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """[N, context_length] token ids -> [N, output_dim], read at the end-of-text token, the largest id."""
-        x = self.token_embedding(ids) + self.positional_embedding
-        causal = nn.Transformer.generate_square_subsequent_mask(ids.shape[1], device=ids.device, dtype=x.dtype)
-        x = self.ln_final(self.transformer(x, attn_mask=causal))
-        return x[torch.arange(len(x), device=x.device), ids.argmax(dim=-1)] @ self.text_projection
-
-
 class Viclip(nn.Module):
     """Both towers. ``temp``, the training temperature, is part of the checkpoint; scores do not use it."""
 
@@ -131,4 +105,12 @@ class Viclip(nn.Module):
         self.config = config
         self.temp = nn.Parameter(torch.tensor(1 / 100.0))
         self.vision_encoder = VisionEncoder(config)
-        self.text_encoder = TextEncoder(config)
+        self.text_encoder = TextTransformer(
+            context_length=config.context_length,
+            vocab_size=config.vocab_size,
+            width=config.text_width,
+            heads=config.text_heads,
+            layers=config.text_layers,
+            output_dim=config.output_dim,
+            act_layer=QuickGELU,
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from storymem.config import ConfigError
 from storymem.io import FileError
 from storymem.scorers import viclip as viclip_module
-from storymem.scorers.checkpoint import load_strictly
+from storymem.scorers.checkpoint import loaded
 from storymem.scorers.viclip import ViclipScorer, middle_frames, strided_frames
 from storymem.scorers.viclip_network import VICLIP_B_16, VICLIP_L_14, Viclip, ViclipConfig
 from storymem.weights import MissingWeights
@@ -43,9 +43,7 @@ def test_one_frame_agrees_with_open_clip() -> None:
     settings["vision_cfg"]["layers"] = settings["text_cfg"]["layers"] = 2
     settings["text_cfg"]["context_length"] = 32
     theirs = open_clip.CLIP(**settings).eval()
-    with torch.device("meta"):
-        ours = Viclip(config)
-    load_strictly(ours, from_open_clip(theirs.state_dict(), config), "open_clip", assign=True)
+    ours = loaded(lambda: Viclip(config), from_open_clip(theirs.state_dict(), config), "open_clip")
     pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(ours.vision_encoder(pixels[:, None]), theirs.encode_image(pixels), atol=1e-5, rtol=1e-5)
     ids = open_clip.tokenize(["a cat runs in a field", "Night. 2 trains pass"], context_length=32)
