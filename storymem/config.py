@@ -27,6 +27,8 @@ CONFIGS = SHARED / "configs"
 
 T = TypeVar("T")
 
+_LISTED = 24  # known names in an error before the rest is only counted
+
 
 def _user_path(path: str) -> str:
     if not path.strip():
@@ -74,12 +76,13 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or all of ``known`` if none is like ``name``; empty if nothing is known."""
+    """``"; did you mean 'x'?"``, or what is known if nothing is like ``name``; empty if nothing is known."""
     names = sorted(known)
     if not names:
         return ""
     close = closest(name, names)
-    return f"; did you mean {close!r}?" if close else f"; known are: {', '.join(names)}"
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"; did you mean {close!r}?" if close else f"; known are: {', '.join(names[:_LISTED])}{more}"
 
 
 def check_bounds(settings: object, **bounds: tuple[float, float]) -> None:

@@ -46,12 +46,16 @@ from storymem.wan.segments import Layout, memory_cached, memory_joint
 from storymem.wan.settings import ModelSettings, NetworkSettings, RuntimeSettings, SamplerSettings, VideoSettings
 from storymem.wan.transformer import SegmentCache
 
-#: The shape of Wan2.1's small model, and a small video, for machines that the large model is too large for.
+#: The shape of Wan2.1's small model with few layers, and a small video, for machines that the large one is too large for.
 WAN_1_3B = {
-    **{"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960},
+    **{"num_layers": 2, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960},
     **{"text_dim": 4096, "freq_dim": 256, "out_channels": 16},
 }
-_SMALL_VIDEO, _SMALL_LAYERS = VideoSettings(height=96, width=160, frames=9, fps=8), 2
+_SMALL = ModelSettings(
+    name="wan-1.3b-shaped",
+    video=VideoSettings(height=96, width=160, frames=9, fps=8),
+    network=NetworkSettings(transformer=WAN_1_3B),
+)
 #: A shot is that of the published sampler, however few steps a small model takes.
 PUBLISHED = SamplerSettings()
 
@@ -119,12 +123,6 @@ class ShotRow:
 
 
 # Models and cases
-
-
-def small_model(video: VideoSettings, *, layers: int) -> ModelSettings:
-    """The 1.3B shape with so many of its layers."""
-    network = NetworkSettings(transformer=WAN_1_3B | {"num_layers": layers})
-    return ModelSettings(name="wan-1.3b-shaped", video=video, network=network, dtype="float32")
 
 
 def variations(model: ModelSettings, runtime: RuntimeSettings, device: torch.device) -> list[Case]:
@@ -377,39 +375,33 @@ def table(rows: Sequence[Row], model: ModelSettings) -> str:
     return "\n".join([*lines, *(f"not measured: {row.case}: {row.refused}" for row in rows if row.refused)])
 
 
-def circumstances(device: torch.device) -> dict[str, Any]:
-    """What figures depend on besides the code."""
+def save(path: Path, device: torch.device, results: Sequence[dict[str, Any]]) -> None:
+    """Write results as JSON, with what they depend on besides settings."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     git = ["git", "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
-    return {
+    content = {
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit or None,
+        "results": list(results),
     }
-
-
-def save(path: Path, device: torch.device, results: Sequence[dict[str, Any]]) -> None:
-    """Write results and circumstances as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**circumstances(device), "results": list(results)}, indent=2)
+    write_json(path, content, indent=2)
 
 
 def _planned(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[ModelSettings, RuntimeSettings]]:
     """The models to measure, and how they run."""
     large = device.type != "cpu"
     for name in [arguments.model] if arguments.model else ["wan2.2-a14b"] if large else ["tiny", "wan-1.3b-shaped"]:
-        small = name == "wan-1.3b-shaped"
+        small = name == _SMALL.name
         overrides = [f"model={'tiny' if small else name}", f"runtime={arguments.runtime}", "story=none"]
         made = build_settings(GenerateSettings, composed("generate", [*overrides, *arguments.overrides]))
-        model = made.model
-        if small:
-            model = small_model(_SMALL_VIDEO, layers=arguments.layers or _SMALL_LAYERS)
-            model = replace(model, dtype="bfloat16" if large else "float32")
-        elif arguments.layers:
+        model = replace(_SMALL, dtype="bfloat16" if large else "float32") if small else made.model
+        if arguments.layers:
             network = model.network.transformer | {"num_layers": arguments.layers}
             model = replace(model, network=replace(model.network, transformer=network))
         yield model, made.runtime
@@ -423,11 +415,10 @@ def _run(model: ModelSettings, runtime: RuntimeSettings, arguments: argparse.Nam
     print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {choice.reason or 'as set'}")
     print(f"ceiling: {ceiling:.3g} TFLOP/s in matrix products of {model.dtype}")
     cases = variations(model, runtime, device)[: None if arguments.sweep else 1]
-    found: list[tuple[Case, list[Row] | list[ShotRow]]] = []
-    for case in cases:
-        sizes, repeats = arguments.memory, arguments.repeats
-        found.append((case, list(measure(case, memory_sizes=sizes, ceiling=ceiling, repeats=repeats))))
-    print(table([row for _, rows in found for row in rows if isinstance(row, Row)], model))
+    measured = partial(measure, memory_sizes=arguments.memory, ceiling=ceiling, repeats=arguments.repeats)
+    rows = [list(measured(case)) for case in cases]
+    print(table([row for of_case in rows for row in of_case], model))
+    found: list[tuple[Case, Sequence[Row | ShotRow]]] = list(zip(cases, rows, strict=True))
     if arguments.shot:
         shot = measure_shot(cases[0], memory=max(arguments.memory), steps=arguments.steps)
         print(

@@ -49,8 +49,10 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[s
     runtime, lacking = _runtime(settings, memory=most_memory, frames=longest)
     weights, unfit = _weights(settings, text_to_video=text_to_video)
     finished = f", which holds {len(Film.open(folder).shots)} finished shots" if Film.exists(folder) else ""
+    counts = {"shot": len(story.shots), "scene": len(story.scenes)}
+    shots, scenes = (f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
     lines = [
-        f"{story.title}: {len(story.shots)} shots in {len(story.scenes)} scenes, {video.width}x{video.height}, "
+        f"{story.title}: {shots} in {scenes}, {video.width}x{video.height}, "
         f"{frames} frames at {video.fps} fps: {frames / video.fps:.1f} s of film",
         "",
         format_table(rows),

@@ -7,7 +7,7 @@
 - `storymem.scorers.hpsv3.Hpsv3Scorer`: human preference score, version 3.
 
 One contract for all: images are float tensors in 0..1, RGB, [N, 3, H, W] of any size (clips [B, T, 3, H, W]); results
-are float32 on the CPU, one row per image, clip or text, embeddings of unit length; an empty input gives an empty result.
+are float32 on the CPU, one row per image, clip or text, embeddings of unit length; without input there are no rows.
 Other inputs raise ``ValueError`` (see `storymem.scorers.scorer.check_frames`), NaN in a result ``NotFiniteError``.
 
 A scorer is built by `from_pretrained` (published weights), `from_folder` (a network of any size, of the user's own) or

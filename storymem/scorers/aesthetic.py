@@ -126,7 +126,7 @@ class AestheticScorer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, threshold: float, **placement: Unpack[Placement]) -> Self:
-        """Load a CLIP as `ClipScorer.from_folder` does, and the linear head ``aesthetic_head.safetensors`` beside it."""
+        """Load a CLIP as `ClipScorer.from_folder` and the linear head ``aesthetic_head.safetensors`` beside it."""
         clip = ClipScorer.from_folder(folder, preprocessing=_PREPROCESSING, **placement)
         path = locate(Weights(name=f"aesthetic head in {folder}", source=str(folder), file=_HEAD_FILE))
         head = loaded(lambda: _head("v1", clip.dim), read_checkpoint(path), path)

@@ -259,7 +259,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         preprocessing: str = "published_selector",
         **placement: Unpack[Placement],
     ) -> Self:
-        """An untrained model; ``config`` is open_clip's (``embed_dim``, ``quick_gelu``, ``vision_cfg``, ``text_cfg``)."""
+        """An untrained model of open_clip's configuration (``embed_dim``, ``vision_cfg``, ``text_cfg`` ...)."""
         plain = json.loads(json.dumps(config, default=dict))  # from OmegaConf's containers too
         settings = build_settings(ClipConfig, plain)
         scorer = cls(seeded(seed, lambda: _build(settings)), preprocessing=preprocessing, **placement)

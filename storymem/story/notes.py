@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from storymem.media.images import Fit, fit_note, read_image_with_notes
 from storymem.story import Story
 from storymem.wan.settings import ModelSettings, SamplerSettings
-from storymem.wan.texts import TextReader
+from storymem.wan.texts import KNOWN_WORDS, TextReader
 
 _MOST = 20  # lines of one kind, and words in a line
 
@@ -89,8 +90,8 @@ def _unknown(found: dict[str, list[str]], reader: TextReader, model: str) -> lis
     line = f"words that {model} does not know: {', '.join(shown)}{more}; in {where}"
     if reader.words is None:
         return [line]
-    known = ", ".join(sorted(reader.words, key=str.lower))
-    return [line, f"{model} knows only these words (model=wan2.2-a14b knows all words): {known}"]
+    listed = Path(reader.tokenizer.name_or_path, KNOWN_WORDS)
+    return [line, f"{model} knows {len(reader.words)} words, listed in {listed}; model=wan2.2-a14b knows all words"]
 
 
 def _ends(text: str) -> str:
