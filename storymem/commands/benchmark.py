@@ -46,7 +46,7 @@ from storymem.wan.segments import Layout, memory_cached, memory_joint
 from storymem.wan.settings import ModelSettings, NetworkSettings, RuntimeSettings, SamplerSettings, VideoSettings
 from storymem.wan.transformer import SegmentCache
 
-#: The shape of Wan2.1's small model with few layers, and a small video, for machines that the large one is too large for.
+#: The shape of Wan2.1's small model with few layers, and a small video, for machines too small for the large one.
 WAN_1_3B = {
     **{"num_layers": 2, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960},
     **{"text_dim": 4096, "freq_dim": 256, "out_channels": 16},

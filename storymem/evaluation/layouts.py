@@ -269,9 +269,9 @@ def _choose(readings: Sequence[_Reading], story: Story, folder: Path) -> _Readin
 
 def _unclear_files(problem: str, story: Story, folder: Path) -> UnclearError:
     return UnclearError(
-        f'{folder}: {problem}; write a template for all stories, shots: "{{story}}/shot_{{index}}.mp4", where {{story}} '
-        "is the folder, {scene}, {shot} (in its scene) and {index} (in the film) count from 1, and {scene0}, {shot0} and "
-        "{index0} from 0; or the paths themselves",
+        f'{folder}: {problem}; write a template for all stories, shots: "{{story}}/shot_{{index}}.mp4", where '
+        "{story} is the folder, {scene}, {shot} (in its scene) and {index} (in the film) count from 1, and {scene0}, "
+        "{shot0} and {index0} from 0; or the paths themselves",
         *(story, folder / "shot_1.mp4"),
         f"[{', '.join('...' for _ in story.shots)}]  # such as %s",
     )
