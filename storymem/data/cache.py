@@ -12,25 +12,34 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from storymem.data.manifest import NO_LIMIT, ShardReader, TensorManifest, read_checked, write_checked
+from storymem.data.manifest import NO_LIMIT, Manifest, read_checked, write_checked
 from storymem.data.settings import DataSettings
-from storymem.io import FileError, hash_json, parse_json, read_bytes, text_lines, write_atomically
+from storymem.io import (
+    FileError,
+    check_regular,
+    hash_file,
+    hash_json,
+    parse_json,
+    read_bytes,
+    text_lines,
+    write_atomically,
+)
 from storymem.wan.settings import ModelSettings
 from storymem.wan.spec import SPECS, ModelSpec
 from storymem.weights import locate, sample_hash
 
 Split = Literal["train", "valid"]
 CACHE_FORMAT = 3
+OPEN_SHARDS = 64  # open files must not grow with the number of clips
 _AGAIN = "run prepare_data again with the same settings, which recomputes it"
-
-
-# --- fingerprint ------------------------------------------------------------------------------------------------------
 
 
 def cache_fingerprint(model: ModelSettings, data: DataSettings) -> dict[str, str]:
@@ -57,15 +66,6 @@ def cache_fingerprint(model: ModelSettings, data: DataSettings) -> dict[str, str
     }
 
 
-def differences(wanted: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """A line per entry of the fingerprint ``wanted`` that differs in ``found`` or is missing."""
-    return [
-        f"another {name.replace('_', ' ')} ({found.get(name, 'unknown')}, not {value})"
-        for name, value in wanted.items()
-        if found.get(name) != value
-    ]
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -80,7 +80,7 @@ class CachedClip:
         split: of the whole group; valid groups are never trained on.
         bucket: (frames F = 4n + 1, height, width) in pixels.
         keyframes: K >= 1, the number of its candidate keyframes.
-        shard: where its tensors lie.
+        shard: the file of its tensors.
         mask: whether it has one.
     """
 
@@ -95,13 +95,13 @@ class CachedClip:
 
 
 class LatentCache:
-    """A finished cache, read clip by clip.
+    """A finished cache, read clip by clip; by several threads if wanted.
 
     All tensors come out as float32 on the CPU. Letters: T = (F - 1) / 4 + 1 latent frames, h and w the latents'
-    height and width, L text tokens of width D. A cache may be sent to other processes.
+    height and width, L text tokens of width D.
 
     Attributes:
-        folder: where it lies.
+        folder: of the cache.
         fingerprint: what it was made with, see :func:`cache_fingerprint`.
         clips: all clips, ordered by id.
         spec: the base model whose VAE made the latents.
@@ -115,7 +115,9 @@ class LatentCache:
         self.spec: ModelSpec = next(spec for spec in SPECS if spec.name == description["base"])
         self._text_tokens: int = description["text_tokens"]
         self._shared: dict[str, str] = description["shared"]
-        self._shards = ShardReader(folder, {name: sha256 for name, (_, sha256) in description["shards"].items()})
+        self._hashes: dict[str, str] = {shard: sha256 for shard, (_, sha256) in description["shards"].items()}
+        self._intact: set[str] = set()
+        self._opened = lru_cache(maxsize=OPEN_SHARDS)(self._open)
 
     @classmethod
     def open(cls, folder: str | Path, *, fingerprint: Mapping[str, str] | None = None) -> LatentCache:
@@ -135,11 +137,15 @@ class LatentCache:
             raise ValueError(
                 f"there is no finished cache in {folder}: make it with storymem prepare videos=FOLDER output={folder}"
             )
-        wanted = dict(fingerprint or {})
-        faults = {path: differences(wanted, description["fingerprint"]) for path, description in found.items()}
-        fitting = [path for path in found if not faults[path]]
+        differing: dict[Path, list[str]] = {}
+        for path, description in found.items():
+            for name, value in (fingerprint or {}).items():
+                if (has := description["fingerprint"].get(name, "unknown")) != value:
+                    line = f"  {path}: another {name.replace('_', ' ')} ({has}, not {value})"
+                    differing.setdefault(path, []).append(line)
+        fitting = [path for path in found if path not in differing]
         if not fitting:
-            lines = "\n".join(f"  {path}: {line}" for path, lines in faults.items() for line in lines)
+            lines = "\n".join(line for lines in differing.values() for line in lines)
             raise ValueError(
                 f"no cache in {folder} was made with what is to be trained:\n{lines}\nRun prepare_data with the model "
                 "and data of the training, which makes a new cache beside the old one"
@@ -174,7 +180,7 @@ class LatentCache:
             ValueError: if the cache was made without this kind.
         """
         if frames == 0:
-            return self._of_shared(blank_key(self.clips[index].bucket), "blank")
+            return self._shared_tensor(blank_key(self.clips[index].bucket), "blank")
         if frames not in self.given_kinds:
             kinds = sorted({*self.given_kinds, frames})
             raise ValueError(
@@ -211,19 +217,33 @@ class LatentCache:
         """What to do if tensors of clip ``index`` are not what they should be, for messages."""
         clip = self.clips[index]
         shards = (clip.shard, self._shared[text_key(clip.caption)], self._shared[blank_key(clip.bucket)])
-        files = " and ".join(f"{self.folder / shard}.safetensors" for shard in dict.fromkeys(shards))
+        files = " and ".join(str(self._path(shard)) for shard in dict.fromkeys(shards))
         return f"delete {files}, and {_AGAIN}"
+
+    def _text(self, caption: str) -> Tensor:
+        rows = self._shared_tensor(text_key(caption), "embeds")
+        return torch.cat([rows, rows.new_zeros(self._text_tokens - len(rows), rows.shape[1])])
 
     def _of_clip(self, index: int, name: str) -> Tensor:
         clip = self.clips[index]
-        return self._shards.read(clip.shard, clip.id, name).float()
+        return self._opened(clip.shard).get_tensor(f"{clip.id}/{name}").float()
 
-    def _of_shared(self, key: str, name: str) -> Tensor:
-        return self._shards.read(self._shared[key], key, name).float()
+    def _shared_tensor(self, key: str, name: str) -> Tensor:
+        return self._opened(self._shared[key]).get_tensor(f"{key}/{name}").float()
 
-    def _text(self, caption: str) -> Tensor:
-        rows = self._of_shared(text_key(caption), "embeds")
-        return torch.cat([rows, rows.new_zeros(self._text_tokens - len(rows), rows.shape[1])])
+    def _open(self, shard: str) -> Any:
+        """A shard, whose content is compared when it is opened for the first time."""
+        path = self._path(shard)
+        if shard not in self._intact:
+            if not path.is_file():
+                raise FileError(f"{path} is missing: {_AGAIN}")
+            if hash_file(check_regular(path)) != self._hashes[shard]:
+                raise FileError(f"{path} is damaged: its sha256 differs from the recorded one. Delete it and {_AGAIN}")
+            self._intact.add(shard)
+        return safe_open(path, framework="pt")
+
+    def _path(self, shard: str) -> Path:
+        return self.folder / f"{shard}.safetensors"
 
 
 def blank_key(bucket: tuple[int, int, int]) -> str:
@@ -263,7 +283,7 @@ def _read_index(folder: Path, description: Mapping[str, Any]) -> tuple[CachedCli
 
 def _check_complete(folder: Path, description: Mapping[str, Any], clips: Sequence[CachedClip]) -> None:
     """``FileError`` if anything that a training may read is missing."""
-    missing = [f"{key} is missing" for key in shared_keys(clips) if key not in description["shared"]]
+    missing = [f"{key} is missing" for key in _shared_keys(clips) if key not in description["shared"]]
     for shard, (size, _) in sorted(description["shards"].items()):
         path = folder / f"{shard}.safetensors"
         if not path.is_file() or path.stat().st_size != size:
@@ -276,25 +296,25 @@ def _check_complete(folder: Path, description: Mapping[str, Any], clips: Sequenc
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def shared_keys(clips: Sequence[CachedClip]) -> list[str]:
+def _shared_keys(clips: Sequence[CachedClip]) -> list[str]:
     """The keys of captions (the empty one too) and blank videos that belong to clips, each once."""
     texts = {text_key(""), *(text_key(clip.caption) for clip in clips)}
     return sorted(texts | {blank_key(clip.bucket) for clip in clips})
 
 
 def write_cache(
-    manifest: TensorManifest, clips: Sequence[CachedClip], description: Mapping[str, Any], spec: ModelSpec
+    manifest: Manifest, clips: Sequence[CachedClip], description: Mapping[str, Any], spec: ModelSpec
 ) -> LatentCache:
     """Write the index of a cache whose tensors are complete, and open it; shards of no use are removed.
 
     Args:
-        manifest: of its folder.
+        manifest: of its tensors, in its folder.
         clips: by id.
         description: ``fingerprint``, ``given`` and ``text_tokens``, see :class:`LatentCache`.
         spec: the base model.
     """
     folder = manifest.folder
-    shared = {key: record["shard"] for key in shared_keys(clips) if (record := manifest.get(key)) is not None}
+    shared = {key: record["shard"] for key in _shared_keys(clips) if (record := manifest.get(key)) is not None}
     known = {record["shard"]: record for record in manifest.records.values() if "shard" in record}
     used = sorted({clip.shard for clip in clips} | set(shared.values()))
     index = "".join(json.dumps(asdict(clip), ensure_ascii=False) + "\n" for clip in clips).encode()

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from functools import cache, lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from storymem.io import (
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NO_LIMIT = 1 << 40  # bytes: these files grow with the number of clips
-OPEN_SHARDS = 64
 SHARD_SECONDS = 120.0  # a smaller shard is better than more lost work
 _CHECKSUM = "checksum"
 
@@ -77,12 +73,17 @@ class Manifest:
     """Records of one step by key, each with ``inputs``: a digest of all that the record depends on.
 
     A record with other inputs counts as none, and hides no other. Several workers may write the manifest of a step:
-    each appends lines of JSON to its own file and reads all. Damaged lines count as never written.
+    each appends lines of JSON to its own file and reads all. Damaged lines count as never written, and so do records
+    whose tensors are in a shard (see :class:`ShardWriter`) that is missing or damaged.
 
     Args:
         folder: of the files.
         step: names them, ``<step>-<worker>.jsonl``.
-        worker: whose file is written.
+        worker: the one whose file is written.
+
+    Attributes:
+        records: by key and inputs.
+        damaged: missing or damaged shards with items that were not recomputed.
     """
 
     def __init__(self, folder: Path, step: str, worker: int = 0) -> None:
@@ -90,14 +91,17 @@ class Manifest:
         self._file: BinaryIO | None = None
         with naming_full_disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self.records: dict[tuple[str, str], dict[str, Any]] = {}  # by key and inputs
+        self.records: dict[tuple[str, str], dict[str, Any]] = {}
+        lost: dict[tuple[str, str], str] = {}
+        is_intact = cache(_is_intact)
         for path in sorted(folder.glob(f"{step}-*.jsonl")):
-            for record in filter(None, map(_record, _lines(path))):
-                if self._is_valid(record):
-                    self.records[record["key"], record["inputs"]] = record
-
-    def _is_valid(self, record: dict[str, Any]) -> bool:
-        return True
+            for record in _read_lines(path):
+                place = record["key"], record["inputs"]
+                if "shard" not in record or is_intact(folder, *(record[name] for name in _SHARD)):
+                    self.records[place] = record
+                else:
+                    lost[place] = record["shard"]
+        self.damaged = sorted({shard for place, shard in lost.items() if place not in self.records})
 
     def get(self, key: str, inputs: str = "") -> dict[str, Any] | None:
         """The record of an item, if it depends on the same inputs."""
@@ -118,25 +122,19 @@ class Manifest:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None if it is damaged."""
-    try:
-        return without_checksum(parse_json(line.decode(), "a line"), "a line")
-    except ValueError:  # also what is not UTF-8
-        return None
-
-
-def _lines(path: Path) -> list[bytes]:
-    lines = read_bytes(path, limit=NO_LIMIT).split(b"\n")
-    return lines[:-1] if lines[-1] == b"" else lines
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, except for damaged lines."""
+    for line in read_bytes(path, limit=NO_LIMIT).split(b"\n"):
+        try:
+            yield without_checksum(parse_json(line.decode(), "a line"), "a line")
+        except ValueError:  # also what is not UTF-8, and the end of the last line
+            continue
 
 
 def _open_at_line_end(path: Path) -> BinaryIO:
@@ -150,37 +148,15 @@ def _open_at_line_end(path: Path) -> BinaryIO:
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
-
-class TensorManifest(Manifest):
-    """Records whose tensors lie in shards beside it. Those of a missing or damaged shard count as none."""
-
-    def __init__(self, folder: Path, worker: int = 0) -> None:
-        self._intact: dict[str, bool] = {}
-        self._lost: dict[tuple[str, str], str] = {}
-        super().__init__(folder, "tensors", worker)
-
-    @property
-    def damaged(self) -> list[str]:
-        """Missing or damaged shards with items that were not recomputed."""
-        return sorted({shard for place, shard in self._lost.items() if place not in self.records})
-
-    def _is_valid(self, record: dict[str, Any]) -> bool:
-        shard = record.get("shard")
-        if shard is None:
-            return True
-        if shard not in self._intact:
-            self._intact[shard] = _is_intact(self.folder, record)
-        if not self._intact[shard]:
-            self._lost[record["key"], record["inputs"]] = shard
-        return self._intact[shard]
+_SHARD = ("shard", "bytes", "mtime_ns", "sha256")  # of a record: name, size, time and hash of the file
 
 
 class ShardWriter:
     """Collects tensors of many items in files of about equal size, ``shard-w000-00000.safetensors`` and so on.
 
-    The records of a shard's items, with the shard's name, size and sha256, are added to ``manifest`` once the shard is
-    on the disk. So a killed writer loses at most the items of one shard, or of two minutes; one that is stopped inside
-    its ``with`` block, by a signal or an error, loses none.
+    The records of a shard's items are added to ``manifest`` once the shard is on the disk. So a killed writer loses at
+    most the items of one shard, or of two minutes; one that is stopped inside its ``with`` block, by a signal or an
+    error, loses none.
 
     Args:
         manifest: of the cache, in whose folder the shards lie.
@@ -188,7 +164,7 @@ class ShardWriter:
         shard_bytes: a shard is written as soon as it holds this much.
     """
 
-    def __init__(self, manifest: TensorManifest, worker: int, shard_bytes: int) -> None:
+    def __init__(self, manifest: Manifest, worker: int, shard_bytes: int) -> None:
         self._manifest, self._prefix, self._shard_bytes = manifest, f"shard-w{worker:03d}-", shard_bytes
         numbers = (path.stem.removeprefix(self._prefix) for path in manifest.folder.glob(f"{self._prefix}*"))
         self._next = 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
@@ -212,9 +188,8 @@ class ShardWriter:
         path = self._manifest.folder / f"{self._prefix}{self._next:05d}.safetensors"
         with replacing(path) as partial:
             partial.write_bytes(save(self._tensors))  # a killed save_file leaves a temporary file of its own
-        written = path.stat()
-        shard = {"shard": path.stem, "bytes": written.st_size, "mtime_ns": written.st_mtime_ns}
-        shard["sha256"] = hash_file(path)
+        status = path.stat()
+        shard = dict(zip(_SHARD, (path.stem, status.st_size, status.st_mtime_ns, hash_file(path)), strict=True))
         for key, inputs, record in self._items:
             self._manifest.add(key, inputs, **record, **shard)
         self._next += 1
@@ -228,73 +203,22 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.flush()
 
 
-def _is_intact(folder: Path, record: Mapping[str, Any]) -> bool:
+def _is_intact(folder: Path, shard: str, size: int, mtime_ns: int, sha256: str) -> bool:
     """By size and time; a file with another time is read and compared."""
     try:
-        path = check_regular(folder / f"{record['shard']}.safetensors")
+        path = check_regular(folder / f"{shard}.safetensors")
     except (FileError, FileNotFoundError):
         return False
     status = path.stat()
-    if status.st_size != record["bytes"]:
+    if status.st_size != size:
         return False
-    return status.st_mtime_ns == record["mtime_ns"] or _sha256_at(path, status.st_mtime_ns) == record["sha256"]
+    return status.st_mtime_ns == mtime_ns or _sha256_at(path, status.st_mtime_ns) == sha256
 
 
 @lru_cache(maxsize=4096)
 def _sha256_at(path: Path, _mtime_ns: int) -> str:
     return hash_file(path)
-
-
-class ShardReader:
-    """Reads single tensors out of shards; may be used by several threads, and sent to other processes.
-
-    Args:
-        folder: of the shards.
-        hashes: shard -> sha256 of its file, which is compared when the shard is first read in each process.
-    """
-
-    def __init__(self, folder: Path, hashes: Mapping[str, str]) -> None:
-        self.folder, self.hashes = folder, hashes
-        self._checked: set[str] = set()
-        self._open: OrderedDict[str, Any] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, shard: str, key: str, name: str) -> Tensor:
-        """The tensor ``name`` of the item ``key``, as it was stored.
-
-        Raises:
-            ValueError: naming the shard, if it is missing or damaged.
-        """
-        path = self.folder / f"{shard}.safetensors"
-        if shard not in self._checked:
-            if not path.is_file():
-                raise FileError(f"{path} is missing: run prepare_data again, which recomputes it")
-            if hash_file(check_regular(path)) != self.hashes[shard]:
-                raise FileError(
-                    f"{path} is damaged: its sha256 differs from the recorded one. Delete it and run prepare_data "
-                    "again, which recomputes it"
-                )
-            self._checked.add(shard)
-        with self._lock:
-            file = self._opened(shard, path)
-        return file.get_tensor(f"{key}/{name}")
-
-    def _opened(self, shard: str, path: Path) -> Any:
-        from safetensors import safe_open
-
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        while len(self._open) >= OPEN_SHARDS:  # open handles must not grow with the number of clips
-            self._open.popitem(last=False)
-        self._open[shard] = safe_open(path, framework="pt")
-        return self._open[shard]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ShardReader, (self.folder, self.hashes)

@@ -1,374 +1,394 @@
-"""The five steps of preparing data."""
+"""The steps of preparing data before the cache, over one manifest.
+
+A step computes a record for each item, a video or a clip. A record with a ``reason`` leaves its item out of the later
+steps. It counts for a digest of all that it depends on: so a run that was killed resumes where it stopped, and what a
+changed setting or video affects is recomputed, and nothing else.
+"""
 
 from __future__ import annotations
 
 import base64
-import math
+import hashlib
+import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict
+from functools import cache, cached_property, partial
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from hydra.utils import instantiate
 from tqdm import tqdm
 
-from storymem.data.cache import CachedClip, LatentCache, blank_key, cache_fingerprint, text_key, write_cache
-from storymem.data.clips import Clip, fault_of, load_splitter, shots_between, spread, video_times
-from storymem.data.encoding import encode_clip, encode_text, load_chooser, load_embedder, scorer_identity, stored
+from storymem.data.clips import (
+    Clip,
+    Shot,
+    cut_shot,
+    fault_of,
+    load_splitter,
+    read_clip,
+    shots_between,
+    spread,
+    video_times,
+)
 from storymem.data.grouping import Grouping, group_clips
-from storymem.data.manifest import ShardWriter, TensorManifest, digest
-from storymem.data.prepare import Preparation, refuse_unfinished
-from storymem.io import NotFiniteError, check_room
-from storymem.memory import embed_in_batches
+from storymem.data.manifest import NO_LIMIT, Manifest, digest
+from storymem.data.settings import PrepareSettings, Step
+from storymem.data.videos import Caption, Captions, VideoFolder
+from storymem.io import (
+    FileError,
+    NotFiniteError,
+    check_finite,
+    check_regular,
+    folder_lock,
+    parse_json,
+    read_text,
+    text_lines,
+    write_text,
+)
+from storymem.media.video import READING
+from storymem.memory import EmbedFrames, embed_in_batches
 from storymem.memory.keyframes import normalised
-from storymem.wan.conditioning import blank_padded, encode_video
-from storymem.wan.loading import load_pipeline
-from storymem.wan.runtime import check_runtime, release_memory
+from storymem.scorers import scorer_weights, with_defaults
+from storymem.scorers.scorer import as_images
+from storymem.wan.runtime import check_runtime
+from storymem.weights import Weights, locate, sample_hash
 
+_SAMPLE_BYTES = 4096
+_LOCK_SECONDS = 600.0
 _LOG_SECONDS = 10.0
+SCORER_CAUSES = "its weights are damaged, or too large for its dtype"
 
 T = TypeVar("T")
 
 
-def run_steps(run: Preparation) -> LatentCache | None:
-    """The steps that the settings name, in their order; the cache if that is one of them and finished."""
-    steps: dict[str, Callable[[Preparation], Any]] = {
-        "split": split_videos,
-        "check": check_clips,
-        "embed": embed_clips,
-        "group": group,
-    }
-    for name, step in steps.items():
-        if name in run.settings.steps:
-            step(run)
-    return cache_clips(run) if "cache" in run.settings.steps else None
+class Preparation:
+    """One run over a training set.
 
-
-# --- split, check -----------------------------------------------------------------------------------------------------
-
-
-def split_videos(run: Preparation) -> None:
-    """Find the shots of every video."""
-    find_cuts = load_splitter(run.settings.split, str(check_runtime(run.settings.runtime.placement)))
-    with run.manifest("split") as manifest:
-        todo = [video for video in run.videos if manifest.get(video, run.split_inputs(video)) is None]
-        for video in _progress("split", filter(run.is_mine, todo), len(run.videos), len(todo)):
-            path, inputs = run.folder / video, run.split_inputs(video)
-            try:
-                source = video_times(path)
-                shots = shots_between(find_cuts(path), source)
-            except ValueError as error:
-                manifest.add(video, inputs, reason=str(error))
-            else:
-                shape = {"fps": source.fps, "height": source.height, "width": source.width}
-                manifest.add(video, inputs, shots=shots, notes=source.notes, **shape)
-        found = [manifest.get(video, run.split_inputs(video)) or {} for video in run.videos]
-    notes = Counter(note.partition(":")[0] for record in found for note in record.get("notes", ()))
-    converted = "".join(f", {count} {note}" for note, count in notes.most_common())
-    shots_found = sum(len(record.get("shots", ())) for record in found)
-    _report("split", f"{shots_found} shots in {len(run.videos)} videos{converted}")
-
-
-def check_clips(run: Preparation) -> None:
-    """Decode every clip whole, once, and check some of its frames."""
-    settings = run.settings.check
-    with run.manifest("check") as manifest:
-        todo = [id for id, clip in run.clips.items() if manifest.get(id, run.check_inputs(clip)) is None]
-        for id in _progress("check", filter(run.is_mine, todo), len(run.clips), len(todo)):
-            clip = run.clips[id]
-            try:
-                reason = fault_of(run.read(clip, spread(settings.frames, clip.bucket.frames)), settings)
-            except ValueError as error:
-                reason = str(error)
-            manifest.add(id, run.check_inputs(clip), reason=reason)
-        records = [manifest.get(id, run.check_inputs(clip)) for id, clip in run.clips.items()]
-    good = sum(record is not None and record["reason"] is None for record in records)
-    buckets = Counter(str(clip.bucket) for clip in run.clips.values())
-    listed = ", ".join(f"{count} {bucket}" for bucket, count in sorted(buckets.items()))
-    _report("check", f"{good} of {len(run.clips)} clips are good; before the check {listed}")
-
-
-# --- embed, group -----------------------------------------------------------------------------------------------------
-
-
-def embed_clips(run: Preparation) -> None:
-    """Compute the mean CLIP embedding of several frames of every clip."""
-    clips = run.good_clips()
-    inputs = _embedding_inputs(run, clips)
-    with run.manifest("embed") as manifest:
-        todo = [id for id in clips if manifest.get(id, inputs[id]) is None]
-        mine = list(filter(run.is_mine, todo))
-        embed = load_embedder(run.settings) if mine else np.asarray
-        for id in _progress("embed", mine, len(clips), len(todo)):
-            clip = clips[id]
-            try:
-                frames = run.read(clip, spread(run.settings.group.frames, clip.bucket.frames))
-                row = embed_in_batches(frames, embed).mean(axis=0, dtype=np.float32)
-            except ValueError as error:
-                raise type(error)(f"{id}: {error}") from error
-            manifest.add(id, inputs[id], embedding=base64.b64encode(row.astype("<f4").tobytes()).decode())
-    _report("embed", f"{len(clips)} clips")
-
-
-def group(run: Preparation) -> None:
-    """Group the clips that are alike."""
-    grouping = grouping_of(run)
-    sizes = Counter(Counter(grouping.group.values()).values())
-    held_out = f"{grouping.split.count('valid')} of {len(grouping.split)} held out"
-    listed = ", ".join(f"{count} of size {size}" for size, count in sorted(sizes.items()))
-    _report("group", f"{len(grouping.group)} clips in groups ({held_out}): {listed}")
-
-
-def grouping_of(run: Preparation) -> Grouping:
-    """The groups: computed, or read if nothing has changed since then. What they leave out is rejected.
-
-    Raises:
-        ValueError: if they must be computed and ``group`` is not among the steps.
+    Args:
+        settings: everything.
+        found: the folder of the videos.
+        captions: of the videos.
+        masks: video -> its mask, for those that have one.
     """
-    clips = run.good_clips()
-    ids = sorted(clips)
-    of_clips = _embedding_inputs(run, clips)
-    inputs = digest(vars(run.settings.group), [of_clips[id] for id in ids], ids)
-    with run.manifest("group") as manifest:
-        record = manifest.get("groups", inputs)
-        if record is None:
-            if "group" not in run.settings.steps:
+
+    def __init__(
+        self, settings: PrepareSettings, found: VideoFolder, captions: Captions, masks: Mapping[str, Path]
+    ) -> None:
+        self.settings, self.output = settings, Path(settings.output)
+        self.folder, self.videos, self.captions, self.masks = found.path, found.videos, captions, masks
+        self._rejected: dict[str, tuple[str, str]] = {}  # file, video, shot, clip or caption -> step and reason
+        self._stamps = {video: stamp(found.path / video) for video in found.videos}
+        for path, reason in found.ignored.items():
+            if captions.table is None or found.path / path != captions.table:
+                self.reject(path, "find", reason)
+        for text in captions.unused:
+            self.reject(text, "find", "caption without a video: no video has its name")
+
+    # --- split, check -------------------------------------------------------------------------------------------------
+
+    def split(self) -> None:
+        """Find the shots of every video."""
+        find_cuts = load_splitter(self.settings.split, str(self.device))
+
+        def shots_of(video: str) -> dict[str, Any]:
+            info = video_times(self.folder / video)
+            shots = shots_between(find_cuts(self.folder / video), info)
+            return {"shots": shots, "notes": info.notes, "fps": info.fps, "height": info.height, "width": info.width}
+
+        records = self._work("split", self._split_inputs(), shots_of).values()
+        notes = Counter(note.partition(":")[0] for record in records for note in record["notes"])
+        converted = "".join(f", {count} {note}" for note, count in notes.most_common())
+        report("split", f"{sum(len(r['shots']) for r in records)} shots in {len(self.videos)} videos{converted}")
+
+    def _split_inputs(self) -> dict[str, str]:
+        split = self.settings.split
+        return {video: digest(stamp, split.splitter, split.threshold) for video, stamp in self._stamps.items()}
+
+    @cached_property
+    def clips(self) -> dict[str, Clip]:
+        """All clips that the shots give and that have captions, by id. ``ValueError`` if some were not split yet."""
+        clips, used = dict[str, Clip](), set[tuple[str, Caption]]()
+        for shot in self._shots():
+            try:
+                cut = cut_shot(shot, self.settings.data, self.settings.split)
+            except ValueError as error:
+                self.reject(f"{shot.video}@{shot.start:.3f}", "split", str(error))
+                continue
+            for clip in cut:
+                if (caption := self.captions.of(clip.video, clip.start, clip.end)) is None:
+                    self.reject(clip.id, "split", "no caption")
+                else:
+                    clips[clip.id] = clip
+                    used.add((clip.video, caption))
+        if not clips:
+            raise ValueError(f"no clip is left of {len(self.videos)} videos: {self._rejections} has the reasons")
+        for video in {video for video, _ in used}:
+            for caption in self.captions.by_video[video]:
+                if (video, caption) not in used and caption.end < float("inf"):
+                    place = f"{video}@{caption.start:g}-{caption.end:g}"
+                    self.reject(place, "split", "unused caption: no clip lies in these seconds")
+        return clips
+
+    def _shots(self) -> Iterator[Shot]:
+        for video, record in self._records("split", self._split_inputs()).items():
+            source = {name: record[name] for name in ("fps", "height", "width")}
+            for start, end in record["shots"]:
+                yield Shot(video=video, start=start, end=end, **source)
+
+    def check(self) -> None:
+        """Decode every clip whole, once, and check some of its frames."""
+        settings, clips = self.settings.check, self.clips
+
+        def fault(id: str) -> dict[str, Any]:
+            return {
+                "reason": fault_of(self.read(clips[id], spread(settings.frames, clips[id].bucket.frames)), settings)
+            }
+
+        good = self._work("check", self._check_inputs(), fault)
+        buckets = Counter(str(clip.bucket) for clip in clips.values())
+        listed = ", ".join(f"{count} {bucket}" for bucket, count in sorted(buckets.items()))
+        report("check", f"{len(good)} of {len(clips)} clips are good; before the check {listed}")
+
+    def _check_inputs(self) -> dict[str, str]:
+        settings = asdict(self.settings.check)
+        return {id: digest(self.clip_inputs(clip), settings) for id, clip in self.clips.items()}
+
+    @cached_property
+    def good_clips(self) -> dict[str, Clip]:
+        """The clips that passed the check, by id. ``ValueError`` if some were not checked yet, or none passed."""
+        good = {id: self.clips[id] for id in self._records("check", self._check_inputs())}
+        if not good:
+            raise ValueError(f"no clip of {len(self.clips)} passed the check: see {self._rejections}")
+        return good
+
+    # --- embed, group -------------------------------------------------------------------------------------------------
+
+    def embed(self) -> None:
+        """Compute the mean CLIP embedding of several frames of every clip."""
+        clips, embedder = self.good_clips, cache(lambda: load_embedder(self.settings))
+
+        def embedding(id: str) -> dict[str, Any]:
+            frames = self.read(clips[id], spread(self.settings.group.frames, clips[id].bucket.frames))
+            row = embed_in_batches(frames, embedder()).mean(axis=0, dtype=np.float32)
+            return {"embedding": base64.b64encode(row.astype("<f4").tobytes()).decode()}
+
+        self._work("embed", self._embed_inputs, embedding)
+        report("embed", f"{len(clips)} clips")
+
+    @cached_property
+    def _embed_inputs(self) -> dict[str, str]:
+        network = digest(scorer_identity(self.settings.scorer.clip), self.settings.group.frames)
+        return {id: digest(self.clip_inputs(clip), network) for id, clip in self.good_clips.items()}
+
+    def group(self) -> None:
+        """Group the clips that are alike."""
+        sizes = Counter(Counter(self.grouping.group.values()).values())
+        held_out = f"{self.grouping.split.count('valid')} of {len(self.grouping.split)} held out"
+        listed = ", ".join(f"{count} of size {size}" for size, count in sorted(sizes.items()))
+        report("group", f"{len(self.grouping.group)} clips in groups ({held_out}): {listed}")
+
+    @cached_property
+    def grouping(self) -> Grouping:
+        """The groups: computed, or read if nothing has changed since then. What they leave out is rejected.
+
+        ``ValueError`` if they must be computed and ``group`` is not among the steps.
+        """
+        ids, settings = sorted(self.good_clips), self.settings.group
+        inputs = digest(vars(settings), [self._embed_inputs[id] for id in ids], ids)
+        with self._manifest("group") as manifest:
+            record = manifest.get("groups", inputs)
+            if record is not None:
+                grouping = Grouping(**{name: record[name] for name in ("group", "split", "duplicates", "alone")})
+            elif "group" in self.settings.steps:
+                grouping = self._compute_groups()
+                manifest.add("groups", inputs, **vars(grouping))
+            else:
                 raise ValueError(
                     "clips or settings have changed since step group was last run, or its result is damaged: run it "
                     "again (steps=[group,cache])"
                 )
-            grouping = group_clips(
-                ids,
-                _embeddings(run, ids, of_clips),
-                run.settings.group,
-                sizes=[clips[id].bucket.shape[1:] for id in ids],
-                places=[_place(run, clips[id]) for id in ids],
-                device=check_runtime(run.settings.runtime.placement),
+        for id, original in grouping.duplicates.items():
+            self.reject(id, "group", f"near-duplicate: of {original}")
+        for id in grouping.alone:
+            self.reject(id, "group", "alone: too few clips are like it")
+        return grouping
+
+    def _compute_groups(self) -> Grouping:
+        records = self._records("embed", self._embed_inputs)
+        clips = [self.good_clips[id] for id in records]
+        rows = [np.frombuffer(base64.b64decode(record["embedding"]), "<f4") for record in records.values()]
+        places = {
+            None: ["" for _ in clips],
+            "folder": [str(PurePosixPath(clip.video).parent) for clip in clips],
+            "video": [clip.video for clip in clips],
+        }
+        return group_clips(
+            list(records),
+            normalised(np.stack(rows)),
+            self.settings.group,
+            sizes=[clip.bucket.shape[1:] for clip in clips],
+            places=places[self.settings.group.within],
+            device=self.device,
+        )
+
+    # --- items and records --------------------------------------------------------------------------------------------
+
+    def read(self, clip: Clip, indices: Sequence[int] | None = None) -> np.ndarray:
+        """Frames of a clip, see :func:`storymem.data.clips.read_clip`; ``ValueError`` too if its video has changed."""
+        frames = read_clip(self.folder / clip.video, clip, indices)
+        status = check_regular(self.folder / clip.video).stat()
+        if [status.st_size, status.st_mtime_ns] != self._stamps[clip.video][:2]:
+            raise ValueError("changed: the video was written to while it was prepared; run the same command again")
+        return frames
+
+    def reject(self, key: str, step: str, reason: str) -> None:
+        """Leave an item out; ``reason`` begins with words to count by and a colon."""
+        self._rejected[key] = step, reason
+
+    @property
+    def device(self) -> torch.device:
+        return check_runtime(self.settings.runtime.placement)
+
+    def locked(self) -> AbstractContextManager[Path]:
+        """Inside the block this worker alone writes the files that all of them share."""
+        return folder_lock(self.output, "writing the index of", name=".shared.lock", wait=_LOCK_SECONDS)
+
+    @property
+    def _rejections(self) -> Path:
+        return self.output / "rejected.jsonl"
+
+    def caption(self, clip: Clip) -> str:
+        caption = self.captions.of(clip.video, clip.start, clip.end)
+        assert caption is not None
+        return caption.text
+
+    def clip_inputs(self, clip: Clip) -> str:
+        """What the frames of a clip depend on."""
+        return digest(self._stamps[clip.video], clip.start, clip.fps, asdict(clip.bucket))
+
+    def is_mine(self, key: str) -> bool:
+        """Whether an item is for this worker."""
+        return int(digest(key), 16) % self.settings.workers == self.settings.worker
+
+    def _manifest(self, step: Step) -> Manifest:
+        """The manifest of a step, which this worker writes; it has the records of all workers at this moment."""
+        return Manifest(self.output / "manifest", step, self.settings.worker)
+
+    def _work(
+        self, step: Step, inputs: Mapping[str, str], compute: Callable[[str], dict[str, Any]]
+    ) -> dict[str, dict[str, Any]]:
+        """Add the records that are missing of this worker's items (item -> digest of its inputs); those of all so far.
+
+        A ``ValueError`` of ``compute`` is the reason to leave an item out.
+        """
+        with self._manifest(step) as manifest:
+            todo = [key for key in inputs if manifest.get(key, inputs[key]) is None]
+            for key in progress(step, filter(self.is_mine, todo), len(inputs), len(todo)):
+                manifest.add(key, inputs[key], **or_reason(key, partial(compute, key)))
+            return self._accepted(step, inputs, manifest)
+
+    def _records(self, step: Step, inputs: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """The records of all items that a step has not rejected. ``ValueError`` if it has not finished."""
+        manifest = self._manifest(step)
+        if missing := [key for key in inputs if manifest.get(key, inputs[key]) is None]:
+            raise ValueError(
+                f"step {step} has not finished {len(missing)} items, the first is {missing[0]}: run it "
+                f"(steps=[{step}]) with the same settings, or wait for the other workers"
             )
-            manifest.add("groups", inputs, **vars(grouping))
-        else:
-            grouping = Grouping(**{name: record[name] for name in ("group", "split", "duplicates", "alone")})
-    for id, original in grouping.duplicates.items():
-        run.reject(id, "group", f"near-duplicate: of {original}")
-    for id in grouping.alone:
-        run.reject(id, "group", "alone: too few clips are like it")
-    return grouping
+        return self._accepted(step, inputs, manifest)
+
+    def _accepted(self, step: Step, inputs: Mapping[str, str], manifest: Manifest) -> dict[str, dict[str, Any]]:
+        accepted = {}
+        for key in inputs:
+            record = manifest.get(key, inputs[key]) or {}
+            if record.get("reason") is not None:
+                self.reject(key, step, record["reason"])
+            elif record:
+                accepted[key] = record
+        return accepted
+
+    def write_rejected(self) -> None:
+        """Write ``rejected.jsonl`` and print how many items were left out for which reason.
+
+        What earlier steps left out stays, and so does what later steps left out in an earlier run.
+        """
+        with suppress(ValueError):  # steps that are not finished have raised it themselves
+            self.good_clips  # noqa: B018  rejects
+        with self.locked():
+            later = {"group", "cache"}.difference(self.settings.steps)
+            before = {key: (step, reason) for key, step, reason in _read_rejected(self._rejections) if step in later}
+            rejected = before | self._rejected
+            rows = [{"key": key, "step": step, "reason": reason} for key, (step, reason) in sorted(rejected.items())]
+            write_text(self._rejections, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        counts = Counter(reason.partition(":")[0] for _, reason in rejected.values())
+        if counts:
+            listed = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+            print(f"left out: {listed}; see {self._rejections}", file=sys.stderr)
 
 
-def _place(run: Preparation, clip: Clip) -> str:
-    """What the clips of a group must have in common besides their looks."""
-    parent = str(PurePosixPath(clip.video).parent)
-    return {None: "", "folder": parent, "video": clip.video}[run.settings.group.within]
+def _read_rejected(path: Path) -> Iterator[tuple[str, str, str]]:
+    """(key, step, reason) of an earlier run, as far as the file can be read: it is rewritten."""
+    with suppress(FileNotFoundError, FileError):
+        for line in text_lines(read_text(path, limit=NO_LIMIT)):
+            with suppress(ValueError, TypeError, KeyError):
+                row = parse_json(line, str(path))
+                values = row["key"], row["step"], row["reason"]
+                if all(isinstance(value, str) for value in values):
+                    yield values
 
 
-def _embedding_inputs(run: Preparation, clips: Mapping[str, Clip]) -> dict[str, str]:
-    """What the embedding of each clip depends on."""
-    network = digest(scorer_identity(run.settings.scorer.clip), run.settings.group.frames)
-    return {id: digest(run.clip_inputs(clip), network) for id, clip in clips.items()}
+def stamp(path: Path) -> list[int | str]:
+    """Differs if a file has changed or is read differently: size, time, a hash of beginning and end, READING."""
+    status = check_regular(path).stat()
+    with path.open("rb") as file:
+        sample = file.read(_SAMPLE_BYTES)
+        file.seek(max(_SAMPLE_BYTES, status.st_size - _SAMPLE_BYTES))
+        sample += file.read(_SAMPLE_BYTES)
+    return [status.st_size, status.st_mtime_ns, hashlib.sha256(sample).hexdigest()[:16], READING]
 
 
-def _embeddings(run: Preparation, ids: list[str], inputs: Mapping[str, str]) -> np.ndarray:
-    """float32 [N, D] of unit length, in the order of ``ids``."""
-    manifest = run.manifest("embed")
-    records = [manifest.get(id, inputs[id]) for id in ids]
-    refuse_unfinished("embed", [id for id, record in zip(ids, records, strict=True) if record is None])
-    rows = [np.frombuffer(base64.b64decode(record["embedding"]), "<f4") for record in records if record is not None]
-    return normalised(np.stack(rows))
+def scorer_identity(scorer: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a scorer's numbers: its settings with defaults, except for where it runs, and its weights."""
+    places = [locate(weights) for weights in scorer_weights(scorer)]
+    if "folder" in scorer:
+        places.append(Weights(name="scorer", source=str(scorer["folder"])).path)
+    settings = {name: value for name, value in with_defaults(scorer).items() if name != "dtype"}
+    return settings | {"weights": sample_hash(*places)}
 
 
-# --- cache ------------------------------------------------------------------------------------------------------------
+def load_embedder(settings: PrepareSettings) -> EmbedFrames:
+    """CLIP on the device of ``runtime``, for uint8 frames."""
+    scorer = instantiate(settings.scorer.clip).to(check_runtime(settings.runtime.placement))
+
+    def embed(frames: np.ndarray) -> np.ndarray:
+        rows = scorer.embed_images(as_images(frames)).numpy()
+        check_finite(rows, "the embeddings by scorer.clip", SCORER_CAUSES)
+        return rows
+
+    return embed
 
 
-def cache_clips(run: Preparation) -> LatentCache | None:
-    """Encode texts, then clips, group by group; None if other workers are not finished."""
-    settings, clips, grouping = run.settings, run.good_clips(), grouping_of(run)
-    scorers = [scorer_identity(settings.scorer.clip), scorer_identity(settings.scorer.quality)]
-    fingerprint = cache_fingerprint(settings.model, settings.data) | {
-        "keyframes": digest(settings.memory["selector"], *scorers),
-        "stored": f"{settings.cache.dtype}, conditioning of {sorted(settings.cache.given)} first frames",
-    }
-    folder = run.output / "cache" / digest(fingerprint)[:12]
-    ids = sorted(grouping.group, key=lambda id: (grouping.group[id], id))  # what is read together lies together
-    wanted = {id: run.cache_inputs(clips[id]) for id in ids}
-    texts, buckets = sorted({"", *(run.caption(clips[id]) for id in ids)}), {clips[id].bucket.shape for id in ids}
-    with TensorManifest(folder, settings.worker) as manifest:
-        if manifest.damaged:
-            count, first = len(manifest.damaged), manifest.damaged[0]
-            print(f"{folder} has {count} damaged shards, the first is {first}: recomputing them", file=sys.stderr)
-        _check_room(run, manifest, [clips[id] for id in ids if manifest.get(id, wanted[id]) is None])
-        with ShardWriter(manifest, settings.worker, round(settings.cache.shard_mb * 2**20)) as writer:
-            _cache_texts(run, writer, [text for text in texts if manifest.get(text_key(text)) is None])
-            blanks = [bucket for bucket in sorted(buckets) if manifest.get(blank_key(bucket)) is None]
-            todo = [clips[id] for id in ids if manifest.get(id, wanted[id]) is None]
-            _cache_latents(run, manifest, writer, grouping, blanks, todo, len(ids))
-    manifest = TensorManifest(folder, settings.worker)  # other workers have written theirs meanwhile
-    records = {id: manifest.get(id, wanted[id]) for id in ids}
-    shared = [*map(text_key, texts), *map(blank_key, buckets)]
-    left = sum(record is None for record in records.values()) + sum(manifest.get(key) is None for key in shared)
-    if left:
-        _report("cache", f"{left} texts and clips are left to other workers; the last to end writes the index")
-        return None
-    _report_long_captions(run, manifest, [clips[id] for id in ids])
-    cached = _usable(run, {id: record for id, record in records.items() if record is not None}, grouping)
-    description = {
-        "fingerprint": fingerprint,
-        "given": sorted(settings.cache.given),
-        "text_tokens": settings.model.network.text_tokens,
-    }
-    with run.locked():
-        cache = write_cache(manifest, cached, description, settings.model.spec)
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
-    _report("cache", f"{len(cache)} clips, {size / 1e6:.0f} MB in {folder}")
-    return cache
+def or_reason(key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``compute`` returns, or its ``ValueError`` as a reason; NaN from a network ends the run."""
+    try:
+        return compute()
+    except NotFiniteError as error:  # then no item can be trusted
+        raise NotFiniteError(f"{key}: {error}") from error
+    except ValueError as error:
+        return {"reason": str(error)}
 
 
-def _check_room(run: Preparation, manifest: TensorManifest, clips: Iterable[Clip]) -> None:
-    """``FileError`` if the disk has less space than the latents of ``clips`` need."""
-    spec, cache = run.settings.model.spec, run.settings.cache
-    values = sum(
-        spec.latent_channels * spec.latent_frames(frames) * math.prod(spec.latent_size(height, width))
-        for frames, height, width in (clip.bucket.shape for clip in clips)
-    )
-    size = values * (1 + len(cache.given)) * getattr(torch, cache.dtype).itemsize
-    check_room(manifest.folder, size, "the cache")
-
-
-def _cache_texts(run: Preparation, writer: ShardWriter, missing: list[str]) -> None:
-    """Encode texts one by one, so that an embedding does not depend on what else is encoded."""
-    mine = [text for text in missing if text == "" or run.is_mine(text)]
-    if not mine:
-        return
-    model, runtime = run.settings.model, run.settings.runtime.placement
-    pipe = load_pipeline(model, runtime=runtime, text_encoder=True, experts=False)
-    for text in _progress("texts", mine, len(mine), len(mine)):
-        tensors, tokens = encode_text(pipe, text, model.network.text_tokens)
-        writer.add(text_key(text), tensors, tokens=tokens)
-    writer.flush()
-    pipe.remove_all_hooks()
-    del pipe
-    release_memory()
-
-
-def _cache_latents(
-    run: Preparation,
-    manifest: TensorManifest,
-    writer: ShardWriter,
-    grouping: Grouping,
-    blanks: list[tuple[int, int, int]],
-    clips: list[Clip],
-    total: int,
-) -> None:
-    """Encode blank videos and clips; whole groups are for one worker."""
-    settings = run.settings
-    my_blanks = [bucket for bucket in blanks if run.is_mine(blank_key(bucket))]
-    mine = [clip for clip in clips if run.is_mine(f"group {grouping.group[clip.id]}")]
-    if not my_blanks and not mine:
-        return
-    pipe = load_pipeline(settings.model, runtime=settings.runtime.placement, text_encoder=False, experts=False)
-    for bucket in my_blanks:
-        blank = encode_video(pipe.vae, blank_padded(None, *bucket))[0]
-        writer.add(blank_key(bucket), {"blank": stored(blank, "the latents of the blank video", settings.cache)})
-    if not mine:
-        return
-    chooser = load_chooser(run.settings)
-    for clip in _progress("latents", mine, total, len(clips)):
-        try:
-            frames, mask = run.read(clip), run.read_mask(clip)
-            tensors = encode_clip(pipe, chooser, frames, mask, settings.cache, settings.model.spec)
-        except NotFiniteError as error:  # then no clip can be trusted
-            raise NotFiniteError(f"{clip.id}: {error}") from error
-        except ValueError as error:
-            manifest.add(clip.id, run.cache_inputs(clip), reason=str(error))
-        else:
-            known = {"keyframes": len(tensors["keyframes"]), "mask": "mask" in tensors}
-            writer.add(clip.id, tensors, inputs=run.cache_inputs(clip), **known)
-    _report("latents", f"{len(mine)} clips encoded")
-
-
-def _usable(run: Preparation, records: Mapping[str, dict[str, Any]], grouping: Grouping) -> list[CachedClip]:
-    """The clips of the cache, by id: those that were encoded, in groups that are large enough; others are rejected.
-
-    Raises:
-        ValueError: if none is left.
-    """
-    refused = {id: record["reason"] for id, record in records.items() if "reason" in record}
-    for id, reason in refused.items():
-        run.reject(id, "cache", reason)
-    _report_refused(refused, len(records))
-    smallest = run.settings.group.min_size
-    sizes = Counter(grouping.group[id] for id in records if id not in refused)
-    clips = []
-    for id in sorted(records.keys() - refused.keys()):
-        clip, number, record = run.clips[id], grouping.group[id], records[id]
-        if sizes[number] < smallest:
-            run.reject(id, "cache", "alone: the other clips of its group were left out")
-            continue
-        clips.append(
-            CachedClip(
-                id=id,
-                caption=run.caption(clip),
-                group=number,
-                split=grouping.split[number],
-                bucket=clip.bucket.shape,
-                keyframes=record["keyframes"],
-                shard=record["shard"],
-                mask=record["mask"],
-            )
-        )
-    if not clips:
-        raise ValueError(
-            f"no clip of {len(records)} is left in a group of {smallest} or more: group.min_size=1 keeps clips that "
-            "have no companions"
-        )
-    return clips
-
-
-def _report_refused(refused: Mapping[str, str], total: int) -> None:
-    """Print what helps if the quality filter refuses clips; ``ValueError`` if no clip is left at all."""
-    by_quality = sum(reason.startswith("quality:") for reason in refused.values())
-    advice = (
-        f"{by_quality} of {total} clips have no frame that passes the quality filter. scorer/quality=none lets every "
-        "frame pass; scorer/quality=toy, the default, is for drawn clips of the toy world alone"
-    )
-    if len(refused) == total:
-        first = min(refused)
-        message = f"no clip of {total} could be cached; the first, {first}: {refused[first]}"
-        raise ValueError(f"{message}\n{advice}" if by_quality else message)
-    if by_quality:
-        print(advice, file=sys.stderr)
-
-
-def _report_long_captions(run: Preparation, manifest: TensorManifest, clips: list[Clip]) -> None:
-    """Warn of captions that are longer than the text encoder reads."""
-    most = run.settings.model.network.text_tokens
-    tokens = {clip.id: (manifest.get(text_key(run.caption(clip))) or {"tokens": 0})["tokens"] for clip in clips}
-    long = sorted(id for id, count in tokens.items() if count > most)
-    if long:
-        print(
-            f"the captions of {len(long)} clips are longer than the {most} tokens that the text encoder reads, and are "
-            f"cut there; the first is that of {long[0]}, with {tokens[long[0]]} tokens",
-            file=sys.stderr,
-        )
-
-
-# --- progress ---------------------------------------------------------------------------------------------------------
-
-
-def _progress(step: str, items: Iterable[T], total: int, todo: int) -> Iterator[T]:
+def progress(step: str, items: Iterable[T], total: int, todo: int) -> Iterator[T]:
     """``items`` with a bar in a terminal; elsewhere a line now and then, if it takes long."""
     interval = 0.1 if sys.stderr.isatty() else _LOG_SECONDS
-    bar = tqdm(
-        *(items, step),
-        total=total,
-        initial=total - todo,
-        delay=interval,
-        mininterval=interval,
-        file=sys.stderr,
-    )
+    bar = tqdm(items, step, total, initial=total - todo, delay=interval, mininterval=interval, file=sys.stderr)
     return iter(bar)
 
 
-def _report(step: str, summary: str) -> None:
+def report(step: str, summary: str) -> None:
     print(f"{step}: {summary}", file=sys.stderr, flush=True)

@@ -19,10 +19,11 @@ import torch
 import yaml
 
 from storymem.config import CONFIGS, ConfigError, build_settings
-from storymem.data import steps
+from storymem.data import encoding, steps
 from storymem.data.cache import LatentCache, cache_fingerprint
-from storymem.data.prepare import Preparation, prepare
+from storymem.data.prepare import prepare
 from storymem.data.settings import DataSettings, PrepareSettings
+from storymem.data.steps import Preparation
 from tests.data.drawn_clips import HEIGHT, WIDTH, scene, video
 from tests.data.preparing import config, rejected
 
@@ -75,8 +76,11 @@ def test_nothing_is_done_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished step loads and reads nothing")
 
-    for name in ("load_pipeline", "load_embedder", "load_chooser", "video_times"):
-        monkeypatch.setattr(steps, name, forbidden)
+    for module, name in (
+        *((encoding, "load_pipeline"), (encoding, "load_chooser")),
+        *((steps, "load_embedder"), (steps, "video_times")),
+    ):
+        monkeypatch.setattr(module, name, forbidden)
     again = prepare(config(folder))
     assert first is not None
     assert again is not None
@@ -237,7 +241,7 @@ def test_two_runs_do_not_work_on_one_set(folder: Path, monkeypatch: pytest.Monke
     def second(*_: Any) -> None:
         prepare(config(folder))
 
-    monkeypatch.setattr(steps, "split_videos", second)
+    monkeypatch.setattr(Preparation, "split", second)
     with pytest.raises(ValueError, match="another prepare_data works on"):
         prepare(config(folder))
 

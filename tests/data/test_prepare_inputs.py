@@ -133,16 +133,15 @@ def test_footage_that_the_quality_filter_does_not_know(tmp_path: Path) -> None:
 def test_clips_whose_companions_are_refused_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(4):
         video(tmp_path / "videos" / f"{number // 2}/{number}.mp4", scene(number, 12), caption="Tiles.")
-    choose = encoding.KeyframeChooser.choose
     calls: list[int] = []
 
-    def refuse_first(self: encoding.KeyframeChooser, frames: np.ndarray) -> list[int]:
+    def refuse_first(frames: np.ndarray) -> list[int]:
         calls.append(0)
         if len(calls) == 1:
             raise ValueError("quality: too low")
-        return choose(self, frames)
+        return [0]
 
-    monkeypatch.setattr(encoding.KeyframeChooser, "choose", refuse_first)
+    monkeypatch.setattr(encoding, "load_chooser", lambda _: refuse_first)
     cache = finish(tmp_path, "group.within=folder", "group.valid_fraction=0")
     kept, refused = ("1", "0") if cache.clips[0].id.startswith("1") else ("0", "1")
     assert [clip.id.partition("/")[0] for clip in cache.clips] == [kept, kept]
@@ -160,7 +159,7 @@ def two_videos(folder: Path) -> None:
 
 def broken_pipelines(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Any], object]) -> None:
     """Every pipeline that a step loads is changed by ``harm`` first."""
-    load = steps.load_pipeline
+    load = encoding.load_pipeline
 
     def loaded(*arguments: Any, **options: Any) -> Any:
         pipe = load(*arguments, **options)
@@ -168,7 +167,7 @@ def broken_pipelines(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Any], obje
             harm(pipe)
         return pipe
 
-    monkeypatch.setattr(steps, "load_pipeline", loaded)
+    monkeypatch.setattr(encoding, "load_pipeline", loaded)
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
@@ -211,13 +210,14 @@ def test_scorers_that_give_nan_stop_the_run(tmp_path: Path, monkeypatch: pytest.
         def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
             return torch.full((len(pixels), 4), float("nan"))
 
-    instantiate = encoding.instantiate
-    monkeypatch.setattr(
-        encoding, "instantiate", lambda node: Broken() if "scorers" in node["_target_"] else instantiate(node)
-    )
+    instantiate = steps.instantiate
+    for module in (encoding, steps):
+        monkeypatch.setattr(
+            module, "instantiate", lambda node: Broken() if "scorers" in node["_target_"] else instantiate(node)
+        )
     with pytest.raises(ValueError, match=r"[01]\.mp4@0\.000: the embeddings by scorer\.clip: NaN or infinite values"):
         prepare(config(tmp_path))
-    monkeypatch.setattr(encoding, "instantiate", instantiate)
+    monkeypatch.undo()
     finish(tmp_path)
 
 

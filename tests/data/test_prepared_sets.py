@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from storymem.data import steps
+from storymem.data import encoding
 from storymem.data.cache import LatentCache
-from storymem.data.prepare import Preparation, prepare
+from storymem.data.prepare import prepare
+from storymem.data.steps import Preparation
 from storymem.stopping import Stopped
 from tests.data.drawn_clips import scene, video
 from tests.data.killing import count_changes, run_killed
@@ -250,21 +251,21 @@ def test_a_disk_without_room_is_reported_before_anything_is_loaded(
 ) -> None:
     output = copy_of(prepared / "grouped", tmp_path / "set")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
-    monkeypatch.setattr(steps, "load_pipeline", None)
+    monkeypatch.setattr(encoding, "load_pipeline", None)
     with pytest.raises(ValueError, match=r"has 0\.00 MB free and the cache needs about 0\.0\d MB: make room"):
         finish(prepared, output)
 
 
 def during(monkeypatch: pytest.MonkeyPatch, second: Callable[[], None]) -> None:
     """Do something while the first step of a run is under way."""
-    split = steps.split_videos
+    split = Preparation.split
 
-    def with_second(data: Any) -> None:
-        monkeypatch.setattr(steps, "split_videos", split)
+    def with_second(run: Preparation) -> None:
+        monkeypatch.setattr(Preparation, "split", split)
         second()
-        split(data)
+        split(run)
 
-    monkeypatch.setattr(steps, "split_videos", with_second)
+    monkeypatch.setattr(Preparation, "split", with_second)
 
 
 def test_workers_that_share_the_work_otherwise_are_refused(
@@ -319,16 +320,16 @@ def test_a_video_that_changes_while_it_is_prepared_is_rejected(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(prepared / "videos", tmp_path / "videos")
-    check = steps.check_clips
+    check = Preparation.check
 
-    def replaced(data: Any) -> None:
+    def replaced(run: Preparation) -> None:
         video(tmp_path / "videos" / "clip3.mp4", scene(9, 12))
-        check(data)
+        check(run)
 
-    monkeypatch.setattr(steps, "check_clips", replaced)
+    monkeypatch.setattr(Preparation, "check", replaced)
     prepare(config(tmp_path, "steps=[split,check]"))
     assert rejected(tmp_path) == {"clip3.mp4@0.000": rejected(tmp_path)["clip3.mp4@0.000"]}
     assert rejected(tmp_path)["clip3.mp4@0.000"].startswith("changed: ")
-    monkeypatch.setattr(steps, "check_clips", check)
+    monkeypatch.setattr(Preparation, "check", check)
     prepare(config(tmp_path, "steps=[split,check]"))  # as the message says
     assert rejected(tmp_path) == {}
