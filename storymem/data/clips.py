@@ -151,8 +151,6 @@ def read_clip(path: Path, clip: Clip, indices: Sequence[int] | None = None) -> n
     """Frames of a clip at its bucket's size: resized to cover it, the excess cut off evenly.
 
     Args:
-        path: of the video.
-        clip: which part of it.
         indices: which of its frames, ascending; all by default.
 
     Returns:

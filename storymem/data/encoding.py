@@ -99,12 +99,8 @@ def encode_clip(
     """Everything that a cache holds of a clip, see :mod:`storymem.data.cache`.
 
     Args:
-        pipe: its VAE is used.
-        choose: the choice of keyframes.
         frames: uint8 [F, H, W, 3].
         mask: float32 [F, H, W] in 0..1, 1 where the subject is; None: the clip has none.
-        settings: what is stored.
-        spec: the base model.
 
     Raises:
         ValueError: if no frame is good enough for a keyframe.

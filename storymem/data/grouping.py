@@ -56,7 +56,6 @@ def group_clips(
     Args:
         ids: of the clips, in any order.
         embeddings: float32 [N, D], L2-normalised, one row per clip.
-        settings: thresholds and sizes.
         sizes: (height, width) of the clips, in the order of ``ids``: a memory frame has the size of the clip that
             reads it, so a group is of one size. None: all have the same.
         places: where each clip comes from, in the order of ``ids``: only clips of one place are grouped, and

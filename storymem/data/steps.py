@@ -67,14 +67,7 @@ T = TypeVar("T")
 
 
 class Preparation:
-    """One run over a training set.
-
-    Args:
-        settings: everything.
-        found: the folder of the videos.
-        captions: of the videos.
-        masks: video -> its mask, for those that have one.
-    """
+    """One run over a training set; ``masks``: video -> its mask, for those that have one."""
 
     def __init__(
         self, settings: PrepareSettings, found: VideoFolder, captions: Captions, masks: Mapping[str, Path]
@@ -145,9 +138,8 @@ class Preparation:
         settings, clips = self.settings.check, self.clips
 
         def fault(id: str) -> dict[str, Any]:
-            return {
-                "reason": fault_of(self.read(clips[id], spread(settings.frames, clips[id].bucket.frames)), settings)
-            }
+            frames = self.read(clips[id], spread(settings.frames, clips[id].bucket.frames))
+            return {"reason": fault_of(frames, settings)}
 
         good = self._work("check", self._check_inputs(), fault)
         buckets = Counter(str(clip.bucket) for clip in clips.values())
@@ -220,6 +212,8 @@ class Preparation:
 
     def _compute_groups(self) -> Grouping:
         records = self._records("embed", self._embed_inputs)
+        if not records:
+            raise ValueError(f"no clip could be embedded: see {self._rejections}")
         clips = [self.good_clips[id] for id in records]
         rows = [np.frombuffer(base64.b64decode(record["embedding"]), "<f4") for record in records.values()]
         places = {
@@ -252,6 +246,7 @@ class Preparation:
 
     @property
     def device(self) -> torch.device:
+        """Where networks run."""
         return check_runtime(self.settings.runtime.placement)
 
     def locked(self) -> AbstractContextManager[Path]:
@@ -263,12 +258,13 @@ class Preparation:
         return self.output / "rejected.jsonl"
 
     def caption(self, clip: Clip) -> str:
+        """The text that a clip is trained with."""
         caption = self.captions.of(clip.video, clip.start, clip.end)
         assert caption is not None
         return caption.text
 
     def clip_inputs(self, clip: Clip) -> str:
-        """What the frames of a clip depend on."""
+        """A digest of what the frames of a clip depend on."""
         return digest(self._stamps[clip.video], clip.start, clip.fps, asdict(clip.bucket))
 
     def is_mine(self, key: str) -> bool:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm import tqdm
 
 from storymem.training.dataset import SamplePlanner, read_sample
 from storymem.training.method import MemoryTraining
 from storymem.training.run_log import RunLog
-from storymem.training.trainer import StepReport, Sums, Trainer
+from storymem.training.trainer import StepReport, Sums, Trainer, add_sums
 
 if TYPE_CHECKING:
     from storymem.data.cache import LatentCache
@@ -74,15 +73,8 @@ class LogMetrics:
 class Validation:
     """Loss of every trained expert on held-out groups: the same samples, noise and timesteps each time.
 
-    The samples are shared among the processes; the result does not depend on how many there are.
-
-    Args:
-        method: what is trained.
-        latents: the clips.
-        planner: of held-out samples, one a step.
-        samples: how many.
-        every: steps between validations; the last step is always validated.
-        log: of the main process.
+    The samples are shared among the processes; the result does not depend on how many there are. ``planner`` plans
+    held-out samples, one a step; the last step is always validated.
     """
 
     def __init__(
@@ -95,7 +87,6 @@ class Validation:
         every: int,
         log: RunLog | None,
     ) -> None:
-        assert planner.samples == 1
         self._method, self._latents = method, latents
         self._plans = [planner.plan(step)[0] for step in range(samples)]
         self._every, self._log = every, log
@@ -139,17 +130,15 @@ def reduced_means(sums: Sequence[Sums], accelerator: Accelerator) -> dict[str, A
 
     The names must be the same on all processes.
     """
-    totals: dict[str, Tensor] = {}
+    totals: Sums = {}
     for of_step in sums:
-        for name, pair in of_step.items():
-            both = torch.stack([part.float().reshape(-1) for part in pair])
-            totals[name] = both if name not in totals else totals[name] + both
-    flat = torch.cat([both.flatten() for both in totals.values()])
-    parts = accelerator.reduce(flat, "sum").cpu().split([both.numel() for both in totals.values()])
+        add_sums(totals, of_step)
+    flat = torch.cat([total.flatten() for total in totals.values()])
+    parts = accelerator.reduce(flat, "sum").cpu().split([total.numel() for total in totals.values()])
     means: dict[str, Any] = {}
-    for (name, both), part in zip(totals.items(), parts, strict=True):
-        values = [_mean(total, count) for total, count in part.view(2, -1).T.tolist()]
-        means[name] = values if both.shape[1] > 1 else values[0]
+    for (name, total), part in zip(totals.items(), parts, strict=True):
+        values = [_mean(*pair) for pair in part.view(2, -1).T.tolist()]
+        means[name] = values if total.ndim > 1 else values[0]
     return means
 
 

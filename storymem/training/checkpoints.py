@@ -25,21 +25,13 @@ _NAME = re.compile(r"step_(\d{8})")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint whose ``checkpoint.json`` has been read.
-
-    Args:
-        path: its folder.
-        step: how many steps were done.
-        about: of the run: its configuration, for one.
-        state: of the trainer, except for tensors.
-        files: (size in bytes, sha256) of each file, by its path in the folder.
-    """
+    """A checkpoint whose ``checkpoint.json`` has been read."""
 
     path: Path
-    step: int
-    about: Mapping[str, Any]
-    state: Mapping[str, Any]
-    files: Mapping[str, tuple[int, str]]
+    step: int  # how many were done
+    about: Mapping[str, Any]  # the run: its configuration, for one
+    state: Mapping[str, Any]  # of the trainer, except for tensors
+    files: Mapping[str, tuple[int, str]]  # path in the folder -> size in bytes, sha256
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
@@ -66,17 +58,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The folder ``checkpoints`` of a run.
-
-    Args:
-        folder: holds ``step_00000500`` and the like.
-        keep: how many stay.
-        about: of the run; stored with each checkpoint.
-    """
+    """The folder ``checkpoints`` of a run: ``step_00000500`` and the like."""
 
     folder: Path
-    keep: int = field(kw_only=True)
-    about: Mapping[str, Any] = field(kw_only=True, default_factory=dict)
+    keep: int = field(kw_only=True)  # how many stay
+    about: Mapping[str, Any] = field(kw_only=True, default_factory=dict)  # the run; stored with each checkpoint
 
     def steps(self) -> list[int]:
         """After which steps there is a checkpoint, damaged or not, ascending."""

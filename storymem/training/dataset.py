@@ -6,6 +6,7 @@ else: not from the number of processes or readers, nor from where a run was inte
 
 from __future__ import annotations
 
+import itertools
 import queue
 import sys
 import threading
@@ -62,12 +63,9 @@ class SamplePlanner:
     Memory frames are keyframes of the group's other clips of the same height and width, in random order.
 
     Args:
-        latents: the clips.
         batch: the most memory frames, and how often what is given or left out; held-out samples always have text.
         conditioning: which first frames of its target a sample may be given.
-        seed: of all draws.
         samples: of one step, over all processes.
-        split: which clips.
 
     Raises:
         ValueError: if the split is empty, or no group can give ``batch.max_memory`` frames.
@@ -84,44 +82,37 @@ class SamplePlanner:
         split: Split = "train",
     ) -> None:
         self._same_given = not latents.spec.condition_channels  # then it is part of the layout
-        self._clips, self._split, self._seed = latents.clips, split, seed
+        self._clips, self._seed = latents.clips, [seed, _SPLIT_NUMBERS[split]]
         self.samples, self.max_memory = samples, batch.max_memory
         self._given_frames, self._given_probability = GIVEN_FRAMES[conditioning], batch.given_probability
         self._text_dropout = batch.text_dropout if split == "train" else 0.0
-        self._companions: dict[int, list[int]] = {}
-        for members in latents.groups(split).values():
-            by_size: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-            for index in members:
-                by_size[self._clips[index].bucket[1:]].append(index)
-            self._companions |= {index: alike for alike in by_size.values() for index in alike}
-        self._targets = np.array(sorted(self._companions), dtype=np.int64)
-        self._available = np.array([self._memory_of(int(index)) for index in self._targets], dtype=np.int64)
-        buckets = sorted({self._clips[int(index)].bucket for index in self._targets})
-        number = {bucket: position for position, bucket in enumerate(buckets)}
-        self._bucket_of = np.array([number[self._clips[int(i)].bucket] for i in self._targets], dtype=np.int64)
-        self._check()
-
-    def _memory_of(self, index: int) -> int:
-        """How many memory frames clip ``index`` can have."""
-        return sum(self._clips[other].keyframes for other in self._companions[index] if other != index)
-
-    def _check(self) -> None:
-        if not len(self._targets):
-            raise ValueError(
-                f"the cache has no {self._split} clips: prepare more data"
-                + ("" if self._split == "train" else ", or set validation.every=0")
-            )
-        most = int(self._available.max())
-        if self._split == "train" and most < self.max_memory:
+        alike: defaultdict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
+        for index, clip in enumerate(latents.clips):
+            if clip.split == split:
+                alike[clip.group, clip.bucket[1:]].append(index)
+        self._companions = {index: members for members in alike.values() for index in members}
+        if not self._companions:
+            cure = "" if split == "train" else ", or set validation.every=0"
+            raise ValueError(f"the cache has no {split} clips: prepare more data{cure}")
+        targets = sorted(self._companions)
+        self._targets, self._available = np.array(targets), np.array([len(self._frames(clip)) for clip in targets])
+        if split == "train" and (most := int(self._available.max())) < self.max_memory:
             raise ValueError(
                 f"batch.max_memory={self.max_memory}, but no clip has more than {most} keyframes in the other clips of "
                 f"its group and size: set batch.max_memory={most} or less, or prepare the data with larger groups "
                 "(group.similarity, group.max_size) or more keyframes a clip"
             )
+        buckets = [self._clips[clip].bucket for clip in targets]
+        self._bucket_of = np.unique(buckets, axis=0, return_inverse=True)[1].ravel()
+
+    def _frames(self, clip: int) -> list[tuple[int, int]]:
+        """(clip, keyframe) of all memory frames that a target can have."""
+        others = [other for other in self._companions[clip] if other != clip]
+        return [(other, keyframe) for other in others for keyframe in range(self._clips[other].keyframes)]
 
     def plan(self, step: int) -> tuple[SamplePlan, ...]:
         """The samples of ``step`` (from 0), all of one size and one number of memory frames."""
-        random = np.random.default_rng([self._seed, _SPLIT_NUMBERS[self._split], step])
+        random = np.random.default_rng([*self._seed, step])
         first = int(random.integers(len(self._targets)))
         memory = min(int(random.integers(self.max_memory + 1)), int(self._available[first]))
         fitting = np.flatnonzero((self._bucket_of == self._bucket_of[first]) & (self._available >= memory))
@@ -137,12 +128,7 @@ class SamplePlanner:
         return tuple(samples)
 
     def _sample(self, clip: int, memory: int, random: np.random.Generator) -> SamplePlan:
-        frames = [
-            (other, keyframe)
-            for other in self._companions[clip]
-            if other != clip
-            for keyframe in range(self._clips[other].keyframes)
-        ]
+        frames = self._frames(clip)
         order = random.permutation(len(frames))[:memory]
         given, drop, seed = random.random(), random.random(), int(random.integers(2**62))
         return SamplePlan(
@@ -229,30 +215,13 @@ def read_sample(latents: LatentCache, plan: SamplePlan) -> Batch:
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
-    """Batches of one M as one batch."""
-    first = samples[0]
-    assert len({sample.memory_frames for sample in samples}) == 1, "a batch has one number of memory frames"
-    if first.condition is None:
-        assert len({sample.given for sample in samples}) == 1, "a batch has one number of given frames"
+    """Batches of one M, and of one number of given frames if there is no condition, as one batch."""
     joined: dict[str, Any] = {
         name: torch.cat([getattr(sample, name) for sample in samples])
-        for name, value in vars(first).items()
+        for name, value in vars(samples[0]).items()
         if isinstance(value, Tensor)
     }
-    return replace(first, **joined, ids=tuple(id for sample in samples for id in sample.ids))
-
-
-def _turns(
-    planner: SamplePlanner, *, size: int, rank: int, world: int, start: int
-) -> Generator[list[SamplePlan], None, None]:
-    """One process's share of each step, in batches; without end."""
-    share = planner.samples // world
-    step = start
-    while True:
-        mine = planner.plan(step)[rank * share : (rank + 1) * share]
-        for first in range(0, share, size):
-            yield list(mine[first : first + size])
-        step += 1
+    return replace(samples[0], **joined, ids=tuple(id for sample in samples for id in sample.ids))
 
 
 def training_set_digest(latents: LatentCache) -> str:
@@ -274,20 +243,21 @@ def train_batches(
     """The batches of one process from step ``start`` on, without end. Close it to end the threads that read.
 
     Args:
-        latents: where tensors are read.
-        planner: what each step trains on.
         size: samples of a batch; divides the process's share of a step.
         workers: threads that read ahead; 0: a batch is read when it is needed.
-        rank: which process of the run this is.
-        world: how many there are.
-        start: the first step.
+        rank: the number of the process, of ``world`` processes.
     """
-    turns = _turns(planner, size=size, rank=rank, world=world, start=start)
+    share = planner.samples // world
+
+    def plans() -> Iterator[Sequence[SamplePlan]]:
+        for step in itertools.count(start):
+            mine = planner.plan(step)[rank * share : (rank + 1) * share]
+            yield from (mine[first : first + size] for first in range(0, share, size))
 
     def read(plans: Sequence[SamplePlan]) -> Batch:
         return collate([read_sample(latents, plan) for plan in plans])
 
-    yield from map(read, turns) if workers == 0 else _read_ahead(read, turns, workers)
+    yield from map(read, plans()) if workers == 0 else _read_ahead(read, plans(), workers)
 
 
 def _read_ahead(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,17 +18,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from storymem.devices import resolve_device
 from storymem.io import read_json_object, replacing
 from storymem.training.optimization import assign
 from storymem.training.settings import AdapterTrainingSettings, ParallelSettings
 from storymem.wan.lora import AdapterInfo, Layout, memory_lora_config, read_memory_lora, write_memory_lora
+from storymem.wan.processes import Launch
 from storymem.wan.runtime import make_current, set_attention
 from storymem.wan.settings import ModelSettings
 from storymem.wan.spec import COMPONENTS, Expert
 from storymem.wan.transformer import enable_layouts
 from storymem.weights import locate
-
-logger = logging.getLogger(__name__)
 
 ADAPTER = "memory"
 
@@ -104,26 +103,14 @@ def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _check_only_adapter_trains(transformer: nn.Module, expert: Expert) -> None:
-    others = [n for n, p in transformer.named_parameters() if p.requires_grad and f".{ADAPTER}." not in n]
-    if others:
-        raise ValueError(
-            f"the base of the {expert} expert is trainable ({len(others)} parameters, first {others[0]}): only the "
-            "adapter may be; call requires_grad_(False) on it"
-        )
-
-
 class Experts:
     """Wan's experts on the processes of a run.
 
-    Whole experts take turns on the accelerator: the frozen weights of the others lie in RAM. What trains always lies
-    on the accelerator. Sharded experts all stay where they are.
+    Whole experts take turns on the accelerator: the frozen weights of the others are in RAM. What trains is always on
+    the accelerator. Sharded experts all stay where they are.
 
     Args:
         transformers: one or both; those of ``trained`` come from :func:`prepare_expert`.
-        trained: which of them train.
-        accelerator: the processes.
-        parallel: how the networks lie on them.
         full: all parameters train, and not an adapter.
 
     Attributes:
@@ -145,8 +132,7 @@ class Experts:
         self._sharded = parallel.strategy == "fsdp"
         self.networks: dict[Expert, nn.Module] = {}
         for name, transformer in self.transformers.items():
-            if not full:
-                _check_only_adapter_trains(transformer, name)
+            assert full or all(f".{ADAPTER}." in n for n, p in transformer.named_parameters() if p.requires_grad)
             enable_layouts(transformer)
             if parallel.gradient_checkpointing:
                 transformer.enable_gradient_checkpointing()
@@ -197,11 +183,23 @@ class Experts:
         return network
 
 
+class _OnDevice(Accelerator):
+    """One process on any device; Accelerate has one device per interpreter, that of its first accelerator."""
+
+    def __init__(self, device: torch.device, **options: Any) -> None:
+        self._device = device
+        super().__init__(**options)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+
 def make_accelerator(device: torch.device | None) -> Accelerator:
     """The processes that ``torchrun`` or ``accelerate launch`` started; one if neither did.
 
     Args:
-        device: of the one process; None chooses.
+        device: None chooses; of several processes each has the device of its own number.
 
     Raises:
         ValueError: for a device by its number where several processes run, or if an earlier Accelerator of this process
@@ -212,22 +210,17 @@ def make_accelerator(device: torch.device | None) -> Accelerator:
             f"this process has an Accelerator with mixed_precision={precision}, which would change the training's "
             "own, model.dtype: train in a process of its own"
         )
-    on_cpu = (device is not None and device.type == "cpu") or not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")  # autocast follows model.dtype, see method.py
-    own = accelerator.device
-    if device is None or (device.type == own.type and device.index in (None, own.index or 0)):
-        return accelerator
-    if device.type != own.type:
-        logger.warning("runtime.device=%s is not supported by Accelerate: training runs on %s", device, own)
-        return accelerator
-    if accelerator.num_processes > 1:
+    several = Launch.of_environment().world > 1
+    if several and device is not None and device.index is not None:
         raise ValueError(
             f"runtime.device={device}: each of several processes takes the device of its own number; write "
             "runtime.device=auto"
         )
+    device = device or resolve_device("auto")
+    options: dict[str, Any] = {"mixed_precision": "no"}  # autocast follows model.dtype, see method.py
+    options["cpu"] = device.type == "cpu" and not is_initialized()
     make_current(device)
-    accelerator.state.device = device  # Accelerate takes the first
-    return accelerator
+    return Accelerator(**options) if several else _OnDevice(device, **options)
 
 
 def check_parallel(parallel: ParallelSettings, accelerator: Accelerator) -> None:
@@ -242,13 +235,9 @@ def check_parallel(parallel: ParallelSettings, accelerator: Accelerator) -> None
 def save_parameters(
     tensors: Mapping[str, Tensor], folder: Path, *, info: AdapterInfo | None, layout: Layout = "storymem"
 ) -> None:
-    """Write whole tensors under the names of :attr:`Experts.parameters`, a file per expert.
+    """Write whole tensors under the names of :attr:`Experts.parameters` into ``folder``, a file per expert.
 
-    Args:
-        tensors: an adapter's, or those of whole experts.
-        folder: made if it does not exist.
-        info: of the adapter; None: there is none.
-        layout: of an adapter.
+    ``info`` and ``layout`` are of an adapter; None: the tensors are those of whole experts.
     """
     states: dict[Any, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

@@ -21,10 +21,7 @@ class MemoryTraining:
     With both, they take turns of ``alternate_every`` steps.
 
     Args:
-        experts: the networks.
-        objective: the loss.
         info: stored in the files of adapters; None: there are none, the experts train as a whole.
-        alternate_every: see :class:`storymem.training.settings.ParallelSettings`.
         dtype: in which the networks compute; bfloat16 means autocast.
     """
 

@@ -65,11 +65,11 @@ def slot_weights(layout: Layout, memory_weight: float) -> Tensor:
     return by_frame / by_frame.sum()
 
 
-def bin_sums(losses: Tensor, s: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Sum and number of ``losses`` [B] in each of ``bins`` equal bins of s [B] from 0 to 1: two times [bins]."""
+def bin_sums(losses: Tensor, s: Tensor, bins: int) -> Tensor:
+    """Sum and number of ``losses`` [B] in each of ``bins`` equal bins of s [B] from 0 to 1, [2, bins]."""
     index = (s * bins).long().clamp(0, bins - 1)
-    zeros = torch.zeros(bins, device=losses.device)
-    return zeros.index_add(0, index, losses), zeros.index_add(0, index, torch.ones_like(losses))
+    sums = torch.zeros(2, bins, device=losses.device)
+    return sums.index_add(1, index, torch.stack([losses, torch.ones_like(losses)]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +78,12 @@ class Losses:
 
     Args:
         total: the mean over samples, with a gradient.
-        sums: name -> (sum, number) of what is logged, detached; numbers or [bins]. Sums of several batches and
-            processes can be added.
+        sums: name -> sum and number of what is logged, detached, [2] or [2, bins]. Those of several batches and
+            processes are added.
     """
 
     total: Tensor
-    sums: dict[str, tuple[Tensor, Tensor]]
+    sums: dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,17 +136,17 @@ class MemoryObjective:
 
     def _sums(
         self, expert: Expert, losses: Tensor, errors: Tensor, s: Tensor, batch: Batch, video: slice
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    ) -> dict[str, Tensor]:
         """What is logged; of the video and of the subject the unweighted errors."""
 
-        def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
-            return values.sum(), torch.tensor(float(values.numel()), device=values.device)
+        def mean_of(values: Tensor) -> Tensor:
+            return torch.stack([values.sum(), torch.tensor(float(values.numel()), device=values.device)])
 
         M = batch.memory_frames  # noqa: N806
         besides = {"loss_memory": mean_of(errors[:, :M])} if self.memory_attention == "joint" else {}
         if self.settings.mask_weight != 1:
             mask = batch.mask[:, video.start - video.stop :]
-            besides["loss_subject"] = ((errors[:, video] * mask).sum(), mask.sum())
+            besides["loss_subject"] = torch.stack([(errors[:, video] * mask).sum(), mask.sum()])
         return {
             "loss": mean_of(losses),
             f"loss_{expert}": mean_of(losses),

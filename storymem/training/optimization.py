@@ -106,9 +106,7 @@ def load_optimizer_state(
 class MovingAverage:
     """avg <- d * avg + (1 - d) * p after each step, with d = min(decay, (1 + n) / (10 + n)) in the n-th update.
 
-    Args:
-        parameters: by name; the average begins at their values.
-        decay: d, once warmed up.
+    The average begins at the values of the parameters (by name).
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:

@@ -33,13 +33,9 @@ def check_log(settings: LogSettings) -> None:
 
 
 class RunLog:
-    """The log of one run; only the main process has one. Nothing is written before :meth:`begin`.
+    """The log of the run in ``folder``; only the main process has one. Nothing is written before :meth:`begin`.
 
     Rows go to ``metrics.jsonl``, a line of JSON each, with at least ``step``.
-
-    Args:
-        folder: of the run.
-        settings: see :class:`LogSettings`.
     """
 
     def __init__(self, folder: Path, settings: LogSettings) -> None:
@@ -49,14 +45,10 @@ class RunLog:
         self._warned: set[str] = set()
 
     def begin(self, config: Mapping[str, Any], *, step: int = 0) -> None:
-        """Open the log of a run that resumes after ``step`` steps.
+        """Open the log of a run with these settings that resumes after ``step`` steps.
 
         Rows that a killed process wrote after that step are dropped. If there are lines that are no rows, the file as
         it was stays beside the new one, with a warning of their numbers.
-
-        Args:
-            config: all settings of the run.
-            step: 0: it begins.
         """
         if self._metrics.exists():
             rows, damaged = _read(self._metrics)
@@ -93,10 +85,9 @@ class RunLog:
         with naming_full_disk(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         if self._wandb is not None:
-            flat: dict[str, Any] = {}  # a list as one entry per place: loss_by_level/3
-            for name, value in finite.items():
-                places = {f"{name}/{n}": entry for n, entry in enumerate(value)} if isinstance(value, list) else None
-                flat |= {name: value} if places is None else places
+            lists = {name: value for name, value in finite.items() if isinstance(value, list)}
+            flat = {name: value for name, value in finite.items() if name not in lists}
+            flat |= {f"{name}/{n}": entry for name, value in lists.items() for n, entry in enumerate(value)}
             self._wandb.log({name: value for name, value in flat.items() if value is not None}, step=step)
 
     def image(self, step: int, name: str, path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from storymem.media.video import probe, read_video
 from storymem.scorers.scorer import as_images
 from storymem.story import Story, load_story
 from storymem.training.experts import Experts
-from storymem.training.settings import CONTINUITY, TrainSettings
+from storymem.training.settings import CONTINUITY, SampleSettings, TrainSettings
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.settings import RuntimeSettings
@@ -65,23 +66,15 @@ class TrainedShots(WanShotGenerator):
 class SampleFilm:
     """Callback that generates a film every so many steps and after the last.
 
-    All processes generate it, since sharded experts only run together; the main process writes it to
-    ``samples/step_00000500`` in the run's folder, with a contact sheet ``step_00000500.png`` beside it.
-
-    Args:
-        story: always the same.
-        storyteller: its generator is a :class:`TrainedShots`.
-        folder: of the run.
-        every: steps between films.
-        frames_per_shot: of the contact sheet.
-        log: of the main process.
+    All processes generate it, since sharded experts only run together; the main process, which has a ``log``, writes
+    it to ``samples/step_00000500`` in the run's folder, with a contact sheet ``step_00000500.png`` beside it.
     """
 
     story: Story
     storyteller: Storyteller
+    generator: TrainedShots  # of the storyteller; its experts must be set before the first film
     folder: Path
-    every: int
-    frames_per_shot: int
+    settings: SampleSettings
     log: RunLog | None
 
     @classmethod
@@ -113,20 +106,14 @@ class SampleFilm:
         return cls(
             story=story,
             storyteller=replace(build_storyteller(generate, config), generator=generator),
+            generator=generator,
             folder=Path(settings.output) / "samples",
-            every=samples.every,
-            frames_per_shot=samples.frames_per_shot,
+            settings=samples,
             log=log,
         )
 
-    @property
-    def generator(self) -> TrainedShots:
-        """Generates the shots; its ``experts`` must be set before the first film."""
-        assert isinstance(self.storyteller.generator, TrainedShots)
-        return self.storyteller.generator
-
     def __call__(self, trainer: Trainer, report: StepReport) -> None:
-        if report.step % self.every and report.step != trainer.steps:
+        if report.step % self.settings.every and report.step != trainer.steps:
             return
         name = f"step_{report.step:08d}"
         with tempfile.TemporaryDirectory() as elsewhere, trainer.averaged(), _on_demand(self.generator.experts):
@@ -135,7 +122,7 @@ class SampleFilm:
             resume = "from_shot:1" if Film.exists(folder) else "auto"
             film = self.storyteller.tell(self.story, folder, resume=resume, progress=_Stoppable(trainer))
             if self.log is not None:
-                frames = _evenly(film, self.frames_per_shot)
+                frames = _evenly(film, self.settings.frames_per_shot)
                 sheet = self.folder / f"{name}.png"
                 write_image(sheet, np.concatenate([np.concatenate(list(shot), axis=1) for shot in frames]))
                 embedder = self.storyteller.embedder
@@ -157,16 +144,12 @@ class _Stoppable(Progress):
 
 
 def cross_shot_score(embeddings: list[torch.Tensor]) -> float | None:
-    """Mean cosine over all pairs of shots, each shot the mean of its frames' CLIP embeddings; None for one shot.
-
-    Args:
-        embeddings: of each shot, [frames, D], of unit length.
-    """
+    """Mean cosine over all pairs of shots, each the mean of its frames' embeddings [frames, D]; None for one shot."""
     if len(embeddings) < 2:
         return None
-    shots = torch.stack([F.normalize(frames.mean(dim=0), dim=0) for frames in embeddings])
-    above = torch.triu_indices(len(shots), len(shots), offset=1)
-    return (shots @ shots.T)[above[0], above[1]].mean().item()
+    shots = F.normalize(torch.stack([frames.mean(dim=0) for frames in embeddings]))
+    first, second = torch.triu_indices(len(shots), len(shots), offset=1)
+    return (shots @ shots.T)[first, second].mean().item()
 
 
 def _evenly(film: Film, count: int) -> list[np.ndarray]:
@@ -182,16 +165,12 @@ def _evenly(film: Film, count: int) -> list[np.ndarray]:
 @contextmanager
 def _on_demand(experts: Experts) -> Iterator[None]:
     """Inside the block each expert moves to the accelerator when it is called, and runs without dropout."""
-
-    def moving(name: Expert) -> Callable[..., None]:
-        return lambda *_: experts.activate(name)
-
-    handles = []
-    for name, transformer in experts.transformers.items():
-        transformer.eval()
-        handles.append(transformer.register_forward_pre_hook(moving(name)))
-    try:
+    with ExitStack() as hooks:
+        for name, transformer in experts.transformers.items():
+            transformer.eval()
+            hooks.enter_context(transformer.register_forward_pre_hook(partial(_activate, experts, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _activate(experts: Experts, name: Expert, *_: object) -> None:
+    experts.activate(name)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 
 from storymem.data.cache import LatentCache, cache_fingerprint
 from storymem.data.settings import Bucket, DataSettings
+from storymem.devices import resolve_device
 from storymem.io import FileError, check_room, replacing_folder, write_text
 from storymem.training.callbacks import LogMetrics, Validation
 from storymem.training.checkpoints import Checkpoint, Checkpoints
@@ -32,11 +34,10 @@ from storymem.training.objective import MemoryObjective
 from storymem.training.optimization import check_optimizer
 from storymem.training.resume import CHECKPOINTS, CONFIG, MODEL, changes_of_later_steps, check_same_run
 from storymem.training.run_log import RunLog, check_log
-from storymem.training.settings import GIVEN_FRAMES, TrainSettings
+from storymem.training.settings import GIVEN_FRAMES, AdapterTrainingSettings, TrainSettings
 from storymem.training.trainer import Callback, Trainer
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import AdapterInfo
-from storymem.wan.runtime import check_runtime
 from storymem.wan.settings import RuntimeSettings
 from storymem.wan.spec import experts_of
 
@@ -59,39 +60,29 @@ def open_cache(settings: TrainSettings) -> LatentCache:
             f"{settings.dataset} holds clips of {sizes} (frames x height x width), none of them of the model's "
             f"{own}: prepare the data at that size, or set model.video to one of these"
         )
-    check_masks(cache, settings)
-    cache.given(0, GIVEN_FRAMES[settings.conditioning])  # raises if the cache lacks them
-    return cache
-
-
-def check_masks(latents: LatentCache, settings: TrainSettings) -> None:
-    """Raise ``ValueError`` if masks have a weight and no clip of the training split has one."""
-    train = (index for members in latents.groups("train").values() for index in members)
-    if settings.objective.mask_weight != 1 and not any(latents.clips[index].mask for index in train):
+    masks = any(clip.mask for clip in cache.clips if clip.split == "train")
+    if settings.objective.mask_weight != 1 and not masks:
         raise ValueError(
             f"objective.mask_weight={settings.objective.mask_weight:g}, but {settings.dataset} has no masks: run "
             "prepare_data with masks=FOLDER, or leave mask_weight at 1"
         )
+    cache.given(0, GIVEN_FRAMES[settings.conditioning])  # raises if the cache lacks them
+    return cache
 
 
 class Run:
-    """A run that is ready to start.
-
-    Args:
-        settings: checked.
-        config: what they were built from, for the run's folder.
-        latents: the training set.
-    """
+    """A run that is ready to start; ``settings`` were built from ``config``, which the run's folder holds."""
 
     def __init__(self, settings: TrainSettings, config: Mapping[str, Any], latents: LatentCache) -> None:
         self.settings, self.folder = settings, Path(settings.output)
-        self.accelerator = accelerator = make_accelerator(_device(settings))
+        device = None if settings.runtime.device == "auto" else resolve_device(settings.runtime.device)
+        self.accelerator = accelerator = make_accelerator(device)
         check_parallel(settings.parallel, accelerator)
         check_optimizer(settings.optimizer, accelerator.device)
         check_log(settings.log)
         world, batch = accelerator.num_processes, settings.batch
-        self._planned: dict[str, Any] = {"conditioning": settings.conditioning, "seed": settings.seed}
-        planner = SamplePlanner(latents, batch, samples=batch.size * batch.accumulation * world, **self._planned)
+        plans = partial(SamplePlanner, latents, batch, conditioning=settings.conditioning, seed=settings.seed)
+        planner = plans(samples=batch.size * batch.accumulation * world)
         about = {
             "config": json.loads(json.dumps(config)),
             "processes": world,
@@ -105,22 +96,17 @@ class Run:
         self.log = RunLog(self.folder, settings.log) if accelerator.is_main_process else None
         # The sample film first: its text encoder is released before the experts are loaded.
         films = self._sample_film(config)
-        self.method = self._build_method()
+        self.method = self._build_method(planner.samples)
         for film in films:
             film.generator.experts = self.method.experts
         callbacks: list[Callback] = [LogMetrics(self.log, every=settings.log.every)]
-        callbacks += [*self._validation(latents), *films]
+        if every := settings.validation.every:
+            held_out, samples = plans(samples=1, split="valid"), settings.validation.samples
+            callbacks.append(Validation(self.method, latents, held_out, samples=samples, every=every, log=self.log))
+        readers = {"workers": batch.workers, "rank": accelerator.process_index, "world": world}
         self.trainer = Trainer(
             self.method,
-            lambda start: train_batches(
-                latents,
-                planner,
-                size=batch.size,
-                workers=batch.workers,
-                rank=accelerator.process_index,
-                world=world,
-                start=start,
-            ),
+            lambda start: train_batches(latents, planner, size=batch.size, start=start, **readers),
             accelerator=accelerator,
             optimizer=settings.optimizer,
             steps=settings.steps,
@@ -128,7 +114,7 @@ class Run:
             seed=settings.seed,
             checkpoints=checkpoints,
             checkpoint_every=settings.checkpoint.every,
-            callbacks=callbacks,
+            callbacks=[*callbacks, *films],
         )
         if self.resumed is not None:
             self.trainer.load(self.resumed)
@@ -196,38 +182,53 @@ class Run:
 
         return [SampleFilm.build(self.settings, config, self.log, device=self.accelerator.device)]
 
-    def _validation(self, latents: LatentCache) -> list[Validation]:
-        settings, validation = self.settings, self.settings.validation
-        if not validation.every:
-            return []
-        planner = SamplePlanner(latents, settings.batch, samples=1, split="valid", **self._planned)
-        counts = {"samples": validation.samples, "every": validation.every}
-        return [Validation(self.method, latents, planner, **counts, log=self.log)]
-
-    def _build_method(self) -> MemoryTraining:
-        settings, model = self.settings, self.settings.model
+    def _build_method(self, samples_per_step: int) -> MemoryTraining:
+        """The experts that train (and, for the sample film, the other too) and their loss."""
+        settings, model, adapter = self.settings, replace(self.settings.model, adapter=None), self.settings.adapter
+        pipe = load_pipeline(
+            model,
+            runtime=RuntimeSettings(device="cpu"),
+            text_encoder=False,
+            experts=model.spec.experts if settings.samples.every else settings.trained,
+        )
+        transformers = experts_of(pipe)
+        del pipe
+        own = adapter
+        if own is not None and self.resumed is not None:
+            own = replace(own, start=None)  # a checkpoint has the whole adapter
+        for name, transformer in transformers.items():
+            transformer.requires_grad_(False)
+            if name in settings.trained:
+                number = settings.trained.index(name)
+                prepare_expert(transformer, name, own, seed=settings.seed + number)
+        experts = Experts(
+            transformers,
+            trained=settings.trained,
+            accelerator=self.accelerator,
+            parallel=settings.parallel,
+            full=adapter is None,
+        )
+        objective = MemoryObjective(
+            settings=settings.objective,
+            boundary=model.boundary,
+            rope_stride=model.rope_stride,
+            memory_attention=model.memory_attention,
+        )
         return MemoryTraining(
-            self._load_experts(),
-            MemoryObjective(
-                settings=settings.objective,
-                boundary=model.boundary,
-                rope_stride=model.rope_stride,
-                memory_attention=model.memory_attention,
-            ),
-            info=self._adapter_info(),
+            experts,
+            objective,
+            info=None if adapter is None else self._adapter_info(adapter, samples_per_step),
             alternate_every=settings.parallel.alternate_every,
             dtype=getattr(torch, model.dtype),
         )
 
-    def _adapter_info(self) -> AdapterInfo | None:
+    def _adapter_info(self, adapter: AdapterTrainingSettings, samples_per_step: int) -> AdapterInfo:
         """What the files of the trained adapter state about it."""
-        settings, batch = self.settings, self.settings.batch
-        if settings.adapter is None:
-            return None
+        settings = self.settings
         return AdapterInfo(
-            rank=settings.adapter.rank,
-            alpha=settings.adapter.alpha,
-            use_rslora=settings.adapter.use_rslora,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            use_rslora=adapter.use_rslora,
             memory_attention=settings.model.memory_attention,
             rope_stride=settings.model.rope_stride,
             conditioning=settings.conditioning,
@@ -236,41 +237,9 @@ class Run:
                 "expert": settings.expert,
                 "steps": settings.steps,
                 "seed": settings.seed,
-                "max_memory": batch.max_memory,
-                "samples_per_step": batch.size * batch.accumulation * self.accelerator.num_processes,
+                "max_memory": settings.batch.max_memory,
+                "samples_per_step": samples_per_step,
                 "objective": asdict(settings.objective),
                 "optimizer": asdict(settings.optimizer),
             },
         )
-
-    def _load_experts(self) -> Experts:
-        """The experts that train, and for the sample film the other too."""
-        settings, trained = self.settings, self.settings.trained
-        pipe = load_pipeline(
-            replace(settings.model, adapter=None),
-            runtime=RuntimeSettings(device="cpu"),
-            text_encoder=False,
-            experts=settings.model.spec.experts if settings.samples.every else trained,
-        )
-        needed = experts_of(pipe)
-        del pipe
-        for transformer in needed.values():
-            transformer.requires_grad_(False)
-        adapter = settings.adapter
-        if adapter is not None and self.resumed is not None:
-            adapter = replace(adapter, start=None)  # a checkpoint has the whole adapter
-        for number, name in enumerate(trained):
-            prepare_expert(needed[name], name, adapter, seed=settings.seed + number)
-        return Experts(
-            needed,
-            trained=trained,
-            accelerator=self.accelerator,
-            parallel=settings.parallel,
-            full=adapter is None,
-        )
-
-
-def _device(settings: TrainSettings) -> torch.device | None:
-    """The device of the settings, or None to leave it to the launcher."""
-    device = settings.runtime.device
-    return None if device == "auto" else check_runtime(RuntimeSettings(device=device))

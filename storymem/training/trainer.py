@@ -33,7 +33,8 @@ from storymem.training.settings import OptimizerSettings
 _AVERAGE, _OPTIMIZER = "average", "optimizer.safetensors"
 
 T = TypeVar("T")
-Sums = dict[str, tuple[Tensor, Tensor]]
+Sums = dict[str, Tensor]
+"""Name -> sum and number of what is logged, [2] or [2, bins]."""
 
 
 class NonFiniteLoss(NotFiniteError):
@@ -58,7 +59,7 @@ class StepReport:
 
     Args:
         step: how many steps are done, this one included.
-        sums: what the method logs: name -> (sum, number) over this process's samples.
+        sums: what the method logs, over this process's samples.
         lr: the learning rate of the step.
         grad_norm: before clipping, over all processes.
         samples: over all processes.
@@ -84,21 +85,14 @@ class Callback(Protocol):
 
 
 class Trainer:
-    """Trains the parameters of a method.
+    """Trains the parameters of a method; only they get gradients and optimizer state.
 
     Random numbers drawn inside networks (dropout) follow from ``seed``, step and process; so the step is the whole
     random state, and a resumed run computes exactly what an uninterrupted one would.
 
     Args:
-        method: what is trained; only its parameters get gradients and optimizer state.
         batches: start step -> this process's batches from there on, ``accumulation`` of them a step; closed in the end.
-        accelerator: the processes.
-        optimizer: AdamW, schedule, clipping, average.
-        steps: how long the run is.
-        accumulation: batches of a step.
-        seed: of the run.
-        checkpoints: where they go; None: none are written.
-        checkpoint_every: steps between them.
+        checkpoints: written every ``checkpoint_every`` steps; None: none are written.
         callbacks: called in order after each step, before its checkpoint: so they have seen all that it contains.
     """
 
@@ -254,7 +248,7 @@ class Trainer:
                 self.accelerator.backward(losses.total)  # divided by the number of batches
             loss += losses.total.detach() / self._accumulation
             ids += batch.ids
-            _add(sums, losses.sums)
+            add_sums(sums, losses.sums)
             timer.lap("forward_backward")
         norm = self._clip()
         self._check_loss(loss, norm, ids)  # waits for the device, so forward and backward end here
@@ -368,10 +362,10 @@ def _name(callback: Callback) -> str:
     return type(callback).__name__
 
 
-def _add(sums: Sums, more: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    for name, (total, count) in more.items():
-        before = sums.get(name)
-        sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
+def add_sums(sums: Sums, more: Sums) -> None:
+    """Add ``more`` to ``sums`` in place."""
+    for name, total in more.items():
+        sums[name] = sums[name] + total if name in sums else total
 
 
 def _seed_dropout(seed: int, step: int, process: int) -> None:

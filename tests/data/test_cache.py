@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from storymem.config import build_settings
 from storymem.data import cache as latent_cache
 from storymem.data import manifest
 from storymem.data.cache import LatentCache, cache_fingerprint
-from storymem.data.manifest import Manifest, ShardWriter
 from storymem.data.prepare import prepare
 from storymem.data.settings import Bucket, DataSettings, PrepareSettings
 from storymem.media.video import read_video
@@ -54,12 +53,6 @@ def own_pipe(folder: Path) -> WanMemoryToVideoPipeline:
 
 def images(folder: Path, number: int) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in read_video(folder / "videos" / f"{number}.mp4", range(FRAMES))]
-
-
-def test_clips_and_groups(cache: LatentCache) -> None:
-    assert [clip.id for clip in cache.clips] == [f"{number}.mp4@0.000" for number in range(5)]
-    assert (cache.clips[2].caption, cache.clips[2].bucket) == ("clip 1", (FRAMES, HEIGHT, WIDTH))
-    assert sum(len(members) for split in ("train", "valid") for members in cache.groups(split).values()) == 5  # type: ignore[arg-type]
 
 
 def test_keyframes_are_latents_of_single_frames_as_the_pipeline_encodes_them(
@@ -166,51 +159,15 @@ def test_a_set_of_an_older_version_is_refused(folder: Path, tmp_path: Path) -> N
         prepare(config(folder, f"output={tmp_path / 'set'}"))
 
 
-def test_many_shards_do_not_stay_open(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_written_in_time_and_few_stay_open(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "SHARD_SECONDS", 0.0)
     monkeypatch.setattr(latent_cache, "OPEN_SHARDS", 2)
-    many = prepare(config(folder, f"output={tmp_path}", "cache.shard_mb=0.001", *EXACT))
+    many = prepare(config(folder, f"output={tmp_path}", *EXACT))
     assert many is not None
     assert len({clip.shard for clip in many.clips}) == 5
-    for _ in range(2):
-        assert all(torch.isfinite(many.video(index)).all() for index in range(5))
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    one = LatentCache.open(folder / "set")
+    for index in [*range(5), *range(5)]:
+        assert torch.equal(many.video(index), one.video(index))
     assert many._opened.cache_info().currsize == 2
-    many._opened.cache_clear()
-    assert before - len(list(Path("/proc/self/fd").iterdir())) <= 2
-
-
-# --- manifest and shards ----------------------------------------------------------------------------------------------
-
-
-def test_a_record_counts_for_its_inputs_whoever_wrote_it(tmp_path: Path) -> None:
-    for worker, inputs, n in ((1, "old", 1), (0, "new", 2)):
-        with Manifest(tmp_path, "step", worker) as written:
-            assert written.get("a", inputs) is None
-            written.add("a", inputs, n=n)
-    again = Manifest(tmp_path, "step", worker=2)
-    assert again.get("a", "new") == {"key": "a", "inputs": "new", "n": 2}, "not hidden by the other worker's older one"
-    assert again.get("a", "newer") is None
-
-
-def test_a_shard_counts_once_it_is_recorded_and_as_long_as_it_is_intact(tmp_path: Path) -> None:
-    save_file({"a/t": torch.zeros(1)}, tmp_path / "shard-w000-00000.safetensors")
-    with Manifest(tmp_path, "tensors") as records:
-        assert not records.records
-        ShardWriter(records, 0, shard_bytes=1).add("b", {"t": torch.ones(1)})
-    assert set(Manifest(tmp_path, "tensors").records) == {("b", "")}
-    (tmp_path / "shard-w000-00001.safetensors").unlink()
-    with Manifest(tmp_path, "tensors", 1) as records:
-        assert (records.damaged, records.get("b")) == (["shard-w000-00001"], None)
-        ShardWriter(records, 1, shard_bytes=1).add("b", {"t": torch.ones(1)})
-    assert Manifest(tmp_path, "tensors").damaged == [], "what was recomputed is not missing any more"
-    assert Manifest(tmp_path, "tensors").get("b", "")["shard"] == "shard-w001-00000"  # type: ignore[index]
-
-
-def test_a_shard_is_written_before_it_is_full_if_it_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Manifest(tmp_path, "tensors") as records:
-        writer = ShardWriter(records, 0, shard_bytes=2**30)
-        writer.add("a", {"t": torch.zeros(2)})
-        assert not records.records
-        monkeypatch.setattr(manifest, "SHARD_SECONDS", 0.0)
-        writer.add("b", {"t": torch.ones(2)})
-        assert set(records.records) == {("a", ""), ("b", "")}

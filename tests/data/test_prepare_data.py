@@ -81,7 +81,7 @@ def test_nothing_is_done_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         *((steps, "load_embedder"), (steps, "video_times")),
     ):
         monkeypatch.setattr(module, name, forbidden)
-    again = prepare(config(folder))
+    again = prepare(config(folder, "+scorer.clip.preprocessing=published_selector"))  # which is the default
     assert first is not None
     assert again is not None
     assert again.clips == first.clips

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
@@ -257,7 +256,6 @@ def test_a_run_with_validation_samples_and_resume_is_the_cpus(variant: str, trai
     (tmp_path / "story.yaml").write_text(STORY.format(references=""))
     losses, used = {}, {}
     for device in ("cpu", "auto"):
-        AcceleratorState._reset_state(reset_partial_state=True)
         release_memory()
         torch.accelerator.reset_peak_memory_stats()
         run = [

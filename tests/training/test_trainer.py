@@ -23,7 +23,7 @@ from storymem.data.cache import LatentCache
 from storymem.io import NotFiniteError
 from storymem.stopping import Stopped
 from storymem.training.checkpoints import Checkpoints
-from storymem.training.experts import Experts, check_parallel, make_accelerator, prepare_expert
+from storymem.training.experts import check_parallel, make_accelerator, prepare_expert
 from storymem.training.optimization import MovingAverage, check_optimizer
 from storymem.training.resume import check_run_folder
 from storymem.training.session import open_cache
@@ -343,17 +343,9 @@ def test_wandb_offline_writes_into_the_run(tmp_path: Path, monkeypatch: pytest.M
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
 
 
-def test_a_trainable_base_is_refused() -> None:
-    transformer = expert()
-    prepare_expert(transformer, "high_noise", ADAPTER, seed=0)
-    transformer.proj_out.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"base of the high_noise expert is trainable.*proj_out"):
-        Experts(
-            {"high_noise": transformer},
-            trained=["high_noise"],
-            accelerator=make_accelerator(CPU),
-            parallel=ParallelSettings(),
-        )
+def test_each_run_of_a_process_has_its_own_device() -> None:
+    names = ["cpu", "meta", "cpu"]
+    assert [make_accelerator(torch.device(name)).device.type for name in names] == names
 
 
 def test_the_adapter_is_float32_on_a_bfloat16_base() -> None:
