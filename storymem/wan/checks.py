@@ -42,18 +42,18 @@ def check_shot(
     output_type: str | None,
 ) -> None:
     """Raise for missing experts, and for a size, a length or given frames that are not valid."""
-    ratio, experts = pipe.config.boundary_ratio, pipe.experts
+    ratio, experts, spec = pipe.config.boundary_ratio, pipe.experts, pipe.spec
     needed = {"transformer": ratio is None or ratio < 1, "transformer_2": ratio is not None and ratio > 0}
     if absent := [name for name, used in needed.items() if used and name not in experts]:
         raise ValueError(f"the pipeline has no {' and no '.join(absent)}: load both experts to make shots")
     for expert in experts.values():  # one may have been replaced since the pipeline was made
         enable_layouts(expert)
-    pipe.spec.latent_size(height, width)
+    spec.latent_size(height, width)
+    longest = min(expert.rope.max_seq_len for expert in experts.values())
     if num_frames < 1:
         raise ValueError(f"a shot has 4n + 1 frames, not {num_frames}")
-    longest = min(expert.rope.max_seq_len for expert in pipe.experts.values())
-    if pipe.spec.latent_frames(num_frames) > longest:
-        raise ValueError(f"a shot has {pipe.spec.temporal_stride * (longest - 1) + 1} frames at most, not {num_frames}")
+    if spec.latent_frames(num_frames) > longest:
+        raise ValueError(f"a shot has {spec.temporal_stride * (longest - 1) + 1} frames at most, not {num_frames}")
     if first_frame is not None and motion_frames is not None:
         raise ValueError("first_frame (MI2V) and motion_frames (MM2V) exclude each other: give one of them")
     given = {} if first_frame is None else {"first_frame": first_frame}
@@ -64,8 +64,8 @@ def check_shot(
     if len(given) >= num_frames:
         raise ValueError(f"a shot of {num_frames} frames has no room after {len(given)} given frames")
     for name, image in given.items():
-        if not (pipe.spec.mask_channels or pipe.spec.clean_frames):
-            raise ValueError(f"{name}: {pipe.spec.name} makes shots from text alone")
+        if not (spec.mask_channels or spec.clean_frames):
+            raise ValueError(f"{name}: {spec.name} makes shots from text alone")
         _check_image(name, image, height, width)
     if output_type not in ("latent", "np", "pt", "pil"):
         raise ValueError(f"output_type must be latent, np, pt or pil, not {output_type!r}")
@@ -104,22 +104,21 @@ def check_sampling(
         raise ValueError(f"num_inference_steps must be 1 to {most}, not {steps}")
     if not all(value is None or math.isfinite(value) for value in (scale, scale_low)):
         raise ValueError(f"guidance_scale and guidance_scale_2 must be finite numbers, not {(scale, scale_low)}")
-    differ = not negative_sees_memory and memory is not None and len(memory) > 0
-    check_shared_states(pipe.experts.values(), guided=scale > 1, passes_differ=differ)
-    joint, unseen = pipe.config.memory_attention == "joint", "negative_sees_memory=False"
+    hidden = not negative_sees_memory
+    if scale > 1:
+        check_shared_states(pipe.experts.values(), passes_differ=hidden and memory is not None and len(memory) > 0)
+    halves, unseen = pipe.guidance_halves is not None, "negative_sees_memory=False"
     rules = {
         "guidance_scale_2 needs guidance_scale above 1: without it no negative prompt is run": (
             scale <= 1 and (scale_low or 0) > 1
         ),
         "with guidance_parallel both passes of guidance must run: guidance_scale must be above 1": (
-            scale <= 1 and pipe.guidance_halves is not None
+            scale <= 1 and halves
         ),
-        f"{unseen} needs guidance: guidance_scale must be above 1": not negative_sees_memory and scale <= 1,
-        f"{unseen}: guidance_batch runs both passes as one batch, of one memory": (
-            not negative_sees_memory and pipe.guidance_batch
-        ),
+        f"{unseen} needs guidance: guidance_scale must be above 1": hidden and scale <= 1,
+        f"{unseen}: guidance_batch runs both passes as one batch, of one memory": hidden and pipe.guidance_batch,
         f"{unseen}: in joint it needs both passes in one process, not guidance_parallel": (
-            not negative_sees_memory and joint and pipe.guidance_halves is not None
+            hidden and halves and pipe.config.memory_attention == "joint"
         ),
     }
     for message, broken in rules.items():

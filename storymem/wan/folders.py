@@ -39,16 +39,6 @@ _NEVER_LOADED = {"scheduler", "image_encoder", "image_processor"}
 _EMBEDDINGS = {"shared.weight", "encoder.embed_tokens.weight"}  # one tensor: files have it under either name, or both
 _MOST = 1 << 20  # of a number in a component's configuration
 _FEWEST_WORDS = 16  # of a tokenizer
-_OTHER_LAYOUTS = {
-    "the original Wan layout": (
-        "high_noise_model",
-        "low_noise_model",
-        "*umt5*.pth",
-        "*umt5*.safetensors",
-        "Wan2.*_VAE.*",
-    ),
-    "ComfyUI's layout": ("split_files/", "diffusion_models/", "unet/", "text_encoders/"),
-}
 # Raised by torch, diffusers and transformers for a configuration that describes no network.
 _UNBUILDABLE = (
     *(TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError, AssertionError),
@@ -61,8 +51,7 @@ def check_model(folder: Path, components: Collection[str], *, spec: ModelSpec, s
 
     Args:
         folder: with ``model_index.json``.
-        components: those that will be loaded: some of ``transformer``, ``transformer_2``, ``vae``, ``text_encoder``,
-            ``tokenizer``.
+        components: that will be loaded: of ``transformer``, ``transformer_2``, ``vae``, ``text_encoder``, ``tokenizer``.
         spec: of the base model.
         setting: that names the folder, for messages.
 
@@ -79,8 +68,8 @@ def check_model(folder: Path, components: Collection[str], *, spec: ModelSpec, s
     if not str(kind := entries.get("_class_name")).startswith("Wan"):
         raise FileError(f"{index}: _class_name is {kind}, which is not a Wan pipeline")
     for name, entry in entries.items():
-        if name in components or isinstance(entry, list):
-            _check_entry(index, name, entry, needed=name in components)
+        if name in components or (isinstance(entry, list) and entry != [None, None]):
+            _check_entry(index, name, entry)
     if absent := sorted(set(components) - entries.keys()):
         raise FileError(f"{index} names no {', '.join(absent)}, which a Wan2.2 model has: use {spec.repository}")
     built = {name: check_component(folder, name) for name in components if name in _CLASSES}
@@ -168,7 +157,7 @@ def _loaded_tokenizer(part: Path, kind: str, files: tuple[tuple[str, int], ...])
     return tokenizer
 
 
-# --- networks without weights ---------------------------------------------------------------------------------------
+# Networks without weights
 
 
 def on_meta(class_name: str, config: Mapping[str, Any], where: str, *, tensors: int = 1 << 16) -> Any:
@@ -242,7 +231,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-# --- parts of a folder ----------------------------------------------------------------------------------------------
+# Parts of a folder
 
 
 def _part(folder: Path, name: str) -> Path:
@@ -251,10 +240,8 @@ def _part(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _check_entry(index: Path, name: str, entry: Any, *, needed: bool) -> None:
+def _check_entry(index: Path, name: str, entry: Any) -> None:
     """Refuse what is not Wan's in ``model_index.json``: diffusers would import whatever it names."""
-    if entry == [None, None] and not needed:
-        return
     if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
         raise FileError(f"{index}: {name} must be [library, class], not {entry!r}")
     library, kind = entry
@@ -294,16 +281,16 @@ def _check_together(folder: Path, built: Mapping[str, Any]) -> None:
     """Refuse components of different models: widths that do not match."""
     vae, text_encoder = built.get("vae"), built.get("text_encoder")
     for transformer in (built[name] for name in COMPONENTS.values() if name in built):
-        problem, takes = "", transformer.config
-        if vae is not None and vae.config.z_dim != takes.out_channels:
-            problem = (
-                f"the latents of vae have {vae.config.z_dim} channels, and the transformers take {takes.out_channels}"
-            )
-        if text_encoder is not None and text_encoder.config.d_model != takes.text_dim:
-            width = text_encoder.config.d_model
-            problem = f"the embeddings of text_encoder have {width} numbers, and the transformers take {takes.text_dim}"
-        if problem:
-            raise FileError(f"{folder}: {problem}: they are of different models")
+        takes = transformer.config
+        widths = []
+        if vae is not None:
+            widths.append(("latents of vae", vae.config.z_dim, takes.out_channels))
+        if text_encoder is not None:
+            widths.append(("embeddings of text_encoder", text_encoder.config.d_model, takes.text_dim))
+        for what, width, taken in widths:
+            if width != taken:
+                problem = f"the {what} have {width} numbers, and the transformers take {taken}"
+                raise FileError(f"{folder}: {problem}: they are of different models")
     if vae is not None:
         means, deviations = vae.config.latents_mean, vae.config.latents_std
         if not len(means) == len(deviations) == vae.config.z_dim or min(deviations) <= 0:
@@ -323,13 +310,9 @@ def _check_channels(folder: Path, built: Mapping[str, Any], spec: ModelSpec, set
 
 def _other_layout(folder: Path, repository: str, setting: str) -> str:
     """Why a place without ``model_index.json`` is refused, and what to use."""
-    layouts = [name for name, patterns in _OTHER_LAYOUTS.items() if any(any(folder.glob(it)) for it in patterns)]
+    what = f"{folder} contains no model_index.json: it is incomplete, or in the original Wan layout or ComfyUI's"
     if not folder.is_dir():
         if folder.suffix == ".safetensors":
             read_header(folder)  # for its errors
         what = f"{folder} is a single file" + (", for model.gguf" if folder.suffix == ".gguf" else "")
-    elif layouts:
-        what = f"{folder} is in {layouts[0]} (it contains no model_index.json)"
-    else:
-        what = f"{folder} contains no model_index.json: it is not a model, or its download is incomplete"
     return f"{what}. StoryMem reads diffusers' layout: hf download {repository}, and {setting}.source={repository}"

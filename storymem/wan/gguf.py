@@ -19,11 +19,10 @@ from storymem.wan.settings import GgufSettings, ModelSettings, RuntimeSettings
 from storymem.wan.spec import COMPONENTS, Expert
 from storymem.weights import Header, check_tensors, check_values, locate, read_header
 
-_MOST_TENSORS, _MOST_ENTRIES, _LONGEST_LIST, _LONGEST_TEXT = 1 << 16, 1 << 14, 1 << 22, 1 << 20  # in a header
+_MOST = 1 << 22  # tensors, entries, bytes of a text, or elements of a list in a header
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # kind of a metadata value -> bytes
 _STRING, _ARRAY = 8, 9
-# Type of tensor -> name, numbers per block, bytes per block, and the half-precision scales in it. Those that diffusers
-# reads.
+# Types of tensors that diffusers reads: name, numbers per block, bytes per block, and the half-precision scales in it.
 _TYPES: dict[int, tuple[str, int, int, slice | None]] = {
     0: ("F32", 1, 4, None),
     1: ("F16", 1, 2, None),
@@ -41,7 +40,6 @@ _TYPES: dict[int, tuple[str, int, int, slice | None]] = {
     23: ("IQ4_XS", 256, 136, slice(0, 2)),
     30: ("BF16", 1, 2, None),
 }
-
 
 # Suffixes of scaled fp8: the factor of a weight; and what matters only where activations are computed in 8 bits too.
 _FACTORS = (".scale_weight", ".weight_scale")
@@ -77,23 +75,23 @@ def check_expert_file(path: Path, network: Any) -> None:
     """
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    header = read_gguf_header(path) if path.suffix == ".gguf" else read_header(path)
-    found = {name: (shape, header.dtypes[name]) for name, shape in header.shapes.items()}
-    if path.suffix != ".gguf":
+    gguf = path.suffix == ".gguf"
+    header = read_gguf_header(path) if gguf else read_header(path)
+    if not gguf:
         _check_factors(path, header)
-        found = {name: it for name, it in found.items() if not name.endswith(_FACTORS + _NOT_NEEDED)}
+    found = {name: it for name, it in header.shapes.items() if gguf or not name.endswith(_FACTORS + _NOT_NEEDED)}
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    converted = convert_wan_transformer_to_diffusers(dict(found))  # as diffusers does where its own names are absent
-    if len(converted.keys() & expected.keys()) > len(found.keys() & expected.keys()):
-        found = converted
+    names = convert_wan_transformer_to_diffusers({name: name for name in found})  # as diffusers where its own are absent
+    if len(names.keys() & expected.keys()) <= len(found.keys() & expected.keys()):
+        names = {name: name for name in found}
     kind = header.metadata.get("general.architecture")
     about = f" (architecture {kind!r})" if kind not in (None, "wan") else ""
     where = f"{path}{about} does not contain the weights of this model's experts:"
-    check_tensors({name: shape for name, (shape, _) in found.items()}, expected, where=where)
-    for name, (_, dtype) in found.items() if path.suffix == ".gguf" else ():
+    check_tensors({name: found[original] for name, original in names.items()}, expected, where=where)
+    for name, original in names.items() if gguf else ():
         module, _, attribute = name.rpartition(".")
         linear = attribute == "weight" and hasattr(network.get_submodule(module), "in_features")
-        widened = set(name.split(".")) & set(network._keep_in_fp32_modules)
+        widened, dtype = set(name.split(".")) & set(network._keep_in_fp32_modules), header.dtypes[original]
         if dtype not in ("F32", "F16") and not linear and not widened:
             raise FileError(f"{path}: {name} is {dtype}, which only weights of linears may be: use another GGUF file")
 
@@ -121,11 +119,9 @@ def load_experts(model: ModelSettings, names: Collection[str]) -> dict[str, Any]
     """Transformers of the shape of ``model.network`` from the files of ``model.gguf``, which were checked.
 
     Args:
-        model: names the files.
         names: which of ``transformer`` and ``transformer_2``.
 
     Raises:
-        MissingWeights: if a file is not on this machine.
         NotFiniteError: for weights that are NaN, infinite or too large.
     """
     import torch
@@ -138,10 +134,7 @@ def load_experts(model: ModelSettings, names: Collection[str]) -> dict[str, Any]
     with TemporaryDirectory() as shape:
         with torch.device("meta"):
             WanTransformer3DModel(**model.network.transformer, in_channels=model.spec.in_channels).save_config(shape)
-        for expert, name in COMPONENTS.items():
-            if name not in names:
-                continue
-            path = locate(files[expert])
+        for name, path in ((name, locate(files[expert])) for expert, name in COMPONENTS.items() if name in names):
             gguf = path.suffix == ".gguf"
             experts[name] = WanTransformer3DModel.from_single_file(
                 str(path) if gguf else _widened(path, dtype),
@@ -180,7 +173,7 @@ def _numbers(network: Any) -> Iterator[tuple[str, Any]]:
             yield name, weight.as_tensor().reshape(-1, size)[:, scales].contiguous().view(torch.float16)
 
 
-# --- the header -----------------------------------------------------------------------------------------------------
+# The header
 
 
 def read_gguf_header(path: Path) -> Header:
@@ -195,58 +188,58 @@ def read_gguf_header(path: Path) -> Header:
     with path.open("rb") as file:
         try:
             return _header(file, size)
-        except (struct.error, ValueError, OverflowError, RecursionError, _Damaged) as error:
-            reason = str(error) if isinstance(error, _Damaged) else "its header is cut off or damaged"
+        except (struct.error, ValueError, OverflowError, RecursionError) as error:
+            reason = str(error) if type(error) is ValueError else "its header is cut off or damaged"
             raise FileError(f"{path} is not a readable GGUF file ({reason}): fetch it again") from None
 
 
-class _Damaged(Exception):
-    """What is wrong with a header."""
-
-
 def _header(file: BinaryIO, size: int) -> Header:
-    magic, version, tensors, entries = struct.unpack("<4sIQQ", file.read(24))
+    magic, version = _numbers_of(file, "4sI")
     if magic != b"GGUF" or version not in (2, 3):
-        raise _Damaged("it does not begin as one" if magic != b"GGUF" else f"version {version}, not 2 or 3")
-    if tensors > _MOST_TENSORS or entries > _MOST_ENTRIES:
-        raise _Damaged(f"its header states {tensors:,} tensors and {entries:,} entries")
+        raise ValueError("it does not begin as one" if magic != b"GGUF" else f"version {version}, not 2 or 3")
+    tensors, entries = _count(file, "tensors"), _count(file, "entries")
     metadata = {}
     for _ in range(entries):
         key = _text(file)
-        metadata[key] = _value(file, *struct.unpack("<I", file.read(4)))
+        metadata[key] = _value(file, *_numbers_of(file, "I"))
     alignment = int(metadata.get("general.alignment", "32"))
     if not 1 <= alignment <= 1 << 16:
-        raise _Damaged(f"its alignment is {alignment}")
+        raise ValueError(f"its alignment is {alignment}")
     shapes, dtypes, end = {}, {}, 0
     for _ in range(tensors):
-        name = _text(file)
-        (dimensions,) = struct.unpack("<I", file.read(4))
+        name, (dimensions,) = _text(file), _numbers_of(file, "I")
         if dimensions > 8:
-            raise _Damaged(f"{name} has {dimensions} dimensions")
-        shape = struct.unpack(f"<{dimensions}Q", file.read(8 * dimensions))[::-1]
-        kind, offset = struct.unpack("<IQ", file.read(12))
+            raise ValueError(f"{name} has {dimensions} dimensions")
+        shapes[name] = shape = _numbers_of(file, f"{dimensions}Q")[::-1]
+        kind, offset = _numbers_of(file, "IQ")
         if kind not in _TYPES:
-            raise _Damaged(f"{name} is of type {kind}, which diffusers does not read")
+            raise ValueError(f"{name} is of type {kind}, which diffusers does not read")
         dtypes[name], block, block_bytes, _ = _TYPES[kind]
-        count = math.prod(shape)
         if (shape[-1] if shape else 1) % block:
-            raise _Damaged(f"{name} has rows of {shape[-1]}, which are not blocks of {block}")
+            raise ValueError(f"{name} has rows of {shape[-1]}, which are not blocks of {block}")
         if offset != (begins := -(-end // alignment) * alignment):
-            raise _Damaged(f"{name} begins at byte {offset:,}, and the tensor before it ends at {begins:,}")
-        shapes[name] = shape
-        end = offset + count // block * block_bytes
+            raise ValueError(f"{name} begins at byte {offset:,}, and the tensor before it ends at {begins:,}")
+        end = offset + math.prod(shape) // block * block_bytes
     if (total := -(-file.tell() // alignment) * alignment + end) > size:
-        raise _Damaged(f"it has {size:,} bytes, and its header states {total:,}")
+        raise ValueError(f"it has {size:,} bytes, and its header states {total:,}")
     return Header(shapes, dtypes, metadata)
 
 
+def _numbers_of(file: BinaryIO, form: str) -> tuple[Any, ...]:
+    return struct.unpack(f"<{form}", file.read(struct.calcsize(f"<{form}")))
+
+
+def _count(file: BinaryIO, what: str) -> int:
+    (count,) = _numbers_of(file, "Q")
+    if count > _MOST:
+        raise ValueError(f"its header states {count:,} {what}")
+    return count
+
+
 def _text(file: BinaryIO) -> str:
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > _LONGEST_TEXT:
-        raise _Damaged(f"a text of {length:,} bytes")
-    text = file.read(length)
+    text = file.read(length := _count(file, "bytes of a text"))
     if len(text) < length:
-        raise _Damaged("its header is cut off")
+        raise ValueError("its header is cut off")
     return text.decode("utf-8")
 
 
@@ -254,16 +247,15 @@ def _value(file: BinaryIO, kind: int) -> str:
     """A metadata value, as text; empty for a list."""
     if kind == _STRING:
         return _text(file)
-    if kind == _ARRAY:
-        inside, count = struct.unpack("<IQ", file.read(12))
-        if count > _LONGEST_LIST:
-            raise _Damaged(f"a list of {count:,} entries")
-        if inside in _SCALARS:
-            file.seek(count * _SCALARS[inside], 1)
-        else:
-            for _ in range(count):
-                _value(file, inside)
-        return ""
-    if kind not in _SCALARS:
-        raise _Damaged(f"a value of type {kind}")
-    return str(int.from_bytes(file.read(_SCALARS[kind]), "little"))
+    if kind != _ARRAY:
+        if kind not in _SCALARS:
+            raise ValueError(f"its header has a value of type {kind}")
+        return str(int.from_bytes(file.read(_SCALARS[kind]), "little"))
+    (inside,) = _numbers_of(file, "I")
+    count = _count(file, "elements of a list")
+    if inside in _SCALARS:
+        file.seek(count * _SCALARS[inside], 1)
+    else:
+        for _ in range(count):
+            _value(file, inside)
+    return ""

@@ -13,13 +13,11 @@ kohya      (read only)                              lora_unet_blocks_0_self_attn
 DiffSynth  (read only)                              pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
 =========  =======================================  ==========================================================
 
-``storymem`` and ``diffusers`` store A and B as trained, and alpha and rsLoRA in the metadata. Readers of ``released``
-ignore metadata and take alpha = rank with rsLoRA, so B is rescaled to that, and each file is also written as ``.pth``,
-which the published code opens. ComfyUI knows alpha / rank only, so its alpha is chosen to give the true scale.
-
-diffusers reads the first and the third with ``load_lora_adapter`` of each transformer (``prefix=None`` and
-``prefix="transformer_2"``). Its converters of other layouts are not used here: they drop ``.diff`` of norms, and fail
-where a linear has no adapter.
+``storymem`` and ``diffusers`` store A and B as trained, and alpha and rsLoRA in the metadata; ``load_lora_adapter`` of
+diffusers reads both. Readers of ``released`` ignore metadata and take alpha = rank with rsLoRA, so B is rescaled to
+that, and each file is also written as ``.pth``, which the published code opens. ComfyUI knows alpha / rank only, so its
+alpha is chosen to give the true scale. diffusers' converters of the other layouts are not used: they drop ``.diff`` of
+norms, and fail where a linear has no adapter.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -73,13 +71,13 @@ _KEY = re.compile(
     r"(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|pipe\.dit\.|pipe\.|dit\.|model\.)*"
     r"(?:lora_unet_+|lora_transformer_+|lycoris_+)?"
     r"(?P<module>.+?)\."
-    r"(?:(?P<down>lora_A|lora_down|lora\.down)(?:\.(?!weight$)[^.]+)?\.weight"
-    r"|(?P<up>lora_B|lora_up|lora\.up)(?:\.(?!weight$|bias$)[^.]+)?\.(?P<kind>weight|bias)"
-    r"|(?P<other>alpha|diff|diff_b|diff_m))"
+    r"(?:(?P<A>lora_A|lora_down|lora\.down)(?:\.(?!weight$)[^.]+)?\.weight"
+    r"|(?:lora_B|lora_up|lora\.up)(?:\.(?!weight$|bias$)[^.]+)?\.(?:(?P<B>weight)|(?P<bias>bias))"
+    r"|(?P<alpha>alpha)|(?P<diff>diff)|(?P<diff_b>diff_b)|(?P<table>diff_m))"
 )
 
 
-# --- keys -----------------------------------------------------------------------------------------------------------
+# Keys
 
 
 class Key(NamedTuple):
@@ -92,17 +90,11 @@ class Key(NamedTuple):
 
 def parse_key(key: str) -> Key | None:
     """A key in any layout; None if it is not of that form."""
-    match = _KEY.fullmatch(key)
-    if match is None:
+    if (match := _KEY.fullmatch(key)) is None:
         return None
-    component, module = match["component"], match["module"]
-    if match["other"] == "diff_m":  # of a table of shifts and scales
-        return Key(component, f"{module}.modulation", "diff")
-    if match["other"]:
-        return Key(component, module, cast(Part, match["other"]))
-    if match["down"]:
-        return Key(component, module, "A")
-    return Key(component, module, "B" if match["kind"] == "weight" else "bias")
+    if match["table"]:  # of shifts and scales
+        return Key(match["component"], f"{match['module']}.modulation", "diff")
+    return Key(match["component"], match["module"], next(part for part in get_args(Part) if match[part]))
 
 
 def original_name(name: str) -> str:
@@ -112,7 +104,7 @@ def original_name(name: str) -> str:
     return _PARTS.sub(lambda match: _ORIGINAL[match[0]], name)
 
 
-# --- description ----------------------------------------------------------------------------------------------------
+# Description
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -123,11 +115,9 @@ class AdapterInfo:
         rank: of the low-rank matrices; the most common one where modules differ.
         alpha: W + scale * B @ A with scale = alpha / sqrt(rank) under rsLoRA, else alpha / rank.
         use_rslora: which of the two.
-        memory_attention: the memory mode it was trained for: ``joint``, the published one (memory slots are
-            denoised with the video), or ``cached`` (memory slots are clean and attend to memory only).
-        rope_stride: S, the step between the temporal positions of memory slots.
-        conditioning: beyond memory, what it was trained to continue from: ``m2v``, ``mi2v``, ``mm2v``;
-            ``None`` if unknown.
+        memory_attention: the layout it was trained for; see :mod:`storymem.wan.segments`.
+        rope_stride: S, the distance between memory frames on the temporal axis.
+        conditioning: beyond memory, what it was trained to continue from: ``m2v``, ``mi2v``, ``mm2v``; None: unknown.
         training: notes on the training run, any JSON.
     """
 
@@ -167,16 +157,11 @@ def peft_config(
     }
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# Reading
 
 
 class LoraFile:
     """A ``.safetensors`` or ``.pth`` file, of which only the header is read until tensors are.
-
-    Attributes:
-        path: of the file.
-        shapes: of the tensors, by key.
-        metadata: of the file.
 
     Raises:
         FileNotFoundError, FileError: if it is absent, damaged, or contains anything but named tensors.
@@ -207,14 +192,9 @@ class LoraFile:
 
     @property
     def info(self) -> AdapterInfo | None:
-        """Its description; None if this package did not write it.
-
-        Raises:
-            FileError: if the description is damaged or of a newer version.
-        """
+        """Its description; None if this package did not write it, FileError if it is damaged or of a newer version."""
         where = f"{self.path}, metadata {_INFO_METADATA}"
-        values = self._json(_INFO_METADATA)
-        if values is None:
+        if (values := self._json(_INFO_METADATA)) is None:
             return None
         if (version := values.pop("version", None)) != _INFO_VERSION:
             raise FileError(f"{where} has version {version}; this release of storymem reads version {_INFO_VERSION}")
@@ -226,11 +206,8 @@ class LoraFile:
     def scale_config(self, prefix: str) -> tuple[dict[str, Any], str] | None:
         """The scale that the file states, as a PEFT configuration, and where it is stated.
 
-        It is read from a PEFT configuration (in the metadata, or in ``adapter_config.json`` beside the file), our own
-        description, or single entries of the metadata, as trainers write them (``lora_alpha``, ``ss_network_alpha``).
-
-        Args:
-            prefix: that names in the metadata may have, as the keys of the expert do (``transformer.``).
+        Read from a PEFT configuration (in the metadata, or in ``adapter_config.json`` beside the file), our description,
+        or single entries of the metadata, as trainers write them; names may have the ``prefix`` of the expert's keys.
         """
         config, where = self._json(PEFT_METADATA), f"{self.path}, metadata {PEFT_METADATA}"
         if config is not None:
@@ -263,7 +240,7 @@ class LoraFile:
         return value
 
 
-# --- scale ----------------------------------------------------------------------------------------------------------
+# Scale
 
 
 class Scale(NamedTuple):
@@ -280,9 +257,9 @@ UNKNOWN_SCALE = "the file states no alpha, so it is taken to be the rank"
 def resolve_scale(
     file: LoraFile, lora: Parts, prefix: str, *, alpha: float | None, use_rslora: bool | None, memory: bool
 ) -> Scale:
-    """The scale that a file states; else the caller's; else the published one, or alpha = rank, which is scale 1.
+    """The scale that a file states; else the caller's; else alpha = rank, which is scale 1.
 
-    The published scale is that of memory adapters in the released layout.
+    Memory adapters in the released layout have the published scale.
     """
     if (stated := _stated_scale(file, lora, prefix)) is not None:
         differs = alpha is not None and not all(math.isclose(a, alpha, rel_tol=1e-6) for a in stated.alphas.values())
@@ -312,19 +289,18 @@ def _stated_scale(file: LoraFile, lora: Parts, prefix: str) -> Scale | None:
     patterns, use_rslora = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
     if not isinstance(patterns, dict) or not isinstance(use_rslora, bool):
         raise FileError(f"{where}: alpha_pattern must be an object, and use_rslora true or false")
-    alphas = {}
-    for name, parts in lora.items():
-        read = parse_key(parts["A"])
-        assert read is not None
-        try:
-            pattern = get_pattern_key(list(patterns), read.module)
-        except re.error as error:
-            raise FileError(f"{where}: alpha_pattern contains an invalid expression: {error}") from None
-        alphas[name] = _alpha(patterns.get(pattern, config["lora_alpha"]), f"{where}: lora_alpha")
+    modules = {name: read.module for name, parts in lora.items() if (read := parse_key(parts["A"]))}
+    try:
+        pattern = {name: get_pattern_key(list(patterns), module) for name, module in modules.items()}
+    except re.error as error:
+        raise FileError(f"{where}: alpha_pattern contains an invalid expression: {error}") from None
+    found_alphas = {name: patterns.get(pattern[name], config["lora_alpha"]) for name in lora}
+    alphas = {name: _alpha(value, f"{where}: lora_alpha") for name, value in found_alphas.items()}
     return Scale(alphas, use_rslora, f"from {where}")
 
 
 def ranks_of(file: LoraFile, lora: Parts) -> dict[str, float]:
+    """The rank of every module with A and B."""
     return {name: float(file.shapes[parts["A"]][0]) for name, parts in lora.items()}
 
 
@@ -334,7 +310,7 @@ def _alpha(value: Any, where: str) -> float:
     return float(value)
 
 
-# --- which file -----------------------------------------------------------------------------------------------------
+# Which file
 
 
 def expert_named(name: str, *, by_letter: bool = False) -> Expert | None:
@@ -377,15 +353,14 @@ def find_lora_files(source: Path, experts: Sequence[Expert], weights: Weights) -
             )
         if not candidates:
             holds = ", ".join(path.name for path in here) or "no adapter file"
-            lines = [f"{weights.name}: {source} holds {holds}, so nothing for the {expert} expert."]
-            if folders:
-                names_inside = ", ".join(path.name for path in folders)
-                lines.append(f"  Sub-folders with adapters, of which one can be chosen as subfolder=: {names_inside}")
-            lines.append(
-                f"  wanted: backbone_{expert}.safetensors or .pth, or pytorch_lora_weights.safetensors for both"
-            )
-            lines += [] if weights.is_local else [f"  download: {weights.download_command}"]
-            raise MissingWeights("\n".join(lines))
+            inside = ", ".join(path.name for path in folders)
+            lines = {
+                f"{weights.name}: {source} holds {holds}, so nothing for the {expert} expert.": True,
+                f"  Sub-folders with adapters, of which one can be chosen as subfolder=: {inside}": inside,
+                f"  wanted: backbone_{expert}.safetensors or .pth, or pytorch_lora_weights.safetensors for both": True,
+                f"  download: {weights.download_command}": not weights.is_local,
+            }
+            raise MissingWeights("\n".join(line for line, applies in lines.items() if applies))
         found[expert] = candidates[0]
     return found
 
@@ -396,15 +371,15 @@ def _files_in(folder: Path) -> list[Path]:
     return safe + sorted(path for path in folder.glob("*.pth") if path.with_suffix(".safetensors") not in safe)
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# Writing
 
 
 class _Form(NamedTuple):
-    """How a layout is written."""
+    """How a layout is written: names of files, prefix of keys, the original network's names or diffusers', matrices."""
 
     file: str
     prefix: str
-    original: bool  # the original network's names, not diffusers'
+    original: bool
     matrices: Mapping[str, str]
 
 
@@ -424,16 +399,13 @@ def write_memory_lora(
     info: AdapterInfo,
     layout: Layout = "storymem",
 ) -> list[Path]:
-    """Write the weights of an adapter.
+    """Write the weights of an adapter; returns the safetensors files written.
 
     Args:
         states: for each expert, ``blocks.0.attn1.to_q.lora_A.weight`` ... -> tensor.
         folder: created if absent.
         info: the scale of these weights, and what else the metadata contains.
         layout: one of those in the module's table.
-
-    Returns:
-        The safetensors files written.
     """
     if layout not in _FORMS:
         raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, not {layout!r}")
@@ -461,8 +433,9 @@ def write_memory_lora(
             peft = peft_config(ranks, dict.fromkeys(ranks, info.alpha), info.use_rslora)
             config |= {f"{prefix}{key}": value for key, value in peft.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
+    described = json.dumps({"version": _INFO_VERSION, **asdict(stated)}, sort_keys=True)
     for path, state in tensors.items():
-        metadata = {_INFO_METADATA: json.dumps({"version": _INFO_VERSION, **asdict(stated)}, sort_keys=True)}
+        metadata = {_INFO_METADATA: described}
         if configs[path]:
             metadata[PEFT_METADATA] = json.dumps(configs[path], sort_keys=True)
         if layout == "released":

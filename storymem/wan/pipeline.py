@@ -45,11 +45,13 @@ Pass = Literal["cond", "uncond"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Shot:
-    """What is constant in the denoising loop of one call.
+    """What is constant in the denoising loop of one call, unless a callback changes it.
 
     Args:
         layout: of the pass with the prompt.
         negative_layout: of the pass with the negative prompt, which may see no memory.
+        text: embeddings of the prompts [prompts, L, D].
+        negative: of the negative prompts; None without guidance.
         condition: condition channels [1, C, N, h, w] of the N denoised latent frames; None: the base has none.
         memory: clean input [1, C, M, h, w] of memory frames that are not denoised; None: there are none.
         given: clean latents [1, z, n, h, w] that begin the video, for a base without condition channels.
@@ -57,6 +59,8 @@ class _Shot:
 
     layout: Layout
     negative_layout: Layout
+    text: Tensor
+    negative: Tensor | None
     condition: Tensor | None
     memory: Tensor | None
     given: Tensor | None
@@ -225,7 +229,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         self._guidance_scale, self._guidance_scale_2 = guidance_scale, guidance_scale_2
         self._attention_kwargs, self._interrupt = attention_kwargs, False
         device = self._execution_device
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+        embeds = self.encode_prompt(
             prompt=prompt,
             negative_prompt=negative_prompt,
             do_classifier_free_guidance=self.do_classifier_free_guidance,
@@ -236,17 +240,16 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             device=device,
         )
         given = list(motion_frames or ([] if first_frame is None else [first_frame]))
-        shot = self._shot(memory, given, num_frames, height, width, stride, negative_sees_memory)
+        shot = self._shot(embeds, memory, given, num_frames, height, width, stride, negative_sees_memory)
         noise = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents
         latents = noise.to(device, torch.float32)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._num_timesteps = len(self.scheduler.timesteps)
 
-        embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         after_step = None
         if callback_on_step_end is not None:
             after_step = partial(self._after_step, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self._denoise(latents, embeds, shot, guidance_scale, guidance_scale_2, after_step)
+        latents = self._denoise(latents, shot, after_step)
         video = latents[:, :, -self.spec.latent_frames(num_frames) :]
         if output_type != "latent":
             video = self.video_processor.postprocess_video(decode_video(self.vae, video), output_type)
@@ -260,13 +263,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
     # The denoising loop
 
     def _denoise(
-        self,
-        latents: Tensor,
-        embeds: dict[str, Tensor],
-        shot: _Shot,
-        scale: float,
-        scale_low: float | None,
-        after_step: Callable[..., tuple[Tensor, dict[str, Tensor], _Shot]] | None,
+        self, latents: Tensor, shot: _Shot, after_step: Callable[..., tuple[Tensor, _Shot]] | None
     ) -> Tensor:
         """``latents`` [B, z, N, h, w] from noise to the last step; ``after_step`` may change any tensor in between."""
         active = cache = dtype = adapters = None
@@ -275,63 +272,54 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                expert, guidance = self._expert_at(t, scale, scale_low)
+                expert, scale = self._expert_at(t)
                 # A callback may change the adapters, which cached keys and values depend on.
                 if expert is not active or (cache and after_step and adapters != _adapters_of(expert)):
-                    active, cache = expert, self._cached_memory(expert, shot, embeds["prompt_embeds"])
-                    adapters = _adapters_of(expert)
+                    active, cache, adapters = expert, self._cached_memory(expert, shot), _adapters_of(expert)
                     dtype = expert.dtype  # once: diffusers walks through every module for it
                 latents = shot.clean(latents)
                 seen = shot.network_input(latents, with_memory=cache is None).to(dtype)
-                predict = partial(self._predict, expert, seen, t, latents.shape[2], shot=shot, cache=cache)
-                prediction = self._guided(predict, embeds["prompt_embeds"], embeds["negative_prompt_embeds"], guidance)
-                latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+                predict = partial(self._predict, expert, seen, t, latents.shape[2], shot, cache)
+                latents = self.scheduler.step(self._guided(predict, shot, scale), t, latents, return_dict=False)[0]
                 if after_step is not None:
-                    latents, embeds, shot = after_step(i, t, latents, embeds, shot)
+                    latents, shot = after_step(i, t, latents, shot)
                 progress_bar.update()
         self._current_timestep = None
         return shot.clean(latents)
 
     def _after_step(
-        self,
-        callback: Callable[..., dict],
-        names: Sequence[str],
-        i: int,
-        t: Tensor,
-        latents: Tensor,
-        embeds: dict[str, Tensor],
-        shot: _Shot,
-    ) -> tuple[Tensor, dict[str, Tensor], _Shot]:
+        self, callback: Callable[..., dict], names: Sequence[str], i: int, t: Tensor, latents: Tensor, shot: _Shot
+    ) -> tuple[Tensor, _Shot]:
         """The tensors of the next step: a callback is given those of ``names`` and may replace any."""
-        condition = shot.condition
-        condition = None if condition is None else condition.expand(latents.shape[0], -1, -1, -1, -1)
-        tensors = {"latents": latents, "condition": condition, **embeds}
-        changed = callback(self, i, t, {name: tensors[name] for name in names}) or {}
-        return (
-            changed.get("latents", latents),
-            {name: changed.get(name, value) for name, value in embeds.items()},
-            replace(shot, condition=changed.get("condition", shot.condition)),
-        )
+        condition = None if shot.condition is None else shot.condition.expand(latents.shape[0], -1, -1, -1, -1)
+        texts = {"prompt_embeds": shot.text, "negative_prompt_embeds": shot.negative}
+        tensors = {"latents": latents, "condition": condition, **texts}
+        tensors |= callback(self, i, t, {name: tensors[name] for name in names}) or {}
+        if tensors["condition"] is condition:
+            tensors["condition"] = shot.condition
+        text, negative = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
+        return tensors["latents"], replace(shot, condition=tensors["condition"], text=text, negative=negative)
 
-    def _expert_at(self, t: Tensor, scale: float, scale_low: float | None) -> tuple[Any, float]:
+    def _expert_at(self, t: Tensor) -> tuple[Any, float]:
         """The expert of a timestep and its guidance."""
-        ratio = self.config.boundary_ratio
+        ratio, low = self.config.boundary_ratio, self._guidance_scale_2
         if ratio is None or t >= ratio * self.scheduler.config.num_train_timesteps:
-            return self.transformer, scale
-        return self.transformer_2, scale if scale_low is None else scale_low
+            return self.transformer, self._guidance_scale
+        return self.transformer_2, self._guidance_scale if low is None else low
 
-    def _guided(self, predict: Callable[..., Tensor], text: Tensor, negative: Tensor | None, scale: float) -> Tensor:
+    def _guided(self, predict: Callable[..., Tensor], shot: _Shot, scale: float) -> Tensor:
         """The prediction with guidance: negative + scale * (positive - negative)."""
         if not self.do_classifier_free_guidance:
-            return predict("cond", text)
-        assert negative is not None
+            return predict("cond", shot.text)
+        assert shot.negative is not None
         if self.guidance_batch:
-            with_prompt, without = predict("cond", text, negative).chunk(2)
+            with_prompt, without = predict("cond", shot.text, shot.negative).chunk(2)
         elif self.guidance_halves is not None:
             own = self.guidance_halves.own
-            with_prompt, without = self.guidance_halves.exchange(predict(own, text if own == "cond" else negative))
+            prediction = predict(own, shot.text if own == "cond" else shot.negative)
+            with_prompt, without = self.guidance_halves.exchange(prediction)
         else:
-            with_prompt, without = predict("cond", text), predict("uncond", negative)
+            with_prompt, without = predict("cond", shot.text), predict("uncond", shot.negative)
         # Denoised memory that the second pass does not see keeps the prediction of the first.
         if unseen := with_prompt.shape[2] - without.shape[2]:
             without = torch.cat([with_prompt[:, :, :unseen], without], dim=2)
@@ -343,21 +331,20 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         seen: Tensor,
         t: Tensor,
         frames: int,
-        name: Pass,
-        *texts: Tensor,
         shot: _Shot,
         cache: SegmentCache | None,
+        name: Pass,
+        *texts: Tensor,
     ) -> Tensor:
         """What an expert predicts for those of the denoised ``frames`` that a pass sees; [2 B, ...] for two texts."""
         layout = shot.layout if name == "cond" else shot.negative_layout
-        rows = [_rows(text, seen.shape[0]) for text in texts]
-        batch = seen if len(rows) == 1 else seen.repeat(len(rows), 1, 1, 1, 1)
-        text = rows[0] if len(rows) == 1 else torch.cat(rows)
+        text = torch.cat([_rows(text, seen.shape[0]) for text in texts]).to(seen.device, seen.dtype)
+        batch = seen.repeat(len(texts), 1, 1, 1, 1) if len(texts) > 1 else seen
         with expert.cache_context(name):
             (prediction,) = expert(
                 hidden_states=batch[:, :, -layout.frames :],
                 timestep=t.expand(batch.shape[0]),
-                encoder_hidden_states=text.to(seen.device, seen.dtype),
+                encoder_hidden_states=text,
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
                 layout=layout,
@@ -365,7 +352,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             )
         return prediction[:, :, -frames:]
 
-    def _cached_memory(self, expert: Any, shot: _Shot, text: Tensor) -> SegmentCache | None:
+    def _cached_memory(self, expert: Any, shot: _Shot) -> SegmentCache | None:
         """Keys and values of memory that does not change between steps; step caches are cleared."""
         clear_step_caches(self.experts)
         if shot.memory is None or self.memory_cache == "recompute":
@@ -376,7 +363,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             expert(
                 hidden_states=shot.memory.to(device, dtype),
                 timestep=torch.zeros(1, device=device),
-                encoder_hidden_states=text[:1].to(device, dtype),  # not read
+                encoder_hidden_states=shot.text[:1].to(device, dtype),  # not read
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
                 layout=shot.layout.only(shot.layout.constant),
@@ -389,6 +376,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     def _shot(
         self,
+        embeds: tuple[Tensor, Tensor | None],
         memory: Memory | None,
         given: Sequence[Image.Image],
         frames: int,
@@ -400,7 +388,6 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         device, spec = self._execution_device, self.spec
         slots, given_slots = spec.latent_frames(frames), spec.latent_frames(len(given))
         latents = self._memory_latents(memory)
-        latents = None if latents is None else latents.to(device)
         cached = self.config.memory_attention == "cached"
         build = memory_cached if cached else memory_joint
         layouts = [build(count, slots, stride) for count in (0 if latents is None else latents.shape[2], 0)]
@@ -415,6 +402,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         return _Shot(
             layout=layouts[0],
             negative_layout=layouts[0] if negative_sees_memory else layouts[1],
+            text=embeds[0],
+            negative=embeds[1],
             condition=condition,
             memory=memory_input(latents, spec) if cached and latents is not None else None,
             given=first,
@@ -425,13 +414,14 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         return torch.cat([self.video_processor.preprocess(image) for image in images])
 
     def _memory_latents(self, memory: Memory | None) -> Tensor | None:
+        """[1, z, M, h, w] on the execution device."""
         if memory is None or len(memory) == 0:
             return None
         if isinstance(memory[0], Image.Image):
             latents = self.encode_memory(memory)  # type: ignore[arg-type]
         else:
             latents = memory if isinstance(memory, Tensor) else torch.stack(list(memory))  # type: ignore[arg-type]
-        return rearrange(latents, "m c 1 h w -> 1 c m h w")
+        return rearrange(latents, "m c 1 h w -> 1 c m h w").to(self._execution_device)
 
     def _video_latents(self, given: Tensor | None, frames: int, height: int, width: int) -> Tensor:
         """Latents [1, z, T, h, w] of the conditioning video."""

@@ -1,8 +1,8 @@
 """How the networks run: device, precision, attention kernel, compiled blocks, step caches, placement.
 
-Each is a thin composition of what diffusers, torch and torchao offer. :func:`check_machine` checks before anything is
-loaded that this machine can run the settings; :func:`accelerate` and :func:`place` apply them to a pipeline, in this
-order, so that what a cache skips is below the hooks that stream weights.
+Each is one call into diffusers, torch or torchao. :func:`check_machine` checks before anything is loaded that this
+machine can run the settings; :func:`accelerate`, then :func:`place` apply them to a pipeline, so that what a cache
+skips is below the hooks that stream weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks import FirstBlockCacheConfig, ModelHook, TaylorSeerCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks.hooks import StateManager
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from torch import nn
@@ -33,34 +33,26 @@ from storymem.wan.settings import Attention, ContextParallel, ModelSettings, Run
 
 logger = logging.getLogger(__name__)
 
-#: Our names for diffusers' attention backends.
-BACKENDS: dict[Attention, str] = {
-    "flash3": "_flash_3",
-    "flash2": "flash",
-    "cudnn": "_native_cudnn",
+#: Our names for diffusers' attention backends; the exact ones, which "auto" chooses from, from the fastest on.
+_BACKENDS: dict[Attention, str] = {
+    **{"flash3": "_flash_3", "cudnn": "_native_cudnn", "flash2": "flash", "native": "native"},
     "sage": "sage",
-    "native": "native",
 }
-#: Exact kernels, fastest first; torch's own takes FlashAttention 2 where it can, and runs everywhere.
-_FASTEST: tuple[Attention, ...] = ("flash3", "cudnn", "flash2", "native")
+_EXACT: tuple[Attention, ...] = ("flash3", "cudnn", "flash2", "native")
 _TOLERANCE = 0.1  # of a small attention in 16 bits or, by Sage, in 8; a kernel that fails is off by about 1
 _CAPABILITIES = {"fp8": (8, 9), "int8": (8, 0)}  # Ada and Hopper; Ampere
-
+_THRESHOLDS = {"first_block": 0.05, "taylor": 2.0}  # where ``runtime.cache_threshold`` is None
+_COMPILER = "inductor"
 #: A story has up to 11 sizes of memory, once with one and once with two passes in a batch, and a first shot without
 #: adapters; further shapes run uncompiled, with a warning from torch.
 _RECOMPILE_LIMIT = 32
-_THRESHOLDS = {"first_block": 0.05, "taylor": 2.0}  # where ``runtime.cache_threshold`` is None
 
 
 # Devices
 
 
 def check_runtime(runtime: RuntimeSettings) -> torch.device:
-    """The device to use.
-
-    Raises:
-        ValueError: for settings that cannot work on it.
-    """
+    """The device to use; a ``ValueError`` for settings that cannot work on it."""
     device = resolve_device(runtime.device)
     if runtime.offload not in ("none", "auto") and device.type == "cpu":
         raise ValueError(
@@ -76,11 +68,7 @@ def check_runtime(runtime: RuntimeSettings) -> torch.device:
 
 
 def planned_device(runtime: RuntimeSettings) -> tuple[torch.device, bool]:
-    """The device that ``runtime`` is for, and whether this machine has it: a plan may be for another machine.
-
-    Raises:
-        ValueError: for settings that suit no machine.
-    """
+    """The device that ``runtime`` is for, and whether this machine has it; ``ValueError`` if no machine can have it."""
     try:
         return check_runtime(runtime), True
     except ValueError:
@@ -107,13 +95,10 @@ def release_memory() -> None:
 
 
 def check_machine(model: ModelSettings, runtime: RuntimeSettings, *, here: bool = True) -> str:
-    """What makes forwards fast with these settings, in words; loads nothing.
+    """What makes forwards fast with these settings, in words; a ``ValueError`` for what this machine cannot do.
 
     Args:
         here: whether this machine has the device; if not, only what holds on any machine is checked.
-
-    Raises:
-        ValueError: for what this machine cannot do.
     """
     if model.gguf is not None:
         check_gguf(model.gguf, runtime)
@@ -121,11 +106,13 @@ def check_machine(model: ModelSettings, runtime: RuntimeSettings, *, here: bool 
     if here:
         device = resolve_device(runtime.device)
         _check_precision(runtime, device)
-        name, reason = _attention(model, runtime, device)
+        name, reason = choose_attention(model, runtime, device)
         parts = [f"attention {name} ({reason})"]
         if runtime.compile == "blocks":
             _check_compiler(device)
-        _warn_of_small_shared_memory(runtime, device)
+        shared = Path("/dev/shm")
+        if runtime.spread and device.type == "cuda" and shared.is_dir() and shutil.disk_usage(shared).free < 1e9:
+            logger.warning("%s has less than 1 GB free, which NCCL may need: start a container with --shm-size=1g", shared)
     if runtime.compile == "blocks":
         parts.append("compiled blocks")
     if runtime.cache != "none":
@@ -170,16 +157,6 @@ def _check_compiler(device: torch.device) -> None:
         raise ValueError(f"runtime.compile=blocks is for CUDA devices and the CPU, not {device.type}")
 
 
-def _warn_of_small_shared_memory(runtime: RuntimeSettings, device: torch.device) -> None:
-    folder = Path("/dev/shm")
-    if not runtime.spread or device.type != "cuda" or not folder.is_dir():
-        return
-    free = shutil.disk_usage(folder).free
-    if free < 1e9:
-        message = "%s has %.0f MB free, and NCCL may need up to 1 GB: start a container with --shm-size=1g"
-        logger.warning(message, folder, free / 1e6)
-
-
 # Attention
 
 
@@ -190,48 +167,43 @@ def set_attention(expert: Any, backend: str) -> None:
 
 
 def choose_attention(
-    attention: Attention, device: torch.device, *, dtype: torch.dtype, head_dim: int, sharing: ContextParallel = "none"
+    model: ModelSettings, runtime: RuntimeSettings, device: torch.device
 ) -> tuple[Attention, str]:
-    """The kernel for a ``runtime.attention`` setting on a device, tried on a small example, and the reason.
-
-    Args:
-        sharing: how tokens are shared among processes; not every kernel can.
+    """The kernel for ``runtime.attention`` on a device, tried on a small example, and the reason.
 
     Raises:
         ValueError: for a named kernel that does not work there, or if none can share tokens.
     """
-    works = functools.partial(_works, device=device, dtype=dtype, head_dim=head_dim, sharing=sharing)
-    if attention == "auto":
-        if device.type != "cuda":
-            return "native", f"torch's own, because the device is {device.type}"
-        if name := next(filter(works, _FASTEST), None):
-            return name, "the fastest exact one that is installed and works here"
+    wanted, sharing = runtime.attention, runtime.context_parallel
+    head_dim, dtype = model.network.transformer["attention_head_dim"], getattr(torch, model.dtype)
+    fault = functools.partial(_fault, device=device, dtype=dtype, head_dim=head_dim, sharing=sharing)
+    if wanted == "auto" and device.type != "cuda":
+        return "native", f"torch's own, because the device is {device.type}"
+    if wanted == "auto":
+        for name in _EXACT:
+            if fault(name) is None:
+                return name, "the fastest exact one that is installed and works here"
         raise ValueError(f"no exact attention kernel here can share tokens by runtime.context_parallel={sharing}")
-    if works(attention):
-        return attention, "as set"
-    fault = _fault(attention, device, dtype, head_dim, sharing)
-    others = ["auto", *filter(works, (name for name in BACKENDS if name != attention))]
-    raise ValueError(f"runtime.attention={attention} cannot be used here: {fault}. Use one of: {', '.join(others)}")
-
-
-def _works(attention: Attention, *, device: Any, dtype: Any, head_dim: int, sharing: ContextParallel) -> bool:
-    return _fault(attention, device, dtype, head_dim, sharing) is None
+    if (reason := fault(wanted)) is None:
+        return wanted, "as set"
+    others = ", ".join(["auto", *(name for name in _BACKENDS if name != wanted and fault(name) is None)])
+    raise ValueError(f"runtime.attention={wanted} cannot be used here: {reason}. Use one of: {others}")
 
 
 @functools.cache
 def _fault(
-    attention: Attention, device: torch.device, dtype: torch.dtype, head_dim: int, sharing: ContextParallel
+    attention: Attention, *, device: torch.device, dtype: torch.dtype, head_dim: int, sharing: ContextParallel
 ) -> str | None:
     """Why a kernel cannot be used, from diffusers' own checks and from running it; None if it can."""
     if attention != "native" and device.type != "cuda":
         return f"it runs on CUDA devices, and the device is {device.type}"
     if attention != "native" and dtype == torch.float32:
         return "it computes in 16 bits, and model.dtype is float32"
-    if not can_share_tokens(BACKENDS[attention], sharing):
+    if not can_share_tokens(_BACKENDS[attention], sharing):
         return f"diffusers does not run it with context_parallel={sharing}"
     example = torch.randn(3, 1, 128, 2, head_dim, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     try:
-        with attention_backend(BACKENDS[attention]):
+        with attention_backend(_BACKENDS[attention]):
             ours = dispatch_attention_fn(*example)
     except (RuntimeError, ValueError, ImportError, AssertionError, TypeError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -242,24 +214,18 @@ def _fault(
     return None
 
 
-def _attention(model: ModelSettings, runtime: RuntimeSettings, device: torch.device) -> tuple[Attention, str]:
-    head_dim, dtype = model.network.transformer["attention_head_dim"], getattr(torch, model.dtype)
-    sharing = runtime.context_parallel
-    return choose_attention(runtime.attention, device, dtype=dtype, head_dim=head_dim, sharing=sharing)
-
-
 # Precision, attention, compilation and step caches, on the experts of a pipeline
 
 
 def accelerate(pipe: Any, model: ModelSettings, runtime: RuntimeSettings) -> None:
     """Apply ``runtime`` to the experts of a pipeline whose adapters are loaded, before they are placed."""
     pipe.guidance_batch, pipe.memory_cache = runtime.guidance_batch, runtime.memory_cache
-    name, reason = _attention(model, runtime, resolve_device(runtime.device))
+    name, reason = choose_attention(model, runtime, resolve_device(runtime.device))
     logger.info("attention: %s, %s", name, reason)
     for expert in pipe.experts.values():
         _lower_precision(expert, model, runtime)
         if name != "native" or runtime.attention == "native":
-            set_attention(expert, BACKENDS[name])
+            set_attention(expert, _BACKENDS[name])
         if runtime.compile == "blocks":
             _compile(expert)
         if runtime.cache != "none":
@@ -274,39 +240,20 @@ def _lower_precision(expert: Any, model: ModelSettings, runtime: RuntimeSettings
     elif runtime.precision != "as_is":
         from torchao import quantization as q
 
-        fp8 = runtime.precision == "fp8"
-        config = (
-            q.Float8DynamicActivationFloat8WeightConfig(granularity=q.PerRow())
-            if fp8
-            else q.Int8DynamicActivationInt8WeightConfig()
-        )
-        q.quantize_(expert, config, filter_fn=_is_blocks_linear)
+        configs = {
+            "fp8": lambda: q.Float8DynamicActivationFloat8WeightConfig(granularity=q.PerRow()),
+            "int8": q.Int8DynamicActivationInt8WeightConfig,
+        }
+        q.quantize_(expert, configs[runtime.precision](), filter_fn=_is_linear_of_a_block)
 
 
-def _is_blocks_linear(module: nn.Module, name: str) -> bool:
+def _is_linear_of_a_block(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and name.startswith("blocks.") and "lora_" not in name
 
 
-class _Counted:
-    """One of torch's compilers, counting the graphs that it compiles in this process."""
-
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
-        from torch._dynamo import lookup_backend
-
-        self.graphs += 1
-        return lookup_backend(self.backend)(graph, inputs, **options)
-
-
-_counted = _Counted("inductor")
-
-
 def compiled_graphs() -> int:
-    """Graphs compiled for ``runtime.compile: blocks`` in this process."""
-    return _counted.graphs
+    """Graphs that torch compiled in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def _compile(expert: Any) -> None:
@@ -318,7 +265,7 @@ def _compile(expert: Any) -> None:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
     for block in expert.blocks:
-        block.forward = torch.compile(block.forward, dynamic=False, backend=_counted)
+        block.forward = torch.compile(block.forward, dynamic=False, backend=_COMPILER)
 
 
 def _threshold(runtime: RuntimeSettings) -> float:
@@ -343,17 +290,23 @@ def clear_step_caches(experts: Mapping[str, Any]) -> None:
             expert._reset_stateful_cache()
 
 
-def check_shared_states(experts: Collection[Any], *, guided: bool, passes_differ: bool) -> None:
-    """Refuse caches of diffusers that cannot serve passes of guidance with different memory.
+def check_shared_states(experts: Collection[Any], *, passes_differ: bool) -> None:
+    """Refuse caches of diffusers that cannot serve two passes of guidance with different memory.
 
-    PyramidAttentionBroadcast and FasterCache keep one state in a layer, for pipelines that run both passes of guidance
-    as one batch; Wan's pipelines run them one after the other. The other caches keep a state for each pass.
+    PyramidAttentionBroadcast and FasterCache keep one state in a layer, for pipelines that run both passes as one
+    batch; Wan's pipelines run them one after the other. The other caches keep a state for each pass.
 
     Raises:
-        ValueError: if the passes differ in more than their texts.
+        ValueError: if there is such a cache and the passes differ in more than their texts.
     """
-    names = {type(hook).__name__.removesuffix("Hook") for expert in experts for hook in _sharing_hooks(expert)}
-    if not names or not guided:
+    modules = [module for expert in experts for module in expert.modules() if hasattr(module, "_diffusers_hook")]
+    hooks = [hook for module in modules for hook in module._diffusers_hook.hooks.values() if hook._is_stateful]
+    names = {
+        type(hook).__name__.removesuffix("Hook")
+        for hook in hooks
+        if not any(isinstance(value, StateManager) for value in vars(hook).values())
+    }
+    if not names:
         return
     what = f"{' and '.join(sorted(names))} of diffusers keeps one state for both passes of guidance"
     if passes_differ:
@@ -362,13 +315,6 @@ def check_shared_states(experts: Collection[Any], *, guided: bool, passes_differ
             "by disable_cache() of both transformers"
         )
     logger.warning("%s: the pass with the negative prompt is given what the other computed", what)
-
-
-def _sharing_hooks(expert: Any) -> list[ModelHook]:
-    """Hooks of diffusers that keep a state, but not one for each pass."""
-    registries = [module._diffusers_hook for module in expert.modules() if hasattr(module, "_diffusers_hook")]
-    hooks = [hook for registry in registries for hook in registry.hooks.values() if hook._is_stateful]
-    return [hook for hook in hooks if not any(isinstance(value, StateManager) for value in vars(hook).values())]
 
 
 # Placement

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from storymem.io import FileError
 from storymem.wan.settings import AdapterSettings, Continuity, ModelSettings, SamplerSettings
 from storymem.wan.spec import COMPONENTS, Expert, ModelSpec
 from storymem.weights import MissingWeights, Weights, locate
+
+if TYPE_CHECKING:
+    from storymem.wan.lora import ExpertAdapter
 
 _DOWNLOAD = (
     "All at once, with the weights of the scorers: storymem download with the same model=... lists them with their "
@@ -29,7 +32,6 @@ class Source:
     """One set of weights that a film needs, after it was checked.
 
     Attributes:
-        weights: what was searched for.
         path: where it is; None if it is not on this machine.
         problem: why it cannot be used; empty if it can.
         notes: what is unusual and does not prevent its use, such as keys of an adapter that are not used.
@@ -95,8 +97,14 @@ def check_weights(
         MissingWeights: if any are missing.
         FileError: if all are there, and some do not fit.
     """
-    inspection = _Inspection(model, sampler, text_encoder, experts)
-    found = [_inspect(*needed) for needed in inspection.required(text_to_video, continuity)]
+    found = inspect_weights(
+        model,
+        text_to_video=text_to_video,
+        continuity=continuity,
+        sampler=sampler,
+        text_encoder=text_encoder,
+        experts=experts,
+    )
     problems = list(dict.fromkeys(source.problem for source in found if source.problem))
     missing = [source.weights for source in found if source.path is None]
     if any(not weights.is_local for weights in missing):
@@ -183,31 +191,32 @@ class _Inspection:
         return []
 
     def memory_adapter(self, path: Path) -> list[str]:
-        from storymem.wan.lora import read_memory_lora
-
         model = self.model
         assert model.adapter is not None
-        if not (networks := self._networks()):
+        own = {"alpha": model.adapter.alpha, "use_rslora": model.adapter.use_rslora}
+        adapters = _adapters(path, self._networks(), strict=True, **own)
+        if not adapters:
             return []
-        adapters = read_memory_lora(networks, path, alpha=model.adapter.alpha, use_rslora=model.adapter.use_rslora)
-        info = next(iter(adapters.values())).info
+        info = adapters[0].info
         if info.memory_attention != model.memory_attention:
             raise FileError(
                 f"the adapter in {path} was trained for {info.memory_attention} memory attention, not "
                 f"{model.memory_attention}: set model.memory_attention={info.memory_attention}, or use another adapter"
             )
-        notes = [adapter.report for adapter in adapters.values() if not adapter.as_usual]
+        notes = [adapter.report for adapter in adapters if not adapter.as_usual]
         if (stride := model.rope_stride) != info.rope_stride:
             notes.append(f"trained with RoPE stride {info.rope_stride}, used with {stride} (model.rope_stride)")
         return notes
 
     def adapter(self, path: Path, experts: Collection[Expert] = tuple(COMPONENTS)) -> list[str]:
-        return _reports(path, {expert: it for expert, it in self._networks().items() if expert in experts})
+        networks = {expert: network for expert, network in self._networks().items() if expert in experts}
+        return [adapter.report for adapter in _adapters(path, networks, strict=False)]
 
     def text_adapter(self, path: Path) -> list[str]:
-        if self.model.text_to_video is not None:
-            return _reports(path, self.text_networks)
-        return _reports(path, dict.fromkeys(COMPONENTS, self._from_settings(self.model.text_spec)))
+        networks = self.text_networks
+        if self.model.text_to_video is None:
+            networks = dict.fromkeys(COMPONENTS, self._from_settings(self.model.text_spec))
+        return [adapter.report for adapter in _adapters(path, networks, strict=False)]
 
     def _networks(self) -> dict[Expert, Any]:
         if self.model.weights is None or self.model.gguf is not None:
@@ -221,13 +230,11 @@ class _Inspection:
         return on_meta("WanTransformer3DModel", shape, "model.network.transformer")
 
 
-def _reports(path: Path, networks: dict[Expert, Any]) -> list[str]:
-    """Check an adapter beside the memory adapter; nothing where the networks themselves did not fit."""
+def _adapters(path: Path, networks: dict[Expert, Any], **options: Any) -> list[ExpertAdapter]:
+    """An adapter of each network; none where the networks themselves did not fit."""
     from storymem.wan.lora import read_memory_lora
 
-    if not networks:
-        return []
-    return [adapter.report for adapter in read_memory_lora(networks, path, strict=False).values()]
+    return list(read_memory_lora(networks, path, **options).values()) if networks else []
 
 
 def step_weights_for_text(sampler: SamplerSettings) -> Weights:
@@ -243,15 +250,13 @@ def step_weights_for_text(sampler: SamplerSettings) -> Weights:
 
 def adapter_weights(adapter: AdapterSettings, continuity: Continuity) -> Weights:
     """The adapter's files for one kind of continuity: its own sub-folder where there is one for each."""
-    folder = adapter.folders.get(continuity)
+    found, folder = adapter.weights, adapter.folders.get(continuity)
     if folder is None:
-        return adapter.weights
-    found = adapter.weights
-    if found.is_local:
-        here = found.path.absolute()
-        # A user's own adapter is one folder, or file, for all kinds of continuity.
-        own = here.is_file() or any(any(here.glob(f"*{suffix}")) for suffix in (".safetensors", ".pth"))
-        inside = here / folder if (here / folder).is_dir() or not own else here
-        return Weights(name=found.name, source=str(inside), licence=found.licence)
-    name, file = f"{found.name} ({folder})", f"{folder}/*"
-    return Weights(name=name, source=found.source, file=file, size_gb=found.size_gb, licence=found.licence)
+        return found
+    if not found.is_local:
+        return replace(found, name=f"{found.name} ({folder})", file=f"{folder}/*")
+    here = found.path.absolute()
+    # A user's own adapter is one folder, or file, for all kinds of continuity.
+    own = here.is_file() or any(any(here.glob(f"*{suffix}")) for suffix in (".safetensors", ".pth"))
+    inside = here / folder if (here / folder).is_dir() or not own else here
+    return Weights(name=found.name, source=str(inside), licence=found.licence)

@@ -199,7 +199,7 @@ def test_a_kernel_that_does_not_run_here_is_refused(name: str) -> None:
 
 
 def test_auto_on_the_cpu_is_torchs_own_kernel() -> None:
-    name, reason = choose_attention("auto", torch.device("cpu"), dtype=torch.bfloat16, head_dim=128)
+    name, reason = choose_attention(settings(dtype="bfloat16"), RuntimeSettings(), torch.device("cpu"))
     assert (name, "cpu" in reason) == ("native", True)
 
 
@@ -333,7 +333,7 @@ def test_a_cache_for_both_passes_is_refused_if_they_differ(mode: str, caplog: py
 def _eager_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Graphs are traced and counted, but run as they are: compiling them takes half a minute each on a CPU."""
     torch._dynamo.reset()
-    monkeypatch.setattr(runtimes._counted, "backend", "eager")
+    monkeypatch.setattr(runtimes, "_COMPILER", "eager")
     yield
     torch._dynamo.reset()
 
