@@ -44,9 +44,6 @@ _SCORING = 0.1  # activations of the scorers, as a share of their weights
 _QUANTISED_SCRATCH: dict[Precision, int] = {"fp8": 7, "int8": 10}
 
 
-# Operations
-
-
 @dataclass(frozen=True, kw_only=True)
 class Flops:
     """Operations of one forward at batch size 1; a multiply-add counts as two.
@@ -76,12 +73,9 @@ def forward_flops(
     """Operations of a forward of ``WanTransformer3DModel`` on the segments of a layout.
 
     Args:
-        transformer: arguments or config of the transformer.
-        layout: what is denoised.
-        height: of the latents.
-        width: of the latents.
+        transformer: its arguments or config.
+        height, width: of the latents.
         text_tokens: length of the padded prompt.
-        in_channels: 36 with condition channels, 16 for text-to-video.
         cached: names of segments that are read from a cache and not computed.
     """
     p_t, p_h, p_w = transformer.get("patch_size", (1, 2, 2))
@@ -145,9 +139,7 @@ def expert_bytes(
     """Weights of a ``WanTransformer3DModel``; what diffusers keeps in float32 counts as such.
 
     Args:
-        transformer: its arguments or its config.
         dtype: of everything else.
-        in_channels: 36 with condition channels, 16 for text-to-video.
         precision: of the linears in the blocks.
         ranks: of the LoRAs on all of these linears.
     """
@@ -180,10 +172,7 @@ def forward_bytes(
     A block's peak is where the residual stream is added up in float32, or within the feed-forward network.
 
     Args:
-        transformer: as for :func:`expert_bytes`.
         tokens: computed, times the batch.
-        dtype: of the activations.
-        precision: as for :func:`expert_bytes`.
         adapted: whether there are LoRAs, whose outputs are scaled and added.
     """
     size, dim, ffn = SIZES[dtype], _dim(transformer), transformer["ffn_dim"]
@@ -210,6 +199,7 @@ def encode_bytes(*, frames: int, height: int, width: int, base_dim: float = 96, 
 
 
 def _four_frames(height: int, width: int, base_dim: float, tiled: bool) -> float:
+    """Bytes of one latent frame's tensor at full resolution."""
     limit = _TILE if tiled else max(height, width)
     return 16 * base_dim * min(height, limit) * min(width, limit)
 
@@ -269,9 +259,8 @@ def estimate_shot(
     """What one shot needs on the device, or on each of several, stage by stage.
 
     Args:
-        model: which networks.
-        runtime: how they run; ``offload`` must not be "auto".
-        sampler: how shots are sampled; None: as published.
+        runtime: its ``offload`` must not be "auto".
+        sampler: None: as published.
         memory_frames: M.
         frames: F; None: the model's.
         scorers: bytes of the weights that choose keyframes.

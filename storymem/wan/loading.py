@@ -70,16 +70,18 @@ def load_pipeline(
         text_encoder=text_encoder,
         experts=wanted,
     )
-    runtime = _settled(model, runtime, sampler) if names else replace(runtime, offload=_without_experts(runtime))
+    if names:
+        runtime = _settled(model, runtime, sampler)
+    elif runtime.offload == "auto":  # text encoder and VAE have room wherever experts could work
+        runtime = replace(runtime, offload="none")
     parts: dict[str, Any] = {name: None for name in COMPONENTS.values() if name not in names}
     if not text_encoder:
         parts |= {"text_encoder": None, "tokenizer": None}
     parts["scheduler"] = wan_scheduler(sampler.shift, sampler.scheduler)
     pipe = (_random_pipeline if model.weights is None else _saved_pipeline)(model, parts)
     if names:
-        if model.adapter is not None:
-            _load_adapter(pipe, model, continuity)
-        _finish_experts(pipe, model, sampler, runtime)
+        _load_adapters(pipe, model, sampler, continuity=continuity)
+        accelerate(pipe, model, runtime)
     place(pipe, runtime)
     return pipe
 
@@ -101,12 +103,10 @@ def load_text_to_video(
         assert model.text_to_video is not None
         folder = locate(model.text_to_video)
         check_text_to_video(folder)
-        experts = []
+        experts, options = [], {"dtype": getattr(torch, model.dtype), "use_safetensors": True}
         for name in COMPONENTS.values():
-            dtype = getattr(torch, model.dtype)
-            expert = WanTransformer3DModel.from_pretrained(folder / name, dtype=dtype, use_safetensors=True)
-            check_values(expert.named_parameters(), weights_file(folder, name))
-            experts.append(expert)
+            experts.append(WanTransformer3DModel.from_pretrained(folder / name, **options))
+            check_values(experts[-1].named_parameters(), weights_file(folder, name))
     pipe = WanMemoryToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -116,7 +116,8 @@ def load_text_to_video(
         transformer_2=experts[1],
         boundary_ratio=model.text_to_video_boundary,
     )
-    _finish_experts(pipe, model, sampler, runtime, by_text=True)
+    _load_adapters(pipe, model, sampler, continuity=None)
+    accelerate(pipe, model, runtime)
     place(pipe, runtime)
     return pipe
 
@@ -127,11 +128,6 @@ def _settled(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSet
     check_combinations(model, sampler, runtime, processes=1 if alone else None)
     check_machine(model, runtime)
     return settle(model, runtime, sampler=sampler) if runtime.offload == "auto" else runtime
-
-
-def _without_experts(runtime: RuntimeSettings) -> Any:
-    """The text encoder and the VAE have room wherever experts could work."""
-    return "none" if runtime.offload == "auto" else runtime.offload
 
 
 # Networks
@@ -215,29 +211,20 @@ def _seeded(seed: int, dtype: str, build: Callable[[], T]) -> T:
     return network
 
 
-# Adapters
-
-
-def _load_adapter(pipe: WanMemoryToVideoPipeline, model: ModelSettings, continuity: Continuity) -> None:
-    """Load the memory adapter."""
-    adapter = model.adapter
-    assert adapter is not None
-    folder = locate(adapter_weights(adapter, continuity))
-    info = load_memory_lora(pipe, folder, alpha=adapter.alpha, use_rslora=adapter.use_rslora, weight=adapter.weight)
-    if info.rope_stride != model.rope_stride:
-        message = "the adapter in %s was trained with RoPE stride %d and is used with %d (model.rope_stride)"
-        logger.warning(message, folder, info.rope_stride, model.rope_stride)
-
-
-def _finish_experts(
-    pipe: WanMemoryToVideoPipeline,
-    model: ModelSettings,
-    sampler: SamplerSettings,
-    runtime: RuntimeSettings,
-    *,
-    by_text: bool = False,
+def _load_adapters(
+    pipe: WanMemoryToVideoPipeline, model: ModelSettings, sampler: SamplerSettings, *, continuity: Continuity | None
 ) -> None:
-    """Load the adapters beside the memory adapter, and apply ``runtime``."""
+    """Load the memory adapter and those beside it.
+
+    Args:
+        continuity: selects the memory adapter; None: the pipeline is text-to-video, which has none.
+    """
+    if continuity is not None and (memory := model.adapter) is not None:
+        folder = locate(adapter_weights(memory, continuity))
+        info = load_memory_lora(pipe, folder, alpha=memory.alpha, use_rslora=memory.use_rslora, weight=memory.weight)
+        if info.rope_stride != model.rope_stride:
+            message = "the adapter in %s was trained with RoPE stride %d and is used with %d (model.rope_stride)"
+            logger.warning(message, folder, info.rope_stride, model.rope_stride)
     for number, extra in enumerate(model.adapters, start=1):
         load_memory_lora(
             pipe,
@@ -248,8 +235,7 @@ def _finish_experts(
             experts=None if extra.expert == "both" else [extra.expert],
         )
     if (steps := sampler.adapter) is not None:
-        weights = step_weights_for_text(sampler) if by_text else steps.weights
+        weights = step_weights_for_text(sampler) if continuity is None else steps.weights
         low = steps.weight if steps.weight_low is None else steps.weight_low
         strength: dict[Expert, float] = {"high_noise": steps.weight, "low_noise": low}
         load_memory_lora(pipe, locate(weights), adapter_name=STEP_ADAPTER, weight=strength, strict=False)
-    accelerate(pipe, model, runtime)

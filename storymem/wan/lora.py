@@ -43,17 +43,6 @@ from storymem.wan.lora_files import (
 from storymem.wan.spec import COMPONENTS, Expert, experts_of
 from storymem.weights import Weights, listed, locate
 
-__all__ = [
-    "AdapterInfo",
-    "ExpertAdapter",
-    "Layout",
-    "load_memory_lora",
-    "memory_lora_config",
-    "read_memory_lora",
-    "save_memory_lora",
-    "write_memory_lora",
-]
-
 RELEASED_ADAPTERS = "Kevin-thu/StoryMem"
 _RELEASED_SIZE_GB = 4.9  # two files a sub-folder: 613 million float32 numbers each
 _RELEASED_LICENCE = "CC BY-NC 4.0 (not for commercial use)"
@@ -79,7 +68,7 @@ def adapted_linears(transformer: nn.Module) -> list[str]:
     return [f"blocks.{index}.{inside}" for index in range(len(blocks)) for inside in ADAPTED_LINEARS]
 
 
-# --- checking -------------------------------------------------------------------------------------------------------
+# Checking
 
 
 def _targets(transformer: nn.Module) -> dict[str, tuple[tuple[int, ...], bool]]:
@@ -98,23 +87,10 @@ def _targets(transformer: nn.Module) -> dict[str, tuple[tuple[int, ...], bool]]:
     return found
 
 
-def _shapes(target: tuple[tuple[int, ...], bool], rank: int, *, strict: bool) -> dict[Part, list[int]]:
-    """The parts that an adapter can have for a module, and their shapes."""
-    (out, *inside), has_bias = target
-    ones = [1] * (len(inside) - 1)  # of a convolution
-    shapes: dict[Part, list[int]] = {"A": [rank, *inside], "B": [out, rank, *ones], "alpha": []}
-    if not strict:
-        shapes["diff"] = [out, *inside]
-    if has_bias and not strict:
-        shapes |= {"bias": [out], "diff_b": [out]}
-    return shapes
-
-
 def _match(file: LoraFile, transformer: nn.Module, component: str | None, *, strict: bool) -> tuple[Parts, list[str]]:
     """The keys of every module in a file, and the keys that fit no module.
 
     Args:
-        file: the file.
         transformer: on any device.
         component: that of the expert, in a file for both; None: the file is for one expert.
         strict: whether A and B of every linear of a memory adapter must be there, and nothing else.
@@ -127,7 +103,7 @@ def _match(file: LoraFile, transformer: nn.Module, component: str | None, *, str
     targets, linears = _targets(transformer), adapted_linears(transformer)
     names = {way: name for name in (linears if strict else targets) for way in (name, original_name(name))}
     names |= {way.replace(".", "_"): name for way, name in names.items()}
-    parts: Parts = {}
+    parts: Parts = {name: {} for name in linears if strict}
     missing, unused, twice, misshapen = [], [], [], []
     for key in file.shapes:
         read = parse_key(key)
@@ -137,11 +113,12 @@ def _match(file: LoraFile, transformer: nn.Module, component: str | None, *, str
             unused.append(key)
         elif (first := parts.setdefault(names[read.module], {}).setdefault(read.part, key)) != key:
             twice.append(f"{first} and {key}")
-    for name in linears if strict else ():
-        parts.setdefault(name, {})
-    for name, keys in list(parts.items()):
+    for name, keys in parts.items():
+        (out, *inside), has_bias = targets[name]
         rank = max(1, *file.shapes[keys["A"]][:1]) if "A" in keys else 1
-        right = _shapes(targets[name], rank, strict=strict)
+        right = {"A": [rank, *inside], "B": [out, rank, *[1] * (len(inside) - 1)], "alpha": []}
+        if not strict:
+            right |= {"diff": [out, *inside]} | ({"bias": [out], "diff_b": [out]} if has_bias else {})
         unused += [keys.pop(part) for part in list(keys) if part not in right or keys.keys() == {"alpha"}]
         if strict or keys.keys() & {"A", "B", "bias"}:
             missing += [f"{original_name(name)}.lora_{part}" for part in ("A", "B") if part not in keys]
@@ -149,8 +126,7 @@ def _match(file: LoraFile, transformer: nn.Module, component: str | None, *, str
             shape = list(file.shapes[key])
             if shape != right[part] and (part, shape) != ("alpha", [1]):
                 misshapen.append(f"{key} is {shape}, not {right[part] or 'one number'}")
-    unexpected = unused if strict else []
-    problems = {"missing": missing, "given twice": twice, "misshapen": misshapen, "unexpected": unexpected}
+    problems = {"missing": missing, "given twice": twice, "misshapen": misshapen, "unexpected": unused if strict else []}
     if any(problems.values()):
         size = f"{len(linears) // len(ADAPTED_LINEARS)} blocks, {len(linears)} adapted linears"
         raise FileError(listed(f"{file.path} does not fit this transformer of {size}:", problems))
@@ -159,7 +135,7 @@ def _match(file: LoraFile, transformer: nn.Module, component: str | None, *, str
     return {name: keys for name, keys in parts.items() if keys}, unused
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +159,7 @@ class ExpertAdapter:
     as_usual: bool
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The low-rank matrices under diffusers' names, ``blocks.0.attn1.to_q.lora_A.weight``, cast to ``dtype``.
+        """The low-rank matrices, ``blocks.0.attn1.to_q.lora_A.weight`` ..., cast to ``dtype``.
 
         Raises:
             NotFiniteError: if one is NaN, infinite or too large to be a weight.
@@ -278,12 +254,10 @@ def _read_expert(
     info = replace(file.info or AdapterInfo(), **described)
     linears = set(adapted_linears(transformer))
     matched = len(lora.keys() & linears)
-    others = f" and {len(parts) - matched} other modules" if len(parts) > matched else ""
-    both = "; used for both experts" if shared and component is None else ""
-    report = (
-        f"{file.path}: {matched} of {len(linears)} linears of the blocks{others}, scale {info.scale(info.rank):.4g} "
-        f"({scale.source}){both}"
-    )
+    report = f"{file.path}: {matched} of {len(linears)} linears of the blocks"
+    report += f" and {len(parts) - matched} other modules" if len(parts) > matched else ""
+    report += f", scale {info.scale(info.rank):.4g} ({scale.source})"
+    report += "; used for both experts" if shared and component is None else ""
     return ExpertAdapter(
         file=file,
         parts=parts,
@@ -294,7 +268,7 @@ def _read_expert(
     )
 
 
-# --- loading and saving ---------------------------------------------------------------------------------------------
+# Loading and saving
 
 
 def load_memory_lora(
@@ -319,7 +293,7 @@ def load_memory_lora(
         folder_or_repo: a folder or file in one of the layouts of :mod:`storymem.wan.lora_files`, or a Hugging Face id
             whose files were downloaded before (``Kevin-thu/StoryMem``).
         subfolder: a folder inside it (``Wan2.2-MI2V-A14B``, ``Wan2.2-MM2V-A14B``).
-        adapter_name: the name for ``pipe.set_adapters`` and the like.
+        adapter_name: for ``pipe.set_adapters`` and the like.
         weight: strength, a factor on top of the scale the adapter was trained at; one for both experts, or one each.
         alpha: for files that do not state it; None: the published 128 in the released layout, else the rank.
         use_rslora: likewise; None: the published ``True`` in the released layout, else ``False``.

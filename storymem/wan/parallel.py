@@ -26,11 +26,7 @@ _LENGTHS = "context_parallel_lengths"
 
 
 def join(launch: Launch, device: torch.device) -> dist.Store:
-    """Take this process's accelerator and join the others of its team; returns the store that they share.
-
-    Raises:
-        ValueError: if the machine has fewer accelerators than processes.
-    """
+    """Take this process's accelerator and join the others of its team; returns the store that they share."""
     backend = "cpu:gloo"
     take_accelerator(launch, device)
     if device.type != "cpu":
@@ -45,11 +41,7 @@ def join(launch: Launch, device: torch.device) -> dist.Store:
 
 
 def take_accelerator(launch: Launch, device: torch.device) -> None:
-    """Make the accelerator with this process's number the current one; nothing on a CPU.
-
-    Raises:
-        ValueError: if the machine has fewer accelerators than processes.
-    """
+    """Make the accelerator with this process's number the current one; ValueError if there is none; not for a CPU."""
     if device.type == "cpu":
         return
     found = torch.accelerator.device_count()
@@ -103,10 +95,7 @@ def _film_mesh(grid: Grid, device_type: str) -> DeviceMesh:
 
 
 def _share_tokens(expert: Any, mesh: DeviceMesh, grid: Grid) -> None:
-    """Split tokens before the first block and gather them after the last; attention sees all of them.
-
-    See :func:`storymem.wan.transformer.make_plan` for which token is where.
-    """
+    """Split tokens before the first block, as ``transformer.make_plan`` states, and gather them after the last."""
     sizes = grid.mesh
     config = ContextParallelConfig(ring_degree=sizes["ring"], ulysses_degree=sizes["ulysses"], mesh=mesh)
     expert.enable_parallelism(config=config)

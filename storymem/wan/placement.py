@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +24,12 @@ _LIGHT_SCORERS = int(2.3e9)  # CLIP and the LAION head
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What there is to run on; sizes in bytes, None where they are not known.
+    """What there is to run on; bytes that are free.
 
     Args:
         name: of the accelerator, or "the CPU".
-        vram: free; None: the CPU, or an accelerator that shares RAM.
-        ram: free.
+        vram: None: the CPU, or an accelerator that shares RAM.
+        ram: None: not known.
         here: False for an accelerator that a plan is for and this machine lacks.
     """
 
@@ -45,14 +46,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """How a film will run.
-
-    Args:
-        runtime: without "auto" in ``offload``.
-        estimate: of its most demanding shot.
-        fits: whether the machine has room for it.
-        reason: one line for the user.
-    """
+    """How a film will run: settings without "auto", whether the machine has room for them, and a line for the user."""
 
     runtime: RuntimeSettings
     estimate: Estimate
@@ -121,11 +115,7 @@ def choose_runtime(
     """``runtime`` with ``offload: auto`` settled: the fastest way that fits; if none does, the smallest.
 
     Precision is never lowered, as that changes the film. For a machine that is not here, the reason names what each way
-    needs.
-
-    Args:
-        machine: None: this one.
-        model, runtime, sampler, memory_frames, scorers, grid: see :func:`estimate_shot`.
+    needs. Arguments as of :func:`estimate_shot`; ``machine`` None: this one.
     """
     machine = machine or this_machine(resolve_device(runtime.device))
 
@@ -134,15 +124,14 @@ def choose_runtime(
         lacking = _lacking(estimate, machine)
         return Choice(runtime=settled, estimate=estimate, fits=not lacking, reason=lacking)
 
+    presets: Iterable[tuple[Offload, bool]] = _PRESETS
+    if runtime.spread or (machine.vram is None and machine.here):
+        presets = [("none", False)]
     if runtime.offload != "auto":
-        ways = [tried(runtime)]
-    elif runtime.spread or (machine.vram is None and machine.here):
-        ways = [tried(replace(runtime, offload="none"))]
-    else:
-        ways = [
-            tried(replace(runtime, offload=offload, vae_tiling=runtime.vae_tiling or tiled))
-            for offload, tiled in _PRESETS
-        ]
+        presets = [(runtime.offload, False)]
+    ways = [
+        tried(replace(runtime, offload=offload, vae_tiling=runtime.vae_tiling or tiled)) for offload, tiled in presets
+    ]
     if not machine.here:
         needs = "; ".join(f"{_placement(way.runtime)} needs {_needs(way.estimate)}" for way in ways)
         return replace(ways[0], fits=True, reason=f"planned for {machine.name}, not for this machine: {needs}")
@@ -159,7 +148,7 @@ def choose_runtime(
         "memory.recall.capacity=4": tried(last.runtime, memory=min(memory_frames, 4)),
     }
     fitting = " or ".join(name for name, option in options.items() if option.fits)
-    ram = f"{max(last.estimate.ram, last.estimate.peak.total) / GB:.0f} GB of RAM"
+    ram = f"{_needed_ram(last.estimate, machine) / GB:.0f} GB of RAM"
     needs = ram if machine.vram is None else _needs(last.estimate)
     advice = f"{fitting} would fit" if fitting else f"use a machine with {needs}, or a smaller model.video"
     return replace(last, reason=f"{machine}: {last.reason}; {advice}")
@@ -169,9 +158,6 @@ def settle(
     model: ModelSettings, runtime: RuntimeSettings, *, sampler: SamplerSettings | None = None, scorers: int = 0
 ) -> RuntimeSettings:
     """``runtime`` without "auto"; logs the choice and its reason, or warns that an explicit placement is tight.
-
-    Args:
-        model, runtime, sampler, scorers: see :func:`estimate_shot`.
 
     Raises:
         ValueError: if "auto" finds no way that fits, or RAM can never be enough for an explicit placement.
@@ -202,15 +188,18 @@ def needed_vram(estimate: Estimate) -> int:
 
 def _lacking(estimate: Estimate, machine: Machine) -> str:
     """What a machine lacks, in words; empty if nothing."""
-    vram, ram = (needed_vram(estimate), estimate.ram) if machine.vram is not None else (0, 0)
-    ram = ram or max(estimate.ram, estimate.peak.total)  # without VRAM all stages take place in RAM
     lacking = []
-    if machine.vram is not None and vram > machine.vram:
+    if machine.vram is not None and (vram := needed_vram(estimate)) > machine.vram:
         doing = _DOING.get(estimate.peak.name, estimate.peak.name)
         lacking.append(f"{vram / GB:.1f} GB of VRAM are needed (to {doing})")
-    if machine.ram is not None and ram > machine.ram:
+    if machine.ram is not None and (ram := _needed_ram(estimate, machine)) > machine.ram:
         lacking.append(f"{ram / GB:.1f} GB of RAM are needed")
     return " and ".join(lacking)
+
+
+def _needed_ram(estimate: Estimate, machine: Machine) -> int:
+    """Without VRAM all stages take place in RAM."""
+    return estimate.ram if machine.vram is not None else max(estimate.ram, estimate.peak.total)
 
 
 def _placement(runtime: RuntimeSettings) -> str:
