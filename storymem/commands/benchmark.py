@@ -35,7 +35,6 @@ from storymem.devices import resolve_device
 from storymem.film.progress import format_table
 from storymem.film.settings import GenerateSettings
 from storymem.io import write_json
-from storymem.wan.combinations import check_combinations
 from storymem.wan.estimate import GB, estimate_shot, forward_flops
 from storymem.wan.lora import memory_lora_config
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
@@ -43,7 +42,14 @@ from storymem.wan.placement import choose_runtime
 from storymem.wan.runtime import accelerate, check_machine, clear_step_caches, place, release_memory
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.segments import Layout, memory_cached, memory_joint
-from storymem.wan.settings import ModelSettings, NetworkSettings, RuntimeSettings, SamplerSettings, VideoSettings
+from storymem.wan.settings import (
+    ModelSettings,
+    NetworkSettings,
+    RuntimeSettings,
+    SamplerSettings,
+    VideoSettings,
+    check_combinations,
+)
 from storymem.wan.transformer import SegmentCache
 
 #: The shape of Wan2.1's small model with few layers, and a small video, for machines too small for the large one.

@@ -9,8 +9,15 @@ from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, StoryPath, UserPath, check_bounds
 from storymem.story import MAX_SHOTS, Shot, Story
-from storymem.wan.combinations import check_combinations
-from storymem.wan.settings import MAX_SEED, Continuity, ModelSettings, RuntimeSettings, SamplerSettings, check_reach
+from storymem.wan.settings import (
+    MAX_SEED,
+    Continuity,
+    ModelSettings,
+    RuntimeSettings,
+    SamplerSettings,
+    check_combinations,
+    check_reach,
+)
 
 FirstShot = Literal["auto", "t2v", "m2v"]
 Mode = Literal["t2v", "m2v", "mi2v", "mm2v"]

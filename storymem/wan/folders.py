@@ -51,7 +51,7 @@ def check_model(folder: Path, components: Collection[str], *, spec: ModelSpec, s
 
     Args:
         folder: with ``model_index.json``.
-        components: that will be loaded: of ``transformer``, ``transformer_2``, ``vae``, ``text_encoder``, ``tokenizer``.
+        components: those that will be loaded, as ``model_index.json`` names them.
         spec: of the base model.
         setting: that names the folder, for messages.
 

@@ -81,7 +81,7 @@ def check_expert_file(path: Path, network: Any) -> None:
         _check_factors(path, header)
     found = {name: it for name, it in header.shapes.items() if gguf or not name.endswith(_FACTORS + _NOT_NEEDED)}
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    names = convert_wan_transformer_to_diffusers({name: name for name in found})  # as diffusers where its own are absent
+    names = convert_wan_transformer_to_diffusers({name: name for name in found})  # as diffusers does
     if len(names.keys() & expected.keys()) <= len(found.keys() & expected.keys()):
         names = {name: name for name in found}
     kind = header.metadata.get("general.architecture")

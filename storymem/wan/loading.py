@@ -14,7 +14,6 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from storymem.wan.combinations import check_combinations
 from storymem.wan.folders import check_text_to_video, load_tokenizer, weights_file
 from storymem.wan.gguf import load_experts
 from storymem.wan.lora import load_memory_lora
@@ -22,7 +21,7 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.placement import settle
 from storymem.wan.runtime import accelerate, check_machine, place
 from storymem.wan.schedule import wan_scheduler
-from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings
+from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, check_combinations
 from storymem.wan.sources import adapter_weights, check_weights, step_weights_for_text
 from storymem.wan.spec import COMPONENTS, Expert
 from storymem.weights import check_values, locate

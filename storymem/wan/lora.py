@@ -126,7 +126,12 @@ def _match(file: LoraFile, transformer: nn.Module, component: str | None, *, str
             shape = list(file.shapes[key])
             if shape != right[part] and (part, shape) != ("alpha", [1]):
                 misshapen.append(f"{key} is {shape}, not {right[part] or 'one number'}")
-    problems = {"missing": missing, "given twice": twice, "misshapen": misshapen, "unexpected": unused if strict else []}
+    problems = {
+        "missing": missing,
+        "given twice": twice,
+        "misshapen": misshapen,
+        "unexpected": unused if strict else [],
+    }
     if any(problems.values()):
         size = f"{len(linears) // len(ADAPTED_LINEARS)} blocks, {len(linears)} adapted linears"
         raise FileError(listed(f"{file.path} does not fit this transformer of {size}:", problems))

@@ -206,8 +206,8 @@ class LoraFile:
     def scale_config(self, prefix: str) -> tuple[dict[str, Any], str] | None:
         """The scale that the file states, as a PEFT configuration, and where it is stated.
 
-        Read from a PEFT configuration (in the metadata, or in ``adapter_config.json`` beside the file), our description,
-        or single entries of the metadata, as trainers write them; names may have the ``prefix`` of the expert's keys.
+        Read from a PEFT configuration (in the metadata, or in ``adapter_config.json`` beside the file), our own
+        description, or single entries of the metadata; names may have the ``prefix`` of the expert's keys.
         """
         config, where = self._json(PEFT_METADATA), f"{self.path}, metadata {PEFT_METADATA}"
         if config is not None:

@@ -262,9 +262,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     # The denoising loop
 
-    def _denoise(
-        self, latents: Tensor, shot: _Shot, after_step: Callable[..., tuple[Tensor, _Shot]] | None
-    ) -> Tensor:
+    def _denoise(self, latents: Tensor, shot: _Shot, after_step: Callable[..., tuple[Tensor, _Shot]] | None) -> Tensor:
         """``latents`` [B, z, N, h, w] from noise to the last step; ``after_step`` may change any tensor in between."""
         active = cache = dtype = adapters = None
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:

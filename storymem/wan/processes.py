@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from storymem.wan.combinations import check_combinations
-from storymem.wan.settings import ContextParallel, ModelSettings, RuntimeSettings, SamplerSettings
+from storymem.wan.settings import ContextParallel, ModelSettings, RuntimeSettings, SamplerSettings, check_combinations
 
 T = TypeVar("T")
 

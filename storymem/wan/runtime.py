@@ -33,12 +33,15 @@ from storymem.wan.settings import Attention, ContextParallel, ModelSettings, Run
 
 logger = logging.getLogger(__name__)
 
-#: Our names for diffusers' attention backends; the exact ones, which "auto" chooses from, from the fastest on.
+#: Our names for diffusers' attention backends.
 _BACKENDS: dict[Attention, str] = {
-    **{"flash3": "_flash_3", "cudnn": "_native_cudnn", "flash2": "flash", "native": "native"},
+    "flash3": "_flash_3",
+    "flash2": "flash",
+    "cudnn": "_native_cudnn",
     "sage": "sage",
+    "native": "native",
 }
-_EXACT: tuple[Attention, ...] = ("flash3", "cudnn", "flash2", "native")
+_EXACT: tuple[Attention, ...] = ("flash3", "cudnn", "flash2", "native")  # fastest first
 _TOLERANCE = 0.1  # of a small attention in 16 bits or, by Sage, in 8; a kernel that fails is off by about 1
 _CAPABILITIES = {"fp8": (8, 9), "int8": (8, 0)}  # Ada and Hopper; Ampere
 _THRESHOLDS = {"first_block": 0.05, "taylor": 2.0}  # where ``runtime.cache_threshold`` is None
@@ -112,7 +115,9 @@ def check_machine(model: ModelSettings, runtime: RuntimeSettings, *, here: bool 
             _check_compiler(device)
         shared = Path("/dev/shm")
         if runtime.spread and device.type == "cuda" and shared.is_dir() and shutil.disk_usage(shared).free < 1e9:
-            logger.warning("%s has less than 1 GB free, which NCCL may need: start a container with --shm-size=1g", shared)
+            logger.warning(
+                "%s has less than 1 GB free, which NCCL may need: start a container with --shm-size=1g", shared
+            )
     if runtime.compile == "blocks":
         parts.append("compiled blocks")
     if runtime.cache != "none":
@@ -166,9 +171,7 @@ def set_attention(expert: Any, backend: str) -> None:
         expert.set_attention_backend(backend)
 
 
-def choose_attention(
-    model: ModelSettings, runtime: RuntimeSettings, device: torch.device
-) -> tuple[Attention, str]:
+def choose_attention(model: ModelSettings, runtime: RuntimeSettings, device: torch.device) -> tuple[Attention, str]:
     """The kernel for ``runtime.attention`` on a device, tried on a small example, and the reason.
 
     Raises:

@@ -48,15 +48,12 @@ class ShotRequest:
 
 
 class WanShotGenerator:
-    """Makes shots with Wan; loads networks when they are needed and frees them when they are not.
+    """Generates shots with Wan; loads networks when they are needed and frees them when they are not.
 
     The text encoder is freed when all prompts are encoded. Text-to-video experts are loaded for shots from text alone
     and freed when those of memory-to-video are needed, which are loaded once.
 
     Args:
-        model: which networks.
-        sampler: how shots are sampled.
-        runtime: where the networks run.
         continuity: selects the adapter, where there is one for each kind.
         scorers: bytes of the scorers that take turns with the networks, for ``runtime.offload: auto``.
     """
@@ -159,12 +156,8 @@ class WanShotGenerator:
     def _text_to_video(self) -> WanMemoryToVideoPipeline:
         if self._text_pipe is None:
             self._free_experts()
-            self._text_pipe = load_text_to_video(
-                self.model,
-                vae=self._load(text_encoder=False, experts=False).vae,
-                runtime=self._settled,
-                sampler=self.sampler,
-            )
+            vae = self._load(text_encoder=False, experts=False).vae
+            self._text_pipe = load_text_to_video(self.model, vae=vae, runtime=self._settled, sampler=self.sampler)
         return self._text_pipe
 
     def _free_experts(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Expert = Literal["high_noise", "low_noise"]
@@ -103,17 +103,14 @@ A14B = ModelSpec(
     shift=4.0,
     fps=16,
 )
-T2V_A14B = ModelSpec(
+T2V_A14B = replace(
+    A14B,
     name="Wan2.2-T2V-A14B",
     repository="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-    latent_channels=16,
-    temporal_stride=4,
-    spatial_stride=8,
-    experts=("high_noise", "low_noise"),
+    mask_channels=0,
     boundary=0.875,
     layouts=(),
     shift=12.0,
-    fps=16,
 )
 TI2V_5B = ModelSpec(
     name="Wan2.2-TI2V-5B",

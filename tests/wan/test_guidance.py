@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from storymem.wan.combinations import check_combinations
 from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.segments import memory_cached, memory_joint
@@ -207,17 +206,3 @@ def test_one_batch_for_guidance_refuses_passes_that_differ(guided: WanMemoryToVi
     batched = load_pipeline(made, runtime=ONE_BATCH)
     with pytest.raises(ValueError, match="as one batch, of one memory"):
         generate(batched, memory=images(1), **UNSEEN)
-
-
-@pytest.mark.parametrize(
-    ("mode", "runtime", "message"),
-    [
-        ("joint", {"guidance_batch": True}, r"runtime\.guidance_batch gives both the same tokens"),
-        ("cached", {"guidance_batch": True}, r"runtime\.guidance_batch gives both the same tokens"),
-        ("joint", {"guidance_parallel": True}, r"needs what the other predicts"),
-    ],
-)
-def test_where_both_passes_must_see_the_same_it_is_refused(mode: MemoryMode, runtime: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_combinations(model(mode), SamplerSettings(negative_sees_memory=False), RuntimeSettings(**runtime))
-    check_combinations(model(mode), SamplerSettings(), RuntimeSettings(**runtime))

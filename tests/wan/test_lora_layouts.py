@@ -22,7 +22,7 @@ from storymem.wan.lora import load_memory_lora, read_memory_lora
 from storymem.wan.settings import SamplerSettings, StepAdapterSettings
 from storymem.wan.sources import check_weights, inspect_weights
 from storymem.weights import MissingWeights
-from tests.wan.test_lora import (
+from tests.wan.adapters import (
     ORIGINAL,
     TO_DIFFUSERS,
     close,
