@@ -47,16 +47,11 @@ _UNBUILDABLE = (
 
 
 def check_model(folder: Path, components: Collection[str], *, spec: ModelSpec, setting: str) -> dict[str, Any]:
-    """Raise unless a folder contains all that a pipeline needs, complete and in the shapes of its configurations.
+    """The networks of a folder on the meta device, after a check that all ``components`` are complete and fit together.
 
     Args:
-        folder: with ``model_index.json``.
         components: those that will be loaded, as ``model_index.json`` names them.
-        spec: of the base model.
         setting: that names the folder, for messages.
-
-    Returns:
-        The components that are networks, on the meta device.
 
     Raises:
         FileNotFoundError, FileError: naming the file, the component and the tensor.

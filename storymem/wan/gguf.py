@@ -64,15 +64,7 @@ def check_gguf(files: GgufSettings, runtime: RuntimeSettings) -> None:
 
 
 def check_expert_file(path: Path, network: Any) -> None:
-    """Raise unless a single file contains exactly the weights of a network, in supported types; reads its header.
-
-    Args:
-        path: GGUF or safetensors.
-        network: ``WanTransformer3DModel``, on any device.
-
-    Raises:
-        FileNotFoundError, FileError: naming the file and the tensors.
-    """
+    """Raise ``FileError`` unless a GGUF or safetensors file has exactly the weights of a network, by its header."""
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     gguf = path.suffix == ".gguf"
@@ -116,14 +108,7 @@ def _weight_of(factor: str) -> str:
 
 
 def load_experts(model: ModelSettings, names: Collection[str]) -> dict[str, Any]:
-    """Transformers of the shape of ``model.network`` from the files of ``model.gguf``, which were checked.
-
-    Args:
-        names: which of ``transformer`` and ``transformer_2``.
-
-    Raises:
-        NotFiniteError: for weights that are NaN, infinite or too large.
-    """
+    """The transformers ``names`` from the files of ``model.gguf``, which were checked; NotFiniteError for NaN."""
     import torch
     from diffusers import GGUFQuantizationConfig, WanTransformer3DModel
 

@@ -164,11 +164,7 @@ class ExpertAdapter:
     as_usual: bool
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The low-rank matrices, ``blocks.0.attn1.to_q.lora_A.weight`` ..., cast to ``dtype``.
-
-        Raises:
-            NotFiniteError: if one is NaN, infinite or too large to be a weight.
-        """
+        """The low-rank matrices, ``blocks.0.attn1.to_q.lora_A.weight`` ..., in ``dtype``; NotFiniteError for NaN."""
         return {
             f"{name}.lora_{part}.weight": tensor.to(dtype or tensor.dtype)
             for name, part, tensor in self._read("A", "B")

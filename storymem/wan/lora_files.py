@@ -161,11 +161,7 @@ def peft_config(
 
 
 class LoraFile:
-    """A ``.safetensors`` or ``.pth`` file, of which only the header is read until tensors are.
-
-    Raises:
-        FileNotFoundError, FileError: if it is absent, damaged, or contains anything but named tensors.
-    """
+    """A ``.safetensors`` or ``.pth`` file; FileError if it is damaged or contains anything but named tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._state = path, None

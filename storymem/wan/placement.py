@@ -157,11 +157,7 @@ def choose_runtime(
 def settle(
     model: ModelSettings, runtime: RuntimeSettings, *, sampler: SamplerSettings | None = None, scorers: int = 0
 ) -> RuntimeSettings:
-    """``runtime`` without "auto"; logs the choice and its reason, or warns that an explicit placement is tight.
-
-    Raises:
-        ValueError: if "auto" finds no way that fits, or RAM can never be enough for an explicit placement.
-    """
+    """``runtime`` without "auto"; logs the choice or warns of an explicit one that is tight, or a ValueError."""
     grid = divide(runtime, Launch.of(runtime).world) if runtime.spread else None
     choice = choose_runtime(model, runtime, sampler=sampler, scorers=scorers, grid=grid)
     if runtime.offload == "auto":

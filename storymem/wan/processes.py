@@ -60,11 +60,7 @@ class Launch:
         return self.rank == 0
 
     def in_teams(self, size: int | None) -> Launch:
-        """The same process in its team of ``size`` neighbours; None: all are one team.
-
-        Raises:
-            ValueError: if some processes would be left over.
-        """
+        """The same process in its team of ``size`` neighbours; None: all are one team; ValueError for a remainder."""
         if size is None or size == self.world:
             return self
         if self.world % size:
@@ -114,11 +110,7 @@ def divide(runtime: RuntimeSettings, processes: int) -> Grid:
 
 
 def find_grid(runtime: RuntimeSettings, launch: Launch, *, model: ModelSettings, sampler: SamplerSettings) -> Grid:
-    """The grid for one film.
-
-    Raises:
-        ValueError: for settings that contradict each other or the number of processes.
-    """
+    """The grid for one film; ValueError for settings that contradict each other or the number of processes."""
     if launch.world * launch.teams > 1 and ":" in runtime.device:
         raise ValueError(
             f"runtime.device={runtime.device}: each of several processes takes the device of its own number; write "

@@ -172,11 +172,7 @@ def set_attention(expert: Any, backend: str) -> None:
 
 
 def choose_attention(model: ModelSettings, runtime: RuntimeSettings, device: torch.device) -> tuple[Attention, str]:
-    """The kernel for ``runtime.attention`` on a device, tried on a small example, and the reason.
-
-    Raises:
-        ValueError: for a named kernel that does not work there, or if none can share tokens.
-    """
+    """The kernel for ``runtime.attention`` on a device, tried on a small example, and the reason; or a ValueError."""
     wanted, sharing = runtime.attention, runtime.context_parallel
     head_dim, dtype = model.network.transformer["attention_head_dim"], getattr(torch, model.dtype)
     fault = functools.partial(_fault, device=device, dtype=dtype, head_dim=head_dim, sharing=sharing)
@@ -294,13 +290,10 @@ def clear_step_caches(experts: Mapping[str, Any]) -> None:
 
 
 def check_shared_states(experts: Collection[Any], *, passes_differ: bool) -> None:
-    """Refuse caches of diffusers that cannot serve two passes of guidance with different memory.
+    """Refuse (ValueError) caches of diffusers that cannot serve two passes of guidance with different memory.
 
     PyramidAttentionBroadcast and FasterCache keep one state in a layer, for pipelines that run both passes as one
     batch; Wan's pipelines run them one after the other. The other caches keep a state for each pass.
-
-    Raises:
-        ValueError: if there is such a cache and the passes differ in more than their texts.
     """
     modules = [module for expert in experts for module in expert.modules() if hasattr(module, "_diffusers_hook")]
     hooks = [hook for module in modules for hook in module._diffusers_hook.hooks.values() if hook._is_stateful]

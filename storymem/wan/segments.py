@@ -209,11 +209,7 @@ def memory_cached(memory: int, video: int, stride: int = DEFAULT_STRIDE) -> Layo
 
 
 def with_given(layout: Layout, frames: int) -> Layout:
-    """``layout`` with the first ``frames`` latent frames of its segment "video" clean, as for Wan2.2-TI2V-5B.
-
-    Raises:
-        ValueError: if no noisy frame would be left.
-    """
+    """``layout`` with the first ``frames`` latent frames of its segment "video" clean, as for Wan2.2-TI2V-5B."""
     if frames == 0:
         return layout
     span = layout.span("video")

@@ -110,11 +110,7 @@ class WanShotGenerator:
         release_memory()
 
     def generate(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray:
-        """The frames of a shot by memory-to-video, uint8 [F, H, W, 3], given frames included.
-
-        Raises:
-            NotFiniteError: if the networks compute NaN or infinity, with likely causes.
-        """
+        """The frames of a shot by memory-to-video, uint8 [F, H, W, 3]; NotFiniteError for NaN, with likely causes."""
         for number, latents in enumerate(request.memory):
             check_finite(latents, f"the latents of memory frame {number + 1}")
         images = [Image.fromarray(frame) for frame in request.given]

@@ -67,16 +67,13 @@ def inspect_weights(
 ) -> list[Source]:
     """Find all weights that a film needs and compare their headers with the networks.
 
-    Adapters of a base that is missing or does not fit are only searched for.
+    Adapters of a base that is missing or does not fit are only searched for. ``ValueError`` if a setting that names
+    weights is missing.
 
     Args:
-        model, continuity, sampler: of the film.
-        text_to_video: whether its first shot is generated from text.
+        text_to_video: whether the first shot is generated from text.
         text_encoder: whether texts are encoded.
         experts: which of the transformers are loaded, with their adapters.
-
-    Raises:
-        ValueError: if a setting that names weights is missing.
     """
     inspection = _Inspection(model, sampler, text_encoder, experts)
     return [_inspect(*needed) for needed in inspection.required(text_to_video, continuity)]

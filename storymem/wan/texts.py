@@ -35,7 +35,6 @@ class TextReader:
     """Reads texts as the pipeline's text encoder does.
 
     Args:
-        tokenizer: that of the text encoder.
         limit: tokens that are read, the end token among them.
         words: all words the model was trained on; None: it was trained on all kinds of text.
     """
@@ -46,11 +45,7 @@ class TextReader:
 
     @classmethod
     def of(cls, model: ModelSettings) -> TextReader | None:
-        """The reader of a model, or None if its tokenizer is not on this machine.
-
-        Raises:
-            FileError: if the tokenizer is damaged.
-        """
+        """The reader of a model, None if its tokenizer is not on this machine; FileError if that is damaged."""
         if model.weights is None:
             from transformers import ByT5Tokenizer
 

@@ -35,27 +35,19 @@ class Piece(NamedTuple):
     cached: str | None = None
 
 
-class SelfQuery(NamedTuple):
-    """Queries of tokens [start, stop) read key sets made of pieces."""
+class Query(NamedTuple):
+    """Queries of tokens [start, stop) read key sets of pieces in self-attention, or a text, or nothing (None)."""
 
     start: int
     stop: int
-    sets: tuple[tuple[Piece, ...], ...]
-
-
-class TextQuery(NamedTuple):
-    """Queries of tokens [start, stop) read tokens of a text, or nothing."""
-
-    start: int
-    stop: int
-    text: Text | None
+    reads: Any
 
 
 class Plan(NamedTuple):
     """A layout in tokens of this process; queries are empty where all tokens read all, as in Wan itself."""
 
-    self_queries: tuple[SelfQuery, ...]
-    text_queries: tuple[TextQuery, ...]
+    self_queries: tuple[Query, ...]
+    text_queries: tuple[Query, ...]
     tokens: tuple[int, ...]  # of each computed segment
     to_cache: tuple[tuple[str, int, int], ...]  # constant segments: name, start, stop
 
@@ -84,7 +76,7 @@ class SelfReads(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-    queries: tuple[SelfQuery, ...]
+    queries: tuple[Query, ...]
     cache: BlockCache
     to_cache: tuple[tuple[str, int, int], ...]
 
@@ -93,7 +85,7 @@ class TextReads(NamedTuple):
     """For a block's cross-attention: texts [B, L, dim] by name, and what each query reads."""
 
     texts: dict[str, Tensor]
-    queries: tuple[TextQuery, ...]
+    queries: tuple[Query, ...]
 
 
 class SegmentCache:
@@ -181,7 +173,7 @@ class SegmentAttnProcessor(WanAttnProcessor):
         for name, start, stop in reads.to_cache:
             reads.cache.add(name, key[:, start:stop], value[:, start:stop])
         outputs = []
-        for start, stop, sets in reads.queries or (SelfQuery(0, query.shape[1], ((Piece(0, query.shape[1]),),)),):
+        for start, stop, sets in reads.queries or (Query(0, query.shape[1], ((Piece(0, query.shape[1]),),)),):
             results = [
                 dispatch_attention_fn(
                     query[:, start:stop],
@@ -363,7 +355,7 @@ def _timesteps(
 
 def _texts(embedder: Any, texts: Tensor | Mapping[str, Tensor], image: Tensor | None, plan: Plan) -> Tensor | TextReads:
     by_name = {"prompt": texts} if isinstance(texts, Tensor) else texts
-    read = {query.text.name for query in plan.text_queries if query.text} if plan.text_queries else {"prompt"}
+    read = {query.reads.name for query in plan.text_queries if query.reads} if plan.text_queries else {"prompt"}
     if absent := read - by_name.keys():
         raise ValueError(f"segments read the texts {sorted(absent)}, and only {sorted(by_name)} are given")
     embedded = {name: embedder.text_embedder(by_name[name]) for name in read}
@@ -388,16 +380,16 @@ def make_plan(
         rank: of this process among the ``processes`` that share the tokens.
         caching: whether keys and values of constant segments are cached.
     """
-    segments = [segment for segment in layout.segments if segment.name not in cached]
 
     def local(token: int) -> int:
         return max(0, -(-(token - rank) // processes))
 
+    segments = [segment for segment in layout.segments if segment.name not in cached]
     spans = {segment.name: (0, segment.frames * frame_tokens) for segment in layout.segments}
     start = 0
     for segment in segments:
-        spans[segment.name] = (start, start + segment.frames * frame_tokens)
-        start += segment.frames * frame_tokens
+        end = start + segment.frames * frame_tokens
+        spans[segment.name], start = (start, end), end
     own = {segment.name: (local(spans[segment.name][0]), local(spans[segment.name][1])) for segment in segments}
 
     def piece(keys: str | Keys) -> Piece:
@@ -407,15 +399,14 @@ def make_plan(
         return Piece(local(begin), local(end), name_of(keys) if name_of(keys) in cached else None)
 
     self_queries = _joined(
-        SelfQuery(*own[segment.name], tuple(tuple(_joined(map(piece, key_set))) for key_set in segment.reads))
+        Query(*own[segment.name], tuple(tuple(_joined(map(piece, key_set))) for key_set in segment.reads))
         for segment in segments
     )
-    text_queries = _joined(TextQuery(*own[segment.name], segment.text) for segment in segments)
+    text_queries = _joined(Query(*own[segment.name], segment.text) for segment in segments)
     total = local(start)
-    plain = self_queries == [SelfQuery(0, total, ((Piece(0, total),),))]
     return Plan(
-        self_queries=() if plain else tuple(self_queries),
-        text_queries=() if [query.text for query in text_queries] == [Text()] else tuple(text_queries),
+        self_queries=() if self_queries == [(0, total, ((Piece(0, total),),))] else tuple(self_queries),
+        text_queries=() if [query.reads for query in text_queries] == [Text()] else tuple(text_queries),
         tokens=tuple(end - begin for begin, end in own.values()),
         to_cache=tuple((name, *own[name]) for name in own if caching and name in layout.constant),
     )

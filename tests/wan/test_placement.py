@@ -100,11 +100,6 @@ def test_the_precision_is_never_lowered_by_itself(a14b: ModelSettings) -> None:
         assert chosen(a14b, machine(card)).runtime.precision == "as_is"
 
 
-def test_a_smaller_memory_needs_less(a14b: ModelSettings) -> None:
-    choices = [chosen(a14b, machine(48), memory_frames=frames).estimate.stages[2].total for frames in (0, 4, 10)]
-    assert choices == sorted(choices)
-
-
 def test_what_is_asked_for_is_kept_and_judged(a14b: ModelSettings) -> None:
     asked = RuntimeSettings(offload="none")
     choice = chosen(a14b, machine(48), asked)

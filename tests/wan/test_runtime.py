@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -396,16 +395,6 @@ def test_the_choices_are_described() -> None:
 
 
 # Placement
-
-
-def test_with_model_offloading_one_network_is_on_the_device_at_a_time() -> None:
-    """What ``place`` relies on, from the hooks: a network that begins sends away the one before."""
-    pipe = load_pipeline(settings(), runtime=CPU)
-    pipe.enable_model_cpu_offload(device="cpu")
-    hooks = {name: getattr(pipe, name)._hf_hook for name in ("text_encoder", "transformer", "transformer_2", "vae")}
-    for before, name in pairwise(hooks):
-        previous = hooks[name].prev_module_hook
-        assert (previous.model, previous.hook) == (getattr(pipe, before), hooks[before]), f"{name} sends away {before}"
 
 
 def test_streamed_blocks_make_the_same_shot() -> None:

@@ -41,13 +41,6 @@ def test_sigmas_follow_the_formula(steps: int, shift: float) -> None:
     assert scheduler.timesteps.tolist() == (expected * 1000).astype(int).tolist()
 
 
-def test_diffusers_own_spacing_is_another() -> None:
-    ours, theirs = wan_scheduler(4.0), UniPCMultistepScheduler(**FLOW, flow_shift=4.0)
-    ours.set_timesteps(8)
-    theirs.set_timesteps(8)
-    assert ours.timesteps.tolist() != theirs.timesteps.tolist()
-
-
 def test_it_steps_as_diffusers_on_the_same_sigmas() -> None:
     ours, theirs = wan_scheduler(4.0), UniPCMultistepScheduler(**FLOW, flow_shift=4.0)
     ours.set_timesteps(6)

@@ -154,10 +154,6 @@ def test_everything_in_a_request_matters(ready: WanShotGenerator, changes: dict[
     np.testing.assert_array_equal(ready.generate(request()), frames)
 
 
-def test_a_shots_own_length(ready: WanShotGenerator) -> None:
-    assert ready.generate(request(frames=5)).shape == (5, HEIGHT, WIDTH, 3)
-
-
 def test_the_first_shot_has_networks_of_its_own(ready: WanShotGenerator) -> None:
     assert not np.array_equal(ready.first(request()), ready.generate(request()))
     np.testing.assert_array_equal(ready.first(request()), ready.first(request()))
@@ -244,11 +240,3 @@ def test_without_guidance_no_negative_prompt_is_encoded(tiny_model: ModelSetting
     made.prepare(["a fox"], ["fog"])
     assert list(made._embeds) == ["a fox"]
     assert made.generate(request(negative_prompt="fog")).shape[0] == FRAMES
-
-
-def test_keyframes_are_encoded_alone(ready: WanShotGenerator, pipe: WanMemoryToVideoPipeline) -> None:
-    frames = [np.asarray(image) for image in images(3)]
-    latents = ready.encode_keyframes(frames)
-    assert [latent.shape for latent in latents] == [(16, 1, HEIGHT // 8, WIDTH // 8)] * 3
-    assert torch.equal(torch.stack(latents), pipe.encode_memory(images(3)))
-    assert ready.encode_keyframes([]) == []

@@ -41,10 +41,6 @@ def test_what_a_film_needs() -> None:
     assert names(published(adapter=None), text_to_video=False) == ["i2v"]
 
 
-def test_networks_from_their_configuration_need_nothing() -> None:
-    check_weights(settings(), text_to_video=True)
-
-
 def test_all_that_is_missing_is_reported_at_once() -> None:
     with pytest.raises(MissingWeights) as error:
         check_weights(published(), text_to_video=True, continuity="mm2v")
