@@ -291,7 +291,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         """The tensors of the next step: a callback is given those of ``names`` and may replace any."""
         condition = None if shot.condition is None else shot.condition.expand(latents.shape[0], -1, -1, -1, -1)
         texts = {"prompt_embeds": shot.text, "negative_prompt_embeds": shot.negative}
-        tensors = {"latents": latents, "condition": condition, **texts}
+        tensors: dict[str, Any] = {"latents": latents, "condition": condition, **texts}
         tensors |= callback(self, i, t, {name: tensors[name] for name in names}) or {}
         if tensors["condition"] is condition:
             tensors["condition"] = shot.condition

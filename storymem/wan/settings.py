@@ -27,7 +27,6 @@ POSITIONS = 1024
 LONGEST_SIDE, MOST_PIXELS = 8192, 2 * 10**9
 _MOST_FRAMES = 4 * (POSITIONS - 1) + 1
 MAX_SEED = 2**63 - 1
-_TORCHRUN = "torchrun --nproc_per_node=N scripts/generate.py ..."
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -345,34 +344,34 @@ def check_combinations(
     """Raise ``ValueError`` for settings that contradict each other or have no effect together.
 
     Args:
-        model, sampler, runtime: of a film.
-        processes: how many make it; None: not known yet.
+        processes: how many generate a film; None: not known yet.
     """
-    network, cached = model.network.transformer, model.memory_attention == "cached"
-    joint_pass = "sampler.negative_sees_memory=false hides the memory from one of the two passes of guidance, and"
+    blocks, cached = model.network.transformer["num_layers"], model.memory_attention == "cached"
+    batch, halves, cache = runtime.guidance_batch, runtime.guidance_parallel, runtime.cache
+    hidden = "sampler.negative_sees_memory=false hides the memory from one pass of guidance, and"
     rules = {
-        f"runtime.guidance_batch does not combine with runtime.cache={runtime.cache}, which skips steps for each of "
-        "the two passes alone: use one of them": runtime.guidance_batch and runtime.cache != "none",
+        f"runtime.guidance_batch does not combine with runtime.cache={cache}, which skips steps for each of the two "
+        "passes alone: use one of them": batch and cache != "none",
         "runtime.guidance_batch runs both passes of guidance on one device, runtime.guidance_parallel each on its own: "
-        "use one of them": runtime.guidance_batch and runtime.guidance_parallel,
+        "use one of them": batch and halves,
         "runtime.guidance_batch batches the two passes of guidance; sampler.guidance=1 has only one": (
-            runtime.guidance_batch and sampler.guidance == 1
+            batch and sampler.guidance == 1
         ),
-        f"{joint_pass} runtime.guidance_batch gives both the same tokens: set it to false": (
-            runtime.guidance_batch and not sampler.negative_sees_memory
+        f"{hidden} runtime.guidance_batch gives both the same tokens: set it to false": (
+            batch and not sampler.negative_sees_memory
         ),
-        f"{joint_pass} with memory_attention=joint that pass needs what the other predicts, which "
-        "runtime.guidance_parallel computes elsewhere at the same time: set it to false": (
-            runtime.guidance_parallel and not sampler.negative_sees_memory and not cached
+        f"{hidden} with memory_attention=joint that pass needs what the other predicts, which "
+        "runtime.guidance_parallel computes elsewhere: set it to false": (
+            halves and not sampler.negative_sees_memory and not cached
         ),
-        "runtime.cache=first_block does not combine with runtime.context_parallel: each process sees its own tokens, "
-        "and they would skip different steps; use runtime.cache=taylor": (
-            runtime.cache == "first_block" and runtime.context_parallel != "none"
+        "runtime.cache=first_block does not combine with runtime.context_parallel: processes see different tokens and "
+        "would skip different steps; use runtime.cache=taylor": (
+            cache == "first_block" and runtime.context_parallel != "none"
         ),
         f"runtime.cache=first_block skips all blocks but the first, and the networks of {model.name} have only one: "
-        "use runtime.cache=none": runtime.cache == "first_block" and network["num_layers"] < 2,
-        f"runtime.cache={runtime.cache} skips steps that resemble the one before; the {sampler.steps} steps of a "
-        "step-distilled sampler do not: use runtime.cache=none": runtime.cache != "none" and bool(sampler.adapter),
+        "use runtime.cache=none": cache == "first_block" and blocks < 2,
+        f"runtime.cache={cache} skips steps that resemble the one before; the {sampler.steps} steps of a "
+        "step-distilled sampler do not: use runtime.cache=none": cache != "none" and bool(sampler.adapter),
         f"runtime.memory_cache={runtime.memory_cache} is for model.memory_attention=cached: with joint nothing of the "
         "memory is cached": runtime.memory_cache != "device" and not cached,
         "runtime.precision=fp8_storage converts weights layer by layer, which cannot be compiled: use "
@@ -387,10 +386,10 @@ def check_combinations(
         value = getattr(runtime, name)
         rules[
             f"runtime.{name}={str(value).lower()} shares a film among several processes and there is one: start it "
-            f"with {_TORCHRUN}, or use another runtime"
+            "with torchrun --nproc_per_node=N scripts/generate.py ..., or use another runtime"
         ] = processes == 1 and value not in (False, "none")
-    if (processes or 1) > 1:
-        rules |= _rules_for_several(model, sampler, runtime, processes or 1)
+    if processes is not None and processes > 1:
+        rules |= _rules_for_several(model, sampler, runtime, processes)
     if broken := next((message for message, applies in rules.items() if applies), None):
         raise ValueError(broken)
 
@@ -399,9 +398,10 @@ def _rules_for_several(
     model: ModelSettings, sampler: SamplerSettings, runtime: RuntimeSettings, processes: int
 ) -> dict[str, bool]:
     """What several processes cannot do: message -> whether the settings ask for it."""
-    method, halves = runtime.context_parallel, runtime.guidance_parallel
+    method, halves, sharded = runtime.context_parallel, runtime.guidance_parallel, runtime.shard_weights
     heads, context = model.network.transformer["num_attention_heads"], processes // (2 if halves else 1)
     fitting = ", ".join(str(n) for n in range(2, heads + 1) if heads % n == 0)
+    twice = ", each twice for guidance_parallel" if halves else ""
     rules = {
         f"{processes} processes were started and nothing specifies how they share the film: write runtime=multi-gpu, "
         "or runtime.context_parallel=ulysses, or runtime.guidance_parallel=true": method == "none" and not halves,
@@ -415,11 +415,10 @@ def _rules_for_several(
         "write runtime.offload=none runtime.shard_weights=true": runtime.offload not in ("none", "auto"),
         "runtime.cache=first_block skips a step in one pass and not in the other, and processes that share weights "
         "must gather them at the same time: write runtime.cache=taylor or none": (
-            runtime.cache == "first_block" and runtime.shard_weights
+            runtime.cache == "first_block" and sharded
         ),
         f"runtime.context_parallel=ulysses gives each of {context} processes equally many of the model's {heads} "
-        f"attention heads: start as many processes as divide them ({fitting}"
-        f"{', each twice for guidance_parallel' if halves else ''}), or use ring": (
+        f"attention heads: start as many processes as divide them ({fitting}{twice}), or use ring": (
             method == "ulysses" and heads % context != 0
         ),
         "runtime.context_parallel=ring joins parts of attention by their log-sum-exp, which torch's native attention "
@@ -436,5 +435,5 @@ def _rules_for_several(
         rules[
             f"runtime.{name}={value} does not combine with runtime.shard_weights=true: write runtime.{name}={plain}, "
             "or leave the weights whole"
-        ] = runtime.shard_weights and value != plain
+        ] = sharded and value != plain
     return rules
