@@ -336,13 +336,14 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
     ) -> Tensor:
         """What an expert predicts for those of the denoised ``frames`` that a pass sees; [2 B, ...] for two texts."""
         layout = shot.layout if name == "cond" else shot.negative_layout
-        text = torch.cat([_rows(text, seen.shape[0]) for text in texts]).to(seen.device, seen.dtype)
-        batch = seen.repeat(len(texts), 1, 1, 1, 1) if len(texts) > 1 else seen
+        rows = [_rows(text, seen.shape[0]) for text in texts]
+        text = rows[0] if len(rows) == 1 else torch.cat(rows)
+        batch = seen if len(rows) == 1 else seen.repeat(len(rows), 1, 1, 1, 1)
         with expert.cache_context(name):
             (prediction,) = expert(
                 hidden_states=batch[:, :, -layout.frames :],
                 timestep=t.expand(batch.shape[0]),
-                encoder_hidden_states=text,
+                encoder_hidden_states=text.to(seen.device, seen.dtype),
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
                 layout=layout,
