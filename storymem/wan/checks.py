@@ -45,7 +45,7 @@ def check_shot(
     ratio, experts, spec = pipe.config.boundary_ratio, pipe.experts, pipe.spec
     needed = {"transformer": ratio is None or ratio < 1, "transformer_2": ratio is not None and ratio > 0}
     if absent := [name for name, used in needed.items() if used and name not in experts]:
-        raise ValueError(f"the pipeline has no {' and no '.join(absent)}: load both experts to make shots")
+        raise ValueError(f"the pipeline has no {' and no '.join(absent)}: load both experts to generate shots")
     for expert in experts.values():  # one may have been replaced since the pipeline was made
         enable_layouts(expert)
     spec.latent_size(height, width)
@@ -65,7 +65,7 @@ def check_shot(
         raise ValueError(f"a shot of {num_frames} frames has no room after {len(given)} given frames")
     for name, image in given.items():
         if not (spec.mask_channels or spec.clean_frames):
-            raise ValueError(f"{name}: {spec.name} makes shots from text alone")
+            raise ValueError(f"{name}: {spec.name} generates shots from text alone")
         _check_image(name, image, height, width)
     if output_type not in ("latent", "np", "pt", "pil"):
         raise ValueError(f"output_type must be latent, np, pt or pil, not {output_type!r}")
@@ -77,7 +77,7 @@ def check_memory(pipe: Any, memory: Memory | None, height: int, width: int, stri
         raise ValueError(f"memory must be a list of PIL images or of latents, not one {type(memory).__name__}")
     frames = [] if memory is None else list(memory)
     if frames and not pipe.spec.layouts:
-        raise ValueError(f"{pipe.spec.name} makes shots from text alone, without memory")
+        raise ValueError(f"{pipe.spec.name} generates shots from text alone, without memory")
     expected = [pipe.spec.latent_channels, 1, *pipe.spec.latent_size(height, width)]
     for number, frame in enumerate(frames):
         if not isinstance(frame, Tensor):

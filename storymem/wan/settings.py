@@ -146,7 +146,7 @@ class ModelSettings:
         gguf: files for the experts, in place of the transformers in ``weights``.
         text_to_video: weights of the text-to-video model for the first shot; only its transformers are used.
         has_text_to_video: whether ``first_shot: t2v`` has a model of its own. If not, the memory-to-video model
-            makes the first shot from text alone.
+            generates the first shot from text alone.
         adapter: the memory LoRA; None: the weights themselves know memory, or are random.
         adapters: other LoRAs, also for the text-to-video model.
         rope_stride: S, the distance between memory frames on the temporal axis.
@@ -183,7 +183,7 @@ class ModelSettings:
 
     @property
     def text_spec(self) -> ModelSpec:
-        """The base model of the networks that make a first shot from text alone."""
+        """The base model of the networks that generate a first shot from text alone."""
         return T2V_A14B if self.has_text_to_video else self.spec
 
     def __post_init__(self) -> None:
@@ -197,7 +197,7 @@ class ModelSettings:
         if (self.boundary is None) != (len(self.spec.experts) == 1):
             raise ValueError(f"boundary separates two experts; {self.spec.name} has {len(self.spec.experts)}")
         if self.has_text_to_video and self.base != "wan2.2-a14b":
-            raise ValueError(f"{self.spec.name} makes first shots itself: set has_text_to_video to false")
+            raise ValueError(f"{self.spec.name} generates first shots itself: set has_text_to_video to false")
         if self.gguf is not None and self.weights is None:
             raise ValueError("gguf holds the experts alone: weights must name where VAE and text encoder come from")
         if self.weights is not None and self.has_text_to_video and self.text_to_video is None:
