@@ -22,7 +22,7 @@ from torch import Tensor
 
 from storymem.data.settings import GroupSettings
 
-_ROWS, _COLUMNS = 1024, 16384  # of a block of similarities
+_ROWS = 256  # of a block of similarities, which has a column for each clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,47 +102,34 @@ def _partition(keys: Sequence[Hashable]) -> list[list[int]]:
 def near_duplicates(rows: Tensor, threshold: float) -> dict[int, int]:
     """Row -> the earlier row that is used instead, for cosines of at least ``threshold``; rows [N, D]."""
     copies: dict[int, int] = {}
-    kept = torch.empty(0, dtype=torch.long, device=rows.device)
+    originals: list[int] = []
+    bank = torch.empty_like(rows)  # of the originals
     for start in range(0, len(rows), _ROWS):
-        block = rows[start : start + _ROWS]
-        best, nearest = nearest_others(block, rows[kept], 1)
-        known = dict(enumerate(zip(best[:, 0].tolist(), nearest[:, 0].tolist(), strict=True))) if len(kept) else {}
-        inside = (block @ block.T >= threshold).cpu().numpy()
-        new: list[int] = []
-        for row in range(len(block)):
-            cosine, place = known.get(row, (-2.0, 0))
-            if cosine >= threshold:
-                copies[start + row] = int(kept[place])
-            elif new and inside[row, new].any():
-                copies[start + row] = start + new[int(inside[row, new].argmax())]
+        block, known = rows[start : start + _ROWS], len(originals)
+        alike = (torch.cat([block @ bank[:known].T, block @ block.T], dim=1) >= threshold).cpu().numpy()
+        is_original = np.arange(alike.shape[1]) < known
+        for row, near in enumerate(alike):
+            near &= is_original
+            if near.any():
+                place = int(near.argmax())
+                copies[start + row] = originals[place] if place < known else start + place - known
             else:
-                new.append(row)
-        kept = torch.cat([kept, torch.tensor(new, dtype=torch.long, device=rows.device) + start])
+                is_original[known + row] = True
+        new = np.flatnonzero(is_original[known:])
+        originals += (start + new).tolist()
+        bank[known : len(originals)] = block[new]
     return copies
 
 
-def nearest_others(block: Tensor, columns: Tensor, count: int, first: int | None = None) -> tuple[Tensor, Tensor]:
-    """The cosines and numbers of the ``count`` most similar ``columns`` [N, D] of each row of ``block``, best first.
+def nearest_others(block: Tensor, columns: Tensor, count: int, first: int) -> tuple[Tensor, Tensor]:
+    """The cosines and numbers of the ``count`` most similar rows of ``columns`` [N, D], best first.
 
-    Args:
-        block: [B, D].
-        columns: [N, D].
-        count: how many; fewer if there are fewer.
-        first: ``block`` is rows ``first`` and on of ``columns``, and no row is its own neighbour; None: it is not.
+    ``block`` is rows ``first`` and on of ``columns``; no row is its own neighbour.
     """
-    best = torch.empty(len(block), 0, device=block.device)
-    where = torch.empty(len(block), 0, dtype=torch.long, device=block.device)
-    own = None if first is None else torch.arange(len(block), device=block.device)[:, None] + first
-    for start in range(0, len(columns), _COLUMNS):
-        cosines = block @ columns[start : start + _COLUMNS].T
-        if own is not None:
-            numbers = torch.arange(start, start + cosines.shape[1], device=block.device)
-            cosines = cosines.masked_fill(numbers == own, -torch.inf)
-        top = cosines.topk(min(count, cosines.shape[1]), dim=1)
-        best, where = torch.cat([best, top.values], 1), torch.cat([where, top.indices + start], 1)
-        best, order = best.topk(min(count, best.shape[1]), dim=1)
-        where = where.gather(1, order)
-    return best, where
+    cosines = block @ columns.T
+    cosines.diagonal(first).fill_(-torch.inf)
+    best, numbers = cosines.topk(min(count, len(columns)), dim=1)
+    return best, numbers
 
 
 def find_neighbours(rows: Tensor, settings: GroupSettings) -> list[list[int]]:

@@ -37,9 +37,6 @@ def prepare_expert(transformer: Any, expert: Expert, settings: AdapterTrainingSe
     """Make an expert trainable: freeze it and add a memory adapter, B = 0 and A from ``seed`` or both from ``start``.
 
     What trains is in float32 in any case. Without adapter settings all parameters train.
-
-    Raises:
-        ValueError: if the adapter to start from has another rank or scale.
     """
     transformer.requires_grad_(settings is None)
     if settings is None:
@@ -51,12 +48,8 @@ def prepare_expert(transformer: Any, expert: Expert, settings: AdapterTrainingSe
         transformer.add_adapter(config, adapter_name=ADAPTER)
     cast_training_params(transformer, torch.float32)
     if settings.start is not None:
-        start = read_memory_lora({expert: transformer}, settings.start)[expert]
-        _check_same_adapter(start.info, settings, f"adapter.start={settings.start}")
-        parameters = trained_parameters(transformer)
-        tensors = start.tensors(torch.float32)
-        assert parameters.keys() == tensors.keys()
-        for name, parameter in parameters.items():
+        tensors = read_memory_lora({expert: transformer}, settings.start)[expert].tensors(torch.float32)
+        for name, parameter in trained_parameters(transformer).items():
             assign(parameter, tensors[name])
 
 
@@ -77,21 +70,16 @@ def check_start(settings: AdapterTrainingSettings, model: ModelSettings, experts
         networks = {expert: check_component(locate(model.weights), COMPONENTS[expert]) for expert in experts}
     where = f"adapter.start={settings.start}"
     for adapter in read_memory_lora(networks, settings.start).values():
-        _check_same_adapter(adapter.info, settings, where)
+        for name in ("rank", "alpha", "use_rslora"):
+            if (has := getattr(adapter.info, name)) != (wanted := getattr(settings, name)):
+                raise ValueError(
+                    f"{where} has {name}={has}, and the settings have adapter.{name}={wanted}: write "
+                    f"adapter.{name}={has}, or start another run"
+                )
         if adapter.config["rank_pattern"] or adapter.config["alpha_pattern"]:
             raise ValueError(f"{where}: modules of {adapter.file.path} have several ranks or scales; training has one")
         if not adapter.as_usual:
             print(f"{where}: {adapter.report}", file=sys.stderr)
-
-
-def _check_same_adapter(found: AdapterInfo, settings: AdapterTrainingSettings, where: str) -> None:
-    for name in ("rank", "alpha", "use_rslora"):
-        has, wanted = getattr(found, name), getattr(settings, name)
-        if has != wanted:
-            raise ValueError(
-                f"{where} has {name}={has}, and the settings have adapter.{name}={wanted}: write adapter.{name}={has}, "
-                "or start another run"
-            )
 
 
 def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
@@ -221,15 +209,6 @@ def make_accelerator(device: torch.device | None) -> Accelerator:
     options["cpu"] = device.type == "cpu" and not is_initialized()
     make_current(device)
     return Accelerator(**options) if several else _OnDevice(device, **options)
-
-
-def check_parallel(parallel: ParallelSettings, accelerator: Accelerator) -> None:
-    """Raise ``ValueError`` for a strategy that cannot run on these processes."""
-    if parallel.strategy == "fsdp" and accelerator.num_processes == 1:
-        raise ValueError(
-            "parallel.strategy=fsdp shards the experts over several processes and there is one: start it with "
-            "torchrun --nproc-per-node=N -m storymem train ..., or use parallel.strategy=ddp"
-        )
 
 
 def save_parameters(

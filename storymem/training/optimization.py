@@ -24,6 +24,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors on the CPU, gathered from their shards; all processes must call this together."""
+    return {name: whole(tensor.detach()).cpu().clone() for name, tensor in tensors.items()}
+
+
 def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor on the device of ``parameter``, and sharded as it is if it has its shape."""
     value = value.to(parameter.device)
@@ -36,20 +41,6 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
 def assign(parameter: nn.Parameter, value: Tensor) -> None:
     """Write a whole tensor into a parameter."""
     parameter.copy_(sharded_like(value.to(parameter.dtype), parameter))
-
-
-def check_optimizer(settings: OptimizerSettings, device: torch.device) -> None:
-    """Raise ``ValueError`` for an optimizer that cannot run here."""
-    if settings.name != "adamw_8bit":
-        return
-    if device.type == "cpu":
-        raise ValueError("optimizer.name=adamw_8bit needs an accelerator: use adamw on the CPU")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "optimizer.name=adamw_8bit needs bitsandbytes: pip install 'storymem[four-bit]', or use adamw"
-        ) from None
 
 
 def build_optimizer(settings: OptimizerSettings, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

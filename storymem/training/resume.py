@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,31 +31,30 @@ def check_run_folder(folder: Path, settings: TrainSettings, config: Mapping[str,
     if not folder.exists():
         return False
     newest = Checkpoints(folder / CHECKPOINTS, keep=settings.checkpoint.keep).newest_readable()
-    before = _recorded(folder, required=newest is None)
-    if newest is None and before is None:
+    before = _recorded(folder) if newest is None else newest.about["config"]
+    if before is None:
         return False
     if settings.resume == "never":
         raise ValueError(f"{folder} holds a run: choose another output, or resume it with resume=auto")
     if newest is not None:
         check_same_run(newest, settings, config, processes=Launch.of_environment().world)
-    elif changed := _essential_changes(before or {}, config):
+    elif changed := _essential_changes(before, config):
         raise ValueError(_refusal(folder, changed))
     return newest is not None
 
 
-def _recorded(folder: Path, *, required: bool) -> dict[str, Any] | None:
-    """The settings that the run in ``folder`` was last started with; None if it is empty, or they are not required.
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in ``folder``, which has no checkpoint; None if the folder is empty.
 
-    Raises:
-        ValueError: if they are required, and the folder holds something else or its ``config.yaml`` is damaged.
+    ``FileError`` if it holds something else, or if its ``config.yaml`` is damaged.
     """
     path = folder / CONFIG
     names = sorted(name for entry in folder.iterdir() if not (name := entry.name).startswith("."))
-    if not path.exists():
-        if names and required:
-            shown = ", ".join(names[:4]) + (" ..." if names[4:] else "")
-            raise FileError(f"{folder} is not empty and holds no training run ({shown}): choose another output")
+    if not names:
         return None
+    if not path.exists():
+        shown = ", ".join(names[:4]) + (" ..." if names[4:] else "")
+        raise FileError(f"{folder} is not empty and holds no training run ({shown}): choose another output")
     try:
         found = read_yaml(path)
         if isinstance(found, dict) and {"dataset", "output", "adapter", "optimizer"} <= found.keys():
@@ -64,10 +62,7 @@ def _recorded(folder: Path, *, required: bool) -> dict[str, Any] | None:
         reason = f"{path} does not hold the settings of a training run"
     except FileError as error:
         reason = str(error)
-    if required:
-        raise FileError(f"{reason}, and there is no checkpoint of a run in {folder}: choose another output")
-    print(f"{reason}; it is written again", file=sys.stderr)
-    return None
+    raise FileError(f"{reason}, and there is no checkpoint of a run in {folder}: choose another output")
 
 
 def check_same_run(

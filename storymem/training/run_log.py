@@ -19,19 +19,6 @@ from storymem.training.settings import LogSettings
 METRICS = "metrics.jsonl"
 
 
-def check_log(settings: LogSettings) -> None:
-    """Raise ``ValueError`` if wandb is wanted and not installed."""
-    if settings.wandb == "disabled":
-        return
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            f"log.wandb={settings.wandb} needs wandb: pip install 'storymem[train]', or write log.wandb=disabled; "
-            "the run's folder has all metrics either way"
-        ) from None
-
-
 class RunLog:
     """The log of the run in ``folder``; only the main process has one. Nothing is written before :meth:`begin`.
 

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from storymem.data.cache import LatentCache, cache_fingerprint
@@ -23,7 +25,6 @@ from storymem.training.checkpoints import Checkpoint, Checkpoints
 from storymem.training.dataset import SamplePlanner, train_batches, training_set_digest
 from storymem.training.experts import (
     Experts,
-    check_parallel,
     make_accelerator,
     prepare_expert,
     save_model,
@@ -31,9 +32,8 @@ from storymem.training.experts import (
 )
 from storymem.training.method import MemoryTraining
 from storymem.training.objective import MemoryObjective
-from storymem.training.optimization import check_optimizer
 from storymem.training.resume import CHECKPOINTS, CONFIG, MODEL, changes_of_later_steps, check_same_run
-from storymem.training.run_log import RunLog, check_log
+from storymem.training.run_log import RunLog
 from storymem.training.settings import GIVEN_FRAMES, AdapterTrainingSettings, TrainSettings
 from storymem.training.trainer import Callback, Trainer
 from storymem.wan.loading import load_pipeline
@@ -70,6 +70,27 @@ def open_cache(settings: TrainSettings) -> LatentCache:
     return cache
 
 
+def _check_machine(settings: TrainSettings, accelerator: Accelerator) -> None:
+    """Raise ``ValueError`` for settings that these processes or the installed packages cannot serve."""
+    if settings.parallel.strategy == "fsdp" and accelerator.num_processes == 1:
+        raise ValueError(
+            "parallel.strategy=fsdp shards the experts over several processes and there is one: start it with "
+            "torchrun --nproc-per-node=N -m storymem train ..., or use parallel.strategy=ddp"
+        )
+    if settings.optimizer.name == "adamw_8bit":
+        if accelerator.device.type == "cpu":
+            raise ValueError("optimizer.name=adamw_8bit needs an accelerator: use adamw on the CPU")
+        if find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "optimizer.name=adamw_8bit needs bitsandbytes: pip install 'storymem[four-bit]', or use adamw"
+            )
+    if settings.log.wandb != "disabled" and find_spec("wandb") is None:
+        raise ValueError(
+            f"log.wandb={settings.log.wandb} needs wandb: pip install 'storymem[train]', or write log.wandb=disabled; "
+            "the run's folder has all metrics either way"
+        )
+
+
 class Run:
     """A run that is ready to start; ``settings`` were built from ``config``, which the run's folder holds."""
 
@@ -77,9 +98,7 @@ class Run:
         self.settings, self.folder = settings, Path(settings.output)
         device = None if settings.runtime.device == "auto" else resolve_device(settings.runtime.device)
         self.accelerator = accelerator = make_accelerator(device)
-        check_parallel(settings.parallel, accelerator)
-        check_optimizer(settings.optimizer, accelerator.device)
-        check_log(settings.log)
+        _check_machine(settings, accelerator)
         world, batch = accelerator.num_processes, settings.batch
         plans = partial(SamplePlanner, latents, batch, conditioning=settings.conditioning, seed=settings.seed)
         planner = plans(samples=batch.size * batch.accumulation * world)

@@ -27,6 +27,7 @@ from storymem.training.optimization import (
     load_optimizer_state,
     optimizer_state,
     whole,
+    whole_tensors,
 )
 from storymem.training.settings import OptimizerSettings
 
@@ -35,10 +36,6 @@ _AVERAGE, _OPTIMIZER = "average", "optimizer.safetensors"
 T = TypeVar("T")
 Sums = dict[str, Tensor]
 """Name -> sum and number of what is logged, [2] or [2, bins]."""
-
-
-class NonFiniteLoss(NotFiniteError):
-    """A loss or gradient that is NaN or infinite; names the clips. No checkpoint contains its effect."""
 
 
 class Method(Protocol):
@@ -176,7 +173,7 @@ class Trainer:
 
     def whole_parameters(self) -> dict[str, Tensor]:
         """All parameters, gathered from all processes, on the CPU; all must call this together."""
-        return {name: whole(parameter.detach()).cpu().clone() for name, parameter in self.parameters.items()}
+        return whole_tensors(self.parameters)
 
     def save(self, checkpoints: Checkpoints) -> None:
         """Write a checkpoint; all processes must call this together.
@@ -185,18 +182,17 @@ class Trainer:
             NotFiniteError: before anything is written, if it has NaN or infinity.
             FileError: if it cannot be written; older checkpoints stay.
         """
-        parameters = self.whole_parameters()
-        with self.averaged():
-            average = None if self.average is None else self.whole_parameters()
+        parameters, average, updates = self.whole_parameters(), dict[str, Tensor](), None
+        if self.average is not None:
+            average, updates = whole_tensors(self.average.values), self.average.updates
         tensors, numbers = optimizer_state(self.optimizer, self.parameters)
-        for saved in (parameters, average or {}, tensors):
+        for saved in (parameters, average, tensors):
             self.check_finite(saved)
-        updates = None if self.average is None else self.average.updates
         state = {"optimizer": numbers, "average_updates": updates, "due": self._due}
         if self.accelerator.is_main_process:
             with checkpoints.writing(self.step, state) as folder:
                 self.method.save(parameters, folder / self.method.saved_as)
-                if average is not None:
+                if average:
                     self.method.save(average, folder / _AVERAGE)
                 with replacing(folder / _OPTIMIZER) as partial:
                     save_file(tensors, partial)
@@ -306,7 +302,7 @@ class Trainer:
         return whole(norm)
 
     def _check_loss(self, loss: Tensor, norm: Tensor, ids: list[str]) -> None:
-        """Raise ``NonFiniteLoss`` at all processes if one has NaN or infinity."""
+        """Raise ``NotFiniteError`` with the clips at all processes if one has NaN or infinity."""
         bad = not bool(loss.isfinite())
         flag = torch.tensor([float(bad or not bool(norm.isfinite()))], device=self.accelerator.device)
         if not self.accelerator.gather(flag).any():
@@ -315,7 +311,7 @@ class Trainer:
         causes = [report for report in reports if report[0]] or reports
         what = f"the loss is {causes[0][1]}" if causes[0][0] else f"the norm of the gradients is {norm.item()}"
         clips = ", ".join(id for _, _, of_process in causes for id in of_process)
-        raise NonFiniteLoss(
+        raise NotFiniteError(
             f"step {self.step + 1}: {what}; the clips of this batch are {clips}. Nothing of this step was saved. "
             + self._advice()
         )

@@ -17,7 +17,6 @@ from storymem.training.objective import MemoryObjective, noise_level
 from storymem.training.settings import ObjectiveSettings, TrainSettings
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.loading import load_pipeline
-from storymem.wan.lora_files import AdapterInfo
 from storymem.wan.segments import Layout, memory_cached
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings
 from storymem.wan.transformer import SegmentCache
@@ -193,7 +192,3 @@ def test_an_adapter_states_its_mode_and_is_refused_for_the_other(tmp_path: Path,
     assert pipe.config.memory_attention == "cached"
     with pytest.raises(ValueError, match=r"was trained for cached memory attention, not joint: set model\.memory_att"):
         load_pipeline(using("joint"), runtime=CPU)
-
-
-def test_an_adapter_without_a_mode_is_of_the_published_one() -> None:
-    assert AdapterInfo().memory_attention == "joint"

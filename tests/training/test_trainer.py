@@ -23,11 +23,11 @@ from storymem.data.cache import LatentCache
 from storymem.io import NotFiniteError
 from storymem.stopping import Stopped
 from storymem.training.checkpoints import Checkpoints
-from storymem.training.experts import check_parallel, make_accelerator, prepare_expert
-from storymem.training.optimization import MovingAverage, check_optimizer
+from storymem.training.experts import make_accelerator, prepare_expert
+from storymem.training.optimization import MovingAverage
 from storymem.training.resume import check_run_folder
 from storymem.training.session import open_cache
-from storymem.training.settings import OptimizerSettings, ParallelSettings, TrainSettings
+from storymem.training.settings import ParallelSettings, TrainSettings
 from storymem.training.trainer import StepReport, Trainer
 from tests import stories
 from tests.training.tiny import (
@@ -233,22 +233,6 @@ def test_lost_numbers_stop_the_run_name_the_clips_and_are_not_saved(
     assert all(parameter.isfinite().all() for parameter in of.parameters.values())
 
 
-def test_checkpoints_rotate_and_a_broken_one_never_shows(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (5, 10, 15):
-        with checkpoints.writing(step) as folder:
-            (folder / "content").write_text(str(step))
-    assert checkpoints.steps() == [10, 15]
-    with pytest.raises(FileNotFoundError), checkpoints.writing(20) as folder:
-        (folder / "absent" / "content").write_text("half")
-    assert checkpoints.steps() == [10, 15]
-    (tmp_path / ".step_00000025.partial").mkdir()  # left by a killed process
-    with checkpoints.writing(15) as folder:
-        (folder / "content").write_text("again")
-    assert (checkpoints.path(15) / "content").read_text() == "again"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000015"]
-
-
 def test_the_moving_average_follows_and_changes_places() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3))
     average = MovingAverage({"p": parameter}, decay=0.9)
@@ -364,8 +348,6 @@ def test_a_run_can_begin_from_an_adapter_of_its_own_rank(tmp_path: Path) -> None
     start = replace(ADAPTER, start=str(tmp_path))
     for name, parameter in method("high_noise", adapter=start).parameters.items():
         assert torch.equal(parameter, trained[name])
-    with pytest.raises(ValueError, match=r"has rank=4, and the settings have adapter.rank=8: write adapter.rank=4"):
-        method("high_noise", adapter=replace(start, rank=8))
 
 
 def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path) -> None:
@@ -442,9 +424,8 @@ def test_masks_with_a_weight_must_exist(tmp_path: Path, opened: Callable[[Memory
     open_cache(settings)
 
 
-def test_what_cannot_run_here_is_refused() -> None:
-    eight_bit = OptimizerSettings(name="adamw_8bit")
+def test_what_cannot_run_here_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs an accelerator"):
-        check_optimizer(eight_bit, CPU)
+        run(tmp_path, optimizer={"name": "adamw_8bit"})
     with pytest.raises(ValueError, match="torchrun"):
-        check_parallel(ParallelSettings(strategy="fsdp"), make_accelerator(CPU))
+        run(tmp_path, parallel={"strategy": "fsdp"})
