@@ -32,6 +32,7 @@ from storymem.data.steps import (
 )
 from storymem.io import check_finite, check_room
 from storymem.memory import embed_in_batches
+from storymem.scorers import with_defaults
 from storymem.scorers.scorer import as_images
 from storymem.wan.conditioning import blank_padded, encode_frames, encode_video, latent_mask
 from storymem.wan.loading import load_pipeline
@@ -133,8 +134,9 @@ def stored(latents: Tensor, what: str, settings: CacheSettings) -> Tensor:
 def cache_clips(run: Preparation) -> LatentCache | None:
     """Encode texts, then clips, group by group; None if other workers are not finished."""
     settings, group = run.settings, run.grouping.group
+    scorers = [scorer_identity(settings.scorer.clip), scorer_identity(settings.scorer.quality)]
     fingerprint = cache_fingerprint(settings.model, settings.data) | {
-        "keyframes": digest(settings.memory["selector"], *map(scorer_identity, vars(settings.scorer).values())),
+        "keyframes": digest(with_defaults(settings.memory["selector"]), *scorers),
         "stored": f"{settings.cache.dtype}, conditioning of {sorted(settings.cache.given)} first frames",
     }
     folder = run.output / "cache" / digest(fingerprint)[:12]

@@ -226,9 +226,7 @@ def _read_table(table: Path, videos: list[str], captions: Captions) -> None:
 
 
 def _read_texts(found: VideoFolder, captions: Captions) -> None:
-    videos_of = defaultdict[str, list[str]](list)
-    for video in found.videos:
-        videos_of[_stem(video)].append(video)
+    videos_of = _by_stem(found.videos)
     meant = _matched([_stem(text) for text in found.texts], videos_of)
     source: dict[str, str] = {}
     for text in found.texts:
@@ -270,6 +268,13 @@ def _fold(path: str) -> str:
 
 def _stem(path: str) -> str:
     return str(PurePosixPath(path).with_suffix(""))
+
+
+def _by_stem(videos: Iterable[str]) -> dict[str, list[str]]:
+    found = defaultdict[str, list[str]](list)
+    for video in videos:
+        found[_stem(video)].append(video)
+    return found
 
 
 def _rows(table: Path) -> Iterator[tuple[str, str, Caption]]:
@@ -336,21 +341,22 @@ def find_masks(folder: Path, videos: VideoFolder) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: masks= names a folder that holds masks as videos= holds videos")
-    by_stem = defaultdict[str, list[str]](list)
-    for video in videos.videos:
-        by_stem[_stem(video)].append(video)
-    masks = scan_videos(folder).videos
-    owners = {mask: [mask] if mask in videos.videos else by_stem.get(_stem(mask), []) for mask in masks}
-    if unknown := [mask for mask, found in owners.items() if not found]:
+    known, by_stem = set(videos.videos), _by_stem(videos.videos)
+    files: dict[str, Path] = {}
+    unknown = []
+    for mask in scan_videos(folder).videos:
+        owners = [mask] if mask in known else by_stem.get(_stem(mask), [])
+        if not owners:
+            unknown.append(mask)
+        elif len(owners) > 1:
+            raise ValueError(f"{folder / mask} belongs to {owners[0]} and {owners[1]}: give it the suffix of its video")
+        elif owners[0] in files:
+            raise ValueError(f"{folder / mask} and {files[owners[0]].name} belong to {owners[0]}: remove one of them")
+        else:
+            files[owners[0]] = folder / mask
+    if unknown:
         raise ValueError(
             f"{folder} holds {len(unknown)} masks that belong to no video in {videos.path}, the first is {unknown[0]}: "
             "a mask has the path and name of its video"
         )
-    files: dict[str, Path] = {}
-    for mask, found in owners.items():
-        if len(found) > 1:
-            raise ValueError(f"{folder / mask} belongs to {found[0]} and {found[1]}: give it the suffix of its video")
-        if found[0] in files:
-            raise ValueError(f"{folder / mask} and {files[found[0]].name} belong to {found[0]}: remove one of them")
-        files[found[0]] = folder / mask
     return files

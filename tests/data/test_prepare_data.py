@@ -81,7 +81,8 @@ def test_nothing_is_done_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         *((steps, "load_embedder"), (steps, "video_times")),
     ):
         monkeypatch.setattr(module, name, forbidden)
-    again = prepare(config(folder, "+scorer.clip.preprocessing=published_selector"))  # which is the default
+    defaults = ("++scorer.clip.preprocessing=published_selector", "++memory.selector.threshold_step=0.01")
+    again = prepare(config(folder, *defaults))
     assert first is not None
     assert again is not None
     assert again.clips == first.clips

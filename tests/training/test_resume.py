@@ -81,8 +81,14 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("file", ["checkpoint.json", "optimizer.safetensors", "adapter/high_noise.safetensors"])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        *(("checkpoint.json", damage) for damage in DAMAGES),
+        *(("optimizer.safetensors", damage) for damage in ("one bit", "missing", "a folder")),
+        *(("adapter/high_noise.safetensors", damage) for damage in ("truncated", "one bit")),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     begun: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture, file: str, damage: str
 ) -> None:
