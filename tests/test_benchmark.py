@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSetting
 from storymem.weights import Weights
 from tests.wan.tiny import CPU, settings
 
-ROOT = Path(__file__).parents[1]
 DEVICE = torch.device("cpu")
 
 
@@ -78,15 +76,17 @@ def test_variations_change_one_thing_at_a_time() -> None:
         assert (case.runtime != runtime) != (case.model.memory_attention == "cached"), case.name
 
 
-def test_the_command_prints_a_table_and_saves_it(tmp_path: Path) -> None:
+def test_the_command_prints_a_table_and_saves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "found" / "rows.json"
     arguments = ["--model", "tiny", "--runtime", "cpu", "--memory", "0", "2", "--repeats", "1", "--layers", "1"]
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *arguments, "--shot", "--steps", "2"]
-    done = subprocess.run([*command, "--json", str(path)], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--shot", "--steps", "2", "--json", str(path)])
+    benchmark.main()
+    printed = capsys.readouterr().out
     for text in ("ceiling: ", "tiny: 1 layers, 96x64, 17 frames", "calculated", "outside the denoiser"):
-        assert text in done.stdout
-    assert "There is no accelerator here" in done.stdout
+        assert text in printed
+    assert "There is no accelerator here" in printed
     saved = json.loads(path.read_text())
     assert {"device", "torch", "diffusers", "date", "commit", "results"} <= saved.keys()
     plain, shot = saved["results"]

@@ -19,10 +19,11 @@ from storymem.evaluation.films import Films, find_films, stories_of
 from storymem.evaluation.layouts import listed
 from storymem.evaluation.mapping import MAPPING, MAPPING_SUFFIXES
 from storymem.evaluation.statistics import StatisticsSettings
-from storymem.evaluation.workers import Workers
+from storymem.evaluation.workers import from_first, workers, working_together
 from storymem.film.settings import FirstShot, MemorySettings
 from storymem.io import FileError, folder_lock, write_text
 from storymem.story import Story
+from storymem.wan.processes import Launch
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings
 from storymem.weights import MissingWeights, locate
 
@@ -122,25 +123,26 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
     if missing:
         raise MissingWeights("\n".join([*map(str, missing), _WITHOUT_WEIGHTS]))
     check_output(Path(settings.output))
-    workers = Workers.of_environment()
-    workers.use_accelerator()
     from storymem.evaluation.scoring import metric_settings
 
-    if workers.is_first:
+    launch = workers()
+    if launch.team == 0:
         report(plan)
-    metrics = build_metrics(settings.metrics)
-    measured, columns = metric_settings(metrics), [column for metric in metrics.values() for column in metric.columns]
     made = [system for system in systems if system.method is not None]
-    if made:
-        metrics = {}  # the methods' models need the room
-        check_methods(made, stories, settings, workers)
-    with workers, owned_output(Path(settings.output), systems, workers):
-        for system in made:
-            make_films(system, workers.share(stories))
-        workers.wait()  # films to score are divided among all processes again
-        metrics = metrics or build_metrics(settings.metrics)
-        found = score(systems, stories, metrics, measured, Path(settings.output), workers)
-        return _summarise(settings, systems, stories, found, columns, measured) if workers.is_first else None
+    with working_together(launch):
+        metrics = build_metrics(settings.metrics)
+        measured = metric_settings(metrics)
+        columns = [column for metric in metrics.values() for column in metric.columns]
+        if made:
+            metrics = {}  # the methods' models need the room
+            check_methods(made, stories, settings, launch)
+        with owned_output(Path(settings.output), systems, launch):
+            for system in made:
+                make_films(system, launch.share(stories))
+            from_first(None)  # films to score are divided among all processes again
+            metrics = metrics or build_metrics(settings.metrics)
+            found = score(systems, stories, metrics, measured, Path(settings.output), launch)
+            return _summarise(settings, systems, stories, found, columns, measured) if launch.team == 0 else None
 
 
 def _summarise(
@@ -282,7 +284,7 @@ def score(
     metrics: Mapping[str, Metric],
     measured: Mapping[str, Any],
     output: Path,
-    workers: Workers,
+    launch: Launch,
 ) -> dict[str, list[StoryResult]]:
     """Score this process's share of the films and wait for the others.
 
@@ -296,13 +298,13 @@ def score(
         for system in systems
         for story, film in zip(stories, find_films(system.films, stories).films, strict=True)
     ]
-    share = workers.share(jobs)
+    share = launch.share(jobs)
     for number, (system, story, film) in enumerate(share, start=1):
         report(f"scoring {number} of {len(share)}: {system.name}, {story.title}")
         score_story(story, film, metrics, measured, output / "stories" / system.name)
-    workers.wait()
+    from_first(None)
     results: dict[str, list[StoryResult]] = {system.name: [] for system in systems}
-    for system, story, _ in jobs if workers.is_first else ():
+    for system, story, _ in jobs if launch.team == 0 else ():
         path = output / "stories" / system.name / f"{story.slug}.json"
         if (result := read_result(path)) is None:
             raise FileError(f"{path} was written and cannot be read back: run the same command again")
@@ -326,14 +328,14 @@ def build_method(system: System) -> Method:
 
 
 def check_methods(
-    systems: Sequence[System], stories: Sequence[Story], settings: EvaluateSettings, workers: Workers
+    systems: Sequence[System], stories: Sequence[Story], settings: EvaluateSettings, launch: Launch
 ) -> None:
     """Check every story with every method, before the first film is made."""
     for system in systems:
         method = build_method(system)
         for story in stories:
             method.check(story)
-    if workers.is_first:
+    if launch.team == 0:
         from storymem.story.notes import notes_on
 
         for note in notes_on(stories, settings.model, settings.sampler, settings.memory.reference_fit):
@@ -369,7 +371,7 @@ def check_output(output: Path) -> None:
 
 
 @contextmanager
-def owned_output(output: Path, systems: Sequence[System], workers: Workers) -> Iterator[None]:
+def owned_output(output: Path, systems: Sequence[System], launch: Launch) -> Iterator[None]:
     """The output folder with our mark, locked by the first process for each system.
 
     Jobs for other systems may use the same folder at the same time.
@@ -380,7 +382,7 @@ def owned_output(output: Path, systems: Sequence[System], workers: Workers) -> I
     with ExitStack() as locks:
         problem = None
         try:
-            if workers.is_first:
+            if launch.team == 0:
                 with _writing_tables(output):
                     check_output(output)
                     write_text(output / _MARK, "This folder holds results of eval_stbench.\n")
@@ -388,7 +390,7 @@ def owned_output(output: Path, systems: Sequence[System], workers: Workers) -> I
                     locks.enter_context(folder_lock(output / "stories" / system.name, "scoring films in"))
         except FileError as error:
             problem = str(error)
-        if (problem := workers.from_first(problem)) is not None:
+        if (problem := from_first(problem)) is not None:
             raise FileError(problem)
         yield
 

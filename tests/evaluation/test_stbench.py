@@ -18,8 +18,9 @@ from filelock import FileLock
 from storymem.config import ConfigError
 from storymem.evaluation.metrics import AestheticQuality, Appearance, ViclipScores
 from storymem.evaluation.stbench import build_metrics, evaluate
-from storymem.evaluation.workers import Workers
+from storymem.evaluation.workers import workers
 from storymem.io import FileError
+from storymem.wan.processes import Launch
 from storymem.weights import MissingWeights
 from tests.composing import composed
 from tests.evaluation import small
@@ -126,11 +127,14 @@ def test_neither_processes_nor_batches_change_the_values(folder: Path) -> None:
 
 
 def test_workers_are_those_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"})
-    assert Workers.of_environment() == Workers(), "a plain allocation"
-    monkeypatch.setattr(os, "environ", {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"})
-    assert Workers.of_environment() == Workers(rank=9, world=16, local_rank=1)
-    shares = [Workers(rank=rank, world=3).share(range(8)) for rank in range(3)]
+    for name, value in {"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert workers() == Launch(), "a plain allocation"
+    for name, value in {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    launch = workers()
+    assert (launch.team, launch.teams, launch.local_rank) == (9, 16, 1)
+    shares = [Launch(team=team, teams=3).share(range(8)) for team in range(3)]
     assert sorted(number for share in shares for number in share) == list(range(8))
 
 
