@@ -36,7 +36,9 @@ def register_defaults() -> None:
     from hydra.core.config_store import ConfigStore
 
     for name, settings in SETTINGS.items():
+        job = {"name": name, "chdir": False}
         node = defaults_of(resolve_name(settings))
+        node["hydra"] = {"run": {"dir": "."}, "output_subdir": None, "job": job}  # no folders of Hydra's own
         ConfigStore.instance().store(group="settings", name=name, node=node, package="_global_")
 
 

@@ -226,11 +226,18 @@ def test_mistakes_are_reported_in_one_line(
     assert script(*arguments) == (2, message)
 
 
-def test_an_unknown_choice_is_reported_with_those_there_are(script: Callable[..., tuple[int, str]]) -> None:
-    status, error = script("a.yaml", "model=tinny")
-    assert status == 2
-    assert "Could not find 'model/tinny'" in error
-    assert "wan2.2-a14b" in error
+@pytest.mark.parametrize(
+    ("command", "choice", "message"),
+    [
+        ("generate", "model=tinny", "'model/tinny'; choices of model: tiny, toy, wan2.2-a14b"),
+        ("evaluate", "metrics=[stbench,tiy]", "'metrics/tiy'; choices of metrics: cuts, identity-clip"),
+    ],
+)
+def test_an_unknown_choice_is_reported_with_those_there_are(
+    script: Callable[..., tuple[int, str]], command: str, choice: str, message: str
+) -> None:
+    status, error = script(choice, name=command)
+    assert (status, error.startswith(f"Could not find {message}")) == (2, True)
 
 
 def test_errors_of_our_own_checks_are_the_users(script: Callable[..., tuple[int, str]]) -> None:

@@ -192,7 +192,7 @@ def _is_ours(error: Exception) -> bool:
 
 def _describe_composition(error: Exception, name: str, positional: str | None) -> str:
     """The message for a Hydra or OmegaConf error, with the key and the nearest known one."""
-    from hydra.errors import InstantiationException, OverrideParseException
+    from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
     cause: BaseException | None = error
@@ -203,6 +203,10 @@ def _describe_composition(error: Exception, name: str, positional: str | None) -
                 f"{cause.override}: not a setting; write key=value, with a key that --help shows. Quote text that "
                 "holds commas or brackets: 'key=\"a, b\"'"
             )
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
+            group = cause.missing_cfg_file.rpartition("/")[0]
+            choices = cause.options or [path.stem for path in (CONFIGS / group).glob("*.yaml")]
+            return f"Could not find {cause.missing_cfg_file!r}; choices of {group}: {', '.join(sorted(choices))}"
         if isinstance(cause, MissingMandatoryValue):
             return f"{key} is missing; write: storymem {name} {f'{key}.yaml' if key == positional else f'{key}=...'}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "/" in key:
