@@ -285,14 +285,7 @@ def _appearances(story: Story) -> dict[str, list[int]]:
 
 def _cosines(rows: Sequence[np.ndarray | None]) -> list[list[Value]]:
     """Products of all pairs of rows; None where a row is missing."""
-    present = [index for index, row in enumerate(rows) if row is not None]
-    table: list[list[Value]] = [[None] * len(rows) for _ in rows]
-    if present:
-        stacked = np.stack([row for row in rows if row is not None])
-        for i, line in zip(present, (stacked @ stacked.T).tolist(), strict=True):
-            for j, value in zip(present, line, strict=True):
-                table[i][j] = value
-    return table
+    return [[None if one is None or other is None else float(one @ other) for other in rows] for one in rows]
 
 
 def _mean_cosine_within(frames: np.ndarray) -> Value:

@@ -6,17 +6,16 @@ import gzip
 import hashlib
 import json
 import logging
-import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Self, Unpack
 
 import open_clip
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -147,6 +146,26 @@ class ClipConfig:
     text_cfg: ClipText
 
 
+_Number = Annotated[float, Field(strict=True)]
+_Positive = Annotated[float, Field(strict=True, gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(allow_inf_nan=False))
+class _Normalisation:
+    """Mean and std per channel that a network was trained with, among open_clip's other settings of preprocessing."""
+
+    mean: tuple[_Number, _Number, _Number] = CLIP_MEAN
+    std: tuple[_Positive, _Positive, _Positive] = CLIP_STD
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Described:
+    """The content of an ``open_clip_config.json``."""
+
+    model_cfg: ClipConfig
+    preprocess_cfg: _Normalisation = field(default_factory=_Normalisation)
+
+
 class ClipScorer(Scorer[open_clip.CLIP]):
     """Image and text embeddings of a CLIP model.
 
@@ -174,9 +193,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
             raise ValueError(f"unknown preprocessing {preprocessing!r}; write one of {', '.join(_PREPROCESSINGS)}")
         super().__init__(network, **placement)
         self.preprocessing = preprocessing
-        self.mean, self.std = _channels("mean", mean), _channels("std", std)
-        if min(self.std) <= 0:
-            raise ValueError(f"std={list(self.std)}: must be above 0")
+        self.mean, self.std = mean, std
         self.dim: int = network.visual.output_dim
         self.tokenizer = tokenizer or ClipTokenizer(network.context_length)
 
@@ -245,10 +262,17 @@ class ClipScorer(Scorer[open_clip.CLIP]):
             locate(Weights(name=f"CLIP model in {folder}", source=str(folder), file=file))
             for file in (_CONFIG_FILE, _WEIGHTS_FILE)
         )
-        config, normalisation = _read_config(described)
-        network = _load(config, path)
+        found = read_sizes(_Described, read_json_object(described), described)
+        network, pixels = _load(found.model_cfg, path), found.preprocess_cfg
         tokenizer = ClipTokenizer.from_folder(path.parent, network.context_length, network.vocab_size)
-        return cls(network, preprocessing=preprocessing, tokenizer=tokenizer, **normalisation, **placement)
+        return cls(
+            network,
+            preprocessing=preprocessing,
+            mean=pixels.mean,
+            std=pixels.std,
+            tokenizer=tokenizer,
+            **placement,
+        )
 
     @classmethod
     def from_config(
@@ -278,28 +302,6 @@ class ClipScorer(Scorer[open_clip.CLIP]):
     def _encode_images(self, frames: Tensor) -> Tensor:
         pixels = _PREPROCESSINGS[self.preprocessing](frames, self.network.visual.image_size[0])
         return unit(self.network.encode_image(normalise(pixels, self.mean, self.std).to(self.dtype)))
-
-
-def _channels(name: str, values: Any) -> list[float]:
-    """``values`` as one finite number for each of three channels; ``ValueError`` for anything else."""
-    numbers = values if isinstance(values, Sequence) and not isinstance(values, str) else []
-    numbers = [float(v) for v in numbers if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
-    if len(numbers) != 3 or len(values) != 3:
-        raise ValueError(f"{name}={values!r}: write three numbers")
-    return numbers
-
-
-def _read_config(path: Path) -> tuple[ClipConfig, dict[str, Any]]:
-    """The model, and mean and std where given, of an ``open_clip_config.json``. Raises ``FileError``."""
-    content = read_json_object(path)
-    model, preprocess = content.get("model_cfg"), content.get("preprocess_cfg", {})
-    if not isinstance(model, dict) or not isinstance(preprocess, dict):
-        raise FileError(f"{path}: model_cfg and preprocess_cfg must be JSON objects")
-    try:
-        normalisation = {name: _channels(name, preprocess[name]) for name in ("mean", "std") if name in preprocess}
-    except ValueError as error:
-        raise FileError(f"{path}: {error}") from None
-    return read_sizes(ClipConfig, model, path), normalisation
 
 
 def _build(config: ClipConfig) -> open_clip.CLIP:

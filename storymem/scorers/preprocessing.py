@@ -14,8 +14,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
-CLIP_MEAN: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
-CLIP_STD: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+CLIP_MEAN: tuple[float, float, float] = open_clip.OPENAI_DATASET_MEAN
+CLIP_STD: tuple[float, float, float] = open_clip.OPENAI_DATASET_STD
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -157,10 +157,10 @@ def test_a_clip_config_holds_sizes_and_nothing_else(folder: Path, change: dict[s
     refused("clip", folder, folder / CLIP_JSON, message)
 
 
-@pytest.mark.parametrize("values", ["text", [1, 2], [1, 2, "3"], [0.5, 0.5, True]])
+@pytest.mark.parametrize("values", ["text", [1, 2], [1, 2, "3"], [0.5, 0.5, True], [1, 2, 3, 4], [0.5, 0.5, 0]])
 def test_normalisation_is_three_numbers(folder: Path, values: Any) -> None:
-    describe(folder, CLIP_CONFIG, mean=values)
-    refused("clip", folder, folder / CLIP_JSON, "three numbers")
+    describe(folder, CLIP_CONFIG, std=values)
+    refused("clip", folder, folder / CLIP_JSON, "preprocess_cfg.std")
 
 
 @pytest.mark.parametrize(
