@@ -1,6 +1,6 @@
 """Composing configurations: the defaults of the settings classes as Hydra knows them, and their reference.
 
-A default is in its class alone: ``defaults: [settings/train, ...]`` in ``configs/train.yaml`` begins with those of
+A default stands only in its class: ``defaults: [settings/train, ...]`` in ``configs/train.yaml`` begins with those of
 ``TrainSettings``, and the file holds what differs.
 """
 

@@ -90,7 +90,7 @@ def read_text(path: str | Path, *, limit: int = MAX_TEXT_BYTES) -> str:
 
 
 def text_lines(text: str) -> list[str]:
-    """Lines split on newline alone (``str.splitlines`` also splits on U+2028 and others, which JSON may hold)."""
+    """Lines split on newline only (``str.splitlines`` also splits on U+2028 and others, which JSON may hold)."""
     lines = text.split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
@@ -265,7 +265,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path``, which replaces ``path`` at the end of the block.
 
     Its files are flushed to the disk before that. If the block raises, ``path`` stays as it was. Files of the former
-    folder that the new one does not have are moved into it, for they may be the user's own. What a killed process left
+    folder that the new one does not have are moved into it, because they may be the user's own. What a killed process left
     is cleaned up by the next call. One writer at a time.
 
     Raises:
@@ -375,13 +375,13 @@ def _write_failure(error: BaseException, path: Path) -> str | None:
 
 @contextmanager
 def folder_lock(folder: str | Path, doing: str, *, name: str = ".lock", wait: float = 0.0) -> Iterator[Path]:
-    """Create ``folder`` if need be and lock it against other processes until the end of the block.
+    """Create ``folder`` if necessary and lock it against other processes until the end of the block.
 
     The lock is the operating system's, so a killed process leaves none behind. Temporary files that killed processes
     left directly in the folder are deleted.
 
     Args:
-        folder: of which to take the lock.
+        folder: to lock.
         doing: for the message, such as "making the film in" or "training in".
         name: of the lock's file.
         wait: seconds to wait for another process that holds the lock.
@@ -396,7 +396,7 @@ def folder_lock(folder: str | Path, doing: str, *, name: str = ".lock", wait: fl
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=wait)
-    except Timeout:  # before OSError, of which it is one
+    except Timeout:  # a subclass of OSError
         raise FileError(f"another process is {doing} {folder}: wait for it or choose another output") from None
     except (OSError, ValueError) as error:
         raise FileError(f"{folder} cannot be written ({_reason(error)}): choose another output") from None

@@ -132,7 +132,7 @@ class ShotRow:
 
 
 def variations(model: ModelSettings, runtime: RuntimeSettings, device: torch.device) -> list[Case]:
-    """``runtime`` as it is, then with one thing changed at a time."""
+    """``runtime`` unchanged, then with one setting changed at a time."""
     changes: list[dict[str, Any]] = [{"guidance_batch": True}, {"precision": "fp8_storage"}]
     if device.type != "cpu":
         changes += [{"attention": name} for name in ("native", "flash2", "flash3", "cudnn", "sage")]
@@ -452,11 +452,13 @@ def main() -> None:
     parser.add_argument("--model", help="a choice of configs/model, or wan-1.3b-shaped")
     parser.add_argument("--runtime", default="auto", help="a choice of configs/runtime")
     parser.add_argument("--memory", type=int, nargs="+", default=[0, 4, 10], help="numbers of memory frames")
-    parser.add_argument("--sweep", action="store_true", help="also with one thing changed at a time")
+    parser.add_argument("--sweep", action="store_true", help="also with one setting changed at a time")
     parser.add_argument("--shot", action="store_true", help="also a whole shot")
     parser.add_argument("--steps", type=int, default=8, help="of the whole shot")
     parser.add_argument("--repeats", type=int, default=3, help="forwards measured, after two to warm up")
-    parser.add_argument("--layers", type=int, help="so many of the model's layers, for devices that are too small")
+    parser.add_argument(
+        "--layers", type=int, help="number of the model's layers to keep, for devices that are too small"
+    )
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where to save")
     parser.add_argument("overrides", nargs="*", help="key=value, as for scripts/generate.py")
     arguments = parser.parse_args()

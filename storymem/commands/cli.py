@@ -78,7 +78,7 @@ def run_command(name: str, command: Command) -> None:
     """Compose the configuration of ``command`` with the command line and run it.
 
     Mistakes of the user (``ValueError``, ``OSError``, Hydra's own errors) end the process with status 2 and their
-    message alone; faults of the program keep their traceback.
+    message only; faults of the program keep their traceback.
     """
     composed = False
 

@@ -36,7 +36,7 @@ def stories_of(folder: str | Path, only: Sequence[str] = ()) -> list[Story]:
             or files are faulty (it lists all faults).
     """
     if not Path(folder).is_dir():
-        raise ValueError(f"stbench.stories={folder}: there are no stories, for there is no such folder")
+        raise ValueError(f"stbench.stories={folder}: there is no such folder")
     try:
         stories = load_stories([folder])
     except StoryError as error:

@@ -109,7 +109,7 @@ class StoryResult:
 
 
 def read_result(path: Path) -> StoryResult | None:
-    """A result as it was written; None if there is none, or it is damaged or of another format."""
+    """A result that was written before; None if there is none, or it is damaged or of another format."""
     try:
         content = read_json(path)
         is_current = isinstance(content, dict) and content.get("format") == FORMAT

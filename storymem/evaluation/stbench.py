@@ -134,7 +134,7 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
         measured = metric_settings(metrics)
         columns = [column for metric in metrics.values() for column in metric.columns]
         if made:
-            metrics = {}  # the methods' models need the room
+            metrics = {}  # frees RAM and VRAM for the methods' models
             check_methods(made, stories, settings, launch)
         with owned_output(Path(settings.output), systems, launch):
             for system in made:

@@ -43,18 +43,17 @@ class VideoError(FileError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VideoInfo:
-    """What a video file holds; frames are those that can be decoded, whatever the header states.
+    """What a video file holds; only frames that can be decoded count, whatever the header states.
 
     Args:
         times: when each frame is shown, float64 [frames], in seconds after the first, ascending.
         fps: frames per second, on average and without pauses; 0 for a single frame without a stated rate.
-        height: of a frame as it is shown: upright, of square pixels.
-        width: likewise.
+        height, width: of a frame as it is shown: upright, of square pixels.
         missing: frames that the file states and does not hold whole; not 0 if it is cut off or pieces are lost.
         notes: how what is read differs from what is stored ("rotated: by 90 degrees ..."), and what was guessed
             ("untagged: ..."); each begins with a word to count by.
-        stamps: presentation times of the frames in the stream's own unit, ascending; None where frames are found by
-            counting alone.
+        stamps: presentation times of the frames in the stream's own unit, ascending; None where frames can only
+            be counted.
         interlaced: fields are made into whole frames.
     """
 
@@ -74,7 +73,7 @@ class VideoInfo:
 
 
 def file_url(path: str | Path) -> str:
-    """A path that FFmpeg reads as a file, whatever characters it has (``a:b.mp4``, ``-i``, ``%d``)."""
+    """A path that FFmpeg reads as a file with any characters (``a:b.mp4``, ``-i``, ``%d``)."""
     return f"file:{path}"
 
 
@@ -142,7 +141,7 @@ def opened(path: str | Path) -> Iterator[Video]:
     """A file for reading. Raises as :func:`probe`."""
     check_regular(path)
     try:
-        # Files that name other files (playlists) may name local ones alone.
+        # Files that name other files (playlists) may name local ones only.
         container = av.open(file_url(path), metadata_errors="replace", options={"protocol_whitelist": "file"})
     except av.FFmpegError as error:
         raise VideoError(path, f"cannot be read as a video: {error.strerror}") from error

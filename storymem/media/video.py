@@ -135,7 +135,7 @@ def frames_at(path: str | Path, times: Sequence[float]) -> list[int]:
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float | Fraction, *, crf: int = 16) -> None:
     """Write frames as H.264 (yuv420p, BT.601) in one step: the file is complete or not there.
 
-    The same frames give the same bytes, run after run and whatever the number of cores.
+    The same frames give the same bytes on every run and on any number of cores.
 
     Args:
         path: the file, with any suffix; the container is MP4.

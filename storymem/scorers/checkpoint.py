@@ -92,7 +92,7 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], source: Pat
 
 
 def seeded(seed: int, build: Callable[[], Network]) -> Network:
-    """An untrained network, the same for the same ``seed``; the global random state is left as it was."""
+    """An untrained network, the same for the same ``seed``; the global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()

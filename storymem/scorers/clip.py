@@ -173,8 +173,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         network: an open_clip model.
         preprocessing: ``"published_selector"`` (squash to the input size, bilinear, no antialias, no crop) or
             ``"published_aesthetic"`` (bicubic of the short side without antialias, centre crop, not clamped).
-        mean: per channel, of the normalisation that the weights were trained with.
-        std: likewise.
+        mean, std: per channel, of the normalisation that the weights were trained with.
         tokenizer: CLIP's own by default.
         device, dtype, batch_size: see `Scorer`.
     """

@@ -50,7 +50,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
             is scored at 364x616; the threshold belongs to it) or ``"published_hpsv3"`` (as the scorer alone does).
         max_batch_pixels: bound on the pixels, after resizing, that go through the network at once (at least one image
             does).
-        device, dtype, batch_size: see `Scorer`. The head computes in float32 whatever ``dtype`` is.
+        device, dtype, batch_size: see `Scorer`. The head always computes in float32.
 
     Raises:
         ValueError: if tokenizer and network do not agree on the special tokens.
@@ -173,7 +173,7 @@ def _template() -> dict[str, str]:
 def resized_size(height: int, width: int, pixels: int = PIXELS) -> tuple[int, int]:
     """Height and width, multiples of 28, of an image resized to about ``pixels`` pixels.
 
-    The rule is not idempotent, for rounding up may exceed the area: 480x832 becomes 336x588, and that 364x616.
+    The rule is not idempotent, because rounding up may exceed the area: 480x832 becomes 336x588, and that 364x616.
 
     Raises:
         ValueError: if one side is more than 200 times the other.

@@ -36,7 +36,7 @@ PUBLISHED = Qwen2VLConfig(
 class Hpsv3Network(nn.Module):
     """Qwen2-VL read at the reward token, the last of its vocabulary.
 
-    The head is in float32 whatever the type of the backbone is.
+    The head is always in float32.
     """
 
     def __init__(self, config: Qwen2VLConfig) -> None:

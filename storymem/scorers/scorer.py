@@ -53,7 +53,7 @@ class Scorer(Generic[Network]):
     Args:
         network: the network; it is moved, not copied.
         device: where it runs; ``"auto"``: the accelerator if there is one.
-        dtype: of its weights and activations; inputs and results are float32 all the same.
+        dtype: of its weights and activations; inputs and results are always float32.
         batch_size: how many rows go through the network at once.
 
     Raises:
