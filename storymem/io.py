@@ -264,8 +264,8 @@ def write_json(path: str | Path, value: Any, *, indent: int | None = 1) -> None:
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path``, which replaces ``path`` at the end of the block.
 
-    Its files are flushed to the disk before that. If the block raises, ``path`` stays as it was. Files of the former
-    folder that the new one does not have are moved into it, because they may be the user's own. What a killed process left
+    Its files are flushed to the disk before that. If the block raises, ``path`` stays as it was. Files that only the
+    former folder has are moved into the new one: they may be the user's own. What a killed process left
     is cleaned up by the next call. One writer at a time.
 
     Raises:
