@@ -31,15 +31,14 @@ _MISSING = "???"
 
 
 @cache
-def register_defaults() -> None:
-    """Make ``settings/<name>`` available in the defaults lists of ``configs/<name>.yaml``."""
+def register_defaults(name: str) -> None:
+    """Make ``settings/<name>`` available in the defaults list of ``configs/<name>.yaml``."""
     from hydra.core.config_store import ConfigStore
 
-    for name, settings in SETTINGS.items():
-        job = {"name": name, "chdir": False}
-        node = defaults_of(resolve_name(settings))
-        node["hydra"] = {"run": {"dir": "."}, "output_subdir": None, "job": job}  # no folders of Hydra's own
-        ConfigStore.instance().store(group="settings", name=name, node=node, package="_global_")
+    node = defaults_of(resolve_name(SETTINGS[name]))
+    # No folders of Hydra's own.
+    node["hydra"] = {"run": {"dir": "."}, "output_subdir": None, "job": {"name": name, "chdir": False}}
+    ConfigStore.instance().store(group="settings", name=name, node=node, package="_global_")
 
 
 def composed(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -48,7 +47,8 @@ def composed(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
-    register_defaults()
+    if name in SETTINGS:
+        register_defaults(name)
     running = GlobalHydra.instance().is_initialized()
     with nullcontext() if running else initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose(name, overrides=list(overrides))

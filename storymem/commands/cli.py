@@ -123,7 +123,7 @@ def run_command(name: str, command: Command) -> None:
         arguments = [command.flags.get(argument, argument) for argument in sys.argv[1:]]
         settings = resolve_name(SETTINGS[command.config])
         sys.argv[1:] = hydra_arguments(arguments, command.positional, settings)
-        register_defaults()
+        register_defaults(command.config)
         try:
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=command.config)(task)()
         finally:

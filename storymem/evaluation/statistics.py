@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from pydantic.dataclasses import dataclass as settings_class
-from scipy import stats
 
 from storymem.config import STRICT
 
@@ -57,6 +56,8 @@ class Comparison:
 
 def bootstrap_interval(values: Sequence[float], settings: StatisticsSettings) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the mean of ``values`` over stories; None for fewer than two."""
+    from scipy import stats  # here, because the settings above are part of every start
+
     if len(values) < 2:
         return None
     found = stats.bootstrap(
@@ -72,6 +73,8 @@ def bootstrap_interval(values: Sequence[float], settings: StatisticsSettings) ->
 
 def compare(first: Sequence[float], second: Sequence[float], settings: StatisticsSettings) -> Comparison | None:
     """Compare paired values, one pair for each story; None without any."""
+    from scipy import stats
+
     if not first:
         return None
     # Differences that are due to rounding are ties.
