@@ -456,9 +456,7 @@ def main() -> None:
     parser.add_argument("--shot", action="store_true", help="also a whole shot")
     parser.add_argument("--steps", type=int, default=8, help="of the whole shot")
     parser.add_argument("--repeats", type=int, default=3, help="forwards measured, after two to warm up")
-    parser.add_argument(
-        "--layers", type=int, help="keep so many of the model's layers, for small devices"
-    )
+    parser.add_argument("--layers", type=int, help="keep so many of the model's layers, for small devices")
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where to save")
     parser.add_argument("overrides", nargs="*", help="key=value, as for scripts/generate.py")
     arguments = parser.parse_args()
