@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from storymem.wan.loading import load_pipeline, load_text_to_video
-from storymem.wan.lora import memory_lora_config, save_memory_lora
+from storymem.wan.lora import save_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import WanUniPCScheduler
 from storymem.wan.settings import ModelSettings, SamplerSettings
 from storymem.weights import MissingWeights
-from tests.wan.tiny import CPU, generate, images, settings, shot_by_text
+from tests.wan.tiny import CPU, adapt, generate, images, settings, shot_by_text
 
 
 def local(path: Path) -> dict[str, Any]:
@@ -160,13 +160,7 @@ def test_text_to_video_needs_no_adapter(pipe: WanMemoryToVideoPipeline) -> None:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """A memory adapter for the tiny networks, in the sub-folders of the release."""
-    pipe = load_pipeline(settings(), runtime=CPU, text_encoder=False)
-    for number, expert in enumerate(pipe.experts.values()):
-        expert.add_adapter(memory_lora_config(rank=2, alpha=2), adapter_name="memory")
-        generator = torch.Generator().manual_seed(number)
-        for name, weight in expert.named_parameters():
-            if "lora_B" in name:
-                weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
+    pipe = adapt(load_pipeline(settings(), runtime=CPU, text_encoder=False))
     save_memory_lora(pipe, tmp_path / "adapter" / "mi2v")
     for expert in pipe.experts.values():
         for name, weight in expert.named_parameters():

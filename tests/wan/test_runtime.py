@@ -29,7 +29,7 @@ from storymem.wan.runtime import (
     resolve_device,
 )
 from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
-from tests.wan.tiny import CPU, counting, generate, images, settings
+from tests.wan.tiny import CPU, adapt, counting, generate, images, settings
 
 HAS_ACCELERATOR = torch.accelerator.is_available()
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
@@ -337,24 +337,15 @@ def _eager_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def with_two_adapters(pipe: WanMemoryToVideoPipeline) -> WanMemoryToVideoPipeline:
-    for number, expert in enumerate(pipe.experts.values()):
-        for name in ("memory", "steps"):
-            expert.add_adapter(memory_lora_config(rank=2, alpha=2, dropout=0.0), adapter_name=name)
-        expert.set_adapter(["memory", "steps"])
-        generator = torch.Generator().manual_seed(number)
-        for name, weight in expert.named_parameters():
-            if "lora_" in name:
-                weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
-    return pipe
-
-
 @pytest.mark.usefixtures("_eager_backend")
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_block_is_compiled_once_for_each_shape(adapters: bool) -> None:
     plain, pipe = load_pipeline(deep(), runtime=CPU), load_pipeline(deep(), runtime=COMPILED)
     if adapters:
-        plain, pipe = with_two_adapters(plain), with_two_adapters(pipe)
+        torch.manual_seed(0)
+        adapt(plain, "memory", "steps")
+        torch.manual_seed(0)
+        adapt(pipe, "memory", "steps")
     before, counts = compiled_graphs(), []
     for memory in (0, 2, 0):
         shot = generate(pipe, memory=images(memory), num_inference_steps=2, guidance_scale=1.0)

@@ -15,14 +15,14 @@ from storymem.config import build_settings
 from storymem.film.plan import make_plan
 from storymem.wan import transformer
 from storymem.wan.loading import STEP_ADAPTER, load_pipeline
-from storymem.wan.lora import memory_lora_config, save_memory_lora
+from storymem.wan.lora import save_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings, SamplerSettings, StepAdapterSettings
 from storymem.wan.sources import check_weights
 from storymem.weights import MissingWeights
 from tests.composing import composed, generate_settings
 from tests.stories import MODEL, content, story, storyteller
-from tests.wan.tiny import CPU, generate, images, settings
+from tests.wan.tiny import CPU, adapt, generate, images, settings
 
 FOLDERS = {"i2v": "Wan2.2-I2V-A14B-4steps-lora-rank64-Seko-V1", "t2v": "Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"}
 TWO_SHOTS = """\
@@ -37,13 +37,7 @@ scenes:
 
 def write_adapter(model: ModelSettings, folder: Path, layout: Any, seed: int) -> Path:
     """A LoRA of rank 2 for the networks of ``model``, whose product is not zero."""
-    pipe = load_pipeline(model, runtime=CPU, text_encoder=False)
-    generator = torch.Generator().manual_seed(seed)
-    for expert in pipe.experts.values():
-        expert.add_adapter(memory_lora_config(rank=2, alpha=2), adapter_name="memory")
-        for name, weight in expert.named_parameters():
-            if "lora_B" in name:
-                weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
+    pipe = adapt(load_pipeline(model, runtime=CPU, text_encoder=False), seed=seed)
     save_memory_lora(pipe, folder, layout=layout)
     return folder
 

@@ -16,7 +16,6 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanR
 from torch import Tensor
 
 from storymem.wan.loading import load_pipeline
-from storymem.wan.lora import memory_lora_config
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.segments import (
     Layout,
@@ -30,7 +29,7 @@ from storymem.wan.segments import (
 )
 from storymem.wan.settings import ModelSettings, RuntimeSettings
 from storymem.wan.transformer import SegmentCache, enable_layouts
-from tests.wan.tiny import CPU, LATENT, SLOTS, STEPS, generate, images, settings
+from tests.wan.tiny import CPU, LATENT, SLOTS, STEPS, adapt, generate, images, settings
 
 SHAPE = {
     "num_layers": 3,
@@ -313,12 +312,7 @@ def weaken(pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict:
 
 @pytest.mark.parametrize("changes", [{"attention_kwargs": {"scale": 0.5}}, {"callback_on_step_end": weaken}])
 def test_the_scale_of_an_adapter_reaches_cached_memory_too(changes: dict[str, Any]) -> None:
-    pipe = load_pipeline(cached_model(), runtime=CPU)
-    for expert in pipe.experts.values():
-        expert.add_adapter(memory_lora_config(rank=2, alpha=2, dropout=0.0), adapter_name="memory")
-        for name, weight in expert.named_parameters():
-            if "lora_B" in name:
-                weight.data = 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name)))
+    pipe = adapt(load_pipeline(cached_model(), runtime=CPU))
     shots = {}
     for cache in ("device", "recompute"):
         pipe.memory_cache = cache

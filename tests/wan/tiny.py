@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from storymem.config import build_settings
 from storymem.wan.loading import load_text_to_video
+from storymem.wan.lora import memory_lora_config
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings, RuntimeSettings
 
@@ -37,6 +38,19 @@ def settings(**changes: Any) -> ModelSettings:
     values["network"]["text_encoder"]["num_layers"] = 1
     values["network"]["text_tokens"] = 16
     return build_settings(ModelSettings, values | changes)
+
+
+def adapt(pipe: WanMemoryToVideoPipeline, *names: str, seed: int = 0) -> WanMemoryToVideoPipeline:
+    """Adapters of rank 2 on all experts, whose products are not zero; "memory" if no name is given."""
+    generator = torch.Generator().manual_seed(seed)
+    for expert in pipe.experts.values():
+        for name in names or ("memory",):
+            expert.add_adapter(memory_lora_config(rank=2, alpha=2, dropout=0.0), adapter_name=name)
+        expert.set_adapter(list(names or ("memory",)))
+        for name, weight in expert.named_parameters():
+            if "lora_B" in name:
+                weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
+    return pipe
 
 
 def images(count: int, seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)) -> list[Image.Image]:
