@@ -35,19 +35,27 @@ class Piece(NamedTuple):
     cached: str | None = None
 
 
-class Query(NamedTuple):
-    """Queries of tokens [start, stop) read key sets of pieces in self-attention, or a text, or nothing (None)."""
+class SelfQuery(NamedTuple):
+    """Queries of tokens [start, stop) read key sets made of pieces."""
 
     start: int
     stop: int
-    reads: Any
+    sets: tuple[tuple[Piece, ...], ...]
+
+
+class TextQuery(NamedTuple):
+    """Queries of tokens [start, stop) read tokens of a text, or nothing."""
+
+    start: int
+    stop: int
+    text: Text | None
 
 
 class Plan(NamedTuple):
     """A layout in tokens of this process; queries are empty where all tokens read all, as in Wan itself."""
 
-    self_queries: tuple[Query, ...]
-    text_queries: tuple[Query, ...]
+    self_queries: tuple[SelfQuery, ...]
+    text_queries: tuple[TextQuery, ...]
     tokens: tuple[int, ...]  # of each computed segment
     to_cache: tuple[tuple[str, int, int], ...]  # constant segments: name, start, stop
 
@@ -76,7 +84,7 @@ class SelfReads(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-    queries: tuple[Query, ...]
+    queries: tuple[SelfQuery, ...]
     cache: BlockCache
     to_cache: tuple[tuple[str, int, int], ...]
 
@@ -85,7 +93,7 @@ class TextReads(NamedTuple):
     """For a block's cross-attention: texts [B, L, dim] by name, and what each query reads."""
 
     texts: dict[str, Tensor]
-    queries: tuple[Query, ...]
+    queries: tuple[TextQuery, ...]
 
 
 class SegmentCache:
@@ -173,7 +181,7 @@ class SegmentAttnProcessor(WanAttnProcessor):
         for name, start, stop in reads.to_cache:
             reads.cache.add(name, key[:, start:stop], value[:, start:stop])
         outputs = []
-        for start, stop, sets in reads.queries or (Query(0, query.shape[1], ((Piece(0, query.shape[1]),),)),):
+        for start, stop, sets in reads.queries or (SelfQuery(0, query.shape[1], ((Piece(0, query.shape[1]),),)),):
             results = [
                 dispatch_attention_fn(
                     query[:, start:stop],
@@ -355,7 +363,7 @@ def _timesteps(
 
 def _texts(embedder: Any, texts: Tensor | Mapping[str, Tensor], image: Tensor | None, plan: Plan) -> Tensor | TextReads:
     by_name = {"prompt": texts} if isinstance(texts, Tensor) else texts
-    read = {query.reads.name for query in plan.text_queries if query.reads} if plan.text_queries else {"prompt"}
+    read = {query.text.name for query in plan.text_queries if query.text} if plan.text_queries else {"prompt"}
     if absent := read - by_name.keys():
         raise ValueError(f"segments read the texts {sorted(absent)}, and only {sorted(by_name)} are given")
     embedded = {name: embedder.text_embedder(by_name[name]) for name in read}
@@ -399,14 +407,14 @@ def make_plan(
         return Piece(local(begin), local(end), name_of(keys) if name_of(keys) in cached else None)
 
     self_queries = _joined(
-        Query(*own[segment.name], tuple(tuple(_joined(map(piece, key_set))) for key_set in segment.reads))
+        SelfQuery(*own[segment.name], tuple(tuple(_joined(map(piece, key_set))) for key_set in segment.reads))
         for segment in segments
     )
-    text_queries = _joined(Query(*own[segment.name], segment.text) for segment in segments)
+    text_queries = _joined(TextQuery(*own[segment.name], segment.text) for segment in segments)
     total = local(start)
     return Plan(
         self_queries=() if self_queries == [(0, total, ((Piece(0, total),),))] else tuple(self_queries),
-        text_queries=() if [query.reads for query in text_queries] == [Text()] else tuple(text_queries),
+        text_queries=() if [query.text for query in text_queries] == [Text()] else tuple(text_queries),
         tokens=tuple(end - begin for begin, end in own.values()),
         to_cache=tuple((name, *own[name]) for name in own if caching and name in layout.constant),
     )
