@@ -200,8 +200,8 @@ def _header(file: BinaryIO, size: int) -> Header:
         if kind not in _TYPES:
             raise ValueError(f"{name} is of type {kind}, which diffusers does not read")
         dtypes[name], block, block_bytes, _ = _TYPES[kind]
-        if (shape[-1] if shape else 1) % block:
-            raise ValueError(f"{name} has rows of {shape[-1]}, which are not blocks of {block}")
+        if (row := shape[-1] if shape else 1) % block:
+            raise ValueError(f"{name} has rows of {row}, which are not blocks of {block}")
         if offset != (begins := -(-end // alignment) * alignment):
             raise ValueError(f"{name} begins at byte {offset:,}, and the tensor before it ends at {begins:,}")
         end = offset + math.prod(shape) // block * block_bytes

@@ -221,6 +221,8 @@ def test_another_architecture_is_named(others: Path, weights: dict[str, torch.Te
         check(others, gguf_file(tmp_path / "a.gguf", {"double_blocks.0.qkv": torch.ones(4, 4)}, architecture=b"flux"))
     with pytest.raises(ValueError, match=r"(\w|\.)+ is of type 39, which diffusers does not read"):
         check(others, gguf_file(tmp_path / "a.gguf", weights, kind=39))
+    with pytest.raises(ValueError, match=r"one has rows of 1, which are not blocks of 32"):
+        check(others, gguf_file(tmp_path / "a.gguf", {"one": torch.tensor(1.0)}, kind=8))
 
 
 @pytest.mark.parametrize(
