@@ -115,7 +115,7 @@ def _match(file: LoraFile, transformer: nn.Module, component: str | None, *, str
             twice.append(f"{first} and {key}")
     for name, keys in parts.items():
         (out, *inside), has_bias = targets[name]
-        rank = max(1, *file.shapes[keys["A"]][:1]) if "A" in keys else 1
+        rank = max([1, *file.shapes[keys["A"]][:1]]) if "A" in keys else 1
         right = {"A": [rank, *inside], "B": [out, rank, *[1] * (len(inside) - 1)], "alpha": []}
         if not strict:
             right |= {"diff": [out, *inside]} | ({"bias": [out], "diff_b": [out]} if has_bias else {})

@@ -287,6 +287,10 @@ def test_keys_that_are_not_used_are_listed_once(tmp_path: Path, caplog: pytest.L
             r"misshapen \(1\).*blocks\.0\.ffn\.0\.lora_A\.weight is \[4, 25\], not \[4, 24\]",
         ),
         (
+            lambda s: s.update({"diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.tensor(1.0)}),
+            r"misshapen.*ffn\.0\.lora_A\.weight is \[\], not \[1, 24\]",
+        ),
+        (
             lambda s: s.update({"diffusion_model.blocks.0.ffn.0.diff_b": torch.ones(41)}),
             r"misshapen.*diff_b is \[41\], not \[40\]",
         ),
