@@ -33,7 +33,7 @@ FindCuts = Callable[[Path], list[int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Shot:
-    """One shot of a source video: where it lies, in seconds, and the video's frame rate and size."""
+    """One shot of a source video: its place in seconds, and the video's frame rate and size."""
 
     video: str
     start: float
@@ -45,21 +45,13 @@ class Shot:
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
-    """A part of a shot.
+    """A part of a shot."""
 
-    Args:
-        id: ``<video>@<start>``.
-        video: path below the folder of videos, with ``/``.
-        start: of the first frame, in seconds.
-        fps: of the clip, which may be lower than the video's.
-        bucket: its length and size.
-    """
-
-    id: str
-    video: str
-    start: float
-    fps: float
-    bucket: Bucket
+    id: str  # <video>@<start>
+    video: str  # path below the folder of videos, with /
+    start: float  # of the first frame, in seconds
+    fps: float  # of the clip, which may be lower than the video's
+    bucket: Bucket  # its length and size
 
     @property
     def end(self) -> float:

@@ -27,19 +27,12 @@ _ROWS = 256  # of a block of similarities, which has a column for each clip
 
 @dataclass(frozen=True, kw_only=True)
 class Grouping:
-    """What became of each clip.
+    """What became of each clip."""
 
-    Args:
-        group: clip -> the number of its group, counted from 0.
-        split: group -> "train" or "valid".
-        duplicates: clip -> the clip of which it is a near-duplicate.
-        alone: clips with too few companions.
-    """
-
-    group: dict[str, int]
-    split: list[Literal["train", "valid"]]
-    duplicates: dict[str, str]
-    alone: list[str]
+    group: dict[str, int]  # clip -> the number of its group, counted from 0
+    split: list[Literal["train", "valid"]]  # of each group
+    duplicates: dict[str, str]  # clip -> the clip of which it is a near-duplicate
+    alone: list[str]  # clips with too few companions
 
 
 def group_clips(

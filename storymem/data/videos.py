@@ -36,19 +36,12 @@ _CONVERT = {
 
 @dataclass(frozen=True, kw_only=True)
 class VideoFolder:
-    """What a folder and all folders in it contain, sorted.
-
-    Args:
-        path: of the folder.
-        videos: files with the suffix of a video.
-        texts: files with the suffix ``.txt``.
-        ignored: everything else -> why it is not read; a reason begins with words to count by and a colon.
-    """
+    """What a folder and all folders in it contain, sorted."""
 
     path: Path
     videos: list[str]
-    texts: list[str]
-    ignored: dict[str, str]
+    texts: list[str]  # files with the suffix .txt
+    ignored: dict[str, str]  # everything else -> why it is not read: words to count by, a colon, the rest
 
 
 def scan_videos(folder: Path, *, without: Sequence[Path] = ()) -> VideoFolder:
@@ -148,19 +141,12 @@ class Caption:
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
-    """The captions of a folder of videos.
-
-    Args:
-        by_video: video -> its captions.
-        table: the file from which they were read, if there is one.
-        unused: ``.txt`` files that belong to no video.
-        respelled: names in captions -> the videos they are taken for, which are spelled differently.
-    """
+    """The captions of a folder of videos."""
 
     by_video: dict[str, list[Caption]] = field(default_factory=lambda: defaultdict(list))
-    table: Path | None = None
-    unused: list[str] = field(default_factory=list)
-    respelled: dict[str, str] = field(default_factory=dict)
+    table: Path | None = None  # from which they were read, if there is one
+    unused: list[str] = field(default_factory=list)  # .txt files that belong to no video
+    respelled: dict[str, str] = field(default_factory=dict)  # names in captions -> videos with another spelling
 
     def of(self, video: str, start: float, end: float) -> Caption | None:
         """The caption of a part of a video (seconds): the one that covers most of it, the shortest of several.

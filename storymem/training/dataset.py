@@ -37,21 +37,13 @@ _END_SECONDS = 2.0  # how long readers are waited for: a read that hangs cannot 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePlan:
-    """One sample before anything is read.
+    """One sample before anything is read."""
 
-    Args:
-        clip: index of the target.
-        memory: (clip, keyframe) of each memory frame, in the order of the memory slots.
-        given: how many first frames of the target are given: 0, 1 or 5.
-        drop_text: whether the empty text replaces the caption.
-        seed: of the noise and the noise level.
-    """
-
-    clip: int
-    memory: tuple[tuple[int, int], ...]
-    given: int
-    drop_text: bool
-    seed: int
+    clip: int  # index of the target
+    memory: tuple[tuple[int, int], ...]  # (clip, keyframe) of each memory frame, in the order of the memory slots
+    given: int  # how many first frames of the target are given: 0, 1 or 5
+    drop_text: bool  # whether the empty text replaces the caption
+    seed: int  # of the noise and the noise level
 
 
 class SamplePlanner:

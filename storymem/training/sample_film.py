@@ -26,7 +26,6 @@ from storymem.story import Story, load_story
 from storymem.training.experts import Experts
 from storymem.training.settings import CONTINUITY, SampleSettings, TrainSettings
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
-from storymem.wan.schedule import wan_scheduler
 from storymem.wan.settings import RuntimeSettings
 from storymem.wan.shots import WanShotGenerator
 from storymem.wan.spec import COMPONENTS, Expert
@@ -37,25 +36,15 @@ if TYPE_CHECKING:
 
 
 class TrainedShots(WanShotGenerator):
-    """Generates shots with the experts that are being trained, where they lie."""
+    """Generates shots with the experts that are being trained, where they are."""
 
     experts: Experts
 
     def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
         pipe = super()._load(text_encoder=text_encoder, experts=False)
-        if not experts:
-            return pipe
-        transformers = {COMPONENTS[name]: t for name, t in self.experts.transformers.items()}
-        return WanMemoryToVideoPipeline(
-            tokenizer=None,
-            text_encoder=None,
-            vae=pipe.vae,
-            scheduler=wan_scheduler(self.sampler.shift, self.sampler.scheduler),
-            boundary_ratio=self.model.boundary,
-            rope_stride=self.model.rope_stride,
-            memory_attention=self.model.memory_attention,
-            **transformers,
-        )
+        if experts:
+            pipe.register_modules(**{COMPONENTS[name]: each for name, each in self.experts.transformers.items()})
+        return pipe
 
     def release(self) -> None:
         """Drop the pipeline, and with it the VAE; encoded texts stay."""

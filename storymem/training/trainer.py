@@ -52,23 +52,14 @@ class Method(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Results of a step.
+    """Results of a step."""
 
-    Args:
-        step: how many steps are done, this one included.
-        sums: what the method logs, over this process's samples.
-        lr: the learning rate of the step.
-        grad_norm: before clipping, over all processes.
-        samples: over all processes.
-        seconds: wall time by part: waiting for data, forward and backward, optimizer.
-    """
-
-    step: int
-    sums: Sums = field(default_factory=dict)
+    step: int  # how many steps are done, this one included
+    sums: Sums = field(default_factory=dict)  # what the method logs, over this process's samples
     lr: float = 0.0
-    grad_norm: float = 0.0
-    samples: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    grad_norm: float = 0.0  # before clipping, over all processes
+    samples: int = 0  # over all processes
+    seconds: dict[str, float] = field(default_factory=dict)  # by part: data, forward_backward, optimizer
 
 
 class Callback(Protocol):

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from storymem.config import ConfigError, build_settings
+from storymem.data.prepare import prepare
 from storymem.training.dataset import Batch
 from storymem.training.experts import prepare_expert, trained_parameters
 from storymem.training.objective import MemoryObjective, noise_level
+from storymem.training.run import train
 from storymem.training.settings import ObjectiveSettings, TrainSettings
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.loading import load_pipeline
@@ -22,7 +24,10 @@ from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSetting
 from storymem.wan.transformer import SegmentCache
 from storymem.weights import Weights
 from tests import stories
+from tests.data import preparing
+from tests.data.drawn_clips import scene, video
 from tests.training.tiny import ADAPTER, config, expert, run
+from tests.wan import test_ti2v
 
 VIDEO_ALONE = ObjectiveSettings(memory_weight=0.0)
 OBJECTIVE = MemoryObjective(settings=VIDEO_ALONE, boundary=0.9, rope_stride=5, memory_attention="cached")
@@ -192,3 +197,25 @@ def test_an_adapter_states_its_mode_and_is_refused_for_the_other(tmp_path: Path,
     assert pipe.config.memory_attention == "cached"
     with pytest.raises(ValueError, match=r"was trained for cached memory attention, not joint: set model\.memory_att"):
         load_pipeline(using("joint"), runtime=CPU)
+
+
+def test_a_base_without_condition_channels_from_videos_to_a_sample_film(tmp_path: Path) -> None:
+    model = asdict(test_ti2v.model())
+    size = {"height": test_ti2v.HEIGHT, "width": test_ti2v.WIDTH}
+    for number in range(3):
+        video(tmp_path / "videos" / f"{number}.mp4", scene(number, 12, **size), caption="Tiles.")
+    bucket = f"{{frames:{test_ti2v.FRAMES},height:{size['height']},width:{size['width']}}}"
+    prepare(preparing.config(tmp_path, f"data.buckets=[{bucket}]") | {"model": model})
+    (tmp_path / "story.yaml").write_text(stories.FOUR_SHOTS)
+    values = config(
+        tmp_path / "run",
+        dataset=str(tmp_path / "set"),
+        model=model,
+        steps=1,
+        conditioning="mi2v",
+        objective={"memory_weight": 0.0},
+        samples={"every": 1, "story": str(tmp_path / "story.yaml")},
+    )
+    train(values)
+    assert (tmp_path / "run" / "samples" / "step_00000001.png").is_file()
+    assert (tmp_path / "run" / "storymem" / "high_noise.safetensors").is_file()
