@@ -81,8 +81,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not names:
         return ""
     close = closest(name, names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"; did you mean {close!r}?" if close else f"; known are: {', '.join(names[:_LISTED])}{more}"
+    return f"; did you mean {close!r}?" if close else f"; known are: {first_of(names, _LISTED)}"
+
+
+def first_of(names: Sequence[str], count: int) -> str:
+    """The first ``count`` names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def check_bounds(settings: object, **bounds: tuple[float, float]) -> None:

@@ -160,8 +160,7 @@ def _missing(weights: Weights, what: str) -> MissingWeights:
     if weights.file is not None:
         lines.append(f"  file:     {weights.file}")
     if weights.size_gb:
-        size = f"{weights.size_gb * 1000:g} MB" if weights.size_gb < 0.1 else f"{weights.size_gb:g} GB"
-        lines.append(f"  size:     {size}")
+        lines.append(f"  size:     {size_text(weights.size_gb)}")
     if weights.licence:
         lines.append(f"  licence:  {weights.licence}")
     if weights.is_local and not weights.url:
@@ -169,6 +168,11 @@ def _missing(weights: Weights, what: str) -> MissingWeights:
     else:
         lines += [f"  download: {weights.download_command}", "  or give the path of a local copy."]
     return MissingWeights("\n".join(lines))
+
+
+def size_text(gigabytes: float) -> str:
+    """A size in GB, or in MB if it is small."""
+    return f"{gigabytes:.3g} GB" if gigabytes >= 0.1 or not gigabytes else f"{gigabytes * 1000:.3g} MB"
 
 
 def sample_hash(*places: Path) -> str:

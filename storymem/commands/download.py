@@ -16,7 +16,7 @@ from storymem.config import STRICT, build_settings
 from storymem.film.settings import FirstShot
 from storymem.io import replacing
 from storymem.wan.settings import Continuity, ModelSettings, SamplerSettings
-from storymem.weights import MissingWeights, Weights, locate
+from storymem.weights import MissingWeights, Weights, locate, size_text
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -54,7 +54,7 @@ def download(config: Mapping[str, Any]) -> None:
     rows = [
         (
             "missing" if weights in missing else "here",
-            _size(weights.size_gb),
+            size_text(weights.size_gb),
             weights.name,
             f"{weights.source}{f' {weights.file}' if weights.file else ''}",
             weights.licence or "see the model's page",
@@ -65,14 +65,14 @@ def download(config: Mapping[str, Any]) -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     total = sum(weights.size_gb for weights in missing)
-    print(f"to fetch: {_size(total)} of {_size(sum(weights.size_gb for weights in needed))}")
+    print(f"to fetch: {size_text(total)} of {size_text(sum(weights.size_gb for weights in needed))}")
     if settings.dry_run:
         if missing:
             print("Nothing was fetched: add --yes to fetch what is missing, under the licences above.")
         return
     _check_disk(total)
     for weights in missing:
-        print(f"fetching {weights.name} ({_size(weights.size_gb)})", file=sys.stderr)
+        print(f"fetching {weights.name} ({size_text(weights.size_gb)})", file=sys.stderr)
         _fetch(weights)
 
 
@@ -119,7 +119,3 @@ def _fetch(weights: Weights) -> None:
             shutil.copyfileobj(source, out)
     else:
         raise ValueError(f"{weights.name}: {weights.source} does not exist, and nothing is known about where to get it")
-
-
-def _size(gigabytes: float) -> str:
-    return f"{gigabytes:.3g} GB" if gigabytes >= 0.1 or not gigabytes else f"{gigabytes * 1000:.3g} MB"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from storymem.config import first_of
 from storymem.film.folder import MANIFEST, Film, FilmError
 from storymem.io import hash_file
 from storymem.story import Story
@@ -155,7 +156,7 @@ def find_shots(place: Path, story: Story) -> FilmFiles:
         return _whole_film(videos[0], story)
     if videos:
         problem = (
-            f"the numbers in the names of its {len(videos)} videos ({listed(list(names.values()), _LISTED)}) are not "
+            f"the numbers in the names of its {len(videos)} videos ({first_of(list(names.values()), _LISTED)}) are not "
             f"those of the {len(story.shots)} shots of {story.title!r}"
         )
         raise _unclear_files(problem, story, place)
@@ -218,12 +219,6 @@ def videos_below(folder: Path) -> Iterator[Path]:
 def quoted(text: str) -> str:
     """Text as YAML reads it back."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def listed(names: Sequence[str], most: int) -> str:
-    """The first ``most`` names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _groups(folder: Path, names: Mapping[Path, str]) -> dict[str, dict[Numbers, Path]]:

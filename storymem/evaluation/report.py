@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from storymem.evaluation.results import Results, Summary
 from storymem.evaluation.scoring import StoryResult
 from storymem.evaluation.statistics import Comparison
 from storymem.film.folder import library_versions
-from storymem.io import write_text
+from storymem.io import write_json, write_text
 from storymem.media.video import READER
 
 ABSENT = "–"
@@ -30,8 +29,7 @@ _TEX |= {"†": r"$^\dagger$"} | {letter: f"\\{letter}" for letter in "&%$#_{}"}
 
 def write_report(results: Results, output: Path) -> str:
     """Write ``results.json``, ``.csv``, ``.md``, ``.tex`` and ``index.html``; returns the Markdown."""
-    content = json.dumps(results.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(output / "results.json", content + "\n")
+    write_json(output / "results.json", results.to_dict())
     rows = pd.DataFrame(results.values())
     write_text(output / "results.csv", rows.to_csv(index=False, float_format="%.6f", lineterminator="\n"))
     text = render("results.md", results)

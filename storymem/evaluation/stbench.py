@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT, StoryPath, UserPath, build_settings
+from storymem.config import STRICT, StoryPath, UserPath, build_settings, first_of
 from storymem.evaluation.films import Films, find_films, stories_of
-from storymem.evaluation.layouts import listed
 from storymem.evaluation.mapping import MAPPING, MAPPING_SUFFIXES
 from storymem.evaluation.statistics import StatisticsSettings
 from storymem.evaluation.workers import from_first, workers, working_together
@@ -236,9 +235,9 @@ def _films_found(there: Films, stories: Sequence[Story]) -> Iterator[str]:
             yield f"  {story.title}: {where}" + (f", {film.layout}" if film.layout else "")
         yield from (f"  {story.title}: {reason}" for reason in dict.fromkeys(s.reason for s in film.shots) if reason)
         if film.ignored:
-            yield f"  {story.title}: not used: {listed(film.ignored, _LISTED)}"
+            yield f"  {story.title}: not used: {first_of(film.ignored, _LISTED)}"
     if there.unused:
-        yield f"  of no story: {listed(there.unused, _LISTED)}"
+        yield f"  of no story: {first_of(there.unused, _LISTED)}"
 
 
 # --- metrics
@@ -365,7 +364,7 @@ def check_output(output: Path) -> None:
     others = sorted(path.name for path in output.iterdir() if path.name not in (".lock", "jobs"))
     if others and not (output / _MARK).is_file():
         raise FileError(
-            f"output={output} is not empty and not a folder of results: it holds {listed(others, _LISTED)}. "
+            f"output={output} is not empty and not a folder of results: it holds {first_of(others, _LISTED)}. "
             "Nothing was written; choose a new or empty folder"
         )
 
