@@ -176,12 +176,6 @@ def test_memories_recall_and_select(choice: str) -> None:
     assert 1 <= len(chosen.selected) <= selector.max_keyframes
 
 
-@pytest.mark.parametrize("name", choices("scorer"))
-def test_scorers_fit_the_signature_of_their_target(name: str) -> None:
-    group, choice = name.rsplit("/", 1)
-    bind(composed(name=f"scorer/{group}/{choice}")["scorer"][group])
-
-
 @pytest.mark.parametrize("group", ["clip", "quality"])
 def test_scorers_of_the_loop_can_be_chosen(group: str) -> None:
     for choice in choices(f"scorer/{group}"):

@@ -13,7 +13,13 @@ from storymem.config import STRICT
 
 @settings_class(frozen=True, kw_only=True, config=STRICT)
 class StatisticsSettings:
-    """Number of resamples (and of sign flips in the permutation test), confidence level of intervals, and seed."""
+    """Intervals and tests over stories.
+
+    Args:
+        resamples: of the stories, for intervals; and sign flips, for the permutation test.
+        level: of confidence of the intervals.
+        seed: of all random draws.
+    """
 
     resamples: int = 10_000
     level: float = 0.95

@@ -47,7 +47,12 @@ Compose = Callable[[str], Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StbenchSettings:
-    """Which stories: all of a folder, or those that ``only`` names by title, short name or file name."""
+    """Which stories are filmed and scored.
+
+    Args:
+        stories: a folder of stories, ours or the published JSON files.
+        only: titles, short names or file names of the stories wanted; all by default.
+    """
 
     stories: StoryPath = "st_bench/stories"
     only: tuple[str, ...] = ()
