@@ -92,7 +92,7 @@ def _check_factors(path: Path, header: Header) -> None:
     """Every weight in fp8 of a scaled file needs one factor, or one per row."""
     factors = {_weight_of(name): name for name in header.shapes if name.endswith(_FACTORS)}
     for name, factor in factors.items():
-        rows = header.shapes.get(name, (0,))[0]
+        rows = (*header.shapes.get(name, ()), 0)[0]
         if name not in header.shapes or header.shapes[factor] not in ((), (1,), (rows,), (rows, 1)):
             raise FileError(f"{path}: {factor} is not the factor of a weight, or has not one number per row")
     scaled = bool(factors) or "scaled_fp8" in header.shapes

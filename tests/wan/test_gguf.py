@@ -310,6 +310,7 @@ def test_scaled_fp8_is_widened_by_its_factors(
         (lambda s: s.pop("blocks.0.ffn.0.scale_weight"), r"blocks\.0\.ffn\.0\.weight is scaled fp8, .*no factor"),
         (lambda s: s.update({"blocks.0.ffn.0.scale_weight": torch.ones(7)}), r"ffn\.0\.scale_weight is not the factor"),
         (lambda s: s.update({"blocks.9.scale_weight": torch.ones(1)}), r"blocks\.9\.scale_weight is not the factor"),
+        (lambda s: s.update({"blocks.0.ffn.0.weight": torch.tensor(1.0)}), r"misshapen.*is \[\], not \[96, 96\]"),
         (lambda s: s.update({"blocks.0.absmax": torch.ones(1)}), r"unexpected \(1\).*blocks\.0\.absmax"),
         (lambda s: s.update({"head.head.bias": torch.ones(64).byte()}), r"head\.head\.bias is U8"),
     ],
