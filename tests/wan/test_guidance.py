@@ -81,11 +81,6 @@ def test_a_callback_may_change_the_negative_prompt(
     close(generate(batched, **given), generate(pipe, **given))
 
 
-def test_several_videos_in_one_call(pipe: WanMemoryToVideoPipeline, batched: WanMemoryToVideoPipeline) -> None:
-    given = {**GUIDED, "num_videos_per_prompt": 2, "memory": images(1)}
-    close(generate(batched, **given), generate(pipe, **given))
-
-
 def test_a_first_shot_by_text_to_video(pipe: WanMemoryToVideoPipeline) -> None:
     def shot(runtime: RuntimeSettings) -> Tensor:
         return shot_by_text(settings(), pipe.vae, runtime=runtime)

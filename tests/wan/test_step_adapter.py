@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings, SamplerSettings, StepAdapterSettings
 from storymem.wan.sources import check_weights
 from storymem.weights import MissingWeights
-from tests.composing import composed, generate_settings
+from tests.composing import generate_settings
 from tests.stories import MODEL, content, story, storyteller
 from tests.wan.tiny import CPU, adapt, generate, images, settings
 
@@ -166,11 +166,6 @@ def test_the_plan_shows_them(tmp_path: Path) -> None:
     assert "weights  MISSING Wan2.2-Lightning for image-to-video" in plan
     assert "weights  MISSING Wan2.2-Lightning for text-to-video" in plan
     assert "attention native" in plan
-
-
-def test_every_setting_of_the_adapter_can_be_overridden() -> None:
-    adapter = composed("story=story.yaml", "sampler=lightning")["sampler"]["adapter"]
-    assert set(adapter) == {field.name for field in fields(StepAdapterSettings)}
 
 
 # Other adapters beside the memory adapter

@@ -226,14 +226,6 @@ def test_frames_that_the_layout_does_not_have_are_refused() -> None:
         network()(**inputs(4), layout=memory_cached(3, 2))
 
 
-def test_positions_beyond_the_table_are_refused() -> None:
-    of = network()
-    with torch.no_grad():
-        of(**inputs(3), layout=memory_joint(2, 1, stride=511))
-    with pytest.raises(ValueError, match=r"reach position -1024; .* ends at 1023"):
-        of(**inputs(3), layout=memory_joint(2, 1, stride=512))
-
-
 def test_class_weights_and_backends_stay() -> None:
     of = network(stock=True)
     of.set_attention_backend("native")
