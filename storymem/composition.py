@@ -21,6 +21,7 @@ from storymem.config import CONFIGS
 #: File in ``configs/`` -> its settings class, "module:name", which is imported when it is needed.
 SETTINGS = {
     "generate": "storymem.film.settings:GenerateSettings",
+    "write": "storymem.story.writing:WriteSettings",
     "prepare_data": "storymem.data.settings:PrepareSettings",
     "train": "storymem.training.settings:TrainSettings",
     "eval_stbench": "storymem.evaluation.stbench:EvaluateSettings",

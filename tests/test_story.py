@@ -85,6 +85,24 @@ scenes:
     assert swims.label == "shot 3 (scene 2, shot 1)"
 
 
+def test_descriptions_of_the_characters_in_a_shot_follow_its_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "story.yaml"
+    path.write_text(
+        "title: T\noverview: O\nstyle: ink\n"
+        "characters: [{name: Ada, description: a girl in red.}, {name: Bo, description: an old dog}, {name: Cy}]\n"
+        "scenes:\n  - shots:\n"
+        "      - {prompt: Bo and Ada run., characters: [Bo, Ada, Cy]}\n"
+        "      - {prompt: 'Ada, a girl in red., and Bo rest.', characters: [Ada]}\n"
+    )
+    story = load_story(path)
+    assert story.prompt_of(story.shots[0]) == "ink: Bo and Ada run. Bo: an old dog. Ada: a girl in red."
+    assert story.prompt_of(story.shots[1]) == "ink: Ada, a girl in red., and Bo rest."
+    assert story.to_dict()["characters"][1:] == [
+        {"name": "Bo", "references": [], "description": "an old dog"},
+        {"name": "Cy", "references": []},
+    ]
+
+
 def test_a_shot_is_a_cut_by_default(tmp_path: Path) -> None:
     shots = ["{prompt: a}", "{prompt: b}", "{prompt: c, cut: no}", "{prompt: d, cut: true}"]
     story = load_story(write(tmp_path, HEAD + "".join(f"      - {shot}\n" for shot in shots)))

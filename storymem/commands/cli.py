@@ -44,6 +44,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command("generate a film from a story", "storymem.film.generate:generate_films", "generate", "story"),
+    "write": Command("have a language model write a story", "storymem.story.writing:write", "write", "idea"),
     "prepare": Command("turn captioned videos into a training set", _prepare, "prepare_data"),
     "train": Command("train a memory adapter", "storymem.training.run:train", "train"),
     "evaluate": Command("score films, or the films of a method, on ST-Bench", _evaluate, "eval_stbench"),

@@ -62,15 +62,19 @@ class StoryError(ValueError):
 class StoryFile:
     """One story file. Mistakes in the content are collected and reported together.
 
+    Args:
+        path: the file.
+        text: its text, if that is not what the file holds.
+
     Raises:
         StoryError: if the file cannot be read, or its syntax is invalid.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, text: str | None = None) -> None:
         self.path = path
         self.problems: list[tuple[int, str]] = []
         self._values = 0
-        text = _read_text(path).translate(_LINE_BREAKS)
+        text = (_read_text(path) if text is None else text).translate(_LINE_BREAKS)
         self._text = _blank_comments(text) if path.suffix.lower() == ".json" else text
         root = _compose(path, self._text)
         if root is None:

@@ -40,7 +40,7 @@ MAX_FRAMES = 4093  # of one shot: 1023 latent frames after the first, the limit 
 MAX_NAME = 300  # characters of a title, a style or a name
 MAX_PATH = 4096
 _STORY_KEYS = ("title", "overview", "style", "genre", "characters", "scenes")
-_CHARACTER_KEYS = ("name", "references")
+_CHARACTER_KEYS = ("name", "description", "references")
 _SCENE_KEYS = ("shots",)
 _SHOT_KEYS = ("prompt", "cut", "characters", "frames", "seed", "negative_prompt", "references")
 _BENCH_STORY_KEYS = ("story_name", "story_overview", "scenes")
@@ -49,9 +49,10 @@ _BENCH_SCENE_KEYS = ("scene_num", "video_prompts", "first_frame_prompt", "cut")
 
 @dataclass(frozen=True, kw_only=True)
 class Character:
-    """A character of the story, with images of their look (paths that exist)."""
+    """A character of the story, with a text about their look, and images of it (paths that exist)."""
 
     name: str
+    description: str | None = None
     references: tuple[Path, ...] = ()
 
 
@@ -127,8 +128,15 @@ class Story:
         return tuple(shot for scene in self.scenes for shot in scene.shots)
 
     def prompt_of(self, shot: Shot) -> str:
-        """The text that the model is given for ``shot``: the story's style, if it has one, and the shot's prompt."""
-        return f"{self.style}: {shot.prompt}" if self.style else shot.prompt
+        """The text that the model is given for ``shot``: style, prompt, descriptions of its characters.
+
+        A description that the prompt contains is not repeated.
+        """
+        looks = {one.name: one.description or "" for one in self.characters}
+        shown = [(name, looks.get(name, "")) for name in shot.characters]
+        added = [f"{name}: {look.rstrip('.')}." for name, look in shown if look not in shot.prompt]
+        prompt = " ".join([shot.prompt, *added])
+        return f"{self.style}: {prompt}" if self.style else prompt
 
     @property
     def references(self) -> tuple[Path, ...]:
@@ -150,7 +158,11 @@ class Story:
             "title": self.title,
             "overview": self.overview,
             "style": self.style,
-            "characters": [{"name": one.name, "references": self.written(one.references)} for one in self.characters],
+            "characters": [
+                {"name": one.name, "references": self.written(one.references)}
+                | ({"description": one.description} if one.description else {})
+                for one in self.characters
+            ],
             "scenes": [
                 {"number": scene.number, "shots": [self._shot_dict(shot) for shot in scene.shots]}
                 for scene in self.scenes
@@ -176,17 +188,17 @@ class Story:
         ]
 
 
-def load_story(path: str | os.PathLike[str]) -> Story:
+def load_story(path: str | os.PathLike[str], text: str | None = None) -> Story:
     """Read a story from YAML or from ST-Bench's JSON; the format is detected from its keys.
 
     A shot is a cut unless ``cut: false`` is set. JSON may contain comments (``//``, ``/* */``) and trailing commas. In
     ST-Bench's format ``cut`` may be the strings ``"True"`` and ``"False"``, and ``first_frame_prompt`` is ignored.
-    Paths of reference images are relative to the story file.
+    Paths of reference images are relative to the story file. ``text`` is read in place of the file's, if given.
 
     Raises:
         StoryError: with a line for every problem: file, line, shot, what was expected, what to write instead.
     """
-    reader = _Reader(Path(path))
+    reader = _Reader(Path(path), text)
     story = reader.read()
     reader.raise_if_faulty()
     return story
@@ -251,8 +263,8 @@ def _stories_below(folder: Path) -> list[Path]:
 class _Reader(StoryFile):
     """Converts nodes to records. An invalid value is recorded as a problem and replaced by a default."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, text: str | None = None) -> None:
+        super().__init__(path, text)
         self._names: set[str] | None = None  # of the characters; None if the list of characters is invalid
         self._images: dict[Path, tuple[Path, tuple[str, str] | None]] = {}
         self._notes: dict[str, None] = {}
@@ -293,7 +305,9 @@ class _Reader(StoryFile):
                 wrong = f"the name {name} is used twice"
                 self.note(entries["name"], where, wrong, "a different name for each", "write another name")
             taken.add(folded(name).lower())
-            found.append(Character(name=name, references=self.references(entries.get("references"), where)))
+            look = self.string(entries.get("description"), where, "description")
+            references = self.references(entries.get("references"), where)
+            found.append(Character(name=name, description=look, references=references))
         names = {character.name for character in found}
         # If the list could not be read, the names in the shots cannot be checked.
         faulty = "" in names or (not names and bool(self.problems))

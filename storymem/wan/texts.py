@@ -6,10 +6,10 @@ import difflib
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from storymem.io import read_text, text_lines
-from storymem.wan.folders import load_tokenizer
 from storymem.wan.settings import ModelSettings
 from storymem.weights import MissingWeights, locate
 
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 KNOWN_WORDS = "known_words.txt"
 
 _WORD = r"[^\W_]+(?:['’-][^\W_]+)*"
+
+
+def known_words(model: ModelSettings) -> frozenset[str] | None:
+    """All words of a model that was trained on few; None for others, and where its weights are not on this machine."""
+    try:
+        return None if model.weights is None else _words_beside(locate(model.weights))
+    except MissingWeights:
+        return None
+
+
+def _words_beside(folder: Path) -> frozenset[str] | None:
+    file = folder / "tokenizer" / KNOWN_WORDS
+    return frozenset(text_lines(read_text(file))) or None if file.exists() else None
 
 
 class Reading(NamedTuple):
@@ -56,9 +69,9 @@ class TextReader:
             return None
         if not (folder / "tokenizer").is_dir():
             return None
-        file = folder / "tokenizer" / KNOWN_WORDS
-        words = frozenset(text_lines(read_text(file))) if file.exists() else None
-        return cls(load_tokenizer(folder), model.network.text_tokens, words or None)
+        from storymem.wan.folders import load_tokenizer
+
+        return cls(load_tokenizer(folder), model.network.text_tokens, _words_beside(folder))
 
     def read(self, text: str) -> Reading:
         """How ``text`` is read."""
