@@ -34,7 +34,8 @@ scenes:
 """
     assert problems(tmp_path, text) == [
         'story.yaml:1: story: title is read as a number; expected text; write title: "1984" instead',
-        "story.yaml:5: character 1: unknown key reference; expected name, references; write references instead",
+        "story.yaml:5: character 1: unknown key reference; expected name, references, description; "
+        "write references instead",
         'story.yaml:9: shot 1 (scene 1, shot 1): cut is "yes"; expected true or false without quotes; '
         "write cut: true instead",
         'story.yaml:10: shot 2 (scene 1, shot 2): prompt is empty; expected text; write prompt: "..."',

@@ -15,7 +15,7 @@ import torch
 from storymem.film.folder import Film, FilmError
 from storymem.film.settings import parse_resume
 from storymem.media.video import read_video
-from storymem.memory import CharacterFirst, ComingShot, Keyframe, KeyframeSelector, MemoryBank, SinkAndRecent
+from storymem.memory import ComingShot, Keyframe, KeyframeSelector, MemoryBank, Relevant, SinkAndRecent
 from storymem.scorers.aesthetic import AestheticScorer
 from tests.stories import CLIP, FOUR_SHOTS, MODEL, content, plain_image, story, storyteller
 
@@ -280,6 +280,6 @@ scenes:
     entries = json.loads((film.folder / "memory.json").read_text())["keyframes"]
     shown = {(entry["shot"], entry["character"]) for entry in entries}
     assert shown == {(1, "Ada"), (2, None), (3, "Bo")}
-    teller = storyteller(recall=CharacterFirst(capacity=10, sink=0))
+    teller = storyteller(recall=Relevant(capacity=10, sink=0, relevant=0))
     again = teller.tell(loaded, tmp_path / "by_character")
     assert {id[:6] for id in again.shots[2].memory} == {"shot02"}, "nothing of Ada alone"

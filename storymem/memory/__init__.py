@@ -2,17 +2,17 @@
 
 from storymem.memory.bank import MemoryBank, ids_on_disk
 from storymem.memory.keyframes import EmbedFrames, Keyframe, embed_in_batches, frame_id, reference_id
-from storymem.memory.recall import CharacterFirst, ComingShot, RecallPolicy, SinkAndRecent
+from storymem.memory.recall import ComingShot, RecallPolicy, Relevant, SinkAndRecent
 from storymem.memory.selection import KeyframeSelector, Selection, SelectionPolicy, UniformSelector
 
 __all__ = [
-    "CharacterFirst",
     "ComingShot",
     "EmbedFrames",
     "Keyframe",
     "KeyframeSelector",
     "MemoryBank",
     "RecallPolicy",
+    "Relevant",
     "Selection",
     "SelectionPolicy",
     "SinkAndRecent",

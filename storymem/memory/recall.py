@@ -74,51 +74,90 @@ class SinkAndRecent:
 
     def recall(self, keyframes: Sequence[Keyframe], shot: ComingShot) -> list[Keyframe]:
         """See :meth:`RecallPolicy.recall`; ``shot`` makes no difference."""
-        return _sink_and_recent(keyframes, self.capacity, self.sink)
+        recent = len(keyframes) - (self.capacity - self.sink)
+        if not self.capacity:
+            return []
+        return [*keyframes[: self.sink], *keyframes[max(recent, self.sink) :]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CharacterFirst:
-    """Images of the characters in the shot, then sink and recent keyframes. Not part of the published method.
+class Relevant:
+    """Keyframes for the coming shot: its characters, the sink, recent and relevant ones. Not the published method.
 
-    Images of a character are its reference images, and frames of shots with that character alone; the oldest come
-    first. Those of characters that are not in the shot are left out, so that many references do not displace the
-    shots before. For a shot without characters this is :class:`SinkAndRecent`.
+    1. At most ``references`` images of the shot's characters in turn, the oldest first: their reference images, and
+       frames of shots in which they were alone.
+    2. The ``sink`` oldest of the others.
+    3. The newest of the others, but for the last ``relevant`` places.
+    4. For each of these, the one of highest ``balance`` * relevance - (1 - ``balance``) * redundancy (maximal marginal
+       relevance, Carbonell and Goldstein 1998): the cosine of image and prompt, and the highest cosine to an image
+       chosen before. Both are scaled from 0 to 1 over the candidates.
+
+    The others of a shot without characters are all keyframes. Else they are frames of no single character or of one in
+    the shot: many references do not displace them, and nobody else's look is shown.
 
     Args:
         capacity: most keyframes recalled; 0 recalls nothing.
-        sink: as in :class:`SinkAndRecent`, counted among keyframes that are of no single character.
-        references: most images of characters recalled, shared evenly by the characters of the shot.
+        sink: how many of the oldest others always stay, at most ``capacity``; some may be among the first step's.
+        references: most images in the first step.
+        relevant: most keyframes in the fourth step; 0: the prompt makes no difference.
+        balance: 1: relevance alone; 0: only what differs from the chosen.
     """
 
     capacity: int = 10
     sink: int = 3
-    references: int = 5
+    references: int = 3
+    relevant: int = 2
+    balance: float = 0.5
 
     def __post_init__(self) -> None:
         _check_size(self.capacity, self.sink)
-        if self.references < 0:
-            raise ValueError(f"references={self.references}: must not be negative")
+        if self.references < 0 or self.relevant < 0:
+            raise ValueError(f"references={self.references}, relevant={self.relevant}: neither may be negative")
+        if not 0 <= self.balance <= 1:
+            raise ValueError(f"balance={self.balance}: must be between 0 and 1")
 
     def recall(self, keyframes: Sequence[Keyframe], shot: ComingShot) -> list[Keyframe]:
         """See :meth:`RecallPolicy.recall`."""
-        if not shot.characters:
-            return _sink_and_recent(keyframes, self.capacity, self.sink)
         of_each = [[k for k in keyframes if k.character == name] for name in shot.characters]
         in_turn = [k for k in chain.from_iterable(zip_longest(*of_each)) if k is not None]
-        references = in_turn[: min(self.references, self.capacity)]
-        room = self.capacity - len(references)
-        others = _sink_and_recent([k for k in keyframes if k.character is None], room, min(self.sink, room))
-        recalled = {k.id for k in references + others}
-        return [k for k in keyframes if k.id in recalled]
+        chosen = in_turn[: min(self.references, self.capacity)]
+        others = [k for k in keyframes if not shot.characters or _is_other(k, shot)]
+        chosen += [k for k in others[: self.sink] if k not in chosen][: self.capacity - len(chosen)]
+        others = [k for k in others if k not in chosen]
+        recent = max(0, self.capacity - len(chosen) - self.relevant)
+        split = max(0, len(others) - recent)
+        chosen += others[split:]
+        chosen += self._most_relevant(others[:split], chosen, self.capacity - len(chosen), shot)
+        return [k for k in keyframes if k in chosen]
+
+    def _most_relevant(
+        self, candidates: list[Keyframe], chosen: Sequence[Keyframe], count: int, shot: ComingShot
+    ) -> list[Keyframe]:
+        """``count`` of the candidates by maximal marginal relevance; of equal ones the newest."""
+        if count == 0 or len(candidates) <= count:
+            return candidates[:count]
+        images = np.stack([k.embedding for k in candidates])
+        relevance = _scaled(images @ shot.text_embedding)
+        cosines = _scaled(images @ np.stack([k.embedding for k in (*chosen, *candidates)]).T)
+        redundancy = cosines[:, : len(chosen)].max(axis=1, initial=0)
+        found: list[int] = []
+        for _ in range(count):
+            scores = self.balance * relevance - (1 - self.balance) * redundancy
+            scores[found] = -np.inf
+            found.append(len(scores) - 1 - int(scores[::-1].argmax()))
+            redundancy = np.maximum(redundancy, cosines[:, len(chosen) + found[-1]])
+        return [candidates[place] for place in found]
 
 
-def _sink_and_recent(keyframes: Sequence[Keyframe], capacity: int, sink: int) -> list[Keyframe]:
-    if len(keyframes) <= capacity:
-        return list(keyframes)
-    if capacity == 0:
-        return []
-    return [*keyframes[:sink], *keyframes[len(keyframes) - (capacity - sink) :]]
+def _is_other(keyframe: Keyframe, shot: ComingShot) -> bool:
+    """Whether it shows nobody who is not in the shot, and is no reference image of a character."""
+    return keyframe.character is None or (keyframe.character in shot.characters and keyframe.frame is not None)
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Values from 0 (the least) to 1; 0 if all are equal."""
+    least, most = values.min(), values.max()
+    return (values - least) / (most - least) if most > least else np.zeros_like(values)
 
 
 def _check_size(capacity: int, sink: int) -> None:

@@ -71,11 +71,13 @@ def test_methods(name: str) -> None:
     assert (method.settings.seed, method.settings.model.name) == (4, "tiny")
 
 
-def test_the_method_that_knows_who_is_in_memory_differs_in_its_recall_alone() -> None:
-    plain, other = (flat(compose_with_method(name, [])["method"]) for name in ("storymem", "storymem_characters"))
+@pytest.mark.parametrize("name", ["storymem_relevant", "storymem_characters"])
+def test_methods_that_know_who_is_in_memory_differ_in_their_recall_alone(name: str) -> None:
+    plain, other = (flat(compose_with_method(name, [])["method"]) for name in ("storymem", name))
     changed = {key for key in plain.keys() | other.keys() if plain.get(key) != other.get(key)}
-    assert changed == {"generate.memory.recall._target_", "generate.memory.recall.references"}
-    assert other["generate.memory.recall._target_"] == "storymem.memory.CharacterFirst"
+    assert changed == {f"generate.memory.recall.{key}" for key in ("_target_", "references", "relevant", "balance")}
+    assert other["generate.memory.recall._target_"] == "storymem.memory.Relevant"
+    assert (other["generate.memory.recall.relevant"] == 0) == (name == "storymem_characters")
 
 
 CHANGES: dict[str, dict[str, Any]] = {

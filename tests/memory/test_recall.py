@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from storymem.memory import CharacterFirst, ComingShot, Keyframe, MemoryBank, SinkAndRecent
+from storymem.memory import ComingShot, Keyframe, MemoryBank, Relevant, SinkAndRecent
 
 
 def keyframes(count: int) -> list[Keyframe]:
     return [keyframe(f"k{number}", shot=number + 1) for number in range(count)]
 
 
-def keyframe(id: str, *, shot: int | None = None, character: str | None = None) -> Keyframe:
-    image, embedding = np.zeros((2, 2, 3), np.uint8), np.ones(1, np.float32)
-    return Keyframe(id=id, image=image, embedding=embedding, shot=shot, character=character)
+def keyframe(
+    id: str, *, shot: int | None = None, character: str | None = None, embedding: Sequence[float] = (1, 0)
+) -> Keyframe:
+    image, row = np.zeros((2, 2, 3), np.uint8), np.array(embedding, np.float32)
+    return Keyframe(id=id, image=image, embedding=row, shot=shot, frame=shot, character=character)
 
 
 def ids(recalled: list[Keyframe]) -> str:
@@ -45,8 +48,8 @@ def test_keyframes_for_a_later_shot_wait_for_it() -> None:
     assert ids(MemoryBank(keyframes(3)).recall(ComingShot(number=2))) == "k0 k1"
 
 
-@pytest.mark.parametrize("policy", [SinkAndRecent, CharacterFirst])
-def test_a_sink_larger_than_the_memory_is_refused(policy: type[SinkAndRecent] | type[CharacterFirst]) -> None:
+@pytest.mark.parametrize("policy", [SinkAndRecent, Relevant])
+def test_a_sink_larger_than_the_memory_is_refused(policy: type[SinkAndRecent] | type[Relevant]) -> None:
     with pytest.raises(ValueError, match="sink=3 does not fit into capacity=2: write sink=2 or less"):
         policy(capacity=2)
     with pytest.raises(ValueError, match="negative"):
@@ -61,18 +64,44 @@ CAST = [
 
 
 def test_only_the_images_of_the_shots_characters_are_recalled() -> None:
-    bank = MemoryBank([*CAST, *keyframes(6)], policy=CharacterFirst(capacity=7, sink=1, references=2))
+    characters = Relevant(capacity=7, sink=1, references=2, relevant=0)
+    bank = MemoryBank([*CAST, *keyframes(6)], policy=characters)
     assert ids(bank.recall(ComingShot(characters=("seal",)))) == "seal1 sky k1 k2 k3 k4 k5"
     assert ids(bank.recall(ComingShot(characters=("Tam", "seal")))) == "tam1 seal1 sky k2 k3 k4 k5"
     assert ids(bank.recall(ComingShot(characters=("another",)))) == "sky k0 k1 k2 k3 k4 k5"
     published = MemoryBank([*CAST, *keyframes(6)], policy=SinkAndRecent(capacity=7, sink=1))
     assert ids(bank.recall()) == ids(published.recall()), "for a shot without characters"
+    alone = [keyframe(f"a{number}", shot=number, character="Ada") for number in range(1, 9)]
+    alone.insert(4, keyframe("b5", shot=5, character="Bo"))
+    recalled = MemoryBank(alone, policy=characters).recall(ComingShot(characters=("Ada",)))
+    assert ids(recalled) == "a1 a2 a4 a5 a6 a7 a8", "a film of one character uses the whole memory"
 
 
+def test_the_last_places_are_for_what_is_relevant_and_not_there_yet() -> None:
+    # The prompt is about the beach, the first axis.
+    beach = (1.0, 0.0, 0.0)
+    images = {"forest": (0, 1, 0), "moon": (0, 0.6, 0.8), "beach": beach, "beach_again": beach, "hut": (0.8, 0.6, 0)}
+    bank = [keyframe(id, embedding=row) for id, row in (images | {"city": (0, 0, 1)}).items()]
+    shot = ComingShot(prompt="The beach.", embed_text=lambda text: np.array([2.0, 0, 0]))
+
+    def recalled(**settings: float) -> str:
+        policy = Relevant(capacity=4, sink=1, relevant=2, **settings)  # type: ignore[arg-type]
+        return ids(MemoryBank(bank, policy=policy).recall(shot))
+
+    assert recalled(balance=1) == "forest beach beach_again city"
+    assert recalled(balance=0.4) == "forest beach_again hut city"
+    with pytest.raises(ValueError, match="no text encoder"):
+        MemoryBank(bank, policy=Relevant(capacity=4, sink=1)).recall()
+    with pytest.raises(ValueError, match="balance=2: must be between 0 and 1"):
+        Relevant(balance=2)
+
+
+@pytest.mark.parametrize("relevant", [0, 2])
 @pytest.mark.parametrize("capacity", range(8))
-def test_characters_never_make_the_memory_overflow(capacity: int) -> None:
-    policy = CharacterFirst(capacity=capacity, sink=min(3, capacity), references=4)
-    recalled = MemoryBank([*CAST, *keyframes(9)], policy=policy).recall(ComingShot(characters=("Tam", "seal")))
+def test_characters_never_make_the_memory_overflow(capacity: int, relevant: int) -> None:
+    policy = Relevant(capacity=capacity, sink=min(3, capacity), references=4, relevant=relevant)
+    shot = ComingShot(characters=("Tam", "seal"), embed_text=lambda text: np.ones(2))
+    recalled = MemoryBank([*CAST, *keyframes(9)], policy=policy).recall(shot)
     assert len(recalled) == len(set(ids(recalled).split())) == capacity
 
 
