@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ import pytest
 from PIL import Image
 
 from storymem.commands.cli import main
-from storymem.film.folder import Film, FilmError, estimated_bytes, library_versions
+from storymem.film.folder import Film, estimated_bytes, library_versions
 from storymem.film.generate import generate_films
-from storymem.film.manifest import film_folder
+from storymem.film.manifest import FilmError, film_folder
 from storymem.film.storyboard import storyboard
 from storymem.io import FileError
 from storymem.media.video import probe, read_video, write_video
@@ -147,7 +148,7 @@ def test_any_name_of_a_folder_will_do(tmp_path: Path, name: str, monkeypatch: py
 
 @pytest.mark.parametrize("known", [False, True])
 def test_what_the_user_edited_stays_on_disk_when_its_shot_is_regenerated(film: Path, known: bool) -> None:
-    shot = film / "shots" / "01_02.mp4"
+    shot = film / "shots" / "01_02" / "take_001.mp4"
     write_video(shot, read_video(shot)[:5], 8)
     edited = shot.read_bytes()
     painted = film / "keyframes" / f"{Film.open(film).shots[1].keyframes[0].id}.png"
@@ -157,7 +158,7 @@ def test_what_the_user_edited_stays_on_disk_when_its_shot_is_regenerated(film: P
         resume(film)
         resume(film, 2, seed=4)
     resume(film, 2, seed=5)
-    assert Film.open(film).shots[1].file != "shots/01_02.mp4"
+    assert Film.open(film).shots[1].file != "shots/01_02/take_001.mp4"
     assert shot.read_bytes() == edited
     assert painted.read_bytes() == image
 
@@ -177,7 +178,7 @@ def test_a_film_or_page_that_was_changed_gets_another_name(
     film: Path, name: str, content: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = files(film)
-    changed = before["shots/01_01.mp4"] if content is None else content
+    changed = before["shots/01_01/take_001.mp4"] if content is None else content
     (film / name).write_bytes(changed)
     aside = name.replace(".", "_1.")
     resume(film)
@@ -187,7 +188,7 @@ def test_a_film_or_page_that_was_changed_gets_another_name(
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "no video", "a folder"])
 def test_a_shot_that_cannot_be_read_is_named_and_the_advice_works(film: Path, damage: str) -> None:
-    shot = film / "shots" / "01_02.mp4"
+    shot = film / "shots" / "01_02" / "take_001.mp4"
     whole = shot.read_bytes()
     shot.unlink()
     if damage == "a folder":
@@ -197,14 +198,14 @@ def test_a_shot_that_cannot_be_read_is_named_and_the_advice_works(film: Path, da
     for name in ("film.mp4", "storyboard.html"):
         (film / name).unlink()
     before = files(film)
-    with pytest.raises(ValueError, match=r"shots/01_02\.mp4.*: put it back, or regenerate .* with resume=from_shot:2"):
+    with pytest.raises(ValueError, match=r"01_02/take_001\.mp4.*: put it back, or make another take .* with shot=2"):
         resume(film)
     assert files(film) == before
     resume(film, 2)
 
 
 def test_damage_within_a_shot_is_detected(film: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shot = film / "shots" / "01_01.mp4"
+    shot = film / "shots" / "01_01" / "take_001.mp4"
     content = bytearray(shot.read_bytes())
     middle = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 4
     content[middle : middle + 40] = bytes(40)
@@ -218,7 +219,7 @@ def test_damage_within_a_shot_is_detected(film: Path, caplog: pytest.LogCaptureF
 
 
 def test_shots_that_were_swapped_or_shortened_are_named(film: Path, caplog: pytest.LogCaptureFixture) -> None:
-    one, two = (film / "shots" / f"01_0{number}.mp4" for number in (1, 2))
+    one, two = (film / "shots" / f"01_0{number}" / "take_001.mp4" for number in (1, 2))
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
     two.write_bytes(first)
@@ -242,7 +243,7 @@ def test_shots_that_were_swapped_or_shortened_are_named(film: Path, caplog: pyte
 def test_a_video_of_the_user_is_fitted_to_the_film(
     film: Path, height: int, width: int, fps: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shot = film / "shots" / "01_01.mp4"
+    shot = film / "shots" / "01_01" / "take_001.mp4"
     frames = np.full((2 * fps, height, width, 3), 200, np.uint8)
     frames[fps:] = 20
     write_video(shot, frames, fps, crf=30)
@@ -263,12 +264,12 @@ def test_a_video_of_the_user_is_fitted_to_the_film(
 
 @pytest.mark.parametrize("damage", [None, b"", b"text"])
 def test_last_frames_that_cannot_be_read_are_reported_before_anything_is_made(film: Path, damage: bytes | None) -> None:
-    end = film / "shots" / "01_01_end" / "5.png"
+    end = film / "shots" / "01_01" / "take_001_end" / "5.png"
     end.unlink()
     if damage is not None:
         end.write_bytes(damage)
     before = files(film)
-    with pytest.raises(FilmError, match=r"cannot continue from shot 1 .*5\.png.*with resume=from_shot:1"):
+    with pytest.raises(FilmError, match=r"cannot continue from shot 1 .*5\.png.*with shot=1"):
         resume(film, 2)
     assert files(film) == before
     resume(film, 1)
@@ -276,10 +277,8 @@ def test_last_frames_that_cannot_be_read_are_reported_before_anything_is_made(fi
 
 def test_only_files_that_were_being_written_are_removed(film: Path) -> None:
     whole, made = files(film), Film.open(film)
-    shot = story(film.parent, TWO_SHOTS).shots[1]
-    made.drop_from(1)
-    made.write_shot(shot, np.zeros((9, 32, 48, 3), np.uint8), repeated=1, fps=8)
-    (film / "shots" / ".02_02.mp4.partial").write_bytes(b"half")
+    made.write_take(1, np.zeros((9, 32, 48, 3), np.uint8), repeated=1, fps=8)
+    (film / "shots" / "01_02" / ".take_002.mp4.partial").write_bytes(b"half")
     mine = {"notes.txt", "keyframes/a.png", "shots/01_02 copy.mp4", "shots/02_01_end/9.png"}
     for name in mine:
         (film / name).parent.mkdir(exist_ok=True)
@@ -299,30 +298,58 @@ def changed_manifest(film: Path, change: Callable[[dict[str, Any]], Any]) -> Non
 
 def test_the_manifest_records_how_the_film_was_made(film: Path) -> None:
     manifest = json.loads((film / "film.json").read_text())
-    assert (manifest["schema"], manifest["title"], manifest["video"]) == (2, "Two", "film.mp4")
+    assert (manifest["schema"], manifest["title"], manifest["video"]) == (3, "Two", "film.mp4")
     assert manifest["versions"] == library_versions()
-    assert [shot["shot"] for shot in manifest["shots"]] == [1, 2]
-    assert manifest["shots"][0]["config_hash"] == manifest["config_hash"] == Film.open(film).config_hash
+    assert [take["shot"] for take in manifest["takes"]] == [1, 2]
+    assert manifest["takes"][0]["config_hash"] == manifest["config_hash"] == Film.open(film).config_hash
 
 
-def test_films_of_schema_1_which_counted_from_0_are_opened_and_resumed(film: Path) -> None:
-    before = Film.open(film)
-
-    def downgrade(manifest: dict[str, Any]) -> None:
-        manifest["schema"] = 1
-        for shot in manifest["shots"]:
-            shot["index"] = shot.pop("shot") - 1
-            for keyframe in shot["keyframes"]:
-                keyframe["frame"] -= 1
-
-    changed_manifest(film, downgrade)
+def downgrade(film: Path, schema: int) -> None:
+    """The film of two shots as earlier versions wrote it: with one take a shot; schema 1 counts from 0."""
+    manifest = json.loads((film / "film.json").read_text())
     memory = json.loads((film / "memory.json").read_text())
-    entries = [entry | {"shot": entry["shot"] - 1, "frame": entry["frame"] - 1} for entry in memory["keyframes"]]
-    (film / "memory.json").write_text(json.dumps({"schema": 1, "keyframes": entries}))
-    assert Film.open(film).shots == before.shots
+    for take in manifest["takes"]:
+        name = take["folder"]
+        (film / "shots" / name / "take_001_end").rename(film / "shots" / f"{name}_end")
+        (film / "shots" / name / "take_001.mp4").rename(film / "shots" / f"{name}.mp4")
+        (film / "shots" / name).rmdir()
+        take["prompt"] = take.pop("script")["prompt"]
+        take["file"] = f"shots/{name}.mp4"
+        take["sha256"] = {name.replace("/take_001", ""): digest for name, digest in take["sha256"].items()}
+        take["keyframes"] = [{n: v for n, v in k.items() if n != "character"} for k in take["keyframes"]]
+        for key in ("folder", "take", "bank", "follows"):
+            del take[key]
+        if schema == 1:
+            take["index"] = take.pop("shot") - 1
+            take["keyframes"] = [keyframe | {"frame": keyframe["frame"] - 1} for keyframe in take["keyframes"]]
+    if schema == 1:
+        for entry in memory["keyframes"]:
+            entry |= {"shot": entry["shot"] - 1, "frame": entry["frame"] - 1}
+    for key in ("configs", "made_before"):
+        del manifest[key]
+    manifest |= {"schema": schema, "shots": manifest.pop("takes"), "replaced": {}}
+    (film / "film.json").write_text(json.dumps(manifest))
+    (film / "memory.json").write_text(json.dumps({"schema": schema, "keyframes": memory["keyframes"]}))
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_films_of_earlier_versions_are_opened_resumed_and_converted(film: Path, schema: int) -> None:
+    made, before = content(film), Film.open(film)
+    page = (film / "storyboard.html").read_bytes()
+    downgrade(film, schema)
+    old = files(film)
+    assert [replace(take, file="x", sha256={}, bank=None) for take in Film.open(film).shots] == [
+        replace(take, file="x", sha256={}, bank=None) for take in before.shots
+    ]
+    assert files(film) == old, "it is converted when it is written"
+    resume(film)
+    assert content(film) == made
+    assert json.loads((film / "film.json").read_text())["schema"] == 3
     resume(film, 2)
-    places = [(shot, frame) for _, shot, frame, _ in content(film)["memory"]]
-    assert places == [(entry["shot"], entry["frame"]) for entry in memory["keyframes"]]
+    assert content(film) == made
+    assert [take.file for take in Film.open(film).takes_of(1)] == ["shots/01_02.mp4", "shots/01_02/take_002.mp4"]
+    assert old.keys() - {"storyboard.html"} <= files(film).keys()
+    assert page != (film / "storyboard.html").read_bytes()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"schema": 2}', b"\xff"])
@@ -339,20 +366,24 @@ DAMAGE: list[tuple[str, Any]] = [
     *[("config", value) for value in (None, [], 7)],
     *[("video", value) for value in (7, "../film.mp4", "/etc/passwd", "a\0b", [])],
     *[("writing", value) for value in (["../mine.txt"], ["/tmp/x"], 7, [7], ["a\0b"])],
-    *[("replaced", value) for value in ({"../mine.txt": ""}, [1], {"a": 1})],
-    *[("schema", value) for value in (None, "1", 3, [], 10**30)],
+    *[("takes", value) for value in (None, {}, [7], [{}])],
+    *[("shots", [{"folder": "01_01"}, {"folder": value}]) for value in ("../x", "01_01", 7, None)],
+    *[("shots", [{"folder": "01_01"}, {"folder": "01_02", "take": value}]) for value in (0, 7, "1")],
+    *[("schema", value) for value in (None, "1", 4, [], 10**30)],
 ]
 KEYFRAME = {"id": "a", "frame": 1, "quality": None, "similarity": 0.5}
 SHOT_DAMAGE: list[tuple[str, Any]] = [
     *[("frames", value) for value in ("<script>alert(1)</script>", None, -1, 1.5, [9], 10**30)],
     *[("scene", value) for value in ("<script>", "1", None, True)],
     *[("mode", value) for value in ("x", None, 1)],
-    *[("file", value) for value in ("../x.mp4", "/etc/passwd", "", "a\0b", 7, "x" * 300, "shots/01_02.mp4")],
+    *[("file", value) for value in ("../x.mp4", "/etc/passwd", "", "a\0b", 7, "x" * 300, "shots/01_02/take_001.mp4")],
     *[("memory", value) for value in ("x", [7], ["x" * 300], ["<script>"], ["../x"], None)],
     *[("keyframes", value) for value in ([7], [{"id": 7}], {}, [KEYFRAME | {"frame": "1"}])],
     *[("seconds", value) for value in ({"a": "b"}, [], {"a": None})],
-    *[("shot", value) for value in (0, 2, "1", None)],
-    *[("index", 0), ("prompt", 7), ("colour", "red")],
+    *[("shot", value) for value in (0, "1", None)],
+    *[("take", value) for value in (0, "1", 2)],
+    *[("script", value) for value in ({}, {"prompt": 7}, None)],
+    *[("index", 0), ("folder", "a/b"), ("colour", "red")],
 ]
 
 
@@ -369,7 +400,7 @@ def test_a_manifest_of_other_types_is_reported(film: Path, key: str, value: Any)
 
 @pytest.mark.parametrize(("key", "value"), SHOT_DAMAGE)
 def test_a_shot_of_other_types_is_reported(film: Path, key: str, value: Any) -> None:
-    changed_manifest(film, lambda manifest: manifest["shots"][0].update({key: value}))
+    changed_manifest(film, lambda manifest: manifest["takes"][0].update({key: value}))
     with pytest.raises(FilmError, match=r"film\.json is damaged \(.*\): put it back from a copy, or choose another ou"):
         Film.open(film)
 
@@ -381,20 +412,18 @@ def test_files_that_a_manifest_names_are_deleted_only_if_the_film_wrote_them(fil
     (outside / "x.png").write_text("mine")
     (film / "shots" / "z_end").symlink_to(outside)
 
-    def claim(manifest: dict[str, Any]) -> None:
-        name = "shots/01_01.mp4"
-        manifest["replaced"] = {"mine.txt": "0" * 64, name: manifest["shots"][0]["sha256"][name]}
-        manifest["writing"] = ["shots/z_end/x.png", "shots/01_02.mp4", "film.mp4", "mine.txt"]
-
-    changed_manifest(film, claim)
+    names = ["shots/z_end/x.png", "shots/01_02/take_001.mp4", "film.mp4", "mine.txt"]
+    changed_manifest(film, lambda manifest: manifest.update(writing=names))
     resume(film)
-    assert all(path.is_file() for path in (film / "mine.txt", film / "shots" / "01_01.mp4", outside / "x.png"))
+    assert all(
+        path.is_file() for path in (film / "mine.txt", film / "shots" / "01_01" / "take_001.mp4", outside / "x.png")
+    )
 
 
 def test_the_page_shows_text_as_text(film: Path) -> None:
     def write(manifest: dict[str, Any]) -> None:
         manifest["story"]["overview"] = manifest["story"]["title"] = "</title><script>1</script>"
-        manifest["shots"][0]["prompt"] = "'><script>1</script>"
+        manifest["takes"][0]["script"]["prompt"] = "'><script>1</script>"
 
     changed_manifest(film, write)
     page = storyboard(Film.open(film))
@@ -451,7 +480,7 @@ def test_a_full_disk_is_reported_and_the_same_command_resumes(
 
 
 def test_a_disk_without_room_is_reported_before_anything_is_made(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = sum((film / "shots" / name).stat().st_size for name in ("01_01.mp4", "01_01_end/1.png"))
+    taken = sum((film / "shots" / name).stat().st_size for name in ("01_01/take_001.mp4", "01_01/take_001_end/1.png"))
     assert taken < estimated_bytes(9, 32, 48)
     usage = shutil.disk_usage(film)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

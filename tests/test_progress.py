@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from storymem.film.folder import Film, ShotRecord
-from storymem.film.manifest import KeyframeRecord
+from storymem.film.folder import Film
+from storymem.film.manifest import KeyframeRecord, Take
 from storymem.film.progress import Progress, duration, film_table, format_table
 from storymem.story import Shot
 
@@ -23,18 +24,20 @@ def shot(index: int) -> Shot:
     return Shot(prompt="A dog.", cut=True, scene=2, number=index + 1, index=index)
 
 
-def record(index: int, keyframes: int = 2, memory: int = 3) -> ShotRecord:
+def record(index: int, keyframes: int = 2, memory: int = 3) -> Take:
     kept = tuple(KeyframeRecord(id=f"k{k}", frame=4 * k, quality=None, similarity=None) for k in range(keyframes))
-    return ShotRecord(
+    return Take(
         shot=index + 1,
         scene=2,
         number=index + 1,
-        prompt="A dog.",
+        folder=f"02_{index + 1:02d}",
+        take=1,
+        script={"prompt": "A dog."},
         mode="mi2v",
         seed=0,
         frames=16,
         repeated=1,
-        file="shots/02_01.mp4",
+        file=f"shots/02_{index}.mp4",
         memory=tuple(f"m{k}" for k in range(memory)),
         keyframes=kept,
         config_hash="0",
@@ -43,7 +46,7 @@ def record(index: int, keyframes: int = 2, memory: int = 3) -> ShotRecord:
 
 
 def make(progress: Progress, *, finished: int, total: int = 3) -> None:
-    with progress.film(total=total, finished=finished):
+    with progress.film(total=total, finished=finished, making=total - finished):
         for index in range(finished, total):
             progress.begin_shot(shot(index))
             for step in range(1, 5):
@@ -97,12 +100,17 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_the_table_has_a_line_for_each_shot(tmp_path: Path) -> None:
-    film = Film(tmp_path, story={}, config={}, shots=[record(0), record(1, keyframes=0, memory=0)])
-    heading, rule, first, second = film_table(film).splitlines()
-    assert heading.split()[:6] == ["shot", "scene", "mode", "frames", "seconds", "recalled"]
+    told = {"scenes": [{"number": 2, "shots": [{"prompt": "A dog."}] * 3}]}
+    takes = [record(0), record(1, keyframes=0, memory=0), replace(record(1), take=2, file="b.mp4")]
+    film = Film(tmp_path, story=told, config={}, takes=takes)
+    film.slots = [replace(slot, take=take) for slot, take in zip(film.slots, (1, 1, None), strict=True)]
+    heading, rule, first, second, third = film_table(film, {2: "continues another take"}).splitlines()
+    assert heading.split()[:8] == ["shot", "scene", "take", "mode", "seed", "frames", "seconds", "recalled"]
     assert set(rule) == {"-"}
-    assert first.split() == ["1", "2.1", "mi2v", "16", "12.5", "3", "2", "(0,", "4)"]
-    assert second.split() == ["2", "2.2", "mi2v", "16", "12.5", "0", "0"]
+    assert first.split() == ["1", "2.1", "1", "mi2v", "0", "16", "12.5", "3", "2", "(0,", "4)"]
+    assert second.split()[:9] == ["2", "2.2", "1", "of", "2", "mi2v", "0", "16", "12.5"]
+    assert second.endswith("continues another take")
+    assert third.split() == ["3", "2.3", "none"]
 
 
 def test_columns_are_as_wide_as_their_widest_cell() -> None:

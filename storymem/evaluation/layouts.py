@@ -14,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 
 from storymem.config import first_of
-from storymem.film.folder import MANIFEST, Film, FilmError
+from storymem.film.folder import Film
+from storymem.film.manifest import MANIFEST, FilmError
 from storymem.io import hash_file
 from storymem.story import Story
 
@@ -176,10 +177,10 @@ def _own_film(film: Film, story: Story) -> FilmFiles:
             f"{film.folder} holds a film with other prompts under the title {film.story['title']!r}: score it with the "
             "stories it was made from (stbench.stories=FOLDER)"
         )
-    shots = [ShotFile.at(film.folder / record.file) for record in film.shots]
-    unfinished = ShotFile(reason=f"the film has only {len(shots)} finished shots")
-    shots += [unfinished] * (len(story.shots) - len(shots))
-    return FilmFiles(folder=film.folder, shots=tuple(shots), layout=MANIFEST)
+    takes = {take.index: ShotFile.at(film.folder / take.file) for take in film.shots}
+    unfinished = ShotFile(reason=f"the film has only {len(takes)} finished shots")
+    shots = tuple(takes.get(shot.index, unfinished) for shot in story.shots)
+    return FilmFiles(folder=film.folder, shots=shots, layout=MANIFEST)
 
 
 def _whole_film(path: Path, story: Story) -> FilmFiles:

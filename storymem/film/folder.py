@@ -1,15 +1,15 @@
-"""A film's folder: shots, last frames, memory, and a manifest from which the film can be resumed or checked.
+"""A film's folder: takes, the memory, and a manifest from which the film can be resumed, changed or checked.
 
-    film.json              the story, the settings and the finished shots
-    film.mp4               all shots joined; continued shots do not repeat frames
-    storyboard.html        the film as a page: see :mod:`storymem.film.storyboard`
-    shots/01_02.mp4        scene 1, shot 2; 01_02_take2.mp4 where that name was taken
-    shots/01_02_end/1.png  its last frames without loss, from which the next shot can continue
-    memory.json, keyframes/  see :mod:`storymem.memory.bank`
+    film.json                    the story, all takes with their settings, and which one each shot shows
+    film.mp4                     the chosen takes joined; continued shots do not repeat frames
+    storyboard.html              the film as a page: see :mod:`storymem.film.storyboard`
+    shots/01_02/take_003.mp4     scene 1, shot 2, the third that was made of it
+    shots/01_02/take_003_end/    its last frames without loss, from which the next shot can continue
+    memory.json, keyframes/      see :mod:`storymem.memory.bank`
 
-The files of a shot get names that no file has. It is finished when ``film.json`` is renamed over the previous one; till
-then the film is what it was, and a process that is killed loses at most the shot it was making. Files of earlier takes
-are deleted when the film is complete again. Only files that the manifest names are deleted, if they are as written.
+The files of a take get names that no file has. It is part of the film when ``film.json`` is renamed over the previous
+one; till then the film is what it was, and a process that is killed loses at most the take it was making. Only
+:meth:`Film.clean` deletes takes, and of these only files that are as they were written.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count, repeat
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from storymem.film.joining import join_film
 from storymem.film.manifest import (
     FOLDERS,
     MANIFEST,
@@ -36,17 +36,20 @@ from storymem.film.manifest import (
     SCHEMA,
     VIDEO,
     FilmError,
+    KeyframeRecord,
     Manifest,
-    ShotRecord,
+    Take,
+    new_slots,
     read_manifest,
+    scripts,
 )
+from storymem.film.matching import arranged, match
 from storymem.io import hash_file, hash_json, naming_full_disk, remove_leftovers, write_json, write_text
-from storymem.media.images import fit_image, read_image, write_image
-from storymem.media.video import VideoInfo, iter_frames, join_videos, probe, read_video, write_video
-from storymem.story import Shot
+from storymem.media.images import read_image, write_image
+from storymem.media.video import iter_frames, read_video, write_video
 
 if TYPE_CHECKING:
-    from storymem.memory import Keyframe, MemoryBank
+    from storymem.memory import MemoryBank
 
 logger = logging.getLogger(__name__)
 
@@ -62,29 +65,34 @@ class Film:
         folder: where it lies.
         story: see :func:`storymem.film.resume.story_record`.
         config: the settings that it is made with, plain JSON types.
-        shots: records of its finished shots, in order.
+        takes: all that were made.
+
+    Attributes:
+        slots: the shots of the story, in order, and which take each shows.
     """
 
     def __init__(
-        self, folder: Path, *, story: Mapping[str, Any], config: Mapping[str, Any], shots: Sequence[ShotRecord] = ()
+        self, folder: Path, *, story: Mapping[str, Any], config: Mapping[str, Any], takes: Sequence[Take] = ()
     ) -> None:
         self.folder = folder
         self.story = dict(story)
         self.config = dict(config)
-        self.shots = list(shots)
+        self.slots = new_slots(story)
+        self.takes = list(takes)
+        self._configs: dict[str, dict[str, Any]] = {}
         self._video: Literal["film.mp4"] | None = None
         self._made: dict[str, str] = {}
-        self._replaced: dict[str, str] = {}
+        self._before: dict[str, str] = {}
         self._memory: str | None = None
-        self._dropped: dict[str, str | None] = {}  # keyframes of shots that are regenerated: id -> sha256
-        self._saved: dict[str, Any] | None = None  # what film.json holds now
+        self._saved: dict[str, Any] | None = None  # what film.json holds now, perhaps in an older schema
 
     @classmethod
     def open(cls, folder: str | Path) -> Film:
         """Read a film's manifest; nothing in the folder changes. ``FilmError`` as :func:`read_manifest`."""
         manifest, saved = read_manifest(Path(folder))
-        film = cls(Path(folder), story=manifest.story, config=manifest.config, shots=manifest.shots)
-        film._video, film._made, film._replaced = manifest.video, manifest.made, manifest.replaced
+        film = cls(Path(folder), story=manifest.story, config=manifest.config, takes=manifest.takes)
+        film.slots, film._configs = list(manifest.shots), manifest.configs
+        film._video, film._made, film._before = manifest.video, manifest.made, manifest.made_before
         film._memory, film._saved = manifest.memory_sha256, saved
         return film
 
@@ -94,14 +102,42 @@ class Film:
         return os.path.lexists(Path(folder) / MANIFEST)
 
     @property
+    def shots(self) -> list[Take]:
+        """The chosen take of every shot that has one, in order."""
+        return [take for index in range(len(self.slots)) if (take := self.take_of(index)) is not None]
+
+    def takes_of(self, index: int) -> list[Take]:
+        """All takes of a shot (index from 0), oldest first."""
+        return sorted((t for t in self.takes if t.folder == self.slots[index].folder), key=lambda take: take.take)
+
+    def take_of(self, index: int) -> Take | None:
+        """The chosen take of a shot (index from 0)."""
+        slot = self.slots[index]
+        return next((t for t in self.takes if (t.folder, t.take) == (slot.folder, slot.take)), None)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every shot has a take."""
+        return all(slot.take is not None for slot in self.slots)
+
+    @property
     def video(self) -> Path | None:
-        """The joined film, once it is finished."""
+        """The joined film, once there is a take; shots without one are cards in it."""
         return None if self._video is None else self.folder / self._video
 
     @property
     def config_hash(self) -> str:
         """SHA-256 of the settings, as 16 hexadecimal digits."""
-        return hash_json(self.config)[:16]
+        return config_hash(self.config)
+
+    def config_of(self, take: Take) -> dict[str, Any] | None:
+        """The settings that a take was made with; None for takes of older versions with settings of their own."""
+        return self.config if take.config_hash == self.config_hash else self._configs.get(take.config_hash)
+
+    @property
+    def is_older(self) -> bool:
+        """Whether an older version wrote the film, which is converted when it is written."""
+        return self._saved is not None and self._saved["schema"] < SCHEMA
 
     @property
     def has_memory(self) -> bool:
@@ -110,7 +146,7 @@ class Film:
 
     @property
     def memory_changed(self) -> bool:
-        """Whether ``memory.json`` is not what the last finished shot left."""
+        """Whether ``memory.json`` is not as it was written."""
         path = self.folder / MEMORY
         return self._memory is not None and path.is_file() and hash_file(path) != self._memory
 
@@ -119,19 +155,22 @@ class Film:
         self._write(self._manifest())
 
     def _manifest(self) -> dict[str, Any]:
+        used = {take.config_hash for take in self.takes}
         state = Manifest(
-            video=self._video,
-            shots=tuple(self.shots),
-            made=self._made,
-            memory_sha256=self._memory,
-            replaced=self._replaced,
-            config=self.config,
             story=self.story,
+            config=self.config,
+            shots=tuple(self.slots),
+            takes=tuple(self.takes),
+            configs={key: config for key, config in self._configs.items() if key in used - {self.config_hash}},
+            video=self._video,
+            made=self._made,
+            made_before=self._before,
+            memory_sha256=self._memory,
         )
         return {
             "schema": SCHEMA,
             "title": self.story["title"],
-            "seconds": round(sum(sum(shot.seconds.values()) for shot in self.shots), 3),
+            "seconds": round(sum(sum(take.seconds.values()) for take in self.takes), 3),
             "config_hash": self.config_hash,
             "versions": library_versions(),
             **asdict(state),
@@ -141,27 +180,84 @@ class Film:
         write_json(self.folder / MANIFEST, manifest)
         self._saved = manifest
 
-    # Shots
+    # Changes. On disk the story and settings are those of before until `add` or `commit`
 
-    def write_shot(
-        self, shot: Shot, frames: np.ndarray, *, repeated: int, fps: int, memory: MemoryBank | None = None
-    ) -> str:
-        """Write a shot's video, its last frames, and the memory after it; they take effect with :meth:`add`.
+    def use_story(self, story: Mapping[str, Any]) -> None:
+        """Use another version of the story; its shots keep the takes that they have, see :func:`match`."""
+        self.slots = match(self.slots, self.takes, self.story, story)
+        self.story = dict(story)
+        place = {slot.folder: number for number, slot in enumerate(self.slots, start=1)}
+        now = scripts(story)
+        for number, take in enumerate(self.takes):
+            if (shot := place.get(take.folder)) is not None:
+                script = now[shot - 1]
+                self.takes[number] = replace(take, shot=shot, scene=script.scene, number=script.number)
+
+    def use_config(self, config: Mapping[str, Any]) -> None:
+        """Use other settings for the takes to come."""
+        self._configs[self.config_hash] = self.config
+        self.config = dict(config)
+
+    def show(self, index: int, number: int) -> None:
+        """Have a shot (index from 0) show its take ``number``, and the memory hold what that take adds.
+
+        Raises:
+            FilmError: if there is no such take.
+        """
+        from storymem.memory.bank import read_entries, write_entries  # loads torch
+
+        takes = [take.take for take in self.takes_of(index)]
+        if number not in takes:
+            known = f"it has {', '.join(map(str, takes))}" if takes else f"it has none: shot={index + 1} makes one"
+            raise FilmError(f"shot {index + 1} has no take {number}; {known}")
+        was = list(self.slots)
+        self.slots[index] = replace(self.slots[index], take=number, again=False)
+        if self.has_memory:
+            write_entries(self.folder / _NEXT_MEMORY, arranged(self, was, read_entries(self.folder)))
+        self._commit()
+
+    def commit(self, memory: MemoryBank) -> None:
+        """Save the film and its memory, without a new take."""
+        memory.save(self.folder, manifest=_NEXT_MEMORY)
+        self._commit()
+
+    def _commit(self) -> None:
+        self._video = None
+        if (self.folder / _NEXT_MEMORY).is_file():
+            self._memory = hash_file(self.folder / _NEXT_MEMORY)
+        self.save()
+        self._put_memory()
+
+    # Takes
+
+    def write_take(
+        self,
+        index: int,
+        frames: np.ndarray,
+        *,
+        repeated: int,
+        fps: int,
+        memory: MemoryBank | None = None,
+        besides: MemoryBank | None = None,
+    ) -> tuple[int, str]:
+        """Write a take's video, its last frames, and keyframes; they take effect with :meth:`add`.
 
         Args:
-            shot: which one.
+            index: of the shot, from 0.
             frames: uint8 [F, H, W, 3], all that were generated.
             repeated: how many at the beginning repeat the previous shot; the video leaves them out.
             fps: frames per second.
-            memory: the bank with what the shot added.
+            memory: the memory of the film with this take, if its shot shows it.
+            besides: other keyframes that are written.
 
         Returns:
-            The video's name in the film's folder.
+            The take's number, and the video's name in the film's folder.
         """
-        name = self._free_name(f"shots/{shot.scene:02d}_{shot.number:02d}")
+        number, name = self._free_name(index)
         ends = _end_names(name)[-len(frames) :]
-        images = [] if memory is None else [one for one in memory.files() if not (self.folder / one).exists()]
-        writing = [name, *ends, *images, _NEXT_MEMORY]
+        banks = {_NEXT_MEMORY: memory, None: besides}
+        images = [one for bank in banks.values() for one in ([] if bank is None else bank.files())]
+        writing = [name, *ends, *(one for one in images if not (self.folder / one).exists()), _NEXT_MEMORY]
         self._write({**(self._manifest() if self._saved is None else self._saved), "writing": writing})
         try:
             with naming_full_disk(self.folder / name):
@@ -169,34 +265,55 @@ class Film:
             write_video(self.folder / name, frames[repeated:], fps)
             for end, frame in zip(ends, frames[-END_FRAMES:], strict=True):
                 write_image(self.folder / end, frame)
-            if memory is not None:
-                memory.save(self.folder, manifest=_NEXT_MEMORY)
+            for manifest, bank in banks.items():
+                if bank is not None:
+                    bank.save(self.folder, manifest=manifest)
         except BaseException:  # for example a full disk: free the room
             for one in writing:
                 self._remove(one)
             raise
-        return name
+        return number, name
 
-    def add(self, record: ShotRecord) -> None:
-        """Add a finished shot, whose files are on disk."""
-        assert record.index == len(self.shots), "shots are finished in order"
-        self.shots.append(replace(record, sha256=self._hashes(record.file)))
-        self._video = None
-        if (self.folder / _NEXT_MEMORY).is_file():
-            self._memory = hash_file(self.folder / _NEXT_MEMORY)
-        self.save()
-        self._put_memory()
+    def add(
+        self,
+        take: Take,
+        *,
+        config: Mapping[str, Any] | None = None,
+        chosen: bool = True,
+        left: Sequence[KeyframeRecord] | None = None,
+    ) -> None:
+        """Add a take, whose files are on disk.
+
+        Args:
+            take: without its ``sha256``.
+            config: its settings, if they are not those of the film.
+            chosen: whether its shot shows it from now on.
+            left: what the take that the shot showed before had in the memory.
+        """
+        self.takes.append(replace(take, sha256=self._hashes(take.file)))
+        if config is not None and take.config_hash != self.config_hash:
+            self._configs[take.config_hash] = dict(config)
+        before = self.take_of(take.index)
+        if before is not None and left is not None:
+            self.takes[self.takes.index(before)] = replace(before, keyframes=tuple(left))
+        if chosen:
+            self.slots[take.index] = replace(self.slots[take.index], take=take.take, again=False)
+        self._commit()
 
     def last_frames(self, shot: int, count: int) -> np.ndarray:
-        """The last ``count`` (up to 5) frames of a finished shot (index from 0), uint8 [count, H, W, 3].
+        """The last ``count`` (up to 5) frames of a shot's chosen take (index from 0), uint8 [count, H, W, 3].
 
         They are as they were generated, or those of the video that the user put in its place.
 
         Raises:
-            FilmError: if a file is missing or damaged, or such a video is too short.
+            FilmError: if there is no take, a file is missing or damaged, or such a video is too short.
         """
         assert 1 <= count <= END_FRAMES
-        record = self.shots[shot]
+        record = self.take_of(shot)
+        if record is None:
+            raise FilmError(
+                f"shot {shot + 2} continues shot {shot + 1}, which has no take: make it first, shot={shot + 1}"
+            )
         names = _end_names(record.file)[-count:]
         try:
             if record.is_replaced:
@@ -208,7 +325,7 @@ class Film:
         except (ValueError, FileNotFoundError) as error:
             raise FilmError(
                 f"the next shot cannot continue from {record.label} ({error}): "
-                f"regenerate that shot too, with resume=from_shot:{record.shot}"
+                f"make another take of that shot first, with shot={record.shot}"
             ) from None
         for name in names:
             if record.sha256.get(name) not in (None, hash_file(self.folder / name)):
@@ -217,16 +334,21 @@ class Film:
                 )
         return np.stack(images)
 
-    def check(self) -> None:
-        """Compare the videos of all shots with the manifest. A video that the user changed is accepted with a warning.
+    def check(self, besides: Sequence[int] = ()) -> None:
+        """Compare the videos of chosen takes with the manifest; one that the user changed is accepted with a warning.
+
+        Args:
+            besides: shots (from 0) that are not checked, since they get another take.
 
         Raises:
             FilmError: if a video is missing or cannot be decoded.
         """
-        known = {shot.sha256[shot.file]: shot for shot in self.shots if shot.file in shot.sha256}
-        for place, record in enumerate(self.shots):
+        known = {take.sha256[take.file]: take for take in self.shots if take.file in take.sha256}
+        for record in self.shots:
             path = self.folder / record.file
-            cure = f"put it back, or regenerate this shot and all later ones with resume=from_shot:{record.shot}"
+            cure = f"put it back, or make another take of this shot with shot={record.shot}"
+            if record.index in besides:
+                continue
             if not path.is_file():
                 raise FilmError(f"{path}, the video of {record.label}, is missing: {cure}")
             digest = hash_file(path)
@@ -243,40 +365,35 @@ class Film:
                 f"{path} is not the video that was generated for {record.label}{other}: "
                 f"its {frames} frames are used instead of {record.frames}"
             )
-            self.shots[place] = replace(record, frames=frames, sha256={record.file: digest})
+            self.takes[self.takes.index(record)] = replace(record, frames=frames, sha256={record.file: digest})
             self._video = None
 
-    # Regenerating shots
+    def clean(self) -> list[Take]:
+        """Delete the takes that no shot shows, and what only they added to the memory; returns them.
 
-    def drop_from(self, shot: int) -> None:
-        """Drop shot ``shot`` (index from 0) and later ones; on disk they stay until other shots are finished."""
-        for record in self.shots[shot:]:
-            if not record.is_replaced:
-                self._replaced |= record.sha256
-            self._replaced.setdefault(record.file, "")  # a name that is not free
-            self._dropped |= {keyframe.id: keyframe.sha256 for keyframe in record.keyframes}
-        if shot < len(self.shots):
-            self.shots, self._video = self.shots[:shot], None
-
-    def keep_memory(self, bank: MemoryBank, gone: Iterable[Keyframe]) -> None:
-        """Have the files of keyframes that are ``gone`` from the ``bank`` deleted once the film is complete.
-
-        Images that the user changed stay, and those that the page shows.
+        Files that the user changed stay, and images of keyframes that the page shows.
         """
-        from storymem.memory.bank import keyframe_files  # loads torch
+        from storymem.memory.bank import keyframe_files, read_entries  # loads torch
 
-        shown = {id for shot in self.shots for id in (*shot.memory, *(k.id for k in shot.keyframes))}
-        for keyframe in gone:
-            if keyframe.id not in shown and self._dropped.get(keyframe.id) in (None, keyframe.sha256):
-                paths = {name: self.folder / name for name in keyframe_files(keyframe.id)}
-                self._replaced |= {name: hash_file(path) for name, path in paths.items() if path.is_file()}
-        for name in bank.files():
-            self._replaced.pop(name, None)
+        chosen = self.shots
+        gone = [take for take in self.takes if take not in chosen]
+        shown = {id for take in chosen for id in (*take.memory, *(k.id for k in take.keyframes))}
+        shown |= {entry.id for entry in read_entries(self.folder)}
+        files = {name: digest for take in gone for name, digest in take.sha256.items() if not take.is_replaced}
+        unchanged = [name for name, digest in files.items() if self._has(name, digest)]
+        for keyframe in (keyframe for take in gone for keyframe in take.keyframes):
+            image, tensors = keyframe_files(keyframe.id)
+            if keyframe.id not in shown and _shows(self.folder / image, keyframe.sha256):
+                unchanged += [image, tensors]
+        self.takes = chosen
+        self._write({**self._manifest(), "writing": unchanged})
+        self.remove_unfinished()
+        return gone
 
     def remove_unfinished(self) -> None:
         """Delete what a killed process was writing, put in place what it had finished; the folder must be locked."""
         writing = (self._saved or {}).get("writing", ())
-        named = self._named()
+        named = {name for take in self.takes for name in (take.file, *take.sha256)}
         for name in writing:
             if name not in named:
                 self._remove(name)
@@ -284,110 +401,62 @@ class Film:
         for name in {*FOLDERS, *(str(Path(name).parent) for name in writing)}:
             if (self.folder / name).is_dir() and not (self.folder / name).is_symlink():
                 remove_leftovers(self.folder / name)
-                _remove_if_empty_end(self.folder / name)
+                _remove_if_empty(self.folder / name)
         if writing:
             self.save()
 
-    # The complete film
+    # The film as a whole
 
-    def finish(self, page: str) -> None:
-        """Join the shots if need be, write the page, and delete earlier takes.
+    def refresh(self, page: str) -> None:
+        """Join the takes if need be, and write the page.
 
         Args:
             page: the text of ``storyboard.html``, where ``film.mp4`` lies beside it.
         """
-        for path in self._missing_memory():
-            logger.warning(f"{path} is missing: the film is complete, but shots cannot be regenerated; put it back")
-        if not (self._video and self._is_as_made(VIDEO)):
-            self._join()
-        written = self.folder / f".{PAGE}.partial"
-        write_text(written, page)
-        self._put(PAGE, written)
-        self._remove_replaced()
-
-    def _missing_memory(self) -> list[Path]:
-        """Files of the memory that the last finished shot left and that are not there."""
-        if self._memory is None:
-            return []
-        if not self.has_memory:
-            return [self.folder / MEMORY]
-        from storymem.memory.bank import read_entries  # loads torch
-
-        images = [self.folder / entry.image for entry in read_entries(self.folder)]
-        return [path for path in images if not path.exists()]
-
-    def _is_as_made(self, name: str) -> bool:
-        path = self.folder / name
-        return path.is_file() and hash_file(path) == self._made.get(name)
-
-    def _join(self) -> None:
-        joined = self.folder / f".{VIDEO}.joined.partial"
-        own = [record for record in self.shots if not record.is_replaced] or self.shots
-        like = probe(self.folder / own[0].file)
-        fitted: list[Path] = []
-        try:
-            parts = [self._part(record, like, fitted) for record in self.shots]
-            for note in join_videos(parts, joined):
-                if not any(str(path) in note for path in fitted):
-                    logger.warning(note.replace(joined.name, VIDEO))
-        finally:
-            for path in fitted:
-                path.unlink(missing_ok=True)
-        self._put(VIDEO, joined)
-        self._video = "film.mp4"
-        self.save()
-
-    def _part(self, record: ShotRecord, like: VideoInfo, fitted: list[Path]) -> Path:
-        """A shot's video, or a copy that is fitted to the size and rate of the others and added to ``fitted``."""
-        path = self.folder / record.file
-        info = probe(path)
-        if (info.height, info.width) == (like.height, like.width) and abs(info.fps - like.fps) < 0.01 * like.fps:
-            return path
-        was, now = (f"{one.width}x{one.height} at {one.fps:g} frames per second" for one in (info, like))
-        logger.warning(f"{path} is {was}: fitted to {now} for {VIDEO}")
-        fitted.append(self.folder / f".{path.name}.fitted.partial")
-        write_video(fitted[-1], _fitted(path, info, like), like.fps)
-        return fitted[-1]
-
-    def _put(self, name: str, made: Path) -> None:
-        """Give a complete file its name; a file of that name that the user changed gets another name."""
-        path = self.folder / name
-        digest = hash_file(made)
-        if path.is_file() and hash_file(path) not in (digest, self._made.get(name)):
-            aside = next(p for n in count(1) if not os.path.lexists(p := path.with_stem(f"{path.stem}_{n}")))
-            path.rename(aside)
-            logger.warning(
-                f"{path} was changed since it was written: it is now {aside.name}, and {name} is written again"
-            )
-        made.replace(path)
-        self._made = {**self._made, name: digest}
-
-    def _remove_replaced(self) -> None:
-        """Delete the files of earlier takes, and save the manifest if it has changed."""
-        named = self._named()
-        for name, digest in self._replaced.items():
-            if name not in named and (self.folder / name).is_file() and hash_file(self.folder / name) == digest:
-                self._remove(name)
-            _remove_if_empty_end((self.folder / name).parent)  # if the previous run was killed before that
-        self._replaced = {}
+        written = {PAGE: self.folder / f".{PAGE}.partial"}
+        write_text(written[PAGE], page)
+        if self.shots and not (self._video and self._has(VIDEO, self._made.get(VIDEO))):
+            written[VIDEO] = self.folder / f".{VIDEO}.joined.partial"
+            join_film(self, written[VIDEO])
+            self._video = "film.mp4"
+        for name, path in written.items():
+            self._announce(name, hash_file(path))
         now = json.loads(json.dumps(self._manifest()))
         if {**now, "versions": None} != {**(self._saved or {}), "versions": None}:
             self.save()
+        for name, path in written.items():
+            path.replace(self.folder / name)
 
-    def _named(self) -> set[str]:
-        return {name for shot in self.shots for name in (shot.file, *shot.sha256)}
+    def _announce(self, name: str, digest: str) -> None:
+        """Note that a file of the film gets other content; one that the user changed gets another name."""
+        path = self.folder / name
+        if path.is_file() and (old := hash_file(path)) != digest:
+            if old in (self._made.get(name), self._before.get(name)):
+                self._before = {**self._before, name: old}
+            else:
+                aside = next(p for n in count(1) if not os.path.lexists(p := path.with_stem(f"{path.stem}_{n}")))
+                path.rename(aside)
+                logger.warning(
+                    f"{path} was changed since it was written: it is now {aside.name}, and {name} is written again"
+                )
+        self._made = {**self._made, name: digest}
+
+    def _has(self, name: str, digest: str | None) -> bool:
+        path = self.folder / name
+        return path.is_file() and hash_file(path) == digest
 
     def _hashes(self, file: str) -> dict[str, str]:
         names = [file, *_end_names(file)]
         return {name: hash_file(self.folder / name) for name in names if (self.folder / name).is_file()}
 
-    def _free_name(self, stem: str) -> str:
-        taken = {shot.file for shot in self.shots} | self._replaced.keys()
-        stems = (stem if take == 1 else f"{stem}_take{take}" for take in count(1))
-        for name in (f"{stem}.mp4" for stem in stems):
+    def _free_name(self, index: int) -> tuple[int, str]:
+        """The number of the next take of a shot, and the name of its video."""
+        folder, taken = self.slots[index].folder, {take.file for take in self.takes}
+        for number in count(max((take.take for take in self.takes_of(index)), default=0) + 1):
+            name = f"shots/{folder}/take_{number:03d}.mp4"
             paths = (self.folder / name, self.folder / _end_names(name)[0])
             if name not in taken and not any(os.path.lexists(path) for path in paths):
-                return name
+                return number, name
         raise AssertionError
 
     def _put_memory(self) -> None:
@@ -397,36 +466,45 @@ class Film:
         following.unlink(missing_ok=True)
 
     def _remove(self, name: str) -> None:
-        """Delete a file of a shot or of the memory; no symbolic link on the way to it is followed."""
+        """Delete a file of a take or of the memory; no symbolic link on the way to it is followed."""
         if Path(name).parts[0] not in FOLDERS and name != _NEXT_MEMORY:
             return
         path = self.folder / name
         without_links = Path(os.path.realpath(self.folder)) / Path(name).parent
         if Path(os.path.realpath(path.parent)) == without_links and (path.is_symlink() or not path.is_dir()):
             path.unlink(missing_ok=True)
-            _remove_if_empty_end(path.parent)
+            _remove_if_empty(path.parent)
 
 
-def _fitted(path: Path, info: VideoInfo, like: VideoInfo) -> Iterator[np.ndarray]:
-    """The frames of a video at the size and rate of another, each the one that is shown at its time."""
-    total = max(1, round((info.times[-1] + 1 / info.fps) * like.fps)) if info.fps else 1
-    shown = np.searchsorted(info.times, np.arange(total) / like.fps + 1e-6, side="right") - 1
-    times_shown = Counter(shown.tolist())
-    for number, frame in enumerate(iter_frames(path)):
-        yield from repeat(fit_image(frame, like.height, like.width, "contain"), times_shown[number])
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of settings, as 16 hexadecimal digits."""
+    return hash_json(config)[:16]
 
 
 def _end_names(file: str) -> list[str]:
     return [f"{file.removesuffix('.mp4')}_end/{number}.png" for number in range(1, END_FRAMES + 1)]
 
 
-def _remove_if_empty_end(folder: Path) -> None:
-    if folder.name.endswith("_end") and folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-        folder.rmdir()
+def _remove_if_empty(folder: Path) -> None:
+    """Remove an empty folder of a take's last frames, and then that of the shot's takes."""
+    for one in (folder, folder.parent):
+        of_takes = one.parent.name == "shots" or one.name.endswith("_end")
+        if of_takes and one.is_dir() and not one.is_symlink() and not any(one.iterdir()):
+            one.rmdir()
+
+
+def _shows(path: Path, digest: str | None) -> bool:
+    """Whether a file holds the image with this hash."""
+    from storymem.memory.keyframes import image_hash  # loads torch
+
+    try:
+        return image_hash(read_image(path)) == digest
+    except (ValueError, FileNotFoundError):
+        return False
 
 
 def estimated_bytes(frames: int, height: int, width: int) -> int:
-    """Upper estimate of the disk space for a shot: its video, its copy in the film, last frames and keyframes.
+    """Upper estimate of the disk space for a take: its video, its copy in the film, last frames and keyframes.
 
     0.15 bytes per pixel of video, and lossless images uncompressed.
     """

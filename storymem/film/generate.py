@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from storymem.config import build_settings
 from storymem.film.manifest import check_folder
-from storymem.film.settings import GenerateSettings, check_lengths, parse_resume, uses_text_to_video
+from storymem.film.settings import GenerateSettings, check_lengths, uses_text_to_video, work_of
 from storymem.stopping import stopping_on_signals
 from storymem.story import Story, load_stories, load_story
 from storymem.wan.processes import Launch, find_grid
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from storymem.wan.shots import WanShotGenerator
 
 # What does not influence what the film looks like, and may change when a film is resumed.
-_BESIDES = ("story", "output", "resume", "dry_run", "runtime")
+_BESIDES = ("story", "output", "shot", "following", "takes", "take", "resume", "dry_run", "runtime")
 _APPROXIMATE = ("precision", "cache", "cache_threshold")  # of the runtime, what changes the film
 
 
@@ -87,8 +87,9 @@ def _generate(
     for folder, story in stories.items():
         frames, continuity, first_shot = settings.model.video.frames, settings.continuity, settings.first_shot
         check_lengths(story, frames=frames, continuity=continuity, first_shot=first_shot)
-        if parse_resume(settings.resume, len(story.shots)) is not None and len(stories) > 1:
-            raise ValueError(f"resume={settings.resume} is for one story, not for {len(stories)}")
+        work = work_of(settings, len(story.shots))
+        if work.words and len(stories) > 1:
+            raise ValueError(f"{work.words} is for one story, not for {len(stories)}")
         check_folder(folder)
     launch = Launch.of(settings.runtime)
     if launch.teams > len(stories):
@@ -96,6 +97,9 @@ def _generate(
             f"runtime.processes_per_film={launch.world} makes {launch.teams} films at once, and there are "
             f"{len(stories)} stories: name more stories, start fewer processes, or use more processes per film"
         )
+    if settings.take is not None:
+        ((folder, story),) = stories.items()
+        return [_choose(settings, story, folder)] if launch.is_first else []
     grid = find_grid(settings.runtime, launch, model=settings.model, sampler=settings.sampler)
     if settings.dry_run:
         if launch.is_first and launch.team == 0:
@@ -114,7 +118,7 @@ def _generate(
         for note in notes_on(list(stories.values()), settings.model, settings.sampler, settings.memory.reference_fit):
             print(note, file=sys.stderr)
     from storymem.film.processes import among_processes
-    from storymem.film.progress import Progress, film_table
+    from storymem.film.progress import Progress
     from storymem.wan.runtime import check_runtime
 
     films: list[Film] = []
@@ -127,12 +131,54 @@ def _generate(
         generator.check_machine()
         storyteller = build_storyteller(settings, config, shared)
         for folder, story in launch.share(list(stories.items())):
-            film = storyteller.tell(story, folder, resume=settings.resume, progress=Progress(enabled=progress))
+            film = storyteller.tell(
+                story,
+                folder,
+                resume=settings.resume,
+                shot=settings.shot,
+                following=settings.following,
+                takes=settings.takes,
+                progress=Progress(enabled=progress),
+            )
             if progress:
-                print(film_table(film), file=sys.stderr)
-                print(film.video, flush=True)
+                _print_film(film)
             films.append(film)
     return films
+
+
+def _choose(settings: GenerateSettings, story: Story, folder: Path) -> Film:
+    """Let a shot show another of its takes (``shot=3 take=2``); nothing is generated."""
+    from storymem.film.folder import Film
+    from storymem.film.manifest import FilmError, film_folder
+    from storymem.film.resume import story_record
+    from storymem.film.storyboard import storyboard
+
+    work = work_of(settings, len(story.shots))
+    if work.shots is None or len(work.shots) != 1 or settings.take is None:
+        raise ValueError(f"take={settings.take} is for one shot, not for shot={settings.shot}")
+    if not Film.exists(folder):
+        raise FilmError(f"{folder} holds no film yet: leave take out to make one")
+    with film_folder(folder):
+        film = Film.open(folder)
+        film.remove_unfinished()
+        now = Film.open(folder)
+        now.use_story(story_record(story))
+        wanted = now.slots[work.shots[0]].folder
+        places = [place for place, slot in enumerate(film.slots) if slot.folder == wanted]
+        if not places:
+            raise FilmError(f"shot {settings.shot} of this story is not in the film yet: leave take out, once")
+        film.show(places[0], settings.take)
+        film.check()
+        film.refresh(storyboard(film))
+    _print_film(film)
+    return film
+
+
+def _print_film(film: Film) -> None:
+    from storymem.film.progress import film_table
+
+    print(film_table(film), file=sys.stderr)
+    print(film.video, flush=True)
 
 
 def _print_plans(settings: GenerateSettings, stories: Mapping[Path, Story]) -> None:

@@ -1,27 +1,29 @@
 """The content of ``film.json``, checked when it is read, and which folder may hold a film. Loads no torch.
 
-Shots, scenes and frames are counted from 1.
+Shots, scenes, takes and frames are counted from 1.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
+from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
 from storymem.config import STRICT
-from storymem.film.settings import Mode
+from storymem.film.settings import GIVEN_FRAMES, Mode
 from storymem.io import FileError, check_regular, folder_lock, parse_json, read_text
 
-SCHEMA = 2  # in schema 1, shots and frames were counted from 0
+SCHEMA = 3  # 2 had one take of a shot; 1 also counted shots and frames from 0
 MANIFEST = "film.json"
 VIDEO = "film.mp4"
 PAGE = "storyboard.html"
@@ -42,79 +44,9 @@ def _inside(name: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_inside)]
-KeyframeId = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$", max_length=100)]
+Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$", max_length=100)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class KeyframeRecord:
-    """A keyframe that a shot added to the memory.
-
-    Args:
-        id: in the memory.
-        frame: its place in the shot, from 1.
-        quality: its score, if it was scored.
-        similarity: highest cosine to the memory before.
-        sha256: of the image as it was generated; see :func:`storymem.memory.keyframes.image_hash`.
-    """
-
-    id: KeyframeId
-    frame: Count | None
-    quality: float | None
-    similarity: float | None
-    sha256: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ShotRecord:
-    """A finished shot.
-
-    Args:
-        shot: place in the film, from 1.
-        scene: number of the scene, from 1.
-        number: number in the scene, from 1.
-        prompt: its text in the story.
-        mode: how it was made: "t2v", "m2v", "mi2v" or "mm2v".
-        seed: of its noise.
-        frames: in its file, without those it repeated.
-        repeated: frames at its beginning that repeated the end of the previous shot and were cut.
-        file: its video, relative to the film's folder.
-        memory: ids of the keyframes that were recalled for it, oldest first.
-        keyframes: what it added to the memory.
-        config_hash: of the settings it was made with.
-        seconds: wall time of each stage.
-        sha256: of its files: the video, and its last frames unless the user replaced the video.
-    """
-
-    shot: Annotated[int, Field(ge=1, le=10**9)]
-    scene: Count
-    number: Count
-    prompt: str
-    mode: Mode
-    seed: int
-    frames: Annotated[int, Field(ge=1, le=10**9)]
-    repeated: Count
-    file: FileName
-    memory: tuple[KeyframeId, ...]
-    keyframes: tuple[KeyframeRecord, ...]
-    config_hash: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    sha256: dict[FileName, str] = field(default_factory=dict)
-
-    @property
-    def index(self) -> int:
-        """Place in the film, from 0."""
-        return self.shot - 1
-
-    @property
-    def is_replaced(self) -> bool:
-        """Whether the user replaced the video that was made."""
-        return self.sha256.keys() == {self.file}
-
-    @property
-    def label(self) -> str:
-        """As in :attr:`storymem.story.Shot.label`."""
-        return f"shot {self.shot} (scene {self.scene}, shot {self.number})"
+Place = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class _Shot(TypedDict):
@@ -122,8 +54,13 @@ class _Shot(TypedDict):
     references: NotRequired[list[str]]
 
 
+class _Script(TypedDict):
+    prompt: str
+
+
 class _Scene(TypedDict):
     shots: list[_Shot]
+    number: NotRequired[int]
 
 
 class _Character(TypedDict):
@@ -139,12 +76,154 @@ class _Story(TypedDict):
     reference_sha256: NotRequired[dict[str, str]]
 
 
-_STORY = TypeAdapter(_Story)
+def _checked(kind: Any) -> AfterValidator:
+    """What is read has at least the keys of ``kind``, and is kept as it is."""
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+
+    def check(content: dict[str, Any]) -> dict[str, Any]:
+        adapter.validate_python(content)
+        return content
+
+    return AfterValidator(check)
 
 
-def _checked_story(story: dict[str, Any]) -> dict[str, Any]:
-    _STORY.validate_python(story)
-    return story
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class KeyframeRecord:
+    """A keyframe that a take adds to the memory.
+
+    Args:
+        id: in the memory.
+        frame: its place in the shot, from 1.
+        quality: its score, if it was scored.
+        similarity: highest cosine to the memory before.
+        sha256: of its image; see :func:`storymem.memory.keyframes.image_hash`.
+        character: see :class:`storymem.memory.Keyframe`.
+    """
+
+    id: Name
+    frame: Count | None
+    quality: float | None
+    similarity: float | None
+    sha256: str | None = None
+    character: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Take:
+    """One generation of a shot.
+
+    Args:
+        shot, scene, number: the place of its shot: in the film; of its scene; in the scene.
+        folder: which takes belong to one shot: ``01_02``, or another name where that was taken.
+        take: its number among these.
+        script: what it was made from: the shot in the story's record, with the story's style; see :func:`scripts`.
+        mode: how it was made: "t2v", "m2v", "mi2v" or "mm2v".
+        seed: of its noise.
+        frames: in its file, without those it repeated.
+        repeated: frames at its beginning that repeated the end of the previous shot and were cut.
+        file: its video, relative to the film's folder.
+        memory: ids of the keyframes that were recalled for it, oldest first.
+        keyframes: what it adds to the memory where it is chosen, as the user left them.
+        config_hash: of the settings it was made with.
+        bank: digest of the memory before it, when it was made; None: not known.
+        follows: sha256 of the video that it continues; None if it is a cut.
+        seconds: wall time of each stage.
+        sha256: of its files: the video, and its last frames unless the user replaced the video.
+    """
+
+    shot: Place
+    scene: Count
+    number: Count
+    folder: Name
+    take: Place
+    script: Annotated[dict[str, Any], _checked(_Script)]
+    mode: Mode
+    seed: int
+    frames: Place
+    repeated: Count
+    file: FileName
+    memory: tuple[Name, ...]
+    keyframes: tuple[KeyframeRecord, ...]
+    config_hash: str
+    bank: str | None = None
+    follows: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    sha256: dict[FileName, str] = field(default_factory=dict)
+
+    @property
+    def index(self) -> int:
+        """Place of its shot in the film, from 0."""
+        return self.shot - 1
+
+    @property
+    def prompt(self) -> str:
+        """The text of the shot that it was made from."""
+        return self.script["prompt"]
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the user replaced the video that was made."""
+        return self.sha256.keys() == {self.file}
+
+    @property
+    def label(self) -> str:
+        """As in :attr:`storymem.story.Shot.label`."""
+        return f"shot {self.shot} (scene {self.scene}, shot {self.number})"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Slot:
+    """A shot of the film.
+
+    Args:
+        folder: of its takes; see :attr:`Take.folder`.
+        take: the number of the one that is chosen; None: the shot has none yet.
+        again: a run that regenerates shots has not come to it yet.
+    """
+
+    folder: Name
+    take: Place | None = None
+    again: bool = False
+
+
+class Script(NamedTuple):
+    """A shot in a story's record: number of its scene, number in the scene, and what a take is made from."""
+
+    scene: int
+    number: int
+    content: dict[str, Any]
+
+
+def scripts(story: Mapping[str, Any]) -> list[Script]:
+    """The shots of a story's record, in order. Two of equal content are the same shot, wherever they stand."""
+    digests = story.get("reference_sha256", {})
+    return [
+        Script(
+            scene.get("number", place),
+            number,
+            {
+                **shot,
+                "style": story.get("style"),
+                "references": {source: digests.get(source) for source in shot.get("references", ())},
+            },
+        )
+        for place, scene in enumerate(story["scenes"], start=1)
+        for number, shot in enumerate(scene["shots"], start=1)
+    ]
+
+
+def unused_folder(scene: int, number: int, taken: Sequence[str] | set[str]) -> str:
+    """A name for the takes of a shot: ``01_02``, or the first of ``01_02_2``, ... that is not taken."""
+    name = f"{scene:02d}_{number:02d}"
+    return next(one for n in count(1) if (one := name if n == 1 else f"{name}_{n}") not in taken)
+
+
+def new_slots(story: Mapping[str, Any]) -> list[Slot]:
+    """The shots of a story of which nothing was made."""
+    slots: list[Slot] = []
+    for script in scripts(story):
+        slots.append(Slot(folder=unused_folder(script.scene, script.number, {slot.folder for slot in slots})))
+    return slots
 
 
 @dataclass(kw_only=True, config=ConfigDict(extra="ignore"))
@@ -154,28 +233,37 @@ class Manifest:
     Args:
         story: see :func:`storymem.film.resume.story_record`.
         config: the settings that the film is made with, plain JSON types.
-        shots: its finished shots, in order.
-        video: name of the joined film, once all shots are finished.
+        shots: one for each shot of the story, in order.
+        takes: all that were made, also of shots that the story no longer has.
+        configs: other settings that takes were made with: hash -> settings.
+        video: name of the joined film, if it is that of the takes that are chosen.
         made: the joined film and the page as they were last written: name -> sha256.
-        memory_sha256: of ``memory.json`` as the last finished shot left it.
-        writing: files that are being written, which the next process deletes if this one does not finish.
-        replaced: files of earlier takes, which are deleted once the film is complete again: name -> sha256.
+        made_before: the same of their content before that, which they have until they are renamed.
+        memory_sha256: of ``memory.json`` as it was last written.
+        writing: files that are being written or deleted; the next process deletes them.
     """
 
-    story: Annotated[dict[str, Any], AfterValidator(_checked_story)]
+    story: Annotated[dict[str, Any], _checked(_Story)]
     config: dict[str, Any]
-    shots: tuple[ShotRecord, ...] = ()
+    shots: tuple[Slot, ...]
+    takes: tuple[Take, ...] = ()
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     video: Literal["film.mp4"] | None = None
     made: dict[FileName, str] = field(default_factory=dict)
+    made_before: dict[FileName, str] = field(default_factory=dict)
     memory_sha256: str | None = None
     writing: tuple[FileName, ...] = ()
-    replaced: dict[FileName, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if [shot.shot for shot in self.shots] != list(range(1, len(self.shots) + 1)):
-            raise ValueError("shots are not numbered from 1, one after the other")
-        if len({shot.file for shot in self.shots}) < len(self.shots):
-            raise ValueError("two shots have one file")
+        if len(self.shots) != len(scripts(self.story)):
+            raise ValueError("there is not one entry of shots for each shot of the story")
+        if len({slot.folder for slot in self.shots}) < len(self.shots):
+            raise ValueError("two shots have one folder")
+        names = {(take.folder, take.take) for take in self.takes}
+        if len({take.file for take in self.takes}) < len(self.takes) or len(names) < len(self.takes):
+            raise ValueError("two takes have one name or one file")
+        if any(slot.take is not None and (slot.folder, slot.take) not in names for slot in self.shots):
+            raise ValueError("a take is chosen that does not exist")
 
 
 _MANIFEST = TypeAdapter(Manifest)
@@ -195,12 +283,13 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
         written = parse_json(read_text(path), MANIFEST)
         if not isinstance(written, dict) or "schema" not in written:
             raise FileError("it is not the manifest of a film")
-        if written["schema"] not in (1, SCHEMA):
-            known = f"this version reads 1 and {SCHEMA}"
+        if written["schema"] not in range(1, SCHEMA + 1) or isinstance(written["schema"], bool):
+            known = f"this version reads 1 to {SCHEMA}"
             raise FilmError(f"{path}: schema {written['schema']!r:.60} is not known; {known}: update storymem")
         if missing := sorted({"story", "config", "shots", "video"} - written.keys()):
             raise FileError(f"{missing[0]} is missing")
         content = _counted_from_1(written) if written["schema"] == 1 else written
+        content = _with_takes(content) if written["schema"] < SCHEMA else content
         return _MANIFEST.validate_json(json.dumps(content), strict=True), written
     except FilmError:
         raise
@@ -230,6 +319,46 @@ def _counted_from_1(written: dict[str, Any]) -> dict[str, Any]:
 
     shots = written["shots"]
     return {**written, "shots": [shot(entry) for entry in shots] if isinstance(shots, list) else shots}
+
+
+def _with_takes(written: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 as schema 3: its shots are the chosen takes, whose files keep their names."""
+    story = _as_read(_Story, written["story"], "story")
+    now, slots, records = scripts(story), new_slots(story), written["shots"]
+    if not isinstance(records, list) or len(records) > len(slots):
+        raise FileError("shots: there is not at most one for each shot of the story")
+    takes: list[dict[str, Any]] = []
+    for place, record in enumerate(records):
+        if not isinstance(record, dict) or record.get("shot") != place + 1 or not isinstance(record.get("file"), str):
+            raise FileError(f"shots.{place}: it is not the record of shot {place + 1}")
+        of = {name: value for name, value in record.items() if name != "prompt"}
+        number = re.search(r"_take(\d{1,6})\.mp4$", record["file"])
+        take = int(number[1]) if number else 1
+        before: dict[str, Any] = takes[-1] if takes else {"sha256": {}, "file": ""}
+        modes = [mode for mode, given in GIVEN_FRAMES.items() if given]
+        continues = isinstance(before["sha256"], dict) and record.get("mode") in modes
+        takes.append(
+            {
+                **of,
+                "folder": slots[place].folder,
+                "take": take,
+                "script": {**now[place].content, "prompt": record.get("prompt")},
+                "follows": before["sha256"].get(before["file"]) if continues else None,
+                "sha256": of.get("sha256", {}),
+            }
+        )
+    chosen = [take["take"] for take in takes] + [None] * (len(slots) - len(takes))
+    shots = [{"folder": slot.folder, "take": take} for slot, take in zip(slots, chosen, strict=True)]
+    return {**written, "shots": shots, "takes": takes, "video": written["video"]}
+
+
+def _as_read(kind: Any, content: Any, name: str) -> Any:
+    try:
+        TypeAdapter(kind).validate_python(content, strict=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise FileError(f"{'.'.join(map(str, (name, *problem['loc'])))}: {problem['msg']}") from None
+    return content
 
 
 @contextmanager

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from storymem.film.folder import Film, estimated_bytes
 from storymem.film.generate import build_policy
+from storymem.film.matching import matches
 from storymem.film.progress import format_table
-from storymem.film.settings import GIVEN_FRAMES, GenerateSettings, mode_of, uses_text_to_video
+from storymem.film.resume import film_changes, jobs_of, story_record
+from storymem.film.settings import GIVEN_FRAMES, GenerateSettings, mode_of, uses_text_to_video, work_of
 from storymem.memory import RecallPolicy, SelectionPolicy
 from storymem.scorers import scorer_bytes, scorer_weights
 from storymem.story import Story
@@ -48,7 +50,6 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[s
     text_to_video = uses_text_to_video(story, settings)
     runtime, lacking = _runtime(settings, memory=most_memory, frames=longest)
     weights, unfit = _weights(settings, text_to_video=text_to_video)
-    finished = f", which holds {len(Film.open(folder).shots)} finished shots" if Film.exists(folder) else ""
     counts = {"shot": len(story.shots), "scene": len(story.scenes)}
     shots, scenes = (f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
     lines = [
@@ -59,12 +60,26 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[s
         "",
         f"total    {total / 1e15:.3g} PFLOP in the denoiser, {passes} forwards a shot ({sampler.steps} steps)",
         *runtime,
-        f"disk     at most {disk / 1e6:.0f} MB in {folder}{finished}",
+        f"disk     at most {disk / 1e6:.0f} MB in {folder}",
+        *_existing(story, settings, folder),
         *weights,
         *_first_shot(settings, text_to_video=text_to_video),
         *(f"note     {note}" for note in notes_on([story], settings.model, sampler, settings.memory.reference_fit)),
     ]
     return "\n".join(lines), lacking + unfit
+
+
+def _existing(story: Story, settings: GenerateSettings, folder: Path) -> Iterator[str]:
+    """What the folder's film has of the story, and what this run makes of it."""
+    if not Film.exists(folder):
+        return
+    film = Film.open(folder)
+    before, was = film.story, list(film.slots)
+    film.use_story(story_record(story))
+    jobs = [] if settings.take is not None else jobs_of(film, work_of(settings, len(story.shots)))
+    making = ", ".join(f"{job.index + 1}{f' ({job.takes} takes)' if job.takes > 1 else ''}" for job in jobs)
+    yield f"film     holds {len(film.takes)} takes; to make: {f'shots {making}' if jobs else 'nothing'}"
+    yield from (f"film     {line}" for line in [*matches(film, was, before), *film_changes(before, film.story)])
 
 
 def _passes(settings: GenerateSettings) -> int:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from storymem.film.folder import Film, ShotRecord
+from storymem.film.folder import Film
+from storymem.film.manifest import Take, scripts
 from storymem.story import Shot
 
 
@@ -28,22 +29,22 @@ class Progress:
         self._stream = stream or sys.stderr
         self._enabled = enabled
         self._bars = enabled and self._stream.isatty()
-        self._total = self._finished = self._made = 0
+        self._total = self._making = self._made = 0
         self._started = time.perf_counter()
         self._shots: tqdm | None = None
         self._steps: tqdm | None = None
 
     @contextmanager
-    def film(self, *, total: int, finished: int) -> Iterator[None]:
-        """Inside the block a film of ``total`` shots is made, of which ``finished`` exist already."""
-        self._total, self._finished, self._made = total, finished, 0
+    def film(self, *, total: int, finished: int, making: int) -> Iterator[None]:
+        """Inside the block ``making`` takes are made of a film of ``total`` shots, of which ``finished`` have one."""
+        self._total, self._making, self._made = total, making, 0
         self._started = time.perf_counter()
         if not self._bars:
             if finished:
-                self._print(f"{finished} of {total} shots are finished already")
+                self.print(f"{finished} of {total} shots are finished already")
             yield
             return
-        self._shots = tqdm(total=total, initial=finished, desc="shots", unit="shot", file=self._stream)
+        self._shots = tqdm(total=finished + making, initial=finished, desc="shots", unit="shot", file=self._stream)
         with self._shots, logging_redirect_tqdm([logging.getLogger("storymem")]):
             yield
 
@@ -58,22 +59,23 @@ class Progress:
             self._steps.total = total
             self._steps.update(step - self._steps.n)
 
-    def end_shot(self, record: ShotRecord) -> None:
-        """A shot is finished."""
+    def end_shot(self, take: Take) -> None:
+        """A take is finished."""
         self._made += 1
         if self._steps is not None and self._shots is not None:
             self._steps.close()
             self._shots.update()
             return
-        done = self._finished + self._made
-        left = (time.perf_counter() - self._started) / self._made * (self._total - done)
-        self._print(
-            f"shot {done} of {self._total} (scene {record.scene}, shot {record.number}; {record.mode}): "
-            f"{sum(record.seconds.values()):.1f} s, {len(record.memory)} keyframes recalled, "
-            f"{len(record.keyframes)} added; about {duration(left)} left"
+        left = (time.perf_counter() - self._started) / self._made * (self._making - self._made)
+        number = f", take {take.take}" if take.take > 1 else ""
+        self.print(
+            f"shot {take.shot} of {self._total} (scene {take.scene}, shot {take.number}; {take.mode}){number}: "
+            f"{sum(take.seconds.values()):.1f} s, {len(take.memory)} keyframes recalled, "
+            f"{len(take.keyframes)} added; about {duration(left)} left"
         )
 
-    def _print(self, line: str) -> None:
+    def print(self, line: str) -> None:
+        """Print a line, unless nothing is shown."""
         if self._enabled:
             print(line, file=self._stream, flush=True)
 
@@ -85,18 +87,28 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def film_table(film: Film) -> str:
-    """A line per shot: how it was made, frames, seconds, keyframes recalled and added."""
-    rows = [("shot", "scene", "mode", "frames", "seconds", "recalled", "added (frames)")]
-    for shot in film.shots:
-        added = ", ".join(str(keyframe.frame) for keyframe in shot.keyframes)
-        rows.append(
-            (
-                *(str(shot.shot), f"{shot.scene}.{shot.number}", shot.mode, str(shot.frames)),
-                *(f"{sum(shot.seconds.values()):.1f}", str(len(shot.memory))),
-                f"{len(shot.keyframes)} ({added})" if added else "0",
+def film_table(film: Film, stale: Mapping[int, str] | None = None) -> str:
+    """A line per shot: the take that is chosen, how it was made, frames, seconds, keyframes recalled and added.
+
+    Args:
+        film: with its takes.
+        stale: shot (from 1) -> why its take is not what would be made now; see :func:`storymem.film.matching.stale`.
+    """
+    heading = ("shot", "scene", "take", "mode", "seed", "frames", "seconds", "recalled", "added (frames)")
+    rows: list[tuple[str, ...]] = [heading if not stale else (*heading, "not what would be made now")]
+    for index, script in enumerate(scripts(film.story)):
+        take, count = film.take_of(index), len(film.takes_of(index))
+        place = (str(index + 1), f"{script.scene}.{script.number}")
+        if take is None:
+            row = (*place, f"none of {count}" if count else "none", *[""] * 6)
+        else:
+            added = ", ".join(str(keyframe.frame) for keyframe in take.keyframes)
+            row = (
+                *(*place, f"{take.take} of {count}" if count > 1 else str(take.take), take.mode, str(take.seed)),
+                *(str(take.frames), f"{sum(take.seconds.values()):.1f}", str(len(take.memory))),
+                f"{len(take.keyframes)} ({added})" if added else "0",
             )
-        )
+        rows.append(row if not stale else (*row, stale.get(index + 1, "")))
     return format_table(rows)
 
 

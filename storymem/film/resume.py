@@ -1,15 +1,18 @@
-"""Resuming a film: whether it is the same film, and what to type where it is not."""
+"""What a run makes of a film: whether it is the same film, which takes are missing, what to type where it is not."""
 
 from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from storymem.film.folder import Film, FilmError
+from storymem.film.folder import Film
+from storymem.film.manifest import FilmError, Slot
+from storymem.film.settings import Work
 from storymem.io import hash_json
 from storymem.media.images import read_image
 from storymem.scorers import with_defaults
@@ -26,16 +29,22 @@ class Recipe(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A reference image of a character: the character's name, its path in the story, the hash of its pixels."""
+    """A reference image: its path in the story, the hash of its pixels, and the character or the shot that it is of."""
 
-    character: str
     source: str
     sha256: str | None
+    character: str | None = None
+    folder: str | None = None  # of the shot's takes
+
+
+def reference_paths(story: Story) -> list[Path]:
+    """The reference images of all characters, then those of all shots."""
+    return [*story.references, *(path for shot in story.shots for path in shot.references)]
 
 
 def story_record(story: Story) -> dict[str, Any]:
     """What the manifest holds of a story: all of it, and hashes of the pixels of its reference images."""
-    paths = list(dict.fromkeys([*story.references, *(path for shot in story.shots for path in shot.references)]))
+    paths = list(dict.fromkeys(reference_paths(story)))
     digests = {
         source: hashlib.sha256(read_image(path).tobytes()).hexdigest()
         for path, source in zip(paths, story.written(paths), strict=True)
@@ -43,13 +52,19 @@ def story_record(story: Story) -> dict[str, Any]:
     return story.to_dict() | {"reference_sha256": digests}
 
 
-def references(story: Mapping[str, Any]) -> list[Reference]:
-    """The references of the characters in a story's record, in order."""
+def references(story: Mapping[str, Any], slots: Sequence[Slot]) -> list[Reference]:
+    """The references in a story's record, in the order of :func:`reference_paths`; ``slots`` are its shots."""
     digests = story.get("reference_sha256", {})
-    return [
-        Reference(character["name"], source, digests.get(source))
+    of_characters = [
+        Reference(source, digests.get(source), character=character["name"])
         for character in story.get("characters", ())
         for source in character.get("references", ())
+    ]
+    shots = (shot for scene in story["scenes"] for shot in scene["shots"])
+    return of_characters + [
+        Reference(source, digests.get(source), folder=slot.folder)
+        for slot, shot in zip(slots, shots, strict=True)
+        for source in shot.get("references", ())
     ]
 
 
@@ -58,80 +73,54 @@ def encoders(config: Mapping[str, Any]) -> str:
     return hash_json({key: config.get(key) for key in ("model", "scorer", "weights", "runtime")})[:16]
 
 
-def check_restart(film: Film, story: Story, now: Recipe, start: int) -> None:
-    """Raise FilmError if shot ``start`` (from 0) and later ones of ``film`` cannot be regenerated with ``now``."""
-    if start > len(film.shots):
-        raise FilmError(
-            f"resume=from_shot:{start + 1}: only {len(film.shots)} shots of {film.folder} are finished; "
-            f"write from_shot:{len(film.shots) + 1} or less, or leave resume out"
-        )
-    for number, changed in _shot_changes(film.story, now.story).items():
-        if number < start:
-            raise FilmError(
-                f"{story.shots[number].label} has changed too, before the shot you start from: "
-                f"use resume=from_shot:{number + 1}\n  {'; '.join(changed)}"
-            )
-    old, new = flat(film.config), flat(now.config)
-    if start > 0 and any(old.get(key) != new.get(key) for key in old | new if key.startswith("model.video.")):
-        raise FilmError("size, length or rate of the shots have changed: use resume=from_shot:1 or another output")
+def check_size(film: Film, before: Mapping[str, Any], config: Mapping[str, Any], jobs: Sequence[Job]) -> None:
+    """Raise FilmError if takes made with ``config`` do not fit those of ``film`` that stay, made with ``before``."""
+    made = {job.index for job in jobs}
+    old, new = flat(before), flat(config)
+    keys = [f"model.video.{name}" for name in ("height", "width", "fps")]
+    if any(take.index not in made for take in film.shots) and any(old.get(key) != new.get(key) for key in keys):
+        raise FilmError("size or rate of the shots have changed: use resume=from_shot:1 or another output")
 
 
-def check_same(film: Film, now: Recipe) -> None:
-    """Raise FilmError if ``film``, of which shots are finished, is not the film of ``now``: what differs, what to type.
+def check_same(film: Film, before: Recipe, now: Recipe, work: Work) -> None:
+    """Raise FilmError if ``film`` has takes and is not one of ``now``: what differs, what to type.
 
-    How shots are divided into scenes makes no difference.
+    Args:
+        film: whose takes were matched with the story of ``now``.
+        before: what it was made from.
+        now: what is to be made. Shots that were edited, added, moved or removed make no difference, if others stay.
+        work: a take of a single shot may have settings of its own.
     """
-    shots = _shot_changes(film.story, now.story)
-    story = [*_story_changes(film.story, now.story), *_labelled(shots, now.story)]
-    settings = setting_changes(film.config, now.config)
-    if not story and not settings:
+    settings = [] if work.shots is not None else setting_changes(before.config, now.config)
+    if film.shots and not settings:
         return
-    changes = [*story, *settings]
-    lines = [f"{film.folder} holds a film of another story or with other settings:"]
-    lines += [f"  {change}" for change in changes[:_MOST]]
-    if len(changes) > _MOST:
-        lines.append(f"  and {len(changes) - _MOST} more")
-    total = sum(len(scene["shots"]) for scene in now.story["scenes"])
-    first = min(min(shots) + 1, len(film.shots) + 1, total) if shots else "N"
-    cures = {f"resume=from_shot:{first}": f"regenerate shots {first} and later", "output=FOLDER": "make another film"}
-    if not story and (arguments := _arguments(film.config, now.config)):
+    changes = [*film_changes(before.story, now.story), *settings]
+    kind = "with other settings" if film.shots else "of another story: none of its shots is in this one"
+    lines = [f"{film.folder} holds a film {kind}:", *_shortened(changes)]
+    cures = {"resume=from_shot:1": "regenerate all shots" if film.shots else "make the film of this story here"}
+    if film.shots:
+        cures = {
+            "shot=N": "make a take of shot N with these settings",
+            "resume=from_shot:N": "regenerate shots N and later",
+        }
+    cures["output=FOLDER"] = "make another film"
+    if film.shots and (arguments := _arguments(before.config, now.config)):
         cures[arguments] = "resume this film with its own settings"
     raise FilmError("\n".join([*lines, "add to the command:", *(f"  {key}  to {what}" for key, what in cures.items())]))
 
 
-def _story_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """A line for each change outside the shots."""
+def _shortened(lines: Sequence[str]) -> list[str]:
+    more = [f"  and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
+    return [*(f"  {line}" for line in lines[:_MOST]), *more]
+
+
+def film_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each change of a story outside its shots."""
     besides = [{k: v for k, v in story.items() if k not in ("scenes", "reference_sha256")} for story in (old, new)]
     images, now = (story.get("reference_sha256", {}) for story in (old, new))
-    repainted = [source for source in images if source in now and images[source] != now[source]]
-    return [*differences(*besides), *(f"the image {source} has changed" for source in repainted)]
-
-
-def _shot_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[int, list[str]]:
-    """Shot (from 0) -> what has changed in it."""
-    shots = ([shot for scene in story["scenes"] for shot in scene["shots"]] for story in (old, new))
-    changes: dict[int, list[str]] = {}
-    for number, (before, after) in enumerate(zip_longest(*shots)):
-        if before is None:
-            changes[number] = ["is new"]
-        elif after is None:
-            changes[number] = [f"is gone ({before['prompt']!r:.80})"]
-        elif changed := differences(before, after):
-            changes[number] = changed
-    return changes
-
-
-def _labelled(changes: Mapping[int, list[str]], story: Mapping[str, Any]) -> list[str]:
-    places = [
-        f"scene {number}, shot {place}"
-        for number, scene in enumerate(story["scenes"], start=1)
-        for place in range(1, len(scene["shots"]) + 1)
-    ]
-    return [
-        f"shot {number + 1}{f' ({places[number]})' if number < len(places) else ''}: {change}"
-        for number, lines in changes.items()
-        for change in lines
-    ]
+    repainted = [source for source in images if images[source] != now.get(source, images[source])]
+    yield from differences(*besides)
+    yield from (f"the image {source} has changed" for source in repainted)
 
 
 def _arguments(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -146,19 +135,53 @@ def _arguments(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     return shlex.join(f"{key}={value}" for key, value in values)
 
 
+@dataclass(frozen=True)
+class Job:
+    """Takes to be made of one shot.
+
+    Args:
+        index: of the shot, from 0.
+        takes: how many.
+        fresh: from noise that no take of the shot has.
+    """
+
+    index: int
+    takes: int = 1
+    fresh: bool = False
+
+
+def jobs_of(film: Film, work: Work) -> list[Job]:
+    """What is to be made, in the film's order; the shots of a run that regenerates are marked in ``film``."""
+    first = len(film.slots) if work.onwards is None else work.onwards
+    jobs = []
+    for index, slot in enumerate(film.slots):
+        if work.shots is not None and index in work.shots:
+            jobs.append(Job(index, work.takes, fresh=True))
+        elif index >= first or (work.shots is None and (slot.take is None or slot.again)):
+            jobs.append(Job(index))
+    if work.onwards is not None:
+        film.slots = [replace(slot, again=slot.again or n >= first) for n, slot in enumerate(film.slots)]
+    return jobs
+
+
 @contextmanager
-def naming_next_command(film: Film, resume: str) -> Iterator[None]:
+def naming_next_command(film: Film, work: Work, jobs: Sequence[Job]) -> Iterator[None]:
     """Add the command that resumes to an interrupt by the user."""
-    finished = len(film.shots)
+    before = len(film.takes)
     try:
         yield
     except KeyboardInterrupt as stop:
-        if resume == "auto":
+        made = len(film.takes) - before
+        if not work.words:
             stop.add_note("the same command resumes")
-        elif len(film.shots) > finished:
-            stop.add_note(f"the same command without resume={resume} resumes")
+        elif not made:
+            stop.add_note(f"the film is as it was; the same command regenerates from shot {jobs[0].index + 1}")
+        elif work.onwards is not None:
+            stop.add_note(f"the same command without {work.words} resumes")
         else:
-            stop.add_note(f"the film is as it was; the same command regenerates from shot {finished + 1}")
+            left = [job.index + 1 for job in jobs if sum(j.takes for j in jobs if j.index < job.index) >= made]
+            rest = f"; shot={','.join(map(str, left))} makes takes of the others" if left else ""
+            stop.add_note(f"{made} of {sum(job.takes for job in jobs)} takes were made and stay{rest}")
         raise
 
 

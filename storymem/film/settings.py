@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, StoryPath, UserPath, check_bounds
@@ -21,6 +22,11 @@ from storymem.wan.settings import (
 
 FirstShot = Literal["auto", "t2v", "m2v"]
 Mode = Literal["t2v", "m2v", "mi2v", "mm2v"]
+
+MAX_TAKES = 1000  # of one shot in one run
+
+#: ``3`` or ``3,5-7``; see :func:`parse_shots`.
+ShotNumbers = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
 
 GIVEN_FRAMES: dict[Mode, int] = {"t2v": 0, "m2v": 0, "mi2v": 1, "mm2v": 5}
 """How many frames of the previous shot a shot begins with; they are cut from its video."""
@@ -62,7 +68,11 @@ class GenerateSettings:
         first_shot: t2v (text-to-video), m2v (memory-to-video, references as memory), auto (m2v if there are
             references).
         seed: of the first shot; each later shot uses the next number, unless the story gives it a seed.
-        resume: auto resumes an unfinished film; from_shot:N regenerates shots N, N + 1, ...
+        shot: of which shots to make another take (3 or 3,5-7), with the memory that they would see now.
+        following: whether to regenerate the shots after it too.
+        takes: how many takes to make of it, each from its own noise; the first is chosen.
+        take: choose this take of the shot, and make nothing.
+        resume: auto makes the shots that have no take; from_shot:N regenerates shots N, N + 1, ...
         dry_run: check everything and print the plan.
     """
 
@@ -76,11 +86,17 @@ class GenerateSettings:
     continuity: Continuity = "mi2v"
     first_shot: FirstShot = "auto"
     seed: int = 0
+    shot: ShotNumbers | None = None
+    following: bool = False
+    takes: int = 1
+    take: int | None = None
     resume: str = "auto"
     dry_run: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self, seed=(0, MAX_SEED - MAX_SHOTS))
+        if self.take is not None and (self.following or self.takes != 1 or self.shot is None):
+            raise ValueError(f"take={self.take} chooses a take of one shot: write shot=3 take={self.take}, for example")
         check_combinations(self.model, self.sampler, self.runtime)
         if isinstance(capacity := self.memory.recall.get("capacity"), int):
             check_reach(self.model, capacity, "memory.recall.capacity")
@@ -126,6 +142,58 @@ def check_lengths(story: Story, *, frames: int, continuity: Continuity, first_sh
             problems.append(f"{shot.label} has {length} frames; with continuity={continuity} it needs at least {least}")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Which takes a run makes.
+
+    Args:
+        shots: of which shots (from 0); None: of those that have none.
+        onwards: of this shot and of all later ones, with the noise that they had.
+        takes: how many of each of ``shots``, with noise of their own.
+        words: the settings that ask for it.
+    """
+
+    shots: tuple[int, ...] | None = None
+    onwards: int | None = None
+    takes: int = 1
+    words: str = ""
+
+
+def work_of(settings: GenerateSettings, total: int) -> Work:
+    """What the settings ask for, of a story of ``total`` shots; see :func:`parse_work`."""
+    asked = {name: getattr(settings, name) for name in ("resume", "shot", "following", "takes")}
+    return parse_work(total, **asked)
+
+
+def parse_work(total: int, *, resume: str = "auto", shot: str | None, following: bool, takes: int) -> Work:
+    """The settings of these names, for a story of ``total`` shots. ``ValueError`` for what is not understood."""
+    if shot is None:
+        if following or takes != 1:
+            raise ValueError(f"{'following' if following else 'takes'} needs a shot: write shot=3 too, for example")
+        return Work(onwards=parse_resume(resume, total), words="" if resume == "auto" else f"resume={resume}")
+    if resume != "auto":
+        raise ValueError(f"shot={shot} and resume={resume} exclude each other: leave one of them out")
+    if not 1 <= takes <= MAX_TAKES:
+        raise ValueError(f"takes={takes}: write a number from 1 to {MAX_TAKES}")
+    shots = parse_shots(shot, total)
+    words = [f"shot={shot}", *(["following=true"] if following else []), *([f"takes={takes}"] if takes > 1 else [])]
+    return Work(shots=shots, onwards=shots[0] if following else None, takes=takes, words=" ".join(words))
+
+
+def parse_shots(text: str, total: int) -> tuple[int, ...]:
+    """``"3,5-7"`` -> (2, 4, 5, 6), for a story of ``total`` shots. ``ValueError`` for anything else."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (word.strip() for word in part.partition("-"))
+        numbers = (first, last if dash else first)
+        if not all(number.isdecimal() and 1 <= int(number[:9]) <= total for number in numbers) or int(first) > int(
+            numbers[1]
+        ):
+            raise ValueError(f"shot={text}: write numbers from 1 to {total}, such as 3 or 3,5-7")
+        found |= set(range(int(first) - 1, int(numbers[1])))
+    return tuple(sorted(found))
 
 
 def parse_resume(resume: str, shots: int) -> int | None:

@@ -7,6 +7,9 @@ from itertools import groupby
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from storymem.film.folder import Film
+from storymem.film.manifest import scripts
+from storymem.film.matching import stale
+from storymem.memory.bank import read_entries
 
 _MODES = {
     "t2v": "text to video",
@@ -21,5 +24,13 @@ def storyboard(film: Film) -> str:
     templates = Environment(
         loader=PackageLoader("storymem.film", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    scenes = [(scene, list(shots)) for scene, shots in groupby(film.shots, key=lambda shot: shot.scene)]
-    return templates.get_template("storyboard.html.j2").render(story=film.story, scenes=scenes, modes=_MODES)
+    shots = [
+        {"place": place, "scene": script.scene, "prompt": script.content["prompt"], "take": film.take_of(place - 1)}
+        | {"takes": len(film.takes_of(place - 1))}
+        for place, script in enumerate(scripts(film.story), start=1)
+    ]
+    scenes = [(scene, list(inside)) for scene, inside in groupby(shots, key=lambda shot: shot["scene"])]
+    old = stale(film, read_entries(film.folder)) if film.has_memory else {}
+    return templates.get_template("storyboard.html.j2").render(
+        story=film.story, scenes=scenes, modes=_MODES, has_film=bool(film.shots), stale=old
+    )

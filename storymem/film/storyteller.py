@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,21 +15,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storymem.film.folder import Film, FilmError, ShotRecord, estimated_bytes
-from storymem.film.manifest import KeyframeRecord, film_folder
+from storymem.film.folder import Film, config_hash, estimated_bytes
+from storymem.film.manifest import FilmError, KeyframeRecord, Slot, Take, film_folder, scripts
+from storymem.film.matching import arranged, bank_digest, matches
 from storymem.film.progress import Progress
 from storymem.film.resume import (
+    Job,
     Recipe,
-    check_restart,
+    Reference,
     check_same,
+    check_size,
     encoders,
+    film_changes,
     flat,
+    jobs_of,
     naming_next_command,
+    reference_paths,
     references,
     setting_changes,
     story_record,
 )
-from storymem.film.settings import GIVEN_FRAMES, FirstShot, Mode, check_lengths, mode_of, parse_resume
+from storymem.film.settings import GIVEN_FRAMES, FirstShot, Mode, Work, check_lengths, mode_of, parse_work
 from storymem.film.storyboard import storyboard
 from storymem.io import NotFiniteError, check_finite, check_room
 from storymem.media.images import Fit, fit_image, read_image
@@ -45,13 +52,16 @@ from storymem.memory import (
     ids_on_disk,
     reference_id,
 )
+from storymem.memory.bank import read_entries
 from storymem.scorers import QualityScorer
 from storymem.scorers.scorer import NoQuality, as_images
 from storymem.story import Shot, Story
-from storymem.wan.settings import Continuity, VideoSettings
+from storymem.wan.settings import MAX_SEED, Continuity, VideoSettings
 from storymem.wan.shots import OnStep, ShotRequest
 
 logger = logging.getLogger(__name__)
+
+_OTHER_NOISE = 10_000  # from the seed of one take to that of the next: more than a film has shots
 
 
 class ShotGenerator(Protocol):
@@ -119,32 +129,51 @@ class Storyteller:
     scorer_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    def tell(self, story: Story, folder: str | Path, *, resume: str = "auto", progress: Progress | None = None) -> Film:
-        """Generate the film of ``story`` in ``folder``, or resume it.
+    def tell(
+        self,
+        story: Story,
+        folder: str | Path,
+        *,
+        resume: str = "auto",
+        shot: str | None = None,
+        following: bool = False,
+        takes: int = 1,
+        progress: Progress | None = None,
+    ) -> Film:
+        """Generate the film of ``story`` in ``folder``, resume it, or make other takes of its shots.
 
         Args:
-            story: see :func:`storymem.story.load_story`.
+            story: see :func:`storymem.story.load_story`. If the folder holds a film of an earlier version of it, shots
+                that are in both keep their takes.
             folder: the film's folder, created if need be.
-            resume: "auto" keeps finished shots, and refuses a film of another story or with other settings;
-                "from_shot:N" regenerates shots N, N + 1, ... (from 1) with this story and these settings.
+            resume: "auto" makes the shots that have no take, and refuses a film of another story or with other
+                settings; "from_shot:N" regenerates shots N, N + 1, ... (from 1) with this story and these settings.
+            shot: makes another take of these shots, such as "3" or "3,5-7", with the memory that they would see now.
+            following: regenerates the shots after the first of ``shot`` too.
+            takes: of each shot in ``shot``. The first is chosen.
             progress: shows shots and steps.
 
         Raises:
-            ValueError: before anything is generated, if a shot is too short or ``resume`` is not understood.
+            ValueError: before anything is generated, if a shot is too short or an argument is not understood.
             FilmError: likewise, if the folder cannot be used for this.
         """
         self.check_lengths(story)
+        work = parse_work(len(story.shots), resume=resume, shot=shot, following=following, takes=takes)
         progress = progress or Progress(enabled=False)
         with film_folder(folder) as folder:
-            film, before = self._open(story, folder, resume)
-            remaining = story.shots[len(film.shots) :]
-            check_room(folder, self.needed_bytes(remaining), "the film")
-            film.check()
-            finished = len(film.shots)
-            with progress.film(total=len(story.shots), finished=finished), naming_next_command(film, resume):
-                if remaining:
-                    self._generate(story, remaining, film, self._restore(story, film, before), progress)
-                film.finish(storyboard(film))
+            run = self._open(story, folder, work, progress)
+            film, jobs = run.film, run.jobs
+            shots = [story.shots[job.index] for job in jobs for _ in range(job.takes)]
+            check_room(folder, self.needed_bytes(shots), "the film")
+            film.check(besides=[job.index for job in jobs])
+            making, finished = sum(job.takes for job in jobs), 0 if work.shots else len(story.shots) - len(jobs)
+            shown = progress.film(total=len(story.shots), finished=finished, making=making)
+            with shown, naming_next_command(film, work, jobs):
+                if jobs:
+                    self._generate(run, progress)
+                elif run.changed:
+                    film.commit(self._restore(run))
+                film.refresh(storyboard(film))
         return film
 
     def mode_of(self, shot: Shot, story: Story) -> Mode:
@@ -167,94 +196,104 @@ class Storyteller:
 
     # Resuming
 
-    def _open(self, story: Story, folder: Path, resume: str) -> tuple[Film, Recipe]:
-        """The film in ``folder`` with the shots that are kept, and what it was made from; on disk it stays as it is."""
+    def _open(self, story: Story, folder: Path, work: Work, progress: Progress) -> _Run:
+        """The film in ``folder``, its takes matched with the story, and what to make; on disk it stays as it is."""
         now = Recipe(story=story_record(story), config=dict(self.config))
-        start = parse_resume(resume, len(story.shots))
         if not Film.exists(folder):
-            if start:
-                raise FilmError(f"resume={resume}: {folder} holds no film yet; leave resume out")
-            return Film(folder, story=now.story, config=now.config), now
+            if work.onwards:
+                raise FilmError(f"{work.words}: {folder} holds no film yet; leave that out")
+            film = Film(folder, story=now.story, config=now.config)
+            return _Run(story=story, film=film, jobs=jobs_of(film, work), before=None, was=[], config=now.config)
         film = Film.open(folder)
         film.remove_unfinished()
-        before = Recipe(story=film.story, config=film.config)
-        if start is not None:
-            check_restart(film, story, now, start)
-            own = [shot.label for shot in story.shots[start:] if shot.seed is not None]
-            if own and film.config.get("seed") != self.config.get("seed"):
-                logger.warning(f"seed={self.seed} does not change {', '.join(own[:5])}: the story gives their seeds")
-            film.drop_from(start)
-        elif film.shots:
-            check_same(film, now)
-        kept = zip(film.shots, story.shots, strict=False)
-        film.shots = [replace(record, scene=shot.scene, number=shot.number) for record, shot in kept]
-        same = not setting_changes(before.config, now.config)
-        film.story, film.config = now.story, before.config if same else now.config
-        return film, before
+        before, was = Recipe(story=film.story, config=film.config), list(film.slots)
+        config = now.config if setting_changes(before.config, now.config) else before.config
+        film.use_story(now.story)
+        if film.takes and work.onwards is None:
+            check_same(film, before, now, work)
+        if work.shots is None or work.onwards is not None or not film.takes:
+            film.use_config(config)
+        for line in [*matches(film, was, before.story), *film_changes(before.story, now.story)]:
+            progress.print(line)
+        jobs = jobs_of(film, work)
+        check_size(film, before.config, config, jobs)
+        own = [
+            story.shots[job.index].label for job in jobs if story.shots[job.index].seed is not None and not job.fresh
+        ]
+        if work.words and own and before.config.get("seed") != self.config.get("seed"):
+            logger.warning(f"seed={self.seed} does not change {', '.join(own[:5])}: the story gives their seeds")
+        return _Run(story=story, film=film, jobs=jobs, before=before, was=was, config=config)
 
-    def _restore(self, story: Story, film: Film, before: Recipe) -> MemoryBank:
-        """The memory of the shots that are kept, as the user left it, with the references that the story names now."""
-        made_with = encoders(film.config)
-        if not film.has_memory:
-            if film.shots:
-                raise FilmError(
-                    f"{film.folder / 'memory.json'} is missing: put it back from a copy, "
-                    "or regenerate all shots with resume=from_shot:1"
-                )
-            return MemoryBank(self._references(story, film, [], None), policy=self.recall, made_with=made_with)
-        saved = MemoryBank.load(film.folder, embed=self._embed, fit=self._fit, made_with=made_with)
+    def _restore(self, run: _Run) -> MemoryBank:
+        """The memory of the chosen takes, as the user left it, with the references that the story names now."""
+        film, was, made_with = run.film, run.was, encoders(run.config)
+        if not film.has_memory and film.shots:
+            logger.warning(f"memory: {film.folder / 'memory.json'} is missing: it is written again from the takes")
+            was = []
+        entries = arranged(film, was, read_entries(film.folder))
+        saved = MemoryBank.load(film.folder, entries=entries, embed=self._embed, fit=self._fit, made_with=made_with)
         if film.memory_changed:
             logger.warning(
-                f"memory: {film.folder / 'memory.json'} was changed since the last shot; it is used as it is"
+                f"memory: {film.folder / 'memory.json'} was changed since it was written; it is used as it is"
             )
         for id, done in saved.edited.items():
             logger.warning(f"memory: {done}; it becomes keyframe {id}")
-        all_saved = list(saved)
-        saved.remove_from(len(film.shots) + 1)
-        bank = MemoryBank(self._references(story, film, list(saved), before), policy=self.recall, made_with=made_with)
+        keyframes = self._references(run, list(saved))
+        bank = MemoryBank(keyframes, policy=self.recall, made_with=made_with)
         bank.edited = {id: done for id, done in saved.edited.items() if id in bank}
-        film.keep_memory(bank, [k for k in all_saved if k.id not in bank and k.id not in saved.edited])
         return bank
 
-    def _references(self, story: Story, film: Film, keyframes: list[Keyframe], before: Recipe | None) -> list[Keyframe]:
-        """``keyframes`` with the references of the story's characters.
+    def _references(self, run: _Run, keyframes: list[Keyframe]) -> list[Keyframe]:
+        """``keyframes`` with the references of the story's characters and shots.
 
         Those that the story no longer names leave; those whose image, size or fit has changed are read again; new ones
-        follow the last. Those that the user deleted from the memory stay away.
+        follow the last, or come before the frames of their shot. Those that the user deleted from the memory stay away.
         """
-        old = set() if before is None else set(references(before.story))
+        film, before = run.film, run.before
         size, old_size = (
             [flat(config).get(key) for key in ("model.video.height", "model.video.width", "memory.reference_fit")]
             for config in (self.config, {} if before is None else before.config)
         )
-        paths = dict(zip(references(film.story), story.references, strict=True))
+        old = set() if before is None or not film.has_memory else set(references(before.story, run.was))
+        if film.is_older:  # which did not add the references of a shot before that was made
+            old = {one for one in old if one.folder is None or any(take.folder == one.folder for take in film.takes)}
+        paths = dict(zip(references(film.story, film.slots), reference_paths(run.story), strict=True))
+        number = {slot.folder: number for number, slot in enumerate(film.slots, start=1)}
         unread = [reference for reference in paths if reference not in old]
         taken = ids_on_disk(film.folder) | {keyframe.id for keyframe in keyframes}
         found: list[Keyframe] = []
         end = 0
         for keyframe in keyframes:
-            if keyframe.shot is None and not keyframe.is_users:
-                of = (keyframe.character, keyframe.source)
-                reference = next((one for one in paths if (one.character, one.source) == of), None)
+            if keyframe.frame is None and not keyframe.is_users:
+                folder = None if keyframe.shot is None else film.slots[keyframe.shot - 1].folder
+                of = (keyframe.source, keyframe.character, folder)
+                reference = next((one for one in paths if (one.source, one.character, one.folder) == of), None)
                 if reference is None:
                     continue
                 if size != old_size or reference in unread:
-                    keyframe = self._reference(paths[reference], reference.source, taken, keyframe.character)
+                    keyframe = self._reference(paths[reference], reference, taken, keyframe.shot)
                     unread = [one for one in unread if one != reference]
-                end = len(found) + 1
+                end = len(found) + 1 if folder is None else end
             found.append(keyframe)
-        found[end:end] = [self._reference(paths[one], one.source, taken, one.character) for one in unread]
+        for one in unread:
+            shot = None if one.folder is None else number[one.folder]
+            place, end = (end, end + 1) if shot is None else (_before_frames(found, shot), end)
+            found.insert(place, self._reference(paths[one], one, taken, shot))
         return found
 
-    def _reference(
-        self, path: Path, source: str, taken: set[str], character: str | None = None, shot: int | None = None
-    ) -> Keyframe:
+    def _reference(self, path: Path, reference: Reference, taken: set[str], shot: int | None) -> Keyframe:
         """The keyframe of a reference image; its id is added to ``taken``."""
         image = self._fit(read_image(path))
-        id = reference_id(character or path.stem, taken)
+        id = reference_id(reference.character or path.stem, taken)
         taken.add(id)
-        embedding = self._embed(image[None])[0]
-        return Keyframe(id=id, image=image, embedding=embedding, shot=shot, source=source, character=character)
+        return Keyframe(
+            id=id,
+            image=image,
+            embedding=self._embed(image[None])[0],
+            shot=shot,
+            source=reference.source,
+            character=reference.character,
+        )
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         video = self.generator.video
@@ -264,25 +303,32 @@ class Storyteller:
 
     # One shot
 
-    def _generate(self, story: Story, shots: Sequence[Shot], film: Film, bank: MemoryBank, progress: Progress) -> None:
-        """Generate ``shots``, the last of the film. Until the first is finished, the film on disk does not change."""
-        self._given(story, shots[0], film)
-        self.generator.prepare([story.prompt_of(s) for s in shots], [s.negative_prompt for s in shots])
-        for shot in shots:
-            progress.begin_shot(shot)
-            try:
-                record = self._shot(story, shot, film, bank, progress)
-            except NotFiniteError as error:
-                raise NotFiniteError(f"{shot.label} was not finished: {error}") from None
-            film.add(record)
-            progress.end_shot(record)
+    def _generate(self, run: _Run, progress: Progress) -> None:
+        """Make the takes. Until the first is finished, the film on disk does not change."""
+        story, film = run.story, run.film
+        made: set[int] = set()
+        for job in run.jobs:  # frames that cannot be read are reported before anything is made
+            if job.index - 1 not in made:
+                self._given(story, story.shots[job.index], film)
+            made.add(job.index)
+        bank = self._restore(run)
+        shots = [story.shots[job.index] for job in run.jobs]
+        self.generator.prepare([story.prompt_of(shot) for shot in shots], [shot.negative_prompt for shot in shots])
+        for job, shot in zip(run.jobs, shots, strict=True):
+            for number in range(job.takes):
+                progress.begin_shot(shot)
+                try:
+                    take = self._take(run, shot, bank, progress, fresh=job.fresh, chosen=number == 0)
+                except NotFiniteError as error:
+                    raise NotFiniteError(f"{shot.label} was not finished: {error}") from None
+                progress.end_shot(take)
+                film.refresh(storyboard(film))
 
-    def _shot(self, story: Story, shot: Shot, film: Film, bank: MemoryBank, progress: Progress) -> ShotRecord:
-        """One round of the loop; on return the shot's files are on disk and only the manifest is missing."""
+    def _take(self, run: _Run, shot: Shot, bank: MemoryBank, progress: Progress, *, fresh: bool, chosen: bool) -> Take:
+        """One round of the loop: makes a take and adds it to the film, and what it adds to the memory if ``chosen``."""
         clock = _Clock()
+        story, film = run.story, run.film
         taken = ids_on_disk(film.folder) | {keyframe.id for keyframe in bank}
-        for path, source in zip(shot.references, story.written(shot.references), strict=True):
-            bank.add([self._reference(path, source, taken, shot=shot.index + 1)])
         mode = self.mode_of(shot, story)
         repeated = GIVEN_FRAMES[mode]
         memory = self._recall(story, shot, mode, bank)
@@ -290,7 +336,7 @@ class Storyteller:
             prompt=story.prompt_of(shot),
             negative_prompt=shot.negative_prompt,
             frames=self.frames_of(shot),
-            seed=self.seed + shot.index if shot.seed is None else shot.seed,
+            seed=self._seed(shot, film, fresh=fresh),
             memory=[keyframe.latent for keyframe in memory if keyframe.latent is not None],
             given=self._given(story, shot, film),
         )
@@ -298,28 +344,46 @@ class Storyteller:
         frames = (self.generator.first if mode == "t2v" else self.generator.generate)(request, progress.step)
         clock.lap("generate")
         keyframes = self._select(shot, frames[repeated:], bank, taken)
-        bank.add(keyframes)
+        digest = bank_digest(bank.known_to(shot.index + 1))
+        besides = bank.put_frames(shot.index + 1, keyframes) if chosen else keyframes
         clock.lap("select")
-        file = film.write_shot(shot, frames, repeated=repeated, fps=self.generator.video.fps, memory=bank)
+        number, file = film.write_take(
+            shot.index,
+            frames,
+            repeated=repeated,
+            fps=self.generator.video.fps,
+            memory=bank if chosen else None,
+            besides=MemoryBank(besides, made_with=bank.made_with),
+        )
         clock.lap("save")
-        return ShotRecord(
+        before = film.take_of(shot.index - 1) if repeated else None
+        take = Take(
             shot=shot.index + 1,
             scene=shot.scene,
             number=shot.number,
-            prompt=shot.prompt,
+            folder=film.slots[shot.index].folder,
+            take=number,
+            script=scripts(film.story)[shot.index].content,
             mode=mode,
             seed=request.seed,
             frames=len(frames) - repeated,
             repeated=repeated,
             file=file,
             memory=tuple(keyframe.id for keyframe in memory),
-            keyframes=tuple(
-                KeyframeRecord(id=k.id, frame=k.frame, quality=k.quality, similarity=k.similarity, sha256=k.sha256)
-                for k in keyframes
-            ),
-            config_hash=film.config_hash,
+            keyframes=_records(keyframes),
+            config_hash=config_hash(run.config),
+            bank=digest,
+            follows=None if before is None else before.sha256.get(before.file),
             seconds=clock.seconds,
         )
+        film.add(take, config=run.config, chosen=chosen, left=_records(besides) if chosen else None)
+        return take
+
+    def _seed(self, shot: Shot, film: Film, *, fresh: bool) -> int:
+        """The seed that the story gives, or that of the shot's place; if ``fresh``, one that no take of it has."""
+        seed = self.seed + shot.index if shot.seed is None else shot.seed
+        used = {take.seed for take in film.takes_of(shot.index)} if fresh else set()
+        return next(one for n in count() if (one := (seed + n * _OTHER_NOISE) % (MAX_SEED + 1)) not in used)
 
     def _given(self, story: Story, shot: Shot, film: Film) -> np.ndarray:
         """The frames that ``shot`` begins with, uint8 [0, 1 or 5, H, W, 3]."""
@@ -372,7 +436,7 @@ class Storyteller:
         with self._on_device(quality):
             selection = self.selector.select(
                 embeddings,
-                bank=bank.embeddings,
+                bank=MemoryBank(bank.known_to(shot.index + 1)).embeddings,
                 quality=None if quality is None else score,
                 quality_threshold=None if quality is None else quality.threshold,
             )
@@ -410,6 +474,43 @@ class Storyteller:
             yield
         finally:
             scorer.to("cpu")
+
+
+def _records(keyframes: Sequence[Keyframe]) -> tuple[KeyframeRecord, ...]:
+    names = KeyframeRecord.__dataclass_fields__
+    return tuple(KeyframeRecord(**{name: getattr(keyframe, name) for name in names}) for keyframe in keyframes)
+
+
+def _before_frames(keyframes: Sequence[Keyframe], shot: int) -> int:
+    """Where an image for ``shot`` stands: before its frames, and before all of later shots."""
+    later = (n for n, k in enumerate(keyframes) if k.shot is not None and (k.shot, k.frame or 0) > (shot, 0))
+    return next(later, len(keyframes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a run works on.
+
+    Args:
+        story: of now.
+        film: with this story, and the takes that its shots have.
+        jobs: the takes to make.
+        before: what the film was made from; None if it is new.
+        was: its shots then.
+        config: the settings of the takes to make.
+    """
+
+    story: Story
+    film: Film
+    jobs: list[Job]
+    before: Recipe | None
+    was: list[Slot]
+    config: dict[str, Any]
+
+    @property
+    def changed(self) -> bool:
+        """Whether the story is another than the film's on disk."""
+        return self.before is not None and (self.before.story != self.film.story or self.was != self.film.slots)
 
 
 class _Clock:

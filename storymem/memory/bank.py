@@ -23,10 +23,10 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -62,8 +62,8 @@ FitImage = Callable[[np.ndarray], np.ndarray]
 class MemoryBank:
     """The keyframes of one film, oldest first.
 
-    Nothing leaves the bank when its capacity is exceeded: the capacity belongs to the recall policy, so that a film can
-    be resumed at any shot. A new keyframe is compared with the whole bank.
+    Nothing leaves the bank when its capacity is exceeded: the capacity belongs to the recall policy, so that any shot
+    can be regenerated. A new keyframe is compared with all that are known to its shot.
 
     Args:
         keyframes: the first content.
@@ -114,18 +114,24 @@ class MemoryBank:
             raise KeyError(keyframe.id)
         self._keyframes[keyframe.id] = keyframe
 
-    def remove_from(self, shot: int) -> None:
-        """Remove the keyframes of shot ``shot`` (from 1) and later ones; references and images of the user stay."""
-        self._keyframes = {k.id: k for k in self if k.shot is None or k.shot < shot or k.is_users}
+    def put_frames(self, shot: int, keyframes: Iterable[Keyframe]) -> list[Keyframe]:
+        """Have ``keyframes`` in the place of the frames of shot ``shot`` (from 1), which are returned."""
+        gone = [keyframe for keyframe in self if keyframe.shot == shot and keyframe.frame is not None]
+        self._keyframes = {keyframe.id: keyframe for keyframe in with_frames(list(self), shot, keyframes)}
+        return gone
+
+    def known_to(self, shot: int | None) -> list[Keyframe]:
+        """See :func:`known_to`."""
+        return known_to(shot, self)
 
     def recall(self, shot: ComingShot | None = None) -> list[Keyframe]:
-        """The keyframes that the next shot is given, oldest first; never those that were added for a later shot.
+        """The keyframes that a shot is given, of those known to it, oldest first.
 
         Raises:
             ValueError: if the policy breaks its contract; see :class:`RecallPolicy`.
         """
         shot = shot or ComingShot()
-        known = [k for k in self if None in (k.shot, shot.number) or k.shot <= shot.number]  # type: ignore[operator]
+        known = self.known_to(shot.number)
         recalled = self.policy.recall(known, shot)
         ids = {keyframe.id for keyframe in recalled}
         if len(recalled) > self.policy.capacity or [k for k in known if k.id in ids] != list(recalled):
@@ -139,12 +145,12 @@ class MemoryBank:
         """The files of the saved bank, relative to the film's folder, without ``memory.json``."""
         return [name for id in self._keyframes for name in keyframe_files(id)]
 
-    def save(self, folder: str | Path, *, manifest: str = MANIFEST) -> None:
+    def save(self, folder: str | Path, *, manifest: str | None = MANIFEST) -> None:
         """Write the bank into a film's folder. Files that are there already are not written again; none is deleted.
 
         Args:
             folder: the film's folder.
-            manifest: another name for ``memory.json``, which then stays as it is.
+            manifest: another name for ``memory.json``, which then stays as it is; None: write the other files only.
         """
         folder = Path(folder)
         with naming_full_disk(folder):
@@ -155,14 +161,15 @@ class MemoryBank:
         images = {k.id for k in changed if not _has_image(folder, entries[k.id], saved.get(k.id))}
         changing = [id for id in images & saved.keys() if saved[id].image == entries[id].image]
         if changing:  # memory.json never names a file while that changes
-            _write_manifest(folder / MANIFEST, [entry for entry in saved.values() if entry.id not in changing])
+            write_entries(folder / MANIFEST, [entry for entry in saved.values() if entry.id not in changing])
         for keyframe in changed:
             image, tensors = (folder / name for name in keyframe_files(keyframe.id))
             if keyframe.id in images:
                 write_atomically(image, encode_png(keyframe.image))
             _write_if_new(tensors, _tensors(keyframe, self.made_with))
             self._written[image] = keyframe
-        _write_manifest(folder / manifest, entries.values())
+        if manifest is not None:
+            write_entries(folder / manifest, entries.values())
 
     def _is_written(self, folder: Path, keyframe: Keyframe) -> bool:
         image, tensors = (folder / name for name in keyframe_files(keyframe.id))
@@ -173,6 +180,7 @@ class MemoryBank:
         cls,
         folder: str | Path,
         *,
+        entries: Sequence[Entry] | None = None,
         embed: EmbedFrames | None = None,
         policy: RecallPolicy | None = None,
         fit: FitImage | None = None,
@@ -182,6 +190,7 @@ class MemoryBank:
 
         Args:
             folder: the film's folder.
+            entries: which keyframes; those of ``memory.json`` by default.
             embed: embeds images that were added or replaced; without it they are an error.
             policy: as in the constructor.
             fit: brings such images to the size of the shots.
@@ -192,9 +201,10 @@ class MemoryBank:
             ValueError: naming the file that is missing, damaged or not understood.
         """
         folder = Path(folder)
-        if not (folder / MANIFEST).exists():
-            raise FileError(f"{folder / MANIFEST} does not exist: there is no saved memory in this folder")
-        entries = read_entries(folder)
+        if entries is None:
+            if not (folder / MANIFEST).exists():
+                raise FileError(f"{folder / MANIFEST} does not exist: there is no saved memory in this folder")
+            entries = read_entries(folder)
         taken = {entry.id for entry in entries} | ids_on_disk(folder)
         reader = _Reader(folder=folder, embed=embed, fit=fit, made_with=made_with, taken=taken)
         bank = cls([reader.keyframe(entry) for entry in entries], policy=policy, made_with=made_with)
@@ -207,6 +217,38 @@ class MemoryBank:
                 )
         bank.edited = reader.edited
         return bank
+
+
+class Member(Protocol):
+    """A keyframe, or its entry in ``memory.json``."""
+
+    @property
+    def shot(self) -> int | None: ...
+
+    @property
+    def frame(self) -> int | None: ...
+
+
+M = TypeVar("M", bound=Member)
+
+
+def known_to(shot: int | None, members: Iterable[M]) -> list[M]:
+    """What shot ``shot`` (from 1) may recall: frames of shots before it, and images that are for no later shot.
+
+    All of ``members`` for None.
+    """
+    return [
+        one
+        for one in members
+        if shot is None or one.shot is None or one.shot < shot or (one.shot == shot and one.frame is None)
+    ]
+
+
+def with_frames(members: Iterable[M], shot: int, frames: Iterable[M]) -> list[M]:
+    """``members`` with ``frames`` in the place of the frames of ``shot``: before all that belongs to later shots."""
+    others = [one for one in members if one.shot != shot or one.frame is None]
+    end = next((n for n, one in enumerate(others) if one.shot is not None and one.shot > shot), len(others))
+    return [*others[:end], *frames, *others[end:]]
 
 
 def keyframe_files(id: str) -> tuple[str, str]:
@@ -237,6 +279,11 @@ class Entry:
     quality: float | None = None
     similarity: float | None = None
 
+    @property
+    def is_frame(self) -> bool:
+        """Whether it is a frame of a shot, under its own name."""
+        return self.frame is not None and self.image == keyframe_files(self.id)[0]
+
     @classmethod
     def of(cls, keyframe: Keyframe) -> Entry:
         known = {name: getattr(keyframe, name) for name in cls.__dataclass_fields__ if name != "image"}
@@ -251,7 +298,7 @@ def read_entries(folder: Path) -> list[Entry]:
     try:
         manifest = read_json(path)
     except FileError as error:
-        cure = "put it back from a copy, or delete it and regenerate all shots with resume=from_shot:1"
+        cure = "put it back from a copy, or delete it: it is written again from the takes, without your changes"
         raise FileError(f"{error}; {cure}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("keyframes"), list):
         raise FileError(f'{path} must hold {{"schema": {SCHEMA}, "keyframes": [...]}}')
@@ -363,7 +410,8 @@ class _Reader:
         return tensors
 
 
-def _write_manifest(path: Path, entries: Iterable[Entry]) -> None:
+def write_entries(path: Path, entries: Iterable[Entry]) -> None:
+    """Write a ``memory.json`` of ``entries``."""
     content = {"schema": SCHEMA, "keyframes": [vars(entry) for entry in entries]}
     _write_if_new(path, f"{json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)}\n".encode())
 

@@ -15,7 +15,8 @@ from storymem.evaluation import films
 from storymem.evaluation.films import stories_of
 from storymem.evaluation.layouts import FilmFiles
 from storymem.evaluation.mapping import read_mapping
-from storymem.film.folder import Film, FilmError, ShotRecord
+from storymem.film.folder import Film
+from storymem.film.manifest import FilmError, Take, scripts
 from storymem.media.video import write_video
 from storymem.story import Story, load_story
 from tests.evaluation import small
@@ -59,12 +60,13 @@ def own_film(folder: Path, story: Story, shots: int = 3) -> None:
     """A film of ours with so many finished shots."""
     folder.mkdir(parents=True, exist_ok=True)
     film = Film(folder, story=story.to_dict(), config={})
+    script = scripts(film.story)
     for shot in story.shots[:shots]:
-        file = film.write_shot(shot, np.zeros((5, 32, 48, 3), np.uint8), repeated=0, fps=8)
+        number, file = film.write_take(shot.index, np.zeros((5, 32, 48, 3), np.uint8), repeated=0, fps=8)
+        place = {"shot": shot.index + 1, "scene": shot.scene, "number": shot.number, "take": number, "file": file}
+        made = {"folder": film.slots[shot.index].folder, "script": script[shot.index].content}
         rest = {"mode": "m2v", "seed": 0, "frames": 5, "repeated": 0, "memory": (), "keyframes": (), "config_hash": ""}
-        film.add(
-            ShotRecord(shot=shot.index + 1, scene=shot.scene, number=shot.number, prompt=shot.prompt, file=file, **rest)  # type: ignore[arg-type]
-        )
+        film.add(Take(**place, **made, **rest))  # type: ignore[arg-type]
 
 
 # --- which film belongs to which story

@@ -98,10 +98,13 @@ def test_keyframes_are_added_replaced_and_removed() -> None:
     assert bank["shot01_frame001"].latent is not None
     with pytest.raises(KeyError):
         bank.replace(from_shot(7, 7))
-    bank.remove_from(2)
-    assert ids(bank) == IDS[:3]
-    bank.remove_from(1)
-    assert ids(bank) == ["ref_tam_1"], "the story's references stay"
+    assert [k.id for k in bank.known_to(2)] == IDS[:4], "an image for shot 2 too"
+    assert [k.id for k in bank.known_to(1)] == IDS[:1]
+    gone = bank.put_frames(1, [from_shot(1, 5)])
+    assert [k.id for k in gone] == IDS[1:3]
+    assert ids(bank) == [IDS[0], "shot01_frame005", *IDS[3:]], "before all of later shots"
+    bank.put_frames(4, [from_shot(4, 1)])
+    assert ids(bank)[-2:] == [IDS[4], "shot04_frame001"]
 
 
 def test_a_keyframe_does_not_keep_its_shot_in_ram() -> None:
@@ -160,8 +163,8 @@ class Killed(BaseException):
 def test_killed_at_any_moment_the_folder_still_holds_a_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Die before and in the middle of each file in turn, while shot 3 is replaced and shot 4 added."""
     before, after = filled(), filled()
-    after.remove_from(3)
-    after.add([from_shot(3, 1, seed=77), from_shot(4, 6)])
+    after.put_frames(3, [from_shot(3, 1, seed=77)])
+    after.add([from_shot(4, 6)])
     before.save(tmp_path / "start")
     write = Path.write_bytes
     found = set()
@@ -246,8 +249,9 @@ def test_an_image_can_be_added(tmp_path: Path) -> None:
     assert bank["ref_tam_2"].character == "Tam"
     bank.save(tmp_path)
     assert_equal(MemoryBank.load(tmp_path), bank)
-    bank.remove_from(1)
-    assert ids(bank) == ["ref_tam_2", "ref_tam_1", "mine"], "what the user added stays"
+    for shot in (1, 3):
+        bank.put_frames(shot, [])
+    assert ids(bank) == ["ref_tam_2", "ref_tam_1", "ref_boat_1", "mine"], "what the user added stays"
 
 
 def test_schema_1_counted_from_0(tmp_path: Path) -> None:

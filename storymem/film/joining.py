@@ -1,0 +1,91 @@
+"""``film.mp4``: the chosen takes one after the other, and a card for every shot that has none yet."""
+
+from __future__ import annotations
+
+import logging
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from storymem.film.manifest import VIDEO, Take, scripts
+from storymem.media.images import fit_image
+from storymem.media.video import VideoInfo, iter_frames, join_videos, probe, write_video
+
+if TYPE_CHECKING:
+    from storymem.film.folder import Film
+
+logger = logging.getLogger(__name__)
+
+_CARD_SECONDS = 2.0  # of a shot whose length neither the story nor the settings give
+
+
+def join_film(film: Film, joined: Path) -> None:
+    """Write the film to ``joined``; at least one shot must have a take.
+
+    Takes of another size or rate, put there by the user, are fitted to the others.
+    """
+    takes = film.shots
+    like = probe(film.folder / next((take for take in takes if not take.is_replaced), takes[0]).file)
+    temporary: list[Path] = []
+    try:
+        parts = []
+        for index in range(len(film.slots)):
+            take = film.take_of(index)
+            parts.append(_card(film, index, like, temporary) if take is None else _part(film, take, like, temporary))
+        for note in join_videos(parts, joined):
+            if not any(str(path) in note for path in temporary):
+                logger.warning(note.replace(joined.name, VIDEO))
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+
+
+def _part(film: Film, take: Take, like: VideoInfo, temporary: list[Path]) -> Path:
+    """A take's video, or a copy that is fitted to the size and rate of the others and added to ``temporary``."""
+    path = film.folder / take.file
+    info = probe(path)
+    if (info.height, info.width) == (like.height, like.width) and abs(info.fps - like.fps) < 0.01 * like.fps:
+        return path
+    was, now = (f"{one.width}x{one.height} at {one.fps:g} frames per second" for one in (info, like))
+    logger.warning(f"{path} is {was}: fitted to {now} for {VIDEO}")
+    temporary.append(film.folder / f".{take.folder}.{path.name}.partial")
+    write_video(temporary[-1], _fitted(path, info, like), like.fps)
+    return temporary[-1]
+
+
+def _fitted(path: Path, info: VideoInfo, like: VideoInfo) -> Iterator[np.ndarray]:
+    """The frames of a video at the size and rate of another, each the one that is shown at its time."""
+    total = max(1, round((info.times[-1] + 1 / info.fps) * like.fps)) if info.fps else 1
+    shown = np.searchsorted(info.times, np.arange(total) / like.fps + 1e-6, side="right") - 1
+    times_shown = Counter(shown.tolist())
+    for number, frame in enumerate(iter_frames(path)):
+        yield from repeat(fit_image(frame, like.height, like.width, "contain"), times_shown[number])
+
+
+def _card(film: Film, index: int, like: VideoInfo, temporary: list[Path]) -> Path:
+    """A video of the length of a shot that is not made yet, with its number and text; added to ``temporary``."""
+    content = scripts(film.story)[index].content
+    frames = content.get("frames") or film.config.get("model", {}).get("video", {}).get("frames")
+    length = frames if isinstance(frames, int) and 0 < frames < 10**4 else round(_CARD_SECONDS * like.fps)
+    temporary.append(film.folder / f".card{index + 1}.partial")
+    card = title_card(f"Shot {index + 1}", content["prompt"], like.height, like.width)
+    write_video(temporary[-1], repeat(card, length), like.fps)
+    return temporary[-1]
+
+
+def title_card(title: str, text: str, height: int, width: int) -> np.ndarray:
+    """A dark image with a title and a text below it, uint8 [height, width, 3]."""
+    image = Image.new("RGB", (width, height), (24, 24, 28))
+    draw, margin, size = ImageDraw.Draw(image), width // 12, max(6, height // 16)
+    large, small = (ImageFont.load_default(size * scale) for scale in (1.6, 1.0))
+    draw.text((margin, height // 4), title, font=large, fill=(235, 235, 235))
+    columns = max(8, int((width - 2 * margin) / max(1.0, small.getlength("n"))))
+    lines = textwrap.wrap(text, columns, max_lines=max(1, int(height / size * 0.35)), placeholder=" ...")
+    draw.multiline_text((margin, height // 4 + 3 * size), "\n".join(lines), font=small, fill=(170, 170, 175))
+    return np.asarray(image)
