@@ -437,8 +437,8 @@ def test_damage_is_repaired_or_named(name: str, times: int, tmp_path: Path) -> N
 
 def test_a_last_frame_of_another_size_is_named(tmp_path: Path) -> None:
     make_film(tmp_path)
-    Image.new("RGB", (6, 4)).save(tmp_path / "film" / "shots" / "01_01_end" / "3.png")
-    with pytest.raises(ValueError, match=r"01_01_end/3\.png has another size than shots/01_01_end/1\.png"):
+    Image.new("RGB", (6, 4)).save(tmp_path / "film" / "shots" / "01_01" / "take_001_end" / "3.png")
+    with pytest.raises(ValueError, match=r"take_001_end/3\.png has another size than shots/01_01/take_001_end/1\.png"):
         Film.open(tmp_path / "film").last_frames(0, 5)
 
 

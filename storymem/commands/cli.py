@@ -228,9 +228,11 @@ def _nearest_key(wrong: str, parent: Any) -> str:
 
     name = wrong.rpartition(".")[2]
     hint = nearest(name, [] if parent is None else map(str, parent))
-    if "did you mean" in hint or parent is None:
+    if parent is None:
         return hint
     elsewhere = {key.rpartition(".")[2]: key for key in _dotted_keys(OmegaConf.to_container(parent._get_root()))}
+    if "did you mean" in hint and name not in elsewhere:
+        return hint
     close = closest(name, elsewhere, cutoff=0.75)
     return f"; did you mean {elsewhere[close]!r}?" if close else hint
 
