@@ -140,11 +140,12 @@ def test_an_answer_that_is_no_story_is_sent_back_once(write: Write, server: Serv
     assert second[0] == first[0]
     assert "promt" in second[1]["content"]
     assert "\n- shot 1 (scene 1, shot 1): unknown key promt; expected prompt," in second[2]["content"]
-    server.say("I would rather not.")
+    server.say('{"title": "T" "overview": "O"}')
     server.say("No.")
     status, _, notes = write("a seal", *server.arguments)
     assert status == 2
-    assert "there is no JSON object in the answer" in notes
+    assert "\n- the JSON object in the answer is not valid JSON: Expecting ',' delimiter (line 1, column 15)\n" in notes
+    assert "\nthe second answer is not a story either:\nthere is no JSON object in the answer\n" in notes
     assert "storymem write answer.txt" in notes
     assert (tmp_path / "answer.txt").read_text() == "No."
 
@@ -152,6 +153,7 @@ def test_an_answer_that_is_no_story_is_sent_back_once(write: Write, server: Serv
 TEXT = json.dumps(STORY, ensure_ascii=False)
 WITHOUT_OVERVIEW = {key: value for key, value in STORY.items() if key != "overview"}
 DESCRIBED = {"title": "T", "overview": "O", "scenes": [{"shots": [{"description": PROMPT}]}]}
+CONVERTED = "ST-Bench's form is converted"
 FENCES, AROUND = "Markdown fences are left out", "text around the story is left out"
 
 
@@ -166,7 +168,11 @@ FENCES, AROUND = "Markdown fences are left out", "text around the story is left 
         (TEXT.replace('"genre": "tale",', '"genre": "tale",,').replace(",,", ", ").replace("}]}]}", "}]}],}"), []),
         (json.dumps(DESCRIBED), ["shot 1: description is taken as its prompt"]),
         (json.dumps(WITHOUT_OVERVIEW), ["overview was missing: the title is used"]),
-        (json.dumps(BENCH), ["ST-Bench's form is converted", "first_frame_prompt is left out: it is not used"]),
+        (json.dumps(BENCH), [CONVERTED, "first_frame_prompt is left out: it is not used"]),
+        (
+            json.dumps({"story_name": "Bench", "scenes": [{"video_prompts": ["A dog."]}]}),
+            [CONVERTED, "overview was missing: the title is used"],
+        ),
     ],
 )
 def test_what_is_repaired_in_an_answer_is_reported(write: Write, tmp_path: Path, answer: str, notes: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import re
 import sys
@@ -160,15 +161,8 @@ def write(config: Mapping[str, Any]) -> None:
         FileError: if the answer cannot be read.
     """
     settings = build_settings(WriteSettings, config)
-    if settings.answer is not None:
-        try:
-            story, notes = read_answer(read_text(settings.answer, limit=MAX_ANSWER), settings.folder)
-        except StoryError as error:
-            raise StoryError([f"{settings.answer}: {problem}" for problem in error.problems]) from None
-        _save(story, notes, settings)
-        return
     prompt = prompt_for(settings.text, settings.shots, settings.model)
-    if settings.endpoint.url is None:
+    if settings.answer is None and settings.endpoint.url is None:
         print(prompt)
         print(
             "Give this to a language model, save its answer to a file, and run: storymem write answer.json\n"
@@ -176,10 +170,17 @@ def write(config: Mapping[str, Any]) -> None:
             file=sys.stderr,
         )
         return
+    answer = None if settings.answer is None else read_text(settings.answer, limit=MAX_ANSWER)
     settings.folder.mkdir(parents=True, exist_ok=True)
-    story, notes = _ask_for_story(prompt, settings)
-    if len(story.shots) != settings.shots:
-        notes.append(f"the answer has {len(story.shots)} shots, not {settings.shots}")
+    if answer is None:
+        story, notes = _ask_for_story(prompt, settings)
+        if len(story.shots) != settings.shots:
+            notes.append(f"the answer has {len(story.shots)} shots, not {settings.shots}")
+    else:
+        try:
+            story, notes = read_answer(answer, settings.folder)
+        except StoryError as error:
+            raise StoryError([f"{settings.answer}: {problem}" for problem in error.problems]) from None
     _save(story, notes, settings)
 
 
@@ -204,22 +205,23 @@ def read_answer(answer: str, folder: Path, idea: str | None = None) -> tuple[Sto
         StoryError: with every problem, without line numbers.
     """
     content, notes = _find_object(answer)
-    if "story_name" in content:
+    title, overview = "title", "overview"
+    if not content.keys().isdisjoint(("story_name", "story_overview")):
+        title, overview = "story_name", "story_overview"
         notes.append("ST-Bench's form is converted")
         if any(isinstance(scene, dict) and "first_frame_prompt" in scene for scene in _listed(content, "scenes")):
             notes.append("first_frame_prompt is left out: it is not used")
-    else:
-        shots = [shot for scene in _listed(content, "scenes") for shot in _listed(scene, "shots")]
-        for number, shot in enumerate(shots, start=1):
-            if isinstance(shot, dict) and "prompt" not in shot and "description" in shot:
-                shot["prompt"] = shot.pop("description")
-                notes.append(f"shot {number}: description is taken as its prompt")
-        if not content.get("overview") and (overview := idea or content.get("title")):
-            content["overview"] = overview
-            notes.append(f"overview was missing: {'the idea' if idea else 'the title'} is used")
+    shots = [shot for scene in _listed(content, "scenes") for shot in _listed(scene, "shots")]
+    for number, shot in enumerate(shots, start=1):
+        if isinstance(shot, dict) and "prompt" not in shot and "description" in shot:
+            shot["prompt"] = shot.pop("description")
+            notes.append(f"shot {number}: description is taken as its prompt")
+    if not content.get(overview) and (instead := idea or content.get(title)):
+        content[overview] = instead
+        notes.append(f"overview was missing: {'the idea' if idea else 'the title'} is used")
     path = folder / "story.yaml"
     try:
-        return load_story(path, json.dumps(content, ensure_ascii=False)), notes
+        return load_story(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=math.inf)), notes
     except StoryError as error:
         raise StoryError([re.sub(rf"^{re.escape(str(path))}(:\d+)?: ", "", one) for one in error.problems]) from None
 
@@ -250,7 +252,10 @@ def _find_object(answer: str) -> tuple[dict[str, Any], list[str]]:
                 found.append((content, notes))
                 break
     if not found:
-        raise StoryError(["there is no JSON object in the answer"])
+        try:
+            parse_json(braces, "the JSON object in the answer")
+        except FileError as error:
+            raise StoryError([str(error) if braces else "there is no JSON object in the answer"]) from None
     return next((one for one in found if "scenes" in one[0]), found[-1])
 
 
