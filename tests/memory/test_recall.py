@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,8 @@ def keyframes(count: int) -> list[Keyframe]:
     return [keyframe(f"k{number}", shot=number + 1) for number in range(count)]
 
 
-def keyframe(
-    id: str, *, shot: int | None = None, character: str | None = None, embedding: Sequence[float] = (1, 0)
-) -> Keyframe:
-    image, row = np.zeros((2, 2, 3), np.uint8), np.array(embedding, np.float32)
-    return Keyframe(id=id, image=image, embedding=row, shot=shot, frame=shot, character=character)
+def keyframe(id: str, *, embedding: Sequence[float] = (1, 0), **origin: Any) -> Keyframe:
+    return Keyframe(id=id, image=np.zeros((2, 2, 3), np.uint8), embedding=np.array(embedding, np.float32), **origin)
 
 
 def ids(recalled: list[Keyframe]) -> str:
@@ -71,8 +69,8 @@ def test_only_the_images_of_the_shots_characters_are_recalled() -> None:
     assert ids(bank.recall(ComingShot(characters=("another",)))) == "sky k0 k1 k2 k3 k4 k5"
     published = MemoryBank([*CAST, *keyframes(6)], policy=SinkAndRecent(capacity=7, sink=1))
     assert ids(bank.recall()) == ids(published.recall()), "for a shot without characters"
-    alone = [keyframe(f"a{number}", shot=number, character="Ada") for number in range(1, 9)]
-    alone.insert(4, keyframe("b5", shot=5, character="Bo"))
+    alone = [keyframe(f"a{number}", frame=number, character="Ada") for number in range(1, 9)]
+    alone.insert(4, keyframe("b5", frame=5, character="Bo"))
     recalled = MemoryBank(alone, policy=characters).recall(ComingShot(characters=("Ada",)))
     assert ids(recalled) == "a1 a2 a4 a5 a6 a7 a8", "a film of one character uses the whole memory"
 
