@@ -345,11 +345,14 @@ def ask(endpoint: EndpointSettings, messages: list[dict[str, str]]) -> str:
         choice = json.loads(content)["choices"][0]
         answer, ended = choice["message"]["content"], choice.get("finish_reason")
     except urllib.error.HTTPError as error:
-        reason = _http_reason(error, endpoint)
+        reason = _http_reason(error, endpoint, key)
     except (OSError, http.client.HTTPException) as error:
         reason = _connection_reason(error, endpoint)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError, AttributeError):
-        reason = f"is not an OpenAI-compatible endpoint: it answers {shorten(content.decode(errors='replace'))!r}"
+    except EndpointError:
+        raise
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        text = shorten(_without(key, content.decode(errors="replace")))
+        reason = f"is not an OpenAI-compatible endpoint: it answers {text!r}"
     else:
         if ended == "length":
             reason = f"stopped at the limit of {endpoint.model}'s answers: write fewer shots, or use another model"
@@ -357,10 +360,15 @@ def ask(endpoint: EndpointSettings, messages: list[dict[str, str]]) -> str:
             return answer
         else:
             reason = "gave an empty answer"
-    raise EndpointError(f"{endpoint.address} {reason}".replace(key, "***") if key else f"{endpoint.address} {reason}")
+    raise EndpointError(f"{endpoint.address} {reason}")
 
 
-def _http_reason(error: urllib.error.HTTPError, endpoint: EndpointSettings) -> str:
+def _without(key: str, text: str) -> str:
+    """A text of the endpoint for messages; short keys, as local servers have, may be words in it."""
+    return text.replace(key, "***") if len(key) >= 8 else text
+
+
+def _http_reason(error: urllib.error.HTTPError, endpoint: EndpointSettings, key: str) -> str:
     text = ""
     try:
         text = error.read(1 << 16).decode(errors="replace")
@@ -370,14 +378,13 @@ def _http_reason(error: urllib.error.HTTPError, endpoint: EndpointSettings) -> s
         pass  # not in the usual form
     if 300 <= error.code < 400:
         return f"redirects to {error.headers.get('Location')}: write the endpoint.url of that place"
-    is_set = os.environ.get(endpoint.key, "").strip()
-    key = f"check the key in {endpoint.key}" if is_set else f"no key was sent: set {endpoint.key}, or name another"
+    no_key = f"no key was sent: set {endpoint.key}, or name another with endpoint.key"
     cures = {
-        **dict.fromkeys((401, 403), key),
+        **dict.fromkeys((401, 403), f"check the key in {endpoint.key}" if key else no_key),
         404: "check endpoint.url, which mostly ends in /v1, and endpoint.model",
         429: "wait, or check the credit of the account",
     }
-    said = " ".join(str(text).split())[:300]
+    said = _without(key, " ".join(str(text).split()))[:300]
     return f"answers {error.code} {error.reason} ({said}): {cures.get(error.code, 'the same command asks again')}"
 
 
