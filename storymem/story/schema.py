@@ -298,8 +298,7 @@ class _Reader(StoryFile):
             raise self.refuse(listed[0], f"{len(listed):,} characters", f"at most {MAX_CHARACTERS:,}", "list fewer")
         for place, item in enumerate(listed):
             where = f"character {place + 1}"
-            example = _example(item, "name")
-            entries = self.mapping(item, where, _CHARACTER_KEYS, required=("name",), example=example)
+            entries = self.mapping(item, where, _CHARACTER_KEYS, required=("name",), example=_example(item, "name"))
             name = self.string(entries.get("name"), where, "name", at_most=MAX_NAME) or ""
             if name and folded(name).lower() in taken:
                 wrong = f"the name {name} is used twice"
@@ -332,8 +331,7 @@ class _Reader(StoryFile):
 
     def shot(self, node: yaml.Node, scene: int, place: int, index: int) -> Shot:
         where = _label(index, scene, place + 1)
-        example = _example(node, "prompt")
-        entries = self.mapping(node, where, _SHOT_KEYS, required=("prompt",), example=example)
+        entries = self.mapping(node, where, _SHOT_KEYS, required=("prompt",), example=_example(node, "prompt"))
         return Shot(
             prompt=self.string(entries.get("prompt"), where, "prompt") or "",
             cut=self.cut(entries.get("cut"), where, index),
