@@ -21,6 +21,7 @@ from storymem.config import CONFIGS
 #: File in ``configs/`` -> its settings class, "module:name", which is imported when it is needed.
 SETTINGS = {
     "generate": "storymem.film.settings:GenerateSettings",
+    "film": "storymem.film.command:FilmSettings",
     "write": "storymem.story.writing:WriteSettings",
     "prepare_data": "storymem.data.settings:PrepareSettings",
     "train": "storymem.training.settings:TrainSettings",

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ import pytest
 
 from storymem.film.folder import Film
 from storymem.film.generate import generate_films
-from storymem.io import FileError
+from storymem.film.manifest import Take, film_folder
+from storymem.film.matching import stale
+from storymem.film.storyboard import storyboard
+from storymem.io import FileError, hash_file
 from storymem.memory import MemoryBank
+from storymem.memory.bank import read_entries
 from tests.composing import SMALL, composed
 from tests.stories import FOUR_SHOTS, content, single_thread, story, storyteller
 
@@ -31,17 +36,29 @@ scenes:
       - {prompt: "The dog looks at a tree.", cut: false}
       - {prompt: "A cat sits on a wall."}
 """
+EDITED = """\
+title: Edited
+overview: A short walk.
+scenes:
+  - shots:
+      - {prompt: "A cat sits on a wall."}
+      - {prompt: "A dog walks out of a door."}
+      - {prompt: "A fox runs.", cut: false}
+"""
 KILLS = 5  # of a new film, and as many of one that is regenerated
 _WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod"}
 
 
-def in_a_child(work: Callable[[], Any], *, kill_at: int | None = None, folder: Path | None = None) -> int:
+def in_a_child(
+    work: Callable[[], Any], *, kill_at: int | None = None, folder: Path | None = None, kill_after: float | None = None
+) -> int:
     """Do ``work`` in a forked child, which has all imports done, and return its exit status.
 
     Args:
         work: what to do.
         kill_at: the child is killed just before this change of files in ``folder``, counted from 1.
         folder: other changes do not count.
+        kill_after: the child is killed after so many seconds.
     """
     child = os.fork()
     if child == 0:
@@ -63,6 +80,9 @@ def in_a_child(work: Callable[[], Any], *, kill_at: int | None = None, folder: P
             status = 0
         finally:
             os._exit(status)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -155,6 +175,62 @@ def test_killed_before_a_change_of_a_file_nothing_is_lost(tmp_path: Path, contin
         assert names(folder) == names(tmp_path / "again")
         if status == 0:
             break
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_over_takes_choices_edits_and_cleaning_lose_no_take(tmp_path: Path, kills: int) -> None:
+    single_thread()
+    chance, folder = random.Random(kills), tmp_path / "film"
+    stories = [story(tmp_path / name, text) for name, text in {"a": THREE_SHOTS, "b": EDITED}.items()]
+
+    def tell(**how: Any) -> Callable[[], Any]:
+        loaded = chance.choice(stories)
+        return lambda: storyteller().tell(loaded, folder, **how)
+
+    def choose(shot: int, take: int) -> None:
+        with film_folder(folder):
+            film = Film.open(folder)
+            film.remove_unfinished()
+            film.show(shot, take)
+            film.refresh(storyboard(film))
+
+    def clean() -> None:
+        with film_folder(folder):
+            film = Film.open(folder)
+            film.remove_unfinished()
+            film.clean()
+
+    storyteller().tell(stories[0], folder)
+    for number in range(kills):
+        before = Film.open(folder)
+        takes = [(index, take.take) for index in range(len(before.slots)) for take in before.takes_of(index)]
+        works = [
+            *(tell(), tell(shot=str(chance.randint(1, 3))), tell(shot=str(chance.randint(1, 3)), following=True)),
+            *(partial(choose, *chance.choice(takes)), partial(choose, *chance.choice(takes)), clean),
+        ]
+        work = works[number % len(works)]
+        if number % 2:
+            in_a_child(work, kill_at=chance.randint(1, 60), folder=folder)
+        else:
+            in_a_child(work, kill_after=chance.uniform(0, 1.5))
+        after = whole(folder)
+        kept = {(take.file, take.seed) for take in after.takes}
+        assert kept >= {(take.file, take.seed) for take in (before.shots if work is clean else before.takes)}
+        for take in after.takes:
+            assert all(hash_file(folder / name) == digest for name, digest in take.sha256.items())
+    assert in_a_child(tell(resume="from_shot:1")) == 0
+    film = whole(folder)
+    assert stale(film, read_entries(folder)) == {}
+    afresh = storyteller().tell(stories[0 if film.story["title"] == "Three" else 1], tmp_path / "afresh")
+    assert content(folder) == content(afresh.folder)
+    clean()
+    assert names(folder / "shots") == {name for t in film.shots for name in in_shots(t)}, "nothing is left behind"
+
+
+def in_shots(take: Take) -> set[str]:
+    """Names of a take's files and folders below shots/."""
+    files = [Path(name).relative_to("shots") for name in take.sha256]
+    return {str(path) for file in files for path in (file, *file.parents) if path != Path(".")}
 
 
 def test_a_second_process_on_one_folder_is_refused(tmp_path: Path) -> None:

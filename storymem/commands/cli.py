@@ -45,6 +45,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "generate": Command("generate a film from a story", "storymem.film.generate:generate_films", "generate", "story"),
     "write": Command("have a language model write a story", "storymem.story.writing:write", "write", "idea"),
+    "film": Command(
+        *("show a film's takes; join, export or clean it", "storymem.film.command:film_command", "film", "folder"),
+        flags={action: f"action={action}" for action in ("show", "join", "export", "clean")},
+    ),
     "prepare": Command("turn captioned videos into a training set", _prepare, "prepare_data"),
     "train": Command("train a memory adapter", "storymem.training.run:train", "train"),
     "evaluate": Command("score films, or the films of a method, on ST-Bench", _evaluate, "eval_stbench"),

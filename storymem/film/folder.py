@@ -19,8 +19,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,12 +37,14 @@ from storymem.film.manifest import (
     KeyframeRecord,
     Manifest,
     Take,
+    config_hash,
+    library_versions,
     new_slots,
     read_manifest,
     scripts,
 )
 from storymem.film.matching import arranged, match
-from storymem.io import hash_file, hash_json, naming_full_disk, remove_leftovers, write_json, write_text
+from storymem.io import hash_file, naming_full_disk, remove_leftovers, write_json, write_text
 from storymem.media.images import read_image, write_image
 from storymem.media.video import iter_frames, read_video, write_video
 
@@ -55,7 +55,6 @@ logger = logging.getLogger(__name__)
 
 END_FRAMES = 5
 _NEXT_MEMORY = ".memory.json.next"  # written before the manifest with its hash, renamed after it
-_LIBRARIES = ("storymem", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "av")
 
 
 class Film:
@@ -373,7 +372,7 @@ class Film:
 
         Files that the user changed stay, and images of keyframes that the page shows.
         """
-        from storymem.memory.bank import keyframe_files, read_entries  # loads torch
+        from storymem.memory.bank import holds_image, keyframe_files, read_entries  # loads torch
 
         chosen = self.shots
         gone = [take for take in self.takes if take not in chosen]
@@ -383,7 +382,7 @@ class Film:
         unchanged = [name for name, digest in files.items() if self._has(name, digest)]
         for keyframe in (keyframe for take in gone for keyframe in take.keyframes):
             image, tensors = keyframe_files(keyframe.id)
-            if keyframe.id not in shown and _shows(self.folder / image, keyframe.sha256):
+            if keyframe.id not in shown and holds_image(self.folder / image, keyframe.sha256):
                 unchanged += [image, tensors]
         self.takes = chosen
         self._write({**self._manifest(), "writing": unchanged})
@@ -476,11 +475,6 @@ class Film:
             _remove_if_empty(path.parent)
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 of settings, as 16 hexadecimal digits."""
-    return hash_json(config)[:16]
-
-
 def _end_names(file: str) -> list[str]:
     return [f"{file.removesuffix('.mp4')}_end/{number}.png" for number in range(1, END_FRAMES + 1)]
 
@@ -493,16 +487,6 @@ def _remove_if_empty(folder: Path) -> None:
             one.rmdir()
 
 
-def _shows(path: Path, digest: str | None) -> bool:
-    """Whether a file holds the image with this hash."""
-    from storymem.memory.keyframes import image_hash  # loads torch
-
-    try:
-        return image_hash(read_image(path)) == digest
-    except (ValueError, FileNotFoundError):
-        return False
-
-
 def estimated_bytes(frames: int, height: int, width: int) -> int:
     """Upper estimate of the disk space for a take: its video, its copy in the film, last frames and keyframes.
 
@@ -510,15 +494,3 @@ def estimated_bytes(frames: int, height: int, width: int) -> int:
     """
     pixels = height * width
     return int(2 * 0.15 * frames * pixels + (END_FRAMES + 3) * 3 * pixels)
-
-
-@cache
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that influence what a film looks like."""
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            versions[name] = "unknown"
-    return versions

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
@@ -21,7 +23,7 @@ from typing_extensions import TypedDict
 
 from storymem.config import STRICT
 from storymem.film.settings import GIVEN_FRAMES, Mode
-from storymem.io import FileError, check_regular, folder_lock, parse_json, read_text
+from storymem.io import FileError, check_regular, folder_lock, hash_json, parse_json, read_text
 
 SCHEMA = 3  # 2 had one take of a shot; 1 also counted shots and frames from 0
 MANIFEST = "film.json"
@@ -29,6 +31,7 @@ VIDEO = "film.mp4"
 PAGE = "storyboard.html"
 MEMORY = "memory.json"
 FOLDERS = ("shots", "keyframes")
+_LIBRARIES = ("storymem", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "av")
 _CURE = "put it back from a copy, or choose another output"
 
 
@@ -51,6 +54,7 @@ Place = Annotated[int, Field(ge=1, le=10**9)]
 
 class _Shot(TypedDict):
     prompt: str
+    characters: NotRequired[list[str]]
     references: NotRequired[list[str]]
 
 
@@ -65,6 +69,7 @@ class _Scene(TypedDict):
 
 class _Character(TypedDict):
     name: str
+    description: NotRequired[str]
     references: NotRequired[list[str]]
 
 
@@ -197,19 +202,16 @@ class Script(NamedTuple):
 def scripts(story: Mapping[str, Any]) -> list[Script]:
     """The shots of a story's record, in order. Two of equal content are the same shot, wherever they stand."""
     digests = story.get("reference_sha256", {})
-    return [
-        Script(
-            scene.get("number", place),
-            number,
-            {
-                **shot,
-                "style": story.get("style"),
-                "references": {source: digests.get(source) for source in shot.get("references", ())},
-            },
-        )
-        for place, scene in enumerate(story["scenes"], start=1)
-        for number, shot in enumerate(scene["shots"], start=1)
-    ]
+    looks = {one["name"]: one["description"] for one in story.get("characters", ()) if one.get("description")}
+    found = []
+    for place, scene in enumerate(story["scenes"], start=1):
+        for number, shot in enumerate(scene["shots"], start=1):
+            content = {**shot, "style": story.get("style")}
+            content["references"] = {source: digests.get(source) for source in shot.get("references", ())}
+            if shown := {name: looks[name] for name in shot.get("characters", ()) if name in looks}:
+                content["looks"] = shown
+            found.append(Script(scene.get("number", place), number, content))
+    return found
 
 
 def unused_folder(scene: int, number: int, taken: Sequence[str] | set[str]) -> str:
@@ -224,6 +226,23 @@ def new_slots(story: Mapping[str, Any]) -> list[Slot]:
     for script in scripts(story):
         slots.append(Slot(folder=unused_folder(script.scene, script.number, {slot.folder for slot in slots})))
     return slots
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of settings, as 16 hexadecimal digits."""
+    return hash_json(config)[:16]
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that influence what a film looks like."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            versions[name] = "unknown"
+    return versions
 
 
 @dataclass(kw_only=True, config=ConfigDict(extra="ignore"))

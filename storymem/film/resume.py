@@ -164,6 +164,32 @@ def jobs_of(film: Film, work: Work) -> list[Job]:
     return jobs
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run works on.
+
+    Args:
+        story: of now.
+        film: with this story, and the takes that its shots have.
+        jobs: the takes to make.
+        before: what the film was made from; None if it is new.
+        was: its shots then.
+        config: the settings of the takes to make.
+    """
+
+    story: Story
+    film: Film
+    jobs: list[Job]
+    before: Recipe | None
+    was: list[Slot]
+    config: dict[str, Any]
+
+    @property
+    def changed(self) -> bool:
+        """Whether the story is another than the film's on disk."""
+        return self.before is not None and (self.before.story != self.film.story or self.was != self.film.slots)
+
+
 @contextmanager
 def naming_next_command(film: Film, work: Work, jobs: Sequence[Job]) -> Iterator[None]:
     """Add the command that resumes to an interrupt by the user."""

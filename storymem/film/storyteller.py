@@ -15,30 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storymem.film.folder import Film, config_hash, estimated_bytes
-from storymem.film.manifest import FilmError, KeyframeRecord, Slot, Take, film_folder, scripts
-from storymem.film.matching import arranged, bank_digest, matches
+from storymem.film.folder import Film, estimated_bytes
+from storymem.film.manifest import FilmError, KeyframeRecord, Take, config_hash, film_folder, scripts
+from storymem.film.matching import bank_digest, matches
 from storymem.film.progress import Progress
+from storymem.film.restoring import restored_memory
 from storymem.film.resume import (
-    Job,
     Recipe,
-    Reference,
+    Run,
     check_same,
     check_size,
-    encoders,
     film_changes,
-    flat,
     jobs_of,
     naming_next_command,
-    reference_paths,
-    references,
     setting_changes,
     story_record,
 )
 from storymem.film.settings import GIVEN_FRAMES, FirstShot, Mode, Work, check_lengths, mode_of, parse_work
 from storymem.film.storyboard import storyboard
 from storymem.io import NotFiniteError, check_finite, check_room
-from storymem.media.images import Fit, fit_image, read_image
+from storymem.media.images import Fit, fit_image
 from storymem.memory import (
     ComingShot,
     Keyframe,
@@ -50,9 +46,7 @@ from storymem.memory import (
     embed_in_batches,
     frame_id,
     ids_on_disk,
-    reference_id,
 )
-from storymem.memory.bank import read_entries
 from storymem.scorers import QualityScorer
 from storymem.scorers.scorer import NoQuality, as_images
 from storymem.story import Shot, Story
@@ -196,14 +190,14 @@ class Storyteller:
 
     # Resuming
 
-    def _open(self, story: Story, folder: Path, work: Work, progress: Progress) -> _Run:
+    def _open(self, story: Story, folder: Path, work: Work, progress: Progress) -> Run:
         """The film in ``folder``, its takes matched with the story, and what to make; on disk it stays as it is."""
         now = Recipe(story=story_record(story), config=dict(self.config))
         if not Film.exists(folder):
             if work.onwards:
                 raise FilmError(f"{work.words}: {folder} holds no film yet; leave that out")
             film = Film(folder, story=now.story, config=now.config)
-            return _Run(story=story, film=film, jobs=jobs_of(film, work), before=None, was=[], config=now.config)
+            return Run(story=story, film=film, jobs=jobs_of(film, work), before=None, was=[], config=now.config)
         film = Film.open(folder)
         film.remove_unfinished()
         before, was = Recipe(story=film.story, config=film.config), list(film.slots)
@@ -222,78 +216,10 @@ class Storyteller:
         ]
         if work.words and own and before.config.get("seed") != self.config.get("seed"):
             logger.warning(f"seed={self.seed} does not change {', '.join(own[:5])}: the story gives their seeds")
-        return _Run(story=story, film=film, jobs=jobs, before=before, was=was, config=config)
+        return Run(story=story, film=film, jobs=jobs, before=before, was=was, config=config)
 
-    def _restore(self, run: _Run) -> MemoryBank:
-        """The memory of the chosen takes, as the user left it, with the references that the story names now."""
-        film, was, made_with = run.film, run.was, encoders(run.config)
-        if not film.has_memory and film.shots:
-            logger.warning(f"memory: {film.folder / 'memory.json'} is missing: it is written again from the takes")
-            was = []
-        entries = arranged(film, was, read_entries(film.folder))
-        saved = MemoryBank.load(film.folder, entries=entries, embed=self._embed, fit=self._fit, made_with=made_with)
-        if film.memory_changed:
-            logger.warning(
-                f"memory: {film.folder / 'memory.json'} was changed since it was written; it is used as it is"
-            )
-        for id, done in saved.edited.items():
-            logger.warning(f"memory: {done}; it becomes keyframe {id}")
-        keyframes = self._references(run, list(saved))
-        bank = MemoryBank(keyframes, policy=self.recall, made_with=made_with)
-        bank.edited = {id: done for id, done in saved.edited.items() if id in bank}
-        return bank
-
-    def _references(self, run: _Run, keyframes: list[Keyframe]) -> list[Keyframe]:
-        """``keyframes`` with the references of the story's characters and shots.
-
-        Those that the story no longer names leave; those whose image, size or fit has changed are read again; new ones
-        follow the last, or come before the frames of their shot. Those that the user deleted from the memory stay away.
-        """
-        film, before = run.film, run.before
-        size, old_size = (
-            [flat(config).get(key) for key in ("model.video.height", "model.video.width", "memory.reference_fit")]
-            for config in (self.config, {} if before is None else before.config)
-        )
-        old = set() if before is None or not film.has_memory else set(references(before.story, run.was))
-        if film.is_older:  # which did not add the references of a shot before that was made
-            old = {one for one in old if one.folder is None or any(take.folder == one.folder for take in film.takes)}
-        paths = dict(zip(references(film.story, film.slots), reference_paths(run.story), strict=True))
-        number = {slot.folder: number for number, slot in enumerate(film.slots, start=1)}
-        unread = [reference for reference in paths if reference not in old]
-        taken = ids_on_disk(film.folder) | {keyframe.id for keyframe in keyframes}
-        found: list[Keyframe] = []
-        end = 0
-        for keyframe in keyframes:
-            if keyframe.frame is None and not keyframe.is_users:
-                folder = None if keyframe.shot is None else film.slots[keyframe.shot - 1].folder
-                of = (keyframe.source, keyframe.character, folder)
-                reference = next((one for one in paths if (one.source, one.character, one.folder) == of), None)
-                if reference is None:
-                    continue
-                if size != old_size or reference in unread:
-                    keyframe = self._reference(paths[reference], reference, taken, keyframe.shot)
-                    unread = [one for one in unread if one != reference]
-                end = len(found) + 1 if folder is None else end
-            found.append(keyframe)
-        for one in unread:
-            shot = None if one.folder is None else number[one.folder]
-            place, end = (end, end + 1) if shot is None else (_before_frames(found, shot), end)
-            found.insert(place, self._reference(paths[one], one, taken, shot))
-        return found
-
-    def _reference(self, path: Path, reference: Reference, taken: set[str], shot: int | None) -> Keyframe:
-        """The keyframe of a reference image; its id is added to ``taken``."""
-        image = self._fit(read_image(path))
-        id = reference_id(reference.character or path.stem, taken)
-        taken.add(id)
-        return Keyframe(
-            id=id,
-            image=image,
-            embedding=self._embed(image[None])[0],
-            shot=shot,
-            source=reference.source,
-            character=reference.character,
-        )
+    def _restore(self, run: Run) -> MemoryBank:
+        return restored_memory(run, config=self.config, policy=self.recall, embed=self._embed, fit=self._fit)
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         video = self.generator.video
@@ -303,7 +229,7 @@ class Storyteller:
 
     # One shot
 
-    def _generate(self, run: _Run, progress: Progress) -> None:
+    def _generate(self, run: Run, progress: Progress) -> None:
         """Make the takes. Until the first is finished, the film on disk does not change."""
         story, film = run.story, run.film
         made: set[int] = set()
@@ -324,7 +250,7 @@ class Storyteller:
                 progress.end_shot(take)
                 film.refresh(storyboard(film))
 
-    def _take(self, run: _Run, shot: Shot, bank: MemoryBank, progress: Progress, *, fresh: bool, chosen: bool) -> Take:
+    def _take(self, run: Run, shot: Shot, bank: MemoryBank, progress: Progress, *, fresh: bool, chosen: bool) -> Take:
         """One round of the loop: makes a take and adds it to the film, and what it adds to the memory if ``chosen``."""
         clock = _Clock()
         story, film = run.story, run.film
@@ -479,38 +405,6 @@ class Storyteller:
 def _records(keyframes: Sequence[Keyframe]) -> tuple[KeyframeRecord, ...]:
     names = KeyframeRecord.__dataclass_fields__
     return tuple(KeyframeRecord(**{name: getattr(keyframe, name) for name in names}) for keyframe in keyframes)
-
-
-def _before_frames(keyframes: Sequence[Keyframe], shot: int) -> int:
-    """Where an image for ``shot`` stands: before its frames, and before all of later shots."""
-    later = (n for n, k in enumerate(keyframes) if k.shot is not None and (k.shot, k.frame or 0) > (shot, 0))
-    return next(later, len(keyframes))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """What a run works on.
-
-    Args:
-        story: of now.
-        film: with this story, and the takes that its shots have.
-        jobs: the takes to make.
-        before: what the film was made from; None if it is new.
-        was: its shots then.
-        config: the settings of the takes to make.
-    """
-
-    story: Story
-    film: Film
-    jobs: list[Job]
-    before: Recipe | None
-    was: list[Slot]
-    config: dict[str, Any]
-
-    @property
-    def changed(self) -> bool:
-        """Whether the story is another than the film's on disk."""
-        return self.before is not None and (self.before.story != self.film.story or self.was != self.film.slots)
 
 
 class _Clock:

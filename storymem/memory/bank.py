@@ -421,17 +421,20 @@ def _write_if_new(path: Path, content: bytes) -> None:
         write_atomically(path, content)
 
 
+def holds_image(path: Path, digest: str | None) -> bool:
+    """Whether a file is an image with this :func:`image_hash`."""
+    try:
+        return image_hash(read_image(path)) == digest
+    except (ValueError, FileNotFoundError):
+        return False
+
+
 def _has_image(folder: Path, entry: Entry, saved: Entry | None) -> bool:
     """Whether the entry's PNG is on disk; if ``memory.json`` says so the file is not read."""
     path = folder / entry.image
-    if not path.exists():
-        return False
     if saved is not None and (saved.image, saved.sha256) == (entry.image, entry.sha256):
-        return True
-    try:
-        return image_hash(read_image(path)) == entry.sha256
-    except ValueError:
-        return False
+        return path.exists()
+    return holds_image(path, entry.sha256)
 
 
 def _tensors(keyframe: Keyframe, made_with: str | None) -> bytes:

@@ -1,0 +1,150 @@
+"""``storymem film``: what it prints, joins, exports and deletes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from storymem.commands.cli import main
+from storymem.film.folder import Film
+from storymem.media.video import probe, read_video, write_video
+from tests.stories import FOUR_SHOTS, content, files, plain_image, story, storyteller
+
+Command = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A film of four shots, with three takes of the second."""
+    folder = tmp_path_factory.mktemp("finished")
+    loaded = story(folder, FOUR_SHOTS)
+    storyteller().tell(loaded, folder / "film")
+    storyteller().tell(loaded, folder / "film", shot="2", takes=2)
+    return folder / "film"
+
+
+@pytest.fixture
+def film(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(finished, tmp_path / "film")
+    return tmp_path / "film"
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """``storymem film`` with arguments; returns the exit status."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["storymem", "film", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
+
+
+def test_takes_seeds_memory_and_what_is_stale_are_printed(
+    film: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(film)
+    assert command(film) == 0
+    title, shots, takes, keyframes = capsys.readouterr().out.split("\n\n")
+    assert title == "Four: 4 shots, 0 without a take"
+    assert shots.splitlines()[3].split()[:6] == ["2", "1.2", "2", "of", "3", "mi2v"]
+    assert "recalled shot02_frame" in shots.splitlines()[4]
+    rows = [line.split() for line in takes.splitlines()]
+    assert [row[:4] for row in rows if row[0] == "2"] == [
+        *(["2", "1", "1", rows[3][3]], ["2", "2", "yes", "10001"], ["2", "3", "20001", rows[5][3]]),
+    ]
+    assert "shot02_frame001_2" in keyframes
+    assert files(film) == before
+
+
+def test_a_film_is_joined_again(film: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(film)
+    for name in ("film.mp4", "storyboard.html"):
+        (film / name).unlink()
+    assert command(film, "join") == 0
+    assert capsys.readouterr().out.strip() == str(film / "film.mp4")
+    assert files(film) == before
+
+
+def test_clips_and_timelines_are_exported(film: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(film, "export") == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(film / "export")
+    clips = sorted((film / "export" / "clips").iterdir())
+    assert [path.name for path in clips] == [f"shot_00{n}_take_00{2 if n == 2 else 1}.mp4" for n in (1, 2, 3, 4)]
+    assert clips[1].read_bytes() == (film / "shots" / "01_02" / "take_002.mp4").read_bytes()
+    if not (film / "export" / "timeline.otio").exists():
+        assert "pip install 'storymem[export]'" in printed.err
+        return
+    timeline = json.loads((film / "export" / "timeline.otio").read_text())
+    (track,) = timeline["tracks"]["children"]
+    lengths = [clip["source_range"]["duration"] for clip in track["children"]]
+    assert [length["value"] for length in lengths] == [9, 8, 9, 8]
+    assert "EDL has no timecode at 8 frames per second" in printed.err
+    assert command(film, "export") == 0, "an earlier export is replaced"
+
+
+def test_prores_shows_the_same(film: Path, command: Command, tmp_path: Path) -> None:
+    colours = np.array([[200, 40, 40], [40, 180, 60], [30, 60, 220]], np.uint8).repeat(16, axis=0)
+    write_video(film / "shots" / "02_01" / "take_001.mp4", np.broadcast_to(colours, (9, 32, 48, 3)), 8)
+    assert command(film, "export", "codec=prores", f"output={tmp_path / 'out'}") == 0
+    clip = tmp_path / "out" / "clips" / "shot_003_take_001.mov"
+    assert probe(clip).fps == 8
+    frames = read_video(clip).astype(int)
+    assert frames.shape == (9, 32, 48, 3)
+    assert np.abs(frames - colours)[:, :, 4::8].max() < 5
+
+
+def test_an_export_deletes_nothing(film: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    for output in (film, film / "shots"):
+        before = files(film)
+        assert command(film, "export", f"output={output}") == 2
+        assert "is not empty and no earlier export" in capsys.readouterr().err
+        assert files(film) == before
+
+
+def test_takes_that_are_not_shown_are_deleted_after_asking(
+    film: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, before = content(film), files(film)
+    assert command(film, "clean") == 2
+    assert "add yes=true" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    assert command(film, "clean") == 0
+    assert "nothing was deleted" in capsys.readouterr().out
+    assert files(film) == before
+
+    (film / "shots" / "01_02" / "mine.txt").write_text("mine")
+    edited = Film.open(film).takes_of(1)[2].keyframes[0].id
+    plain_image(film / "keyframes" / f"{edited}.png", (9, 9, 9))
+    assert command(film, "clean", "yes=true") == 0
+    assert "deleted 2 takes" in capsys.readouterr().out
+    assert content(film) == shown
+    left = {path.name for path in (film / "shots" / "01_02").iterdir()}
+    assert left == {"take_002.mp4", "take_002_end", "mine.txt"}
+    assert (film / "keyframes" / f"{edited}.png").is_file(), "the user's"
+    recalled = {id for take in Film.open(film).shots for id in take.memory}
+    assert all((film / "keyframes" / f"{id}.png").is_file() for id in recalled), "the page shows them"
+    assert command(film, "clean", "yes=true") == 0
+    assert "no takes but those" in capsys.readouterr().out
+    again = storyteller().tell(story(film.parent, FOUR_SHOTS), film, shot="2")
+    assert [take.take for take in again.takes_of(1)] == [2, 3]
+
+
+def test_what_holds_no_film_is_refused(tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    for action in ("show", "join", "clean"):
+        assert command(tmp_path, action) == 2
+        assert "holds no film: there is no film.json" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
