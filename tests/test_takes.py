@@ -114,9 +114,10 @@ def test_several_takes_of_several_shots(made: Path) -> None:
     assert not {k.id for k in third.takes_of(3)[1].keyframes} & kept
 
 
-def test_a_single_shot_may_have_settings_of_its_own(made: Path) -> None:
+def test_a_single_shot_may_have_settings_of_its_own(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teller = storyteller(seed=7)
-    film = teller.tell(story(made, FOUR_SHOTS), made / "film", shot="2")
+    film = teller.tell(story(made, FOUR_SHOTS), made / "film", shot="2", progress=Progress())
+    assert "other settings than those of the film:\n  seed: 0 before, 7 now\n" in capsys.readouterr().err
     take = film.shots[1]
     assert take.seed == 8
     assert film.config_of(take) == teller.config != film.config
@@ -127,7 +128,9 @@ def test_a_single_shot_may_have_settings_of_its_own(made: Path) -> None:
 # The story
 
 
-def test_shots_that_move_keep_their_takes_and_new_ones_are_made(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_shots_that_move_keep_their_takes_and_new_ones_are_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, _ = tell(tmp_path, shots("A dog", "A cat", "A fox"))
     videos = {take.prompt: read_video(first.folder / take.file).tobytes() for take in first.shots}
     before = files(tmp_path / "film")
@@ -304,9 +307,11 @@ def test_a_choice_is_checked(made: Path) -> None:
     assert files(made / "film") == before
 
 
-def test_a_shot_whose_video_is_lost_gets_another_take(made: Path) -> None:
+def test_shots_whose_videos_are_lost_get_other_takes(made: Path) -> None:
     (made / "film" / "shots" / "01_01" / "take_001.mp4").unlink()
+    (made / "film" / "shots" / "02_01" / "take_001.mp4").write_bytes(b"no video")
     with pytest.raises(FilmError, match=r"is missing: put it back, or make another take of this shot with shot=1"):
         tell(made)
-    film, _ = tell(made, shot="1")
-    assert chosen(film)[0] == 2
+    film, _ = tell(made, shot="1,3")
+    assert chosen(film) == [2, 1, 2, 1]
+    assert probe(film.video).frames == 9 + 8 + 9 + 8

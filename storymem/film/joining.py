@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from storymem.film.manifest import VIDEO, Take, scripts
+from storymem.io import hash_file
 from storymem.media.images import fit_image
 from storymem.media.video import VideoInfo, iter_frames, join_videos, probe, write_video
 
@@ -28,22 +29,32 @@ _CARD_SECONDS = 2.0  # of a shot whose length neither the story nor the settings
 def join_film(film: Film, joined: Path) -> None:
     """Write the film to ``joined``; at least one shot must have a take.
 
-    Takes of another size or rate, put there by the user, are fitted to the others.
+    Takes of another size or rate, put there by the user, are fitted to the others. A video that is lost is a card too,
+    until its shot gets another take.
     """
-    takes = film.shots
-    like = probe(film.folder / next((take for take in takes if not take.is_replaced), takes[0]).file)
+    takes = {take.index: take for take in film.shots if _is_playable(film, take)}
+    own = [take for take in takes.values() if not take.is_replaced] or [*takes.values()]
+    like = probe(film.folder / own[0].file)
     temporary: list[Path] = []
     try:
-        parts = []
-        for index in range(len(film.slots)):
-            take = film.take_of(index)
-            parts.append(_card(film, index, like, temporary) if take is None else _part(film, take, like, temporary))
+        parts = [
+            _part(film, takes[index], like, temporary) if index in takes else _card(film, index, like, temporary)
+            for index in range(len(film.slots))
+        ]
         for note in join_videos(parts, joined):
             if not any(str(path) in note for path in temporary):
                 logger.warning(note.replace(joined.name, VIDEO))
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
+
+
+def _is_playable(film: Film, take: Take) -> bool:
+    path = film.folder / take.file
+    try:
+        return path.is_file() and (hash_file(path) == take.sha256.get(take.file) or any(1 for _ in iter_frames(path)))
+    except ValueError:
+        return False
 
 
 def _part(film: Film, take: Take, like: VideoInfo, temporary: list[Path]) -> Path:

@@ -209,6 +209,10 @@ class Storyteller:
             film.use_config(config)
         for line in [*matches(film, was, before.story), *film_changes(before.story, now.story)]:
             progress.print(line)
+        if film.takes and config != film.config:
+            progress.print("other settings than those of the film:")
+            for line in setting_changes(before.config, config):
+                progress.print(f"  {line}")
         jobs = jobs_of(film, work)
         check_size(film, before.config, config, jobs)
         own = [
