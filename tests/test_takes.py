@@ -143,7 +143,7 @@ def test_shots_that_move_keep_their_takes_and_new_ones_are_made(
     assert {1, 3} == why_stale(film).keys(), "they were made with another memory"
     assert capsys.readouterr().err.splitlines()[:4] == [
         "shot 1 (scene 1, shot 1) was shot 3: it keeps 1 take, and shows take 1",
-        "shot 2 (scene 1, shot 2) was edited: 1 take of before stay",
+        "shot 2 (scene 1, shot 2) was edited; its takes from the former text stay: 1",
         "shot 3 (scene 1, shot 3) was shot 1: it keeps 1 take, and shows take 1",
         "2 of 3 shots are finished already",
     ]

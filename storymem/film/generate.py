@@ -175,9 +175,11 @@ def _choose(settings: GenerateSettings, story: Story, folder: Path) -> Film:
 
 
 def _print_film(film: Film) -> None:
+    from storymem.film.matching import stale
     from storymem.film.progress import film_table
+    from storymem.memory.bank import read_entries
 
-    print(film_table(film), file=sys.stderr)
+    print(film_table(film, stale(film, read_entries(film.folder))), file=sys.stderr)
     print(film.video, flush=True)
 
 

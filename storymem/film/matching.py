@@ -86,13 +86,13 @@ def matches(film: Film, was: Sequence[Slot], before: Mapping[str, Any]) -> Itera
             if slot.take:
                 yield f"{label} is as in an earlier version of the story: it {kept}"
             else:
-                yield f"{label} was edited" + (f": {_takes(count)} of before stay" if count else "")
+                yield f"{label} was edited" + (f"; its takes from the former text stay: {count}" if count else "")
         elif numbers[slot.folder] != number and slot.take:
             yield f"{label} was shot {numbers[slot.folder]}: it {kept}"
     for slot, number in ((slot, numbers[slot.folder]) for slot in was):
         if slot.folder not in {slot.folder for slot in film.slots}:
             count = sum(1 for take in film.takes if take.folder == slot.folder)
-            yield f"shot {number} of before is no longer in the story" + (f": {_takes(count)} stay" if count else "")
+            yield f"shot {number} of before is no longer in the story" + (f"; its takes stay: {count}" if count else "")
 
 
 def _takes(count: int) -> str:

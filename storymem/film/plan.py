@@ -78,7 +78,7 @@ def _existing(story: Story, settings: GenerateSettings, folder: Path) -> Iterato
     film.use_story(story_record(story))
     jobs = [] if settings.take is not None else jobs_of(film, work_of(settings, len(story.shots)))
     making = ", ".join(f"{job.index + 1}{f' ({job.takes} takes)' if job.takes > 1 else ''}" for job in jobs)
-    yield f"film     holds {len(film.takes)} takes; to make: {f'shots {making}' if jobs else 'nothing'}"
+    yield f"film     holds {len(film.takes)} takes; to make: {f'shot {making}' if jobs else 'nothing'}"
     yield from (f"film     {line}" for line in [*matches(film, was, before), *film_changes(before, film.story)])
 
 
