@@ -32,7 +32,7 @@ def test_the_examples_of_the_page_run(tmp_path: Path) -> None:
     (tmp_path / "stories" / "two.yaml").write_text(STORY)
     assert len(SECTIONS) == 6
     for section, text in SECTIONS.items():
-        ((name, code),) = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, re.S)
+        ((code, name),) = re.findall(r"```(?:python|yaml)\n((?:# @.*\n)?# (\S+)\n.*?)```", text, re.S)
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(code)
