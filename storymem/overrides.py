@@ -35,11 +35,15 @@ def hydra_arguments(arguments: Sequence[str], positional: str | None, settings: 
             outside quotes separate the values of a sweep.
 
     An override that sets a ``_target_`` replaces the whole node, with all arguments of the old target.
+
+    Raises:
+        ValueError: for a setting that is written as an option, such as ``--seed=3``.
     """
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     flags, overrides, found = [], [], []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument.startswith("-") or before in _FLAGS_WITH_VALUE:
+            _refuse_dashes(argument, settings)
             flags.append(argument)
         elif positional is None or _is_override(argument, settings):
             overrides.append(_with_text_quoted(argument, settings, sweep=sweep))
@@ -50,6 +54,13 @@ def hydra_arguments(arguments: Sequence[str], positional: str | None, settings: 
     elif found:
         overrides.append(f"{positional}={_quoted(found[0])}")
     return [*flags, *_with_nodes_replaced(overrides)]
+
+
+def _refuse_dashes(argument: str, settings: type | None) -> None:
+    name, _, value = argument.lstrip("-").partition("=")
+    key = name.replace("-", "_")
+    if settings is not None and annotation_at(settings, key.split(".")) is not None:
+        raise ValueError(f"{argument}: settings are written without dashes; write {key}={value or '...'}")
 
 
 def _is_override(argument: str, settings: type | None) -> bool:

@@ -210,6 +210,8 @@ def test_main_is_given_the_composed_configuration(script: Callable[..., tuple[in
     ("arguments", "message"),
     [
         ([], "story is missing; write: storymem generate story.yaml"),
+        (["a.yaml", "--seed=3"], "--seed=3: settings are written without dashes; write seed=3"),
+        (["a.yaml", "--dry-run"], "--dry-run: settings are written without dashes; write dry_run=..."),
         (["a.yaml", "samplr.steps=3"], "samplr: unknown key; did you mean 'sampler'?"),
         (["a.yaml", "sampler.stepps=3"], "sampler.stepps: unknown key; did you mean 'steps'?"),
         (["a.yaml", "steps=3"], "steps: unknown key; did you mean 'sampler.steps'?"),
@@ -238,6 +240,10 @@ def test_an_unknown_choice_is_reported_with_those_there_are(
 ) -> None:
     status, error = script(choice, name=command)
     assert (status, error.startswith(f"Could not find {message}")) == (2, True)
+
+
+def test_a_missing_idea_is_asked_for_in_words(script: Callable[..., tuple[int, str]]) -> None:
+    assert script(name="write") == (2, 'idea is missing; write: storymem write "a lost seal"')
 
 
 def test_errors_of_our_own_checks_are_the_users(script: Callable[..., tuple[int, str]]) -> None:

@@ -39,14 +39,20 @@ class Command(NamedTuple):
     run: Callable[..., Any] | str  # takes the configuration as plain containers; or where it is found, "module:name"
     config: str | None = None  # a key of SETTINGS; None: `run` parses sys.argv
     positional: str | None = None  # the key that arguments without = stand for
+    example: str = ""  # of such an argument
     flags: Mapping[str, str] = MappingProxyType({})  # shorthands for overrides
 
 
 COMMANDS = {
-    "generate": Command("generate a film from a story", "storymem.film.generate:generate_films", "generate", "story"),
-    "write": Command("have a language model write a story", "storymem.story.writing:write", "write", "idea"),
+    "generate": Command(
+        *("generate a film from a story", "storymem.film.generate:generate_films", "generate", "story", "story.yaml")
+    ),
+    "write": Command(
+        *("have a language model write a story", "storymem.story.writing:write", "write", "idea", '"a lost seal"')
+    ),
     "film": Command(
         *("show a film's takes; join, export or clean it", "storymem.film.command:film_command", "film", "folder"),
+        example="films/TITLE",
         flags={action: f"action={action}" for action in ("show", "join", "export", "clean")},
     ),
     "prepare": Command("turn captioned videos into a training set", _prepare, "prepare_data"),
@@ -111,7 +117,7 @@ def run_command(name: str, command: Command) -> None:
             sys.exit(141)
         except Exception as error:
             message = None if composed else _describe_reading(error)
-            message = message or _describe(error, name, command.positional)
+            message = message or _describe(error, name, command)
             if message is None:
                 raise
             sys.exit(_report(message))
@@ -172,13 +178,13 @@ def _describe_reading(error: Exception) -> str | None:
     return str(error) if isinstance(error, ValueError) else None
 
 
-def _describe(error: Exception, name: str, positional: str | None) -> str | None:
+def _describe(error: Exception, name: str, command: Command) -> str | None:
     """The message for the user, or None if the error is a fault of the program."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _describe_composition(error, name, positional)
+        return _describe_composition(error, name, command)
     if isinstance(error, UnicodeEncodeError) and error.encoding == codecs.lookup(sys.getfilesystemencoding()).name:
         return f"this system cannot write file names with {error.object!a}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
     if isinstance(error, ValueError | FileNotFoundError) and _is_ours(error):
@@ -195,7 +201,7 @@ def _is_ours(error: Exception) -> bool:
     return any(module.split(".")[0] in ("storymem", "toyworld") for module in (type(error).__module__, raised_in))
 
 
-def _describe_composition(error: Exception, name: str, positional: str | None) -> str:
+def _describe_composition(error: Exception, name: str, command: Command) -> str:
     """The message for a Hydra or OmegaConf error, with the key and the nearest known one."""
     from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -213,7 +219,8 @@ def _describe_composition(error: Exception, name: str, positional: str | None) -
             choices = cause.options or [path.stem for path in (CONFIGS / group).glob("*.yaml")]
             return f"Could not find {cause.missing_cfg_file!r}; choices of {group}: {', '.join(sorted(choices))}"
         if isinstance(cause, MissingMandatoryValue):
-            return f"{key} is missing; write: storymem {name} {f'{key}.yaml' if key == positional else f'{key}=...'}"
+            argument = command.example if key == command.positional else f"{key}=..."
+            return f"{key} is missing; write: storymem {name} {argument}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "/" in key:
             return f"{key}=...: no such group (--help lists them), and no such file"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and key:
