@@ -27,6 +27,11 @@ CONFIGS = SHARED / "configs"
 
 T = TypeVar("T")
 
+_PLAINER = {
+    "tuple_type": "input should be a list",
+    "dict_type": "input should be keys with values",
+    "dataclass_type": "input should be keys with values",
+}
 _LISTED = 24  # known names in an error before the rest is only counted
 
 
@@ -109,8 +114,18 @@ def _describe(cls: type, problem: Any) -> str:
         return f"{where}: is missing"
     if problem["type"] == "value_error":  # raised by a __post_init__ with a complete message
         return f"{where}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
-    wrong = f"{where}: {problem['msg'][:1].lower()}{problem['msg'][1:]}, not {reprlib.repr(problem.get('input'))}"
-    return f"{wrong}; write {path[-1]}=[...]" if problem["type"] == "tuple_type" and path else wrong
+    expected = _PLAINER.get(problem["type"], problem["msg"][:1].lower() + problem["msg"][1:].split(", unable")[0])
+    wrong = f"{where}: {expected}, not {reprlib.repr(problem.get('input'))}"
+    return f"{wrong}{_advice(cls, problem['type'], path)}" if path else wrong
+
+
+def _advice(cls: type, kind: str, path: list[str]) -> str:
+    if kind == "tuple_type":
+        return f"; write {path[-1]}=[...]"
+    if kind == "dataclass_type" and (keys := _fields_at(cls, path)):
+        return f"; its keys are {', '.join(keys)}"
+    is_group = kind in _PLAINER and CONFIGS.joinpath(*path).is_dir()
+    return f"; write {'/'.join(path)}=NAME to choose a file by its name" if is_group else ""
 
 
 def annotation_at(annotation: Any, path: Sequence[str]) -> Any:
