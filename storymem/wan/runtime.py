@@ -167,8 +167,14 @@ def _check_compiler(device: torch.device) -> None:
 
 def set_attention(expert: Any, backend: str) -> None:
     """Have a transformer use one of diffusers' attention backends; the process's default stays as it is."""
-    with attention_backend(backend):
-        expert.set_attention_backend(backend)
+    notices = logging.getLogger("diffusers.models.modeling_utils")  # each call warns that backends are experimental
+    level = notices.level
+    notices.setLevel(logging.ERROR)
+    try:
+        with attention_backend(backend):
+            expert.set_attention_backend(backend)
+    finally:
+        notices.setLevel(level)
 
 
 def choose_attention(model: ModelSettings, runtime: RuntimeSettings, device: torch.device) -> tuple[Attention, str]:

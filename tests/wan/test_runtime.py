@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -209,6 +210,16 @@ def test_a_named_kernel_is_set_on_the_experts_alone(plain: WanMemoryToVideoPipel
     assert {block.attn1.processor._attention_backend.value for block in named.transformer_2.blocks} == {"native"}
     assert _AttentionBackendRegistry.get_active_backend() == before
     assert torch.equal(generate(named), generate(plain))
+
+
+def test_a_named_kernel_is_set_quietly(caplog: pytest.LogCaptureFixture) -> None:
+    diffusers = logging.getLogger("diffusers")
+    diffusers.addHandler(caplog.handler)
+    try:
+        load_pipeline(deep(), runtime=RuntimeSettings(device="cpu", attention="native"))
+    finally:
+        diffusers.removeHandler(caplog.handler)
+    assert "experimental" not in caplog.text
 
 
 # Step caches
