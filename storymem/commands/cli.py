@@ -55,6 +55,7 @@ COMMANDS = {
         example="films/TITLE",
         flags={action: f"action={action}" for action in ("show", "join", "export", "clean")},
     ),
+    "studio": Command("see and edit a film in the browser", "storymem.studio.serve:main"),
     "prepare": Command("turn captioned videos into a training set", _prepare, "prepare_data"),
     "train": Command("train a memory adapter", "storymem.training.run:train", "train"),
     "evaluate": Command("score films, or the films of a method, on ST-Bench", _evaluate, "eval_stbench"),

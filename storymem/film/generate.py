@@ -16,6 +16,7 @@ from storymem.wan.processes import Launch, find_grid
 
 if TYPE_CHECKING:
     from storymem.film.folder import Film
+    from storymem.film.progress import Progress
     from storymem.film.storyteller import ShotGenerator, Storyteller
     from storymem.wan.shots import WanShotGenerator
 
@@ -30,7 +31,7 @@ def generate(
     output: str | Path | None = None,
     model: str = "toy",
     overrides: Sequence[str] = (),
-    progress: bool = True,
+    progress: bool | Progress = True,
 ) -> Film:
     """Generate the film of a story, or resume it: the command ``storymem generate`` from Python.
 
@@ -39,7 +40,7 @@ def generate(
         output: the film's folder; films/<title> by default.
         model: "toy" (embedded), "wan2.2-a14b" or another choice of ``configs/model``.
         overrides: more settings, as on the command line: ``["seed=7", "memory.recall.capacity=7"]``.
-        progress: whether to show shots and steps.
+        progress: whether to show shots and steps; or what shows them.
 
     Returns:
         The film; ``video`` is the path of the joined film.
@@ -81,7 +82,7 @@ def generate_films(config: Mapping[str, Any]) -> list[Film]:
 
 
 def _generate(
-    settings: GenerateSettings, config: Mapping[str, Any], stories: Mapping[Path, Story], *, progress: bool = True
+    settings: GenerateSettings, config: Mapping[str, Any], stories: Mapping[Path, Story], *, progress: bool | Progress = True
 ) -> list[Film]:
     """Check everything, then make the films; ``stories`` by their films' folders."""
     for folder, story in stories.items():
@@ -122,7 +123,9 @@ def _generate(
     from storymem.wan.runtime import check_runtime
 
     films: list[Film] = []
+    shown = progress if isinstance(progress, Progress) else Progress(enabled=progress)
     generator = build_generator(settings)
+    generator.previews = shown.previews
     with among_processes(generator, launch, check_runtime(settings.runtime)) as shared:
         if shared is None:
             return films
@@ -138,7 +141,7 @@ def _generate(
                 shot=settings.shot,
                 following=settings.following,
                 takes=settings.takes,
-                progress=Progress(enabled=progress),
+                progress=shown,
             )
             if progress:
                 _print_film(film)
@@ -251,7 +254,7 @@ def build_storyteller(
         reference_fit=settings.memory.reference_fit,
         seed=settings.seed,
         scorer_device=device,
-        config=_recorded(config) | {"weights": _hashes(settings)},
+        config=recorded(config) | {"weights": _hashes(settings)},
     )
 
 
@@ -265,7 +268,7 @@ def build_policy(node: Mapping[str, Any], key: str, needs: Sequence[str]) -> Any
     return policy
 
 
-def _recorded(config: Mapping[str, Any]) -> dict[str, Any]:
+def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that a film is made with, and that may not change when it is resumed."""
     runtime: Mapping[str, Any] = config.get("runtime", {})
     changed = {name: runtime[name] for name in _APPROXIMATE if runtime.get(name) not in (None, "none", "as_is")}

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
+import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -23,7 +24,12 @@ class Progress:
     Args:
         enabled: False shows nothing.
         stream: where to; bars are drawn only if it is a terminal.
+
+    Attributes:
+        previews: whether :meth:`step` is given previews.
     """
+
+    previews = False
 
     def __init__(self, *, enabled: bool = True, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -53,8 +59,8 @@ class Progress:
         if self._bars:
             self._steps = tqdm(total=0, desc=f"  {shot.label}", unit="step", file=self._stream, leave=False)
 
-    def step(self, step: int, total: int) -> None:
-        """``step`` of ``total`` denoising steps are done."""
+    def step(self, step: int, total: int, preview: np.ndarray | None = None) -> None:
+        """``step`` of ``total`` denoising steps are done; ``preview`` is a small image of the shot, or None."""
         if self._steps is not None:
             self._steps.total = total
             self._steps.update(step - self._steps.n)

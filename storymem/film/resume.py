@@ -104,7 +104,7 @@ def check_same(film: Film, before: Recipe, now: Recipe, work: Work) -> None:
             "resume=from_shot:N": "regenerate shots N and later",
         }
     cures["output=FOLDER"] = "make another film"
-    if film.shots and (arguments := _arguments(before.config, now.config)):
+    if film.shots and (arguments := arguments_between(before.config, now.config)):
         cures[arguments] = "resume this film with its own settings"
     raise FilmError("\n".join([*lines, "add to the command:", *(f"  {key}  to {what}" for key, what in cures.items())]))
 
@@ -123,7 +123,7 @@ def film_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
     yield from (f"the image {source} has changed" for source in repainted)
 
 
-def _arguments(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def arguments_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The arguments that bring back the settings ``before``; None if single values do not."""
     old, new = _settings(before), _settings(now)
     keys = [key for key in old.keys() | new.keys() if not key.startswith("weights.")]  # these follow from the others

@@ -18,12 +18,14 @@ from storymem.wan.conditioning import decode_video
 from storymem.wan.loading import load_pipeline, load_text_to_video
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.placement import settle
+from storymem.wan.preview import Preview, Projection
 from storymem.wan.runtime import check_machine, check_runtime, compiled_graphs, release_memory
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
 
 logger = logging.getLogger(__name__)
 
-OnStep = Callable[[int, int], None]
+OnStep = Callable[[int, int, np.ndarray | None], None]
+"""Called with the denoising steps that are done, their number, and a preview (uint8 [h, w, 3]) if there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,9 @@ class WanShotGenerator:
     Args:
         continuity: selects the adapter, where there is one for each kind.
         scorers: bytes of the scorers that take turns with the networks, for ``runtime.offload: auto``.
+
+    Attributes:
+        previews: whether steps are reported with previews.
     """
 
     def __init__(
@@ -69,6 +74,8 @@ class WanShotGenerator:
     ) -> None:
         self.model, self.sampler, self.runtime = model, sampler, runtime
         self.continuity, self.scorers = continuity, scorers
+        self.previews = False
+        self._projection = Projection()
         self._embeds: dict[str, Tensor] = {}
         self._pipe: WanMemoryToVideoPipeline | None = None
         self._text_pipe: WanMemoryToVideoPipeline | None = None
@@ -185,9 +192,13 @@ class WanShotGenerator:
         video, sampler = self.model.video, self.sampler
         negative = sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
 
-        def stepped(_pipe: Any, step: int, _timestep: Any, _tensors: dict) -> dict:
+        new_frames = pipe.spec.latent_frames(request.frames)
+        preview = Preview(self._projection, pipe.vae, new_frames) if self.previews else None
+
+        def stepped(_pipe: Any, step: int, _timestep: Any, tensors: dict) -> dict:
             if on_step is not None:
-                on_step(step + 1, sampler.steps)
+                seen = preview and preview.after(step, tensors["latents"], pipe.scheduler.sigmas)
+                on_step(step + 1, sampler.steps, seen)
             return {}
 
         pipe.set_progress_bar_config(disable=True)
@@ -214,6 +225,8 @@ class WanShotGenerator:
         decoded = decode_video(pipe.vae, latents)
         pipe.maybe_free_model_hooks()
         check_finite(decoded, "the frames of the shot", "check the VAE's weights, or use model.vae_dtype=float32")
+        if self.previews:
+            self._projection.fit(latents, decoded)
         (frames,) = pipe.video_processor.postprocess_video(decoded, "np")
         return (frames * 255).round().astype(np.uint8)
 

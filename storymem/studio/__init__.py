@@ -1,0 +1,1 @@
+"""The studio: a film as a page in the browser, on which it is edited."""

@@ -1,0 +1,258 @@
+"""What a user can do in the studio: each action calls the function behind a command, and names the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from storymem.config import build_settings
+from storymem.film.folder import Film
+from storymem.film.generate import generate, recorded
+from storymem.film.resume import arguments_between, story_record
+from storymem.film.settings import GenerateSettings
+from storymem.io import write_text
+from storymem.story import Story, StoryError, load_story
+from storymem.story.writing import EndpointSettings, ask, prompt_for, read_answer, story_yaml
+from storymem.studio.work import Job, Worker
+
+_OWN = re.compile(r"_edited(_\d+)?$")  # the stem of a story file that the studio wrote
+
+
+class Studio:
+    """A story file, the folder of its film, and the settings that its takes are made with.
+
+    Args:
+        opened: a story file, or a film's folder.
+        arguments: settings of ``storymem generate``, as they are typed. A film's folder brings its own; these change
+            them.
+
+    Raises:
+        ValueError: for a mistake in the story or the settings.
+    """
+
+    def __init__(self, opened: str | Path, arguments: Sequence[str] = ()) -> None:
+        self.arguments = [argument for argument in arguments if not argument.startswith("output=")]
+        opened = Path(opened)
+        if Film.exists(opened):
+            self.folder = opened
+            self.story_file = _story_file(Film.open(opened))
+            self.arguments = [*_arguments_of(Film.open(opened)), *self.arguments]
+        elif opened.is_dir():
+            raise ValueError(f"{opened} holds no film: write the folder of a film, or a story file")
+        else:
+            self.story_file = opened
+            output = [argument.partition("=")[2] for argument in arguments if argument.startswith("output=")]
+            self.folder = Path(output[-1]) if output else Path("films") / load_story(opened).slug
+        self._written = self.story_file if _OWN.search(self.story_file.stem) else None
+        _ = self.story, self.settings
+        self.worker = Worker()
+
+    @property
+    def story(self) -> Story:
+        """The story as it is on disk now."""
+        return load_story(self.story_file)
+
+    @property
+    def settings(self) -> GenerateSettings:
+        """The settings of the takes to come."""
+        return build_settings(GenerateSettings, {**_composed(self.arguments), "story": str(self.story_file)})
+
+    @property
+    def film(self) -> Film | None:
+        """The film as it is on disk, None before its first take."""
+        return Film.open(self.folder) if Film.exists(self.folder) else None
+
+    def command(self, *words: str, story: Path | None = None) -> str:
+        """``storymem generate`` for this film, or that of another story, with more words."""
+        output = [f"output={self.folder}"] if story is None else []
+        return shlex.join(["storymem", "generate", str(story or self.story_file), *output, *self.arguments, *words])
+
+    # Takes
+
+    def make(self, *words: str, story: Path | None = None) -> str:
+        """Queue ``storymem generate``, with ``words`` such as "shot=3"; of another story: its film. The command."""
+        file, output = (self.story_file, self.folder) if story is None else (story, None)
+        command = self.command(*words, story=story)
+        model, overrides = _model_and_rest([*self.arguments, *words])
+        load_story(file)
+        self.worker.add(
+            Job(
+                command,
+                lambda progress: generate(file, output=output, model=model, overrides=overrides, progress=progress),
+            )
+        )
+        return command
+
+    def choose(self, shot: int, take: int) -> str:
+        """Have ``shot`` (from 1) show its take ``take``. The command."""
+        if self.worker.busy:
+            raise ValueError("takes are being made: choose when they are done, or stop them")
+        words = (f"shot={shot}", f"take={take}")
+        model, overrides = _model_and_rest([*self.arguments, *words])
+        generate(self.story_file, output=self.folder, model=model, overrides=overrides)
+        return self.command(*words)
+
+    # The story
+
+    def edit_shot(self, shot: int, *, overwrite: bool = False, **values: Any) -> str:
+        """Change keys of ``shot`` (from 1), such as ``prompt``; None removes one. The command that makes what is new."""
+
+        def edit(shots: list[dict[str, Any]], place: int) -> None:
+            shots[place] = {key: value for key, value in {**shots[place], **values}.items() if value not in (None, [])}
+
+        return self._edit(shot, edit, overwrite)
+
+    def add_shot(self, after: int, prompt: str, *, overwrite: bool = False) -> str:
+        """Add a shot after shot ``after`` (from 1), in its scene."""
+        return self._edit(after, lambda shots, place: shots.insert(place + 1, {"prompt": prompt}), overwrite)
+
+    def remove_shot(self, shot: int, *, overwrite: bool = False) -> str:
+        """Remove a shot; its takes stay in the film's folder."""
+        return self._edit(shot, lambda shots, place: shots.pop(place), overwrite)
+
+    def move_shot(self, shot: int, by: int, *, overwrite: bool = False) -> str:
+        """Move a shot by -1 or 1 place; at the end of its scene it moves into the next one."""
+        content = self._content()
+        scene, place = _place(content, shot)
+        shots = content["scenes"][scene]["shots"]
+        if not 0 <= place + by < len(shots):
+            if not 0 <= scene + by < len(content["scenes"]):
+                raise ValueError(f"shot {shot} is the {'first' if by < 0 else 'last'} of the film")
+            other = content["scenes"][scene + by]["shots"]
+            other.insert(0 if by > 0 else len(other), shots.pop(place))
+        else:
+            shots.insert(place + by, shots.pop(place))
+        return self._save(content, overwrite)
+
+    def _edit(self, shot: int, edit: Callable[[list[dict[str, Any]], int], object], overwrite: bool) -> str:
+        content = self._content()
+        scene, place = _place(content, shot)
+        edit(content["scenes"][scene]["shots"], place)
+        return self._save(content, overwrite)
+
+    def _content(self) -> dict[str, Any]:
+        return yaml.safe_load(story_yaml(self.story))
+
+    def _save(self, content: dict[str, Any], overwrite: bool) -> str:
+        """Write the story beside the user's file, or over it if asked."""
+        content["scenes"] = [scene for scene in content["scenes"] if scene["shots"]]
+        path = self.story_file if overwrite else self._written
+        path = path or unused(self.story_file.with_name(f"{self.story_file.stem}_edited.yaml"))
+        story = _checked(content, path)
+        write_text(path, story_yaml(story))
+        self.story_file = path
+        self._written = self._written or path
+        return f"{self.command()}\n# The story is saved as {path}; this command makes what is new."
+
+    def write_story(self, idea: str, shots: int, url: str, name: str) -> tuple[str, str]:
+        """The command, and the answer of the language model ``name`` at ``url``; without one, the prompt for any."""
+        words = [f"shots={shots}", f"model={_model_and_rest(self.arguments)[0]}"]
+        words += [f"endpoint.url={url}", f"endpoint.model={name}"] if url else []
+        if not idea.strip():
+            raise ValueError("write what the story is about")
+        prompt = prompt_for(idea, shots, self.settings.model)
+        endpoint = EndpointSettings(url=url, model=name) if url else None
+        answer = prompt if endpoint is None else ask(endpoint, [{"role": "user", "content": prompt}])
+        return shlex.join(["storymem", "write", idea, *words]), answer
+
+    def import_story(self, text: str) -> str:
+        """Save a pasted story (YAML, JSON or a language model's answer) and open it; the command, and what was repaired.
+
+        It is saved beside the story that is open, and its film is another one.
+        """
+        if self.worker.busy:
+            raise ValueError("takes are being made: open another story when they are done, or stop them")
+        story, notes = read_answer(text, self.story_file.parent)
+        path = unused(self.story_file.with_name(f"{story.slug}.yaml"))
+        write_text(path, story_yaml(story))
+        self.story_file, self._written, self.folder = path, path, Path("films") / story.slug
+        return "\n# ".join([self.command(), f"The story is saved as {path}.", *notes])
+
+    @property
+    def other_stories(self) -> list[Path]:
+        """Story files beside the one that is open."""
+        found = []
+        for path in sorted(self.story_file.parent.glob("*.yaml")):
+            try:
+                load_story(path)
+            except StoryError:
+                continue
+            if path != self.story_file:
+                found.append(path)
+        return found
+
+
+def unused(path: Path) -> Path:
+    """``path``, or the first of NAME_2, NAME_3, ... that does not exist."""
+    names = (path if n == 1 else path.with_stem(f"{path.stem}_{n}") for n in count(1))
+    return next(one for one in names if not os.path.lexists(one))
+
+
+def _place(content: dict[str, Any], shot: int) -> tuple[int, int]:
+    """The scene of a shot (from 1) and its place there, both from 0."""
+    places = [(scene, place) for scene, one in enumerate(content["scenes"]) for place in range(len(one["shots"]))]
+    if not 1 <= shot <= len(places):
+        raise ValueError(f"there is no shot {shot}; the story has {len(places)}")
+    return places[shot - 1]
+
+
+def _checked(content: dict[str, Any], path: Path) -> Story:
+    """The story of a content, as if it were in ``path``. ``StoryError`` without line numbers."""
+    try:
+        return load_story(path, json.dumps(content, ensure_ascii=False))
+    except StoryError as error:
+        raise StoryError([re.sub(rf"^{re.escape(str(path))}(:\d+)?: ", "", one) for one in error.problems]) from None
+
+
+def _story_file(film: Film) -> Path:
+    """A story file in the film's folder that holds the film's story; written if there is none."""
+    for path in sorted(film.folder.glob("story*.yaml")):
+        try:
+            if story_record(load_story(path)) == film.story:
+                return path
+        except StoryError:
+            continue
+    content = {key: value for key, value in film.story.items() if key != "reference_sha256" and value}
+    content["scenes"] = [
+        {"shots": [{key: value for key, value in shot.items() if value not in (None, [])} for shot in scene["shots"]]}
+        for scene in film.story["scenes"]
+    ]
+    path = unused(film.folder / "story_edited.yaml")
+    try:
+        story = _checked(content, path)
+    except StoryError as error:
+        cure = f"open the film with its story file: storymem studio story.yaml output={film.folder}"
+        raise StoryError([*error.problems, cure]) from None
+    write_text(path, story_yaml(story))
+    return path
+
+
+def _composed(arguments: Sequence[str]) -> dict[str, Any]:
+    from storymem.composition import composed
+    from storymem.overrides import hydra_arguments
+
+    return composed("generate", hydra_arguments([*arguments, "story=."], None, GenerateSettings))
+
+
+def _arguments_of(film: Film) -> list[str]:
+    """The arguments of ``storymem generate`` that make takes with the film's settings."""
+    name = film.config.get("model", {}).get("name", "toy")
+    arguments = [] if name == "toy" else [f"model={name}"]
+    more = arguments_between(film.config, recorded(_composed(arguments)))
+    if more is None:
+        cure = "open it with its story file and the settings that it was made with"
+        raise ValueError(f"{film.folder} was made with settings that single arguments do not give: {cure}")
+    return [*arguments, *shlex.split(more)]
+
+
+def _model_and_rest(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    models = [argument.partition("=")[2] for argument in arguments if argument.startswith("model=")]
+    return (models or ["toy"])[-1], [argument for argument in arguments if not argument.startswith("model=")]

@@ -1,0 +1,137 @@
+"""``storymem studio FOLDER|story.yaml``: the page, served to this computer alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from storymem.stopping import Stopped, stopping_on_signals
+
+_USAGE = """\
+usage: storymem studio FOLDER|story.yaml [port=7860] [key=value ...]
+
+Opens a film's folder, or a story and its film, as a page in the browser. Other keys are those of storymem generate."""
+_HOST = "127.0.0.1"
+_HOSTS = (_HOST, "localhost")
+_MAX_UPLOAD = 32 * 2**20  # bytes
+# Nothing is loaded from elsewhere, and nothing is sent there.
+_POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
+
+
+def main() -> None:
+    """Run the command with the arguments of the process."""
+    arguments = sys.argv[1:]
+    if not arguments or {"--help", "-h"} & set(arguments):
+        print(_USAGE)
+        return
+    opened, rest = _parsed(arguments)
+    port = _free_port(rest)
+    server_environment()
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise ValueError("the studio needs Gradio: pip install 'storymem[studio]'") from None
+    from storymem.studio.actions import Studio
+
+    studio = Studio(opened, [argument for argument in rest if not argument.startswith("port=")])
+    try:
+        serve(studio, port)
+    finally:
+        studio.worker.close()
+
+
+def server_environment() -> None:
+    """Settings that Gradio reads when it is imported: no telemetry, and a folder of its own for copies of files."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+    os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="storymem-studio-"))
+
+
+def _parsed(arguments: list[str]) -> tuple[Path, list[str]]:
+    names = [argument for argument in arguments if "=" not in argument]
+    if len(names) != 1:
+        raise ValueError(f"write one film's folder or one story file, not {len(names)}\n{_USAGE}")
+    path = Path(names[0])
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: write the folder of a film, or a story file")
+    return path, [argument for argument in arguments if "=" in argument]
+
+
+def _free_port(arguments: list[str]) -> int:
+    given = [argument.partition("=")[2] for argument in arguments if argument.startswith("port=")]
+    if given and not (given[-1].isdecimal() and 1024 <= int(given[-1]) <= 65535):
+        raise ValueError(f"port={given[-1]}: write a number from 1024 to 65535")
+    for port in [int(given[-1])] if given else range(7860, 7880):
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                tried.bind((_HOST, port))
+            except OSError:
+                continue
+            return port
+    raise ValueError(f"port={given[-1]} is in use: write another" if given else "all ports from 7860 to 7879 are in use")
+
+
+def serve(studio: Any, port: int) -> None:
+    """Serve the page until the process is interrupted."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(application(studio), host=_HOST, port=port, log_level="warning"))
+    print(f"the studio is open at http://{_HOST}:{port}; Ctrl-C closes it", flush=True)
+    with stopping_on_signals():
+        try:
+            server.run()
+        except Stopped:
+            return
+
+
+def application(studio: Any) -> Any:
+    """The page as an ASGI application."""
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from storymem.studio.page import CSS, Page, theme
+
+    page = Page(studio)
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page.blocks,
+        path="/",
+        server_name=_HOST,
+        allowed_paths=[str(studio.folder.resolve())],
+        max_file_size=_MAX_UPLOAD,
+        theme=theme(),
+        css=CSS,
+        footer_links=[],
+        ssr_mode=False,
+        show_error=True,
+    )
+    return Guard(app)
+
+
+class Guard:
+    """Answers only requests that name this computer and come from its own page: no other site can act on the films."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if host.rpartition(":")[0] not in _HOSTS or (origin is not None and urlsplit(origin).netloc != host):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"only for pages of this computer's own studio"})
+            return None
+
+        async def with_policy(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
+            await send(message)
+
+        await self.app(scope, receive, with_policy)

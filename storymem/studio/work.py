@@ -1,0 +1,167 @@
+"""Films that are made one after another beside the page, with their progress."""
+
+from __future__ import annotations
+
+import io
+import logging
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import numpy as np
+from PIL import Image
+
+from storymem.film.manifest import Take
+from storymem.film.progress import Progress
+from storymem.io import describe_os_error
+from storymem.stopping import Stopped
+from storymem.story import Shot
+
+
+class Watched(Progress):
+    """Progress that a page reads from another thread, and can stop.
+
+    Attributes:
+        label: of the shot that is being made.
+        step, steps: denoising steps done, of how many.
+        made, making: takes done, of how many.
+        preview: of the shot, PNG.
+    """
+
+    previews = True
+
+    def __init__(self) -> None:
+        super().__init__(enabled=False)
+        self.label, self.step_done, self.steps, self.made, self.making = "loading the model", 0, 0, 0, 0
+        self.preview: bytes | None = None
+        self.stopping = threading.Event()
+
+    @contextmanager
+    def film(self, *, total: int, finished: int, making: int) -> Iterator[None]:
+        self.making = making
+        with super().film(total=total, finished=finished, making=making):
+            yield
+
+    def begin_shot(self, shot: Shot) -> None:
+        self.label, self.step_done, self.steps, self.preview = shot.label, 0, 0, None
+        self._stop_if_asked()
+
+    def step(self, step: int, total: int, preview: np.ndarray | None = None) -> None:
+        self._stop_if_asked()
+        self.step_done, self.steps = step, total
+        if preview is not None:
+            file = io.BytesIO()
+            Image.fromarray(preview).resize((preview.shape[1] * 4, preview.shape[0] * 4)).save(file, "PNG")
+            self.preview = file.getvalue()
+
+    def end_shot(self, take: Take) -> None:
+        self.made += 1
+
+    def _stop_if_asked(self) -> None:
+        if self.stopping.is_set():
+            raise Stopped(signal.SIGINT)
+
+
+@dataclass(eq=False)
+class Job:
+    """A command that makes takes, and what has become of it.
+
+    Args:
+        command: as it is typed.
+        run: runs it.
+    """
+
+    command: str
+    run: Callable[[Progress], object]
+    progress: Watched = field(default_factory=Watched)
+    state: str = "waiting"
+    warnings: list[str] = field(default_factory=list)
+
+
+class Worker:
+    """Runs jobs one after another in a thread of its own.
+
+    Attributes:
+        jobs: the last 20, oldest first.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: deque[Job] = deque(maxlen=20)
+        self._waiting: SimpleQueue[Job | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="studio-worker")
+        self._thread.start()
+
+    @property
+    def current(self) -> Job | None:
+        """The job that runs."""
+        return next((job for job in self.jobs if job.state == "running"), None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs or waits."""
+        return any(job.state in ("running", "waiting") for job in self.jobs)
+
+    def add(self, job: Job) -> None:
+        """Run ``job`` after those before it."""
+        self.jobs.append(job)
+        self._waiting.put(job)
+
+    def stop(self) -> None:
+        """Stop the job that runs at its next step, and drop those that wait."""
+        for job in self.jobs:
+            job.progress.stopping.set()
+
+    def close(self) -> None:
+        """Stop all jobs and end the thread."""
+        self.stop()
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._waiting.get()) is not None:
+            if job.progress.stopping.is_set():
+                job.state = "stopped before it began"
+                continue
+            job.state = "running"
+            with _noting(job.warnings):
+                job.state = outcome(lambda job=job: job.run(job.progress))  # type: ignore[misc]
+
+
+@contextmanager
+def _noting(lines: list[str]) -> Iterator[None]:
+    """Inside the block warnings of this thread are added to ``lines``, and printed."""
+    handler, thread = logging.StreamHandler(sys.stderr), threading.get_ident()
+
+    def note(record: logging.LogRecord) -> bool:
+        if record.thread == thread:
+            lines.append(record.getMessage())
+        return True
+
+    handler.setLevel(logging.WARNING)
+    handler.addFilter(note)
+    logger = logging.getLogger("storymem")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def outcome(run: Callable[[], object]) -> str:
+    """Run something: "done", or why not, for the user. Faults of the program are printed in full."""
+    try:
+        run()
+    except Stopped as stop:
+        return "; ".join(["stopped", *getattr(stop, "__notes__", [])])
+    except (ValueError, OSError) as error:
+        return "not done: " + ((describe_os_error(error) if isinstance(error, OSError) else None) or str(error))
+    except Exception as error:
+        traceback.print_exc()
+        return f"not done, by a fault of the program ({type(error).__name__}: {error}); the terminal shows more"
+    return "done"

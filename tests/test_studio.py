@@ -1,0 +1,213 @@
+"""The studio: what its actions do to a film and a story, which commands they name, and whom its server answers."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from storymem.commands.cli import main
+from storymem.film.folder import Film
+from storymem.story import StoryError, load_story
+from storymem.studio.actions import Studio
+from storymem.studio.board import board_html, memory_html, pair_html, status_html
+from storymem.studio.serve import Guard
+
+STORY = """\
+title: Walk
+overview: A walk.
+characters: [{name: Ada}]
+scenes:
+  - shots:
+      - prompt: Ada waits.
+      - {prompt: Ada walks., characters: [Ada]}
+  - shots:
+      - prompt: A door.
+"""
+SMALL = ("model=tiny", "sampler.steps=3", "runtime=cpu")
+
+
+@pytest.fixture
+def studio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Studio]:
+    monkeypatch.chdir(tmp_path)
+    Path("walk.yaml").write_text(STORY)
+    studio = Studio("walk.yaml", SMALL)
+    yield studio
+    studio.worker.close()
+
+
+def wait(studio: Studio) -> str:
+    """How the last job ended."""
+    end = time.monotonic() + 120
+    while studio.worker.busy and time.monotonic() < end:
+        time.sleep(0.02)
+    return studio.worker.jobs[-1].state
+
+
+def prompts(studio: Studio) -> list[str]:
+    return [shot.prompt for shot in studio.story.shots]
+
+
+def test_takes_are_made_compared_and_chosen(studio: Studio) -> None:
+    assert "not made yet" in board_html(studio, 1)
+    command = studio.make()
+    assert command == f"storymem generate walk.yaml output=films/walk {' '.join(SMALL)}"
+    assert wait(studio) == "done"
+    preview = studio.worker.jobs[-1].progress.preview
+    assert preview is not None
+    assert np.asarray(Image.open(io.BytesIO(preview))).std() > 0
+    assert "Done" in status_html(studio.worker.jobs[-1], 0)
+
+    assert studio.make("shot=1", "takes=2").endswith("shot=1 takes=2")
+    assert wait(studio) == "done"
+    page = board_html(studio, 2)
+    assert "take 2 of 3" in page
+    assert page.count("Not what would be made now") == 2
+    assert 'alt="frame 1 of shot 1: Ada waits."' in page
+    assert "take 3: Ada waits." in pair_html(studio, 1, (2, 3))
+    assert studio.choose(1, 1).endswith("shot=1 take=1")
+    assert "Not what would be made now" not in board_html(studio, 2)
+    assert "recalled for shots 2, 3" in memory_html(studio)
+
+
+def test_a_folder_is_opened_with_its_story_and_settings(studio: Studio) -> None:
+    studio.make()
+    assert wait(studio) == "done"
+    opened = Studio("films/walk")
+    try:
+        assert opened.story.to_dict() == studio.story.to_dict()
+        assert opened.make("shot=3")
+        assert wait(opened) == "done"
+    finally:
+        opened.worker.close()
+    assert len(Film.open("films/walk").takes) == 4
+    with pytest.raises(ValueError, match="holds no film"):
+        Studio(".")
+
+
+def test_the_story_is_edited_beside_the_users_file(studio: Studio) -> None:
+    command, note = studio.edit_shot(2, prompt="Ada runs.", seed=7, frames=9, cut=False).split("\n# ")
+    assert note.startswith("The story is saved as walk_edited.yaml")
+    assert Path("walk.yaml").read_text() == STORY
+    edited = load_story("walk_edited.yaml").shots[1]
+    assert (edited.prompt, edited.seed, edited.frames, edited.cut) == ("Ada runs.", 7, 9, False)
+    assert edited.characters == ("Ada",)
+    studio.edit_shot(2, seed=None, cut=None, characters=[])
+    assert (studio.story.shots[1].seed, studio.story.shots[1].cut, studio.story.shots[1].characters) == (None, True, ())
+
+    studio.add_shot(1, "A cat.")
+    studio.move_shot(3, 1)
+    assert [[shot.prompt for shot in scene.shots] for scene in studio.story.scenes] == [
+        ["Ada waits.", "A cat."],
+        ["Ada runs.", "A door."],
+    ]
+    studio.move_shot(3, 1)
+    studio.remove_shot(1)
+    assert prompts(studio) == ["A cat.", "A door.", "Ada runs."]
+    assert shlex.split(command)[2] == "walk_edited.yaml"
+    with pytest.raises(ValueError, match="first of the film"):
+        studio.move_shot(1, -1)
+    before = Path("walk_edited.yaml").read_text()
+    with pytest.raises(StoryError, match="frames is 8"):
+        studio.edit_shot(2, frames=8)
+    assert Path("walk_edited.yaml").read_text() == before
+
+
+def test_the_users_file_is_overwritten_if_asked_and_a_copy_never_is(studio: Studio) -> None:
+    Path("walk_edited.yaml").write_text("mine")
+    studio.remove_shot(3)
+    assert studio.story_file == Path("walk_edited_2.yaml")
+    again = Studio("walk.yaml", SMALL)
+    again.worker.close()
+    again.remove_shot(1, overwrite=True)
+    assert prompts(again) == ["Ada walks.", "A door."]
+    assert again.story_file == Path("walk.yaml")
+    assert Path("walk_edited.yaml").read_text() == "mine"
+
+
+def test_what_is_made_can_be_stopped(studio: Studio) -> None:
+    studio.make()
+    studio.make("shot=1")
+    with pytest.raises(ValueError, match="choose when they are done"):
+        studio.choose(1, 1)
+    studio.worker.stop()
+    assert "stopped" in wait(studio)
+    assert all("stopped" in job.state for job in studio.worker.jobs)
+    assert studio.film is None
+    studio.make()
+    assert wait(studio) == "done"
+
+
+def test_what_goes_wrong_is_shown(studio: Studio) -> None:
+    studio.make("shot=9")
+    assert "shot=9: write numbers from 1 to 3" in wait(studio)
+    assert "shot=9: write numbers" in status_html(studio.worker.jobs[-1], 0)
+
+
+def test_stories_are_written_imported_and_queued(studio: Studio) -> None:
+    command, prompt = studio.write_story("a lost seal", 4, "", "")
+    assert command == "storymem write 'a lost seal' shots=4 model=tiny"
+    assert "a film of 4 shots" in prompt
+    assert studio.other_stories == []
+    answer = f"Here it is:\n```yaml\n{STORY.replace('title: Walk', 'title: Other')}```"
+    assert "Markdown fences are left out" in studio.import_story(answer)
+    assert (studio.story_file, studio.folder) == (Path("other.yaml"), Path("films/other"))
+    assert studio.other_stories == [Path("walk.yaml")]
+    studio.make()
+    assert studio.make(story=Path("walk.yaml")).startswith("storymem generate walk.yaml model=tiny")
+    assert wait(studio) == "done"
+    assert [Film.open(f"films/{name}").is_complete for name in ("other", "walk")] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "127.0.0.1:7860"}, 200),
+        ({"host": "localhost:7860", "origin": "http://localhost:7860"}, 200),
+        ({"host": "evil.example:7860"}, 403),
+        ({"host": "127.0.0.1:7860", "origin": "http://evil.example"}, 403),
+        ({"host": "127.0.0.1:7860", "origin": "null"}, 403),
+        ({}, 403),
+    ],
+)
+def test_only_the_page_itself_is_answered(headers: dict[str, str], status: int) -> None:
+    sent: list[Any] = []
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
+    asyncio.run(Guard(app)(scope, None, send))
+    assert sent[0]["status"] == status
+    assert status == 403 or b"default-src 'self'" in dict(sent[0]["headers"])[b"content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["walk.yaml"], "pip install 'storymem[studio]'"),
+        (["nothing"], "nothing does not exist"),
+        (["walk.yaml", "port=80"], "port=80: write a number from 1024"),
+    ],
+)
+def test_the_command_reports_what_it_lacks(
+    arguments: list[str], message: str, studio: Studio, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(sys, "argv", ["storymem", "studio", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
