@@ -12,7 +12,7 @@ import pytest
 from storymem.commands.cli import main
 from storymem.config import build_settings
 from storymem.film.folder import Film
-from storymem.film.generate import build_storyteller, generate, generate_films, recorded
+from storymem.film.generate import build_storyteller, generate, generate_films, recorded_config
 from storymem.film.resume import differences
 from storymem.film.settings import GIVEN_FRAMES, GenerateSettings, check_lengths, mode_of
 from storymem.story import Character, Scene, Shot, Story, load_story
@@ -133,7 +133,7 @@ def test_a_policy_replaces_another_and_inherits_nothing(
 
 
 def recorded(*overrides: str) -> dict[str, Any]:
-    return recorded(composed("story=s.yaml", *overrides))
+    return recorded_config(composed("story=s.yaml", *overrides))
 
 
 def test_where_a_film_is_computed_is_not_recorded() -> None:

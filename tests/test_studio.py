@@ -205,7 +205,7 @@ def test_only_the_page_itself_is_answered(headers: dict[str, str], status: int) 
 def test_the_command_reports_what_it_lacks(
     arguments: list[str], message: str, studio: Studio, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr("storymem.studio.serve.find_spec", lambda _name: None)
     monkeypatch.setattr(sys, "argv", ["storymem", "studio", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()

@@ -1,4 +1,4 @@
-"""The studio's page in a browser: a film is made, changed and looked at, with the keyboard too, at four sizes and colours."""
+"""The studio's page in a browser: a film is made and changed, also by the keyboard; every text can be read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ CONTRASTS = """() => {
     const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255];
   };
   const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3])).concat(1);
-  const luminance = c => [0, 1, 2].map(i => c[i] / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const luminance = c => [0, 1, 2].map(i => linear(c[i] / 255))
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
   const behind = element => {
     const layers = [];
@@ -56,7 +57,7 @@ CONTRASTS = """() => {
       getComputedStyle(e).opacity > 0 && !e.closest('svg, video, progress') &&
       [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).map(e => {
     const under = behind(e), [a, b] = [luminance(over(rgba(getComputedStyle(e).color), under)), luminance(under)];
-    return [Math.round(100 * (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)) / 100, e.textContent.trim().slice(0, 60)];
+    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.textContent.trim().slice(0, 60)];
   });
 }"""
 

@@ -82,7 +82,11 @@ def generate_films(config: Mapping[str, Any]) -> list[Film]:
 
 
 def _generate(
-    settings: GenerateSettings, config: Mapping[str, Any], stories: Mapping[Path, Story], *, progress: bool | Progress = True
+    settings: GenerateSettings,
+    config: Mapping[str, Any],
+    stories: Mapping[Path, Story],
+    *,
+    progress: bool | Progress = True,
 ) -> list[Film]:
     """Check everything, then make the films; ``stories`` by their films' folders."""
     for folder, story in stories.items():
@@ -254,7 +258,7 @@ def build_storyteller(
         reference_fit=settings.memory.reference_fit,
         seed=settings.seed,
         scorer_device=device,
-        config=recorded(config) | {"weights": _hashes(settings)},
+        config=recorded_config(config) | {"weights": _hashes(settings)},
     )
 
 
@@ -268,7 +272,7 @@ def build_policy(node: Mapping[str, Any], key: str, needs: Sequence[str]) -> Any
     return policy
 
 
-def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
+def recorded_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a configuration that a film is made with, and that may not change when it is resumed."""
     runtime: Mapping[str, Any] = config.get("runtime", {})
     changed = {name: runtime[name] for name in _APPROXIMATE if runtime.get(name) not in (None, "none", "as_is")}

@@ -15,7 +15,7 @@ import yaml
 
 from storymem.config import build_settings
 from storymem.film.folder import Film
-from storymem.film.generate import generate, recorded
+from storymem.film.generate import generate, recorded_config
 from storymem.film.resume import arguments_between, story_record
 from storymem.film.settings import GenerateSettings
 from storymem.io import write_text
@@ -103,7 +103,7 @@ class Studio:
     # The story
 
     def edit_shot(self, shot: int, *, overwrite: bool = False, **values: Any) -> str:
-        """Change keys of ``shot`` (from 1), such as ``prompt``; None removes one. The command that makes what is new."""
+        """Change keys of ``shot`` (from 1), such as ``prompt``; None removes one. The command to run then."""
 
         def edit(shots: list[dict[str, Any]], place: int) -> None:
             shots[place] = {key: value for key, value in {**shots[place], **values}.items() if value not in (None, [])}
@@ -164,7 +164,7 @@ class Studio:
         return shlex.join(["storymem", "write", idea, *words]), answer
 
     def import_story(self, text: str) -> str:
-        """Save a pasted story (YAML, JSON or a language model's answer) and open it; the command, and what was repaired.
+        """Save a pasted story (YAML, JSON or a language model's answer) and open it; the command, and repairs.
 
         It is saved beside the story that is open, and its film is another one.
         """
@@ -246,7 +246,7 @@ def _arguments_of(film: Film) -> list[str]:
     """The arguments of ``storymem generate`` that make takes with the film's settings."""
     name = film.config.get("model", {}).get("name", "toy")
     arguments = [] if name == "toy" else [f"model={name}"]
-    more = arguments_between(film.config, recorded(_composed(arguments)))
+    more = arguments_between(film.config, recorded_config(_composed(arguments)))
     if more is None:
         cure = "open it with its story file and the settings that it was made with"
         raise ValueError(f"{film.folder} was made with settings that single arguments do not give: {cure}")

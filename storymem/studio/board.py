@@ -188,6 +188,6 @@ def status_html(job: Job | None, waiting: int) -> str:
 
 def _html(part: str, studio: Studio, *values: Any) -> str:
     def url(name: str) -> Markup:
-        return Markup(_url(studio.folder, name))  # noqa: S704
+        return Markup(_url(studio.folder, name))
 
     return str(getattr(_parts(), part)(*values, url))

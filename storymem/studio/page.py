@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import gradio as gr
@@ -150,7 +151,9 @@ class Page:
         self.shot.input(self._refreshed, self.shot, self._outputs)
         for one in (self.take, self.other):
             one.input(self._pair, [self.shot, self.take, self.other], self.pair)
-        self.timer.tick(self._tick, [self.seen, self.shot], [self.seen, self.status, *self._of_film], show_progress="hidden")
+        self.timer.tick(
+            self._tick, [self.seen, self.shot], [self.seen, self.status, *self._of_film], show_progress="hidden"
+        )
         self.blocks.load(self._refreshed, self.shot, self._outputs)
 
     @property
@@ -192,7 +195,9 @@ class Page:
         result = outcome(lambda: found.append(self.studio.write_story(idea, shots, url, name)))
         if not found:
             return [gr.skip(), result, gr.skip()]
-        note = "" if url else "This is the prompt for a language model. Replace it by the model's answer, and open that."
+        note = (
+            "" if url else "This is the prompt for a language model. Replace it by the model's answer, and open that."
+        )
         return [found[0][0], note, found[0][1]]
 
     # What it shows
@@ -206,7 +211,9 @@ class Page:
         self.blocks.allowed_paths = [str(self.studio.folder.resolve())]  # of the film that is open, and no other files
         shot = min(max(shot or 1, 1), len(story.shots))
         now = story.shots[shot - 1]
-        shots = [(f"{n}: {one.prompt[:44]}", n) for n, one in enumerate(story.shots, start=1)]
+        shots = [
+            (f"{n}: {shorten(one.prompt, 44, placeholder='...')}", n) for n, one in enumerate(story.shots, start=1)
+        ]
         return [
             gr.update(choices=shots, value=shot),
             now.prompt,

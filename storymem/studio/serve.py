@@ -6,6 +6,8 @@ import os
 import socket
 import sys
 import tempfile
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,24 +33,15 @@ def main() -> None:
         return
     opened, rest = _parsed(arguments)
     port = _free_port(rest)
-    server_environment()
-    try:
-        import gradio  # noqa: F401
-    except ImportError:
-        raise ValueError("the studio needs Gradio: pip install 'storymem[studio]'") from None
+    if find_spec("gradio") is None:
+        raise ValueError("the studio needs Gradio: pip install 'storymem[studio]'")
     from storymem.studio.actions import Studio
 
     studio = Studio(opened, [argument for argument in rest if not argument.startswith("port=")])
-    try:
+    with closing(studio.worker), tempfile.TemporaryDirectory(prefix="storymem-studio-") as copies:
+        # Gradio reads these when it is imported: no telemetry, and where copies of files go.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": copies}
         serve(studio, port)
-    finally:
-        studio.worker.close()
-
-
-def server_environment() -> None:
-    """Settings that Gradio reads when it is imported: no telemetry, and a folder of its own for copies of files."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-    os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="storymem-studio-"))
 
 
 def _parsed(arguments: list[str]) -> tuple[Path, list[str]]:
@@ -73,7 +66,9 @@ def _free_port(arguments: list[str]) -> int:
             except OSError:
                 continue
             return port
-    raise ValueError(f"port={given[-1]} is in use: write another" if given else "all ports from 7860 to 7879 are in use")
+    raise ValueError(
+        f"port={given[-1]} is in use: write another" if given else "all ports from 7860 to 7879 are in use"
+    )
 
 
 def serve(studio: Any, port: int) -> None:

@@ -1,4 +1,4 @@
-"""Previews of a shot while it is denoised: a linear projection of latents to small images, without the VAE's decoder."""
+"""Previews of a shot while it is denoised: small images by a linear projection of the latents."""
 
 from __future__ import annotations
 

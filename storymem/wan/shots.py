@@ -197,7 +197,7 @@ class WanShotGenerator:
 
         def stepped(_pipe: Any, step: int, _timestep: Any, tensors: dict) -> dict:
             if on_step is not None:
-                seen = preview and preview.after(step, tensors["latents"], pipe.scheduler.sigmas)
+                seen = None if preview is None else preview.after(step, tensors["latents"], pipe.scheduler.sigmas)
                 on_step(step + 1, sampler.steps, seen)
             return {}
 
