@@ -17,6 +17,7 @@ from PIL import Image
 
 from storymem.commands.cli import main
 from storymem.film.folder import Film
+from storymem.film.generate import generate
 from storymem.story import StoryError, load_story
 from storymem.studio.actions import Studio
 from storymem.studio.board import board_html, memory_html, pair_html, status_html
@@ -66,6 +67,8 @@ def test_takes_are_made_compared_and_chosen(studio: Studio) -> None:
     assert preview is not None
     assert np.asarray(Image.open(io.BytesIO(preview))).std() > 0
     assert "Done" in status_html(studio.worker.jobs[-1], 0)
+    alone = generate("walk.yaml", output="alone", model="tiny", overrides=SMALL[1:], progress=False)
+    assert [take.sha256 for take in Film.open("films/walk").shots] == [take.sha256 for take in alone.shots]
 
     assert studio.make("shot=1", "takes=2").endswith("shot=1 takes=2")
     assert wait(studio) == "done"

@@ -129,7 +129,7 @@ def _generate(
     films: list[Film] = []
     shown = progress if isinstance(progress, Progress) else Progress(enabled=progress)
     generator = build_generator(settings)
-    generator.previews = shown.previews
+    generator.on_preview = shown.on_preview
     with among_processes(generator, launch, check_runtime(settings.runtime)) as shared:
         if shared is None:
             return films

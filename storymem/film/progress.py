@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -26,10 +26,10 @@ class Progress:
         stream: where to; bars are drawn only if it is a terminal.
 
     Attributes:
-        previews: whether :meth:`step` is given previews.
+        on_preview: what is called with previews of a shot, uint8 [h, w, 3]; None: there are none.
     """
 
-    previews = False
+    on_preview: Callable[[np.ndarray], None] | None = None
 
     def __init__(self, *, enabled: bool = True, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -59,8 +59,8 @@ class Progress:
         if self._bars:
             self._steps = tqdm(total=0, desc=f"  {shot.label}", unit="step", file=self._stream, leave=False)
 
-    def step(self, step: int, total: int, preview: np.ndarray | None = None) -> None:
-        """``step`` of ``total`` denoising steps are done; ``preview`` is a small image of the shot, or None."""
+    def step(self, step: int, total: int) -> None:
+        """``step`` of ``total`` denoising steps are done."""
         if self._steps is not None:
             self._steps.total = total
             self._steps.update(step - self._steps.n)

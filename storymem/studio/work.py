@@ -29,12 +29,10 @@ class Watched(Progress):
 
     Attributes:
         label: of the shot that is being made.
-        step, steps: denoising steps done, of how many.
+        step_done, steps: denoising steps done, of how many.
         made, making: takes done, of how many.
         preview: of the shot, PNG.
     """
-
-    previews = True
 
     def __init__(self) -> None:
         super().__init__(enabled=False)
@@ -52,13 +50,14 @@ class Watched(Progress):
         self.label, self.step_done, self.steps, self.preview = shot.label, 0, 0, None
         self._stop_if_asked()
 
-    def step(self, step: int, total: int, preview: np.ndarray | None = None) -> None:
+    def step(self, step: int, total: int) -> None:
         self._stop_if_asked()
         self.step_done, self.steps = step, total
-        if preview is not None:
-            file = io.BytesIO()
-            Image.fromarray(preview).resize((preview.shape[1] * 4, preview.shape[0] * 4)).save(file, "PNG")
-            self.preview = file.getvalue()
+
+    def on_preview(self, image: np.ndarray) -> None:
+        file = io.BytesIO()
+        Image.fromarray(image).resize((image.shape[1] * 4, image.shape[0] * 4)).save(file, "PNG")
+        self.preview = file.getvalue()
 
     def end_shot(self, take: Take) -> None:
         self.made += 1

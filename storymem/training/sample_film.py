@@ -128,7 +128,7 @@ class _Stoppable(Progress):
         super().__init__(enabled=False)
         self._trainer = trainer
 
-    def step(self, step: int, total: int, preview: object = None) -> None:
+    def step(self, step: int, total: int) -> None:
         self._trainer.check_stop()
 
 

@@ -24,8 +24,7 @@ from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, Sa
 
 logger = logging.getLogger(__name__)
 
-OnStep = Callable[[int, int, np.ndarray | None], None]
-"""Called with the denoising steps that are done, their number, and a preview (uint8 [h, w, 3]) if there is one."""
+OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class WanShotGenerator:
         scorers: bytes of the scorers that take turns with the networks, for ``runtime.offload: auto``.
 
     Attributes:
-        previews: whether steps are reported with previews.
+        on_preview: called with previews of a shot while it is denoised, uint8 [h, w, 3]; None: there are none.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class WanShotGenerator:
     ) -> None:
         self.model, self.sampler, self.runtime = model, sampler, runtime
         self.continuity, self.scorers = continuity, scorers
-        self.previews = False
+        self.on_preview: Callable[[np.ndarray], None] | None = None
         self._projection = Projection()
         self._embeds: dict[str, Tensor] = {}
         self._pipe: WanMemoryToVideoPipeline | None = None
@@ -193,12 +192,15 @@ class WanShotGenerator:
         negative = sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
 
         new_frames = pipe.spec.latent_frames(request.frames)
-        preview = Preview(self._projection, pipe.vae, new_frames) if self.previews else None
+        preview = Preview(self._projection, pipe.vae, new_frames) if self.on_preview is not None else None
 
         def stepped(_pipe: Any, step: int, _timestep: Any, tensors: dict) -> dict:
             if on_step is not None:
-                seen = None if preview is None else preview.after(step, tensors["latents"], pipe.scheduler.sigmas)
-                on_step(step + 1, sampler.steps, seen)
+                on_step(step + 1, sampler.steps)
+            if preview is not None and self.on_preview is not None:
+                image = preview.after(step, tensors["latents"], pipe.scheduler.sigmas)
+                if image is not None:
+                    self.on_preview(image)
             return {}
 
         pipe.set_progress_bar_config(disable=True)
@@ -225,7 +227,7 @@ class WanShotGenerator:
         decoded = decode_video(pipe.vae, latents)
         pipe.maybe_free_model_hooks()
         check_finite(decoded, "the frames of the shot", "check the VAE's weights, or use model.vae_dtype=float32")
-        if self.previews:
+        if preview is not None:
             self._projection.fit(latents, decoded)
         (frames,) = pipe.video_processor.postprocess_video(decoded, "np")
         return (frames * 255).round().astype(np.uint8)
