@@ -180,6 +180,7 @@ def test_stories_are_written_imported_and_queued(studio: Studio) -> None:
         ({"host": "127.0.0.1:7860", "origin": "http://evil.example"}, 403),
         ({"host": "127.0.0.1:7860", "origin": "null"}, 403),
         ({}, 403),
+        ({"host": "127.0.0.1:7860", "path": "/gradio_api/upload"}, 403),
     ],
 )
 def test_only_the_page_itself_is_answered(headers: dict[str, str], status: int) -> None:
@@ -191,7 +192,11 @@ def test_only_the_page_itself_is_answered(headers: dict[str, str], status: int) 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
+    scope = {
+        "type": "http",
+        "path": headers.get("path", "/"),
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
     asyncio.run(Guard(app)(scope, None, send))
     assert sent[0]["status"] == status
     assert status == 403 or b"default-src 'self'" in dict(sent[0]["headers"])[b"content-security-policy"]
@@ -202,13 +207,16 @@ def test_only_the_page_itself_is_answered(headers: dict[str, str], status: int) 
     [
         (["walk.yaml"], "pip install 'storymem[studio]'"),
         (["nothing"], "nothing does not exist"),
+        (["walk.yaml", "shot=2"], "shot=2: this is done on the page"),
+        (["walk.yaml", "seeed=2"], "seed"),
         (["walk.yaml", "port=80"], "port=80: write a number from 1024"),
     ],
 )
 def test_the_command_reports_what_it_lacks(
     arguments: list[str], message: str, studio: Studio, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("storymem.studio.serve.find_spec", lambda _name: None)
+    found = None if "pip install" in message else object()
+    monkeypatch.setattr("storymem.studio.serve.find_spec", lambda _name: found)
     monkeypatch.setattr(sys, "argv", ["storymem", "studio", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()

@@ -261,7 +261,7 @@ def _find_object(answer: str) -> tuple[dict[str, Any], list[str]]:
 
 def _save(story: Story, notes: list[str], settings: WriteSettings) -> None:
     """Write the story file, print its path, and report what was repaired and what the model does not read."""
-    path = Path(settings.output) if settings.output else _unused(settings.folder / f"{story.slug}.yaml")
+    path = Path(settings.output) if settings.output else unused_path(settings.folder / f"{story.slug}.yaml")
     write_text(path, story_yaml(story))
     if known_words(settings.model) is not None:
         from storymem.story.notes import text_notes
@@ -285,7 +285,7 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value not in (None, []) and not (key == "cut" and value)}
 
 
-def _unused(path: Path) -> Path:
+def unused_path(path: Path) -> Path:
     """``path``, or the first of NAME_2, NAME_3, ... that does not exist."""
     names = (path.with_stem(f"{path.stem}_{number}") for number in count(2))
     return path if not os.path.lexists(path) else next(one for one in names if not os.path.lexists(one))
@@ -309,7 +309,7 @@ def _ask_for_story(prompt: str, settings: WriteSettings) -> tuple[Story, list[st
     try:
         return read_answer(answer, settings.folder, settings.text)
     except StoryError as error:
-        path = _unused(settings.folder / "answer.txt")
+        path = unused_path(settings.folder / "answer.txt")
         write_text(path, answer)
         cure = f"the answer is saved: correct {path}, then run: storymem write {path}"
         raise StoryError(["the second answer is not a story either:", *error.problems, cure]) from None

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,10 @@ from storymem.film.resume import arguments_between, story_record
 from storymem.film.settings import GenerateSettings
 from storymem.io import write_text
 from storymem.story import Story, StoryError, load_story
-from storymem.story.writing import EndpointSettings, ask, prompt_for, read_answer, story_yaml
+from storymem.story.writing import EndpointSettings, ask, prompt_for, read_answer, story_yaml, unused_path
 from storymem.studio.work import Job, Worker
 
+_ON_PAGE = {"story", "shot", "take", "takes", "following", "resume", "dry_run"}
 _OWN = re.compile(r"_edited(_\d+)?$")  # the stem of a story file that the studio wrote
 
 
@@ -39,18 +38,21 @@ class Studio:
     """
 
     def __init__(self, opened: str | Path, arguments: Sequence[str] = ()) -> None:
-        self.arguments = [argument for argument in arguments if not argument.startswith("output=")]
+        given = {argument.partition("=")[0]: argument for argument in arguments}
+        if on_page := sorted(given.keys() & _ON_PAGE):
+            raise ValueError(f"{given[on_page[0]]}: this is done on the page; leave it out")
+        output = given.pop("output", None)
         opened = Path(opened)
         if Film.exists(opened):
             self.folder = opened
             self.story_file = _story_file(Film.open(opened))
-            self.arguments = [*_arguments_of(Film.open(opened)), *self.arguments]
+            given = {one.partition("=")[0]: one for one in _arguments_of(Film.open(opened))} | given
         elif opened.is_dir():
             raise ValueError(f"{opened} holds no film: write the folder of a film, or a story file")
         else:
             self.story_file = opened
-            output = [argument.partition("=")[2] for argument in arguments if argument.startswith("output=")]
-            self.folder = Path(output[-1]) if output else Path("films") / load_story(opened).slug
+            self.folder = Path(output.partition("=")[2]) if output else Path("films") / load_story(opened).slug
+        self.arguments = list(given.values())
         self._written = self.story_file if _OWN.search(self.story_file.stem) else None
         _ = self.story, self.settings
         self.worker = Worker()
@@ -145,7 +147,7 @@ class Studio:
         """Write the story beside the user's file, or over it if asked."""
         content["scenes"] = [scene for scene in content["scenes"] if scene["shots"]]
         path = self.story_file if overwrite else self._written
-        path = path or unused(self.story_file.with_name(f"{self.story_file.stem}_edited.yaml"))
+        path = path or unused_path(self.story_file.with_name(f"{self.story_file.stem}_edited.yaml"))
         story = _checked(content, path)
         write_text(path, story_yaml(story))
         self.story_file = path
@@ -171,7 +173,7 @@ class Studio:
         if self.worker.busy:
             raise ValueError("takes are being made: open another story when they are done, or stop them")
         story, notes = read_answer(text, self.story_file.parent)
-        path = unused(self.story_file.with_name(f"{story.slug}.yaml"))
+        path = unused_path(self.story_file.with_name(f"{story.slug}.yaml"))
         write_text(path, story_yaml(story))
         self.story_file, self._written, self.folder = path, path, Path("films") / story.slug
         return "\n# ".join([self.command(), f"The story is saved as {path}.", *notes])
@@ -188,12 +190,6 @@ class Studio:
             if path != self.story_file:
                 found.append(path)
         return found
-
-
-def unused(path: Path) -> Path:
-    """``path``, or the first of NAME_2, NAME_3, ... that does not exist."""
-    names = (path if n == 1 else path.with_stem(f"{path.stem}_{n}") for n in count(1))
-    return next(one for one in names if not os.path.lexists(one))
 
 
 def _place(content: dict[str, Any], shot: int) -> tuple[int, int]:
@@ -225,7 +221,7 @@ def _story_file(film: Film) -> Path:
         {"shots": [{key: value for key, value in shot.items() if value not in (None, [])} for shot in scene["shots"]]}
         for scene in film.story["scenes"]
     ]
-    path = unused(film.folder / "story_edited.yaml")
+    path = unused_path(film.folder / "story_edited.yaml")
     try:
         story = _checked(content, path)
     except StoryError as error:

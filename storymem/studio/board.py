@@ -30,7 +30,6 @@ class Picture:
     image: str
     alt: str
     notes: tuple[str, ...] = ()
-    pinned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

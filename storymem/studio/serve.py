@@ -20,7 +20,6 @@ usage: storymem studio FOLDER|story.yaml [port=7860] [key=value ...]
 Opens a film's folder, or a story and its film, as a page in the browser. Other keys are those of storymem generate."""
 _HOST = "127.0.0.1"
 _HOSTS = (_HOST, "localhost")
-_MAX_UPLOAD = 32 * 2**20  # bytes
 # Nothing is loaded from elsewhere, and nothing is sent there.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
 
@@ -75,11 +74,13 @@ def serve(studio: Any, port: int) -> None:
     """Serve the page until the process is interrupted."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(application(studio), host=_HOST, port=port, log_level="warning"))
+    config = uvicorn.Config(
+        application(studio), host=_HOST, port=port, log_level="critical", timeout_graceful_shutdown=2
+    )
     print(f"the studio is open at http://{_HOST}:{port}; Ctrl-C closes it", flush=True)
     with stopping_on_signals():
         try:
-            server.run()
+            uvicorn.Server(config).run()
         except Stopped:
             return
 
@@ -98,7 +99,6 @@ def application(studio: Any) -> Any:
         path="/",
         server_name=_HOST,
         allowed_paths=[str(studio.folder.resolve())],
-        max_file_size=_MAX_UPLOAD,
         theme=theme(),
         css=CSS,
         footer_links=[],
@@ -109,7 +109,7 @@ def application(studio: Any) -> Any:
 
 
 class Guard:
-    """Answers only requests that name this computer and come from its own page: no other site can act on the films."""
+    """Answers requests that name this computer and come from its own page, so that no other site acts on films."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -119,7 +119,8 @@ class Guard:
             return await self.app(scope, receive, send)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get("host", ""), headers.get("origin")
-        if host.rpartition(":")[0] not in _HOSTS or (origin is not None and urlsplit(origin).netloc != host):
+        foreign = host.rpartition(":")[0] not in _HOSTS or (origin is not None and urlsplit(origin).netloc != host)
+        if foreign or "/upload" in scope["path"]:  # the page has nothing to upload
             await send({"type": "http.response.start", "status": 403, "headers": []})
             await send({"type": "http.response.body", "body": b"only for pages of this computer's own studio"})
             return None

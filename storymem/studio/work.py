@@ -28,7 +28,7 @@ class Watched(Progress):
     """Progress that a page reads from another thread, and can stop.
 
     Attributes:
-        label: of the shot that is being made.
+        label: of the shot that is being made; empty before the first.
         step_done, steps: denoising steps done, of how many.
         made, making: takes done, of how many.
         preview: of the shot, PNG.
@@ -36,7 +36,7 @@ class Watched(Progress):
 
     def __init__(self) -> None:
         super().__init__(enabled=False)
-        self.label, self.step_done, self.steps, self.made, self.making = "loading the model", 0, 0, 0, 0
+        self.label, self.step_done, self.steps, self.made, self.making = "", 0, 0, 0, 0
         self.preview: bytes | None = None
         self.stopping = threading.Event()
 
