@@ -34,6 +34,8 @@ FIELDS = ("data", "forward_backward", "optimizer")
 @dataclass(frozen=True, kw_only=True)
 class DrawnClip:
     id: str
+    group: int
+    split: str = "train"
     bucket: tuple[int, int, int] = (17, 64, 96)
     keyframes: int = 3
     mask: bool = False
@@ -43,7 +45,7 @@ class DrawnLatents:
     """A training set of random latents: 64 clips in groups of 8."""
 
     spec = A14B
-    clips = tuple(DrawnClip(id=str(number)) for number in range(64))
+    clips = tuple(DrawnClip(id=str(number), group=number // 8) for number in range(64))
 
     @cached_property
     def _all(self) -> Tensor:
