@@ -22,6 +22,7 @@ from storymem.config import CONFIGS
 SETTINGS = {
     "generate": "storymem.film.settings:GenerateSettings",
     "film": "storymem.film.command:FilmSettings",
+    "memory": "storymem.film.memory_command:MemoryEditSettings",
     "write": "storymem.story.writing:WriteSettings",
     "prepare_data": "storymem.data.settings:PrepareSettings",
     "train": "storymem.training.settings:TrainSettings",

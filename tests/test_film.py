@@ -19,9 +19,10 @@ import pytest
 from PIL import Image
 
 from storymem.commands.cli import main
-from storymem.film.folder import Film, estimated_bytes, library_versions
+from storymem.film.folder import Film, library_versions
 from storymem.film.generate import generate_films
 from storymem.film.manifest import FilmError, film_folder
+from storymem.film.settings import estimated_bytes
 from storymem.film.storyboard import storyboard
 from storymem.io import FileError
 from storymem.media.video import probe, read_video, write_video

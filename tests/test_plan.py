@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from storymem.film.folder import Film, estimated_bytes
+from storymem.film.folder import Film
 from storymem.film.generate import generate_films as generate
 from storymem.film.plan import make_plan
+from storymem.film.settings import estimated_bytes
 from storymem.scorers import scorer_bytes
 from storymem.story import Story
 from storymem.wan.estimate import estimate_shot, forward_flops

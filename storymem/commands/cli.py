@@ -40,7 +40,7 @@ class Command(NamedTuple):
     config: str | None = None  # a key of SETTINGS; None: `run` parses sys.argv
     positional: str | None = None  # the key that arguments without = stand for
     example: str = ""  # of such an argument
-    flags: Mapping[str, str] = MappingProxyType({})  # shorthands for overrides
+    flags: Mapping[str, str] = MappingProxyType({})  # shorthands for overrides, or with = for their beginning
 
 
 COMMANDS = {
@@ -56,6 +56,12 @@ COMMANDS = {
         flags={action: f"action={action}" for action in ("show", "join", "export", "clean")},
     ),
     "studio": Command("see and edit a film in the browser", "storymem.studio.serve:main"),
+    "memory": Command(
+        *("show a film's memory; add, drop, pin or replace keyframes", "storymem.film.memory_command:memory_command"),
+        *("memory", "folder", "films/TITLE"),
+        flags={action: f"action={action}" for action in ("show", "add", "drop", "pin", "unpin", "replace")}
+        | {"for=": "character="},
+    ),
     "prepare": Command("turn captioned videos into a training set", _prepare, "prepare_data"),
     "train": Command("train a memory adapter", "storymem.training.run:train", "train"),
     "evaluate": Command("score films, or the films of a method, on ST-Bench", _evaluate, "eval_stbench"),
@@ -132,7 +138,7 @@ def run_command(name: str, command: Command) -> None:
             return run()
         import hydra
 
-        arguments = [command.flags.get(argument, argument) for argument in sys.argv[1:]]
+        arguments = [_without_flag(argument, command.flags) for argument in sys.argv[1:]]
         settings = resolve_name(SETTINGS[command.config])
         sys.argv[1:] = hydra_arguments(arguments, command.positional, settings)
         register_defaults(command.config)
@@ -141,6 +147,12 @@ def run_command(name: str, command: Command) -> None:
         finally:
             if not {"--help", "-h"}.isdisjoint(arguments):
                 print(reference(settings))
+
+
+def _without_flag(argument: str, flags: Mapping[str, str]) -> str:
+    key, sign, value = argument.partition("=")
+    begins = flags.get(key + sign) if sign else None
+    return flags.get(argument, argument) if begins is None else begins + value
 
 
 def never_raise_on_characters() -> None:

@@ -57,13 +57,16 @@ def film_command(config: Mapping[str, Any]) -> None:
 def described(film: Film) -> str:
     """The film in text: a line for each shot, each take and each keyframe."""
     from storymem.film.matching import stale
-    from storymem.film.progress import film_table, format_table
+    from storymem.film.progress import counted, film_table, format_table
     from storymem.memory.bank import read_entries
 
     entries = read_entries(film.folder)
     old = stale(film, entries)
     missing = sum(slot.take is None for slot in film.slots)
-    parts = [f"{film.story['title']}: {len(film.slots)} shots, {missing} without a take", film_table(film, old)]
+    parts = [
+        f"{film.story['title']}: {counted(len(film.slots), 'shot')}, {missing} without a take",
+        film_table(film, old),
+    ]
     several = [index for index in range(len(film.slots)) if len(film.takes_of(index)) > 1]
     if several or len(film.takes) > len(film.shots):
         parts.append(format_table([("take of shot", "take", "shown", "seed", "seconds", "settings"), *_takes(film)]))
@@ -72,7 +75,8 @@ def described(film: Film) -> str:
         parts.append(format_table([heading, *map(_keyframe, entries)]))
     again = [str(number) for number, slot in enumerate(film.slots, start=1) if slot.again]
     if again:
-        parts.append(f"a run that regenerates shots {', '.join(again)} was interrupted; storymem generate resumes it")
+        shots = f"shot{'' if len(again) == 1 else 's'} {', '.join(again)}"
+        parts.append(f"a run that regenerates {shots} was interrupted; storymem generate resumes it")
     return "\n\n".join(parts)
 
 
@@ -121,6 +125,7 @@ def _export(film: Film, settings: FilmSettings) -> None:
 
 
 def _clean(film: Film, settings: FilmSettings) -> None:
+    from storymem.film.progress import counted
     from storymem.film.storyboard import storyboard
 
     shown = film.shots
@@ -130,12 +135,12 @@ def _clean(film: Film, settings: FilmSettings) -> None:
     if not gone:
         print("there are no takes but those that the film shows")
         return
-    if not settings.yes and not _agreed(f"delete these {len(gone)} takes for good? [y/N] "):
+    if not settings.yes and not _agreed(f"delete {counted(len(gone), 'take')} for good? [y/N] "):
         print("nothing was deleted")
         return
     film.clean()
     film.refresh(storyboard(film))
-    print(f"deleted {len(gone)} takes")
+    print(f"deleted {counted(len(gone), 'take')}")
 
 
 def _agreed(question: str) -> bool:

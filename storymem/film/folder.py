@@ -38,22 +38,24 @@ from storymem.film.manifest import (
     Manifest,
     Take,
     config_hash,
+    end_names,
     library_versions,
     new_slots,
     read_manifest,
     scripts,
 )
 from storymem.film.matching import arranged, match
+from storymem.film.settings import END_FRAMES
 from storymem.io import hash_file, naming_full_disk, remove_leftovers, write_json, write_text
 from storymem.media.images import read_image, write_image
 from storymem.media.video import iter_frames, read_video, write_video
 
 if TYPE_CHECKING:
     from storymem.memory import MemoryBank
+    from storymem.memory.bank import Entry
 
 logger = logging.getLogger(__name__)
 
-END_FRAMES = 5
 _NEXT_MEMORY = ".memory.json.next"  # written before the manifest with its hash, renamed after it
 
 
@@ -68,6 +70,7 @@ class Film:
 
     Attributes:
         slots: the shots of the story, in order, and which take each shows.
+        edits: see :class:`storymem.film.manifest.Manifest`.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Film:
         self._video: Literal["film.mp4"] | None = None
         self._made: dict[str, str] = {}
         self._before: dict[str, str] = {}
+        self.edits: list[str] = []
         self._memory: str | None = None
         self._saved: dict[str, Any] | None = None  # what film.json holds now, perhaps in an older schema
 
@@ -92,7 +96,7 @@ class Film:
         film = cls(Path(folder), story=manifest.story, config=manifest.config, takes=manifest.takes)
         film.slots, film._configs = list(manifest.shots), manifest.configs
         film._video, film._made, film._before = manifest.video, manifest.made, manifest.made_before
-        film._memory, film._saved = manifest.memory_sha256, saved
+        film._memory, film.edits, film._saved = manifest.memory_sha256, list(manifest.edits), saved
         return film
 
     @staticmethod
@@ -165,6 +169,7 @@ class Film:
             made=self._made,
             made_before=self._before,
             memory_sha256=self._memory,
+            edits=tuple(self.edits),
         )
         return {
             "schema": SCHEMA,
@@ -220,6 +225,19 @@ class Film:
         memory.save(self.folder, manifest=_NEXT_MEMORY)
         self._commit()
 
+    def edit_memory(self, entries: Sequence[Entry], edit: str, images: Mapping[str, np.ndarray]) -> None:
+        """Save other ``entries`` of the memory, and new images by their (unused) names; ``edit`` is what was done."""
+        from storymem.memory.bank import write_entries  # loads torch
+
+        self._write({**(self._saved or {}), "writing": [*images, _NEXT_MEMORY]})
+        for name, image in images.items():
+            write_image(self.folder / name, image)
+        write_entries(self.folder / _NEXT_MEMORY, entries)
+        self._memory = hash_file(self.folder / _NEXT_MEMORY)
+        self.edits.append(edit)
+        self.save()
+        self._put_memory()
+
     def _commit(self) -> None:
         self._video = None
         if (self.folder / _NEXT_MEMORY).is_file():
@@ -253,7 +271,7 @@ class Film:
             The take's number, and the video's name in the film's folder.
         """
         number, name = self._free_name(index)
-        ends = _end_names(name)[-len(frames) :]
+        ends = end_names(name)[-len(frames) :]
         banks = {_NEXT_MEMORY: memory, None: besides}
         images = [one for bank in banks.values() for one in ([] if bank is None else bank.files())]
         writing = [name, *ends, *(one for one in images if not (self.folder / one).exists()), _NEXT_MEMORY]
@@ -313,7 +331,7 @@ class Film:
             raise FilmError(
                 f"shot {shot + 2} continues shot {shot + 1}, which has no take: make it first, shot={shot + 1}"
             )
-        names = _end_names(record.file)[-count:]
+        names = end_names(record.file)[-count:]
         try:
             if record.is_replaced:
                 return read_video(self.folder / record.file, list(range(record.frames - count, record.frames)))
@@ -445,7 +463,7 @@ class Film:
         return path.is_file() and hash_file(path) == digest
 
     def _hashes(self, file: str) -> dict[str, str]:
-        names = [file, *_end_names(file)]
+        names = [file, *end_names(file)]
         return {name: hash_file(self.folder / name) for name in names if (self.folder / name).is_file()}
 
     def _free_name(self, index: int) -> tuple[int, str]:
@@ -453,7 +471,7 @@ class Film:
         folder, taken = self.slots[index].folder, {take.file for take in self.takes}
         for number in count(max((take.take for take in self.takes_of(index)), default=0) + 1):
             name = f"shots/{folder}/take_{number:03d}.mp4"
-            paths = (self.folder / name, self.folder / _end_names(name)[0])
+            paths = (self.folder / name, self.folder / end_names(name)[0])
             if name not in taken and not any(os.path.lexists(path) for path in paths):
                 return number, name
         raise AssertionError
@@ -475,22 +493,9 @@ class Film:
             _remove_if_empty(path.parent)
 
 
-def _end_names(file: str) -> list[str]:
-    return [f"{file.removesuffix('.mp4')}_end/{number}.png" for number in range(1, END_FRAMES + 1)]
-
-
 def _remove_if_empty(folder: Path) -> None:
     """Remove an empty folder of a take's last frames, and then that of the shot's takes."""
     for one in (folder, folder.parent):
         of_takes = one.parent.name == "shots" or one.name.endswith("_end")
         if of_takes and one.is_dir() and not one.is_symlink() and not any(one.iterdir()):
             one.rmdir()
-
-
-def estimated_bytes(frames: int, height: int, width: int) -> int:
-    """Upper estimate of the disk space for a take: its video, its copy in the film, last frames and keyframes.
-
-    0.15 bytes per pixel of video, and lossless images uncompressed.
-    """
-    pixels = height * width
-    return int(2 * 0.15 * frames * pixels + (END_FRAMES + 3) * 3 * pixels)

@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
 from storymem.config import STRICT
-from storymem.film.settings import GIVEN_FRAMES, Mode
+from storymem.film.settings import END_FRAMES, GIVEN_FRAMES, Mode
 from storymem.io import FileError, check_regular, folder_lock, hash_json, parse_json, read_text
 
 SCHEMA = 3  # 2 had one take of a shot; 1 also counted shots and frames from 0
@@ -50,6 +50,7 @@ FileName = Annotated[str, AfterValidator(_inside)]
 Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$", max_length=100)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Place = Annotated[int, Field(ge=1, le=10**9)]
+Verdict = Literal["kept", "low quality", "like the last", "in the memory"]
 
 
 class _Shot(TypedDict):
@@ -102,7 +103,7 @@ class KeyframeRecord:
         quality: its score, if it was scored.
         similarity: highest cosine to the memory before.
         sha256: of its image; see :func:`storymem.memory.keyframes.image_hash`.
-        character: see :class:`storymem.memory.Keyframe`.
+        character, pinned: see :class:`storymem.memory.Keyframe`.
     """
 
     id: Name
@@ -111,6 +112,18 @@ class KeyframeRecord:
     similarity: float | None
     sha256: str | None = None
     character: str | None = None
+    pinned: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CandidateRecord:
+    """A frame that was examined as a keyframe; see :class:`storymem.memory.Candidate`. ``frame`` counts from 1."""
+
+    frame: Place
+    verdict: Verdict
+    quality: float | None
+    similarity: float | None
+    threshold: float | None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -132,6 +145,7 @@ class Take:
         config_hash: of the settings it was made with.
         bank: digest of the memory before it, when it was made; None: not known.
         follows: sha256 of the video that it continues; None if it is a cut.
+        candidates: frames that were examined as keyframes, and why they were kept or not; None: not known.
         seconds: wall time of each stage.
         sha256: of its files: the video, and its last frames unless the user replaced the video.
     """
@@ -152,6 +166,7 @@ class Take:
     config_hash: str
     bank: str | None = None
     follows: str | None = None
+    candidates: tuple[CandidateRecord, ...] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     sha256: dict[FileName, str] = field(default_factory=dict)
 
@@ -228,6 +243,11 @@ def new_slots(story: Mapping[str, Any]) -> list[Slot]:
     return slots
 
 
+def end_names(file: str) -> list[str]:
+    """The files of the last frames of a take whose video is ``file``."""
+    return [f"{file.removesuffix('.mp4')}_end/{number}.png" for number in range(1, END_FRAMES + 1)]
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 of settings, as 16 hexadecimal digits."""
     return hash_json(config)[:16]
@@ -259,6 +279,7 @@ class Manifest:
         made: the joined film and the page as they were last written: name -> sha256.
         made_before: the same of their content before that, which they have until they are renamed.
         memory_sha256: of ``memory.json`` as it was last written.
+        edits: of the memory by ``storymem memory``, as the arguments after the folder; oldest first.
         writing: files that are being written or deleted; the next process deletes them.
     """
 
@@ -271,6 +292,7 @@ class Manifest:
     made: dict[FileName, str] = field(default_factory=dict)
     made_before: dict[FileName, str] = field(default_factory=dict)
     memory_sha256: str | None = None
+    edits: tuple[str, ...] = ()
     writing: tuple[FileName, ...] = ()
 
     def __post_init__(self) -> None:

@@ -101,7 +101,7 @@ def _takes(count: int) -> str:
 
 def bank_digest(keyframes: Iterable[Keyframe | Entry]) -> str:
     """Identifies the memory before a shot; see :func:`storymem.memory.bank.known_to`."""
-    return hash_json([(keyframe.id, keyframe.sha256) for keyframe in keyframes])[:16]
+    return hash_json([(k.id, k.sha256, *(["pinned"] if k.pinned else [])) for k in keyframes])[:16]
 
 
 def arranged(film: Film, was: Sequence[Slot], entries: Sequence[Entry]) -> list[Entry]:
@@ -185,6 +185,8 @@ def stale(film: Film, entries: Sequence[Entry]) -> dict[int, str]:
             found[take.shot] = "continues another take"
         elif gone:
             found[take.shot] = f"recalled {', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}, now gone"
+        elif take.mode == "t2v" and not any(entry.source for entry in seen):
+            continue  # it sees no memory, now as then
         elif take.bank is not None and take.bank != bank_digest(seen):
             found[take.shot] = "the memory before it has changed"
     return found

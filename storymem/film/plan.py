@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from storymem.film.folder import Film, estimated_bytes
+from storymem.film.folder import Film
 from storymem.film.generate import build_policy
 from storymem.film.matching import matches
-from storymem.film.progress import format_table
+from storymem.film.progress import counted, format_table
 from storymem.film.resume import film_changes, jobs_of, story_record
-from storymem.film.settings import GIVEN_FRAMES, GenerateSettings, mode_of, uses_text_to_video, work_of
+from storymem.film.settings import GIVEN_FRAMES, GenerateSettings, estimated_bytes, mode_of, uses_text_to_video, work_of
 from storymem.memory import RecallPolicy, SelectionPolicy
 from storymem.scorers import scorer_bytes, scorer_weights
 from storymem.story import Story
@@ -51,7 +51,7 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[s
     runtime, lacking = _runtime(settings, memory=most_memory, frames=longest)
     weights, unfit = _weights(settings, text_to_video=text_to_video)
     counts = {"shot": len(story.shots), "scene": len(story.scenes)}
-    shots, scenes = (f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
+    shots, scenes = (counted(count, name) for name, count in counts.items())
     lines = [
         f"{story.title}: {shots} in {scenes}, {video.width}x{video.height}, "
         f"{frames} frames at {video.fps} fps: {frames / video.fps:.1f} s of film",
@@ -60,7 +60,7 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[s
         "",
         f"total    {total / 1e15:.3g} PFLOP in the denoiser, {passes} forwards a shot ({sampler.steps} steps)",
         *runtime,
-        f"disk     at most {disk / 1e6:.0f} MB in {folder}",
+        f"disk     at most {max(1, round(disk / 1e6))} MB in {folder}",
         *_existing(story, settings, folder),
         *weights,
         *_first_shot(settings, text_to_video=text_to_video),
@@ -78,7 +78,8 @@ def _existing(story: Story, settings: GenerateSettings, folder: Path) -> Iterato
     film.use_story(story_record(story))
     jobs = [] if settings.take is not None else jobs_of(film, work_of(settings, len(story.shots)))
     making = ", ".join(f"{job.index + 1}{f' ({job.takes} takes)' if job.takes > 1 else ''}" for job in jobs)
-    yield f"film     holds {len(film.takes)} takes; to make: {f'shot {making}' if jobs else 'nothing'}"
+    what = "shot" if len(jobs) == 1 else "shots"
+    yield f"film     holds {counted(len(film.takes), 'take')}; to make: {f'{what} {making}' if jobs else 'nothing'}"
     yield from (f"film     {line}" for line in [*matches(film, was, before), *film_changes(before, film.story)])
 
 

@@ -76,7 +76,7 @@ class Progress:
         number = f", take {take.take}" if take.take > 1 else ""
         self.print(
             f"shot {take.shot} of {self._total} (scene {take.scene}, shot {take.number}; {take.mode}){number}: "
-            f"{sum(take.seconds.values()):.1f} s, {len(take.memory)} keyframes recalled, "
+            f"{sum(take.seconds.values()):.1f} s, {counted(len(take.memory), 'keyframe')} recalled, "
             f"{len(take.keyframes)} added; about {duration(left)} left"
         )
 
@@ -84,6 +84,11 @@ class Progress:
         """Print a line, unless nothing is shown."""
         if self._enabled:
             print(line, file=self._stream, flush=True)
+
+
+def counted(count: int, name: str) -> str:
+    """``2, "take"`` -> ``2 takes``."""
+    return f"{count} {name}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

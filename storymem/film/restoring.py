@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _with_references(run: Run, config: Mapping[str, Any], keyframes: list[Keyfra
             if reference is None:
                 continue
             if size != old_size or reference in unread:
-                keyframe = read(paths[reference], reference, keyframe.shot)
+                keyframe = replace(read(paths[reference], reference, keyframe.shot), pinned=keyframe.pinned)
                 unread = [one for one in unread if one != reference]
             end = len(found) + 1 if folder is None else end
         found.append(keyframe)

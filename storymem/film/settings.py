@@ -24,6 +24,7 @@ FirstShot = Literal["auto", "t2v", "m2v"]
 Mode = Literal["t2v", "m2v", "mi2v", "mm2v"]
 
 MAX_TAKES = 1000  # of one shot in one run
+END_FRAMES = 5  # of a take, saved without loss
 
 #: ``3`` or ``3,5-7``; see :func:`parse_shots`.
 ShotNumbers = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
@@ -204,3 +205,12 @@ def parse_resume(resume: str, shots: int) -> int | None:
     if name == "from_shot" and number.isdecimal() and 1 <= int(number) <= shots:
         return int(number) - 1
     raise ValueError(f"resume={resume}: write auto, or from_shot:N with N from 1 to {shots}")
+
+
+def estimated_bytes(frames: int, height: int, width: int) -> int:
+    """Upper estimate of the disk space for a take: its video, its copy in the film, last frames and keyframes.
+
+    0.15 bytes per pixel of video, and lossless images uncompressed.
+    """
+    pixels = height * width
+    return int(2 * 0.15 * frames * pixels + (END_FRAMES + 3) * 3 * pixels)

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from storymem.film.folder import Film
 from storymem.film.manifest import scripts
 from storymem.film.matching import stale
+from storymem.film.reasons import origin, summary
 from storymem.memory.bank import read_entries
 
 _MODES = {
@@ -30,7 +31,18 @@ def storyboard(film: Film) -> str:
         for place, script in enumerate(scripts(film.story), start=1)
     ]
     scenes = [(scene, list(inside)) for scene, inside in groupby(shots, key=lambda shot: shot["scene"])]
-    old = stale(film, read_entries(film.folder)) if film.has_memory else {}
+    entries = read_entries(film.folder)
+    old = stale(film, entries) if film.has_memory else {}
+    memory = [
+        (f"{number}. {entry.id}", entry.image, [origin(entry), *["pinned"] * entry.pinned])
+        for number, entry in enumerate(entries, start=1)
+    ]
     return templates.get_template("storyboard.html.j2").render(
-        story=film.story, scenes=scenes, modes=_MODES, has_film=bool(film.shots), stale=old
+        story=film.story,
+        scenes=scenes,
+        modes=_MODES,
+        has_film=bool(film.shots),
+        stale=old,
+        memory=memory,
+        summary=summary,
     )

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from storymem.film.folder import Film, estimated_bytes
-from storymem.film.manifest import FilmError, KeyframeRecord, Take, config_hash, film_folder, scripts
+from storymem.film.folder import Film
+from storymem.film.manifest import CandidateRecord, FilmError, KeyframeRecord, Take, config_hash, film_folder, scripts
 from storymem.film.matching import bank_digest, matches
 from storymem.film.progress import Progress
 from storymem.film.restoring import restored_memory
@@ -31,7 +31,16 @@ from storymem.film.resume import (
     setting_changes,
     story_record,
 )
-from storymem.film.settings import GIVEN_FRAMES, FirstShot, Mode, Work, check_lengths, mode_of, parse_work
+from storymem.film.settings import (
+    GIVEN_FRAMES,
+    FirstShot,
+    Mode,
+    Work,
+    check_lengths,
+    estimated_bytes,
+    mode_of,
+    parse_work,
+)
 from storymem.film.storyboard import storyboard
 from storymem.io import NotFiniteError, check_finite, check_room
 from storymem.media.images import Fit, fit_image
@@ -273,7 +282,7 @@ class Storyteller:
         clock.lap("recall")
         frames = (self.generator.first if mode == "t2v" else self.generator.generate)(request, progress.step)
         clock.lap("generate")
-        keyframes = self._select(shot, frames[repeated:], bank, taken)
+        keyframes, candidates = self._select(shot, frames[repeated:], bank, taken)
         digest = bank_digest(bank.known_to(shot.index + 1))
         besides = bank.put_frames(shot.index + 1, keyframes) if chosen else keyframes
         clock.lap("select")
@@ -304,6 +313,7 @@ class Storyteller:
             config_hash=config_hash(run.config),
             bank=digest,
             follows=None if before is None else before.sha256.get(before.file),
+            candidates=candidates,
             seconds=clock.seconds,
         )
         film.add(take, config=run.config, chosen=chosen, left=_records(besides) if chosen else None)
@@ -352,7 +362,9 @@ class Storyteller:
                 )
         return found
 
-    def _select(self, shot: Shot, frames: np.ndarray, bank: MemoryBank, taken: set[str]) -> list[Keyframe]:
+    def _select(
+        self, shot: Shot, frames: np.ndarray, bank: MemoryBank, taken: set[str]
+    ) -> tuple[list[Keyframe], tuple[CandidateRecord, ...]]:
         """The keyframes of a shot's new frames, each frame embedded once and scored only where needed."""
         quality = None if isinstance(self.quality, NoQuality) else self.quality
 
@@ -370,7 +382,7 @@ class Storyteller:
                 quality=None if quality is None else score,
                 quality_threshold=None if quality is None else quality.threshold,
             )
-        return [
+        keyframes = [
             Keyframe(
                 id=frame_id(shot.index + 1, frame + 1, taken),
                 image=frames[frame],
@@ -383,6 +395,8 @@ class Storyteller:
             )
             for frame in selection.kept
         ]
+        records = (CandidateRecord(**{**vars(one), "frame": one.frame + 1}) for one in selection.candidates)
+        return keyframes, tuple(records)
 
     def _embed(self, frames: np.ndarray) -> np.ndarray:
         """uint8 [F, H, W, 3] -> float32 [F, D] of unit length."""

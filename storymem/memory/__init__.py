@@ -3,9 +3,10 @@
 from storymem.memory.bank import MemoryBank, ids_on_disk
 from storymem.memory.keyframes import EmbedFrames, Keyframe, embed_in_batches, frame_id, reference_id
 from storymem.memory.recall import ComingShot, RecallPolicy, Relevant, SinkAndRecent
-from storymem.memory.selection import KeyframeSelector, Selection, SelectionPolicy, UniformSelector
+from storymem.memory.selection import Candidate, KeyframeSelector, Selection, SelectionPolicy, UniformSelector
 
 __all__ = [
+    "Candidate",
     "ComingShot",
     "EmbedFrames",
     "Keyframe",

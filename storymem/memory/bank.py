@@ -125,13 +125,18 @@ class MemoryBank:
         return known_to(shot, self)
 
     def recall(self, shot: ComingShot | None = None) -> list[Keyframe]:
-        """The keyframes that a shot is given, of those known to it, oldest first.
+        """The keyframes that a shot is given, of those known to it: pinned ones, then the others, oldest first.
+
+        The policy gets the pinned ones as the oldest, so that they are its sink. Those that it leaves out replace the
+        oldest of its others.
 
         Raises:
             ValueError: if the policy breaks its contract; see :class:`RecallPolicy`.
         """
         shot = shot or ComingShot()
         known = self.known_to(shot.number)
+        pinned = [keyframe for keyframe in known if keyframe.pinned][: self.policy.capacity]
+        known = [*pinned, *(keyframe for keyframe in known if keyframe not in pinned)]
         recalled = self.policy.recall(known, shot)
         ids = {keyframe.id for keyframe in recalled}
         if len(recalled) > self.policy.capacity or [k for k in known if k.id in ids] != list(recalled):
@@ -139,7 +144,8 @@ class MemoryBank:
                 f"{self.policy} recalled {[keyframe.id for keyframe in recalled]}: it must return at most "
                 f"{self.policy.capacity} (its capacity) of the given keyframes, in their order, each once"
             )
-        return recalled
+        others = [keyframe for keyframe in recalled if keyframe not in pinned]
+        return [*pinned, *others[max(0, len(pinned) + len(others) - self.policy.capacity) :]]
 
     def files(self) -> list[str]:
         """The files of the saved bank, relative to the film's folder, without ``memory.json``."""
@@ -278,6 +284,7 @@ class Entry:
     character: Text | None = None
     quality: float | None = None
     similarity: float | None = None
+    pinned: bool = False
 
     @property
     def is_frame(self) -> bool:
@@ -352,7 +359,9 @@ class _Reader:
             image = read_image(path)
         except FileNotFoundError:
             raise FileError(f"{path} is missing: put it back, or delete its entry in {MANIFEST}") from None
-        origin: dict[str, Any] = {name: getattr(entry, name) for name in ("shot", "frame", "source", "character")}
+        origin: dict[str, Any] = {
+            name: getattr(entry, name) for name in ("shot", "frame", "source", "character", "pinned")
+        }
         if entry.sha256 == image_hash(image):
             tensors = self._tensors(self.folder / keyframe_files(entry.id)[1])
             return Keyframe(

@@ -39,6 +39,7 @@ class Keyframe:
         character: who is shown, for a character's reference image and a frame of a shot with one character.
         quality: its score, if it was scored.
         similarity: highest cosine to the bank when it was added; None if the bank was empty.
+        pinned: whether every shot that knows it recalls it.
         latent: [z, 1, h, w], the image encoded alone by the VAE; None until it is first recalled.
     """
 
@@ -51,6 +52,7 @@ class Keyframe:
     character: str | None = None
     quality: float | None = None
     similarity: float | None = None
+    pinned: bool = False
     latent: torch.Tensor | None = None
 
     def __post_init__(self) -> None:

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from storymem.memory.keyframes import normalised
 
 MOST_KEYFRAMES = 1000  # of one shot
+
+
+Verdict = Literal["kept", "low quality", "like the last", "in the memory"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A frame that was examined, and why it was kept or not.
+
+    Args:
+        frame: index into the shot.
+        verdict: "low quality": the score is below the threshold; "like the last": the cosine to the last frame chosen
+            is not below it; "in the memory": the cosine to the memory is above it.
+        quality: its score, if it was scored.
+        similarity: the cosine; None for low quality, and while the memory is empty.
+        threshold: what the score or the cosine was compared with; None: nothing.
+    """
+
+    frame: int
+    verdict: Verdict
+    quality: float | None
+    similarity: float | None
+    threshold: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +46,14 @@ class Selection:
         kept: those of ``selected`` that become keyframes: the bank has nothing like them.
         quality: frame -> score, for every frame that was scored.
         similarity: selected frame -> its highest cosine to the bank; None if the bank was empty.
+        candidates: every frame that was scored or once chosen, ascending; none if a policy does not explain itself.
     """
 
     selected: tuple[int, ...]
     kept: tuple[int, ...]
     quality: dict[int, float]
     similarity: dict[int, float | None]
+    candidates: tuple[Candidate, ...] = ()
 
 
 @runtime_checkable
@@ -109,17 +134,26 @@ class KeyframeSelector:
         good = _QualityFilter(quality, quality_threshold)
         first = next((frame for frame in range(len(frames)) if good.passes(frame)), None)
         selected: list[int] = []
+        examined: set[int] = set()
+        cosines: list[list[float]] = []
+        threshold = self.similarity_threshold
         if first is not None:
             cosines = np.clip(frames @ frames.T, -1, 1).tolist()
-            threshold = self.similarity_threshold
             selected = self._scan(cosines, first, threshold, good)
             while len(selected) > self.max_keyframes:
+                examined.update(selected)
                 threshold -= self.threshold_step
                 selected = self._scan(cosines, first, threshold, good)
         similarity = _highest_cosines(frames, selected, bank)
         highest = self.bank_similarity_threshold
         kept = [frame for frame in selected if (cosine := similarity[frame]) is None or cosine <= highest]
-        return Selection(selected=tuple(selected), kept=tuple(kept), quality=good.scores, similarity=similarity)
+        return Selection(
+            selected=tuple(selected),
+            kept=tuple(kept),
+            quality=good.scores,
+            similarity=similarity,
+            candidates=_candidates(examined, kept, similarity, good, highest, cosines, threshold),
+        )
 
     def _scan(self, cosines: list[list[float]], first: int, threshold: float, good: _QualityFilter) -> list[int]:
         """One pass over the shot at one threshold; ``cosines`` of all pairs of frames, [N][N]."""
@@ -160,7 +194,10 @@ class UniformSelector:
         found = [next(filter(good.passes, range(start, stop)), None) for start, stop in pairwise(starts)]
         selected = tuple(frame for frame in found if frame is not None)
         similarity = _highest_cosines(frames, selected, bank)
-        return Selection(selected=selected, kept=selected, quality=good.scores, similarity=similarity)
+        candidates = _candidates((), selected, similarity, good)
+        return Selection(
+            selected=selected, kept=selected, quality=good.scores, similarity=similarity, candidates=candidates
+        )
 
 
 class _QualityFilter:
@@ -170,15 +207,52 @@ class _QualityFilter:
         if (score is None) != (threshold is None):
             raise ValueError("quality and quality_threshold belong together: give both, or neither for no filter")
         self._score = score
-        self._threshold = threshold
+        self.threshold = threshold
         self.scores: dict[int, float] = {}
 
     def passes(self, frame: int) -> bool:
-        if self._score is None or self._threshold is None:
+        if self._score is None or self.threshold is None:
             return True
         if frame not in self.scores:
             self.scores[frame] = float(self._score(frame))
-        return self.scores[frame] >= self._threshold
+        return self.scores[frame] >= self.threshold
+
+
+def _candidates(
+    examined: Iterable[int],
+    kept: Sequence[int],
+    similarity: dict[int, float | None],
+    good: _QualityFilter,
+    highest: float | None = None,
+    cosines: Sequence[Sequence[float]] = (),
+    threshold: float | None = None,
+) -> tuple[Candidate, ...]:
+    """What became of each frame that was examined, scored or chosen.
+
+    Args:
+        examined: frames that earlier scans chose.
+        kept: frames that become keyframes.
+        similarity: frame that the last scan chose -> its highest cosine to the bank.
+        good: the quality filter, with its scores.
+        highest: cosine above which the bank has the image; None: it is not compared.
+        cosines: of all pairs of frames.
+        threshold: of the last scan.
+    """
+    found = []
+    for frame in sorted({*examined, *good.scores, *similarity}):
+        fate: tuple[Verdict, float | None, float | None]
+        if not good.passes(frame):
+            fate = "low quality", None, good.threshold
+        elif frame in similarity:
+            limit = None if similarity[frame] is None else highest
+            fate = "kept" if frame in kept else "in the memory", similarity[frame], limit
+        else:
+            last = max(one for one in similarity if one < frame)
+            fate = "like the last", cosines[last][frame], threshold
+        verdict, cosine, limit = fate
+        score = good.scores.get(frame)
+        found.append(Candidate(frame=frame, verdict=verdict, quality=score, similarity=cosine, threshold=limit))
+    return tuple(found)
 
 
 def _check_count(name: str, value: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+from storymem.film.manifest import CandidateRecord
 from storymem.film.settings import Mode
 from storymem.film.storyteller import Storyteller
 from storymem.memory import Keyframe
@@ -33,5 +34,5 @@ class _TextToVideo(Storyteller):
     def mode_of(self, shot: Shot, story: Story) -> Mode:
         return "t2v"
 
-    def _select(self, *args: Any, **kwargs: Any) -> list[Keyframe]:
-        return []
+    def _select(self, *args: Any, **kwargs: Any) -> tuple[list[Keyframe], tuple[CandidateRecord, ...]]:
+        return [], ()

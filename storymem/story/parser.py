@@ -229,7 +229,7 @@ class StoryFile:
             return None
         if kind(node) == "int" and re.fullmatch(r"0|[1-9][0-9]{0,17}", node.value):
             return int(node.value)
-        digits = re.search(r"[0-9]+", node.value) if isinstance(node, yaml.ScalarNode) else None
+        digits = re.search(r"(?<![0-9-])[0-9]+", node.value) if isinstance(node, yaml.ScalarNode) else None
         cure = f"write {key}: {int(digits[0][:18])} instead" if digits else f"write a number or leave {key} out"
         self.note(node, where, f"{key} is {self.excerpt(node)}", "a whole number from 0", cure)
         return None
@@ -338,7 +338,10 @@ def _syntax_error(path: Path, text: str, error: yaml.YAMLError) -> StoryError:
     # An unclosed bracket or quote is reported where it was opened.
     if mark is None or any(piece in problem for piece in ("end of stream", "stream end", "expected ':'")):
         mark = error.context_mark or mark
-    default = (f"{language} as in examples/the_keeper.yaml", "check this line and the one above")
+    example = (
+        'JSON in which every {, [ and " is closed' if language == "JSON" else "YAML as in examples/the_keeper.yaml"
+    )
+    default = (example, "check this line and the one above")
     expected, cure = next((rest for piece, *rest in _SYNTAX if piece in problem), default)
     if language == "YAML" and _holds_comment(text, [error.context_mark, error.problem_mark]):
         cure += "; text that contains # needs double quotes"

@@ -1,0 +1,127 @@
+"""``storymem memory FOLDER``: the keyframes of a film, why they are there, and edits of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic.dataclasses import dataclass
+
+from storymem.config import STRICT, UserPath, build_settings
+from storymem.stopping import stopping_on_signals
+
+if TYPE_CHECKING:
+    from storymem.film.folder import Film
+    from storymem.film.memory_edits import Edit
+
+_ARGUMENTS = {"show": (), "add": ("picture.png",), "drop": ("3",), "pin": ("3",), "unpin": ("3",)} | {
+    "replace": ("3", "picture.png")
+}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MemoryEditSettings:
+    """The settings of ``storymem memory``.
+
+    Args:
+        folder: of the film; then a keyframe's number or id, and a picture, as the action needs them.
+        action: show: print the keyframes; add, drop, pin, unpin, replace: change them.
+        character: who is shown in an added picture (for=Ada).
+        shot: print why frames of this shot became keyframes or not; of an added picture, the first shot that may
+            recall it, by default every shot.
+    """
+
+    folder: UserPath | tuple[UserPath, ...]
+    action: Literal["show", "add", "drop", "pin", "unpin", "replace"] = "show"
+    character: str | None = None
+    shot: int | None = None
+
+
+def memory_command(config: Mapping[str, Any]) -> None:
+    """Run ``storymem memory`` with a composed configuration."""
+    settings = build_settings(MemoryEditSettings, config)
+    from storymem.film.folder import Film
+    from storymem.film.manifest import film_folder
+    from storymem.film.storyboard import storyboard
+
+    given = (settings.folder,) if isinstance(settings.folder, str) else settings.folder
+    folder, arguments = Path(given[0] if given else "FOLDER"), given[1:]
+    if len(arguments) != len(_ARGUMENTS[settings.action]) or not given:
+        needed = " ".join([settings.action, *_ARGUMENTS[settings.action]]).removeprefix("show")
+        raise ValueError(f"write: storymem memory {folder} {needed}".rstrip())
+    if settings.character is not None and settings.action != "add":
+        raise ValueError(f"for={settings.character} is for add: leave it out")
+    if settings.shot is not None and settings.action not in ("show", "add"):
+        raise ValueError(f"shot={settings.shot} is for add, and to print a shot's frames: leave it out")
+    film = Film.open(folder)  # a folder without a film is not locked
+    if settings.action == "show":
+        print(listed(film) if settings.shot is None else explained(film, settings.shot), flush=True)
+        return
+    with stopping_on_signals(), film_folder(folder):
+        film = Film.open(folder)
+        film.remove_unfinished()
+        edit = _action(settings)(film, *arguments)
+        film.refresh(storyboard(film))
+    print(f"storymem memory {folder} {edit.arguments}")
+    for shot, reason in edit.stale.items():
+        print(f"shot {shot} is not what would be made now: {reason}")
+
+
+def _action(settings: MemoryEditSettings) -> Callable[..., Edit]:
+    from functools import partial
+
+    from storymem.film import memory_edits as edits
+
+    actions: dict[str, Callable[..., Edit]] = {
+        "add": partial(edits.add, character=settings.character, shot=settings.shot),
+        "drop": edits.drop,
+        "pin": edits.pin,
+        "unpin": partial(edits.pin, pinned=False),
+        "replace": edits.replace,
+    }
+    return actions[settings.action]
+
+
+def listed(film: Film) -> str:
+    """The keyframes in text, what became of the frames of each shot, and the edits that were made."""
+    from storymem.film.progress import counted, format_table
+    from storymem.film.reasons import origin, summary
+    from storymem.memory.bank import read_entries
+
+    entries = read_entries(film.folder)
+    rows: list[tuple[str, ...]] = [
+        ("", "keyframe", "from", "character", "quality", "similarity", "recalled by shots", "")
+    ]
+    for number, entry in enumerate(entries, start=1):
+        scores = ("" if value is None else f"{value:.2f}" for value in (entry.quality, entry.similarity))
+        users = ", ".join(str(take.shot) for take in film.shots if entry.id in take.memory)
+        pinned = "pinned" if entry.pinned else ""
+        rows.append((str(number), entry.id, origin(entry), entry.character or "", *scores, users, pinned))
+    parts = [f"{film.story['title']}: {counted(len(entries), 'keyframe')}"]
+    parts += [format_table(rows)] if entries else []
+    fates = [f"shot {take.shot}: {text}" for take in film.shots if (text := summary(take))]
+    parts += ["\n".join(fates)] if fates else []
+    if film.edits:
+        made = (edit.replace(" keyframes/", f" {film.folder / 'keyframes'}/") for edit in film.edits)
+        parts.append("\n".join(["edits:", *(f"  storymem memory {film.folder} {edit}" for edit in made)]))
+    return "\n\n".join(parts)
+
+
+def explained(film: Film, shot: int) -> str:
+    """Why each examined frame of a shot became a keyframe or not, in text."""
+    from storymem.film.progress import format_table
+    from storymem.film.reasons import reason, summary
+
+    if not 1 <= shot <= len(film.slots):
+        raise ValueError(f"shot={shot}: the film has shots 1 to {len(film.slots)}")
+    take = film.take_of(shot - 1)
+    if take is None:
+        raise ValueError(f"shot {shot} has no take yet: storymem generate makes one")
+    if not take.candidates:
+        return f"shot {shot}, take {take.take}: its frames' scores were not recorded; a new take records them"
+    rows: list[tuple[str, ...]] = [("frame", "quality", "similarity", "threshold", "verdict")]
+    for one in take.candidates:
+        values = (one.quality, one.similarity, one.threshold)
+        rows.append((str(one.frame), *("" if value is None else f"{value:.3f}" for value in values), reason(one)))
+    return f"shot {shot}, take {take.take}: {summary(take)}\n\n{format_table(rows)}"
