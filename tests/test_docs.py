@@ -65,7 +65,7 @@ def test_a_command_composes(line: str) -> None:
     name = found[1] or NAMES[found[3]]
     command = COMMANDS[name]
     assert command.config is not None
-    words = [command.flags.get(word, word) for word in shlex.split(found[2] or found[4] or "", comments=True)]
+    words = [command.expanded(word) for word in shlex.split(found[2] or found[4] or "", comments=True)]
     arguments = [word for word in words if not word.startswith("-") and word != "..."]
     overrides = hydra_arguments(arguments, command.positional, resolve_name(SETTINGS[command.config]))
     needed = {"train": ["dataset=x"], "generate": ["story=x"], "prepare": ["videos=x", "output=x"]}.get(name, [])

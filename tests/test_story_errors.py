@@ -89,7 +89,7 @@ scenes:
             "{prompt: a, frames: long}",
             "frames is long; expected a whole number from 0; write a number or leave",
         ),
-        ("{prompt: a, seed: -3}", "seed is -3; expected a whole number from 0; write seed: 3 instead"),
+        ("{prompt: a, seed: -3}", "seed is -3; expected a whole number from 0; write a number or leave seed out"),
         ("{prompt: a, seed: true}", "seed is true; expected a whole number"),
         ("{prompt: a, seed: [1]}", "seed is [1]; expected a whole number"),
         ("{prompt: a, negative_prompt: 3}", "negative_prompt is read as a number; expected text"),

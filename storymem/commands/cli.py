@@ -42,6 +42,12 @@ class Command(NamedTuple):
     example: str = ""  # of such an argument
     flags: Mapping[str, str] = MappingProxyType({})  # shorthands for overrides, or with = for their beginning
 
+    def expanded(self, argument: str) -> str:
+        """``argument``, or what it is the shorthand of."""
+        key, sign, value = argument.partition("=")
+        begins = self.flags.get(key + sign) if sign else None
+        return self.flags.get(argument, argument) if begins is None else begins + value
+
 
 COMMANDS = {
     "generate": Command(
@@ -138,7 +144,7 @@ def run_command(name: str, command: Command) -> None:
             return run()
         import hydra
 
-        arguments = [_without_flag(argument, command.flags) for argument in sys.argv[1:]]
+        arguments = [command.expanded(argument) for argument in sys.argv[1:]]
         settings = resolve_name(SETTINGS[command.config])
         sys.argv[1:] = hydra_arguments(arguments, command.positional, settings)
         register_defaults(command.config)
@@ -147,12 +153,6 @@ def run_command(name: str, command: Command) -> None:
         finally:
             if not {"--help", "-h"}.isdisjoint(arguments):
                 print(reference(settings))
-
-
-def _without_flag(argument: str, flags: Mapping[str, str]) -> str:
-    key, sign, value = argument.partition("=")
-    begins = flags.get(key + sign) if sign else None
-    return flags.get(argument, argument) if begins is None else begins + value
 
 
 def never_raise_on_characters() -> None:
