@@ -33,6 +33,7 @@ TARGETS = (
     ("memory", "with_memory", "looks as in memory, one character", "0.90"),
     ("memory", "published_guidance", "the same with guidance as published", ""),
     ("memory", "without", "the same without memory", "chance"),
+    ("memory", "several_characters", "looks as in memory, two or three characters", ""),
     ("memory", "chance", "chance", ""),
     ("filter", "kept", "quality filter, frames of the model accepted", ""),
     ("filter", "refused_of_damaged", "quality filter, damaged copies of them refused", ""),

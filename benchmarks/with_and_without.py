@@ -25,7 +25,7 @@ from storymem.film.generate import generate_films as generate
 from storymem.media.video import probe, read_video
 from toyworld.world import story as true_story
 
-STORIES = ("st_bench/toy/01_lou_on_the_beach.yaml", "st_bench/toy/06_ada_on_the_beach.yaml")  # of one character each
+STORIES = ("st_bench/toy/01_cleo_on_the_beach.yaml", "st_bench/toy/06_ada_on_the_moon.yaml")  # of one character each
 SHEET = Path("docs/with_and_without.png")
 FILMS = Path("films/with_and_without")
 HEIGHT, GAP, LABEL, COLOURS = 96, 4, 150, 256

@@ -372,7 +372,7 @@ def test_without_a_target_a_node_keeps_its_class(script: Callable[..., tuple[int
     seen: list[Any] = []
     assert script("a.yaml", "memory.recall={capacity: 4}", main=seen.append) == (0, "")
     recall = seen[0]["memory"]["recall"]
-    assert (recall["_target_"], recall["capacity"], recall["sink"]) == ("storymem.memory.SinkAndRecent", 4, 2)
+    assert (recall["_target_"], recall["capacity"], recall["sink"]) == ("storymem.memory.SinkAndRecent", 4, 3)
 
 
 def test_a_node_that_does_not_exist_is_reported(script: Callable[..., tuple[int, str]]) -> None:

@@ -9,9 +9,8 @@ FRAMES, FPS = 17, 8
 
 PLACES = ("desert", "forest", "beach", "city", "snow field", "moon")
 TIMES = ("dawn", "noon", "dusk", "night")
-FRAMINGS = ("wide", "medium", "close")
-ACTIONS = ("walks left", "walks right", "jumps", "spins", "grows", "waits", "turns", "meets")
-PANS = ("still", "left", "right")
+FRAMINGS = ("medium", "close")
+ACTIONS = ("walks left", "walks right", "jumps", "waits", "turns", "meets")
 
 SHAPES = ("round", "square", "tall", "pointed")
 BODY_COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
@@ -27,7 +26,7 @@ NAMES = ("Ada", "Bo", "Cleo", "Dax", "Eli", "Fay", "Gus", "Hana", "Ivo", "Juno",
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """How a character looks; no prompt says it unless asked to."""
+    """How a character looks; prompts of stories do not describe it."""
 
     shape: str
     colour: str
@@ -66,8 +65,7 @@ class Scenery:
 class Seen:
     """What one frame shows, as the renderer knows it or as `read_attributes` reads it.
 
-    `looks` runs from left to right. A value is "unknown" where it cannot be told: the frame is damaged, or the
-    thing lies outside the image (then the renderer says "unknown" too).
+    `looks` runs from left to right. A value is "unknown" where it cannot be read.
     """
 
     place: str

@@ -21,7 +21,7 @@ from toyworld.latents import KEYFRAMES, LatentStories
 from toyworld.text import TextEmbedder
 
 BOUNDARY = 0.9
-MEMORY, SINK = 6, 2  # memory frames of a sample: one a shot, the first two shots and the latest
+MEMORY, SINK = 6, 3  # memory frames of a sample: one a shot, the first three shots and the latest
 PEOPLE = 4.0  # how often the loss counts where characters are
 NO_MEMORY, NO_TEXT, ONE_FRAME = 0.35, 0.1, 0.4  # shares of batches, of texts, of batches of single frames
 # How many shots before may give memory: few numbers, for every shape is compiled once.

@@ -84,9 +84,8 @@ class ToyConsistency(Metric):
     story alone decides how many are compared: what cannot be read in one of the two shots counts as different. Of two
     characters, the one whom the prompt names first is taken to stand on the left, as everywhere in the world.
 
-    Prompts do not describe characters, and memory frames carry no names: with several characters it cannot be known
-    whose look to take, so stories with one character have a column of their own. A film in which all look alike is
-    consistent as well: whether characters differ has its own column.
+    Stories with one character have a column of their own. A film in which all characters look alike is consistent as
+    well: whether characters differ has its own column.
 
     Args:
         every: of a shot, each so-many-th frame is read.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -12,10 +12,10 @@ from toyworld.draw import Array, Colour, box, coverage, disc, ellipse, mix, pain
 
 Shape = Callable[..., Array]  # signed distance over two coordinate arrays
 
-FEET = -16.0  # where characters stand, in world units below the horizon
-LANDMARK_AT, FLAG_AT = 24.0, 31.0  # distance from the middle of the place
-ZOOM = {"wide": 1.0, "medium": 1.45, "close": 1.9}
-BASE = {"wide": 54.0, "medium": 58.0, "close": 61.0}  # image row of the characters' feet
+FEET = -16.0  # the ground under the characters, in world units below the horizon
+LANDMARK_AT, FLAG_AT = 33.0, 36.0  # distance from the middle of the place
+ZOOM = {"medium": 1.05, "close": 1.3}  # pixels to a world unit
+BASE = 60.0  # image row of the characters' feet
 
 PROP_RGB = {
     "red": rgb(222, 52, 44),
@@ -27,144 +27,92 @@ PROP_RGB = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
 class Light:
-    """A time of day: the sky from top to bottom, the sun, and what the light does to colours."""
+    """A time of day.
 
-    sky: tuple[Colour, Colour]
-    space: tuple[Colour, Colour]  # the sky over the moon
-    land: Colour
-    things: Colour
-    people: Colour
-    sun: Colour
-    sun_at: tuple[float, float]  # column, and rows above the horizon (dawn and dusk) or from the top
-    sun_low: bool
-    sun_radius: float
+    Args:
+        colours: hexadecimal: sky from top to bottom, the same over the moon, and the sun.
+        land, things, people: what the light multiplies their colours by.
+        sun: column, rows above the horizon (`is_low`) or from the top, and radius.
+        is_low: whether the sun stands at the horizon.
+    """
+
+    def __init__(
+        self,
+        colours: str,
+        land: Colour,
+        things: Colour,
+        people: Colour,
+        sun: tuple[float, float, float],
+        is_low: bool,
+    ) -> None:
+        top, bottom, space_top, space_bottom, self.sun = (rgb(*bytes.fromhex(colour)) for colour in colours.split())
+        self.sky, self.space = (top, bottom), (space_top, space_bottom)
+        self.land, self.things, self.people = land, things, people
+        self.sun_at, self.sun_radius, self.sun_low = sun[:2], sun[2], is_low
 
 
 LIGHTS = {
     "dawn": Light(
-        sky=(rgb(150, 160, 222), rgb(255, 206, 196)),
-        space=(rgb(22, 18, 44), rgb(112, 74, 118)),
-        land=(1.0, 0.82, 0.86),
-        things=(1.0, 0.9, 0.91),
-        people=(1.0, 0.93, 0.94),
-        sun=rgb(255, 240, 190),
-        sun_at=(16, 7),
-        sun_low=True,
-        sun_radius=6.5,
+        "96a0de ffcec4 16122c 704a76 fff0be", (1.0, 0.82, 0.86), (1.0, 0.9, 0.91), (1.0, 0.93, 0.94), (16, 7, 6.5), True
     ),
     "noon": Light(
-        sky=(rgb(86, 166, 240), rgb(196, 230, 252)),
-        space=(rgb(16, 22, 52), rgb(54, 84, 140)),
-        land=(1.0, 1.0, 1.0),
-        things=(1.0, 1.0, 1.0),
-        people=(1.0, 1.0, 1.0),
-        sun=rgb(255, 246, 170),
-        sun_at=(70, 9),
-        sun_low=False,
-        sun_radius=5.5,
+        "56a6f0 c4e6fc 101634 36548c fff6aa", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (70, 9, 5.5), False
     ),
     "dusk": Light(
-        sky=(rgb(104, 66, 140), rgb(255, 150, 84)),
-        space=(rgb(26, 10, 26), rgb(140, 58, 40)),
-        land=(0.93, 0.66, 0.6),
-        things=(1.0, 0.8, 0.74),
-        people=(1.0, 0.84, 0.78),
-        sun=rgb(255, 96, 60),
-        sun_at=(78, 6),
-        sun_low=True,
-        sun_radius=8.0,
+        "68428c ff9654 1a0a1a 8c3a28 ff603c", (0.93, 0.66, 0.6), (1.0, 0.8, 0.74), (1.0, 0.84, 0.78), (78, 6, 8.0), True
     ),
     "night": Light(
-        sky=(rgb(14, 18, 54), rgb(48, 60, 116)),
-        space=(rgb(4, 4, 14), rgb(14, 16, 40)),
-        land=(0.36, 0.42, 0.66),
-        things=(0.58, 0.62, 0.84),
-        people=(0.68, 0.71, 0.9),
-        sun=rgb(244, 242, 220),
-        sun_at=(74, 10),
-        sun_low=False,
-        sun_radius=5.0,
+        "0e1236 303c74 04040e 0e1028 f4f2dc",
+        (0.36, 0.42, 0.66),
+        (0.68, 0.72, 0.9),
+        (0.8, 0.82, 0.96),
+        (74, 10, 5.0),
+        False,
     ),
 }
 
-STARS = ((8, 6), (22, 13), (35, 4), (47, 10), (58, 5), (64, 15), (88, 7), (92, 17), (14, 20), (41, 18))
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """Where the camera looks: coordinates of every pixel on the near plane (where things stand) and the far one.
-
-    Heights count from the horizon up, in world units; one unit is one pixel of a wide shot.
-    """
-
-    zoom: float
-    far_zoom: float
-    x: Array  # [F, 1, W]
-    y: Array  # [1, H, 1]
-    far_x: Array
-    far_y: Array
-    column: Array  # [1, 1, W], pixels
-    row: Array  # [1, H, 1], pixels
-    horizon: float  # image row
-
-
-def view(framing: str, camera: Array) -> View:
-    """The view of a framing from camera positions [F] in world units to the right of the place's middle."""
-    zoom, base = ZOOM[framing], BASE[framing]
-    far_zoom = zoom**0.6
-    column = (np.arange(WIDTH, dtype=np.float32) + 0.5).reshape(1, 1, -1)
-    row = (np.arange(HEIGHT, dtype=np.float32) + 0.5).reshape(1, -1, 1)
-    camera = camera.astype(np.float32).reshape(-1, 1, 1)
-    horizon = base + FEET * zoom
-    return View(
-        zoom=zoom,
-        far_zoom=far_zoom,
-        x=(column - WIDTH / 2) / np.float32(zoom) + camera,
-        y=np.float32(FEET) + (np.float32(base) - row) / np.float32(zoom),
-        far_x=(column - WIDTH / 2) / np.float32(far_zoom) + np.float32(0.4) * camera,
-        far_y=(np.float32(horizon) - row) / np.float32(far_zoom),
-        column=column,
-        row=row,
-        horizon=horizon,
-    )
+STARS = ((8, 6), (22, 14), (36, 5), (52, 12), (60, 4), (90, 20), (10, 22))
 
 
 class Painter:
-    """Paints world-sized shapes of a place onto a canvas, under its light."""
+    """Paints shapes, in world units, of a place seen in a framing onto a canvas [3, 1, H, W] under a light.
 
-    def __init__(self, canvas: Array, look: View, light: Light) -> None:
-        self.canvas, self.view, self.light = canvas, look, light
+    Heights count from the horizon up. There are two planes: near, where things stand, and far behind it.
+    """
+
+    def __init__(self, framing: str, light: Light) -> None:
+        self.canvas = np.empty((3, 1, HEIGHT, WIDTH), dtype=np.float32)
+        self.light, self.zoom, self.far_zoom = light, ZOOM[framing], ZOOM[framing] ** 0.6
+        self.column = (np.arange(WIDTH, dtype=np.float32) + 0.5).reshape(1, 1, -1)
+        self.row = (np.arange(HEIGHT, dtype=np.float32) + 0.5).reshape(1, -1, 1)
+        self.horizon = BASE + FEET * self.zoom
+        self.x = (self.column - WIDTH / 2) / np.float32(self.zoom)
+        self.y = np.float32(FEET) + (np.float32(BASE) - self.row) / np.float32(self.zoom)
+        self.far_x = (self.column - WIDTH / 2) / np.float32(self.far_zoom)
+        self.far_y = (np.float32(self.horizon) - self.row) / np.float32(self.far_zoom)
 
     def far(self, colour: Colour, shape: Shape, at: tuple[float, float] = (0, 0)) -> None:
         """A shape on the far plane, given as a signed distance over coordinates about `at`."""
-        distance = shape(self.view.far_x - at[0], self.view.far_y - at[1])
-        paint(self.canvas, tint(colour, self.light.land), coverage(distance * self.view.far_zoom))
+        distance = shape(self.far_x - at[0], self.far_y - at[1])
+        paint(self.canvas, tint(colour, self.light.land), coverage(distance * self.far_zoom))
 
-    def near(
-        self,
-        colour: Colour,
-        shape: Shape,
-        at: tuple[float, float] = (0, 0),
-        light: Colour | None = None,
-    ) -> Array:
-        """A shape on the near plane; returns its alpha."""
-        alpha = coverage(shape(self.view.x - at[0], self.view.y - at[1]) * self.view.zoom)
+    def near(self, colour: Colour, shape: Shape, at: tuple[float, float] = (0, 0), light: Colour | None = None) -> None:
+        """A shape on the near plane."""
+        alpha = coverage(shape(self.x - at[0], self.y - at[1]) * self.zoom)
         paint(self.canvas, tint(colour, light or self.light.land), alpha)
-        return alpha
 
 
-def paint_sky(canvas: Array, look: View, place: str, time: str) -> None:
+def _sky(paints: Painter, place: str, time: str) -> None:
     """Sky gradient, sun or moon, stars at night and always over the moon (with the Earth)."""
-    light = LIGHTS[time]
+    canvas, look, light = paints.canvas, paints, paints.light
     top, bottom = light.space if place == "moon" else light.sky
     share = np.clip(look.row / look.horizon, 0, 1)
     gradient = np.stack([np.float32(a) + np.float32(b - a) * share for a, b in zip(top, bottom, strict=True)])
     canvas[:] = gradient
     if time == "night" or place == "moon":
         for x, y in STARS:
-            paint(canvas, rgb(250, 246, 225), 0.8 * coverage(disc(look.column - x, look.row - y, 0.5)))
+            paint(canvas, rgb(250, 246, 225), 0.8 * coverage(disc(look.column - x, look.row - y, 0.7)))
     column, height = light.sun_at
     row = look.horizon - height if light.sun_low else height
     glow = np.clip(1 - disc(look.column - column, look.row - row, light.sun_radius) / 9, 0, 1)
@@ -180,7 +128,7 @@ def paint_sky(canvas: Array, look: View, place: str, time: str) -> None:
 
 def _ground(paints: Painter, near: Colour, far: Colour) -> None:
     """Land from the horizon down, a little lighter or darker with distance."""
-    light, look = paints.light.land, paints.view
+    light, look = paints.light.land, paints
     share = np.clip((look.row - look.horizon) / (HEIGHT - look.horizon), 0, 1)
     ends = zip(tint(far, light), tint(near, light), strict=True)
     colour = np.stack([np.float32(a) + np.float32(b - a) * share for a, b in ends])
@@ -191,7 +139,7 @@ def _desert(paints: Painter) -> None:
     paints.far(rgb(228, 178, 112), lambda x, y: y - 8 - 3.5 * np.sin(0.085 * x + 0.8))
     paints.far(rgb(206, 148, 88), lambda x, y: y - 4 - 3.0 * np.sin(0.11 * x + 3.4))
     _ground(paints, rgb(246, 214, 146), rgb(232, 190, 122))
-    for x, size in ((-41, 1.0), (43, 0.8), (3, 0.55)):
+    for x, size in ((-22, 0.8), (19, 1.0)):
         cactus = rgb(70, 132, 84)
         paints.near(cactus, lambda u, v, s=size: box(u, v - 6 * s, 1.7 * s, 7 * s, 1.6 * s), (x, -4))
         paints.near(cactus, lambda u, v, s=size: box(u - 3.6 * s, v - 7 * s, 1.2 * s, 3 * s, 1.1 * s), (x, -4))
@@ -203,7 +151,7 @@ def _forest(paints: Painter) -> None:
     for x in range(-66, 67, 12):
         tall = 15 + 4 * np.sin(x * 1.3)
         paints.far(rgb(44, 104, 72), lambda u, v, h=tall: wedge(u, v, 7.5, h), (x + 3, 0))
-    for x in (-45, 0, 46):
+    for x in (-17, 20):
         paints.near(rgb(112, 78, 52), lambda u, v: box(u, v - 4, 1.3, 5), (x, -3))
         paints.near(rgb(64, 146, 78), lambda u, v: ellipse(u, v, 7.5, 8), (x, 10))
 
@@ -213,7 +161,7 @@ def _beach(paints: Painter) -> None:
     paints.near(rgb(238, 244, 240), lambda x, y: np.abs(y + 3.6 - 0.5 * np.sin(0.3 * x)) - 4.6)
     paints.near(rgb(40, 148, 196), lambda x, y: np.abs(y + 3.4 - 0.5 * np.sin(0.3 * x)) - 3.6)
     palm, leaf = rgb(146, 104, 66), rgb(58, 150, 84)
-    for x in (-44, 45):
+    for x in (-20,):
         paints.near(palm, lambda u, v: box(u - 0.02 * v * v, v - 8, 1.2, 10, 1), (x, -6))
         for dx, dy in ((-4, 0), (4, 0), (-1.5, 3), (3, 3)):
             paints.near(leaf, lambda u, v: ellipse(u, v, 4.6, 1.9), (x + 4 + dx, 12 + dy))
@@ -230,8 +178,8 @@ def _city(paints: Painter) -> None:
         window = rgb(255, 232, 150) if lit else rgb(206, 226, 240)
         light = (1.0, 1.0, 1.0) if lit else paints.light.land
         for level in range(5, tall - 2, 6):
-            distance = box(np.abs(paints.view.far_x - x) - 2.6, paints.view.far_y - level, 1.1, 1.5)
-            paint(paints.canvas, tint(window, light), 0.85 * coverage(distance * paints.view.far_zoom))
+            distance = box(np.abs(paints.far_x - x) - 2.6, paints.far_y - level, 1.1, 1.5)
+            paint(paints.canvas, tint(window, light), 0.85 * coverage(distance * paints.far_zoom))
     _ground(paints, rgb(120, 122, 134), rgb(150, 150, 158))
     paints.near(rgb(196, 192, 184), lambda x, y: np.abs(y + 5.5 + 0 * x) - 2.0)
     paints.near(rgb(240, 232, 200), lambda x, y: box(np.mod(x, 16) - 8, y + 20.5, 4, 0.7))
@@ -242,7 +190,7 @@ def _snow(paints: Painter) -> None:
         paints.far(rgb(132, 150, 186), lambda u, v, h=tall, w=wide: wedge(u, v, w, h), (x, 0))
         paints.far(rgb(246, 250, 255), lambda u, v, h=tall, w=wide: wedge(u, v, w * 0.36, h * 0.36), (x, tall * 0.64))
     _ground(paints, rgb(250, 252, 255), rgb(214, 228, 244))
-    for x, size in ((-42, 1.0), (41, 0.85), (4, 0.6)):
+    for x, size in ((-20, 1.0), (18, 0.85)):
         for level in (0, 5):
             pine = lambda u, v, s=size: wedge(u, v, 5.6 * s, 9 * s)  # noqa: E731
             paints.near(rgb(58, 120, 104), pine, (x, -4 + level * size))
@@ -313,17 +261,19 @@ LANDMARKS = {
 
 def _flag(paints: Painter, colour: Colour, at: tuple[float, float], toward: float) -> None:
     light = paints.light.things
-    paints.near(rgb(232, 226, 214), lambda u, v: box(u, v - 8, 0.8, 9), at, light)
-    paints.near(colour, lambda u, v: box(u - toward * 5.5, v - 13, 5.2, 3.6, 0.8), at, light)
+    paints.near(rgb(232, 226, 214), lambda u, v: box(u, v - 9, 0.9, 11), at, light)
+    paints.near(colour, lambda u, v: box(u - toward * 6, v - 15, 6.2, 4.8, 0.8), at, light)
 
 
-def paint_place(canvas: Array, look: View, place: str, time: str, scenery: Scenery | None) -> None:
-    """Everything of a shot but its characters. Without scenery the landmark and flag are left out."""
-    paint_sky(canvas, look, place, time)
-    paints = Painter(canvas, look, LIGHTS[time])
+@lru_cache(maxsize=1024)
+def draw_place(place: str, time: str, framing: str, scenery: Scenery | None) -> Array:
+    """A place without characters, [3, H, W] in 0..1, not to be written to; without scenery: no landmark and no flag."""
+    paints = Painter(framing, LIGHTS[time])
+    _sky(paints, place, time)
     LAND[place](paints)
-    if scenery is None:
-        return
-    sign = -1.0 if scenery.side == "left" else 1.0
-    LANDMARKS[place][1](paints, PROP_RGB[scenery.landmark], (sign * LANDMARK_AT, -7))
-    _flag(paints, PROP_RGB[scenery.flag], (-sign * FLAG_AT, -8), sign)
+    if scenery is not None:
+        sign = -1.0 if scenery.side == "left" else 1.0
+        LANDMARKS[place][1](paints, PROP_RGB[scenery.landmark], (sign * LANDMARK_AT, -9))
+        _flag(paints, PROP_RGB[scenery.flag], (-sign * FLAG_AT, -9), sign)
+    paints.canvas.flags.writeable = False
+    return paints.canvas[:, 0]

@@ -1,6 +1,6 @@
 """Attributes from pixels: the renderer is fitted to a frame, and its inputs are what the frame shows.
 
-First the place (place, time, framing, camera), then its landmark and flag, then every character: body colour, shape
+First the place (place, time, framing), then its landmark and flag, then every character: body colour, shape
 and pose, hat, eyes. A value is given only if, where the best drawing and its best rival differ, the best explains the
 frame clearly better; otherwise it is "unknown".
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -29,26 +30,24 @@ from toyworld.attributes import (
 )
 from toyworld.draw import Array
 from toyworld.fit_character import Fit, Mask, Placement, Scene, covered, fit_characters
-from toyworld.motion import PAN, half_width
-from toyworld.places import paint_place, view
+from toyworld.places import draw_place
 
 NEAR = (0.04, 0.07)  # how near, in 0..1, a pixel of the place must be to be explained, in clean and grainy frames
 SURE = 0.75  # a colour is read if its rival explains at most this share of the pixels it explains
 ENOUGH = 10  # pixels that must look like a landmark or flag of the colour read
 CLOSE = 0.11  # the same for landmark and flag
-ROLLED = 0.6  # radians from upright
-LIFTED = 3.0  # world units; walking lifts by 1.4
+LIFTED = 3.5  # pixels; walking lifts by 1.2
+WALKED = 5.0  # pixels; a walk is of 11 or 16
 CLIP = 0.1  # larger errors are characters in front
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backdrop:
-    """A place as drawn without people: what was fitted, and the image [3, H, W]."""
+    """A place as drawn without characters, landmark and flag: what was fitted, and the image [3, H, W]."""
 
     place: str
     time: str
     framing: str
-    camera: float
     image: Array
 
 
@@ -57,26 +56,11 @@ def planar(frame: npt.NDArray[np.uint8]) -> Array:
     return frame.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
 
 
-@lru_cache(maxsize=4096)
-def _empty(place: str, time: str, framing: str, camera: float, scenery: Scenery | None = None) -> Array:
-    canvas = np.empty((3, 1, HEIGHT, WIDTH), dtype=np.float32)
-    paint_place(canvas, view(framing, np.array([camera], dtype=np.float32)), place, time, scenery)
-    return canvas[:, 0]
-
-
 @lru_cache(maxsize=1)
-def _gallery() -> tuple[list[tuple[str, str, str, float]], Array]:
-    """Every place, time, framing and a few camera positions, and their small images [N, 3, H/4, W/4]."""
-    cameras = np.linspace(-PAN, PAN, 5, dtype=np.float32)
-    keys, small = [], []
-    for place in PLACES:
-        for time in TIMES:
-            for framing in FRAMINGS:
-                canvas = np.empty((3, len(cameras), HEIGHT, WIDTH), dtype=np.float32)
-                paint_place(canvas, view(framing, cameras), place, time, None)
-                keys += [(place, time, framing, float(camera)) for camera in cameras]
-                small.append(_small(canvas).transpose(1, 0, 2, 3))
-    return keys, np.concatenate(small)
+def _gallery() -> tuple[list[tuple[str, str, str]], Array]:
+    """Every place, time and framing, and their small images [N, 3, H/4, W/4]."""
+    keys = list(product(PLACES, TIMES, FRAMINGS))
+    return keys, np.stack([_small(draw_place(*key, None)) for key in keys])
 
 
 def _small(images: Array) -> Array:
@@ -103,32 +87,22 @@ def fit_backdrop(observed: Array) -> tuple[Backdrop, dict[str, str]]:
     keys, gallery = _gallery()
     errors = np.minimum(np.abs(gallery - _small(observed)), CLIP).mean(axis=(1, 2, 3))
     order = np.argsort(errors)
-    finalists = [keys[i] for i in order[:4]]
-    place, time, framing, _ = min(finalists, key=lambda key: _error(observed, _empty(*key)))
-    rows = [key[3] for key in keys if key[:3] == (place, time, framing)]
-    camera = min(rows, key=lambda c: _error(observed, _empty(place, time, framing, c)))
-    camera = _fit_camera(observed, place, time, framing, camera)
-    best = _empty(place, time, framing, camera)
-    found = {"place": place, "time": time, "framing": framing}
-    for name, position in (("place", 0), ("time", 1), ("framing", 2)):
-        rival = next(keys[i] for i in order if keys[i][position] != found[name])
-        if not clearly(observed, best, _empty(*rival)):
+    best = min((keys[i] for i in order[:4]), key=lambda key: _error(observed, draw_place(*key, None)))
+    image = draw_place(*best, None)
+    found = dict(zip(("place", "time", "framing"), best, strict=True))
+    backdrop = Backdrop(**found, image=image)
+    for position, name in enumerate(found):
+        rival = next(keys[i] for i in order if keys[i][position] != best[position])
+        if not clearly(observed, image, draw_place(*rival, None)):
             found[name] = UNKNOWN
-    return Backdrop(place=place, time=time, framing=framing, camera=camera, image=best), found
-
-
-def _fit_camera(observed: Array, place: str, time: str, framing: str, camera: float) -> float:
-    for step in (1.0, 0.5):
-        tries = [camera + k * step for k in (-1, 0, 1) if abs(camera + k * step) <= PAN]
-        camera = min(tries, key=lambda c: _error(observed, _empty(place, time, framing, c)))
-    return camera
+    return backdrop, found
 
 
 def fit_scenery(observed: Array, backdrop: Backdrop, free: Mask) -> tuple[Scenery, dict[str, str]]:
     """Landmark, side and flag: by how many free pixels look like each colour where it would show."""
 
     def draw(scenery: Scenery) -> Array:
-        return _empty(backdrop.place, backdrop.time, backdrop.framing, backdrop.camera, scenery)
+        return draw_place(backdrop.place, backdrop.time, backdrop.framing, scenery)
 
     counts: dict[tuple[str, str], list[int]] = {}
     beyond = np.abs(observed - backdrop.image).max(axis=0)
@@ -172,14 +146,13 @@ def read_frame(frame: npt.NDArray[np.uint8]) -> tuple[Seen, list[Fit]]:
     scenery, things = fit_scenery(observed, backdrop, np.ones((HEIGHT, WIDTH), dtype=bool))
     place = backdrop.image
     if things["side"] != UNKNOWN:
-        place = _empty(backdrop.place, backdrop.time, backdrop.framing, backdrop.camera, scenery)
+        place = draw_place(backdrop.place, backdrop.time, backdrop.framing, scenery)
     scene = Scene(
         observed=observed,
         place=place,
         empty=backdrop.image,
         framing=backdrop.framing,
         time=backdrop.time,
-        camera=backdrop.camera,
     )
     fits = fit_characters(scene)
     # A hat in front of the flag must not be mistaken for it: read again beside the characters.
@@ -205,8 +178,7 @@ def read_shot(frames: npt.NDArray[np.uint8], every: int = 2) -> ShotSeen:
     names = ("place", "time", "framing", "landmark", "side", "flag")
     voted = Seen(**{name: vote(getattr(s, name) for s in seen) for name in names}, looks=looks)
     paths = [[fit.at for fit in fits] for _, fits in read if len(fits) == crowd]
-    framing = voted.framing if voted.framing != UNKNOWN else FRAMINGS[1]
-    action = UNKNOWN if crowd not in (1, 2) or len(paths) < 3 else read_action(paths, framing)
+    action = UNKNOWN if crowd not in (1, 2) or len(paths) < 3 else read_action(paths)
     return ShotSeen(seen=voted, action=action)
 
 
@@ -216,22 +188,17 @@ def vote(values: Iterable[str]) -> str:
     return max(sorted(set(known)), key=known.count) if known else UNKNOWN
 
 
-def read_action(path: Sequence[Sequence[Placement]], framing: str) -> str:
+def read_action(path: Sequence[Sequence[Placement]]) -> str:
     """The action behind the poses of one or two characters over the frames in which all were found."""
     lift = max(at.lift for poses in path for at in poses)
     if len(path[0]) == 2:
         gaps = [right.x - left.x for left, right in path]
-        if gaps[0] - gaps[-1] > 6:
+        if gaps[0] - gaps[-1] > 2 * WALKED:
             return "meets"
         return "jumps" if lift > LIFTED else "waits"
     (first, *_), (last, *_) = path[0], path[-1]
-    away = last.x - first.x
-    if abs(away) > 0.35 * half_width(framing):
-        return "walks right" if away > 0 else "walks left"
-    if sum(np.cos(poses[0].roll) < np.cos(ROLLED) for poses in path) >= 2:
-        return "spins"
-    if first.size < 0.8 and last.size - first.size > 0.15:
-        return "grows"
+    if abs(last.x - first.x) > WALKED:
+        return "walks right" if last.x > first.x else "walks left"
     if lift > LIFTED:
         return "jumps"
     return "turns" if first.facing * last.facing < 0 else "waits"

@@ -24,7 +24,7 @@ EACH = 10
 
 
 def benchmark() -> dict[str, ToyStory]:
-    """File name -> story: the first held-out stories in which everybody comes back after a cut.
+    """File name -> story: the first held-out stories in which every character returns after a cut.
 
     The stories know what is true of their shots: `ToyStory.seed`, `ToyShot.seen`, `ToyShot.frames`.
     """

@@ -16,7 +16,6 @@ from toyworld.attributes import (
     EYES,
     FRAMINGS,
     HATS,
-    PANS,
     PLACES,
     PROP_COLOURS,
     SHAPES,
@@ -27,7 +26,7 @@ from toyworld.text import embed
 from toyworld.world import HELD_OUT, ToyShot, story
 
 _LOOK = {"shape": SHAPES, "colour": BODY_COLOURS, "hat": HATS, "eyes": EYES}
-_PLAIN = {"place": PLACES, "time": TIMES, "framing": FRAMINGS, "action": ACTIONS, "pan": PANS}
+_PLAIN = {"place": PLACES, "time": TIMES, "framing": FRAMINGS, "action": ACTIONS}
 _THINGS = {"landmark": PROP_COLOURS, "side": SIDES, "flag": PROP_COLOURS}
 QUESTIONS: dict[str, tuple[str, ...]] = (
     _PLAIN | _THINGS | {f"{who} {part}": words for who in ("first", "second") for part, words in _LOOK.items()}

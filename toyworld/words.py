@@ -28,7 +28,6 @@ TIME_WORDS = {
 }
 
 FRAMING_WORDS = {
-    "wide": ("Wide shot", "Long shot"),
     "medium": ("Medium shot", "Half-close shot"),
     "close": ("Close-up", "Close shot"),
 }
@@ -37,8 +36,6 @@ ACTION_WORDS = {
     "walks left": ("walks to the left", "walks left"),
     "walks right": ("walks to the right", "walks right"),
     "jumps": ("jumps", "jumps up and down"),
-    "spins": ("spins", "spins around"),
-    "grows": ("grows", "grows bigger"),
     "waits": ("waits", "stands still"),
     "turns": ("turns", "turns to look the other way"),
 }
@@ -47,12 +44,6 @@ TOGETHER_WORDS = {
     "meets": ("{a} meets {b}", "{a} and {b} meet"),
     "waits": ("{a} and {b} wait", "{a} and {b} stand still"),
     "jumps": ("{a} and {b} jump", "{a} and {b} jump up and down"),
-}
-
-PAN_WORDS = {
-    "still": ("",),
-    "left": (" The camera pans left.", " The view glides to the left."),
-    "right": (" The camera pans right.", " The view glides to the right."),
 }
 
 TEMPLATES = (
@@ -85,7 +76,6 @@ def sentence(
     time: str,
     framing: str,
     action: str,
-    pan: str,
     cast: Sequence[Character],
     scenery: Scenery,
     looks: bool = False,
@@ -105,7 +95,7 @@ def sentence(
         time=rng.choice(TIME_WORDS[time]),
         framing=rng.choice(FRAMING_WORDS[framing]),
     )
-    text = text[0].upper() + text[1:] + str(rng.choice(PAN_WORDS[pan]))
+    text = text[0].upper() + text[1:]
     return f"{text} {_looks(place, cast, scenery)}" if looks else text
 
 

@@ -50,7 +50,7 @@ scenes:
   - shots:
       - {{prompt: "Ada waits in the desert at noon. Medium shot."}}
       - {{prompt: "Close-up. Ada turns in the desert at noon."}}
-      - {{prompt: "Ada grows in the forest at dusk. Medium shot.", cut: false}}
+      - {{prompt: "Ada turns in the forest at dusk. Medium shot.", cut: false}}
 """
 SMALL = ("model.video.height=32", "model.video.width=48", "model.video.frames=9", "sampler.steps=2")
 TOY = SMALL  # cached memory, hidden from one pass, and an adapter

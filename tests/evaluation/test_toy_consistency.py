@@ -93,14 +93,14 @@ def test_things_are_those_of_the_world() -> None:
 
 
 def test_one_wrong_hat_costs_one_of_all_attributes() -> None:
-    # Story 1: Lou in all 8 shots, the beach in 6, the moon in 2.
+    # Story 1: Cleo in all 8 shots, the beach in 6, the moon in 2.
     found = scores(1, lambda index, shot: with_look(shot, 0, hat=UNKNOWN + "?") if index == 3 else shot)
     characters, places = 7 * 4, 5 * 3 + 1 * 3
     assert found.columns["character_consistency"] == pytest.approx(1 - 1 / characters)
     assert found.columns["attribute_consistency"] == pytest.approx(1 - 1 / (characters + places))
     assert found.columns["place_consistency"] == 1
     assert found.shots["attribute_consistency"][:4] == (None, 1.0, 1.0, pytest.approx(1 - 1 / 7))
-    assert found.details["kept"] == {"Lou": pytest.approx(1 - 1 / characters), "beach": 1.0, "moon": 1.0}
+    assert found.details["kept"] == {"Cleo": pytest.approx(1 - 1 / characters), "beach": 1.0, "moon": 1.0}
     low = {(i, j) for i, j, value in found.pairs["attribute_consistency"] if value < 1}
     assert low == {(0, 3), (1, 3), (2, 3), (3, 4), (3, 5), (3, 6), (3, 7)}
 
@@ -176,7 +176,7 @@ def test_a_missing_shot_is_no_value_and_has_a_reason() -> None:
     reason = "missing: shot 8 (scene 2, shot 2)"
     assert {name for name, value in found.columns.items() if value is not None} == {"attribute_chance"}
     assert found.reasons["attribute_consistency"] == reason
-    assert found.details["kept"] == {"Lou": None, "beach": 1.0, "moon": None}
+    assert found.details["kept"] == {"Cleo": None, "beach": 1.0, "moon": None}
     assert found.shots["prompt_attributes"][7] is None
     assert set(found.undefined) == {"characters_apart"}
 
@@ -224,30 +224,30 @@ def test_stories_and_films_of_another_world_are_refused(tmp_path: Path) -> None:
 
 
 TWO_SHOTS = """\
-title: Lou
-overview: Lou on the beach.
-characters: [{name: Lou}]
+title: Cleo
+overview: Cleo on the beach.
+characters: [{name: Cleo}]
 scenes:
   - shots:
-      - {prompt: "Lou stands still on the beach in bright daylight. Long shot.", characters: [Lou]}
+      - {prompt: "Cleo jumps on the beach in bright daylight. Close-up.", characters: [Cleo]}
   - shots:
-      - {prompt: "Lou jumps on the beach at dusk. Half-close shot. The camera pans right.", characters: [Lou]}
+      - {prompt: "Cleo jumps on the beach at dusk. Close-up.", characters: [Cleo]}
 """
 
 
 def test_films_are_told_apart_by_the_whole_command(tmp_path: Path) -> None:
     """A film that keeps its character and one that does not, as ordinary files, next to the other toy metrics."""
     (tmp_path / "stories").mkdir()
-    (tmp_path / "stories" / "lou.yaml").write_text(TWO_SHOTS)
+    (tmp_path / "stories" / "cleo.yaml").write_text(TWO_SHOTS)
     shots = stories()[0][1].shots
     first, second = shots[0], replace(shots[6], place="beach", time="dusk", scenery=shots[0].scenery)
-    other = Look(shape="round", colour="green", hat="crown", eyes="dots")
+    other = Look(shape="round", colour="green", hat="crown", eyes="one eye")
     assert not set(vars(other).values()) & set(vars(first.cast[0].look).values())
-    films = {"kept": second, "changed": replace(second, cast=(Character(name="Lou", look=other),))}
+    films = {"kept": second, "changed": replace(second, cast=(Character(name="Cleo", look=other),))}
     for name, shot in films.items():
-        (tmp_path / name / "lou").mkdir(parents=True)
-        write_video(tmp_path / name / "lou" / "01_01.mp4", first.frames, 8)
-        write_video(tmp_path / name / "lou" / "02_01.mp4", shot.frames, 8)
+        (tmp_path / name / "cleo").mkdir(parents=True)
+        write_video(tmp_path / name / "cleo" / "01_01.mp4", first.frames, 8)
+        write_video(tmp_path / name / "cleo" / "02_01.mp4", shot.frames, 8)
     folders = ",".join(f"{name}:{tmp_path / name}" for name in films)
     overrides = [f"films={{{folders}}}", f"stbench.stories={tmp_path}/stories", f"output={tmp_path}/out"]
     results = evaluate({"label": None, **composed("metrics=[toy]", *overrides, name="eval_stbench")})
