@@ -32,7 +32,8 @@ from toyworld.draw import Array
 from toyworld.fit_character import Fit, Mask, Placement, Scene, covered, fit_characters
 from toyworld.places import draw_place
 
-NEAR = (0.04, 0.07)  # how near, in 0..1, a pixel of the place must be to be explained, in clean and grainy frames
+DIFFERENT = 0.08  # backdrops are compared where they differ by this
+CLEAR = 0.85  # the better one has at most this share of the error of the other
 SURE = 0.75  # a colour is read if its rival explains at most this share of the pixels it explains
 ENOUGH = 10  # pixels that must look like a landmark or flag of the colour read
 CLOSE = 0.11  # the same for landmark and flag
@@ -69,13 +70,10 @@ def _small(images: Array) -> Array:
 
 
 def clearly(observed: Array, best: Array, rival: Array) -> bool:
-    """Whether, where the two images differ, `best` explains a fair part of the frame and far more than `rival`."""
-    gap = np.abs(observed - best).max(axis=0)
-    near = float(np.clip(1.5 * np.median(gap), *NEAR))
-    where = np.abs(best - rival).max(axis=0) > 2 * near
-    ours = (gap < near)[where].sum()
-    theirs = (np.abs(observed - rival).max(axis=0) < near)[where].sum()
-    return bool(ours > 0.25 * where.sum() and ours > 2 * theirs)
+    """Whether, where the two images differ, `best` explains the frame much better than `rival`."""
+    where = np.abs(best - rival).max(axis=0) > DIFFERENT
+    ours, theirs = (np.minimum(np.abs(observed - image), CLIP).mean(axis=0)[where].mean() for image in (best, rival))
+    return bool(ours < CLEAR * theirs)
 
 
 def _error(observed: Array, image: Array) -> float:
