@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from PIL import Image
 
 from storymem.scorers.clip import VOCABULARY_FILE, ClipTokenizer
@@ -82,10 +83,10 @@ def test_vocabularies_cut_sentences_of_the_world_as_clip_does_and_read_others(na
 
 def test_what_is_measured_is_what_the_embedded_model_does() -> None:
     config = composed("story=story.yaml")
-    sampler, recall = config["sampler"], config["memory"]["recall"]
+    sampler, recall = config["sampler"], instantiate(config["memory"]["recall"])
     assert (sampler["guidance"], sampler["negative_sees_memory"]) == (GUIDANCE, NEGATIVE_SEES_MEMORY)
     assert (sampler["steps"], config["scorer"]["quality"]["threshold"]) == (STEPS, FILTER)
-    assert (recall["capacity"], recall["sink"]) == (MEMORY, SINK)
+    assert (recall.capacity, recall.sink) == (MEMORY, SINK)
 
 
 def test_a_drawn_memory_is_of_shots_before() -> None:
