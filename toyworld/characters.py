@@ -26,6 +26,8 @@ BODY_RGB = {
 }
 
 TOP = {"round": 0.93, "square": 0.72, "tall": 1.16, "pointed": 0.86}  # where a hat sits
+# Of the names' three groups, so that a name tells which of the characters in memory is meant; None: dark.
+SHOES: tuple[Colour | None, ...] = (None, rgb(250, 250, 246), rgb(30, 214, 214))
 EYES_AT = {"round": 0.2, "square": 0.1, "tall": 0.5, "pointed": -0.22}
 NARROW = {"round": 1.0, "square": 1.1, "tall": 0.72, "pointed": 0.78}  # how wide the face is
 
@@ -118,7 +120,16 @@ def paint_shadow(canvas: Array, framing: str, pose: Pose) -> None:
     paint(canvas[:, :, rows, columns], (0.06, 0.05, 0.12), 0.35 * coverage(ellipse(x, y, wide, 0.22 * wide), 3.0))
 
 
-def paint_character(canvas: Array, framing: str, time: str, look: Look, pose: Pose, crop: Window = WHOLE) -> None:
+def paint_character(
+    canvas: Array,
+    framing: str,
+    time: str,
+    look: Look,
+    pose: Pose,
+    *,
+    shoes: Colour | None = None,
+    crop: Window = WHOLE,
+) -> None:
     """One character over the canvas [3, F, h, w], in place; the canvas is the part `crop` of the image."""
     rows, columns = _window(framing, pose)
     rows = slice(max(rows.start, crop[0].start), min(rows.stop, crop[0].stop))
@@ -134,10 +145,13 @@ def paint_character(canvas: Array, framing: str, time: str, look: Look, pose: Po
 
     colour = BODY_RGB[look.colour]
     dark = mix(colour, (0.08, 0.04, 0.12), 0.55)
-    feet = [ellipse(u - side * (0.42 + 0.16 * step), v + 0.96, 0.32, 0.17) for side in (-1, 1)]
+    feet = np.minimum(*(ellipse(u - side * (0.46 + 0.16 * step), v + 0.86, 0.44, 0.26) for side in (-1, 1)))
     body = body_distance(look.shape, u, v)
-    paint(patch, tint(dark, light), coverage(np.minimum(np.minimum(*feet), body - 0.08) * unit))
+    paint(patch, tint(dark, light), coverage(np.minimum(feet, body - 0.08) * unit))
     paint(patch, _shaded(tint(colour, light), v), coverage((body + 0.05) * unit))
+    paint(patch, tint(dark, light), coverage(feet * unit))
+    if shoes is not None:
+        paint(patch, tint(shoes, light), coverage((feet + 0.06) * unit))
     for part, distance in _eyes(look.shape, look.eyes, u, v, facing) + _hat(look.shape, look.hat, u, v):
         paint(patch, tint(part, light), coverage(distance * unit))
 

@@ -145,7 +145,7 @@ def draw(scene: Scene, look: Look, places: list[Placement], where: Window = WHOL
     canvas = np.repeat(scene.place[:, None, where[0], where[1]], len(places), axis=1)
     columns = {name: np.array([getattr(p, name) for p in places], dtype=np.float32) for name in vars(places[0])}
     pose = Pose(stride=np.zeros(len(places), dtype=np.float32), **columns)
-    paint_character(canvas, scene.framing, scene.time, look, pose, where)
+    paint_character(canvas, scene.framing, scene.time, look, pose, crop=where)
     return canvas
 
 

@@ -27,7 +27,7 @@ from toyworld.attributes import (
     Scenery,
     Seen,
 )
-from toyworld.characters import Pose, paint_character, paint_shadow
+from toyworld.characters import SHOES, Pose, paint_character, paint_shadow
 from toyworld.draw import to_frames
 from toyworld.motion import act, end_state, possible_actions, starting_state
 from toyworld.places import draw_place
@@ -102,7 +102,8 @@ def render_layers(shot: ToyShot, frames: slice) -> tuple[npt.NDArray[np.uint8], 
     for pose in poses:
         paint_shadow(canvas, shot.framing, pose)
     for character, pose in zip(shot.cast, poses, strict=True):
-        paint_character(canvas, shot.framing, shot.time, character.look, pose)
+        shoes = SHOES[introduced(character.name)]
+        paint_character(canvas, shot.framing, shot.time, character.look, pose, shoes=shoes)
     return to_frames(canvas), np.repeat(to_frames(place), canvas.shape[1], axis=0)
 
 
@@ -115,7 +116,7 @@ def story(seed: int, *, shots: int = 8, looks: bool = False, where: tuple[str, s
     """A story of `shots` shots in two or three scenes with one to three characters.
 
     The first shots introduce the characters one at a time, in the order of the three groups that names come in
-    (`introduced`): so names and the order of memory frames together identify everyone.
+    (`introduced`). Each group wears shoes of its own: so a name says which of the characters in memory is meant.
 
     looks: let every prompt also describe characters and things (for measuring text following).
     where: place and time of all scenes, instead of those drawn.
