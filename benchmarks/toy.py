@@ -43,9 +43,7 @@ TARGETS = (
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--count", type=int, default=200, help="held-out stories; joints, memory and filter take a quarter"
-    )
+    parser.add_argument("--count", type=int, default=200, help="held-out stories; joints and filter take a quarter")
     parser.add_argument("--parts", nargs="*", default=[], choices=PARTS)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--adapter", type=Path, help="instead of the one beside the weights")

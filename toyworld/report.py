@@ -77,7 +77,7 @@ class Report:
     Args:
         weights: the folder.
         adapter: of the memory, for joints, memory and filter; None: that in the folder.
-        count: held-out stories; joints, memory and filter take a quarter.
+        count: held-out stories; joints and filter take a quarter.
         steps: of the sampler.
         guidance: of shots made from text and memory.
 
@@ -184,14 +184,14 @@ class Report:
         """How much of a character's look, which is not in the prompt, a shot takes from drawn earlier frames.
 
         The last cut of stories with one character: with memory, with guidance as published (both passes see the memory)
-        and without memory, from the same noise; the same of stories with two or three, where names and the order of
-        memory identify each; beside them the chance that two looks drawn at random agree.
+        and without memory, from the same noise; the same of stories with two or three, where the shoes that go with a
+        name identify each; beside them the chance that two looks drawn at random agree.
         """
-        figures: dict[str, Any] = {"stories": self.few, "chance": chance_of_look()}
+        figures: dict[str, Any] = {"stories": self.count, "chance": chance_of_look()}
         groups = {"with_memory": (1,), "published_guidance": (1,), "without": (1,), "several_characters": (2, 3)}
         for name, casts in groups.items():
             source = (s for s in map(story, itertools.count(HELD_OUT)) if len(s.cast) in casts)
-            answers = [self._recall(one, seed, name) for seed, one in enumerate(itertools.islice(source, self.few))]
+            answers = [self._recall(one, seed, name) for seed, one in enumerate(itertools.islice(source, self.count))]
             flat = [answer for each in answers for answer in each]
             figures[name] = mean_of(flat, LOOK_PARTS)
             figures[f"{name}_interval"] = interval([float(np.mean([right for _, right in each])) for each in answers])
