@@ -23,7 +23,8 @@ from toyworld.text import TextEmbedder
 BOUNDARY = 0.9
 MEMORY, SINK = 6, 3  # memory frames of a sample: one a shot, the first three shots and the latest
 PEOPLE = 4.0  # how often the loss counts where characters are
-NO_MEMORY, NO_TEXT, ONE_FRAME = 0.35, 0.1, 0.4  # shares of batches, of texts, of batches of single frames
+NO_MEMORY, NO_TEXT, ONE_FRAME = 0.2, 0.1, 0.5  # shares of batches, of texts, of batches of single frames
+SEVERAL = 0.8  # share of samples with memory from stories of several characters, who are told apart last
 # How many shots before may give memory: few numbers, for every shape is compiled once.
 SHOT_BEFORE, FRAME_BEFORE = (1, 2, 4, 7), (4, 7)
 SIZES = {False: 24, True: 48}  # samples of a batch of shots, and of single frames
@@ -82,10 +83,20 @@ def recalled(before: int) -> list[int]:
     return list(range(before)) if before <= MEMORY else [*range(SINK), *range(before - MEMORY + SINK, before)]
 
 
+def _draw_rows(data: LatentStories, rng: torch.Generator, kind: Kind, size: int) -> Tensor:
+    """Shots for a batch: any, or with memory those after so many others."""
+    if not kind.before:
+        return torch.randint(len(data.number), (size,), generator=rng)
+    fits, several = data.number == kind.before, data.characters > 1
+    weights = torch.zeros(len(fits))
+    for share, group in ((SEVERAL, fits & several), (1 - SEVERAL, fits & ~several)):
+        weights[group] = share / max(1, int(group.sum()))
+    return torch.multinomial(weights, size, replacement=True, generator=rng)
+
+
 def draw_batch(data: LatentStories, embed: TextEmbedder, rng: torch.Generator, kind: Kind, size: int) -> Batch:
     """Samples of a kind: shots (or frames of them) with their memory, condition, text and noise."""
-    rows = torch.nonzero(data.number == kind.before)[:, 0] if kind.before else torch.arange(len(data.number))
-    rows = rows[torch.randint(len(rows), (size,), generator=rng)]
+    rows = _draw_rows(data, rng, kind, size)
     chance = torch.rand(2, size, generator=rng)
     if kind.is_frame:
         which = torch.randint(KEYFRAMES, (size,), generator=rng)

@@ -35,6 +35,7 @@ class LatentStories:
         first_of: [N], the row of `firsts`, or -1.
         blank: condition without a given frame, [16, 5, 8, 12].
         number: [N], of the shot in its story, from 0.
+        characters: [N], how many the story has.
         prompts: as films have them.
         described: the same with looks.
     """
@@ -47,6 +48,7 @@ class LatentStories:
     first_of: Tensor
     blank: Tensor
     number: Tensor
+    characters: Tensor
     prompts: list[str]
     described: list[str]
 
@@ -74,7 +76,8 @@ def channel_statistics(vae: AutoencoderKLWan, seeds: range) -> dict[str, list[fl
 def encode_stories(vae: AutoencoderKLWan, seeds: range) -> LatentStories:
     """Draw and encode all shots of some stories."""
     rng = np.random.default_rng([17, seeds.start])
-    shots = [shot for seed in seeds for shot in story(seed).shots]
+    stories = [story(seed) for seed in seeds]
+    shots = [shot for one in stories for shot in one.shots]
     described = [shot.prompt for seed in seeds for shot in story(seed, looks=True).shots]
     drawn = [render_layers(shot, slice(None)) for shot in shots]
     masks = [torch.from_numpy(people_mask(*layers)) for layers in drawn]
@@ -100,6 +103,7 @@ def encode_stories(vae: AutoencoderKLWan, seeds: range) -> LatentStories:
         first_of=torch.where(joined, joined.cumsum(0) - 1, -1),
         blank=encode(vae, blank_padded(None, FRAMES, HEIGHT, WIDTH))[0],
         number=torch.arange(len(shots)) % (len(shots) // len(seeds)),
+        characters=torch.tensor([len(one.cast) for one in stories for _ in one.shots]),
         prompts=[shot.prompt for shot in shots],
         described=described,
     )
@@ -129,7 +133,7 @@ def load_cache(folder: Path) -> LatentStories:
     offsets = np.cumsum([0, *(len(part.firsts) for part in parts)])
     joined = {
         name: torch.cat([getattr(part, name) for part in parts])
-        for name in ("shots", "people", "keyframes", "key_people", "firsts", "number")
+        for name in ("shots", "people", "keyframes", "key_people", "firsts", "number", "characters")
     }
     rows = [
         torch.where(part.first_of >= 0, part.first_of + int(k), -1) for part, k in zip(parts, offsets, strict=False)
