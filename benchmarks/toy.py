@@ -31,7 +31,6 @@ TARGETS = (
     ("scorers", "quality_auroc", "quality head, AUROC clean against damaged", "0.95"),
     ("joints", "joint_over_inside_median", "step across a joint over steps inside a shot", "at most 1.5"),
     ("memory", "with_memory", "looks as in memory, one character", "0.90"),
-    ("memory", "published_guidance", "the same with guidance as published", ""),
     ("memory", "without", "the same without memory", "chance"),
     ("memory", "several_characters", "looks as in memory, two or three characters", ""),
     ("memory", "chance", "chance", ""),

@@ -115,7 +115,6 @@ class Report:
         *,
         first: npt.NDArray[np.uint8] | None = None,
         memory: Sequence[Image.Image] | None = None,
-        negative_sees_memory: bool = NEGATIVE_SEES_MEMORY,
     ) -> npt.NDArray[np.uint8]:
         """A shot, uint8 [17, 64, 96, 3], from text and perhaps a first frame and memory."""
         result = self.pipe(
@@ -130,7 +129,7 @@ class Report:
             max_sequence_length=TEXT_TOKENS,
             first_frame=None if first is None else Image.fromarray(first),
             memory=memory,
-            negative_sees_memory=negative_sees_memory or not memory,
+            negative_sees_memory=NEGATIVE_SEES_MEMORY or not memory,
         )
         assert isinstance(result, WanPipelineOutput)
         return (result.frames[0] * 255).round().astype(np.uint8)
@@ -183,12 +182,12 @@ class Report:
     def memory(self) -> dict[str, Any]:
         """How much of a character's look, which is not in the prompt, a shot takes from drawn earlier frames.
 
-        The last cut of stories with one character: with memory, with guidance as published (both passes see the memory)
-        and without memory, from the same noise; the same of stories with two or three, where the shoes that go with a
-        name identify each; beside them the chance that two looks drawn at random agree.
+        The last cut of stories with one character: with memory and without, from the same noise; the same of stories
+        with two or three, where the shoes that go with a name identify each; beside them the chance that two looks drawn
+        at random agree.
         """
         figures: dict[str, Any] = {"stories": self.count, "chance": chance_of_look()}
-        groups = {"with_memory": (1,), "published_guidance": (1,), "without": (1,), "several_characters": (2, 3)}
+        groups = {"with_memory": (1,), "without": (1,), "several_characters": (2, 3)}
         for name, casts in groups.items():
             source = (s for s in map(story, itertools.count(HELD_OUT)) if len(s.cast) in casts)
             answers = [self._recall(one, seed, name) for seed, one in enumerate(itertools.islice(source, self.count))]
@@ -201,7 +200,7 @@ class Report:
     def _recall(self, source: ToyStory, seed: int, how: str) -> Answers:
         index = max(i for i, shot in enumerate(source.shots) if shot.cut)
         shot, memory = source.shots[index], None if how == "without" else memory_of(source, index)
-        made = self.generate(shot.prompt, seed, memory=memory, negative_sees_memory=how == "published_guidance")
+        made = self.generate(shot.prompt, seed, memory=memory)
         return [a for a in agreement(shot.seen(FRAMES // 2), read_shot(made).seen) if a[0] in LOOK_PARTS]
 
     def scorers(self) -> dict[str, Any]:

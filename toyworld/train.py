@@ -252,6 +252,10 @@ def save(recipe: Recipe) -> None:
     )
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(recipe.weights)
+    for path in recipe.weights.glob("*/config.json"):  # without the folder that training started from
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_known_words(recipe.weights / "tokenizer")
     for name in ("clip", "viclip"):
         if recipe.began(name):
