@@ -3,8 +3,8 @@
     python -m benchmarks.with_and_without [STORY ...] [key=value ...]
 
 Generates both films of each story of st_bench/toy on the embedded model (or on what the overrides name) from the same
-seeds and noise, and writes docs/with_and_without.png: the middle frame of every shot. The memory begins with one true
-frame, as a reference image of the story's first character.
+seeds and noise, and writes docs/with_and_without.png: the middle frame of every shot. The memory begins with two true
+frames, one of each framing, as reference images of the story's first character.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ def main() -> None:
     rows = []
     for story in stories:
         (seed,) = re.findall(r"toyworld\.world\.story\((\d+)\)", Path(story).read_text(encoding="utf-8"))
-        drawn = [shot.frames[len(shot.frames) // 2] for shot in true_story(int(seed)).shots]
+        shots = true_story(int(seed)).shots
+        drawn = [shot.frames[len(shot.frames) // 2] for shot in shots]
         rows.append(strip("true drawing", drawn))
-        source = with_reference(Path(story), drawn[0])
+        other = next(i for i, shot in enumerate(shots) if shot.framing != shots[0].framing)
+        source = with_references(Path(story), [drawn[0], drawn[other]])
         rows.append(strip("with memory", middles(made(source, "toy", overrides))))
         rows.append(strip("without memory", middles(made(source, "none", overrides))))
         rows.append(np.full_like(rows[-1][: 2 * GAP], 255))
@@ -50,13 +52,15 @@ def main() -> None:
     print(SHEET)
 
 
-def with_reference(story: Path, frame: Frame) -> Path:
-    """A copy of a story whose first character has a frame as its reference image."""
+def with_references(story: Path, frames: list[Frame]) -> Path:
+    """A copy of a story whose first character has frames as its reference images."""
     copy = FILMS / story.name
     copy.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(frame).save(copy.with_suffix(".png"))
+    names = [f"{copy.stem}_{number}.png" for number in range(1, len(frames) + 1)]
+    for name, frame in zip(names, frames, strict=True):
+        Image.fromarray(frame).save(copy.with_name(name))
     content = yaml.safe_load(story.read_text(encoding="utf-8"))
-    content["characters"][0]["references"] = [copy.with_suffix(".png").name]
+    content["characters"][0]["references"] = names
     copy.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return copy
 
