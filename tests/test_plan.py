@@ -237,4 +237,4 @@ def test_an_unfinished_film_is_mentioned(tmp_path: Path, five: Story) -> None:
     assert "finished" not in planned(five)
     (tmp_path / "film").mkdir()
     Film(tmp_path / "film", story=five.to_dict(), config={}).save()
-    assert "film     holds 0 takes; to make: shot 1, 2, 3, 4, 5\n" in planned(five)
+    assert "film     holds 0 takes; to make: shots 1, 2, 3, 4, 5\n" in planned(five)

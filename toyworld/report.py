@@ -183,8 +183,8 @@ class Report:
         """How much of a character's look, which is not in the prompt, a shot takes from drawn earlier frames.
 
         The last cut of stories with one character: with memory and without, from the same noise; the same of stories
-        with two or three, where the shoes that go with a name identify each; beside them the chance that two looks drawn
-        at random agree.
+        with two or three, where the shoes that go with a name identify each; beside them the chance that two looks
+        drawn at random agree.
         """
         figures: dict[str, Any] = {"stories": self.count, "chance": chance_of_look()}
         groups = {"with_memory": (1,), "without": (1,), "several_characters": (2, 3)}

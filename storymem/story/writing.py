@@ -61,8 +61,8 @@ _FEW_WORDS = """\
 - This model is a small drawn world. Prompts use only the words in the list below; names, places and actions are among
   them. Two examples: "Ada waits in the desert at noon. Medium shot." "Ada and Hana meet in the city at night. Medium
   shot." The idea may have to become a simpler one. The words: {words}
-- At most one character of each of these three groups, who first appear alone and in this order: Ada, Bo, Cleo, Dax; Eli,
-  Fay, Gus, Hana; Ivo, Juno, Kit, Lou."""
+- At most one character of each of these three groups, who first appear alone and in this order: Ada, Bo, Cleo, Dax;
+  Eli, Fay, Gus, Hana; Ivo, Juno, Kit, Lou."""
 _AGAIN = "This is not a story yet:\n{problems}\nAnswer with the whole corrected JSON object and with nothing else."
 
 
