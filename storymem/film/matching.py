@@ -185,7 +185,7 @@ def stale(film: Film, entries: Sequence[Entry]) -> dict[int, str]:
             found[take.shot] = "continues another take"
         elif gone:
             found[take.shot] = f"recalled {', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}, now gone"
-        elif take.mode == "t2v" and not any(entry.source for entry in seen):
+        elif take.shot == 1 and take.mode == "t2v" and not any(entry.source for entry in seen):
             continue  # it sees no memory, now as then
         elif take.bank is not None and take.bank != bank_digest(seen):
             found[take.shot] = "the memory before it has changed"
