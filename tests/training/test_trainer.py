@@ -278,7 +278,7 @@ def test_the_run_folder_holds_everything(tmp_path: Path) -> None:
     from storymem.media.images import read_image
 
     assert read_image(folder / "samples" / "step_00000002.png").shape == (4 * 32, 3 * 48, 3)
-    assert len(list((folder / "samples" / "step_00000002" / "shots").glob("*.mp4"))) == 4
+    assert len(list((folder / "samples" / "step_00000002" / "shots").glob("*/take_001.mp4"))) == 4
 
 
 def test_validation_is_the_same_each_time_and_moves_with_the_adapter(tmp_path: Path) -> None:
