@@ -24,7 +24,9 @@ BOUNDARY = 0.9
 MEMORY, SINK = 6, 3  # memory frames of a sample: one a shot, the first three shots and the latest
 PEOPLE = 4.0  # how often the loss counts where characters are
 NO_MEMORY, NO_TEXT, ONE_FRAME = 0.2, 0.1, 0.5  # shares of batches, of texts, of batches of single frames
-SEVERAL = 0.8  # share of samples with memory from stories of several characters, who are told apart last
+# Share of samples with memory from stories of several characters, who are told apart last. Memory of fewer shots than
+# ALL_SHOWN is of stories of one: in the others it may show somebody else.
+SEVERAL, ALL_SHOWN = 0.8, 4
 # How many shots before may give memory: few numbers, for every shape is compiled once.
 SHOT_BEFORE, FRAME_BEFORE = (1, 2, 4, 7), (4, 7)
 SIZES = {False: 24, True: 48}  # samples of a batch of shots, and of single frames
@@ -88,9 +90,10 @@ def _draw_rows(data: LatentStories, rng: torch.Generator, kind: Kind, size: int)
     if not kind.before:
         return torch.randint(len(data.number), (size,), generator=rng)
     fits, several = data.number == kind.before, data.characters > 1
-    weights = torch.zeros(len(fits))
-    for share, group in ((SEVERAL, fits & several), (1 - SEVERAL, fits & ~several)):
-        weights[group] = share / max(1, int(group.sum()))
+    weights = 1e-9 * fits  # of a few stories none may be of one character
+    share_of_several = SEVERAL if kind.before >= ALL_SHOWN else 0.0
+    for share, group in ((share_of_several, fits & several), (1 - share_of_several, fits & ~several)):
+        weights[group] += share / max(1, int(group.sum()))
     return torch.multinomial(weights, size, replacement=True, generator=rng)
 
 
