@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -18,10 +19,13 @@ from PIL import Image
 from storymem.commands.cli import main
 from storymem.film.folder import Film
 from storymem.film.generate import generate
+from storymem.media.images import ImageError
+from storymem.memory.bank import read_entries
 from storymem.story import StoryError, load_story
 from storymem.studio.actions import Studio
-from storymem.studio.board import board_html, memory_html, pair_html, status_html
+from storymem.studio.board import board_html, fates_html, memory_html, pair_html, status_html
 from storymem.studio.serve import Guard
+from tests.stories import plain_image
 
 STORY = """\
 title: Walk
@@ -80,6 +84,62 @@ def test_takes_are_made_compared_and_chosen(studio: Studio) -> None:
     assert studio.choose(1, 1).endswith("shot=1 take=1")
     assert "Not what would be made now" not in board_html(studio, 2)
     assert "recalled for shots 2, 3" in memory_html(studio)
+
+
+def test_the_memory_is_edited(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="no memory yet"):
+        studio.drop("shot_01_frame_1")
+    assert "has no take yet" in fates_html(studio, 1)
+    studio.make()
+    with pytest.raises(ValueError, match="edit the memory when they are done"):
+        studio.drop("shot_01_frame_1")
+    assert wait(studio) == "done"
+    first, second = (entry.id for entry in read_entries(studio.folder)[:2])
+    plain_image(Path("a hat.png"), (200, 30, 30), (300, 100))
+
+    done = [studio.add_picture("a hat.png", "Ada"), studio.pin(second), studio.replace(first, "a hat.png")]
+    assert [one.split("\n# ")[0] for one in done] == [
+        "storymem memory films/walk add films/walk/keyframes/ref_ada_1.png for=Ada",
+        f"storymem memory films/walk pin {second}",
+        f"storymem memory films/walk replace {first} films/walk/keyframes/{first}_2.png",
+    ]
+    assert "Shot 2 is not what would be made now" in done[0]
+    page = memory_html(studio)
+    assert page.count("pinned") == 1
+    assert f"{len(read_entries(studio.folder))}: ref_ada_1" in page
+    studio.pin(second, pinned=False)
+    studio.drop("ref_ada_1")
+    assert [entry.id for entry in read_entries(studio.folder)][:2] == [f"{first}_2", second]
+    assert "pinned" not in memory_html(studio)
+
+    before = read_entries(studio.folder)
+    Path("no.png").write_text("no image")
+    for edit, error, message in (
+        (lambda: studio.add_picture("no.png"), ImageError, "cannot be read as an image"),
+        (lambda: studio.add_picture("a hat.png", "Bo"), ValueError, "its characters are Ada"),
+        (lambda: studio.drop(None), ValueError, "choose a keyframe"),
+        (lambda: studio.drop("ref_ada_1"), ValueError, "no keyframe ref_ada_1"),
+    ):
+        with pytest.raises(error, match=message):
+            edit()
+    assert read_entries(studio.folder) == before
+
+    shutil.copytree("films/walk", "copy")
+    words = shlex.split(done[0].split("\n# ")[0])
+    monkeypatch.setattr(sys, "argv", ["storymem", "memory", "copy", *words[3:]])
+    main()
+    assert read_entries(Path("copy"))[-1].character == "Ada"
+
+
+def test_why_frames_were_kept_is_shown(studio: Studio) -> None:
+    studio.make()
+    assert wait(studio) == "done"
+    take = Film.open("films/walk").shots[0]
+    page = fates_html(studio, 1)
+    assert page.count("<tr") == len(take.candidates) + 1
+    assert page.count('class="kept"') == len(take.keyframes) > 0
+    assert "kept: the memory was empty" in page
+    assert "storymem memory films/walk shot=1" in page
 
 
 def test_a_folder_is_opened_with_its_story_and_settings(studio: Studio) -> None:
@@ -180,14 +240,41 @@ def test_stories_are_written_imported_and_queued(studio: Studio) -> None:
         ({"host": "127.0.0.1:7860", "origin": "http://evil.example"}, 403),
         ({"host": "127.0.0.1:7860", "origin": "null"}, 403),
         ({}, 403),
-        ({"host": "127.0.0.1:7860", "path": "/gradio_api/upload"}, 403),
+        ({"host": "127.0.0.1:7860", "path": "/gradio_api/upload", "content-length": "1000"}, 200),
+        ({"host": "evil.example", "path": "/gradio_api/upload", "content-length": "1000"}, 403),
+        ({"host": "127.0.0.1:7860", "path": "/gradio_api/upload", "content-length": "34000000"}, 413),
+        ({"host": "127.0.0.1:7860", "path": "/gradio_api/upload"}, 413),
+        ({"host": "127.0.0.1:7860", "content-length": "34000000"}, 413),
+        ({"host": "127.0.0.1:7860", "transfer-encoding": "chunked"}, 413),
     ],
 )
 def test_only_the_page_itself_is_answered(headers: dict[str, str], status: int) -> None:
-    sent: list[Any] = []
-
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    answer = asyncio.run(answered(Guard(app), headers))
+    assert answer["status"] == status
+    assert status != 200 or b"default-src 'self'" in dict(answer["headers"])[b"content-security-policy"]
+
+
+def test_one_picture_is_uploaded_at_a_time() -> None:
+    upload = {"host": "127.0.0.1:7860", "path": "/gradio_api/upload", "content-length": "1000"}
+    during = []
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        if not during:
+            during.append(await answered(guard, upload))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    guard = Guard(app)
+    assert asyncio.run(answered(guard, upload))["status"] == 200
+    assert during[0]["status"] == 429
+    assert asyncio.run(answered(guard, upload))["status"] == 200
+
+
+async def answered(guard: Guard, headers: dict[str, str]) -> Any:
+    """The start of the answer to a request."""
+    sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
@@ -197,9 +284,8 @@ def test_only_the_page_itself_is_answered(headers: dict[str, str], status: int) 
         "path": headers.get("path", "/"),
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }
-    asyncio.run(Guard(app)(scope, None, send))
-    assert sent[0]["status"] == status
-    assert status == 403 or b"default-src 'self'" in dict(sent[0]["headers"])[b"content-security-policy"]
+    await guard(scope, None, send)
+    return sent[0]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from storymem.film.folder import Film
 
@@ -68,11 +70,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     folder = tmp_path_factory.mktemp("studio")
     (folder / "lou.yaml").write_text(STORY)
     (folder / "secret.txt").write_text("secret")
+    (folder / "tmp").mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "storymem", "studio", "lou.yaml", "sampler.steps=5", f"port={port}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
+    environment["TMPDIR"] = str(folder / "tmp")
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}/"
@@ -152,6 +156,30 @@ def test_a_film_is_made_changed_and_watched(served: tuple[Path, str], browser: A
     film = Film.open(folder / "films" / "lou_on_the_beach")
     assert (film.slots[1].take, len(film.takes)) == (1, 3)
 
+    page.get_by_role("tab", name="Memory").click()
+    Image.new("RGB", (300, 100), "red").save(folder / "a hat.png")
+    page.get_by_label("Who a new picture shows").click()
+    page.get_by_role("option", name="Lou", exact=True).click()
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Add a picture").click()
+    chooser.value.set_files(folder / "a hat.png")
+    command_shown(page, "keyframes/ref_lou_1.png for=Lou")
+    page.wait_for_selector(".keyframe img[src*='ref_lou_1.png']")
+    page.get_by_label("Keyframe", exact=True).click()
+    page.get_by_role("option", name="ref_lou_1").click()
+    page.get_by_role("button", name="Pin", exact=True).click()
+    page.wait_for_selector(".keyframe:has-text('ref_lou_1'):has-text('pinned')")
+    page.screenshot(path=folder / "memory.png", full_page=True)
+    page.get_by_role("button", name="Drop").click()
+    command_shown(page, "drop ref_lou_1")
+    page.wait_for_selector(".memory .kept")
+    assert list((folder / "tmp").rglob("a hat.png")) == []  # only the film has it
+    (folder / "no.png").write_text("no image")
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Add a picture").click()
+    chooser.value.set_files(folder / "no.png")
+    page.wait_for_selector("#notice:has-text('cannot be read as an image')")
+
     page.get_by_role("tab", name="Edit").click()
     page.get_by_label("Prompt", exact=True).fill("Lou jumps on the moon at night. Wide shot.")
     page.get_by_role("button", name="Save the shot").click()
@@ -198,3 +226,17 @@ def test_files_outside_the_film_are_not_served(served: tuple[Path, str]) -> None
             urllib.request.urlopen(f"{url}gradio_api/file={path}")
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(urllib.request.Request(url, headers={"Origin": "http://evil.example"}))
+
+
+def test_a_file_that_was_not_uploaded_is_no_picture(served: tuple[Path, str]) -> None:
+    folder, url = served
+    config = json.load(urllib.request.urlopen(f"{url}config"))
+    button = next(one["id"] for one in config["components"] if one["type"] == "uploadbutton")
+    event = next(one for one in config["dependencies"] if button in one["inputs"])
+    file = {"path": str(folder / "secret.txt"), "meta": {"_type": "gradio.FileData"}}
+    data = [file if id == button else None for id in event["inputs"]]
+    body = json.dumps({"data": data, "fn_index": event["id"], "session_hash": "test"}).encode()
+    join = urllib.request.Request(f"{url}gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    urllib.request.urlopen(join)
+    answer = urllib.request.urlopen(f"{url}gradio_api/queue/data?session_hash=test", timeout=60).read().decode()
+    assert "was not uploaded" in answer

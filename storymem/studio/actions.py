@@ -12,10 +12,13 @@ from typing import Any
 import yaml
 
 from storymem.config import build_settings
+from storymem.film import memory_edits
 from storymem.film.folder import Film
 from storymem.film.generate import generate, recorded_config
+from storymem.film.manifest import film_folder
 from storymem.film.resume import arguments_between, story_record
 from storymem.film.settings import GenerateSettings
+from storymem.film.storyboard import storyboard
 from storymem.io import write_text
 from storymem.story import Story, StoryError, load_story
 from storymem.story.writing import EndpointSettings, ask, prompt_for, read_answer, story_yaml, unused_path
@@ -101,6 +104,44 @@ class Studio:
         model, overrides = _model_and_rest([*self.arguments, *words])
         generate(self.story_file, output=self.folder, model=model, overrides=overrides)
         return self.command(*words)
+
+    # The memory; a keyframe is named by its id
+
+    def drop(self, keyframe: str | None) -> str:
+        """Remove a keyframe from the memory. The command."""
+        return self._edit_memory(lambda film: memory_edits.drop(film, _named(keyframe)))
+
+    def pin(self, keyframe: str | None, *, pinned: bool = True) -> str:
+        """Have later shots always recall a keyframe, or end that. The command."""
+        return self._edit_memory(lambda film: memory_edits.pin(film, _named(keyframe), pinned=pinned))
+
+    def replace(self, keyframe: str | None, picture: str | Path) -> str:
+        """Put an image in the place of a keyframe. The command."""
+        return self._edit_memory(lambda film: memory_edits.replace(film, _named(keyframe), picture))
+
+    def add_picture(self, picture: str | Path, character: str | None = None) -> str:
+        """Add an image, of a character if one is named, as the newest keyframe. The command."""
+        return self._edit_memory(lambda film: memory_edits.add(film, picture, character=character or None))
+
+    def _edit_memory(self, edit: Callable[[Film], memory_edits.Edit]) -> str:
+        if self.worker.busy:
+            raise ValueError("takes are being made: edit the memory when they are done, or stop them")
+        if not Film.exists(self.folder):
+            raise ValueError("the film has no memory yet: make its first take")
+        with film_folder(self.folder):
+            film = Film.open(self.folder)
+            film.remove_unfinished()
+            done = edit(film)
+            film.refresh(storyboard(film))
+        in_folder = [
+            str(self.folder / word) if word.startswith("keyframes/") else word for word in shlex.split(done.arguments)
+        ]
+        notes = [f"Shot {shot} is not what would be made now: {reason}." for shot, reason in done.stale.items()]
+        return "\n# ".join([self.memory_command(*in_folder), *notes])
+
+    def memory_command(self, *words: str) -> str:
+        """``storymem memory`` for this film, with more words."""
+        return shlex.join(["storymem", "memory", str(self.folder), *words])
 
     # The story
 
@@ -190,6 +231,12 @@ class Studio:
             if path != self.story_file:
                 found.append(path)
         return found
+
+
+def _named(keyframe: str | None) -> str:
+    if keyframe is None:
+        raise ValueError("choose a keyframe first")
+    return keyframe
 
 
 def _place(content: dict[str, Any], shot: int) -> tuple[int, int]:

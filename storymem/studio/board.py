@@ -16,6 +16,7 @@ from markupsafe import Markup
 from storymem.film.folder import Film
 from storymem.film.manifest import KeyframeRecord, Take, scripts
 from storymem.film.matching import stale
+from storymem.film.reasons import reason, summary
 from storymem.film.resume import story_record
 from storymem.memory.bank import Entry, keyframe_files, read_entries
 from storymem.studio.actions import Studio
@@ -24,12 +25,13 @@ from storymem.studio.work import Job
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A keyframe: its id and image, what is seen, and why it is in the memory."""
+    """A keyframe: its id and image, what is seen, why it is in the memory, and its number there, from 1."""
 
     id: str
     image: str
     alt: str
     notes: tuple[str, ...] = ()
+    number: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ def memory(studio: Studio) -> list[Picture]:
     prompts = dict(enumerate((script.content["prompt"] for script in scripts(film.story)), start=1))
     users = {id: [str(take.shot) for take in film.shots if id in take.memory] for id in _ids(film)}
     found = []
-    for entry in read_entries(film.folder):
+    for number, entry in enumerate(read_entries(film.folder), start=1):
         shots = users.get(entry.id, [])
         notes = [f"recalled for shot{'s' * (len(shots) > 1)} {', '.join(shots)}" if shots else "not recalled yet"]
         picture = _recalled(entry.id, entry, prompts)
@@ -107,7 +109,8 @@ def memory(studio: Studio) -> list[Picture]:
                 id=entry.id,
                 image=entry.image,
                 alt=picture.alt,
-                notes=(*_scores(entry.quality, entry.similarity), *notes),
+                notes=(*_scores(entry.quality, entry.similarity), *notes, *(["pinned"] * entry.pinned)),
+                number=number,
             )
         )
     return found
@@ -177,6 +180,15 @@ def pair_html(studio: Studio, shot: int, numbers: Sequence[int]) -> str:
 def memory_html(studio: Studio) -> str:
     """The memory."""
     return _html("memory", studio, memory(studio))
+
+
+def fates_html(studio: Studio, shot: int) -> str:
+    """Why frames of a shot (from 1) became keyframes or not."""
+    film = film_now(studio)
+    take = None if film is None else film.take_of(shot - 1)
+    rows = [] if take is None else [(one, reason(one)) for one in take.candidates or ()]
+    line = None if take is None else summary(take)
+    return _html("fates", studio, shot, take, line, rows, studio.memory_command(f"shot={shot}"))
 
 
 def status_html(job: Job | None, waiting: int) -> str:

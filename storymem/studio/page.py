@@ -11,7 +11,7 @@ import gradio as gr
 
 from storymem.film.manifest import MANIFEST
 from storymem.studio.actions import Studio
-from storymem.studio.board import board_html, film_now, memory_html, pair_html, status_html
+from storymem.studio.board import board_html, fates_html, film_now, memory, memory_html, pair_html, status_html
 from storymem.studio.work import outcome
 
 _PICK = """element.addEventListener('click', event => {
@@ -86,7 +86,7 @@ class Page:
                 with gr.Tab("Edit"):
                     self._edit_tab()
                 with gr.Tab("Memory"):
-                    self.memory = gr.HTML(elem_classes="memory")
+                    self._memory_tab()
                 with gr.Tab("Stories"):
                     self._stories_tab()
         self.timer = gr.Timer(1)
@@ -118,6 +118,18 @@ class Page:
         self.new = gr.Textbox(label="Prompt of a new shot after this one", lines=2)
         self.add = gr.Button("Add the shot")
 
+    def _memory_tab(self) -> None:
+        self.memory = gr.HTML(elem_classes="memory")
+        self.keyframe = gr.Dropdown(label="Keyframe", interactive=True)
+        with gr.Row():
+            self.pin = gr.Button("Pin", min_width=80)
+            self.unpin = gr.Button("Unpin", min_width=80)
+            self.drop = gr.Button("Drop", min_width=80)
+            self.replace = gr.UploadButton("Replace", file_types=["image"], min_width=80)
+        self.who = gr.Dropdown(label="Who a new picture shows", interactive=True)
+        self.picture = gr.UploadButton("Add a picture", file_types=["image"])
+        self.fates = gr.HTML(elem_classes="memory")
+
     def _stories_tab(self) -> None:
         self.queue = gr.CheckboxGroup(label="Stories beside this one")
         self.enqueue = gr.Button("Make their films, one after the other")
@@ -142,43 +154,62 @@ class Page:
         self._on(self.remove, lambda n, over: do.remove_shot(n, overwrite=over), over)
         self._on(self.earlier, lambda n, over: do.move_shot(n, -1, overwrite=over), over, by=-1)
         self._on(self.later, lambda n, over: do.move_shot(n, 1, overwrite=over), over, by=1)
+        self._on(self.pin, lambda _, id: do.pin(id), self.keyframe)
+        self._on(self.unpin, lambda _, id: do.pin(id, pinned=False), self.keyframe)
+        self._on(self.drop, lambda _, id: do.drop(id), self.keyframe)
+        self._on(self.replace, self._with_upload(do.replace), self.keyframe, self.replace)
+        self._on(self.picture, self._with_upload(lambda who, file: do.add_picture(file, who)), self.who, self.picture)
         self._on(self.enqueue, lambda _, paths: "\n".join(do.make(story=Path(path)) for path in paths), self.queue)
         self._on(self.bring, lambda _, text: do.import_story(text), self.answer)
         asked = [self.idea, self.length, self.url, self.name]
         self.write.click(self._write, asked, [self.command, self.notice, self.answer])
         self.stop.click(do.worker.stop)
-        self.board.click(self._pick, None, self._outputs)
-        self.shot.input(self._refreshed, self.shot, self._outputs)
+        chosen = [self.shot, self.keyframe]
+        self.board.click(self._pick, self.keyframe, self._outputs)
+        self.shot.input(self._refreshed, chosen, self._outputs)
         for one in (self.take, self.other):
             one.input(self._pair, [self.shot, self.take, self.other], self.pair)
         self.timer.tick(
-            self._tick, [self.seen, self.shot], [self.seen, self.status, *self._of_film], show_progress="hidden"
+            self._tick, [self.seen, *chosen], [self.seen, self.status, *self._of_film], show_progress="hidden"
         )
-        self.blocks.load(self._refreshed, self.shot, self._outputs)
+        self.blocks.load(self._refreshed, chosen, self._outputs)
 
     @property
     def _of_film(self) -> list[Any]:
-        return [self.board, self.take, self.other, self.pair, self.memory]
+        return [self.board, self.take, self.other, self.pair, self.memory, self.keyframe, self.fates]
 
     @property
     def _outputs(self) -> list[Any]:
         edited = [self.prompt, self.characters, self.seed, self.frames, self.cut]
-        return [self.shot, *edited, self.queue, *self._of_film]
+        return [self.shot, *edited, self.who, self.queue, *self._of_film]
 
-    def _on(self, button: gr.Button, action: Callable[..., str], *inputs: Any, by: int = 0) -> None:
-        """On a click, run ``action`` with the shot and ``inputs``; show its command, or its error.
+    def _on(self, button: Any, action: Callable[..., str], *inputs: Any, by: int = 0) -> None:
+        """On a click or an upload, run ``action`` with the shot and ``inputs``; show its command, or its error.
 
         ``by``: how far the shot that is chosen then is from it.
         """
 
-        def run(shot: int, *values: Any) -> list[Any]:
+        def run(shot: int, keyframe: str | None, *values: Any) -> list[Any]:
             done: list[str] = []
             result = outcome(lambda: done.append(action(shot, *values)))
             command, *notes = done[0].split("\n# ") if done else ("", result)
-            notice = "" if result == "done" and not notes else "\n".join(notes)
-            return [command if done else gr.skip(), notice, *self._refreshed(shot + by if done else shot)]
+            notice = "" if result == "done" and not notes else "\n\n".join(notes)
+            return [command if done else gr.skip(), notice, *self._refreshed(shot + by if done else shot, keyframe)]
 
-        button.click(run, [self.shot, *inputs], [self.command, self.notice, *self._outputs])
+        event = button.upload if isinstance(button, gr.UploadButton) else button.click
+        event(run, [self.shot, self.keyframe, *inputs], [self.command, self.notice, *self._outputs])
+
+    @staticmethod
+    def _with_upload(action: Callable[[Any, Path], str]) -> Callable[..., str]:
+        """``action`` of a value and an uploaded file, of which only what ``action`` writes stays."""
+
+        def run(_shot: int, value: Any, file: str) -> str:
+            try:
+                return action(value, Path(file))
+            finally:
+                Path(file).unlink(missing_ok=True)
+
+        return run
 
     def _make_again(self, shot: int, takes: int, following: bool) -> str:
         more = [*(["following=true"] if following else []), *([f"takes={takes}"] if takes > 1 else [])]
@@ -202,11 +233,11 @@ class Page:
 
     # What it shows
 
-    def _pick(self, event: gr.EventData) -> list[Any]:
-        return self._refreshed(event.shot)
+    def _pick(self, keyframe: str | None, event: gr.EventData) -> list[Any]:
+        return self._refreshed(event.shot, keyframe)
 
-    def _refreshed(self, shot: int | None) -> list[Any]:
-        """Values of ``_outputs``, with ``shot`` (from 1) chosen."""
+    def _refreshed(self, shot: int | None, keyframe: str | None) -> list[Any]:
+        """Values of ``_outputs``, with ``shot`` (from 1) and ``keyframe`` (an id) chosen."""
         story = self.studio.story
         self.blocks.allowed_paths = [str(self.studio.folder.resolve())]  # of the film that is open, and no other files
         shot = min(max(shot or 1, 1), len(story.shots))
@@ -221,17 +252,19 @@ class Page:
             now.seed,
             now.frames,
             gr.update(value=now.cut, interactive=shot > 1),
+            gr.update(choices=[("no character", ""), *((one.name, one.name) for one in story.characters)], value=""),
             gr.update(choices=[(path.name, str(path)) for path in self.studio.other_stories], value=[]),
-            *self._film(shot),
+            *self._film(shot, keyframe),
         ]
 
-    def _film(self, shot: int) -> list[Any]:
+    def _film(self, shot: int, keyframe: str | None) -> list[Any]:
         """Values of ``_of_film``."""
         film = film_now(self.studio)
         takes = [] if film is None else [take.take for take in film.takes_of(shot - 1)]
         chosen = None if film is None else film.slots[shot - 1].take
         shown = chosen or (takes[-1] if takes else None)
         other = next((take for take in reversed(takes) if take != shown), None)
+        ids = [(f"{one.number}: {one.id}", one.id) for one in memory(self.studio)]
         named = [(f"take {take}{' (shown)' if take == chosen else ''}", take) for take in takes]
         return [
             board_html(self.studio, shot),
@@ -239,17 +272,20 @@ class Page:
             gr.update(choices=named, value=other),
             self._pair(shot, shown, other),
             memory_html(self.studio),
+            gr.update(choices=ids, value=keyframe if keyframe in dict(ids).values() else None),
+            fates_html(self.studio, shot),
         ]
 
     def _pair(self, shot: int, take: int | None, other: int | None) -> str:
         return pair_html(self.studio, shot, [one for one in (take, other) if one is not None])
 
-    def _tick(self, seen: str, shot: int | None) -> list[Any]:
+    def _tick(self, seen: str, shot: int | None, keyframe: str | None) -> list[Any]:
         """The progress, and the film when it has changed."""
         manifest = self.studio.folder / MANIFEST
         now = f"{manifest} {manifest.stat().st_mtime_ns if manifest.is_file() else 0}"
         changed = now != seen and shot is not None
-        return [now, self._status(), *(self._film(shot or 1) if changed else [gr.skip()] * len(self._of_film))]
+        film = self._film(shot or 1, keyframe) if changed else [gr.skip()] * len(self._of_film)
+        return [now, self._status(), *film]
 
     def _status(self) -> str:
         jobs = self.studio.worker.jobs

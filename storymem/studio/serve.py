@@ -20,6 +20,8 @@ usage: storymem studio FOLDER|story.yaml [port=7860] [key=value ...]
 Opens a film's folder, or a story and its film, as a page in the browser. Other keys are those of storymem generate."""
 _HOST = "127.0.0.1"
 _HOSTS = (_HOST, "localhost")
+_MAX_PICTURE = 32 << 20  # bytes of an uploaded file
+_MAX_BODY = _MAX_PICTURE + (1 << 16)  # of any request
 # Nothing is loaded from elsewhere, and nothing is sent there.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
 
@@ -104,25 +106,31 @@ def application(studio: Any) -> Any:
         footer_links=[],
         ssr_mode=False,
         show_error=True,
+        max_file_size=_MAX_PICTURE,
     )
+    page.blocks.has_launched = True  # else Gradio takes any file of the disk for an upload
     return Guard(app)
 
 
 class Guard:
-    """Answers requests that name this computer and come from its own page, so that no other site acts on films."""
+    """Answers requests that name this computer and come from its own page, so that no other site acts on films.
+
+    Requests are limited in size, and one file is uploaded at a time.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
+        self._uploading = False
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        host, origin = headers.get("host", ""), headers.get("origin")
-        foreign = host.rpartition(":")[0] not in _HOSTS or (origin is not None and urlsplit(origin).netloc != host)
-        if foreign or "/upload" in scope["path"]:  # the page has nothing to upload
-            await send({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b"only for pages of this computer's own studio"})
+        uploads = scope["path"].rstrip("/").endswith("/upload")
+        if (refusal := self._refusal(headers, uploads)) is not None:
+            status, reason = refusal
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": reason.encode()})
             return None
 
         async def with_policy(message: dict[str, Any]) -> None:
@@ -130,4 +138,20 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
             await send(message)
 
-        await self.app(scope, receive, with_policy)
+        self._uploading |= uploads
+        try:
+            await self.app(scope, receive, with_policy)
+        finally:
+            self._uploading &= not uploads
+
+    def _refusal(self, headers: dict[str, str], uploads: bool) -> tuple[int, str] | None:
+        """The status and reason of an answer to a request that is refused."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if host.rpartition(":")[0] not in _HOSTS or (origin is not None and urlsplit(origin).netloc != host):
+            return 403, "only for pages of this computer's own studio"
+        length = headers.get("content-length", "" if uploads else "0")
+        if not length.isdecimal() or int(length) > _MAX_BODY or "transfer-encoding" in headers:
+            return 413, f"a picture has at most {_MAX_PICTURE >> 20} MB"
+        if uploads and self._uploading:
+            return 429, "another picture is being uploaded"
+        return None
