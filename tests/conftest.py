@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -46,3 +48,9 @@ def pipe(tiny_model: ModelSettings) -> WanMemoryToVideoPipeline:
     from tests.wan import tiny
 
     return load_pipeline(tiny_model, runtime=tiny.CPU)
+
+
+@pytest.fixture
+def film(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the film in the folder ``finished``, a fixture of the test's file."""
+    return shutil.copytree(finished, tmp_path / "film")

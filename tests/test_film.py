@@ -1,14 +1,9 @@
-"""A film's folder: what may be one, what ``film.json`` may hold, edited and damaged files, full disks, signals."""
+"""A film's folder: what may be one, what ``film.json`` may hold, edited and damaged files, room on the disk."""
 
 from __future__ import annotations
 
 import json
-import os
-import resource
 import shutil
-import signal
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,31 +13,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from storymem.commands.cli import main
-from storymem.film.folder import Film, library_versions
+from storymem.film.folder import Film
 from storymem.film.generate import generate_films
-from storymem.film.manifest import FilmError, film_folder
+from storymem.film.manifest import FilmError, film_folder, library_versions
 from storymem.film.settings import estimated_bytes
 from storymem.film.storyboard import storyboard
 from storymem.io import FileError
 from storymem.media.video import probe, read_video, write_video
 from tests.composing import SMALL, composed
-from tests.stories import TWO_SHOTS, content, files, single_thread, story, storyteller
+from tests.stories import TWO_SHOTS, content, files, story, storyteller
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a story and its film."""
+    """A film of two shots."""
     folder = tmp_path_factory.mktemp("finished")
-    storyteller().tell(story(folder, TWO_SHOTS), folder / "film")
-    return folder
-
-
-@pytest.fixture
-def film(finished: Path, tmp_path: Path) -> Path:
-    """A copy of that film."""
-    shutil.copytree(finished / "film", tmp_path / "film")
-    return tmp_path / "film"
+    return storyteller().tell(story(folder, TWO_SHOTS), folder / "film").folder
 
 
 def resume(folder: Path, from_shot: int | None = None, *, seed: int = 0) -> Film:
@@ -432,54 +418,6 @@ def test_the_page_shows_text_as_text(film: Path) -> None:
     assert page.count("&lt;script&gt;") == 4
 
 
-# Disks and signals
-
-
-def in_a_child(work: Callable[[], Any]) -> int:
-    """A forked child's exit status, as a shell sees it."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def script(*arguments: str) -> None:
-    """``storymem generate`` with these arguments."""
-    sys.argv = ["generate.py", *arguments]
-    main("generate")
-
-
-@pytest.mark.parametrize("limit", [1500, 4000])
-def test_a_full_disk_is_reported_and_the_same_command_resumes(
-    tmp_path: Path, limit: int, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A limit of the size of files stands for a full disk: both are errors of the system's write."""
-    single_thread()
-    story(tmp_path, TWO_SHOTS)
-    arguments = [str(tmp_path / "story.yaml"), f"output={tmp_path / 'film'}", *SMALL]
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        script(*arguments)
-
-    assert in_a_child(limited) == 2
-    message = capfd.readouterr().err
-    assert "could not be written: the file is larger than this process may write; make room and run" in message
-    assert "Traceback" not in message
-    assert {path.name for path in (tmp_path / "film").rglob("*.*")} <= {".lock", "film.json"}, "nothing takes up room"
-    if Film.exists(tmp_path / "film"):
-        Film.open(tmp_path / "film").check()
-    assert in_a_child(lambda: script(*arguments)) == 0
-
-
 def test_a_disk_without_room_is_reported_before_anything_is_made(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = sum((film / "shots" / name).stat().st_size for name in ("01_01/take_001.mp4", "01_01/take_001_end/1.png"))
     assert taken < estimated_bytes(9, 32, 48)
@@ -490,30 +428,3 @@ def test_a_disk_without_room_is_reported_before_anything_is_made(film: Path, mon
         resume(film, 2)
     assert files(film) == before
     resume(film)  # needs no room
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_stops_within_seconds_and_the_command_that_resumes_is_named(
-    tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
-) -> None:
-    single_thread()
-    story(tmp_path, TWO_SHOTS)
-    arguments = [str(tmp_path / "story.yaml"), f"output={tmp_path / 'film'}", *SMALL, "sampler.steps=1000"]
-    child = os.fork()
-    if child == 0:
-        try:
-            script(*arguments)
-        except SystemExit as end:
-            sys.stderr.flush()
-            os._exit(int(end.code or 0))
-    while not (tmp_path / "film" / ".lock").exists():
-        time.sleep(0.01)
-    time.sleep(0.3)
-    os.kill(child, number)
-    started = time.monotonic()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
-    assert time.monotonic() - started < 5
-    message = capfd.readouterr().err
-    assert f"stopped by {number.name}; the same command resumes" in message
-    assert "Traceback" not in message
-    command(tmp_path, f"output={tmp_path / 'film'}")

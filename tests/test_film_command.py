@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,13 +26,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     storyteller().tell(loaded, folder / "film")
     storyteller().tell(loaded, folder / "film", shot="2", takes=2)
     return folder / "film"
-
-
-@pytest.fixture
-def film(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    shutil.copytree(finished, tmp_path / "film")
-    return tmp_path / "film"
 
 
 @pytest.fixture

@@ -26,14 +26,7 @@ WITH_ADA = FOUR_SHOTS + "characters: [{name: Ada}]\n"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    storyteller().tell(story(folder, WITH_ADA), folder / "film")
-    return folder / "film"
-
-
-@pytest.fixture
-def film(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path / "film")
-    return tmp_path / "film"
+    return storyteller().tell(story(folder, WITH_ADA), folder / "film").folder
 
 
 @pytest.fixture
@@ -130,10 +123,10 @@ def test_a_replaced_keyframe_has_an_id_of_its_own_and_its_place(film: Path, memo
 def test_edits_are_recorded_as_commands_that_repeat_them(
     film: Path, finished: Path, memory: Command, tmp_path: Path
 ) -> None:
-    memory(film, "add", image(tmp_path / "x.png", (9, 9, 9)), "shot=3")
-    memory(film, "drop", 2)
-    memory(film, "pin", 1)
+    edits = (("add", image(tmp_path / "été.png", (9, 9, 9)), "shot=3"), ("drop", 2), ("pin", 1))
+    printed = [memory(film, *edit).splitlines()[0] for edit in edits]
     commands = [line.strip() for line in memory(film).partition("edits:\n")[2].splitlines()]
+    assert commands == printed
     assert [line.split()[3] for line in commands] == ["add", "drop", "pin"]
     shutil.copytree(finished, tmp_path / "again")
     for line in commands:

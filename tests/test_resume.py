@@ -1,9 +1,10 @@
-"""``kill -9`` at any moment loses at most the shot in the making, and the finished film is the same."""
+"""``kill -9`` at any moment loses at most the current take, and the finished film is the same; full disks, signals."""
 
 from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from storymem.commands.cli import main
 from storymem.film.folder import Film
 from storymem.film.generate import generate_films
 from storymem.film.manifest import Take, film_folder
@@ -25,7 +27,7 @@ from storymem.io import FileError, hash_file
 from storymem.memory import MemoryBank
 from storymem.memory.bank import read_entries
 from tests.composing import SMALL, composed
-from tests.stories import FOUR_SHOTS, content, single_thread, story, storyteller
+from tests.stories import FOUR_SHOTS, TWO_SHOTS, content, single_thread, story, storyteller
 
 THREE_SHOTS = """\
 title: Three
@@ -78,7 +80,10 @@ def in_a_child(
         try:
             work()
             status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
         finally:
+            sys.stderr.flush()
             os._exit(status)
     if kill_after is not None:
         time.sleep(kill_after)
@@ -251,3 +256,62 @@ def test_a_second_process_on_one_folder_is_refused(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert storyteller("none").tell(loaded, tmp_path / "film").video is not None
+
+
+# Disks and signals
+
+
+def script(*arguments: str) -> None:
+    """``storymem generate`` with these arguments."""
+    sys.argv = ["generate.py", *arguments]
+    main("generate")
+
+
+@pytest.mark.parametrize("limit", [1500, 4000])
+def test_a_full_disk_is_reported_and_the_same_command_resumes(
+    tmp_path: Path, limit: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A limit of the size of files stands for a full disk: both are errors of the system's write."""
+    single_thread()
+    story(tmp_path, TWO_SHOTS)
+    arguments = [str(tmp_path / "story.yaml"), f"output={tmp_path / 'film'}", *SMALL]
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        script(*arguments)
+
+    assert in_a_child(limited) == 2
+    message = capfd.readouterr().err
+    assert "could not be written: the file is larger than this process may write; make room and run" in message
+    assert "Traceback" not in message
+    assert {path.name for path in (tmp_path / "film").rglob("*.*")} <= {".lock", "film.json"}, "nothing takes up room"
+    if Film.exists(tmp_path / "film"):
+        Film.open(tmp_path / "film").check()
+    assert in_a_child(lambda: script(*arguments)) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_within_seconds_and_the_command_that_resumes_is_named(
+    tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    single_thread()
+    story(tmp_path, TWO_SHOTS)
+    arguments = [str(tmp_path / "story.yaml"), f"output={tmp_path / 'film'}", *SMALL, "sampler.steps=1000"]
+    child = os.fork()
+    if child == 0:
+        try:
+            script(*arguments)
+        except SystemExit as end:
+            sys.stderr.flush()
+            os._exit(int(end.code or 0))
+    while not (tmp_path / "film" / ".lock").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(child, number)
+    started = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
+    assert time.monotonic() - started < 5
+    message = capfd.readouterr().err
+    assert f"stopped by {number.name}; the same command resumes" in message
+    assert "Traceback" not in message
+    generate_films(composed(f"story='{tmp_path}/story.yaml'", f"output={tmp_path / 'film'}", *SMALL))

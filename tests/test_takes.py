@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,16 @@ def shots(*prompts: str) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the film of four shots."""
+    """A film of four shots."""
     folder = tmp_path_factory.mktemp("finished")
-    storyteller().tell(story(folder, FOUR_SHOTS), folder / "film")
-    return folder
+    return storyteller().tell(story(folder, FOUR_SHOTS), folder / "film").folder
 
 
 @pytest.fixture
-def made(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    shutil.copytree(finished, tmp_path / "made")
-    return tmp_path / "made"
+def made(film: Path) -> Path:
+    """A folder with a copy of the film, and its story."""
+    story(film.parent, FOUR_SHOTS)
+    return film.parent
 
 
 def tell(folder: Path, text: str = FOUR_SHOTS, **how: Any) -> tuple[Film, list[str]]:
@@ -94,7 +92,7 @@ def test_following_shots_are_made_with_the_new_memory(made: Path) -> None:
     assert len(prompts) == 3
     assert [take.seed for take in film.shots] == [0, 10_001, 99, 3]
     assert why_stale(film) == {}
-    afresh = made.parent / "afresh"
+    afresh = made / "afresh"
     text = FOUR_SHOTS.replace("cut: false}\n  - shots", "cut: false, seed: 10001}\n  - shots")
     assert text != FOUR_SHOTS
     storyteller().tell(story(afresh, text), afresh / "film")

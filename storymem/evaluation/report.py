@@ -16,7 +16,7 @@ from storymem.evaluation.plots import means_plot, story_plot
 from storymem.evaluation.results import Results, Summary
 from storymem.evaluation.scoring import StoryResult
 from storymem.evaluation.statistics import Comparison
-from storymem.film.folder import library_versions
+from storymem.film.manifest import library_versions
 from storymem.io import write_json, write_text
 from storymem.media.video import READER
 

@@ -13,7 +13,7 @@ import numpy as np
 from storymem.evaluation.metric import Column
 from storymem.evaluation.scoring import ShotResult, StoryResult
 from storymem.evaluation.statistics import Comparison, StatisticsSettings, bootstrap_interval, compare
-from storymem.film.folder import library_versions
+from storymem.film.manifest import library_versions
 from storymem.media.video import READER
 
 PUBLISHED_COLUMNS = (

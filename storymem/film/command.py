@@ -67,8 +67,7 @@ def described(film: Film) -> str:
         f"{film.story['title']}: {counted(len(film.slots), 'shot')}, {missing} without a take",
         film_table(film, old),
     ]
-    several = [index for index in range(len(film.slots)) if len(film.takes_of(index)) > 1]
-    if several or len(film.takes) > len(film.shots):
+    if len(film.takes) > len(film.shots):
         parts.append(format_table([("take of shot", "take", "shown", "seed", "seconds", "settings"), *_takes(film)]))
     if entries:
         heading = ("keyframe", "shot", "frame", "quality", "similarity", "of")
@@ -135,7 +134,7 @@ def _clean(film: Film, settings: FilmSettings) -> None:
     if not gone:
         print("there are no takes but those that the film shows")
         return
-    if not settings.yes and not _agreed(f"delete {counted(len(gone), 'take')} for good? [y/N] "):
+    if not settings.yes and not _agreed(f"delete {counted(len(gone), 'take')} permanently? [y/N] "):
         print("nothing was deleted")
         return
     film.clean()

@@ -8,7 +8,7 @@
     memory.json, keyframes/      see :mod:`storymem.memory.bank`
 
 The files of a take get names that no file has. It is part of the film when ``film.json`` is renamed over the previous
-one; till then the film is what it was, and a process that is killed loses at most the take it was making. Only
+one; until then the film is what it was, and a process that is killed loses at most the take it was making. Only
 :meth:`Film.clean` deletes takes, and of these only files that are as they were written.
 """
 
@@ -18,7 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,7 +39,7 @@ from storymem.film.manifest import (
     Take,
     config_hash,
     end_names,
-    library_versions,
+    manifest_json,
     new_slots,
     read_manifest,
     scripts,
@@ -159,7 +159,7 @@ class Film:
 
     def _manifest(self) -> dict[str, Any]:
         used = {take.config_hash for take in self.takes}
-        state = Manifest(
+        manifest = Manifest(
             story=self.story,
             config=self.config,
             shots=tuple(self.slots),
@@ -171,14 +171,7 @@ class Film:
             memory_sha256=self._memory,
             edits=tuple(self.edits),
         )
-        return {
-            "schema": SCHEMA,
-            "title": self.story["title"],
-            "seconds": round(sum(sum(take.seconds.values()) for take in self.takes), 3),
-            "config_hash": self.config_hash,
-            "versions": library_versions(),
-            **asdict(state),
-        }
+        return manifest_json(manifest)
 
     def _write(self, manifest: dict[str, Any]) -> None:
         write_json(self.folder / MANIFEST, manifest)
@@ -425,7 +418,7 @@ class Film:
     # The film as a whole
 
     def refresh(self, page: str) -> None:
-        """Join the takes if need be, and write the page.
+        """Join the takes if needed, and write the page.
 
         Args:
             page: the text of ``storyboard.html``, where ``film.mp4`` lies beside it.

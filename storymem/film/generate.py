@@ -157,6 +157,7 @@ def _choose(settings: GenerateSettings, story: Story, folder: Path) -> Film:
     """Let a shot show another of its takes (``shot=3 take=2``); nothing is generated."""
     from storymem.film.folder import Film
     from storymem.film.manifest import FilmError, film_folder
+    from storymem.film.matching import match
     from storymem.film.resume import story_record
     from storymem.film.storyboard import storyboard
 
@@ -168,9 +169,7 @@ def _choose(settings: GenerateSettings, story: Story, folder: Path) -> Film:
     with film_folder(folder):
         film = Film.open(folder)
         film.remove_unfinished()
-        now = Film.open(folder)
-        now.use_story(story_record(story))
-        wanted = now.slots[work.shots[0]].folder
+        wanted = match(film.slots, film.takes, film.story, story_record(story))[work.shots[0]].folder
         places = [place for place, slot in enumerate(film.slots) if slot.folder == wanted]
         if not places:
             raise FilmError(f"shot {settings.shot} of this story is not in the film yet: leave take out, once")

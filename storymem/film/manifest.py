@@ -10,12 +10,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import field
+from dataclasses import asdict, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -24,6 +24,10 @@ from typing_extensions import TypedDict
 from storymem.config import STRICT
 from storymem.film.settings import END_FRAMES, GIVEN_FRAMES, Mode
 from storymem.io import FileError, check_regular, folder_lock, hash_json, parse_json, read_text
+
+if TYPE_CHECKING:
+    from storymem.memory import Keyframe
+    from storymem.memory.bank import Entry
 
 SCHEMA = 3  # 2 had one take of a shot; 1 also counted shots and frames from 0
 MANIFEST = "film.json"
@@ -113,6 +117,11 @@ class KeyframeRecord:
     sha256: str | None = None
     character: str | None = None
     pinned: bool = False
+
+    @classmethod
+    def of(cls, keyframe: Keyframe | Entry) -> KeyframeRecord:
+        """The record of a keyframe, or of its entry in ``memory.json``."""
+        return cls(**{name: getattr(keyframe, name) for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -308,6 +317,18 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
+
+
+def manifest_json(manifest: Manifest) -> dict[str, Any]:
+    """The content of ``film.json``: the manifest, and what is only for users to read."""
+    return {
+        "schema": SCHEMA,
+        "title": manifest.story["title"],
+        "seconds": round(sum(sum(take.seconds.values()) for take in manifest.takes), 3),
+        "config_hash": config_hash(manifest.config),
+        "versions": library_versions(),
+        **asdict(manifest),
+    }
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:

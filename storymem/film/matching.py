@@ -133,7 +133,7 @@ def arranged(film: Film, was: Sequence[Slot], entries: Sequence[Entry]) -> list[
             stay.append(replace(entry, shot=min(entry.shot or 1, len(film.slots))))
     for number, take in enumerate(film.takes):
         if (gone := leave.get((take.folder, take.take))) is not None:
-            film.takes[number] = replace(take, keyframes=tuple(map(_record, gone)))
+            film.takes[number] = replace(take, keyframes=tuple(map(KeyframeRecord.of, gone)))
     order = [place[slot.folder] for slot in was if slot.folder in place]
     if order != sorted(order):
         stay = _by_shot(stay)
@@ -152,10 +152,6 @@ def _by_shot(entries: Sequence[Entry]) -> list[Entry]:
     for entry in entries:
         shots.append(entry.shot if entry.shot is not None else shots[-1] if shots else 0)
     return [entry for _, entry in sorted(zip(shots, entries, strict=True), key=lambda pair: pair[0])]
-
-
-def _record(entry: Entry) -> KeyframeRecord:
-    return KeyframeRecord(**{name: getattr(entry, name) for name in KeyframeRecord.__dataclass_fields__})
 
 
 def _entry(keyframe: KeyframeRecord, shot: int) -> Entry:

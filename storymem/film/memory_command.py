@@ -63,7 +63,7 @@ def memory_command(config: Mapping[str, Any]) -> None:
         film.remove_unfinished()
         edit = _action(settings)(film, *arguments)
         film.refresh(storyboard(film))
-    print(f"storymem memory {folder} {edit.arguments}")
+    print(edit.command)
     for shot, reason in edit.stale.items():
         print(f"shot {shot} is not what would be made now: {reason}")
 
@@ -85,6 +85,7 @@ def _action(settings: MemoryEditSettings) -> Callable[..., Edit]:
 
 def listed(film: Film) -> str:
     """The keyframes in text, what became of the frames of each shot, and the edits that were made."""
+    from storymem.film.memory_edits import command_of
     from storymem.film.progress import counted, format_table
     from storymem.film.reasons import origin, summary
     from storymem.memory.bank import read_entries
@@ -100,11 +101,10 @@ def listed(film: Film) -> str:
         rows.append((str(number), entry.id, origin(entry), entry.character or "", *scores, users, pinned))
     parts = [f"{film.story['title']}: {counted(len(entries), 'keyframe')}"]
     parts += [format_table(rows)] if entries else []
-    fates = [f"shot {take.shot}: {text}" for take in film.shots if (text := summary(take))]
-    parts += ["\n".join(fates)] if fates else []
+    summaries = [f"shot {take.shot}: {text}" for take in film.shots if (text := summary(take))]
+    parts += ["\n".join(summaries)] if summaries else []
     if film.edits:
-        made = (edit.replace(" keyframes/", f" {film.folder / 'keyframes'}/") for edit in film.edits)
-        parts.append("\n".join(["edits:", *(f"  storymem memory {film.folder} {edit}" for edit in made)]))
+        parts.append("\n".join(["edits:", *(f"  {command_of(film.folder, edit)}" for edit in film.edits)]))
     return "\n\n".join(parts)
 
 

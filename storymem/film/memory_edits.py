@@ -21,7 +21,7 @@ from storymem.film.manifest import FilmError
 from storymem.film.matching import stale
 from storymem.film.resume import flat
 from storymem.media.images import fit_image, read_image
-from storymem.memory.bank import Entry, ids_on_disk, keyframe_files, read_entries
+from storymem.memory.bank import IMAGES, Entry, ids_on_disk, keyframe_files, read_entries
 from storymem.memory.keyframes import reference_id, unused_id
 
 
@@ -31,13 +31,19 @@ class Edit:
 
     Args:
         entry: the keyframe as it is now, or that was dropped.
-        arguments: of ``storymem memory FOLDER`` for the same edit.
+        command: what to type for the same edit.
         stale: shot (from 1) -> why its take is not what would be made now, for shots of which that is new.
     """
 
     entry: Entry
-    arguments: str
+    command: str
     stale: dict[int, str]
+
+
+def command_of(folder: Path, arguments: str) -> str:
+    """``storymem memory`` for an edit that ``film.json`` records; images of the film by their paths from here."""
+    words = [str(folder / word) if word.startswith(f"{IMAGES}/") else word for word in shlex.split(arguments)]
+    return shlex.join(["storymem", "memory", str(folder), *words])
 
 
 def add(film: Film, picture: str | Path, *, character: str | None = None, shot: int | None = None) -> Edit:
@@ -159,7 +165,8 @@ def _saved(
     images: dict[str, np.ndarray] | None = None,
 ) -> Edit:
     old = stale(film, before)
-    film.edit_memory(after, shlex.join(arguments), images or {})
+    edit = shlex.join(arguments)
+    film.edit_memory(after, edit, images or {})
     now = stale(film, after)
     new = {shot: reason for shot, reason in now.items() if shot not in old}
-    return Edit(entry=entry, arguments=shlex.join(arguments), stale=new)
+    return Edit(entry=entry, command=command_of(film.folder, edit), stale=new)

@@ -118,9 +118,9 @@ def film_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
     """A line for each change of a story outside its shots."""
     besides = [{k: v for k, v in story.items() if k not in ("scenes", "reference_sha256")} for story in (old, new)]
     images, now = (story.get("reference_sha256", {}) for story in (old, new))
-    repainted = [source for source in images if images[source] != now.get(source, images[source])]
+    changed = [source for source in images if images[source] != now.get(source, images[source])]
     yield from differences(*besides)
-    yield from (f"the image {source} has changed" for source in repainted)
+    yield from (f"the image {source} has changed" for source in changed)
 
 
 def arguments_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

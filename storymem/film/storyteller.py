@@ -148,7 +148,7 @@ class Storyteller:
         Args:
             story: see :func:`storymem.story.load_story`. If the folder holds a film of an earlier version of it, shots
                 that are in both keep their takes.
-            folder: the film's folder, created if need be.
+            folder: the film's folder, created if needed.
             resume: "auto" makes the shots that have no take, and refuses a film of another story or with other
                 settings; "from_shot:N" regenerates shots N, N + 1, ... (from 1) with this story and these settings.
             shot: makes another take of these shots, such as "3" or "3,5-7", with the memory that they would see now.
@@ -158,7 +158,7 @@ class Storyteller:
 
         Raises:
             ValueError: before anything is generated, if a shot is too short or an argument is not understood.
-            FilmError: likewise, if the folder cannot be used for this.
+            FilmError: also before anything is generated, if the folder cannot be used for this.
         """
         self.check_lengths(story)
         work = parse_work(len(story.shots), resume=resume, shot=shot, following=following, takes=takes)
@@ -309,14 +309,15 @@ class Storyteller:
             repeated=repeated,
             file=file,
             memory=tuple(keyframe.id for keyframe in memory),
-            keyframes=_records(keyframes),
+            keyframes=tuple(map(KeyframeRecord.of, keyframes)),
             config_hash=config_hash(run.config),
             bank=digest,
             follows=None if before is None else before.sha256.get(before.file),
             candidates=candidates,
             seconds=clock.seconds,
         )
-        film.add(take, config=run.config, chosen=chosen, left=_records(besides) if chosen else None)
+        left = [KeyframeRecord.of(keyframe) for keyframe in besides] if chosen else None
+        film.add(take, config=run.config, chosen=chosen, left=left)
         return take
 
     def _seed(self, shot: Shot, film: Film, *, fresh: bool) -> int:
@@ -418,11 +419,6 @@ class Storyteller:
             yield
         finally:
             scorer.to("cpu")
-
-
-def _records(keyframes: Sequence[Keyframe]) -> tuple[KeyframeRecord, ...]:
-    names = KeyframeRecord.__dataclass_fields__
-    return tuple(KeyframeRecord(**{name: getattr(keyframe, name) for name in names}) for keyframe in keyframes)
 
 
 class _Clock:

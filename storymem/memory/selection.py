@@ -90,7 +90,7 @@ class KeyframeSelector:
 
     The first keyframe is the first frame whose quality passes. Each later frame is compared with the last keyframe
     chosen, and becomes one if their cosine is below the threshold and its quality passes. While more than
-    ``max_keyframes`` are chosen, the threshold is lowered by ``threshold_step`` (below zero if need be) and the scan
+    ``max_keyframes`` are chosen, the threshold is lowered by ``threshold_step`` (below zero if needed) and the scan
     starts again. Finally a keyframe whose cosine to anything in the bank is above ``bank_similarity_threshold`` is
     dropped; that threshold stays as it is.
 
@@ -240,16 +240,16 @@ def _candidates(
     """
     found = []
     for frame in sorted({*examined, *good.scores, *similarity}):
-        fate: tuple[Verdict, float | None, float | None]
+        outcome: tuple[Verdict, float | None, float | None]
         if not good.passes(frame):
-            fate = "low quality", None, good.threshold
+            outcome = "low quality", None, good.threshold
         elif frame in similarity:
             limit = None if similarity[frame] is None else highest
-            fate = "kept" if frame in kept else "in the memory", similarity[frame], limit
+            outcome = "kept" if frame in kept else "in the memory", similarity[frame], limit
         else:
             last = max(one for one in similarity if one < frame)
-            fate = "like the last", cosines[last][frame], threshold
-        verdict, cosine, limit = fate
+            outcome = "like the last", cosines[last][frame], threshold
+        verdict, cosine, limit = outcome
         score = good.scores.get(frame)
         found.append(Candidate(frame=frame, verdict=verdict, quality=score, similarity=cosine, threshold=limit))
     return tuple(found)

@@ -133,11 +133,8 @@ class Studio:
             film.remove_unfinished()
             done = edit(film)
             film.refresh(storyboard(film))
-        in_folder = [
-            str(self.folder / word) if word.startswith("keyframes/") else word for word in shlex.split(done.arguments)
-        ]
         notes = [f"Shot {shot} is not what would be made now: {reason}." for shot, reason in done.stale.items()]
-        return "\n# ".join([self.memory_command(*in_folder), *notes])
+        return "\n# ".join([done.command, *notes])
 
     def memory_command(self, *words: str) -> str:
         """``storymem memory`` for this film, with more words."""
