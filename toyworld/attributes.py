@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 WIDTH, HEIGHT = 96, 64
 FRAMES, FPS = 17, 8
@@ -75,3 +75,8 @@ class Seen:
     side: str
     flag: str
     looks: tuple[Look, ...]
+
+
+#: What is read of a character, and of everything else.
+LOOK_PARTS = tuple(field.name for field in fields(Look))
+PLACE_PARTS = tuple(field.name for field in fields(Seen) if field.name != "looks")

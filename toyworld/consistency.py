@@ -15,11 +15,10 @@ import numpy as np
 
 from storymem.evaluation.metric import Column, FilmInfo, Metric, Pair, Scores, Value, mean, reasons_for
 from storymem.story import Shot, Story
-from toyworld.attributes import LOOKS, PROP_COLOURS, SIDES, UNKNOWN, Look, Scenery
+from toyworld.attributes import LOOK_PARTS, LOOKS, PROP_COLOURS, SIDES, UNKNOWN, Scenery
 from toyworld.reader import ShotSeen, read_shot
 from toyworld.words import Asked, left_to_right, read_prompt
 
-LOOK_PARTS = tuple(field.name for field in fields(Look))
 SCENERY_PARTS = tuple(field.name for field in fields(Scenery))
 ASKED = ("place", "time", "framing", "action")
 

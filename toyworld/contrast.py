@@ -161,11 +161,11 @@ def top1(scorer: ClipScorer | ViclipScorer, count: int) -> float:
     action."""
     shots = [story(HELD_OUT + i).shots[i % 8] for i in range(count)]
     prompts = scorer.embed_texts([shot.prompt for shot in shots])
-    parts = ("place", "time")
+    parts: tuple[str, ...] = ("place", "time")
     if isinstance(scorer, ClipScorer):
         seen = scorer.embed_images(as_images(np.concatenate([render(shot, slice(8, 9)) for shot in shots])))
     else:
-        parts += ("action",)  # type: ignore[assignment]
+        parts += ("action",)
         seen = scorer.embed_clips(as_images(np.stack([shot.frames for shot in shots])))
     best = [shots[i] for i in (seen @ prompts.T).argmax(dim=1).tolist()]
     same = [all(getattr(a, p) == getattr(b, p) for p in parts) for a, b in zip(shots, best, strict=True)]

@@ -105,34 +105,33 @@ class Painter:
 
 def _sky(paints: Painter, place: str, time: str) -> None:
     """Sky gradient, sun or moon, stars at night and always over the moon (with the Earth)."""
-    canvas, look, light = paints.canvas, paints, paints.light
+    canvas, light = paints.canvas, paints.light
     top, bottom = light.space if place == "moon" else light.sky
-    share = np.clip(look.row / look.horizon, 0, 1)
-    gradient = np.stack([np.float32(a) + np.float32(b - a) * share for a, b in zip(top, bottom, strict=True)])
-    canvas[:] = gradient
+    share = np.clip(paints.row / paints.horizon, 0, 1)
+    canvas[:] = np.stack([np.float32(a) + np.float32(b - a) * share for a, b in zip(top, bottom, strict=True)])
     if time == "night" or place == "moon":
         for x, y in STARS:
-            paint(canvas, rgb(250, 246, 225), 0.8 * coverage(disc(look.column - x, look.row - y, 0.7)))
+            paint(canvas, rgb(250, 246, 225), 0.8 * coverage(disc(paints.column - x, paints.row - y, 0.7)))
     column, height = light.sun_at
-    row = look.horizon - height if light.sun_low else height
-    glow = np.clip(1 - disc(look.column - column, look.row - row, light.sun_radius) / 9, 0, 1)
-    paint(canvas, light.sun, 0.35 * np.clip(glow, 0, 1) ** 2)
-    paint(canvas, light.sun, coverage(disc(look.column - column, look.row - row, light.sun_radius)))
+    row = paints.horizon - height if light.sun_low else height
+    glow = np.clip(1 - disc(paints.column - column, paints.row - row, light.sun_radius) / 9, 0, 1)
+    paint(canvas, light.sun, 0.35 * glow**2)
+    paint(canvas, light.sun, coverage(disc(paints.column - column, paints.row - row, light.sun_radius)))
     if time == "night":
-        shade = mix(top, bottom, 0.25)
-        paint(canvas, shade, coverage(disc(look.column - column - 2.6, look.row - row + 1.6, light.sun_radius * 0.86)))
+        shadow = disc(paints.column - column - 2.6, paints.row - row + 1.6, light.sun_radius * 0.86)
+        paint(canvas, mix(top, bottom, 0.25), coverage(shadow))
     if place == "moon":
-        paint(canvas, rgb(70, 140, 220), coverage(disc(look.column - 40, look.row - 9, 5.5)))
-        paint(canvas, rgb(110, 190, 120), coverage(ellipse(look.column - 38.5, look.row - 8.5, 2.6, 1.8)))
+        paint(canvas, rgb(70, 140, 220), coverage(disc(paints.column - 40, paints.row - 9, 5.5)))
+        paint(canvas, rgb(110, 190, 120), coverage(ellipse(paints.column - 38.5, paints.row - 8.5, 2.6, 1.8)))
 
 
 def _ground(paints: Painter, near: Colour, far: Colour) -> None:
     """Land from the horizon down, a little lighter or darker with distance."""
-    light, look = paints.light.land, paints
-    share = np.clip((look.row - look.horizon) / (HEIGHT - look.horizon), 0, 1)
+    light = paints.light.land
+    share = np.clip((paints.row - paints.horizon) / (HEIGHT - paints.horizon), 0, 1)
     ends = zip(tint(far, light), tint(near, light), strict=True)
     colour = np.stack([np.float32(a) + np.float32(b - a) * share for a, b in ends])
-    paint(paints.canvas, colour, coverage(look.horizon - look.row + np.zeros_like(look.column)))
+    paint(paints.canvas, colour, coverage(paints.horizon - paints.row + np.zeros_like(paints.column)))
 
 
 def _desert(paints: Painter) -> None:
@@ -161,10 +160,9 @@ def _beach(paints: Painter) -> None:
     paints.near(rgb(238, 244, 240), lambda x, y: np.abs(y + 3.6 - 0.5 * np.sin(0.3 * x)) - 4.6)
     paints.near(rgb(40, 148, 196), lambda x, y: np.abs(y + 3.4 - 0.5 * np.sin(0.3 * x)) - 3.6)
     palm, leaf = rgb(146, 104, 66), rgb(58, 150, 84)
-    for x in (-20,):
-        paints.near(palm, lambda u, v: box(u - 0.02 * v * v, v - 8, 1.2, 10, 1), (x, -6))
-        for dx, dy in ((-4, 0), (4, 0), (-1.5, 3), (3, 3)):
-            paints.near(leaf, lambda u, v: ellipse(u, v, 4.6, 1.9), (x + 4 + dx, 12 + dy))
+    paints.near(palm, lambda u, v: box(u - 0.02 * v * v, v - 8, 1.2, 10, 1), (-20, -6))
+    for dx, dy in ((-4, 0), (4, 0), (-1.5, 3), (3, 3)):
+        paints.near(leaf, lambda u, v: ellipse(u, v, 4.6, 1.9), (dx - 16, dy + 12))
     paints.far(rgb(250, 250, 250), lambda u, v: wedge(u, v, 3.2, 7), (2, 1.2))
     paints.far(rgb(150, 88, 60), lambda u, v: box(u, v, 4, 1, 0.9), (2, 0.5))
 

@@ -18,6 +18,8 @@ import numpy.typing as npt
 from toyworld.attributes import (
     FRAMINGS,
     HEIGHT,
+    LOOK_PARTS,
+    PLACE_PARTS,
     PLACES,
     PROP_COLOURS,
     SIDES,
@@ -173,8 +175,7 @@ def read_shot(frames: npt.NDArray[np.uint8], every: int = 2) -> ShotSeen:
     crowd = _commonest([len(s.looks) for s in seen])
     full = [s.looks for s in seen if len(s.looks) == crowd]
     looks = tuple(_vote_look([look[i] for look in full]) for i in range(crowd))
-    names = ("place", "time", "framing", "landmark", "side", "flag")
-    voted = Seen(**{name: vote(getattr(s, name) for s in seen) for name in names}, looks=looks)
+    voted = Seen(**{name: vote(getattr(s, name) for s in seen) for name in PLACE_PARTS}, looks=looks)
     paths = [[fit.at for fit in fits] for _, fits in read if len(fits) == crowd]
     action = UNKNOWN if crowd not in (1, 2) or len(paths) < 3 else read_action(paths)
     return ShotSeen(seen=voted, action=action)
@@ -203,7 +204,7 @@ def read_action(path: Sequence[Sequence[Placement]]) -> str:
 
 
 def _vote_look(looks: Sequence[Look]) -> Look:
-    return replace(looks[0], **{name: vote(getattr(look, name) for look in looks) for name in vars(looks[0])})
+    return replace(looks[0], **{name: vote(getattr(look, name) for look in looks) for name in LOOK_PARTS})
 
 
 def _commonest(counts: Sequence[int]) -> int:

@@ -21,8 +21,9 @@ from storymem.scorers.scorer import as_images
 from storymem.scorers.viclip import ViclipScorer
 from storymem.wan.lora import load_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
-from toyworld.attributes import FRAMES, HEIGHT, LOOKS, UNKNOWN, WIDTH, Look, Seen
+from toyworld.attributes import FRAMES, HEIGHT, LOOK_PARTS, PLACE_PARTS, UNKNOWN, WIDTH, Look, Seen
 from toyworld.base import recalled
+from toyworld.consistency import CHANCE
 from toyworld.contrast import THRESHOLD, auroc, quality_frames, top1
 from toyworld.damage import DAMAGES, damage
 from toyworld.reader import read_attributes, read_shot
@@ -30,8 +31,6 @@ from toyworld.text import TEXT_TOKENS
 from toyworld.vae import decoded
 from toyworld.world import HELD_OUT, ToyShot, ToyStory, story
 
-PLACE_PARTS = ("place", "time", "framing", "landmark", "side", "flag")
-LOOK_PARTS = ("shape", "colour", "hat", "eyes")
 STEPS = 15  # as sampler=toy
 GUIDANCE, NEGATIVE_SEES_MEMORY = 2.5, False  # as sampler=toy guides
 FILTER = 3.0  # the threshold of scorer/quality=toy
@@ -50,7 +49,7 @@ def held_out_shots(count: int, *, looks: bool = False) -> list[ToyShot]:
 def agreement(truth: Seen, read: Seen) -> Answers:
     """For every part that can be seen, its name and whether it was read right ("unknown" is not)."""
     pairs = [(part, getattr(truth, part), getattr(read, part)) for part in PLACE_PARTS]
-    lost = Look(shape=UNKNOWN, colour=UNKNOWN, hat=UNKNOWN, eyes=UNKNOWN)
+    lost = Look(**dict.fromkeys(LOOK_PARTS, UNKNOWN))
     looks = read.looks if len(read.looks) == len(truth.looks) else (lost,) * len(truth.looks)
     for true_look, look in zip(truth.looks, looks, strict=True):
         pairs += [(part, getattr(true_look, part), getattr(look, part)) for part in LOOK_PARTS]
@@ -252,4 +251,4 @@ def memory_of(source: ToyStory, index: int) -> list[Image.Image]:
 
 def chance_of_look() -> float:
     """The mean share of parts in which two looks drawn at random agree."""
-    return float(np.mean([1 / len({getattr(look, part) for look in LOOKS}) for part in LOOK_PARTS]))
+    return float(np.mean([CHANCE[part] for part in LOOK_PARTS]))

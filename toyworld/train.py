@@ -28,7 +28,6 @@ from storymem.scorers.clip import VOCABULARY_FILE, ClipScorer, ClipTokenizer
 from storymem.scorers.viclip import ViclipScorer
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.transformer import enable_layouts
-from toyworld import WEIGHTS
 from toyworld.base import BOUNDARY, base_loss, build_transformer, objective
 from toyworld.contrast import (
     ClipTraining,
@@ -68,7 +67,7 @@ class Recipe:
     minutes: float
     device: str | None = None
     start: Path | None = None
-    weights: Path = WEIGHTS
+    weights: Path
     shards: int = 60
     quick: bool = False
 
@@ -161,10 +160,8 @@ def decoder(recipe: Recipe) -> None:
         part.requires_grad_(False)
     fit = recipe.fit("decoder", model, rate=6e-4, decay=0.99)
     fit.run(lambda rng: vae_loss(model, rng), recipe.minutes)
-    model, shots = (
-        recipe.vae("vae", "decoder"),
-        [story(HELD_OUT + i).shots[i % 8] for i in range(2 if recipe.quick else 24)],
-    )
+    model = recipe.vae("vae", "decoder")
+    shots = [story(HELD_OUT + i).shots[i % 8] for i in range(2 if recipe.quick else 24)]
     fit.log(psnr_db=sum(decoded(model, shot)[1] for shot in shots) / len(shots))
 
 

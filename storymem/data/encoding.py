@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def cache_clips(run: Preparation) -> LatentCache | None:
         with ShardWriter(manifest, settings.worker, round(settings.cache.shard_mb * 2**20)) as writer:
             _encode_texts(run, writer, sorted(text for key, text in texts.items() if manifest.get(key) is None))
             missing = {key: shape for key, shape in sorted(blanks.items()) if manifest.get(key) is None}
-            _encode_clips(run, manifest, writer, missing, todo)
+            _encode_clips(run, manifest, writer, missing, {clip: inputs[clip.id] for clip in todo})
     manifest = Manifest(folder, "tensors", settings.worker)  # other workers have written theirs meanwhile
     found = {id: manifest.get(id, inputs[id]) for id in clips}
     left = [*found.values(), *map(manifest.get, [*texts, *blanks])].count(None)
@@ -212,9 +212,9 @@ def _encode_clips(
     manifest: Manifest,
     writer: ShardWriter,
     blanks: Mapping[str, tuple[int, int, int]],
-    clips: Sequence[Clip],
+    clips: Mapping[Clip, str],
 ) -> None:
-    """Encode blank videos and clips; whole groups are for one worker."""
+    """Encode blank videos and clips, each with its inputs; whole groups are for one worker."""
     settings, group = run.settings, run.grouping.group
     my_blanks = {key: shape for key, shape in blanks.items() if run.is_mine(key)}
     mine = [clip for clip in clips if run.is_mine(f"group {group[clip.id]}")]
@@ -236,10 +236,10 @@ def _encode_clips(
     for clip in progress("latents", mine, len(group), len(clips)):
         found = or_reason(clip.id, partial(encode, clip))
         if "reason" in found:
-            manifest.add(clip.id, _inputs(run, clip), **found)
+            manifest.add(clip.id, clips[clip], **found)
         else:
             known = {"keyframes": len(found["keyframes"]), "mask": "mask" in found}
-            writer.add(clip.id, found, inputs=_inputs(run, clip), **known)
+            writer.add(clip.id, found, inputs=clips[clip], **known)
     report("latents", f"{len(mine)} clips encoded")
 
 

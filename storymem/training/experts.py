@@ -22,10 +22,12 @@ from storymem.devices import resolve_device
 from storymem.io import read_json_object, replacing
 from storymem.training.optimization import assign
 from storymem.training.settings import AdapterTrainingSettings, ParallelSettings
+from storymem.wan.folders import check_component, on_meta
+from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import AdapterInfo, Layout, memory_lora_config, read_memory_lora, write_memory_lora
 from storymem.wan.processes import Launch
 from storymem.wan.runtime import make_current, set_attention
-from storymem.wan.settings import ModelSettings
+from storymem.wan.settings import ModelSettings, RuntimeSettings
 from storymem.wan.spec import COMPONENTS, Expert
 from storymem.wan.transformer import enable_layouts
 from storymem.weights import locate
@@ -59,8 +61,6 @@ def check_start(settings: AdapterTrainingSettings, model: ModelSettings, experts
     Raises:
         FileNotFoundError, ValueError: if it is not on this machine, does not fit, or has another rank or scale.
     """
-    from storymem.wan.folders import check_component, on_meta
-
     if settings.start is None:
         return
     if model.weights is None:
@@ -242,9 +242,6 @@ def save_model(tensors: Mapping[str, Tensor], folder: Path, model: ModelSettings
 
     The files of what did not train are copied, so that caches of the base are caches of the new model too.
     """
-    from storymem.wan.loading import load_pipeline
-    from storymem.wan.settings import RuntimeSettings
-
     pipe = load_pipeline(model, runtime=RuntimeSettings(device="cpu"), text_encoder=model.weights is None)
     with torch.no_grad():
         for key, tensor in tensors.items():

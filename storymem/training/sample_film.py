@@ -24,6 +24,7 @@ from storymem.media.video import probe, read_video
 from storymem.scorers.scorer import as_images
 from storymem.story import Story, load_story
 from storymem.training.experts import Experts
+from storymem.training.resume import SAMPLES
 from storymem.training.settings import CONTINUITY, SampleSettings, TrainSettings
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import RuntimeSettings
@@ -96,7 +97,7 @@ class SampleFilm:
             story=story,
             storyteller=replace(build_storyteller(generate, config), generator=generator),
             generator=generator,
-            folder=Path(settings.output) / "samples",
+            folder=Path(settings.output) / SAMPLES,
             settings=samples,
             log=log,
         )

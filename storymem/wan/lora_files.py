@@ -301,7 +301,7 @@ def ranks_of(file: LoraFile, lora: Parts) -> dict[str, float]:
 
 
 def _alpha(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _MOST:
         raise FileError(f"{where} must be a positive number, not {value!r}")
     return float(value)
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from toyworld.attributes import UNKNOWN, Look, Seen
+from toyworld.attributes import LOOK_PARTS, PLACE_PARTS, UNKNOWN, Look, Seen
 from toyworld.damage import blur, damage
 from toyworld.reader import read_attributes, read_shot, vote
 from toyworld.world import HELD_OUT, story
-
-PLACE_PARTS = ("place", "time", "framing", "landmark", "side", "flag")
-LOOK_PARTS = ("shape", "colour", "hat", "eyes")
 
 
 def frames_and_truths(count: int, offset: int = 0) -> list[tuple[np.ndarray, Seen]]:
@@ -27,7 +24,7 @@ def frames_and_truths(count: int, offset: int = 0) -> list[tuple[np.ndarray, See
 def compare(truth: Seen, read: Seen) -> list[tuple[str, str]]:
     """Pairs of true and read values, of everything that can be seen."""
     pairs = [(getattr(truth, part), getattr(read, part)) for part in PLACE_PARTS]
-    nobody = Look(shape=UNKNOWN, colour=UNKNOWN, hat=UNKNOWN, eyes=UNKNOWN)
+    nobody = Look(**dict.fromkeys(LOOK_PARTS, UNKNOWN))
     looks = list(read.looks) if len(read.looks) == len(truth.looks) else [nobody] * len(truth.looks)
     for true_look, look in zip(truth.looks, looks, strict=True):
         pairs += [(getattr(true_look, part), getattr(look, part)) for part in LOOK_PARTS]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,16 +34,6 @@ from tests.wan.adapters import (
 )
 
 
-@pytest.fixture
-def pipe() -> WanImageToVideoPipeline:
-    return pipeline(expert(1), expert(2))
-
-
-@pytest.fixture
-def released(tmp_path: Path) -> Path:
-    return write_pair(tmp_path / "adapter", released_state(3), released_state(4))
-
-
 @pytest.mark.parametrize(
     ("arguments", "scale"),
     [
@@ -56,23 +45,23 @@ def released(tmp_path: Path) -> Path:
     ],
 )
 def test_released_files_take_the_published_scale_unless_given(
-    pipe: WanImageToVideoPipeline, released: Path, arguments: dict, scale: float
+    stock: WanImageToVideoPipeline, released: Path, arguments: dict, scale: float
 ) -> None:
-    load_memory_lora(pipe, released, **arguments)
-    assert close(outputs(pipe), outputs(merged(plain(), released, scale)))
+    load_memory_lora(stock, released, **arguments)
+    assert close(outputs(stock), outputs(merged(plain(), released, scale)))
 
 
-def test_rank_is_read_from_the_file_module_by_module(pipe: WanImageToVideoPipeline, tmp_path: Path) -> None:
+def test_rank_is_read_from_the_file_module_by_module(stock: WanImageToVideoPipeline, tmp_path: Path) -> None:
     wide, narrow = released_state(3, rank=4), released_state(3, rank=2)
     mixed = {key: (narrow if "self_attn" in key else wide)[key] for key in wide}
-    info = load_memory_lora(pipe, write_pair(tmp_path, mixed, mixed), alpha=6)
-    layers = pipe.transformer.blocks[1]
+    info = load_memory_lora(stock, write_pair(tmp_path, mixed, mixed), alpha=6)
+    layers = stock.transformer.blocks[1]
     assert info.rank == 4
     assert layers.attn1.to_q.scaling["memory"] == pytest.approx(6 / math.sqrt(2))
     assert layers.ffn.net[2].scaling["memory"] == pytest.approx(6 / math.sqrt(4))
-    before = outputs(pipe)
+    before = outputs(stock)
     for layout in LAYOUTS:
-        save_memory_lora(pipe, tmp_path / layout, layout=layout)
+        save_memory_lora(stock, tmp_path / layout, layout=layout)
         again = plain()
         load_memory_lora(again, tmp_path / layout)
         assert close(outputs(again), before), layout
@@ -88,19 +77,19 @@ def test_adapter_takes_the_dtype_of_the_weights_it_adapts(released: Path) -> Non
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("use_rslora", [True, False])
 def test_round_trip_through_a_layout_keeps_output_and_description(
-    pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path, layout: str, use_rslora: bool
+    stock: WanImageToVideoPipeline, released: Path, tmp_path: Path, layout: str, use_rslora: bool
 ) -> None:
-    load_memory_lora(pipe, released, alpha=5, use_rslora=use_rslora, weight=0.5)
+    load_memory_lora(stock, released, alpha=5, use_rslora=use_rslora, weight=0.5)
     about = AdapterInfo(
         memory_attention="cached",
         rope_stride=3,
         conditioning="mi2v",
         training={"steps": 20_000, "data": ["a"]},
     )
-    save_memory_lora(pipe, tmp_path / "saved", layout=layout, metadata=about)
+    save_memory_lora(stock, tmp_path / "saved", layout=layout, metadata=about)
     again = plain()
     info = load_memory_lora(again, tmp_path / "saved", weight=0.5)
-    assert close(outputs(again), outputs(pipe))
+    assert close(outputs(again), outputs(stock))
     assert not close(outputs(again), outputs(plain()))
     assert (info.memory_attention, info.rope_stride, info.conditioning) == ("cached", 3, "mi2v")
     assert info.training == about.training
@@ -110,10 +99,10 @@ def test_round_trip_through_a_layout_keeps_output_and_description(
 
 
 def test_released_layout_gives_back_the_released_tensors(
-    pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path
+    stock: WanImageToVideoPipeline, released: Path, tmp_path: Path
 ) -> None:
-    load_memory_lora(pipe, released, alpha=4)  # the rank: what readers of this layout take
-    for path in save_memory_lora(pipe, tmp_path / "again", layout="released"):
+    load_memory_lora(stock, released, alpha=4)  # the rank: what readers of this layout take
+    for path in save_memory_lora(stock, tmp_path / "again", layout="released"):
         ours, theirs, pickled = (
             load_file(path),
             load_file(released / path.name),
@@ -125,12 +114,12 @@ def test_released_layout_gives_back_the_released_tensors(
 
 @pytest.mark.parametrize(("alpha", "use_rslora"), [(16, True), (4, False), (2.5, True)])
 def test_the_published_code_reads_the_released_layout_at_the_right_strength(
-    pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path, alpha: float, use_rslora: bool
+    stock: WanImageToVideoPipeline, released: Path, tmp_path: Path, alpha: float, use_rslora: bool
 ) -> None:
     """It opens the ``.pth`` and takes alpha = rank with rsLoRA, whatever the adapter was trained with."""
-    load_memory_lora(pipe, released, alpha=alpha, use_rslora=use_rslora)
+    load_memory_lora(stock, released, alpha=alpha, use_rslora=use_rslora)
     folder = tmp_path / "out"
-    save_memory_lora(pipe, folder, layout="released")
+    save_memory_lora(stock, folder, layout="released")
     for noise in ("high", "low"):
         theirs = torch.load(folder / f"backbone_{noise}_noise.pth", weights_only=True)
         trained = load_file(released / f"backbone_{noise}_noise.safetensors")
@@ -143,28 +132,28 @@ def test_the_published_code_reads_the_released_layout_at_the_right_strength(
     for path in folder.glob("*.safetensors"):
         path.unlink()
     load_memory_lora(from_pth, folder)
-    assert close(outputs(by_us), outputs(pipe))
+    assert close(outputs(by_us), outputs(stock))
     assert torch.equal(outputs(from_pth), outputs(by_us)), "the .pth carries its description too"
 
 
 def test_diffusers_own_loader_reads_two_layouts_to_the_same_output(
-    pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path
+    stock: WanImageToVideoPipeline, released: Path, tmp_path: Path
 ) -> None:
-    load_memory_lora(pipe, released, alpha=5)
-    (both,) = save_memory_lora(pipe, tmp_path / "out", layout="diffusers")
+    load_memory_lora(stock, released, alpha=5)
+    (both,) = save_memory_lora(stock, tmp_path / "out", layout="diffusers")
     by_pipeline, by_transformer = plain(), plain()
     by_pipeline.load_lora_weights(tmp_path / "out")
     by_pipeline.transformer_2.load_lora_adapter(tmp_path / "out", prefix="transformer_2", weight_name=both.name)
-    assert close(outputs(by_pipeline), outputs(pipe))
+    assert close(outputs(by_pipeline), outputs(stock))
     experts = (by_transformer.transformer, by_transformer.transformer_2)
-    for path, transformer in zip(save_memory_lora(pipe, tmp_path / "out", layout="storymem"), experts, strict=True):
+    for path, transformer in zip(save_memory_lora(stock, tmp_path / "out", layout="storymem"), experts, strict=True):
         transformer.load_lora_adapter(tmp_path / "out", prefix=None, weight_name=path.name)
-    assert close(outputs(by_transformer), outputs(pipe))
+    assert close(outputs(by_transformer), outputs(stock))
 
 
-def test_comfyui_alpha_over_rank_is_the_scale(pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
-    load_memory_lora(pipe, released, alpha=5)
-    high, low = save_memory_lora(pipe, tmp_path / "out", layout="comfyui")
+def test_comfyui_alpha_over_rank_is_the_scale(stock: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
+    load_memory_lora(stock, released, alpha=5)
+    high, low = save_memory_lora(stock, tmp_path / "out", layout="comfyui")
     state, theirs = load_file(high), load_file(released / "backbone_high_noise.safetensors")
     for name in (f"blocks.{block}.{linear}" for block in range(2) for linear in ORIGINAL):
         down, up = (
@@ -177,13 +166,13 @@ def test_comfyui_alpha_over_rank_is_the_scale(pipe: WanImageToVideoPipeline, rel
     by_diffusers = plain()  # its converter folds alpha / rank into the weights
     by_diffusers.load_lora_weights(high)
     by_diffusers.load_lora_weights(low, load_into_transformer_2=True)
-    assert close(outputs(by_diffusers), outputs(pipe))
+    assert close(outputs(by_diffusers), outputs(stock))
 
 
-def test_folders_saved_by_peft_and_by_diffusers(pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
-    load_memory_lora(pipe, released, alpha=5)
+def test_folders_saved_by_peft_and_by_diffusers(stock: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
+    load_memory_lora(stock, released, alpha=5)
     for name in ("transformer", "transformer_2"):
-        getattr(pipe, name).save_lora_adapter(tmp_path / "diffusers" / name, adapter_name="memory")
+        getattr(stock, name).save_lora_adapter(tmp_path / "diffusers" / name, adapter_name="memory")
         state = load_file(tmp_path / "diffusers" / name / "pytorch_lora_weights.safetensors")
         (tmp_path / "peft" / name).mkdir(parents=True)
         save_file(
@@ -196,7 +185,7 @@ def test_folders_saved_by_peft_and_by_diffusers(pipe: WanImageToVideoPipeline, r
         again = plain()
         info = load_memory_lora(again, tmp_path / folder)
         assert (info.alpha, info.use_rslora) == (5, True)
-        assert close(outputs(again), outputs(pipe)), folder
+        assert close(outputs(again), outputs(stock)), folder
 
 
 def test_peft_alpha_pattern_is_followed(tmp_path: Path) -> None:
@@ -226,27 +215,27 @@ def test_reference_weights_load_into_reference_experts(case: Path) -> None:
 
 
 @pytest.fixture
-def second(tmp_path: Path) -> Iterator[Path]:
+def second(tmp_path: Path) -> Path:
     return write_pair(tmp_path / "second", released_state(5, rank=2), released_state(6, rank=2))
 
 
 def test_two_memory_adapters_add_up_with_weights_of_their_own(
-    pipe: WanImageToVideoPipeline, released: Path, second: Path
+    stock: WanImageToVideoPipeline, released: Path, second: Path
 ) -> None:
-    load_memory_lora(pipe, released, alpha=4, weight=0.5)
-    load_memory_lora(pipe, second, alpha=2, use_rslora=False, adapter_name="style", weight=0.25)
+    load_memory_lora(stock, released, alpha=4, weight=0.5)
+    load_memory_lora(stock, second, alpha=2, use_rslora=False, adapter_name="style", weight=0.25)
     expected = merged(merged(plain(), released, 0.5 * 4 / 2), second, 0.25 * 2 / 2)
-    assert close(outputs(pipe), outputs(expected))
-    pipe.set_adapters(["memory", "style"], [0.0, 1.0])
-    assert close(outputs(pipe), outputs(merged(plain(), second, 1.0)))
-    pipe.delete_adapters("style")
-    pipe.set_adapters("memory", 1.0)
-    assert close(outputs(pipe), outputs(merged(plain(), released, 2.0)))
+    assert close(outputs(stock), outputs(expected))
+    stock.set_adapters(["memory", "style"], [0.0, 1.0])
+    assert close(outputs(stock), outputs(merged(plain(), second, 1.0)))
+    stock.delete_adapters("style")
+    stock.set_adapters("memory", 1.0)
+    assert close(outputs(stock), outputs(merged(plain(), released, 2.0)))
 
 
 @pytest.mark.parametrize("memory_first", [True, False])
 def test_stacks_with_an_adapter_that_diffusers_loaded(
-    pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path, memory_first: bool
+    stock: WanImageToVideoPipeline, released: Path, tmp_path: Path, memory_first: bool
 ) -> None:
     """A step-distilled adapter: ComfyUI's layout, diffusers' own loader, other modules than ours."""
     few_steps = {
@@ -256,39 +245,39 @@ def test_stacks_with_an_adapter_that_diffusers_loaded(
     }
     save_file(few_steps, tmp_path / "lightning.safetensors")
     if memory_first:
-        load_memory_lora(pipe, released, alpha=4)
-    pipe.load_lora_weights(tmp_path / "lightning.safetensors", adapter_name="lightning")
-    pipe.load_lora_weights(tmp_path / "lightning.safetensors", adapter_name="lightning", load_into_transformer_2=True)
+        load_memory_lora(stock, released, alpha=4)
+    stock.load_lora_weights(tmp_path / "lightning.safetensors", adapter_name="lightning")
+    stock.load_lora_weights(tmp_path / "lightning.safetensors", adapter_name="lightning", load_into_transformer_2=True)
     if not memory_first:
-        load_memory_lora(pipe, released, alpha=4)
-        assert set(pipe.get_active_adapters()) == {"lightning", "memory"}
-    pipe.set_adapters(["memory", "lightning"], [1.0, 0.5])
+        load_memory_lora(stock, released, alpha=4)
+        assert set(stock.get_active_adapters()) == {"lightning", "memory"}
+    stock.set_adapters(["memory", "lightning"], [1.0, 0.5])
     expected = merged(plain(), released, 4 / 2)
     zeros = {f"{k}": torch.zeros_like(v) for k, v in released_state(7, rank=2).items() if ".ffn." in k}
     rest = {k.replace("diffusion_model", "base_model.model"): v for k, v in few_steps.items()} | zeros
     expected = merged(expected, write_pair(tmp_path / "rest", rest, rest), 0.5)
-    assert close(outputs(pipe), outputs(expected))
+    assert close(outputs(stock), outputs(expected))
 
 
-def test_fuse_unfuse_and_unload(pipe: WanImageToVideoPipeline, released: Path, second: Path) -> None:
-    load_memory_lora(pipe, released, alpha=4)
-    loaded = outputs(pipe)
-    pipe.fuse_lora(components=["transformer", "transformer_2"])
-    assert close(outputs(pipe), loaded)
+def test_fuse_unfuse_and_unload(stock: WanImageToVideoPipeline, released: Path, second: Path) -> None:
+    load_memory_lora(stock, released, alpha=4)
+    loaded = outputs(stock)
+    stock.fuse_lora(components=["transformer", "transformer_2"])
+    assert close(outputs(stock), loaded)
     with pytest.raises(ValueError, match=r"fused adapters; call pipe\.unfuse_lora"):
-        load_memory_lora(pipe, second, adapter_name="style")
-    pipe.unfuse_lora(components=["transformer", "transformer_2"])
-    pipe.unload_lora_weights()
-    assert close(outputs(pipe), outputs(plain()))
-    load_memory_lora(pipe, released, alpha=4)
-    assert close(outputs(pipe), loaded)
+        load_memory_lora(stock, second, adapter_name="style")
+    stock.unfuse_lora(components=["transformer", "transformer_2"])
+    stock.unload_lora_weights()
+    assert close(outputs(stock), outputs(plain()))
+    load_memory_lora(stock, released, alpha=4)
+    assert close(outputs(stock), loaded)
 
 
 @pytest.mark.parametrize("name", ["memory", "wan2.2", ""])
-def test_impossible_adapter_names_are_refused(pipe: WanImageToVideoPipeline, released: Path, name: str) -> None:
-    load_memory_lora(pipe, released)
+def test_impossible_adapter_names_are_refused(stock: WanImageToVideoPipeline, released: Path, name: str) -> None:
+    load_memory_lora(stock, released)
     with pytest.raises(ValueError, match="adapter_name"):
-        load_memory_lora(pipe, released, adapter_name=name)
+        load_memory_lora(stock, released, adapter_name=name)
 
 
 def test_a_trained_adapter_is_saved_from_its_transformers(tmp_path: Path) -> None:
@@ -304,14 +293,14 @@ def test_a_trained_adapter_is_saved_from_its_transformers(tmp_path: Path) -> Non
     assert close(outputs(again), outputs(pipeline(transformer, None)))
 
 
-def test_only_memory_adapters_are_saved(pipe: WanImageToVideoPipeline, tmp_path: Path) -> None:
+def test_only_memory_adapters_are_saved(stock: WanImageToVideoPipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no adapter called 'memory'; it has: none"):
-        save_memory_lora(pipe, tmp_path)
+        save_memory_lora(stock, tmp_path)
     config = memory_lora_config(rank=4)
     config.target_modules = {"attn1.to_q", "proj_out"}
-    pipe.transformer.add_adapter(config, "memory")
+    stock.transformer.add_adapter(config, "memory")
     with pytest.raises(ValueError, match=r"missing or unexpected \(38\)"):
-        save_memory_lora({"high_noise": pipe.transformer}, tmp_path)
+        save_memory_lora({"high_noise": stock.transformer}, tmp_path)
     with pytest.raises(ValueError, match="layout must be one of storymem, released, diffusers, comfyui"):
         write_memory_lora({"high_noise": {}}, tmp_path, info=AdapterInfo(), layout="kohya")
     assert not list(tmp_path.iterdir())

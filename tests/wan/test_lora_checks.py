@@ -40,16 +40,6 @@ from tests.wan.adapters import (
 )
 
 
-@pytest.fixture
-def pipe() -> WanImageToVideoPipeline:
-    return pipeline(expert(1), expert(2))
-
-
-@pytest.fixture
-def released(tmp_path: Path) -> Path:
-    return write_pair(tmp_path / "adapter", released_state(3), released_state(4))
-
-
 @pytest.fixture(scope="module")
 def a14b() -> WanTransformer3DModel:
     with torch.device("meta"):
@@ -113,7 +103,7 @@ def test_training_config_adapts_exactly_the_four_hundred_linears(a14b: WanTransf
     assert layer.lora_dropout["memory"].p == 0.05
 
 
-def test_all_key_mistakes_are_listed_at_once(pipe: WanImageToVideoPipeline, tmp_path: Path) -> None:
+def test_all_key_mistakes_are_listed_at_once(stock: WanImageToVideoPipeline, tmp_path: Path) -> None:
     state = released_state(4)
     del state["base_model.model.blocks.1.self_attn.q.lora_B.weight"]
     state["base_model.model.blocks.0.cross_attn.k_img.lora_A.weight"] = torch.zeros(4, 24)
@@ -123,7 +113,7 @@ def test_all_key_mistakes_are_listed_at_once(pipe: WanImageToVideoPipeline, tmp_
     state["base_model.model.blocks.0.ffn.2.lora_B.default.weight"] = torch.zeros(24, 4)
     folder = write_pair(tmp_path, released_state(3), state)
     with pytest.raises(ValueError, match=r"backbone_low_noise\.safetensors does not fit") as error:
-        load_memory_lora(pipe, folder)
+        load_memory_lora(stock, folder)
     message = str(error.value)
     assert "missing (1):\n    blocks.1.self_attn.q.lora_B" in message
     assert "unexpected (2)" in message
@@ -133,16 +123,16 @@ def test_all_key_mistakes_are_listed_at_once(pipe: WanImageToVideoPipeline, tmp_
     assert "misshapen (2)" in message
     assert "blocks.0.ffn.0.lora_A.weight is [4, 25], not [4, 24]" in message
     assert "blocks.1.ffn.2.lora_B.weight is [24, 3], not [24, 4]" in message
-    assert not getattr(pipe.transformer, "peft_config", {}), "the good expert must not have been touched either"
+    assert not getattr(stock.transformer, "peft_config", {}), "the good expert must not have been touched either"
 
 
-def test_pth_is_read_as_tensors(pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
+def test_pth_is_read_as_tensors(stock: WanImageToVideoPipeline, released: Path, tmp_path: Path) -> None:
     torch.save(released_state(3), tmp_path / "backbone_high_noise.pth")
     torch.save(released_state(4), tmp_path / "backbone_low_noise.pth", _use_new_zipfile_serialization=False)
-    load_memory_lora(pipe, tmp_path)
+    load_memory_lora(stock, tmp_path)
     other = plain()
     load_memory_lora(other, released)
-    assert torch.equal(outputs(pipe), outputs(other))
+    assert torch.equal(outputs(stock), outputs(other))
 
 
 class Payload:
@@ -156,11 +146,11 @@ class Payload:
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
-def test_pickle_with_code_is_refused_and_does_not_run(pipe: WanImageToVideoPipeline, tmp_path: Path, save) -> None:
+def test_pickle_with_code_is_refused_and_does_not_run(stock: WanImageToVideoPipeline, tmp_path: Path, save) -> None:
     save({"a": Payload(tmp_path / "trace")}, tmp_path / "backbone_high_noise.pth")
     torch.save(released_state(4), tmp_path / "backbone_low_noise.pth")
     with pytest.raises(ValueError, match=r"backbone_high_noise\.pth is not a readable file of tensors"):
-        load_memory_lora(pipe, tmp_path)
+        load_memory_lora(stock, tmp_path)
     assert not (tmp_path / "trace").exists()
 
 
@@ -175,38 +165,38 @@ def test_pth_that_is_no_state_dict(tmp_path: Path, content: object) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_arguments_that_contradict_the_file_are_refused(
-    pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path, layout: str
+    stock: WanImageToVideoPipeline, released: Path, tmp_path: Path, layout: str
 ) -> None:
-    load_memory_lora(pipe, released, alpha=5)
-    save_memory_lora(pipe, tmp_path / "out", layout=layout)
+    load_memory_lora(stock, released, alpha=5)
+    save_memory_lora(stock, tmp_path / "out", layout=layout)
     with pytest.raises(ValueError, match=r"states alpha=.*contradicts alpha=7"):
         load_memory_lora(plain(), tmp_path / "out", alpha=7)
 
 
 def test_missing_weights_name_what_is_missing_and_what_is_there(
-    pipe: WanImageToVideoPipeline, released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stock: WanImageToVideoPipeline, released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(MissingWeights, match=r"(?s)4\.9 GB.*hf download Kevin-thu/StoryMem .*Wan2\.2-MI2V-A14B"):
-        load_memory_lora(pipe, "Kevin-thu/StoryMem", subfolder="Wan2.2-MI2V-A14B")
+        load_memory_lora(stock, "Kevin-thu/StoryMem", subfolder="Wan2.2-MI2V-A14B")
     (released / "backbone_low_noise.safetensors").unlink()
     with pytest.raises(MissingWeights, match=r"backbone_high_noise\.safetensors, so nothing for the low_noise"):
-        load_memory_lora(pipe, released)
+        load_memory_lora(stock, released)
     with pytest.raises(MissingWeights, match=r"chosen as subfolder=: adapter"):
-        load_memory_lora(pipe, released.parent)
+        load_memory_lora(stock, released.parent)
     load_memory_lora(pipeline(expert(1), None), released.parent, subfolder="adapter")
 
 
-def test_two_candidates_for_one_expert_are_refused(pipe: WanImageToVideoPipeline, released: Path) -> None:
+def test_two_candidates_for_one_expert_are_refused(stock: WanImageToVideoPipeline, released: Path) -> None:
     save_file(released_state(3), released / "old_high_noise.safetensors")
     with pytest.raises(ValueError, match=r"more than one adapter file.*backbone_high_noise.*old_high_noise"):
-        load_memory_lora(pipe, released)
+        load_memory_lora(stock, released)
 
 
-def test_one_file_without_a_named_expert_is_refused_for_two(pipe: WanImageToVideoPipeline, tmp_path: Path) -> None:
+def test_one_file_without_a_named_expert_is_refused_for_two(stock: WanImageToVideoPipeline, tmp_path: Path) -> None:
     save_file(released_state(3), tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="does not name the expert"):
-        load_memory_lora(pipe, tmp_path)
+        load_memory_lora(stock, tmp_path)
 
 
 def test_one_file_for_both_must_hold_both(released: Path, tmp_path: Path) -> None:
