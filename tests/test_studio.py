@@ -7,6 +7,7 @@ import io
 import shlex
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +24,9 @@ from storymem.media.images import ImageError
 from storymem.memory.bank import read_entries
 from storymem.story import StoryError, load_story
 from storymem.studio.actions import Studio
-from storymem.studio.board import board_html, fates_html, memory_html, pair_html, status_html
+from storymem.studio.board import View, board_html, fates_html, memory_html, pair_html, status_html
 from storymem.studio.serve import Guard
+from storymem.studio.work import Job
 from tests.stories import plain_image
 
 STORY = """\
@@ -63,7 +65,7 @@ def prompts(studio: Studio) -> list[str]:
 
 
 def test_takes_are_made_compared_and_chosen(studio: Studio) -> None:
-    assert "not made yet" in board_html(studio, 1)
+    assert "not made yet" in board_html(View(studio), 1)
     command = studio.make()
     assert command == f"storymem generate walk.yaml output=films/walk {' '.join(SMALL)}"
     assert wait(studio) == "done"
@@ -76,20 +78,20 @@ def test_takes_are_made_compared_and_chosen(studio: Studio) -> None:
 
     assert studio.make("shot=1", "takes=2").endswith("shot=1 takes=2")
     assert wait(studio) == "done"
-    page = board_html(studio, 2)
+    page = board_html(View(studio), 2)
     assert "take 2 of 3" in page
     assert page.count("Not what would be made now") == 2
     assert 'alt="frame 1 of shot 1: Ada waits."' in page
-    assert "take 3: Ada waits." in pair_html(studio, 1, (2, 3))
+    assert "take 3: Ada waits." in pair_html(View(studio), 1, (2, 3))
     assert studio.choose(1, 1).endswith("shot=1 take=1")
-    assert "Not what would be made now" not in board_html(studio, 2)
-    assert "recalled for shots 2, 3" in memory_html(studio)
+    assert "Not what would be made now" not in board_html(View(studio), 2)
+    assert "recalled for shots 2, 3" in memory_html(View(studio))
 
 
 def test_the_memory_is_edited(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="no memory yet"):
         studio.drop("shot_01_frame_1")
-    assert "has no take yet" in fates_html(studio, 1)
+    assert "has no take yet" in fates_html(View(studio), 1)
     studio.make()
     with pytest.raises(ValueError, match="edit the memory when they are done"):
         studio.drop("shot_01_frame_1")
@@ -104,13 +106,13 @@ def test_the_memory_is_edited(studio: Studio, monkeypatch: pytest.MonkeyPatch) -
         f"storymem memory films/walk replace {first} films/walk/keyframes/{first}_2.png",
     ]
     assert "Shot 2 is not what would be made now" in done[0]
-    page = memory_html(studio)
+    page = memory_html(View(studio))
     assert page.count("pinned") == 1
     assert f"{len(read_entries(studio.folder))}: ref_ada_1" in page
     studio.pin(second, pinned=False)
     studio.drop("ref_ada_1")
     assert [entry.id for entry in read_entries(studio.folder)][:2] == [f"{first}_2", second]
-    assert "pinned" not in memory_html(studio)
+    assert "pinned" not in memory_html(View(studio))
 
     before = read_entries(studio.folder)
     Path("no.png").write_text("no image")
@@ -135,7 +137,7 @@ def test_why_frames_were_kept_is_shown(studio: Studio) -> None:
     studio.make()
     assert wait(studio) == "done"
     take = Film.open("films/walk").shots[0]
-    page = fates_html(studio, 1)
+    page = fates_html(View(studio), 1)
     assert page.count("<tr") == len(take.candidates) + 1
     assert page.count('class="kept"') == len(take.keyframes) > 0
     assert "kept: the memory was empty" in page
@@ -155,6 +157,8 @@ def test_a_folder_is_opened_with_its_story_and_settings(studio: Studio) -> None:
     assert len(Film.open("films/walk").takes) == 4
     with pytest.raises(ValueError, match="holds no film"):
         Studio(".")
+    with pytest.raises(ValueError, match="output=elsewhere: the film stays"):
+        Studio("films/walk", ["output=elsewhere"])
 
 
 def test_the_story_is_edited_beside_the_users_file(studio: Studio) -> None:
@@ -194,6 +198,10 @@ def test_the_users_file_is_overwritten_if_asked_and_a_copy_never_is(studio: Stud
     again.remove_shot(1, overwrite=True)
     assert prompts(again) == ["Ada walks.", "A door."]
     assert again.story_file == Path("walk.yaml")
+    again.edit_shot(1, seed=3)
+    assert again.story_file == Path("walk_edited_3.yaml")
+    assert again.story.shots[0].seed == 3
+    assert load_story("walk.yaml").shots[0].seed is None
     assert Path("walk_edited.yaml").read_text() == "mine"
 
 
@@ -240,6 +248,9 @@ def test_stories_are_written_imported_and_queued(studio: Studio) -> None:
         ({"host": "127.0.0.1:7860", "origin": "http://evil.example"}, 403),
         ({"host": "127.0.0.1:7860", "origin": "null"}, 403),
         ({}, 403),
+        ({"host": "127.0.0.1:7860", "sec-fetch-site": "same-origin"}, 200),
+        ({"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site"}, 403),
+        ({"host": "127.0.0.1:7860", "path": "/gradio_api/file=https://evil.example/a.png"}, 403),
         ({"host": "127.0.0.1:7860", "path": "/gradio_api/upload", "content-length": "1000"}, 200),
         ({"host": "evil.example", "path": "/gradio_api/upload", "content-length": "1000"}, 403),
         ({"host": "127.0.0.1:7860", "path": "/gradio_api/upload", "content-length": "34000000"}, 413),
@@ -257,6 +268,41 @@ def test_only_the_page_itself_is_answered(headers: dict[str, str], status: int) 
     assert status != 200 or b"default-src 'self'" in dict(answer["headers"])[b"content-security-policy"]
 
 
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ('{"data": ["https://evil.example", {"path": "/tmp/a.png", "url": "http://127.0.0.1:7860/a.png"}]}', 200),
+        ('{"data": [{"path": "https://evil.example/a.png", "meta": {"_type": "gradio.FileData"}}]}', 403),
+        (r'{"data": [{"p\u0061th": "http:\u002f/evil.example/a.png", "path": "/tmp/a.png"}]}', 403),
+        ("--form--", 400),
+        ("[" * 100_000, 400),
+    ],
+)
+def test_no_file_is_fetched_from_another_host(body: str, status: int) -> None:
+    received: list[bytes] = []
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        received.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    headers = {"host": "127.0.0.1:7860", "path": "/gradio_api/queue/join", "content-length": str(len(body))}
+    assert asyncio.run(answered(Guard(app), headers, body.encode()))["status"] == status
+    assert received == ([body.encode()] if status == 200 else [])
+
+
+def test_a_job_that_waits_is_never_forgotten(studio: Studio) -> None:
+    begun, go = threading.Event(), threading.Event()
+    studio.worker.add(Job("first", lambda _progress: begun.set() or go.wait()))
+    for number in range(30):
+        studio.worker.add(Job(str(number), lambda _progress: None))
+    begun.wait()
+    assert [len(studio.worker.jobs), studio.worker.jobs[0].state] == [31, "running"]
+    go.set()
+    wait(studio)
+    studio.worker.add(Job("last", lambda _progress: None))
+    assert len(studio.worker.jobs) == 21
+
+
 def test_one_picture_is_uploaded_at_a_time() -> None:
     upload = {"host": "127.0.0.1:7860", "path": "/gradio_api/upload", "content-length": "1000"}
     during = []
@@ -272,9 +318,14 @@ def test_one_picture_is_uploaded_at_a_time() -> None:
     assert asyncio.run(answered(guard, upload))["status"] == 200
 
 
-async def answered(guard: Guard, headers: dict[str, str]) -> Any:
+async def answered(guard: Guard, headers: dict[str, str], body: bytes = b"") -> Any:
     """The start of the answer to a request."""
     sent: list[Any] = []
+
+    parts = [body[:10], body[10:]]
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
 
     async def send(message: Any) -> None:
         sent.append(message)
@@ -284,7 +335,7 @@ async def answered(guard: Guard, headers: dict[str, str]) -> Any:
         "path": headers.get("path", "/"),
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }
-    await guard(scope, None, send)
+    await guard(scope, receive, send)
     return sent[0]
 
 

@@ -225,6 +225,10 @@ def test_files_outside_the_film_are_not_served(served: tuple[Path, str]) -> None
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(f"{url}gradio_api/file={path}")
     with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(f"{url}gradio_api/file=https://example.com/")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{url}gradio_api/runs")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(urllib.request.Request(url, headers={"Origin": "http://evil.example"}))
 
 

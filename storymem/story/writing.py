@@ -221,9 +221,13 @@ def read_answer(answer: str, folder: Path, idea: str | None = None) -> tuple[Sto
     if not content.get(overview) and (instead := idea or content.get(title)):
         content[overview] = instead
         notes.append(f"overview was missing: {'the idea' if idea else 'the title'} is used")
-    path = folder / "story.yaml"
+    return story_of(content, folder / "story.yaml"), notes
+
+
+def story_of(content: Mapping[str, Any], path: Path) -> Story:
+    """The story with the content of a story file, as if ``path`` were the file. ``StoryError`` without line numbers."""
     try:
-        return load_story(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=math.inf)), notes
+        return load_story(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=math.inf))
     except StoryError as error:
         raise StoryError([re.sub(rf"^{re.escape(str(path))}(:\d+)?: ", "", one) for one in error.problems]) from None
 
@@ -276,13 +280,22 @@ def _save(story: Story, notes: list[str], settings: WriteSettings) -> None:
 
 def story_yaml(story: Story) -> str:
     """A story as the text of a story file, which reads as an equal story in the same folder."""
-    content = story.to_dict()
-    content["scenes"] = [{"shots": [_given(shot) for shot in scene["shots"]]} for scene in content["scenes"]]
-    content["characters"] = [_given(character) for character in content["characters"]]
-    return yaml.safe_dump(_given(content | {"genre": story.genre}), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(story_content(story), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _given(values: dict[str, Any]) -> dict[str, Any]:
+def story_content(story: Story) -> dict[str, Any]:
+    """What a story file of a story holds."""
+    return content_of(story.to_dict() | {"genre": story.genre})
+
+
+def content_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a story file from what :meth:`Story.to_dict` gives."""
+    scenes = [{"shots": [_given(shot) for shot in scene["shots"]]} for scene in record["scenes"]]
+    characters = [_given(character) for character in record.get("characters", ())]
+    return _given({**record, "characters": characters, "scenes": scenes})
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Without what is not given, and ``cut: true``, which is the default."""
     return {key: value for key, value in values.items() if value not in (None, []) and not (key == "cut" and value)}
 

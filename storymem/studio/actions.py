@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from storymem.config import build_settings
 from storymem.film import memory_edits
@@ -21,7 +18,17 @@ from storymem.film.settings import GenerateSettings
 from storymem.film.storyboard import storyboard
 from storymem.io import write_text
 from storymem.story import Story, StoryError, load_story
-from storymem.story.writing import EndpointSettings, ask, prompt_for, read_answer, story_yaml, unused_path
+from storymem.story.writing import (
+    EndpointSettings,
+    ask,
+    content_of,
+    prompt_for,
+    read_answer,
+    story_content,
+    story_of,
+    story_yaml,
+    unused_path,
+)
 from storymem.studio.work import Job, Worker
 
 _ON_PAGE = {"story", "shot", "take", "takes", "following", "resume", "dry_run"}
@@ -47,16 +54,18 @@ class Studio:
         output = given.pop("output", None)
         opened = Path(opened)
         if Film.exists(opened):
-            self.folder = opened
-            self.story_file = _story_file(Film.open(opened))
-            given = {one.partition("=")[0]: one for one in _arguments_of(Film.open(opened))} | given
+            if output is not None:
+                raise ValueError(f"{output}: the film stays in the folder that is opened; leave it out")
+            film = Film.open(opened)
+            self.folder, self.story_file = opened, _story_file(film)
+            given = {one.partition("=")[0]: one for one in _arguments_of(film)} | given
         elif opened.is_dir():
             raise ValueError(f"{opened} holds no film: write the folder of a film, or a story file")
         else:
             self.story_file = opened
             self.folder = Path(output.partition("=")[2]) if output else Path("films") / load_story(opened).slug
         self.arguments = list(given.values())
-        self._written = self.story_file if _OWN.search(self.story_file.stem) else None
+        self._is_ours = _OWN.search(self.story_file.stem) is not None
         _ = self.story, self.settings
         self.worker = Worker()
 
@@ -136,10 +145,6 @@ class Studio:
         notes = [f"Shot {shot} is not what would be made now: {reason}." for shot, reason in done.stale.items()]
         return "\n# ".join([done.command, *notes])
 
-    def memory_command(self, *words: str) -> str:
-        """``storymem memory`` for this film, with more words."""
-        return shlex.join(["storymem", "memory", str(self.folder), *words])
-
     # The story
 
     def edit_shot(self, shot: int, *, overwrite: bool = False, **values: Any) -> str:
@@ -160,7 +165,7 @@ class Studio:
 
     def move_shot(self, shot: int, by: int, *, overwrite: bool = False) -> str:
         """Move a shot by -1 or 1 place; at the end of its scene it moves into the next one."""
-        content = self._content()
+        content = story_content(self.story)
         scene, place = _place(content, shot)
         shots = content["scenes"][scene]["shots"]
         if not 0 <= place + by < len(shots):
@@ -173,23 +178,20 @@ class Studio:
         return self._save(content, overwrite)
 
     def _edit(self, shot: int, edit: Callable[[list[dict[str, Any]], int], object], overwrite: bool) -> str:
-        content = self._content()
+        content = story_content(self.story)
         scene, place = _place(content, shot)
         edit(content["scenes"][scene]["shots"], place)
         return self._save(content, overwrite)
 
-    def _content(self) -> dict[str, Any]:
-        return yaml.safe_load(story_yaml(self.story))
-
     def _save(self, content: dict[str, Any], overwrite: bool) -> str:
         """Write the story beside the user's file, or over it if asked."""
         content["scenes"] = [scene for scene in content["scenes"] if scene["shots"]]
-        path = self.story_file if overwrite else self._written
-        path = path or unused_path(self.story_file.with_name(f"{self.story_file.stem}_edited.yaml"))
-        story = _checked(content, path)
-        write_text(path, story_yaml(story))
+        path = self.story_file
+        if not (overwrite or self._is_ours):
+            path = unused_path(path.with_name(f"{path.stem}_edited.yaml"))
+        write_text(path, story_yaml(story_of(content, path)))
+        self._is_ours |= path != self.story_file
         self.story_file = path
-        self._written = self._written or path
         return f"{self.command()}\n# The story is saved as {path}; this command makes what is new."
 
     def write_story(self, idea: str, shots: int, url: str, name: str) -> tuple[str, str]:
@@ -213,7 +215,7 @@ class Studio:
         story, notes = read_answer(text, self.story_file.parent)
         path = unused_path(self.story_file.with_name(f"{story.slug}.yaml"))
         write_text(path, story_yaml(story))
-        self.story_file, self._written, self.folder = path, path, Path("films") / story.slug
+        self.story_file, self._is_ours, self.folder = path, True, Path("films") / story.slug
         return "\n# ".join([self.command(), f"The story is saved as {path}.", *notes])
 
     @property
@@ -244,14 +246,6 @@ def _place(content: dict[str, Any], shot: int) -> tuple[int, int]:
     return places[shot - 1]
 
 
-def _checked(content: dict[str, Any], path: Path) -> Story:
-    """The story of a content, as if it were in ``path``. ``StoryError`` without line numbers."""
-    try:
-        return load_story(path, json.dumps(content, ensure_ascii=False))
-    except StoryError as error:
-        raise StoryError([re.sub(rf"^{re.escape(str(path))}(:\d+)?: ", "", one) for one in error.problems]) from None
-
-
 def _story_file(film: Film) -> Path:
     """A story file in the film's folder that holds the film's story; written if there is none."""
     for path in sorted(film.folder.glob("story*.yaml")):
@@ -260,14 +254,10 @@ def _story_file(film: Film) -> Path:
                 return path
         except StoryError:
             continue
-    content = {key: value for key, value in film.story.items() if key != "reference_sha256" and value}
-    content["scenes"] = [
-        {"shots": [{key: value for key, value in shot.items() if value not in (None, [])} for shot in scene["shots"]]}
-        for scene in film.story["scenes"]
-    ]
+    content = content_of({key: value for key, value in film.story.items() if key != "reference_sha256"})
     path = unused_path(film.folder / "story_edited.yaml")
     try:
-        story = _checked(content, path)
+        story = story_of(content, path)
     except StoryError as error:
         cure = f"open the film with its story file: storymem studio story.yaml output={film.folder}"
         raise StoryError([*error.problems, cure]) from None

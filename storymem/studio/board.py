@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from storymem.film.folder import Film
-from storymem.film.manifest import KeyframeRecord, Take, scripts
+from storymem.film.manifest import KeyframeRecord, Take
 from storymem.film.matching import stale
+from storymem.film.memory_edits import command_of
 from storymem.film.reasons import reason, summary
 from storymem.film.resume import story_record
 from storymem.memory.bank import Entry, keyframe_files, read_entries
+from storymem.story import Shot
 from storymem.studio.actions import Studio
 from storymem.studio.work import Job
 
@@ -38,95 +39,76 @@ class Picture:
 class Card:
     """A shot of the story as it is now, with its takes in the film."""
 
-    number: int
-    scene: int
-    begins_scene: bool
-    continues: bool
-    prompt: str
+    shot: Shot
     take: Take | None
     takes: Sequence[Take]
     stale: str | None
     recalled: Sequence[Picture]
     added: Sequence[Picture]
-    picked: bool
-
-    @property
-    def alt(self) -> str:
-        """What is seen."""
-        assert self.take is not None
-        return f"Shot {self.number}, take {self.take.take}: {self.take.prompt}"
 
 
-def film_now(studio: Studio) -> Film | None:
-    """The film with the story as it is on disk now, whose shots have the takes that they would keep."""
-    film = studio.film
-    if film is not None:
-        film.use_story(story_record(studio.story))
-    return film
+class View:
+    """What a studio shows, as it is on disk now.
 
+    Attributes:
+        story: whose film it is.
+        film: with this story, whose shots have the takes that they would keep; None before the first take.
+        entries: the memory, oldest first.
+    """
 
-def cards(studio: Studio, picked: int) -> list[Card]:
-    """All shots of the story."""
-    film, story = film_now(studio), studio.story
-    entries = {entry.id: entry for entry in read_entries(film.folder)} if film is not None and film.has_memory else {}
-    old = {} if film is None or not entries else stale(film, list(entries.values()))
-    prompts = {} if film is None else dict(enumerate((s.content["prompt"] for s in scripts(film.story)), start=1))
-    found = []
-    for shot in story.shots:
-        take = None if film is None else film.take_of(shot.index)
-        found.append(
-            Card(
-                number=shot.index + 1,
-                scene=shot.scene,
-                begins_scene=shot.number == 1,
-                continues=not shot.cut,
-                prompt=shot.prompt,
-                take=take,
-                takes=[] if film is None else film.takes_of(shot.index),
-                stale=old.get(shot.index + 1),
-                recalled=[_recalled(id, entries.get(id), prompts) for id in take.memory] if take else [],
-                added=[_added(record, take) for record in take.keyframes] if take else [],
-                picked=shot.index + 1 == picked,
+    def __init__(self, studio: Studio) -> None:
+        self.studio, self.story, self.film = studio, studio.story, studio.film
+        self.entries: Sequence[Entry] = ()
+        if self.film is not None:
+            self.film.use_story(story_record(self.story))
+            self.entries = read_entries(self.film.folder) if self.film.has_memory else ()
+
+    def takes_of(self, shot: int) -> list[Take]:
+        """All takes of ``shot`` (from 1)."""
+        return [] if self.film is None else self.film.takes_of(shot - 1)
+
+    def take_of(self, shot: int) -> Take | None:
+        """The take that the film shows of ``shot``."""
+        return None if self.film is None else self.film.take_of(shot - 1)
+
+    def cards(self) -> list[Card]:
+        """All shots of the story."""
+        entries = {entry.id: entry for entry in self.entries}
+        old = {} if self.film is None or not entries else stale(self.film, self.entries)
+        found = []
+        for number, shot in enumerate(self.story.shots, start=1):
+            take = self.take_of(number)
+            found.append(
+                Card(
+                    shot=shot,
+                    take=take,
+                    takes=self.takes_of(number),
+                    stale=old.get(number),
+                    recalled=[self._recalled(id, entries.get(id)) for id in take.memory] if take else [],
+                    added=[_added(record, take) for record in take.keyframes] if take else [],
+                )
             )
-        )
-    return found
+        return found
 
+    def memory(self) -> list[Picture]:
+        """The keyframes of the memory, oldest first."""
+        found = []
+        for number, entry in enumerate(self.entries, start=1):
+            shots = [str(take.shot) for take in self.film.shots if entry.id in take.memory] if self.film else []
+            recalled = f"recalled for shot{'s' * (len(shots) > 1)} {', '.join(shots)}" if shots else "not recalled yet"
+            notes = (*_scores(entry.quality, entry.similarity), recalled, *(["pinned"] * entry.pinned))
+            found.append(replace(self._recalled(entry.id, entry), notes=notes, number=number))
+        return found
 
-def memory(studio: Studio) -> list[Picture]:
-    """The keyframes of the memory, oldest first."""
-    film = film_now(studio)
-    if film is None or not film.has_memory:
-        return []
-    prompts = dict(enumerate((script.content["prompt"] for script in scripts(film.story)), start=1))
-    users = {id: [str(take.shot) for take in film.shots if id in take.memory] for id in _ids(film)}
-    found = []
-    for number, entry in enumerate(read_entries(film.folder), start=1):
-        shots = users.get(entry.id, [])
-        notes = [f"recalled for shot{'s' * (len(shots) > 1)} {', '.join(shots)}" if shots else "not recalled yet"]
-        picture = _recalled(entry.id, entry, prompts)
-        found.append(
-            Picture(
-                id=entry.id,
-                image=entry.image,
-                alt=picture.alt,
-                notes=(*_scores(entry.quality, entry.similarity), *notes, *(["pinned"] * entry.pinned)),
-                number=number,
-            )
-        )
-    return found
-
-
-def _ids(film: Film) -> set[str]:
-    return {id for take in film.shots for id in take.memory}
-
-
-def _recalled(id: str, entry: Entry | None, prompts: dict[int, str]) -> Picture:
-    image = keyframe_files(id)[0] if entry is None else entry.image
-    if entry is None:
-        return Picture(id=id, image=image, alt=f"Keyframe {id}, no longer in the memory")
-    of = f"frame {entry.frame} of shot {entry.shot}" if entry.frame else f"reference image {entry.source or entry.id}"
-    text = prompts.get(entry.shot or 0, "") if entry.frame else entry.character or ""
-    return Picture(id=id, image=image, alt=f"{of}: {text}" if text else of)
+    def _recalled(self, id: str, entry: Entry | None) -> Picture:
+        if entry is None:
+            return Picture(id=id, image=keyframe_files(id)[0], alt=f"Keyframe {id}, no longer in the memory")
+        if entry.frame:
+            of = f"frame {entry.frame} of shot {entry.shot}"
+            text = next((shot.prompt for shot in self.story.shots if shot.index + 1 == entry.shot), None)
+        else:
+            of, text = f"reference image {entry.source or entry.id}", entry.character
+        return Picture(id=id, image=entry.image, alt=f"{of}: {text}" if text else of)
 
 
 def _added(record: KeyframeRecord, take: Take) -> Picture:
@@ -161,34 +143,32 @@ def _url(folder: Path, name: str) -> str:
     return f"/gradio_api/file={quote(str(path))}?{changed}"
 
 
-def board_html(studio: Studio, picked: int) -> str:
-    """The storyboard."""
-    film = studio.film
-    video = None if film is None or film.video is None else film.video.name
-    where = f"{studio.story_file}, in {studio.folder}"
-    shots = cards(studio, picked)
-    return _html("board", studio, video, shots, studio.story.title, where)
+def board_html(view: View, picked: int) -> str:
+    """The storyboard, on which the shot ``picked`` (from 1) is chosen."""
+    video = None if view.film is None or view.film.video is None else view.film.video.name
+    where = f"{view.studio.story_file}, in {view.studio.folder}"
+    return _html("board", view, video, view.cards(), picked, view.story.title, where)
 
 
-def pair_html(studio: Studio, shot: int, numbers: Sequence[int]) -> str:
+def pair_html(view: View, shot: int, numbers: Sequence[int]) -> str:
     """Takes of a shot, side by side."""
-    film = film_now(studio)
-    takes = [] if film is None else [t for n in dict.fromkeys(numbers) for t in film.takes_of(shot - 1) if t.take == n]
-    return _html("pair", studio, takes, None if film is None else film.slots[shot - 1].take)
+    takes = {take.take: take for take in view.takes_of(shot)}
+    chosen = view.take_of(shot)
+    shown = [takes[number] for number in dict.fromkeys(numbers) if number in takes]
+    return _html("pair", view, shown, chosen and chosen.take)
 
 
-def memory_html(studio: Studio) -> str:
+def memory_html(view: View) -> str:
     """The memory."""
-    return _html("memory", studio, memory(studio))
+    return _html("keyframes", view, "Keyframes of the film, oldest first", view.memory())
 
 
-def fates_html(studio: Studio, shot: int) -> str:
+def fates_html(view: View, shot: int) -> str:
     """Why frames of a shot (from 1) became keyframes or not."""
-    film = film_now(studio)
-    take = None if film is None else film.take_of(shot - 1)
+    take = view.take_of(shot)
     rows = [] if take is None else [(one, reason(one)) for one in take.candidates or ()]
     line = None if take is None else summary(take)
-    return _html("fates", studio, shot, take, line, rows, studio.memory_command(f"shot={shot}"))
+    return _html("fates", view, shot, take, line, rows, command_of(view.studio.folder, f"shot={shot}"))
 
 
 def status_html(job: Job | None, waiting: int) -> str:
@@ -197,8 +177,8 @@ def status_html(job: Job | None, waiting: int) -> str:
     return str(_parts().status(job, waiting, image))
 
 
-def _html(part: str, studio: Studio, *values: Any) -> str:
+def _html(part: str, view: View, *values: Any) -> str:
     def url(name: str) -> Markup:
-        return Markup(_url(studio.folder, name))
+        return Markup(_url(view.studio.folder, name))
 
     return str(getattr(_parts(), part)(*values, url))

@@ -11,7 +11,7 @@ import gradio as gr
 
 from storymem.film.manifest import MANIFEST
 from storymem.studio.actions import Studio
-from storymem.studio.board import board_html, fates_html, film_now, memory, memory_html, pair_html, status_html
+from storymem.studio.board import View, board_html, fates_html, memory_html, pair_html, status_html
 from storymem.studio.work import outcome
 
 _PICK = """element.addEventListener('click', event => {
@@ -147,7 +147,7 @@ class Page:
     def _events(self) -> None:
         do, over = self.studio, self.overwrite
         self._on(self.make, lambda _: do.make())
-        self._on(self.choose, lambda n, take: do.choose(n, take), self.take)
+        self._on(self.choose, do.choose, self.take)
         self._on(self.again, self._make_again, self.count, self.following)
         self._on(self.save, self._save, self.prompt, self.characters, self.seed, self.frames, self.cut, over)
         self._on(self.add, lambda n, text, over: do.add_shot(n, text, overwrite=over), self.new, over, by=1)
@@ -238,7 +238,8 @@ class Page:
 
     def _refreshed(self, shot: int | None, keyframe: str | None) -> list[Any]:
         """Values of ``_outputs``, with ``shot`` (from 1) and ``keyframe`` (an id) chosen."""
-        story = self.studio.story
+        view = View(self.studio)
+        story = view.story
         self.blocks.allowed_paths = [str(self.studio.folder.resolve())]  # of the film that is open, and no other files
         shot = min(max(shot or 1, 1), len(story.shots))
         now = story.shots[shot - 1]
@@ -254,37 +255,37 @@ class Page:
             gr.update(value=now.cut, interactive=shot > 1),
             gr.update(choices=[("no character", ""), *((one.name, one.name) for one in story.characters)], value=""),
             gr.update(choices=[(path.name, str(path)) for path in self.studio.other_stories], value=[]),
-            *self._film(shot, keyframe),
+            *self._film(view, shot, keyframe),
         ]
 
-    def _film(self, shot: int, keyframe: str | None) -> list[Any]:
+    @staticmethod
+    def _film(view: View, shot: int, keyframe: str | None) -> list[Any]:
         """Values of ``_of_film``."""
-        film = film_now(self.studio)
-        takes = [] if film is None else [take.take for take in film.takes_of(shot - 1)]
-        chosen = None if film is None else film.slots[shot - 1].take
+        takes = [take.take for take in view.takes_of(shot)]
+        chosen = take.take if (take := view.take_of(shot)) else None
         shown = chosen or (takes[-1] if takes else None)
         other = next((take for take in reversed(takes) if take != shown), None)
-        ids = [(f"{one.number}: {one.id}", one.id) for one in memory(self.studio)]
+        ids = [(f"{number}: {entry.id}", entry.id) for number, entry in enumerate(view.entries, start=1)]
         named = [(f"take {take}{' (shown)' if take == chosen else ''}", take) for take in takes]
         return [
-            board_html(self.studio, shot),
+            board_html(view, shot),
             gr.update(choices=named, value=shown),
             gr.update(choices=named, value=other),
-            self._pair(shot, shown, other),
-            memory_html(self.studio),
+            pair_html(view, shot, [take for take in (shown, other) if take is not None]),
+            memory_html(view),
             gr.update(choices=ids, value=keyframe if keyframe in dict(ids).values() else None),
-            fates_html(self.studio, shot),
+            fates_html(view, shot),
         ]
 
     def _pair(self, shot: int, take: int | None, other: int | None) -> str:
-        return pair_html(self.studio, shot, [one for one in (take, other) if one is not None])
+        return pair_html(View(self.studio), shot, [one for one in (take, other) if one is not None])
 
     def _tick(self, seen: str, shot: int | None, keyframe: str | None) -> list[Any]:
         """The progress, and the film when it has changed."""
         manifest = self.studio.folder / MANIFEST
         now = f"{manifest} {manifest.stat().st_mtime_ns if manifest.is_file() else 0}"
         changed = now != seen and shot is not None
-        film = self._film(shot or 1, keyframe) if changed else [gr.skip()] * len(self._of_film)
+        film = self._film(View(self.studio), shot or 1, keyframe) if changed else [gr.skip()] * len(self._of_film)
         return [now, self._status(), *film]
 
     def _status(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -9,10 +10,13 @@ import tempfile
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from storymem.stopping import Stopped, stopping_on_signals
+
+if TYPE_CHECKING:
+    from storymem.studio.actions import Studio
 
 _USAGE = """\
 usage: storymem studio FOLDER|story.yaml [port=7860] [key=value ...]
@@ -20,9 +24,11 @@ usage: storymem studio FOLDER|story.yaml [port=7860] [key=value ...]
 Opens a film's folder, or a story and its film, as a page in the browser. Other keys are those of storymem generate."""
 _HOST = "127.0.0.1"
 _HOSTS = (_HOST, "localhost")
+_Refusal = tuple[int, str]  # status and text of the answer
+_ELSEWHERE: _Refusal = (403, "the studio takes no files from other hosts")
 _MAX_PICTURE = 32 << 20  # bytes of an uploaded file
 _MAX_BODY = _MAX_PICTURE + (1 << 16)  # of any request
-# Nothing is loaded from elsewhere, and nothing is sent there.
+# The browser loads nothing from other hosts, and sends nothing to them.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
 
 
@@ -40,8 +46,9 @@ def main() -> None:
 
     studio = Studio(opened, [argument for argument in rest if not argument.startswith("port=")])
     with closing(studio.worker), tempfile.TemporaryDirectory(prefix="storymem-studio-") as copies:
-        # Gradio reads these when it is imported: no telemetry, and where copies of files go.
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": copies}
+        # Gradio reads these: no telemetry, no record of calls, which it can send to Hugging Face, and where copies go.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        os.environ |= {"GRADIO_RUN_HISTORY": "False", "GRADIO_TEMP_DIR": copies}
         serve(studio, port)
 
 
@@ -72,7 +79,7 @@ def _free_port(arguments: list[str]) -> int:
     )
 
 
-def serve(studio: Any, port: int) -> None:
+def serve(studio: Studio, port: int) -> None:
     """Serve the page until the process is interrupted."""
     import uvicorn
 
@@ -87,7 +94,7 @@ def serve(studio: Any, port: int) -> None:
             return
 
 
-def application(studio: Any) -> Any:
+def application(studio: Studio) -> Any:
     """The page as an ASGI application."""
     import gradio as gr
     from fastapi import FastAPI
@@ -115,7 +122,7 @@ def application(studio: Any) -> Any:
 class Guard:
     """Answers requests that name this computer and come from its own page, so that no other site acts on films.
 
-    Requests are limited in size, and one file is uploaded at a time.
+    Requests are limited in size, one file is uploaded at a time, and none has Gradio fetch a file from another host.
     """
 
     def __init__(self, app: Any) -> None:
@@ -127,7 +134,12 @@ class Guard:
             return await self.app(scope, receive, send)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         uploads = scope["path"].rstrip("/").endswith("/upload")
-        if (refusal := self._refusal(headers, uploads)) is not None:
+        refusal = self._refusal(headers, scope["path"], uploads)
+        if refusal is None and not uploads and int(headers.get("content-length", "0")):
+            body = await _body(receive)
+            refusal = _refused_body(body)
+            receive = _repeated(body, receive)
+        if refusal is not None:
             status, reason = refusal
             await send({"type": "http.response.start", "status": status, "headers": []})
             await send({"type": "http.response.body", "body": reason.encode()})
@@ -144,14 +156,52 @@ class Guard:
         finally:
             self._uploading &= not uploads
 
-    def _refusal(self, headers: dict[str, str], uploads: bool) -> tuple[int, str] | None:
-        """The status and reason of an answer to a request that is refused."""
+    def _refusal(self, headers: dict[str, str], path: str, uploads: bool) -> _Refusal | None:
+        """Why a request is refused before its body is read."""
         host, origin = headers.get("host", ""), headers.get("origin")
-        if host.rpartition(":")[0] not in _HOSTS or (origin is not None and urlsplit(origin).netloc != host):
+        is_ours = headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+        if (
+            host.rpartition(":")[0] not in _HOSTS
+            or (origin is not None and urlsplit(origin).netloc != host)
+            or not is_ours
+        ):
             return 403, "only for pages of this computer's own studio"
+        if "://" in path:
+            return _ELSEWHERE
         length = headers.get("content-length", "" if uploads else "0")
         if not length.isdecimal() or int(length) > _MAX_BODY or "transfer-encoding" in headers:
             return 413, f"a picture has at most {_MAX_PICTURE >> 20} MB"
         if uploads and self._uploading:
             return 429, "another picture is being uploaded"
         return None
+
+
+def _refused_body(body: bytes) -> _Refusal | None:
+    """Why a request is refused for its body: it is no JSON, or has a file whose path is a URL."""
+    paths: list[str] = []
+    try:
+        json.loads(
+            body, object_pairs_hook=lambda pairs: paths.extend(str(value) for key, value in pairs if key == "path")
+        )
+    except (ValueError, RecursionError):
+        return 400, "the studio reads JSON"
+    return _ELSEWHERE if any("://" in path for path in paths) else None
+
+
+async def _body(receive: Any) -> bytes:
+    parts, more = [], True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)  # also after http.disconnect
+    return b"".join(parts)
+
+
+def _repeated(body: bytes, receive: Any) -> Any:
+    """``receive`` with a body that has been read before all else."""
+    messages = [{"type": "http.request", "body": body}]
+
+    async def repeated() -> Any:
+        return messages.pop() if messages else await receive()
+
+    return repeated

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,11 +16,12 @@ from queue import SimpleQueue
 import numpy as np
 from PIL import Image
 
-from storymem.film.manifest import Take
 from storymem.film.progress import Progress
 from storymem.io import describe_os_error
 from storymem.stopping import Stopped
 from storymem.story import Shot
+
+_SHOWN = 20  # jobs that are over
 
 
 class Watched(Progress):
@@ -30,21 +30,24 @@ class Watched(Progress):
     Attributes:
         label: of the shot that is being made; empty before the first.
         step_done, steps: denoising steps done, of how many.
-        made, making: takes done, of how many.
         preview: of the shot, PNG.
     """
 
     def __init__(self) -> None:
         super().__init__(enabled=False)
-        self.label, self.step_done, self.steps, self.made, self.making = "", 0, 0, 0, 0
+        self.label, self.step_done, self.steps = "", 0, 0
         self.preview: bytes | None = None
         self.stopping = threading.Event()
 
-    @contextmanager
-    def film(self, *, total: int, finished: int, making: int) -> Iterator[None]:
-        self.making = making
-        with super().film(total=total, finished=finished, making=making):
-            yield
+    @property
+    def made(self) -> int:
+        """Takes done."""
+        return self._made
+
+    @property
+    def making(self) -> int:
+        """Takes to be made."""
+        return self._making
 
     def begin_shot(self, shot: Shot) -> None:
         self.label, self.step_done, self.steps, self.preview = shot.label, 0, 0, None
@@ -58,9 +61,6 @@ class Watched(Progress):
         file = io.BytesIO()
         Image.fromarray(image).resize((image.shape[1] * 4, image.shape[0] * 4)).save(file, "PNG")
         self.preview = file.getvalue()
-
-    def end_shot(self, take: Take) -> None:
-        self.made += 1
 
     def _stop_if_asked(self) -> None:
         if self.stopping.is_set():
@@ -82,34 +82,37 @@ class Job:
     state: str = "waiting"
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it neither runs nor waits."""
+        return self.state not in ("running", "waiting")
+
 
 class Worker:
     """Runs jobs one after another in a thread of its own.
 
     Attributes:
-        jobs: the last 20, oldest first.
+        jobs: those that run or wait, and the last 20 before them; oldest first. The list is replaced, not changed.
     """
 
     def __init__(self) -> None:
-        self.jobs: deque[Job] = deque(maxlen=20)
+        self.jobs: list[Job] = []
+        self._adding = threading.Lock()
         self._waiting: SimpleQueue[Job | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="studio-worker")
         self._thread.start()
 
     @property
-    def current(self) -> Job | None:
-        """The job that runs."""
-        return next((job for job in self.jobs if job.state == "running"), None)
-
-    @property
     def busy(self) -> bool:
         """Whether a job runs or waits."""
-        return any(job.state in ("running", "waiting") for job in self.jobs)
+        return not all(job.is_over for job in self.jobs)
 
     def add(self, job: Job) -> None:
         """Run ``job`` after those before it."""
-        self.jobs.append(job)
-        self._waiting.put(job)
+        with self._adding:
+            over = [one for one in self.jobs if one.is_over]
+            self.jobs = [*over[-_SHOWN:], *(one for one in self.jobs if one not in over), job]
+            self._waiting.put(job)
 
     def stop(self) -> None:
         """Stop the job that runs at its next step, and drop those that wait."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
@@ -71,7 +73,7 @@ class Preview:
         """
         before, level = self._before, float(sigmas[step + 1])
         self._before = (latents, level)
-        every = max(1, (len(sigmas) - 1) // _MOST)
+        every = ceil((len(sigmas) - 1) / _MOST)
         if before is None or level == before[1] or (step % every and level > 0):
             return None
         direction = (latents - before[0]) / (level - before[1])
