@@ -13,7 +13,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from storymem.film.manifest import KeyframeRecord, Take
+from storymem.film.manifest import MANIFEST, KeyframeRecord, Take
 from storymem.film.matching import stale
 from storymem.film.memory_edits import command_of
 from storymem.film.reasons import reason, summary
@@ -51,12 +51,14 @@ class View:
     """What a studio shows, as it is on disk now.
 
     Attributes:
+        version: of the film, before it was read.
         story: whose film it is.
         film: with this story, whose shots have the takes that they would keep; None before the first take.
         entries: the memory, oldest first.
     """
 
     def __init__(self, studio: Studio) -> None:
+        self.version = version(studio)
         self.studio, self.story, self.film = studio, studio.story, studio.film
         self.entries: Sequence[Entry] = ()
         if self.film is not None:
@@ -109,6 +111,12 @@ class View:
         else:
             of, text = f"reference image {entry.source or entry.id}", entry.character
         return Picture(id=id, image=entry.image, alt=f"{of}: {text}" if text else of)
+
+
+def version(studio: Studio) -> str:
+    """Another text once the film has changed."""
+    manifest = studio.folder / MANIFEST
+    return f"{manifest} {manifest.stat().st_mtime_ns if manifest.is_file() else 0}"
 
 
 def _added(record: KeyframeRecord, take: Take) -> Picture:

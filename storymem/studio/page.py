@@ -9,9 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from storymem.film.manifest import MANIFEST
 from storymem.studio.actions import Studio
-from storymem.studio.board import View, board_html, fates_html, memory_html, pair_html, status_html
+from storymem.studio.board import View, board_html, fates_html, memory_html, pair_html, status_html, version
 from storymem.studio.work import outcome
 
 _PICK = """element.addEventListener('click', event => {
@@ -169,14 +168,12 @@ class Page:
         self.shot.input(self._refreshed, chosen, self._outputs)
         for one in (self.take, self.other):
             one.input(self._pair, [self.shot, self.take, self.other], self.pair)
-        self.timer.tick(
-            self._tick, [self.seen, *chosen], [self.seen, self.status, *self._of_film], show_progress="hidden"
-        )
+        self.timer.tick(self._tick, [self.seen, *chosen], [self.status, *self._of_film], show_progress="hidden")
         self.blocks.load(self._refreshed, chosen, self._outputs)
 
     @property
     def _of_film(self) -> list[Any]:
-        return [self.board, self.take, self.other, self.pair, self.memory, self.keyframe, self.fates]
+        return [self.seen, self.board, self.take, self.other, self.pair, self.memory, self.keyframe, self.fates]
 
     @property
     def _outputs(self) -> list[Any]:
@@ -268,6 +265,7 @@ class Page:
         ids = [(f"{number}: {entry.id}", entry.id) for number, entry in enumerate(view.entries, start=1)]
         named = [(f"take {take}{' (shown)' if take == chosen else ''}", take) for take in takes]
         return [
+            view.version,  # so that a tick does not undo what is chosen after an action
             board_html(view, shot),
             gr.update(choices=named, value=shown),
             gr.update(choices=named, value=other),
@@ -282,11 +280,9 @@ class Page:
 
     def _tick(self, seen: str, shot: int | None, keyframe: str | None) -> list[Any]:
         """The progress, and the film when it has changed."""
-        manifest = self.studio.folder / MANIFEST
-        now = f"{manifest} {manifest.stat().st_mtime_ns if manifest.is_file() else 0}"
-        changed = now != seen and shot is not None
+        changed = version(self.studio) != seen and shot is not None
         film = self._film(View(self.studio), shot or 1, keyframe) if changed else [gr.skip()] * len(self._of_film)
-        return [now, self._status(), *film]
+        return [self._status(), *film]
 
     def _status(self) -> str:
         jobs = self.studio.worker.jobs
