@@ -300,7 +300,7 @@ class Entry:
 def read_entries(folder: Path) -> list[Entry]:
     """Entries of ``memory.json``, oldest first; none if there is no such file. ``FileError`` for what is not valid."""
     path = folder / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
     try:
         manifest = read_json(path)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import pytest
 import torch
 
 NAME = "pretended"
@@ -75,8 +76,12 @@ class _Module(types.ModuleType):
         return torch.get_rng_state()
 
 
-def pytest_configure() -> None:
-    """As a plugin of pytest, ``-p tests.devices.pretended``: all tests run with this device."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests() -> None:
+    """As a plugin of pytest, ``-p tests.devices.pretended``: all tests run with this device.
+
+    Before any ``conftest.py``, which may import diffusers.
+    """
     install()
 
 
