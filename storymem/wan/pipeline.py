@@ -2,8 +2,8 @@
 
 # No postponed annotations here: diffusers reads the components' classes from the signature of ``__init__``.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -32,52 +32,15 @@ from storymem.wan.conditioning import (
     encode_frames,
     encode_video,
     memory_input,
-    model_input,
 )
+from storymem.wan.inputs import Inputs, Texts, batched
 from storymem.wan.parallel import GuidanceHalves
 from storymem.wan.runtime import clear_step_caches
-from storymem.wan.segments import DEFAULT_STRIDE, Layout, memory_cached, memory_joint, with_given
+from storymem.wan.segments import DEFAULT_STRIDE, memory_cached, memory_joint, with_given
 from storymem.wan.spec import ModelSpec, spec_of
 from storymem.wan.transformer import SegmentCache, enable_layouts
 
 Pass = Literal["cond", "uncond"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Shot:
-    """What is constant in the denoising loop of one call, unless a callback changes it.
-
-    Args:
-        layout: of the pass with the prompt.
-        negative_layout: of the pass with the negative prompt, which may see no memory.
-        text: embeddings of the prompts [prompts, L, D].
-        negative: of the negative prompts; None without guidance.
-        condition: condition channels [1, C, N, h, w] of the N denoised latent frames; None: the base has none.
-        memory: clean input [1, C, M, h, w] of memory frames that are not denoised; None: there are none.
-        given: clean latents [1, z, n, h, w] that begin the video, for a base without condition channels.
-    """
-
-    layout: Layout
-    negative_layout: Layout
-    text: Tensor
-    negative: Tensor | None
-    condition: Tensor | None
-    memory: Tensor | None
-    given: Tensor | None
-
-    def clean(self, latents: Tensor) -> Tensor:
-        """``latents`` of the denoised frames with the given ones as they are."""
-        if self.given is None:
-            return latents
-        given = self.given.to(latents).expand(latents.shape[0], -1, -1, -1, -1)
-        return torch.cat([given, latents[:, :, given.shape[2] :]], dim=2)
-
-    def network_input(self, latents: Tensor, *, with_memory: bool) -> Tensor:
-        """[B, C, N, h, w]: latents and condition channels; clean memory frames before them ``with_memory``."""
-        seen = model_input(latents, self.condition)
-        if not with_memory or self.memory is None:
-            return seen
-        return torch.cat([self.memory.to(seen).expand(seen.shape[0], -1, -1, -1, -1), seen], dim=2)
 
 
 class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
@@ -227,7 +190,6 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         shape = noise_shape(self, batch, memory, num_frames, height, width, latents, generator)
 
         self._guidance_scale, self._guidance_scale_2 = guidance_scale, guidance_scale_2
-        self._attention_kwargs, self._interrupt = attention_kwargs, False
         device = self._execution_device
         embeds = self.encode_prompt(
             prompt=prompt,
@@ -242,14 +204,16 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         given = list(motion_frames or ([] if first_frame is None else [first_frame]))
         shot = self._shot(embeds, memory, given, num_frames, height, width, stride, negative_sees_memory)
         noise = randn_tensor(shape, generator, device, torch.float32) if latents is None else latents
-        latents = noise.to(device, torch.float32)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        self._num_timesteps = len(self.scheduler.timesteps)
-
-        after_step = None
-        if callback_on_step_end is not None:
-            after_step = partial(self._after_step, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self._denoise(latents, shot, after_step)
+        latents = self.denoise(
+            noise,
+            shot,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
+            attention_kwargs=attention_kwargs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
         video = latents[:, :, -self.spec.latent_frames(num_frames) :]
         if output_type != "latent":
             video = self.video_processor.postprocess_video(decode_video(self.vae, video), output_type)
@@ -262,50 +226,91 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     # The denoising loop
 
-    def _denoise(self, latents: Tensor, shot: _Shot, after_step: Callable[..., tuple[Tensor, _Shot]] | None) -> Tensor:
+    @torch.no_grad()
+    def denoise(
+        self,
+        noise: Tensor,
+        inputs: Inputs | Mapping[str, Inputs],
+        *,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_scale_2: float | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Tensor:
+        """Denoise any layout: :meth:`__call__` does it for a shot, the methods of other systems for theirs.
+
+        Args:
+            noise: [B, z, N, h, w].
+            inputs: layouts, texts and conditions of both experts, or of each by its name, such as "transformer_2".
+
+        The other arguments are those of :meth:`__call__`. Returns the latents [B, z, N, h, w].
+        """
+        by_expert = dict.fromkeys(self.experts, inputs) if isinstance(inputs, Inputs) else dict(inputs)
+        for each in by_expert.values():
+            if self.guidance_batch and each.negative is not None and each.layout != each.negative_layout:
+                raise ValueError("runtime.guidance_batch needs both passes to have the same layout: set it to false")
+        self._guidance_scale, self._guidance_scale_2 = guidance_scale, guidance_scale_2
+        self._attention_kwargs, self._interrupt = attention_kwargs, False
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        after_step = None
+        if callback_on_step_end is not None:
+            after_step = partial(self._after_step, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self._denoise(noise.to(self._execution_device, torch.float32), by_expert, after_step)
+
+    def _denoise(
+        self, latents: Tensor, inputs: dict[str, Inputs], after_step: Callable[..., tuple[Tensor, Inputs]] | None
+    ) -> Tensor:
         """``latents`` [B, z, N, h, w] from noise to the last step; ``after_step`` may change any tensor in between."""
         active = cache = dtype = adapters = None
+        shot, last = next(iter(inputs.values())), self.scheduler.config.num_train_timesteps
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                expert, scale = self._expert_at(t)
+                name, scale = self._expert_at(t)
+                expert, shot = self.experts[name], inputs[name]
                 # A callback may change the adapters, which cached keys and values depend on.
                 if expert is not active or (cache and after_step and adapters != _adapters_of(expert)):
                     active, cache, adapters = expert, self._cached_memory(expert, shot), _adapters_of(expert)
                     dtype = expert.dtype  # once: diffusers walks through every module for it
-                latents = shot.clean(latents)
+                latents = shot.with_known(latents, t / last)
                 seen = shot.network_input(latents, with_memory=cache is None).to(dtype)
                 predict = partial(self._predict, expert, seen, t, latents.shape[2], shot, cache)
                 latents = self.scheduler.step(self._guided(predict, shot, scale), t, latents, return_dict=False)[0]
                 if after_step is not None:
-                    latents, shot = after_step(i, t, latents, shot)
+                    latents, after = after_step(i, t, latents, shot)
+                    inputs = {name: after if each is shot else each for name, each in inputs.items()}
                 progress_bar.update()
         self._current_timestep = None
-        return shot.clean(latents)
+        return inputs[name].with_known(latents, 0.0)
 
     def _after_step(
-        self, callback: Callable[..., dict], names: Sequence[str], i: int, t: Tensor, latents: Tensor, shot: _Shot
-    ) -> tuple[Tensor, _Shot]:
+        self, callback: Callable[..., dict], names: Sequence[str], i: int, t: Tensor, latents: Tensor, shot: Inputs
+    ) -> tuple[Tensor, Inputs]:
         """The tensors of the next step: a callback is given those of ``names`` and may replace any."""
         condition = None if shot.condition is None else shot.condition.expand(latents.shape[0], -1, -1, -1, -1)
-        texts = {"prompt_embeds": shot.text, "negative_prompt_embeds": shot.negative}
+        negative = None if shot.negative is None else shot.negative["prompt"]
+        texts = {"prompt_embeds": shot.text["prompt"], "negative_prompt_embeds": negative}
         tensors: dict[str, Any] = {"latents": latents, "condition": condition, **texts}
         tensors |= callback(self, i, t, {name: tensors[name] for name in names}) or {}
         if tensors["condition"] is condition:
             tensors["condition"] = shot.condition
-        text, negative = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
-        return tensors["latents"], replace(shot, condition=tensors["condition"], text=text, negative=negative)
+        text, negative = {**shot.text, "prompt": tensors["prompt_embeds"]}, tensors["negative_prompt_embeds"]
+        negatives = None if negative is None else {**(shot.negative or {}), "prompt": negative}
+        return tensors["latents"], replace(shot, condition=tensors["condition"], text=text, negative=negatives)
 
-    def _expert_at(self, t: Tensor) -> tuple[Any, float]:
-        """The expert of a timestep and its guidance."""
+    def _expert_at(self, t: Tensor) -> tuple[str, float]:
+        """The name of a timestep's expert, and its guidance."""
         ratio, low = self.config.boundary_ratio, self._guidance_scale_2
         if ratio is None or t >= ratio * self.scheduler.config.num_train_timesteps:
-            return self.transformer, self._guidance_scale
-        return self.transformer_2, self._guidance_scale if low is None else low
+            return "transformer", self._guidance_scale
+        return "transformer_2", self._guidance_scale if low is None else low
 
-    def _guided(self, predict: Callable[..., Tensor], shot: _Shot, scale: float) -> Tensor:
+    def _guided(self, predict: Callable[..., Tensor], shot: Inputs, scale: float) -> Tensor:
         """The prediction with guidance: negative + scale * (positive - negative)."""
         if not self.do_classifier_free_guidance:
             return predict("cond", shot.text)
@@ -329,21 +334,19 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         seen: Tensor,
         t: Tensor,
         frames: int,
-        shot: _Shot,
+        shot: Inputs,
         cache: SegmentCache | None,
         name: Pass,
-        *texts: Tensor,
+        *texts: Texts,
     ) -> Tensor:
         """What an expert predicts for those of the denoised ``frames`` that a pass sees; [2 B, ...] for two texts."""
         layout = shot.layout if name == "cond" else shot.negative_layout
-        rows = [_rows(text, seen.shape[0]) for text in texts]
-        text = rows[0] if len(rows) == 1 else torch.cat(rows)
-        batch = seen if len(rows) == 1 else seen.repeat(len(rows), 1, 1, 1, 1)
+        batch = seen if len(texts) == 1 else seen.repeat(len(texts), 1, 1, 1, 1)
         with expert.cache_context(name):
             (prediction,) = expert(
                 hidden_states=batch[:, :, -layout.frames :],
                 timestep=t.expand(batch.shape[0]),
-                encoder_hidden_states=text.to(seen.device, seen.dtype),
+                encoder_hidden_states=batched(texts, seen.shape[0], seen),
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
                 layout=layout,
@@ -351,7 +354,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             )
         return prediction[:, :, -frames:]
 
-    def _cached_memory(self, expert: Any, shot: _Shot) -> SegmentCache | None:
+    def _cached_memory(self, expert: Any, shot: Inputs) -> SegmentCache | None:
         """Keys and values of memory that does not change between steps; step caches are cleared."""
         clear_step_caches(self.experts)
         if shot.memory is None or self.memory_cache == "recompute":
@@ -362,7 +365,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             expert(
                 hidden_states=shot.memory.to(device, dtype),
                 timestep=torch.zeros(1, device=device),
-                encoder_hidden_states=shot.text[:1].to(device, dtype),  # not read
+                encoder_hidden_states={},  # constant segments read no text
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
                 layout=shot.layout.only(shot.layout.constant),
@@ -383,7 +386,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         width: int,
         stride: int,
         negative_sees_memory: bool,
-    ) -> _Shot:
+    ) -> Inputs:
         device, spec = self._execution_device, self.spec
         slots, given_slots = spec.latent_frames(frames), spec.latent_frames(len(given))
         latents = self._memory_latents(memory)
@@ -398,11 +401,11 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         elif pixels is not None:
             first = encode_video(self.vae, pixels[None]).to(device)
             layouts = [with_given(layout, given_slots) for layout in layouts]
-        return _Shot(
+        return Inputs(
             layout=layouts[0],
             negative_layout=layouts[0] if negative_sees_memory else layouts[1],
-            text=embeds[0],
-            negative=embeds[1],
+            text={"prompt": embeds[0]},
+            negative=None if embeds[1] is None else {"prompt": embeds[1]},
             condition=condition,
             memory=memory_input(latents, spec) if cached and latents is not None else None,
             given=first,
@@ -439,15 +442,6 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             latent_channels=self.vae.config.z_dim,
             spatial_stride=self.vae_scale_factor_spatial,
         )
-
-
-def _rows(embeds: Tensor, batch: int) -> Tensor:
-    """Text embeddings [prompts, L, D], repeated for a batch of videos: [B, L, D]."""
-    if batch == embeds.shape[0]:
-        return embeds
-    if batch % embeds.shape[0]:
-        raise ValueError(f"{embeds.shape[0]} text embeddings for {batch} videos: give one for each prompt")
-    return embeds.repeat_interleave(batch // embeds.shape[0], dim=0)
 
 
 def _adapters_of(expert: Any) -> list[tuple[Any, ...]]:
