@@ -40,6 +40,14 @@ a shot reads itself and the first latent frame of every shot; its own first fram
     shot 1    its frames   t          global, caption 1           x                x                  x
     shot 2    its frames   t          global, caption 2                   x        x                  x
 
+``lct``: all shots of a film at once, each with its own text and, in training, its own timestep. LCT itself puts every
+text before its video on the temporal axis; Wan's text has no positions, so a ``gap`` G is left in its place. T_k is the
+number of frames of shot k::
+
+    segment   positions                      timestep   text             reads: shot 1   shot 2
+    shot 1    0 .. T_1-1                     t_1        scene, shot 1           x        x
+    shot 2    T_1+G .. T_1+G+T_2-1           t_2        scene, shot 2           x        x
+
 ``memento``: an image of the subject is denoised beside the shot. Memory has two key sets, one attention for each, and
 takes the mean (marked 1 and 2): subject and video exchange information through memory alone::
 
@@ -250,6 +258,29 @@ def holocine(shots: Sequence[int], texts: Sequence[Text], *, sparse: bool) -> La
                 reads=((name, *summaries) if sparse else tuple(names),),
                 text=text,
             )
+            for name, start, frames, text in zip(names, starts, shots, texts, strict=True)
+        )
+    )
+
+
+def lct(shots: Sequence[int], texts: Sequence[Text], *, gap: int = DEFAULT_STRIDE) -> Layout:
+    """LCT (arXiv 2503.10589) for a network that cross-attends to text, as Wan does.
+
+    LCT has no public code: positions follow its section 3 as far as cross-attended text permits. Pass ``timestep``
+    [B, shots] to the forward for a timestep of each shot, as in training.
+
+    Args:
+        shots: latent frames of each shot.
+        texts: what each shot reads: the scene and its own prompt.
+        gap: G, temporal positions left free before every shot but the first, where LCT places its text.
+    """
+    if gap < 0:
+        raise ValueError(f"the gap between shots must be 0 or more, not {gap}")
+    names = tuple(f"shot{number}" for number in range(1, len(shots) + 1))
+    starts = [sum(shots[:i]) + i * gap for i in range(len(shots))]
+    return Layout(
+        tuple(
+            Segment(name=name, positions=tuple(range(start, start + frames)), reads=(names,), text=text)
             for name, start, frames, text in zip(names, starts, shots, texts, strict=True)
         )
     )

@@ -10,6 +10,7 @@ from storymem.wan.segments import (
     Segment,
     Text,
     holocine,
+    lct,
     memento,
     memory_cached,
     memory_joint,
@@ -81,6 +82,17 @@ def test_holocine_counts_its_own_summary_twice() -> None:
     assert second.positions == (2, 3, 4)
     assert [segment.text for segment in (first, second)] == texts
     assert holocine([2, 3], texts, sparse=False).segments[0].reads == (("shot1", "shot2"),)
+
+
+def test_lct_leaves_a_gap_before_each_shot_but_the_first() -> None:
+    texts = [Text(name="a"), Text(name="b"), Text(name="c")]
+    layout = lct([2, 3, 1], texts, gap=4)
+    assert [segment.positions for segment in layout.segments] == [(0, 1), (6, 7, 8), (13,)]
+    assert {segment.reads for segment in layout.segments} == {(("shot1", "shot2", "shot3"),)}
+    assert [segment.text for segment in layout.segments] == texts
+    assert positions(lct([2, 3, 1], texts, gap=0)) == list(range(6))
+    with pytest.raises(ValueError, match="must be 0 or more, not -1"):
+        lct([1], [Text()], gap=-1)
 
 
 def test_memento_exchanges_through_memory_alone() -> None:
