@@ -34,7 +34,8 @@ MANIFEST = "film.json"
 VIDEO = "film.mp4"
 PAGE = "storyboard.html"
 MEMORY = "memory.json"
-FOLDERS = ("shots", "keyframes")
+IMAGES = "keyframe_images"  # that the shots of some methods begin with; `keyframes` are the memory's
+FOLDERS = ("shots", "keyframes", IMAGES)
 _LIBRARIES = ("storymem", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "av")
 _CURE = "put it back from a copy, or choose another output"
 
@@ -144,7 +145,7 @@ class Take:
         folder: which takes belong to one shot: ``01_02``, or another name where that was taken.
         take: its number among these.
         script: what it was made from: the shot in the story's record, with the story's style; see :func:`scripts`.
-        mode: how it was made: "t2v", "m2v", "mi2v" or "mm2v".
+        mode: how it was made: "t2v", "i2v", "m2v", "mi2v" or "mm2v".
         seed: of its noise.
         frames: in its file, without those it repeated.
         repeated: frames at its beginning that repeated the end of the previous shot and were cut.

@@ -21,7 +21,7 @@ from storymem.wan.settings import (
 )
 
 FirstShot = Literal["auto", "t2v", "m2v"]
-Mode = Literal["t2v", "m2v", "mi2v", "mm2v"]
+Mode = Literal["t2v", "i2v", "m2v", "mi2v", "mm2v"]
 
 MAX_TAKES = 1000  # of one shot in one run
 END_FRAMES = 5  # of a take, saved without loss
@@ -29,7 +29,7 @@ END_FRAMES = 5  # of a take, saved without loss
 #: ``3`` or ``3,5-7``; see :func:`parse_shots`.
 ShotNumbers = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
 
-GIVEN_FRAMES: dict[Mode, int] = {"t2v": 0, "m2v": 0, "mi2v": 1, "mm2v": 5}
+GIVEN_FRAMES: dict[Mode, int] = {"t2v": 0, "i2v": 0, "m2v": 0, "mi2v": 1, "mm2v": 5}
 """How many frames of the previous shot a shot begins with; they are cut from its video."""
 
 

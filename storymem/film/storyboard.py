@@ -14,6 +14,7 @@ from storymem.memory.bank import read_entries
 
 _MODES = {
     "t2v": "text to video",
+    "i2v": "image to video, from an image made for the shot",
     "m2v": "memory to video",
     "mi2v": "memory to video, from the last frame of the previous shot",
     "mm2v": "memory to video, from the last five frames of the previous shot",

@@ -183,6 +183,16 @@ class Storyteller:
         """How ``shot`` is made; see :func:`storymem.film.settings.mode_of`."""
         return mode_of(shot, story, continuity=self.continuity, first_shot=self.first_shot)
 
+    def before_shots(self, story: Story, film: Film, shots: Sequence[Shot], progress: Progress) -> None:
+        """Called before the first take of ``shots`` is made; methods of other systems make here what they need."""
+
+    def given(self, story: Story, shot: Shot, film: Film) -> np.ndarray:
+        """The frames that ``shot`` begins with, uint8 [0, 1 or 5, H, W, 3]."""
+        video, count = self.generator.video, GIVEN_FRAMES[self.mode_of(shot, story)]
+        if not count:
+            return np.empty((0, video.height, video.width, 3), dtype=np.uint8)
+        return np.stack([self._fit(frame) for frame in film.last_frames(shot.index - 1, count)])
+
     def frames_of(self, shot: Shot) -> int:
         """F of a shot: its own, or the model's."""
         return shot.frames or self.generator.video.frames
@@ -246,12 +256,13 @@ class Storyteller:
         """Make the takes. Until the first is finished, the film on disk does not change."""
         story, film = run.story, run.film
         made: set[int] = set()
+        shots = [story.shots[job.index] for job in run.jobs]
+        self.before_shots(story, film, shots, progress)
         for job in run.jobs:  # frames that cannot be read are reported before anything is made
             if job.index - 1 not in made:
-                self._given(story, story.shots[job.index], film)
+                self.given(story, story.shots[job.index], film)
             made.add(job.index)
         bank = self._restore(run)
-        shots = [story.shots[job.index] for job in run.jobs]
         self.generator.prepare([story.prompt_of(shot) for shot in shots], [shot.negative_prompt for shot in shots])
         for job, shot in zip(run.jobs, shots, strict=True):
             for number in range(job.takes):
@@ -277,12 +288,12 @@ class Storyteller:
             frames=self.frames_of(shot),
             seed=self._seed(shot, film, fresh=fresh),
             memory=[keyframe.latent for keyframe in memory if keyframe.latent is not None],
-            given=self._given(story, shot, film),
+            given=self.given(story, shot, film),
         )
         clock.lap("recall")
         frames = (self.generator.first if mode == "t2v" else self.generator.generate)(request, progress.step)
         clock.lap("generate")
-        keyframes, candidates = self._select(shot, frames[repeated:], bank, taken)
+        keyframes, candidates = self.select(shot, frames[repeated:], bank, taken)
         digest = bank_digest(bank.known_to(shot.index + 1))
         besides = bank.put_frames(shot.index + 1, keyframes) if chosen else keyframes
         clock.lap("select")
@@ -326,13 +337,6 @@ class Storyteller:
         used = {take.seed for take in film.takes_of(shot.index)} if fresh else set()
         return next(one for n in count() if (one := (seed + n * _OTHER_NOISE) % (MAX_SEED + 1)) not in used)
 
-    def _given(self, story: Story, shot: Shot, film: Film) -> np.ndarray:
-        """The frames that ``shot`` begins with, uint8 [0, 1 or 5, H, W, 3]."""
-        video, count = self.generator.video, GIVEN_FRAMES[self.mode_of(shot, story)]
-        if not count:
-            return np.empty((0, video.height, video.width, 3), dtype=np.uint8)
-        return np.stack([self._fit(frame) for frame in film.last_frames(shot.index - 1, count)])
-
     def _recall(self, story: Story, shot: Shot, mode: Mode, bank: MemoryBank) -> list[Keyframe]:
         """The keyframes that ``shot`` is given, with latents; those that had none are encoded now."""
         coming = ComingShot(
@@ -341,7 +345,7 @@ class Storyteller:
             characters=shot.characters,
             embed_text=self._embed_text,
         )
-        recalled = [] if mode == "t2v" else bank.recall(coming)
+        recalled = [] if mode in ("t2v", "i2v") else bank.recall(coming)
         ids = [keyframe.id for keyframe in recalled]
         if missed := [id for id in bank.edited if id not in ids]:
             rule = "it is made from text alone" if mode == "t2v" else f"{self.recall} recalls {len(ids)} of {len(bank)}"
@@ -363,7 +367,7 @@ class Storyteller:
                 )
         return found
 
-    def _select(
+    def select(
         self, shot: Shot, frames: np.ndarray, bank: MemoryBank, taken: set[str]
     ) -> tuple[list[Keyframe], tuple[CandidateRecord, ...]]:
         """The keyframes of a shot's new frames, each frame embedded once and scored only where needed."""

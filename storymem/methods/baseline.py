@@ -1,0 +1,65 @@
+"""What all baselines on Wan share: the base model as it is published, without memory and without our adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from storymem.film.manifest import CandidateRecord
+from storymem.film.settings import Mode
+from storymem.film.storyteller import Storyteller
+from storymem.memory import Keyframe
+from storymem.methods.storymem import StoryMem
+from storymem.story import Shot, Story
+
+#: Noise levels of Wan2.2-I2V-A14B's own sampler; memory-to-video uses 4.
+IMAGE_TO_VIDEO_SHIFT = 5.0
+
+
+class Baseline(StoryMem):
+    """The shot loop of :class:`StoryMem` with the base model alone: nothing joins the memory and nothing is recalled.
+
+    Steps and guidance are those of ``generate``, for Wan2.2 the base's own; the memory adapter and the quality
+    filter are left out.
+
+    Args:
+        generate: as of :class:`StoryMem`.
+        shift: of the noise levels of image-to-video; None: shots are made from text, with the sampler's
+            ``text_to_video_shift``.
+    """
+
+    loop: type[Storyteller]  # which makes the shots
+
+    def __init__(self, *, generate: Mapping[str, Any], shift: float | None = None) -> None:
+        own = {
+            "model": {**generate["model"], "adapter": None},
+            "scorer": {**generate["scorer"], "quality": {"_target_": "storymem.scorers.scorer.NoQuality"}},
+            "sampler": {**generate["sampler"], **({} if shift is None else {"shift": shift})},
+        }
+        super().__init__(generate={**generate, **own})
+
+    @cached_property
+    def storyteller(self) -> Storyteller:
+        """See :attr:`StoryMem.storyteller`."""
+        return self.loop(**vars(super().storyteller), **self.parts())
+
+    def parts(self) -> dict[str, Any]:
+        """What the loop has besides the parts of a :class:`Storyteller`."""
+        return {}
+
+
+class WithoutMemory(Storyteller):
+    """A shot loop in which no frame becomes a keyframe."""
+
+    def select(self, *args: Any, **kwargs: Any) -> tuple[list[Keyframe], tuple[CandidateRecord, ...]]:
+        """None."""
+        return [], ()
+
+
+class TextToVideo(WithoutMemory):
+    """Every shot from its text alone."""
+
+    def mode_of(self, shot: Shot, story: Story) -> Mode:
+        """Text-to-video."""
+        return "t2v"

@@ -1,0 +1,203 @@
+"""Systems that make one image for each shot first, and then each shot by image-to-video: what they share.
+
+A :class:`KeyframeMethod` has an :class:`ImageMaker`, which plans groups of images and makes them. The stage writes
+``keyframe_images/01_02.png`` into the film's folder, group by group, and frees the image model; then the shot loop
+makes every shot from its image by the base model alone. A group that is on disk, made from the same, is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from storymem.film.folder import Film
+from storymem.film.manifest import IMAGES, unused_folder
+from storymem.film.progress import Progress
+from storymem.film.settings import Mode
+from storymem.io import hash_json, replacing
+from storymem.media.images import fit_image, read_image
+from storymem.memory.keyframes import image_hash
+from storymem.methods.baseline import IMAGE_TO_VIDEO_SHIFT, Baseline, WithoutMemory
+from storymem.story import Shot, Story
+from storymem.wan.settings import ModelSettings
+
+_RECIPE = "storymem"  # the text in a PNG that identifies what it was made from
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageGroup:
+    """Images that are made together.
+
+    Args:
+        names: of the images, as :func:`image_names` gives them for shots.
+        recipe: everything that they are made from, in plain JSON types.
+        needs: names of images of earlier groups that they are made from.
+    """
+
+    names: tuple[str, ...]
+    recipe: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+
+
+class ImageMaker(Protocol):
+    """Makes the images of a film; loads its networks on first use."""
+
+    def check(self, story: Story) -> None:
+        """Raise ``ValueError`` or ``FileNotFoundError`` if the images of ``story`` cannot be made."""
+        ...
+
+    def plan(self, story: Story, folder: Path) -> Sequence[ImageGroup]:
+        """The groups, in the order in which they are made; each shot has an image in one of them.
+
+        Args:
+            story: of the film.
+            folder: the film's folder, for what is planned once and kept with the film.
+        """
+        ...
+
+    def make(self, group: ImageGroup, given: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The images of a group, uint8 [H, W, 3] of any size; ``given`` are those that it needs, as they were saved."""
+        ...
+
+    def free(self) -> None:
+        """Free the networks."""
+        ...
+
+
+def image_names(story: Story) -> list[str]:
+    """A name for the image of each shot: ``01_02`` for scene 1, shot 2."""
+    names: list[str] = []
+    for shot in story.shots:
+        names.append(unused_folder(shot.scene, shot.number, names))
+    return names
+
+
+def make_images(
+    maker: ImageMaker, story: Story, folder: Path, *, height: int, width: int, progress: Progress | None = None
+) -> None:
+    """Make the images of ``story`` that ``folder/keyframe_images`` lacks or that were made from something else.
+
+    An image that the user put there, which has no record of what it was made from, is used as it is.
+
+    Args:
+        maker: makes them.
+        story: of the film.
+        folder: the film's folder, which is locked.
+        height: of the images that are saved; what is larger is cropped, as ``cover`` of :func:`fit_image`.
+        width: likewise.
+        progress: reports images.
+    """
+    place, recipes = folder / IMAGES, dict[str, str]()
+    groups = maker.plan(story, folder)
+    total, done = sum(len(group.names) for group in groups), 0
+    for group in groups:
+        made_from = [group.recipe, height, width, [_digest(place, need, recipes) for need in group.needs]]
+        recipe = hash_json(json.loads(json.dumps(made_from)))[:16]
+        recipes |= dict.fromkeys(group.names, recipe)
+        done += len(group.names)
+        missing = [name for name in group.names if not _is_made(place / f"{name}.png", recipe)]
+        if not missing:
+            continue
+        if progress is not None:
+            progress.print(f"images {done - len(group.names) + 1} to {done} of {total}: {', '.join(group.names)}")
+        images = maker.make(group, {name: read_image(place / f"{name}.png") for name in group.needs})
+        place.mkdir(exist_ok=True)
+        for name in missing:
+            _write(place / f"{name}.png", fit_image(images[name], height, width, "cover"), recipe)
+    maker.free()
+
+
+def _digest(place: Path, name: str, recipes: Mapping[str, str]) -> str:
+    """What identifies an image that another is made from."""
+    recipe = _recipe_of(place / f"{name}.png")
+    return recipes[name] if recipe is not None else image_hash(read_image(place / f"{name}.png"))
+
+
+def _is_made(path: Path, recipe: str) -> bool:
+    return path.is_file() and _recipe_of(path) in (None, recipe)
+
+
+def _recipe_of(path: Path) -> str | None:
+    with Image.open(path) as image:
+        return image.info.get(_RECIPE)
+
+
+def _write(path: Path, image: np.ndarray, recipe: str) -> None:
+    text = PngInfo()
+    text.add_text(_RECIPE, recipe)
+    with replacing(path) as partial:
+        Image.fromarray(image).save(partial, format="PNG", pnginfo=text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageToVideo(WithoutMemory):
+    """Every shot from its image, which is its first frame.
+
+    Args:
+        maker: makes the images.
+    """
+
+    maker: ImageMaker
+
+    def mode_of(self, shot: Shot, story: Story) -> Mode:
+        """Image-to-video."""
+        return "i2v"
+
+    def before_shots(self, story: Story, film: Film, shots: Sequence[Shot], progress: Progress) -> None:
+        """The images of all shots."""
+        if not Film.exists(film.folder):
+            film.save()  # else the folder would not be that of a film, should the process be killed now
+        video = self.generator.video
+        make_images(self.maker, story, film.folder, height=video.height, width=video.width, progress=progress)
+
+    def given(self, story: Story, shot: Shot, film: Film) -> np.ndarray:
+        """The shot's image, uint8 [1, H, W, 3]."""
+        video, name = self.generator.video, image_names(story)[shot.index]
+        return fit_image(read_image(film.folder / IMAGES / f"{name}.png"), video.height, video.width, "cover")[None]
+
+
+class KeyframeMethod(Baseline):
+    """Images for all shots, then image-to-video; ``cut: false`` makes no difference.
+
+    Args:
+        generate: as of :class:`storymem.methods.storymem.StoryMem`.
+        images: settings of the images, for the film's record.
+    """
+
+    loop = ImageToVideo
+
+    def __init__(self, *, generate: Mapping[str, Any], images: Mapping[str, Any]) -> None:
+        super().__init__(generate={**generate, "continuity": "none"}, shift=IMAGE_TO_VIDEO_SHIFT)
+        self.config["images"] = dict(images)
+
+    @cached_property
+    @abstractmethod
+    def maker(self) -> ImageMaker:
+        """What makes the images."""
+
+    def parts(self) -> dict[str, Any]:
+        """See :meth:`Baseline.parts`."""
+        return {"maker": self.maker}
+
+    def uses_text_to_video(self, story: Story) -> bool:
+        """Never: each shot has an image."""
+        return False
+
+    def check(self, story: Story) -> None:
+        """See :meth:`storymem.methods.Method.check`."""
+        super().check(story)
+        self.maker.check(story)
+
+
+def is_embedded(model: ModelSettings) -> bool:
+    """Whether a model's weights come with the package, or are random: then it also makes the images."""
+    return model.weights is None or model.weights.source.startswith("package:")
