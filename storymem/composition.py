@@ -29,19 +29,29 @@ SETTINGS = {
     "eval_stbench": "storymem.evaluation.stbench:EvaluateSettings",
     "download": "storymem.commands.download:DownloadSettings",
 }
+#: Groups of a command whose files choose a settings class: group -> a mapping of the file's name to the class.
+NODES = {"train": {"objective": "storymem.training.objectives.settings:OBJECTIVES"}}
 
 _MISSING = "???"
 
 
 @cache
 def register_defaults(name: str) -> None:
-    """Make ``settings/<name>`` available in the defaults list of ``configs/<name>.yaml``."""
+    """Make ``settings/<name>`` available in the defaults list of ``configs/<name>.yaml``.
+
+    Also ``settings/<group>/<choice>`` of its :data:`NODES`, with ``_target_``, for ``configs/<group>/<choice>.yaml``.
+    """
     from hydra.core.config_store import ConfigStore
 
     node = defaults_of(resolve_name(SETTINGS[name]))
     # No folders of Hydra's own.
     node["hydra"] = {"run": {"dir": "."}, "output_subdir": None, "job": {"name": name, "chdir": False}}
     ConfigStore.instance().store(group="settings", name=name, node=node, package="_global_")
+    for group, place in NODES.get(name, {}).items():
+        del node[group]
+        for choice, cls in resolve_name(place).items():
+            node_of_class = {"_target_": f"{cls.__module__}.{cls.__qualname__}"} | defaults_of(cls)
+            ConfigStore.instance().store(group=f"settings/{group}", name=choice, node=node_of_class)
 
 
 def composed(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -88,13 +98,16 @@ def reference(settings: type) -> str:
 
 
 def _described(settings: type, defaults: dict[str, Any], path: str) -> Iterator[str]:
-    hints, texts = typing.get_type_hints(settings), arguments_of(settings)
+    hints, texts = typing.get_type_hints(settings), dict[str, str]()
+    for cls in reversed(settings.__mro__):
+        texts |= arguments_of(cls)
     for name in sorted(defaults, key=lambda name: isinstance(defaults[name], dict)):  # those of nodes last
         value, kinds = defaults[name], (hints[name], *typing.get_args(hints[name]))
         nested: list[Any] = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
         if nested and isinstance(value, dict):
-            yield f"\n{path}{name}: {(nested[0].__doc__ or '').strip().splitlines()[0]}"
-            yield from _described(nested[0], value, f"{path}{name}.")
+            for kind in nested:
+                yield f"\n{path}{name}: {(kind.__doc__ or '').strip().splitlines()[0]}"
+                yield from _described(kind, value if kind is nested[0] else defaults_of(kind), f"{path}{name}.")
             continue
         given = "" if value == _MISSING else f" (default: {_shown(value)})"
         text = textwrap.wrap(f"{texts.get(name, '')}{given}".strip(), width=104, break_long_words=False)

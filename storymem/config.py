@@ -57,7 +57,15 @@ StoryPath = Annotated[str, AfterValidator(_story_path)]
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names every wrong key."""
+    """A configuration that cannot be used; the message names every wrong key.
+
+    Attributes:
+        lines: one for each wrong key, beginning with its name.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("the configuration is not valid:\n" + "\n".join(f"  {line}" for line in lines))
+        self.lines = tuple(lines)
 
 
 def build_settings(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -69,8 +77,7 @@ def build_settings(cls: type[T], values: Mapping[str, Any]) -> T:
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
-        lines = [_describe(cls, problem) for problem in error.errors()]
-        raise ConfigError("the configuration is not valid:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise ConfigError([line for problem in error.errors() for line in _describe(cls, problem)]) from None
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -104,7 +111,14 @@ def check_bounds(settings: object, **bounds: tuple[float, float]) -> None:
             raise ValueError(f"{name} must be {bound}, not {value}")
 
 
-def _describe(cls: type, problem: Any) -> str:
+def _describe(cls: type, problem: Any) -> list[str]:
+    inner = problem.get("ctx", {}).get("error")
+    if isinstance(inner, ConfigError):  # of a node whose class is chosen by its `_target_`
+        return [".".join([*map(str, problem["loc"]), line]) for line in inner.lines]
+    return [_described(cls, problem)]
+
+
+def _described(cls: type, problem: Any) -> str:
     # "[key]" marks that the fault is in a dictionary's key, which stands before it; "dict[str,str]" a union's member.
     path = [str(part) for part in problem["loc"] if "[" not in str(part)]
     where = ".".join(path) or "(top level)"

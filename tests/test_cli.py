@@ -232,6 +232,7 @@ def test_mistakes_are_reported_in_one_line(
     ("command", "choice", "message"),
     [
         ("generate", "model=tinny", "'model/tinny'; choices of model: tiny, toy, wan2.2-a14b"),
+        ("train", "experiment=nope", "'experiment/nope'; choices of experiment: toy_"),
         ("evaluate", "metrics=[stbench,tiy]", "'metrics/tiy'; choices of metrics: cuts, identity-clip"),
     ],
 )
@@ -244,6 +245,11 @@ def test_an_unknown_choice_is_reported_with_those_there_are(
 
 def test_a_missing_idea_is_asked_for_in_words(script: Callable[..., tuple[int, str]]) -> None:
     assert script(name="write") == (2, 'idea is missing; write: storymem write "a lost seal"')
+
+
+def test_train_asks_for_an_experiment_and_a_training_set(script: Callable[..., tuple[int, str]]) -> None:
+    message = "dataset is missing; write: storymem train experiment=NAME dataset=FOLDER"
+    assert script(name="train") == (2, message)
 
 
 def test_errors_of_our_own_checks_are_the_users(script: Callable[..., tuple[int, str]]) -> None:

@@ -44,6 +44,7 @@ BUILT_ELSEWHERE = {
     "hydra": "tests/evaluation",
     "method": "tests/evaluation",
     "metrics": "tests/evaluation",
+    "objective": "tests/training",
 }
 
 

@@ -12,9 +12,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from storymem.training.dataset import Batch
-from storymem.training.objective import MemoryObjective
-from storymem.training.settings import ObjectiveSettings
+from storymem.training.objectives.memory import MemoryBatch, MemoryObjective
+from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.segments import DEFAULT_STRIDE
 from toyworld.latents import KEYFRAMES, LatentStories
@@ -53,7 +52,7 @@ def build_transformer() -> WanTransformer3DModel:
 
 def objective(boundary: float | None) -> MemoryObjective:
     """The loss: flow matching on the video's frames; `boundary` None: one network for all noise levels."""
-    settings = ObjectiveSettings(shift=3.0, memory_weight=0.0, mask_weight=PEOPLE)
+    settings = MemoryObjectiveSettings(shift=3.0, memory_weight=0.0, mask_weight=PEOPLE)
     return MemoryObjective(settings=settings, boundary=boundary, rope_stride=DEFAULT_STRIDE, memory_attention="cached")
 
 
@@ -97,7 +96,7 @@ def _draw_rows(data: LatentStories, rng: torch.Generator, kind: Kind, size: int)
     return torch.multinomial(weights, size, replacement=True, generator=rng)
 
 
-def draw_batch(data: LatentStories, embed: TextEmbedder, rng: torch.Generator, kind: Kind, size: int) -> Batch:
+def draw_batch(data: LatentStories, embed: TextEmbedder, rng: torch.Generator, kind: Kind, size: int) -> MemoryBatch:
     """Samples of a kind: shots (or frames of them) with their memory, condition, text and noise."""
     rows = _draw_rows(data, rng, kind, size)
     chance = torch.rand(2, size, generator=rng)
@@ -124,7 +123,7 @@ def draw_batch(data: LatentStories, embed: TextEmbedder, rng: torch.Generator, k
     looks = 0.15 if kind.before else 0.75
     texts = [data.described[i] if c < looks else data.prompts[i] for i, c in zip(rows.tolist(), chance[0], strict=True)]
     texts = ["" if c < NO_TEXT else text for text, c in zip(texts, chance[1], strict=True)]
-    return Batch(
+    return MemoryBatch(
         x0=x0,
         noise=torch.randn(x0.shape, generator=rng),
         u=torch.rand(size, generator=rng),

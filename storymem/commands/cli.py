@@ -39,7 +39,7 @@ class Command(NamedTuple):
     run: Callable[..., Any] | str  # takes the configuration as plain containers; or where it is found, "module:name"
     config: str | None = None  # a key of SETTINGS; None: `run` parses sys.argv
     positional: str | None = None  # the key that arguments without = stand for
-    example: str = ""  # of such an argument
+    example: str = ""  # of such an argument; without a positional key, of what must be given
     flags: Mapping[str, str] = MappingProxyType({})  # shorthands for overrides, or with = for their beginning
 
     def expanded(self, argument: str) -> str:
@@ -48,6 +48,9 @@ class Command(NamedTuple):
         begins = self.flags.get(key + sign) if sign else None
         return self.flags.get(argument, argument) if begins is None else begins + value
 
+
+#: Beginnings of the names of experiments that are not for training.
+_EVALUATED = ("ablation_", "stbench_")
 
 COMMANDS = {
     "generate": Command(
@@ -69,7 +72,10 @@ COMMANDS = {
         | {"for=": "character="},
     ),
     "prepare": Command("turn captioned videos into a training set", _prepare, "prepare_data"),
-    "train": Command("train a memory adapter", "storymem.training.run:train", "train"),
+    "train": Command(
+        *("train a memory adapter, or another system's", "storymem.training.run:train", "train"),
+        example="experiment=NAME dataset=FOLDER",
+    ),
     "evaluate": Command("score films, or the films of a method, on ST-Bench", _evaluate, "eval_stbench"),
     "download": Command(
         *("list or fetch the weights that settings need", "storymem.commands.download:download", "download"),
@@ -230,9 +236,12 @@ def _describe_composition(error: Exception, name: str, command: Command) -> str:
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
             group = cause.missing_cfg_file.rpartition("/")[0]
             choices = cause.options or [path.stem for path in (CONFIGS / group).glob("*.yaml")]
+            if group == "experiment":
+                choices = [choice for choice in choices if choice.startswith(_EVALUATED) != (name == "train")]
             return f"Could not find {cause.missing_cfg_file!r}; choices of {group}: {', '.join(sorted(choices))}"
         if isinstance(cause, MissingMandatoryValue):
-            argument = command.example if key == command.positional else f"{key}=..."
+            whole = command.example and command.positional in (key, None)
+            argument = command.example if whole else f"{key}=..."
             return f"{key} is missing; write: storymem {name} {argument}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "/" in key:
             return f"{key}=...: no such group (--help lists them), and no such file"

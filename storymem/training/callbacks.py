@@ -7,19 +7,16 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from storymem.training.dataset import SamplePlanner, read_sample
-from storymem.training.method import MemoryTraining
+from storymem.training.batches import Samples
+from storymem.training.method import ExpertTraining
 from storymem.training.run_log import RunLog
 from storymem.training.trainer import StepReport, Sums, Trainer, add_sums
-
-if TYPE_CHECKING:
-    from storymem.data.cache import LatentCache
 
 
 class LogMetrics:
@@ -73,22 +70,21 @@ class LogMetrics:
 class Validation:
     """Loss of every trained expert on held-out groups: the same samples, noise and timesteps each time.
 
-    The samples are shared among the processes; the result does not depend on how many there are. ``planner`` plans
-    held-out samples, one a step; the last step is always validated.
+    The samples are shared among the processes; the result does not depend on how many there are. ``held_out`` are
+    samples of which a step has one; the last step is always validated.
     """
 
     def __init__(
         self,
-        method: MemoryTraining,
-        latents: LatentCache,
-        planner: SamplePlanner,
+        method: ExpertTraining,
+        held_out: Samples,
         *,
         samples: int,
         every: int,
         log: RunLog | None,
     ) -> None:
-        self._method, self._latents = method, latents
-        self._plans = [planner.plan(step)[0] for step in range(samples)]
+        self._method, self._held_out = method, held_out
+        self._plans = [held_out.plan(step)[0] for step in range(samples)]
         self._every, self._log = every, log
 
     def __call__(self, trainer: Trainer, report: StepReport) -> None:
@@ -113,7 +109,7 @@ class Validation:
                 mine = []
                 for number in range(rounds):
                     plan = self._plans[min(number * world + rank, len(self._plans) - 1)]
-                    losses = self._method.evaluate(expert, trainer.together(partial(read_sample, self._latents, plan)))
+                    losses = self._method.evaluate(expert, trainer.together(partial(self._held_out.read, plan)))
                     total, count = losses.sums["loss_video"]
                     mine.append(torch.stack([losses.total, total / count, *losses.sums.get("loss_subject", ())]))
                 # [world, rounds, 2 or 4], process by process; brought back into the order of the plans.

@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from storymem.training.dataset import Batch
+from storymem.training.batches import Batch
 from storymem.training.experts import Experts, load_parameters, save_parameters
-from storymem.training.objective import Losses, MemoryObjective
+from storymem.training.objectives import Loss
+from storymem.training.objectives.flow import Losses
 from storymem.wan.lora import AdapterInfo
 from storymem.wan.spec import Expert
 
 
-class MemoryTraining:
-    """One or both experts, or their memory adapters, trained by flow matching.
+class ExpertTraining:
+    """One or both experts, or their adapters, trained by flow matching.
 
     With both, they take turns of ``alternate_every`` steps.
 
@@ -28,7 +29,7 @@ class MemoryTraining:
     def __init__(
         self,
         experts: Experts,
-        objective: MemoryObjective,
+        objective: Loss,
         *,
         info: AdapterInfo | None,
         alternate_every: int = 1,

@@ -22,6 +22,9 @@ _FREE = (
 )
 _FREE_OF_BATCH = ("size", "accumulation", "workers")  # the samples of a step are compared instead
 
+#: Runs of before there were several objectives do not name theirs.
+_FIRST_OBJECTIVE = "storymem.training.objectives.settings.MemoryObjectiveSettings"
+
 
 def check_run_folder(folder: Path, settings: TrainSettings, config: Mapping[str, Any]) -> bool:
     """Whether ``folder`` holds a checkpoint of this run; ``ValueError`` if it holds another run, or anything else."""
@@ -101,6 +104,7 @@ def _essential_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 
     def essence(config: Mapping[str, Any]) -> dict[str, Any]:
         config = json.loads(json.dumps(config))
+        config = {**config, "objective": {"_target_": _FIRST_OBJECTIVE, **(config.get("objective") or {})}}
         optimizer, batch = config.get("optimizer") or {}, config.get("batch") or {}
         average = "none" if optimizer.get("ema_decay") is None else "set"
         return {key: value for key, value in config.items() if key not in _FREE} | {

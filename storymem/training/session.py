@@ -20,9 +20,9 @@ from storymem.data.cache import LatentCache, cache_fingerprint
 from storymem.data.settings import Bucket, DataSettings
 from storymem.devices import resolve_device
 from storymem.io import FileError, check_room, replacing_folder, write_text
+from storymem.training.batches import train_batches, training_set_digest
 from storymem.training.callbacks import LogMetrics, Validation
 from storymem.training.checkpoints import Checkpoint, Checkpoints
-from storymem.training.dataset import SamplePlanner, train_batches, training_set_digest
 from storymem.training.experts import (
     Experts,
     make_accelerator,
@@ -30,11 +30,10 @@ from storymem.training.experts import (
     save_model,
     save_parameters,
 )
-from storymem.training.method import MemoryTraining
-from storymem.training.objective import MemoryObjective
+from storymem.training.method import ExpertTraining
 from storymem.training.resume import CHECKPOINTS, CONFIG, MODEL, changes_of_later_steps, check_same_run
 from storymem.training.run_log import RunLog
-from storymem.training.settings import GIVEN_FRAMES, AdapterTrainingSettings, TrainSettings
+from storymem.training.settings import AdapterTrainingSettings, TrainSettings
 from storymem.training.trainer import Callback, Trainer
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import AdapterInfo
@@ -46,7 +45,7 @@ def open_cache(settings: TrainSettings) -> LatentCache:
     """The cache of the training set, which the model's own VAE and text encoder must have made.
 
     Raises:
-        ValueError: if there is none, or it lacks the model's size, the conditioning or masks.
+        ValueError: if there is none, or it lacks the model's size or what the objective needs.
     """
     video = settings.model.video
     own = Bucket(frames=video.frames, height=video.height, width=video.width)
@@ -60,13 +59,7 @@ def open_cache(settings: TrainSettings) -> LatentCache:
             f"{settings.dataset} holds clips of {sizes} (frames x height x width), none of them of the model's "
             f"{own}: prepare the data at that size, or set model.video to one of these"
         )
-    masks = any(clip.mask for clip in cache.clips if clip.split == "train")
-    if settings.objective.mask_weight != 1 and not masks:
-        raise ValueError(
-            f"objective.mask_weight={settings.objective.mask_weight:g}, but {settings.dataset} has no masks: run "
-            "prepare_data with masks=FOLDER, or leave mask_weight at 1"
-        )
-    cache.given(0, GIVEN_FRAMES[settings.conditioning])  # raises if the cache lacks them
+    settings.objective.check_set(settings, cache)
     return cache
 
 
@@ -100,12 +93,12 @@ class Run:
         self.accelerator = accelerator = make_accelerator(device)
         _check_machine(settings, accelerator)
         world, batch = accelerator.num_processes, settings.batch
-        plans = partial(SamplePlanner, latents, batch, conditioning=settings.conditioning, seed=settings.seed)
-        planner = plans(samples=batch.size * batch.accumulation * world)
+        draw = partial(settings.objective.samples, settings, latents)
+        samples = draw(count=batch.size * batch.accumulation * world)
         about = {
             "config": json.loads(json.dumps(config)),
             "processes": world,
-            "samples_per_step": planner.samples,
+            "samples_per_step": samples.count,
             "clips": training_set_digest(latents),
         }
         checkpoints = Checkpoints(self.folder / CHECKPOINTS, keep=settings.checkpoint.keep, about=about)
@@ -115,17 +108,18 @@ class Run:
         self.log = RunLog(self.folder, settings.log) if accelerator.is_main_process else None
         # The sample film first: its text encoder is released before the experts are loaded.
         films = self._sample_film(config)
-        self.method = self._build_method(planner.samples)
+        self.method = self._build_method(samples.count)
         for film in films:
             film.generator.experts = self.method.experts
         callbacks: list[Callback] = [LogMetrics(self.log, every=settings.log.every)]
         if every := settings.validation.every:
-            held_out, samples = plans(samples=1, split="valid"), settings.validation.samples
-            callbacks.append(Validation(self.method, latents, held_out, samples=samples, every=every, log=self.log))
+            held_out = draw(count=1, split="valid")
+            number = settings.validation.samples
+            callbacks.append(Validation(self.method, held_out, samples=number, every=every, log=self.log))
         readers = {"workers": batch.workers, "rank": accelerator.process_index, "world": world}
         self.trainer = Trainer(
             self.method,
-            lambda start: train_batches(latents, planner, size=batch.size, start=start, **readers),
+            lambda start: train_batches(samples, size=batch.size, start=start, **readers),
             accelerator=accelerator,
             optimizer=settings.optimizer,
             steps=settings.steps,
@@ -201,7 +195,7 @@ class Run:
 
         return [SampleFilm.build(self.settings, config, self.log, device=self.accelerator.device)]
 
-    def _build_method(self, samples_per_step: int) -> MemoryTraining:
+    def _build_method(self, samples_per_step: int) -> ExpertTraining:
         """The experts that train (and, for the sample film, the other too) and their loss."""
         settings, model, adapter = self.settings, replace(self.settings.model, adapter=None), self.settings.adapter
         pipe = load_pipeline(
@@ -227,15 +221,9 @@ class Run:
             parallel=settings.parallel,
             full=adapter is None,
         )
-        objective = MemoryObjective(
-            settings=settings.objective,
-            boundary=model.boundary,
-            rope_stride=model.rope_stride,
-            memory_attention=model.memory_attention,
-        )
-        return MemoryTraining(
+        return ExpertTraining(
             experts,
-            objective,
+            settings.objective.loss(settings),
             info=None if adapter is None else self._adapter_info(adapter, samples_per_step),
             alternate_every=settings.parallel.alternate_every,
             dtype=getattr(torch, model.dtype),
@@ -251,6 +239,7 @@ class Run:
             memory_attention=settings.model.memory_attention,
             rope_stride=settings.model.rope_stride,
             conditioning=settings.conditioning,
+            objective=settings.objective.system,
             training={
                 "base": settings.model.name,
                 "expert": settings.expert,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import PlainValidator
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, UserPath, check_bounds
 from storymem.film.settings import MemorySettings, ScorerSettings
+from storymem.training.objectives.settings import AnyObjective, MemoryObjectiveSettings, build_objective_settings
 from storymem.wan.settings import MAX_SEED, Continuity, ModelSettings, SamplerSettings
 from storymem.wan.spec import Expert
 
@@ -18,6 +20,8 @@ LayoutName = Literal["storymem", "released", "diffusers", "comfyui"]
 GIVEN_FRAMES: dict[Conditioning, int] = {"m2v": 0, "mi2v": 1, "mm2v": 5}
 #: How shots of the sample film continue the shot before.
 CONTINUITY: dict[Conditioning, Continuity] = {"m2v": "none", "mi2v": "mi2v", "mm2v": "mm2v"}
+#: The settings of one of several objectives, or a node whose ``_target_`` is their class.
+Objective = Annotated[AnyObjective, PlainValidator(build_objective_settings)]
 MAX_STEPS = 99_999_999  # the names of checkpoints have eight digits
 _ABOVE_0, _BELOW_1 = 1e-12, 1 - 1e-9
 
@@ -52,7 +56,7 @@ class BatchSettings:
         size: samples that a process computes at once.
         accumulation: how many such batches a process adds up in one step; a step has
             ``size * accumulation * processes`` samples.
-        max_memory: the most memory frames M; each step draws its M from 0..max_memory.
+        max_memory: the most memory frames M; each step draws its M from 0..max_memory (objective=memory).
         given_probability: how often a sample is given its first frame (mi2v) or motion frames (mm2v).
         text_dropout: how often the text is left out.
         workers: threads that read the cache ahead of the training; 0 reads each batch when it is needed.
@@ -68,29 +72,6 @@ class BatchSettings:
     def __post_init__(self) -> None:
         check_bounds(self, size=(1, 4096), accumulation=(1, 65536), max_memory=(0, 1000), workers=(0, 256))
         check_bounds(self, given_probability=(0, 1), text_dropout=(0, 1))
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ObjectiveSettings:
-    """Flow matching.
-
-    Args:
-        shift: of the noise levels, s = shift * u / (1 + (shift - 1) * u) with u uniform; the
-            command uses the sampler's by default.
-        memory_weight: weight of the loss of a memory slot relative to a video slot; 0 trains on the video alone, and
-            is needed for model.memory_attention=cached, where memory slots predict nothing.
-        mask_weight: weight of the loss where a clip's mask is white (prepare_data masks=) relative to where it is
-            black; 1, as published, ignores masks.
-        bins: number of equal bins of s from 0 to 1 in which the loss is logged.
-    """
-
-    shift: float = 4.0
-    memory_weight: float = 1.0
-    mask_weight: float = 1.0
-    bins: int = 10
-
-    def __post_init__(self) -> None:
-        check_bounds(self, shift=(_ABOVE_0, 1000), memory_weight=(0, 1e6), mask_weight=(_ABOVE_0, 1e6), bins=(1, 1000))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -237,6 +218,7 @@ class TrainSettings:
         output: the run's folder.
         model: the base; the memory adapter it may name is not loaded, see ``adapter.start``.
         expert: high, low, or both in turns in one run.
+        objective: what is trained: memory (StoryMem), or another system's, see :mod:`storymem.training.objectives`.
         conditioning: beyond memory, what a sample may be given of its target: nothing (m2v), its first frame (mi2v),
             its first five frames (mm2v).
         steps: of the optimizer; with both experts, of the two together.
@@ -263,7 +245,7 @@ class TrainSettings:
     export: tuple[LayoutName, ...] = ("storymem",)
     adapter: AdapterTrainingSettings | None = field(default_factory=AdapterTrainingSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
-    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    objective: Objective = field(default_factory=MemoryObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -287,11 +269,6 @@ class TrainSettings:
             raise ValueError(f"expert={self.expert}: {self.model.spec.name} has one expert; write expert=both")
         if self.model.dtype == "float16":
             raise ValueError("model.dtype=float16 overflows in training: use bfloat16 or float32")
-        if self.model.memory_attention == "cached" and self.objective.memory_weight > 0:
-            raise ValueError(
-                "model.memory_attention=cached gives the network clean memory, on which there is nothing to predict: "
-                f"objective.memory_weight must be 0, not {self.objective.memory_weight:g}"
-            )
         if self.adapter is None and self.model.gguf is not None:
             raise ValueError("adapter=null trains all parameters, and model.gguf is quantised: set it to null")
         if self.sampler.adapter is not None:
@@ -300,3 +277,4 @@ class TrainSettings:
             raise ValueError("export must name one or more of storymem, released, diffusers, comfyui, each once")
         if self.optimizer.name == "adamw_8bit" and self.parallel.strategy == "fsdp":
             raise ValueError("optimizer.name=adamw_8bit does not support sharded parameters: use adamw with fsdp")
+        self.objective.check(self)

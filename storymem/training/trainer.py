@@ -39,7 +39,7 @@ Sums = dict[str, Tensor]
 
 
 class Method(Protocol):
-    """What is trained; :class:`storymem.training.method.MemoryTraining` is one."""
+    """What is trained; :class:`storymem.training.method.ExpertTraining` is one."""
 
     parameters: Mapping[str, nn.Parameter]
     saved_as: str  # the folder of the parameters in a checkpoint

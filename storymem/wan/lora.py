@@ -221,7 +221,7 @@ def read_memory_lora(
             report = f"{adapter.report}; nothing for the {alone.pop()} expert"
             adapter = replace(adapter, as_usual=False, report=report)
         adapters[expert] = adapter
-    for entry in ("memory_attention", "rope_stride", "conditioning"):
+    for entry in ("memory_attention", "rope_stride", "conditioning", "objective"):
         values = {adapter.file.path: getattr(adapter.info, entry) for adapter in adapters.values()}
         if len(set(values.values())) > 1:
             stated = ", ".join(f"{path}: {value!r}" for path, value in values.items())

@@ -118,6 +118,7 @@ class AdapterInfo:
         memory_attention: the layout it was trained for; see :mod:`storymem.wan.segments`.
         rope_stride: S, the distance between memory frames on the temporal axis.
         conditioning: beyond memory, what it was trained to continue from: ``m2v``, ``mi2v``, ``mm2v``; None: unknown.
+        objective: the system that it was trained for: "memory" is StoryMem.
         training: notes on the training run, any JSON.
     """
 
@@ -127,6 +128,7 @@ class AdapterInfo:
     memory_attention: MemoryMode = "joint"
     rope_stride: int = 5
     conditioning: str | None = None
+    objective: str = "memory"
     training: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

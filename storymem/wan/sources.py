@@ -195,6 +195,11 @@ class _Inspection:
         if not adapters:
             return []
         info = adapters[0].info
+        if info.objective != "memory":
+            raise FileError(
+                f"the adapter in {path} was trained for another system, objective={info.objective}: it does not make "
+                f"this model one with memory; evaluate it with method={info.objective}, or use another adapter"
+            )
         if info.memory_attention != model.memory_attention:
             raise FileError(
                 f"the adapter in {path} was trained for {info.memory_attention} memory attention, not "

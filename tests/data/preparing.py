@@ -11,7 +11,8 @@ import torch
 
 from storymem.composition import composed
 from storymem.data.cache import LatentCache
-from storymem.training.dataset import SamplePlanner, train_batches
+from storymem.training.batches import train_batches
+from storymem.training.objectives.memory import MemorySamples
 from storymem.training.settings import BatchSettings
 from tests.data.drawn_clips import FRAMES, HEIGHT, WIDTH
 
@@ -64,8 +65,8 @@ def train_on(folder: Path) -> None:
     """Open a set as a training does and read the batches of three steps."""
     cache = LatentCache.open(folder)
     batch = BatchSettings(size=2, max_memory=1, workers=0)
-    planner = SamplePlanner(cache, batch, conditioning="mi2v", seed=0, samples=batch.size)
-    batches = train_batches(cache, planner, size=batch.size)
+    samples = MemorySamples(cache, batch, conditioning="mi2v", seed=0, count=batch.size)
+    batches = train_batches(samples, size=batch.size)
     for _ in range(3):
         assert next(batches).x0.isfinite().all()
     batches.close()

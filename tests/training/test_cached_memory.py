@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from storymem.config import ConfigError, build_settings
 from storymem.data.prepare import prepare
-from storymem.training.dataset import Batch
 from storymem.training.experts import prepare_expert, trained_parameters
-from storymem.training.objective import MemoryObjective, noise_level
+from storymem.training.objectives.flow import noise_level
+from storymem.training.objectives.memory import MemoryBatch, MemoryObjective
+from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.training.run import train
-from storymem.training.settings import ObjectiveSettings, TrainSettings
+from storymem.training.settings import TrainSettings
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.loading import load_pipeline
 from storymem.wan.segments import Layout, memory_cached
@@ -29,18 +30,18 @@ from tests.data.drawn_clips import scene, video
 from tests.training.tiny import ADAPTER, config, expert, run
 from tests.wan import test_ti2v
 
-VIDEO_ALONE = ObjectiveSettings(memory_weight=0.0)
+VIDEO_ALONE = MemoryObjectiveSettings(memory_weight=0.0)
 OBJECTIVE = MemoryObjective(settings=VIDEO_ALONE, boundary=0.9, rope_stride=5, memory_attention="cached")
 CPU = RuntimeSettings(device="cpu")
 FRAMES, SLOTS, TOKENS = 2, 3, 6  # of memory, of video, of a latent frame
 
 
-def batch(memory_frames: int = FRAMES, x0: Tensor | None = None) -> Batch:
+def batch(memory_frames: int = FRAMES, x0: Tensor | None = None) -> MemoryBatch:
     generator = torch.Generator().manual_seed(0)
     drawn, noise = torch.randn(2, 1, 16, memory_frames + SLOTS, 4, 6, generator=generator)
     x0 = drawn if x0 is None else x0
     memory = x0[:, :, :memory_frames] if memory_frames else None
-    return Batch(
+    return MemoryBatch(
         x0=x0,
         noise=noise,
         u=torch.tensor([0.2]),

@@ -9,17 +9,18 @@ from itertools import islice
 import pytest
 import torch
 
-from storymem.training.dataset import SamplePlanner, read_sample, train_batches
+from storymem.training.batches import train_batches
+from storymem.training.objectives.memory import MemorySamples, read_sample
 from storymem.training.settings import BatchSettings
 from tests.training.tiny import MemoryLatents, TinyClip, latents
 
 EIGHT = 8
 
 
-def planner(data: MemoryLatents | None = None, **changes: object) -> SamplePlanner:
-    arguments = {"conditioning": "m2v", "seed": 0, "samples": EIGHT, "max_memory": 3, "text_dropout": 0.0} | changes
+def planner(data: MemoryLatents | None = None, **changes: object) -> MemorySamples:
+    arguments = {"conditioning": "m2v", "seed": 0, "count": EIGHT, "max_memory": 3, "text_dropout": 0.0} | changes
     of_batch = {name: arguments.pop(name) for name in list(arguments) if name in BatchSettings.__dataclass_fields__}
-    return SamplePlanner(data or latents(groups=3), BatchSettings(**of_batch), **arguments)  # type: ignore[arg-type]
+    return MemorySamples(data or latents(groups=3), BatchSettings(**of_batch), **arguments)  # type: ignore[arg-type]
 
 
 def mixed() -> MemoryLatents:
@@ -54,7 +55,7 @@ def test_memory_is_of_other_clips_of_the_group_and_of_the_same_size() -> None:
 
 def test_small_groups_give_the_memory_they_have() -> None:
     data = mixed()
-    plans = planner(data, samples=1)
+    plans = planner(data, count=1)
     most: Counter[str] = Counter()
     for step in range(400):
         (sample,) = plans.plan(step)
@@ -92,10 +93,10 @@ def test_text_and_given_frames_are_left_out_as_often_as_set() -> None:
 
 
 def test_processes_share_a_step() -> None:
-    data, plans = latents(groups=3), planner()
+    plans = planner()
 
     def ids(rank: int, world: int, workers: int = 0) -> list[tuple[str, ...]]:
-        batches = train_batches(data, plans, size=2, rank=rank, world=world, workers=workers)
+        batches = train_batches(plans, size=2, rank=rank, world=world, workers=workers)
         return [batch.ids for batch in islice(batches, EIGHT)]
 
     alone = ids(0, 1)
@@ -106,9 +107,9 @@ def test_processes_share_a_step() -> None:
 
 @pytest.mark.parametrize("start", [0, 3])
 def test_workers_change_nothing(start: int) -> None:
-    data, plans = latents(groups=3), planner(conditioning="mi2v", given_probability=0.5)
-    here = train_batches(data, plans, size=4, start=start)
-    there = train_batches(data, plans, size=4, start=start, workers=1)
+    plans = planner(conditioning="mi2v", given_probability=0.5)
+    here = train_batches(plans, size=4, start=start)
+    there = train_batches(plans, size=4, start=start, workers=1)
     for mine, theirs in islice(zip(here, there, strict=False), 4):
         assert mine.ids == theirs.ids
         for name in ("x0", "noise", "u", "condition", "mask", "text"):
@@ -117,7 +118,7 @@ def test_workers_change_nothing(start: int) -> None:
 
 def test_a_sample_holds_its_memory_its_condition_and_its_text() -> None:
     data = latents()
-    (plan,) = planner(data, samples=1, max_memory=2).plan(0)
+    (plan,) = planner(data, count=1, max_memory=2).plan(0)
     plan = replace(plan, memory=((1, 1), (2, 0)), clip=0, given=5, drop_text=False)
     sample = read_sample(data, plan)
     remembered = torch.stack([data.keyframes(1)[1, :, 0], data.keyframes(2)[0, :, 0]], dim=1)

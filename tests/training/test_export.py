@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from storymem.training.method import MemoryTraining
+from storymem.training.method import ExpertTraining
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import Layout, load_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
@@ -58,7 +58,7 @@ def latents_of(pipe: WanMemoryToVideoPipeline) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryTraining, Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExpertTraining, Path]:
     """A few steps of both experts, exported in all layouts; no average, so what was trained is what is written."""
     folder = tmp_path_factory.mktemp("run")
     optimizer = {"lr": 0.05, "warmup_steps": 0}
@@ -69,7 +69,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[MemoryTraining, P
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_makes_the_film_of_the_trained_experts(trained: tuple[MemoryTraining, Path], layout: str) -> None:
+def test_every_layout_makes_the_film_of_the_trained_experts(trained: tuple[ExpertTraining, Path], layout: str) -> None:
     method, folder = trained
     pipe = pipeline()
     without = latents_of(pipe)
@@ -87,7 +87,7 @@ def test_every_layout_makes_the_film_of_the_trained_experts(trained: tuple[Memor
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_files_and_keys_are_those_of_the_layout(trained: tuple[MemoryTraining, Path], layout: str) -> None:
+def test_files_and_keys_are_those_of_the_layout(trained: tuple[ExpertTraining, Path], layout: str) -> None:
     _, folder = trained
     name, key = FIRST_KEYS[layout]
     with safe_open(folder / layout / name, "pt") as file:

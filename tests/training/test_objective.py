@@ -9,9 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from storymem.training.dataset import Batch
-from storymem.training.objective import (
-    MemoryObjective,
+from storymem.training.objectives.flow import (
     bin_sums,
     mask_weights,
     noise_level,
@@ -20,7 +18,8 @@ from storymem.training.objective import (
     slot_weights,
     unshifted,
 )
-from storymem.training.settings import ObjectiveSettings
+from storymem.training.objectives.memory import MemoryBatch, MemoryObjective
+from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.segments import Layout, memory_cached, memory_joint, with_given
 from tests.training.tiny import expert
@@ -90,11 +89,11 @@ def test_weights_of_places() -> None:
     assert torch.equal(mask_weights(mask, 1.0), torch.ones_like(mask))
 
 
-def batch(memory_frames: int) -> Batch:
+def batch(memory_frames: int) -> MemoryBatch:
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 2, 16, memory_frames + 3, 4, 6, generator=generator)
     memory = x0[:, :, :memory_frames] if memory_frames else None
-    return Batch(
+    return MemoryBatch(
         x0=x0,
         noise=noise,
         u=torch.tensor([0.2, 0.7]),
@@ -118,7 +117,7 @@ class Recorder(nn.Module):
 
 def test_the_network_sees_what_generation_shows_it() -> None:
     network, of = Recorder(), batch(2)
-    objective = MemoryObjective(settings=ObjectiveSettings(shift=4.0), boundary=0.9, rope_stride=5)
+    objective = MemoryObjective(settings=MemoryObjectiveSettings(shift=4.0), boundary=0.9, rope_stride=5)
     losses = objective(network, "high_noise", of)
     x, timestep, text, layout = network.seen
     s = noise_level(of.u, expert="high_noise", boundary=0.9, shift=4.0)
@@ -135,7 +134,9 @@ def test_the_network_sees_what_generation_shows_it() -> None:
 @pytest.mark.parametrize("memory_frames", [0, 2])
 def test_what_is_logged_adds_up(memory_frames: int) -> None:
     network, of = Recorder(), batch(memory_frames)
-    objective = MemoryObjective(settings=ObjectiveSettings(memory_weight=0.5, bins=4), boundary=0.9, rope_stride=5)
+    objective = MemoryObjective(
+        settings=MemoryObjectiveSettings(memory_weight=0.5, bins=4), boundary=0.9, rope_stride=5
+    )
     losses = objective(network, "low_noise", of)
     means = {name: (total / count).item() for name, (total, count) in losses.sums.items() if total.ndim == 0}
     assert means["loss"] == means["loss_low_noise"] == pytest.approx(losses.total.item())
@@ -151,7 +152,7 @@ def test_what_is_logged_adds_up(memory_frames: int) -> None:
 @pytest.mark.parametrize("memory_frames", [0, 2])
 def test_the_subject_has_more_weight_and_a_loss_of_its_own(memory_frames: int) -> None:
     network, of = Recorder(), batch(memory_frames)
-    settings = ObjectiveSettings(memory_weight=0.5, mask_weight=3.0)
+    settings = MemoryObjectiveSettings(memory_weight=0.5, mask_weight=3.0)
     losses = MemoryObjective(settings=settings, boundary=0.9, rope_stride=5)(network, "low_noise", of)
     errors = (of.noise - of.x0).square().mean(dim=1)
     memory, video = errors[:, :memory_frames], errors[:, memory_frames:]
@@ -166,7 +167,7 @@ def test_the_subject_has_more_weight_and_a_loss_of_its_own(memory_frames: int) -
 def test_samples_without_a_mask_count_as_before() -> None:
     network, of = Recorder(), replace(batch(2), mask=torch.zeros(2, 3, 4, 6))
     plain, weighted = (
-        MemoryObjective(settings=ObjectiveSettings(mask_weight=w), boundary=0.9, rope_stride=5)(
+        MemoryObjective(settings=MemoryObjectiveSettings(mask_weight=w), boundary=0.9, rope_stride=5)(
             network, "low_noise", of
         )
         for w in (1.0, 3.0)
@@ -177,8 +178,8 @@ def test_samples_without_a_mask_count_as_before() -> None:
 
 def test_memory_changes_what_is_predicted() -> None:
     network, of = expert(), batch(2)
-    objective = MemoryObjective(settings=ObjectiveSettings(), boundary=0.9, rope_stride=5)
-    near = MemoryObjective(settings=ObjectiveSettings(), boundary=0.9, rope_stride=1)
+    objective = MemoryObjective(settings=MemoryObjectiveSettings(), boundary=0.9, rope_stride=5)
+    near = MemoryObjective(settings=MemoryObjectiveSettings(), boundary=0.9, rope_stride=1)
     with torch.no_grad():
         first, again, elsewhere = (fn(network, "high_noise", of).total.item() for fn in (objective, objective, near))
     assert first == again

@@ -22,7 +22,7 @@ from storymem.data.cache import LatentCache
 from storymem.data.manifest import read_checked, write_checked
 from storymem.io import FileError, hash_file
 from storymem.training.checkpoints import Checkpoints
-from storymem.training.method import MemoryTraining
+from storymem.training.method import ExpertTraining
 from storymem.wan.shots import WanShotGenerator
 from tests import stories
 from tests.training.commands import SCRIPT, TRAIN, Command, prepare_set, train
@@ -158,7 +158,7 @@ def slowly(cls: type, name: str, seconds: float) -> Callable[[], None]:
 def test_a_signal_in_a_validation_saves_and_the_validation_is_made_up_for(training_set: Path, tmp_path: Path) -> None:
     arguments = (f"dataset={training_set}", "steps=2", "validation.every=1", "validation.samples=8")
     command = Command(
-        *arguments, f"output={tmp_path / 'run'}", folder=tmp_path, before=slowly(MemoryTraining, "evaluate", 1.0)
+        *arguments, f"output={tmp_path / 'run'}", folder=tmp_path, before=slowly(ExpertTraining, "evaluate", 1.0)
     )
     command.until_it_prints("step 1 of 2")
     os.kill(command.pid, signal.SIGTERM)

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from storymem.config import build_settings
 from storymem.data.cache import Split
-from storymem.training.dataset import SamplePlanner, train_batches
+from storymem.training.batches import train_batches
 from storymem.training.experts import Experts, make_accelerator, prepare_expert
-from storymem.training.method import MemoryTraining
-from storymem.training.objective import MemoryObjective
+from storymem.training.method import ExpertTraining
+from storymem.training.objectives.memory import MemoryObjective, MemorySamples
+from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.training.run_log import METRICS
 from storymem.training.session import Run
 from storymem.training.settings import (
     AdapterTrainingSettings,
     BatchSettings,
-    ObjectiveSettings,
     OptimizerSettings,
     ParallelSettings,
     TrainSettings,
@@ -129,21 +129,21 @@ def method(
     parallel: ParallelSettings | None = None,
     accelerator: Accelerator | None = None,
     width: int = 12,
-) -> MemoryTraining:
+) -> ExpertTraining:
     """The method over freshly drawn experts of two blocks."""
     parallel = parallel or ParallelSettings()
     transformers = {name: expert(number, width) for number, name in enumerate(names)}
     for number, (name, transformer) in enumerate(transformers.items()):
         prepare_expert(transformer, name, adapter, seed=number)
     experts = Experts(transformers, trained=names, accelerator=accelerator or make_accelerator(CPU), parallel=parallel)
-    objective = MemoryObjective(settings=ObjectiveSettings(), boundary=0.9, rope_stride=5)
+    objective = MemoryObjective(settings=MemoryObjectiveSettings(), boundary=0.9, rope_stride=5)
     numbers = {"rank": adapter.rank, "alpha": adapter.alpha, "use_rslora": adapter.use_rslora}
     info = AdapterInfo(**numbers, conditioning="m2v", training={"note": "a test"})
-    return MemoryTraining(experts, objective, info=info, alternate_every=parallel.alternate_every)
+    return ExpertTraining(experts, objective, info=info, alternate_every=parallel.alternate_every)
 
 
 def trainer(
-    of: MemoryTraining,
+    of: ExpertTraining,
     *,
     accelerator: Accelerator | None = None,
     batch: BatchSettings = BATCH,
@@ -154,13 +154,13 @@ def trainer(
     accelerator = accelerator or make_accelerator(CPU)
     data = data or latents()
     world, rank = accelerator.num_processes, accelerator.process_index
-    samples = batch.size * batch.accumulation * world
-    planner = SamplePlanner(data, batch, conditioning="m2v", seed=0, samples=samples)
+    count = batch.size * batch.accumulation * world
+    samples = MemorySamples(data, batch, conditioning="m2v", seed=0, count=count)
     arguments: dict[str, Any] = {"optimizer": OPTIMIZER, "steps": 3, "accumulation": batch.accumulation}
     return Trainer(
         of,
         lambda start: train_batches(
-            data, planner, size=batch.size, workers=batch.workers, rank=rank, world=world, start=start
+            samples, size=batch.size, workers=batch.workers, rank=rank, world=world, start=start
         ),
         accelerator=accelerator,
         **arguments | changes,

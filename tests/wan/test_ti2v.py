@@ -11,9 +11,8 @@ from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DMode
 from torch import Tensor
 
 from storymem.config import build_settings
-from storymem.training.dataset import Batch
-from storymem.training.objective import MemoryObjective
-from storymem.training.settings import ObjectiveSettings
+from storymem.training.objectives.memory import MemoryBatch, MemoryObjective
+from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.wan.estimate import memory_cache_bytes
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config
@@ -139,7 +138,7 @@ def test_an_adapter_trains_on_what_generation_computes() -> None:
     network.add_adapter(memory_lora_config(rank=2, alpha=2, dropout=0.0), adapter_name="memory")
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 1, 48, 2 + 3, 4, 6, generator=generator)
-    batch = Batch(
+    batch = MemoryBatch(
         x0=x0,
         noise=noise,
         u=torch.tensor([0.5]),
@@ -151,7 +150,7 @@ def test_an_adapter_trains_on_what_generation_computes() -> None:
         ids=("a",),
     )
     objective = MemoryObjective(
-        settings=ObjectiveSettings(memory_weight=0.0), boundary=None, rope_stride=5, memory_attention="cached"
+        settings=MemoryObjectiveSettings(memory_weight=0.0), boundary=None, rope_stride=5, memory_attention="cached"
     )
     assert [part.name for part in objective.layout(batch).segments] == ["memory", "given", "video"]
     losses = objective(network, "high_noise", batch)

@@ -1,0 +1,180 @@
+"""Batches for the training loop: samples of one size, read ahead of the training.
+
+Everything random in a sample follows from the run's seed, the step and the sample's place in the step, and from nothing
+else: not from the number of processes or readers, nor from where a run was interrupted. What a sample is made of is the
+objective's choice; see :mod:`storymem.training.objectives`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from storymem.data.manifest import digest
+from storymem.io import NotFiniteError
+
+if TYPE_CHECKING:
+    from storymem.data.cache import LatentCache
+
+_AHEAD = 4  # batches that each reader is ahead of the training
+_SLOW_SECONDS = 60  # after which a wait for data is reported
+_END_SECONDS = 2.0  # how long readers are waited for: a read that hangs cannot be interrupted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Samples of one size; objectives add what they need.
+
+    Args:
+        x0: clean latents [B, z, N, h, w] of all latent frames.
+        noise: e, of the same shape.
+        u: [B] in 0..1, from which the noise levels follow.
+        condition: mask and conditioning latents [B, 20, N, h, w]; None: the base has no condition channels.
+        mask: where the subject of the video is, [B, T, h, w] in 0..1; 0 everywhere if that is not known.
+        ids: of the target clips.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    u: Tensor
+    condition: Tensor | None
+    mask: Tensor
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on a device."""
+        moved = {name: send_to_device(value, device, non_blocking=True) for name, value in vars(self).items()}
+        return replace(self, **moved)
+
+
+class Samples(Protocol):
+    """The samples that an objective draws from a training set.
+
+    Attributes:
+        count: samples of a step, over all processes.
+    """
+
+    count: int
+
+    def plan(self, step: int) -> Sequence[Any]:
+        """The samples of ``step`` (from 0) before anything is read; it follows from the seed and the step alone."""
+        ...
+
+    def read(self, plan: Any) -> Batch:
+        """The sample of one plan, as a batch of one; several threads may call this.
+
+        Raises:
+            NotFiniteError: naming the clip and what of it has NaN or infinity.
+        """
+        ...
+
+
+def checked_tensor(latents: LatentCache, tensor: Tensor, what: str, clip: int) -> Tensor:
+    """``tensor`` of clip ``clip``; ``NotFiniteError`` with ``what`` it is if it has NaN or infinity."""
+    if not bool(tensor.isfinite().all()):
+        raise NotFiniteError(f"{what} {latents.clips[clip].id}: NaN or infinite values; {latents.cure(clip)}")
+    return tensor
+
+
+def collate(samples: Sequence[Batch]) -> Batch:
+    """Batches as one: tensors and tuples are joined; everything else is the same in all of them."""
+    joined: dict[str, Any] = {}
+    for name, value in vars(samples[0]).items():
+        if isinstance(value, Tensor):
+            joined[name] = torch.cat([getattr(sample, name) for sample in samples])
+        elif isinstance(value, tuple):
+            joined[name] = tuple(entry for sample in samples for entry in getattr(sample, name))
+    return replace(samples[0], **joined)
+
+
+def training_set_digest(latents: LatentCache) -> str:
+    """A short hash of all that decides which samples a seed draws from a training set."""
+    clips = [(clip.id, clip.bucket, clip.keyframes, clip.mask) for clip in latents.clips]
+    return digest(clips, latents.groups("train"))
+
+
+def train_batches(
+    samples: Samples,
+    *,
+    size: int,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    start: int = 0,
+) -> Generator[Batch, None, None]:
+    """The batches of one process from step ``start`` on, without end. Close it to end the threads that read.
+
+    Args:
+        size: samples of a batch; divides the process's share of a step.
+        workers: threads that read ahead; 0: a batch is read when it is needed.
+        rank: the number of the process, of ``world`` processes.
+    """
+    share = samples.count // world
+
+    def plans() -> Iterator[Sequence[Any]]:
+        for step in itertools.count(start):
+            mine = samples.plan(step)[rank * share : (rank + 1) * share]
+            yield from (mine[first : first + size] for first in range(0, share, size))
+
+    def read(plans: Sequence[Any]) -> Batch:
+        return collate([samples.read(plan) for plan in plans])
+
+    yield from map(read, plans()) if workers == 0 else _read_ahead(read, plans(), workers)
+
+
+def _read_ahead(
+    read: Callable[[Sequence[Any]], Batch], turns: Iterator[Sequence[Any]], workers: int
+) -> Generator[Batch, None, None]:
+    """``read`` of each turn, in order, by threads that stay a few turns ahead; their errors are raised here.
+
+    Threads and not processes, as reading tensors releases the interpreter lock and nothing passes through shared
+    memory; not an executor, whose threads cannot be daemons.
+    """
+    asked: queue.SimpleQueue[tuple[Future[Batch], Sequence[Any]] | None] = queue.SimpleQueue()
+    waiting: deque[Future[Batch]] = deque()
+
+    def work() -> None:
+        while (job := asked.get()) is not None:
+            future, plans = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(read(plans))
+                except Exception as error:
+                    future.set_exception(error)
+
+    # Daemons: a read that hangs must not keep the process from ending.
+    threads = [threading.Thread(target=work, name=f"reader-{number}", daemon=True) for number in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        while True:
+            while len(waiting) < _AHEAD * workers:
+                waiting.append(Future())
+                asked.put((waiting[-1], next(turns)))
+            future = waiting.popleft()
+            if not wait([future], timeout=_SLOW_SECONDS).done:
+                print(f"no data for {_SLOW_SECONDS} s: is the disk of the training set available?", file=sys.stderr)
+            yield future.result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        for _ in threads:
+            asked.put(None)
+        deadline = time.monotonic() + _END_SECONDS
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
