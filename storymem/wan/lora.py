@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from storymem.io import FileError
+from storymem.wan.keyframe_query import check_query
 from storymem.wan.lora_files import (
     ADAPTED_LINEARS,
     PUBLISHED,
@@ -184,6 +185,11 @@ class ExpertAdapter:
             found[parameter] = found[parameter] + value if parameter in found else value
         return found
 
+    def query(self) -> dict[str, Tensor]:
+        """The tensors of the file's KeyframeQuery by their names in it; none if it has no such network."""
+        tensors = self.file.tensors(self.file.query.values())
+        return dict(zip(self.file.query, tensors.values(), strict=True))
+
     def _read(self, *wanted: Part) -> list[tuple[str, Part, Tensor]]:
         """Modules, parts and tensors of the wanted parts."""
         chosen = [(name, part) for name, keys in self.parts.items() for part in keys if part in wanted]
@@ -252,7 +258,9 @@ def _read_expert(
     ranks = {name: int(rank) for name, rank in ranks_of(file, lora).items()} or {"": 1}
     config = peft_config(ranks, scale.alphas or {"": 1.0}, scale.use_rslora, ADAPTED_LINEARS if strict else list(lora))
     described = {"rank": config["r"], "alpha": config["lora_alpha"], "use_rslora": scale.use_rslora}
-    info = replace(file.info or AdapterInfo(), **described)
+    if file.query:
+        check_query(file.query_shapes, transformer, where=f"{file.path}: its KeyframeQuery does not fit:")
+    info = replace(file.info or AdapterInfo(objective="memento" if file.query else "memory"), **described)
     linears = set(adapted_linears(transformer))
     matched = len(lora.keys() & linears)
     report = f"{file.path}: {matched} of {len(linears)} linears of the blocks"

@@ -11,7 +11,11 @@ diffusers  pytorch_lora_weights.safetensors         transformer.blocks.0.attn1.t
 comfyui    memory_{high,low}_noise.safetensors      diffusion_model.blocks.0.self_attn.q.lora_down.weight
 kohya      (read only)                              lora_unet_blocks_0_self_attn_q.lora_down.weight
 DiffSynth  (read only)                              pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
+Memento    (read only)                              high_noise_model.base_model.model.blocks.0.self_attn.q...
 =========  =======================================  ==========================================================
+
+Files of ``storymem`` and ``released`` may also hold a :class:`storymem.wan.keyframe_query.KeyframeQuery`, under names
+that begin with ``keyframe_query.``; Memento's files do.
 
 ``storymem`` and ``diffusers`` store A and B as trained, and alpha and rsLoRA in the metadata; ``load_lora_adapter`` of
 diffusers reads both. Readers of ``released`` ignore metadata and take alpha = rank with rsLoRA, so B is rescaled to
@@ -54,8 +58,11 @@ ADAPTED_LINEARS += ["ffn.net.0.proj", "ffn.net.2"]
 #: Key of a file's metadata under which diffusers stores a PEFT configuration.
 PEFT_METADATA = "lora_adapter_metadata"
 _INFO_METADATA, _INFO_VERSION = "storymem", 1
+#: Of the names of a KeyframeQuery's tensors.
+QUERY_PREFIX = "keyframe_query."
 _RELEASED_PREFIX = "base_model.model."
 _ALPHA_METADATA = ("lora_alpha", "ss_network_alpha", "network_alpha", "alpha")
+_QUERY = re.compile(r"(?:(?:high|low)_noise_model\.)?(?:base_model\.model\.)?keyframe_query\.(?P<name>.+)")
 _MOST = 1e6  # of a rank or an alpha
 
 _ORIGINAL = {  # diffusers' name of a part -> the original one
@@ -68,7 +75,7 @@ _ORIGINAL = {  # diffusers' name of a part -> the original one
 _PARTS = re.compile(rf"(?<![^.])({'|'.join(map(re.escape, _ORIGINAL))})(?![^.])")
 _KEY = re.compile(
     r"(?:(?P<component>transformer|transformer_2)\.)?"
-    r"(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|pipe\.dit\.|pipe\.|dit\.|model\.)*"
+    r"(?:(?:high|low)_noise_model\.)?(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|pipe\.dit\.|pipe\.|dit\.|model\.)*"
     r"(?:lora_unet_+|lora_transformer_+|lycoris_+)?"
     r"(?P<module>.+?)\."
     r"(?:(?P<A>lora_A|lora_down|lora\.down)(?:\.(?!weight$)[^.]+)?\.weight"
@@ -163,20 +170,33 @@ def peft_config(
 
 
 class LoraFile:
-    """A ``.safetensors`` or ``.pth`` file; FileError if it is damaged or contains anything but named tensors."""
+    """A ``.safetensors`` or ``.pth`` file; FileError if it is damaged or contains anything but named tensors.
+
+    Attributes:
+        shapes: of all tensors but those of a KeyframeQuery, by key.
+        query: keys of the tensors of a KeyframeQuery by their names in it; empty if there is none.
+        query_shapes: of these, by name.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self._state = path, None
+        shapes = self._read_shapes(path)
+        self.query = {match["name"]: key for key in shapes if (match := _QUERY.fullmatch(key))}
+        self.query_shapes = {name: shapes.pop(key) for name, key in self.query.items()}
+        self.shapes = shapes
+
+    def _read_shapes(self, path: Path) -> dict[str, tuple[int, ...]]:
         if path.suffix != ".pth":
-            self.shapes, _, self.metadata = read_header(path)
-            return
+            shapes, _, self.metadata = read_header(path)
+            return shapes
         state = read_pickle(path)
         plain = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
         if not plain or any(tensor.layout != torch.strided for tensor in state.values()):
             raise FileError(f"{path} does not contain a state dict (key -> tensor), but a {type(state).__name__}")
-        self._state, self.shapes = state, {key: tuple(tensor.shape) for key, tensor in state.items()}
+        self._state = state
         notes = getattr(state, "_metadata", {})  # of modules' state dicts: versions; of ours: as in safetensors
         self.metadata = {key: value for key, value in notes.items() if isinstance(value, str)}
+        return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
     def tensors(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of ``keys``, on the CPU in the file's dtype; NotFiniteError if one is NaN or far too large."""
@@ -266,7 +286,7 @@ def resolve_scale(
             given = f"alpha={alpha}, use_rslora={use_rslora}"
             raise ValueError(f"{file.path} states {states}, which contradicts {given}: leave these arguments out")
         return stated
-    released = memory and all(parts["A"].startswith(_RELEASED_PREFIX) for parts in lora.values())
+    released = memory and all(_RELEASED_PREFIX in parts["A"] for parts in lora.values())
     use_rslora = (released and PUBLISHED.use_rslora) if use_rslora is None else use_rslora
     if alpha is not None:
         return Scale(dict.fromkeys(lora, float(alpha)), use_rslora, "from the settings")
@@ -400,7 +420,8 @@ def write_memory_lora(
     """Write the weights of an adapter; returns the safetensors files written.
 
     Args:
-        states: for each expert, ``blocks.0.attn1.to_q.lora_A.weight`` ... -> tensor.
+        states: for each expert, ``blocks.0.attn1.to_q.lora_A.weight`` ... -> tensor, and ``keyframe_query.queries`` ...
+            where there is a KeyframeQuery.
         folder: created if absent.
         info: the scale of these weights, and what else the metadata contains.
         layout: one of those in the module's table.
@@ -419,6 +440,9 @@ def write_memory_lora(
         written, config = tensors.setdefault(path, {}), configs.setdefault(path, {})
         prefix, ranks = form.prefix.format(component=COMPONENTS[expert]), {}
         for key, tensor in state.items():
+            if key.startswith(QUERY_PREFIX):
+                written[prefix + key] = tensor.detach().cpu().contiguous()
+                continue
             name, part = key.removesuffix(".weight").rsplit(".lora_", 1)
             module = prefix + (original_name(name) if form.original else name)
             ranks[name] = rank = tensor.shape[0 if part == "A" else 1]

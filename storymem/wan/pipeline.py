@@ -224,6 +224,11 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         """Normalised latents [M, z, 1, h, w] of memory frames, to be passed as ``memory`` to any number of calls."""
         return encode_frames(self.vae, self._pixels(frames)).cpu()
 
+    def encode_given(self, images: Sequence[Image.Image], frames: int, height: int, width: int) -> Tensor:
+        """Normalised latents [1, z, T, h, w] of the video that conditions a shot: ``images`` first, mid-grey after."""
+        pixels = rearrange(self._pixels(images), "n c h w -> c n h w") if images else None
+        return self._video_latents(pixels, frames, height, width).to(self._execution_device)
+
     # The denoising loop
 
     @torch.no_grad()
@@ -393,13 +398,13 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         cached = self.config.memory_attention == "cached"
         build = memory_cached if cached else memory_joint
         layouts = [build(count, slots, stride) for count in (0 if latents is None else latents.shape[2], 0)]
-        pixels = rearrange(self._pixels(given), "n c h w -> c n h w") if given else None
         condition = first = None
         if spec.condition_channels:
-            video = self._video_latents(pixels, frames, height, width).to(device)
+            video = self.encode_given(given, frames, height, width)
             condition = condition_channels(None if cached else latents, video, given_slots, spec)
-        elif pixels is not None:
-            first = encode_video(self.vae, pixels[None]).to(device)
+        elif given:
+            pixels = rearrange(self._pixels(given), "n c h w -> 1 c n h w")
+            first = encode_video(self.vae, pixels).to(device)
             layouts = [with_given(layout, given_slots) for layout in layouts]
         return Inputs(
             layout=layouts[0],

@@ -91,6 +91,8 @@ class AdapterSettings:
         alpha: for files without it; None: the published 128 in the released layout, else the rank.
         use_rslora: for files without it; None: the published true in the released layout, else false.
         weight: strength of the adapter; 1.0 as trained.
+        objective: the system that it must have been trained for: "memory" is StoryMem.
+        query: whether its files must hold a KeyframeQuery, which recalls keyframes.
     """
 
     weights: Weights
@@ -98,6 +100,8 @@ class AdapterSettings:
     alpha: float | None = None
     use_rslora: bool | None = None
     weight: float = 1.0
+    objective: str = "memory"
+    query: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self, alpha=(1e-6, 1e6), weight=(-10, 10))

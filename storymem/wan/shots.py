@@ -19,12 +19,15 @@ from storymem.wan.loading import load_pipeline, load_text_to_video
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.placement import settle
 from storymem.wan.preview import Preview, Projection
+from storymem.wan.recall import Candidates, LearnedRecall
 from storymem.wan.runtime import check_machine, check_runtime, compiled_graphs, release_memory
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
+from storymem.wan.spec import Expert, experts_of
 
 logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int], None]
+StepCallback = Callable[..., dict]  # as diffusers calls it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,7 @@ class WanShotGenerator:
         self._embeds: dict[str, Tensor] = {}
         self._pipe: WanMemoryToVideoPipeline | None = None
         self._text_pipe: WanMemoryToVideoPipeline | None = None
+        self._recall: LearnedRecall | None = None
 
     @property
     def video(self) -> VideoSettings:
@@ -144,6 +148,20 @@ class WanShotGenerator:
         check_finite(latents, "the latents of a keyframe", "check the VAE's weights, or use model.vae_dtype=float32")
         return list(latents)
 
+    def choose(self, candidates: Candidates, *, local: int, whole: int, expert: Expert | None = None) -> list[int]:
+        """Which candidates the adapter's learned recall chooses; see :meth:`storymem.wan.recall.LearnedRecall.choose`.
+
+        Prompt and caption must be among those given to :meth:`prepare`.
+        """
+        for number, latents in enumerate(candidates.latents, start=1):
+            check_finite(latents, f"the latents of candidate {number}")
+        pipe = self._memory_to_video()
+        if self._recall is None:
+            experts, device = experts_of(pipe), pipe._execution_device
+            self._recall = LearnedRecall.of(self.model, experts, continuity=self.continuity, device=device)
+        texts = (self._embeds[text][0] for text in (candidates.prompt, candidates.caption))
+        return self._recall.choose(candidates, *texts, local=local, whole=whole, expert=expert)
+
     @property
     def _uses_guidance(self) -> bool:
         return self.sampler.guidance > 1
@@ -167,7 +185,7 @@ class WanShotGenerator:
         for pipe in (self._pipe, self._text_pipe):
             if pipe is not None:
                 pipe.remove_all_hooks()
-        self._pipe = self._text_pipe = pipe = None
+        self._pipe = self._text_pipe = self._recall = pipe = None
         release_memory()
 
     @cached_property
@@ -188,15 +206,48 @@ class WanShotGenerator:
     def _run(
         self, pipe: WanMemoryToVideoPipeline, request: ShotRequest, on_step: OnStep | None, **conditions: Any
     ) -> np.ndarray:
-        video, sampler = self.model.video, self.sampler
-        negative = sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
+        """The frames of a shot by a call of the pipeline."""
+        video, sampler, device = self.model.video, self.sampler, pipe._execution_device
+        negative = self._embeds[self._negative(request)].to(device) if self._uses_guidance else None
 
+        def sample(stepped: StepCallback) -> Tensor:
+            (latents,) = pipe(
+                prompt_embeds=self._embeds[request.prompt].to(device),
+                negative_prompt_embeds=negative,
+                height=video.height,
+                width=video.width,
+                num_frames=request.frames,
+                num_inference_steps=sampler.steps,
+                guidance_scale=sampler.guidance,
+                guidance_scale_2=sampler.guidance_low,
+                # Noise from the CPU's generator is the same on every device.
+                generator=torch.Generator().manual_seed(request.seed),
+                output_type="latent",
+                return_dict=False,
+                callback_on_step_end=stepped,
+                **conditions,
+            )
+            return latents
+
+        return self._decoded(pipe, sample, request, on_step)
+
+    def _negative(self, request: ShotRequest) -> str:
+        return self.sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
+
+    def _decoded(
+        self,
+        pipe: WanMemoryToVideoPipeline,
+        sample: Callable[[StepCallback], Tensor],
+        request: ShotRequest,
+        on_step: OnStep | None,
+    ) -> np.ndarray:
+        """The frames, uint8 [F, H, W, 3], of the latents [1, z, T, h, w] that ``sample`` denoises."""
         new_frames = pipe.spec.latent_frames(request.frames)
         preview = Preview(self._projection, pipe.vae, new_frames) if self.on_preview is not None else None
 
         def stepped(_pipe: Any, step: int, _timestep: Any, tensors: dict) -> dict:
             if on_step is not None:
-                on_step(step + 1, sampler.steps)
+                on_step(step + 1, self.sampler.steps)
             if preview is not None and self.on_preview is not None:
                 image = preview.after(step, tensors["latents"], pipe.scheduler.sigmas)
                 if image is not None:
@@ -204,23 +255,7 @@ class WanShotGenerator:
             return {}
 
         pipe.set_progress_bar_config(disable=True)
-        device = pipe._execution_device  # not where offloaded weights are
-        (latents,) = pipe(
-            prompt_embeds=self._embeds[request.prompt].to(device),
-            negative_prompt_embeds=self._embeds[negative].to(device) if self._uses_guidance else None,
-            height=video.height,
-            width=video.width,
-            num_frames=request.frames,
-            num_inference_steps=sampler.steps,
-            guidance_scale=sampler.guidance,
-            guidance_scale_2=sampler.guidance_low,
-            # Noise from the CPU's generator is the same on every device.
-            generator=torch.Generator().manual_seed(request.seed),
-            output_type="latent",
-            return_dict=False,
-            callback_on_step_end=stepped,
-            **conditions,
-        )
+        latents = sample(stepped)
         if self.runtime.compile != "none":
             logger.info("compiled graphs so far: %d", compiled_graphs())
         check_finite(latents, "the latents of the shot", f"likely causes: {', '.join(self._likely_causes(pipe))}")

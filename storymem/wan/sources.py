@@ -195,10 +195,15 @@ class _Inspection:
         if not adapters:
             return []
         info = adapters[0].info
-        if info.objective != "memory":
+        if info.objective != model.adapter.objective:
             raise FileError(
-                f"the adapter in {path} was trained for another system, objective={info.objective}: it does not make "
-                f"this model one with memory; evaluate it with method={info.objective}, or use another adapter"
+                f"the adapter in {path} was trained for another system, objective={info.objective}, not "
+                f"{model.adapter.objective}: use it with method={info.objective}, or use another adapter"
+            )
+        if model.adapter.query and (without := [one.file.path for one in adapters if not one.file.query]):
+            raise FileError(
+                f"{without[0]} holds no KeyframeQuery, with which keyframes are recalled: use an adapter that was "
+                "trained with objective=memento, or another memory"
             )
         if info.memory_attention != model.memory_attention:
             raise FileError(

@@ -177,7 +177,7 @@ class SegmentAttnProcessor(WanAttnProcessor):
         query, key, value = (
             projected.unflatten(2, (attn.heads, -1)) for projected in (attn.norm_q(query), attn.norm_k(key), value)
         )
-        query, key = (_rotated(projected, reads.cos, reads.sin) for projected in (query, key))
+        query, key = (rotated(projected, reads.cos, reads.sin) for projected in (query, key))
         for name, start, stop in reads.to_cache:
             reads.cache.add(name, key[:, start:stop], value[:, start:stop])
         outputs = []
@@ -437,7 +437,7 @@ def _strided(tokens: int, processes: int, device: torch.device) -> Tensor:
     return torch.cat([index[rank::processes] for rank in range(processes)])
 
 
-def _rotated(projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(projected: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys [B, tokens, heads, head_dim] with rotary positions, computed as in diffusers' processor."""
     first, second = projected.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
