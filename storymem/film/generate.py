@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from storymem.film.folder import Film
     from storymem.film.progress import Progress
     from storymem.film.storyteller import ShotGenerator, Storyteller
+    from storymem.wan.settings import VideoSettings
     from storymem.wan.shots import WanShotGenerator
 
 # What does not influence what the film looks like, and may change when a film is resumed.
-_BESIDES = ("story", "output", "shot", "following", "takes", "take", "resume", "dry_run", "runtime")
+_BESIDES = ("story", "output", "aspect", "size", "shot", "following", "takes", "take", "resume", "dry_run", "runtime")
 _APPROXIMATE = ("precision", "cache", "cache_threshold")  # of the runtime, what changes the film
 
 
@@ -257,7 +258,7 @@ def build_storyteller(
         reference_fit=settings.memory.reference_fit,
         seed=settings.seed,
         scorer_device=device,
-        config=recorded_config(config) | {"weights": _hashes(settings)},
+        config=recorded_config(config, settings.model.video) | {"weights": _hashes(settings)},
     )
 
 
@@ -271,13 +272,20 @@ def build_policy(node: Mapping[str, Any], key: str, needs: Sequence[str]) -> Any
     return policy
 
 
-def recorded_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that a film is made with, and that may not change when it is resumed."""
+def recorded_config(config: Mapping[str, Any], video: VideoSettings | None = None) -> dict[str, Any]:
+    """The part of a configuration that a film is made with, and that may not change when it is resumed.
+
+    Args:
+        config: plain containers.
+        video: size and length of the shots, where ``aspect`` or ``size`` may have changed them.
+    """
     runtime: Mapping[str, Any] = config.get("runtime", {})
     changed = {name: runtime[name] for name in _APPROXIMATE if runtime.get(name) not in (None, "none", "as_is")}
     if runtime.get("attention") == "sage":  # the one kernel that rounds to 8 bits
         changed["attention"] = "sage"
     kept = {key: value for key, value in config.items() if key not in _BESIDES}
+    if video is not None and "model" in config:
+        kept["model"] = config["model"] | {"video": dict(vars(video))}
     return {**kept, "runtime": changed} if changed else kept
 
 

@@ -10,7 +10,15 @@ from storymem.film.generate import build_policy
 from storymem.film.matching import matches
 from storymem.film.progress import counted, format_table
 from storymem.film.resume import film_changes, jobs_of, story_record
-from storymem.film.settings import GIVEN_FRAMES, GenerateSettings, estimated_bytes, mode_of, uses_text_to_video, work_of
+from storymem.film.settings import (
+    GIVEN_FRAMES,
+    GenerateSettings,
+    estimated_bytes,
+    mode_of,
+    parse_aspect,
+    uses_text_to_video,
+    work_of,
+)
 from storymem.memory import RecallPolicy, SelectionPolicy
 from storymem.scorers import scorer_bytes, scorer_weights
 from storymem.story import Story
@@ -58,6 +66,7 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[s
         "",
         format_table(rows),
         "",
+        *_size(settings),
         f"total    {total / 1e15:.3g} PFLOP in the denoiser, {passes} forwards a shot ({sampler.steps} steps)",
         *runtime,
         f"disk     at most {max(1, round(disk / 1e6))} MB in {folder}",
@@ -81,6 +90,17 @@ def _existing(story: Story, settings: GenerateSettings, folder: Path) -> Iterato
     what = "shot" if len(jobs) == 1 else "shots"
     yield f"film     holds {counted(len(film.takes), 'take')}; to make: {f'{what} {making}' if jobs else 'nothing'}"
     yield from (f"film     {line}" for line in [*matches(film, was, before), *film_changes(before, film.story)])
+
+
+def _size(settings: GenerateSettings) -> Iterator[str]:
+    """How near the size is to the aspect asked for."""
+    if settings.aspect is not None:
+        height, width, multiple = settings.model.video.height, settings.model.video.width, settings.model.spec.multiple
+        error = width / height / parse_aspect(settings.aspect) - 1
+        exact = (
+            f"{round(100 * abs(error))} % {'wider' if error > 0 else 'narrower'}" if abs(error) >= 0.005 else "exactly"
+        )
+        yield f"size     {width}x{height} for aspect={settings.aspect}, {exact}, in multiples of {multiple}"
 
 
 def _passes(settings: GenerateSettings) -> int:

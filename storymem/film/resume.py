@@ -19,6 +19,7 @@ from storymem.scorers import with_defaults
 from storymem.story import Story
 
 _MOST = 12  # lines of a list
+_SIDES = ("model.video.width", "model.video.height")
 
 
 class Recipe(NamedTuple):
@@ -76,10 +77,14 @@ def encoders(config: Mapping[str, Any]) -> str:
 def check_size(film: Film, before: Mapping[str, Any], config: Mapping[str, Any], jobs: Sequence[Job]) -> None:
     """Raise FilmError if takes made with ``config`` do not fit those of ``film`` that stay, made with ``before``."""
     made = {job.index for job in jobs}
-    old, new = flat(before), flat(config)
-    keys = [f"model.video.{name}" for name in ("height", "width", "fps")]
-    if any(take.index not in made for take in film.shots) and any(old.get(key) != new.get(key) for key in keys):
+    if any(take.index not in made for take in film.shots) and _resized(before, config):
         raise FilmError("size or rate of the shots have changed: use resume=from_shot:1 or another output")
+
+
+def _resized(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether shots of these settings do not make one film."""
+    old, new = flat(before), flat(now)
+    return any(old.get(key) != new.get(key) for key in (*_SIDES, "model.video.fps"))
 
 
 def check_same(film: Film, before: Recipe, now: Recipe, work: Work) -> None:
@@ -98,13 +103,15 @@ def check_same(film: Film, before: Recipe, now: Recipe, work: Work) -> None:
     kind = "with other settings" if film.shots else "of another story: none of its shots is in this one"
     lines = [f"{film.folder} holds a film {kind}:", *_shortened(changes)]
     cures = {"resume=from_shot:1": "regenerate all shots" if film.shots else "make the film of this story here"}
-    if film.shots:
+    if film.shots and not _resized(before.config, now.config):
         cures = {
             "shot=N": "make a take of shot N with these settings",
             "resume=from_shot:N": "regenerate shots N and later",
         }
     cures["output=FOLDER"] = "make another film"
     if film.shots and (arguments := arguments_between(before.config, now.config)):
+        if arguments.startswith("size="):  # another aspect may be in the command
+            arguments = f"aspect=null {arguments}"
         cures[arguments] = "resume this film with its own settings"
     raise FilmError("\n".join([*lines, "add to the command:", *(f"  {key}  to {what}" for key, what in cures.items())]))
 
@@ -130,9 +137,10 @@ def arguments_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> str 
     changed = sorted(key for key in keys if old.get(key, ...) != new.get(key, ...))
     if any(key not in old or key not in new or "[" in key or isinstance(old[key], list | dict) for key in changed):
         return None
+    size = [("size", "x".join(str(old[side]) for side in _SIDES))] if set(_SIDES) & set(changed) else []
     written = {None: "null", True: "true", False: "false"}
     values = [(key, written[old[key]] if isinstance(old[key], bool | None) else old[key]) for key in changed]
-    return shlex.join(f"{key}={value}" for key, value in values)
+    return shlex.join(f"{key}={value}" for key, value in [*size, *values] if key not in _SIDES)
 
 
 @dataclass(frozen=True)

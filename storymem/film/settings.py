@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+import re
+from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
@@ -16,6 +17,7 @@ from storymem.wan.settings import (
     ModelSettings,
     RuntimeSettings,
     SamplerSettings,
+    VideoSettings,
     check_combinations,
     check_reach,
 )
@@ -28,6 +30,16 @@ END_FRAMES = 5  # of a take, saved without loss
 
 #: ``3`` or ``3,5-7``; see :func:`parse_shots`.
 ShotNumbers = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
+
+
+def _unquoted(given: object) -> object:
+    if type(given) is int:  # YAML reads 9:16 as a number to the base of 60
+        raise ValueError(f'write it in quotes: "{given // 60}:{given % 60}"')
+    return given
+
+
+#: ``9:16``; see :func:`parse_aspect`.
+Aspect = Annotated[str, BeforeValidator(_unquoted)]
 
 GIVEN_FRAMES: dict[Mode, int] = {"t2v": 0, "i2v": 0, "m2v": 0, "mi2v": 1, "mm2v": 5}
 """How many frames of the previous shot a shot begins with; they are cut from its video."""
@@ -61,6 +73,8 @@ class ScorerSettings:
 class GenerateSettings:
     """The settings of ``storymem generate``; see :class:`storymem.film.storyteller.Storyteller`.
 
+    ``model.video`` has the size that ``aspect`` or ``size`` give.
+
     Args:
         story: a story file or a folder of stories, or several of them.
         output: the film's folder, films/<title> by default; of several stories, the folder of their films.
@@ -68,6 +82,9 @@ class GenerateSettings:
             last five).
         first_shot: t2v (text-to-video), m2v (memory-to-video, references as memory), auto (m2v if there are
             references).
+        aspect: width to height of the film, such as 16:9 or 9:16, in multiples that the model can do and no more pixels
+            than `model.video` has.
+        size: WIDTHxHEIGHT of the film in pixels, such as 480x832.
         seed: of the first shot; each later shot uses the next number, unless the story gives it a seed.
         shot: of which shots to make another take (3 or 3,5-7), with the memory that they would see now.
         following: whether to regenerate the shots after it too.
@@ -86,6 +103,8 @@ class GenerateSettings:
     output: UserPath | None = None
     continuity: Continuity = "mi2v"
     first_shot: FirstShot = "auto"
+    aspect: Aspect | None = None
+    size: str | None = None
     seed: int = 0
     shot: ShotNumbers | None = None
     following: bool = False
@@ -96,6 +115,8 @@ class GenerateSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self, seed=(0, MAX_SEED - MAX_SHOTS))
+        if self.aspect is not None or self.size is not None:
+            object.__setattr__(self, "model", replace(self.model, video=self._video()))
         if self.take is not None and (self.following or self.takes != 1 or self.shot is None):
             raise ValueError(f"take={self.take} chooses a take of one shot: write shot=3 take={self.take}, for example")
         check_combinations(self.model, self.sampler, self.runtime)
@@ -105,6 +126,37 @@ class GenerateSettings:
         nodes |= {"scorer.clip": self.scorer.clip, "scorer.quality": self.scorer.quality}
         if without := [name for name, node in nodes.items() if "_target_" not in node]:
             raise ValueError(f"{without[0]} names no class: write {without[0]}._target_=package.module.Class")
+
+    def _video(self) -> VideoSettings:
+        spec, video = self.model.spec, self.model.video
+        if self.size is None:
+            height, width = spec.nearest_size(parse_aspect(self.aspect or ""), video.height * video.width)
+        elif self.aspect is not None:
+            raise ValueError(f"aspect={self.aspect} and size={self.size} exclude each other: leave one of them out")
+        else:
+            height, width = parse_size(self.size, spec.multiple)
+        return replace(video, height=height, width=width)
+
+
+def parse_aspect(text: str) -> float:
+    """``"9:16"`` -> 0.5625, width / height, from 1:8 to 8:1. ``ValueError`` for anything else."""
+    found = re.fullmatch(r"(\d{1,5}(?:\.\d{1,5})?):(\d{1,5}(?:\.\d{1,5})?)", text.strip(), re.ASCII)
+    width, height = map(float, found.groups()) if found else (0.0, 0.0)
+    if not (width and height and 1 / 8 <= width / height <= 8):
+        raise ValueError(f"aspect={text}: write width:height, such as 16:9, 9:16 or 1:1, from 1:8 to 8:1")
+    return width / height
+
+
+def parse_size(text: str, multiple: int) -> tuple[int, int]:
+    """``"480x832"``, width and height in pixels -> (832, 480). ``ValueError`` if they are no multiples."""
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip(), re.ASCII)
+    if found is None:
+        raise ValueError(f"size={text}: write WIDTHxHEIGHT in pixels, such as 832x480 or 480x832")
+    width, height = map(int, found.groups())
+    if width % multiple or height % multiple or not width * height:
+        nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
+        raise ValueError(f"size={text}: width and height must be multiples of {multiple}; write size={nearest}")
+    return height, width
 
 
 def mode_of(shot: Shot, story: Story, *, continuity: Continuity, first_shot: FirstShot) -> Mode:

@@ -9,13 +9,14 @@ from pathlib import Path
 from storymem.media.images import Fit, fit_note, read_image_with_notes
 from storymem.story import Story
 from storymem.wan.settings import ModelSettings, SamplerSettings
+from storymem.wan.spec import TRAINED_SIZES
 from storymem.wan.texts import KNOWN_WORDS, TextReader
 
 _MOST = 20  # lines of one kind, and words in a line
 
 
 def notes_on(stories: Sequence[Story], model: ModelSettings, sampler: SamplerSettings, fit: Fit) -> list[str]:
-    """:func:`text_notes` and :func:`image_notes` of stories; of several, each line with its story's title."""
+    """:func:`size_notes`; :func:`text_notes` and :func:`image_notes` of stories, of several each with its title."""
     reader = TextReader.of(model)
     if model.weights is None:  # the default negative prompt is not for random networks
         sampler = replace(sampler, negative_prompt="")
@@ -27,7 +28,17 @@ def notes_on(stories: Sequence[Story], model: ModelSettings, sampler: SamplerSet
             *image_notes(story, model.video.height, model.video.width, fit),
         )
     ]
-    return [note if len(stories) == 1 else f"{story.title}: {note}" for story, note in notes]
+    return [
+        *size_notes(model),
+        *(note if len(stories) == 1 else f"{story.title}: {note}" for story, note in notes),
+    ]
+
+
+def size_notes(model: ModelSettings) -> list[str]:
+    """A line if the model is known to be trained at other sizes than that of the film."""
+    size = f"{model.video.width}x{model.video.height}"
+    trained = TRAINED_SIZES.get(model.name, (size,))
+    return [] if size in trained else [f"{model.name} was trained at {', '.join(trained)}: {size} may look worse"]
 
 
 def text_notes(story: Story, reader: TextReader | None, sampler: SamplerSettings, *, model: str) -> list[str]:

@@ -22,6 +22,7 @@ MAX_BYTES = 8 << 20
 MAX_VALUES = 100_000  # in lists and mappings; those of an alias count at every use
 MAX_TEXT = 20_000  # characters of one text
 MAX_PROBLEMS = 100
+_OF_THE_COMMAND = ("aspect", "size", "model", "fps", "seed")  # settings of the film, which are not in its story
 # YAML 1.1 also breaks lines where editors show none.
 _LINE_BREAKS = {ord(sign): " " for sign in "\x85\u2028\u2029"}
 
@@ -130,6 +131,8 @@ class StoryFile:
                 near = closest(key, keys)
                 misspelt.add(near)
                 cure = f"write {near} instead" if near else "remove it"
+                if key in _OF_THE_COMMAND and not near:
+                    cure = f"remove it, and add {key}={self.excerpt(value)} to the command"
                 if kind(value) == "null" and node.flow_style and not near:
                     cure = "put text that contains a comma in double quotes"
                 self.note(key_node, where, f"unknown key {shorten(key)}", listing(keys), cure)

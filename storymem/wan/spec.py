@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -89,6 +90,22 @@ class ModelSpec:
                 raise ValueError(f"{name} must be a positive multiple of {self.multiple} for {self.name}, not {pixels}")
         return height // self.spatial_stride, width // self.spatial_stride
 
+    def nearest_size(self, aspect: float, pixels: int) -> tuple[int, int]:
+        """Height and width in multiples of ``multiple``, of at most ``pixels``, whose width / height is near ``aspect``.
+
+        The ratio to the aspect asked for and the ratio to the pixels allowed weigh equally; of equals the nearest aspect.
+        """
+
+        def distance(size: tuple[int, int]) -> tuple[float, float]:
+            height, width = size
+            error = abs(math.log(width / height / aspect))
+            return round(error + math.log(pixels / (height * width)), 9), error
+
+        step = self.multiple
+        heights = range(step, 2 * math.isqrt(int(pixels / aspect)) + step, step)
+        sizes = ((height, width) for height in heights for width in range(step, pixels // height + 1, step))
+        return min(sizes, key=distance)
+
 
 A14B = ModelSpec(
     name="Wan2.2-I2V-A14B",
@@ -126,6 +143,13 @@ TI2V_5B = ModelSpec(
     fps=24,
 )
 SPECS = (A14B, T2V_A14B, TI2V_5B)
+
+#: ``model.name`` -> WIDTHxHEIGHT that the weights were trained at, where that is known.
+TRAINED_SIZES = {
+    "toy": ("96x64",),
+    "wan2.2-a14b": ("832x480", "480x832", "1280x720", "720x1280"),
+    "wan2.2-ti2v-5b": ("1280x704", "704x1280"),
+}
 
 
 def spec_of(*, in_channels: int, latent_channels: int, spatial_stride: int) -> ModelSpec:
