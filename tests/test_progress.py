@@ -11,7 +11,8 @@ import pytest
 
 from storymem.film.folder import Film
 from storymem.film.manifest import KeyframeRecord, Take
-from storymem.film.progress import Progress, duration, film_table, format_table
+from storymem.film.progress import Progress, duration
+from storymem.film.tables import film_table, format_table
 from storymem.story import Shot
 
 

@@ -55,17 +55,16 @@ def write_story(folder: Path, text: str = TEXT) -> Story:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a story and its film."""
+    """A film."""
     folder = tmp_path_factory.mktemp("finished")
-    storyteller().tell(write_story(folder), folder / "film")
-    return folder
+    return storyteller().tell(write_story(folder), folder / "film").folder
 
 
 @pytest.fixture
-def made(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
-    shutil.copytree(finished, tmp_path / "made")
-    return tmp_path / "made"
+def made(film: Path) -> Path:
+    """A folder with a copy of the film, and its story."""
+    write_story(film.parent)
+    return film.parent
 
 
 def regenerate(

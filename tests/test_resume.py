@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from storymem.commands.cli import main
+from storymem.film.editing import edited_film
 from storymem.film.folder import Film
 from storymem.film.generate import generate_films
-from storymem.film.manifest import Take, film_folder
+from storymem.film.manifest import Take
 from storymem.film.matching import stale
-from storymem.film.storyboard import storyboard
 from storymem.io import FileError, hash_file
 from storymem.memory import MemoryBank
 from storymem.memory.bank import read_entries
@@ -193,16 +193,11 @@ def test_kills_over_takes_choices_edits_and_cleaning_lose_no_take(tmp_path: Path
         return lambda: storyteller().tell(loaded, folder, **how)
 
     def choose(shot: int, take: int) -> None:
-        with film_folder(folder):
-            film = Film.open(folder)
-            film.remove_unfinished()
+        with edited_film(folder) as film:
             film.show(shot, take)
-            film.refresh(storyboard(film))
 
     def clean() -> None:
-        with film_folder(folder):
-            film = Film.open(folder)
-            film.remove_unfinished()
+        with edited_film(folder) as film:
             film.clean()
 
     storyteller().tell(stories[0], folder)

@@ -53,10 +53,7 @@ def test_the_nearest_size_fits_the_model_and_its_pixels(spec: ModelSpec, aspect:
 @pytest.mark.parametrize(
     ("override", "cure"),
     [
-        *(
-            (f"aspect='{text}'", "write width:height, such as 16:9, 9:16 or 1:1")
-            for text in ("9x16", "0:1", "1:9", "²:1")
-        ),
+        *((f"aspect='{text}'", "write width:height, such as 16:9 or") for text in ("9x16", "0:1", "1:9", "²:1")),
         ("size=480*832", "write WIDTHxHEIGHT in pixels, such as 832x480 or 480x832"),
         ("size=500x830", "width and height must be multiples of 16; write size=496x832"),
         ("size=0x16", "width and height must be multiples of 16; write size=16x16"),
@@ -91,9 +88,8 @@ def test_a_film_of_an_aspect_is_planned_made_and_resumed(tmp_path: Path, capsys:
     assert "note     toy was trained at 96x64: 32x48 may look worse" in plan
     (film,) = generate_films(config)
     assert film.video is not None
-    assert {(info.width, info.height) for info in map(probe, (film.video, film.folder / film.shots[1].file))} == {
-        (32, 48)
-    }
+    made = [probe(path) for path in (film.video, film.folder / film.shots[1].file)]
+    assert {(info.width, info.height) for info in made} == {(32, 48)}
     with pytest.raises(FilmError, match=r"model\.video\.height: 48 before, 32 now") as error:
         generate_films(config | {"aspect": None})
     advice = str(error.value).partition("add to the command:\n")[2]

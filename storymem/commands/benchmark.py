@@ -32,8 +32,8 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from storymem.composition import composed
 from storymem.config import build_settings
 from storymem.devices import resolve_device
-from storymem.film.progress import format_table
 from storymem.film.settings import GenerateSettings
+from storymem.film.tables import format_table
 from storymem.io import write_json
 from storymem.wan.estimate import GB, estimate_shot, forward_flops
 from storymem.wan.lora import memory_lora_config

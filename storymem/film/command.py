@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, UserPath, build_settings
+from storymem.film.manifest import VIDEO
 from storymem.stopping import stopping_on_signals
 
 if TYPE_CHECKING:
     from storymem.film.folder import Film
-    from storymem.memory.bank import Entry
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -40,38 +40,33 @@ class FilmSettings:
 def film_command(config: Mapping[str, Any]) -> None:
     """Run ``storymem film`` with a composed configuration."""
     settings = build_settings(FilmSettings, config)
+    from storymem.film.editing import edited_film
     from storymem.film.folder import Film
-    from storymem.film.manifest import film_folder
 
-    folder = Path(settings.folder)
-    Film.open(folder)  # a folder without a film is not locked
     if settings.action == "show":
-        print(described(Film.open(folder)), flush=True)
+        print(described(Film.open(settings.folder)), flush=True)
         return
-    with stopping_on_signals(), film_folder(folder):
-        film = Film.open(folder)
-        film.remove_unfinished()
-        {"join": _join, "export": _export, "clean": _clean}[settings.action](film, settings)
+    with stopping_on_signals(), edited_film(settings.folder) as film:
+        done = {"join": _join, "export": _export, "clean": _clean}[settings.action](film, settings)
+    print(done, flush=True)
 
 
 def described(film: Film) -> str:
     """The film in text: a line for each shot, each take and each keyframe."""
     from storymem.film.matching import stale
-    from storymem.film.progress import counted, film_table, format_table
+    from storymem.film.tables import counted, film_table, memory_table, takes_table
     from storymem.memory.bank import read_entries
 
     entries = read_entries(film.folder)
-    old = stale(film, entries)
     missing = sum(slot.take is None for slot in film.slots)
     parts = [
         f"{film.story['title']}: {counted(len(film.slots), 'shot')}, {missing} without a take",
-        film_table(film, old),
+        film_table(film, stale(film, entries)),
     ]
     if len(film.takes) > len(film.shots):
-        parts.append(format_table([("take of shot", "take", "shown", "seed", "seconds", "settings"), *_takes(film)]))
+        parts.append(takes_table(film))
     if entries:
-        heading = ("keyframe", "shot", "frame", "quality", "similarity", "of")
-        parts.append(format_table([heading, *map(_keyframe, entries)]))
+        parts.append(memory_table(film, entries))
     again = [str(number) for number, slot in enumerate(film.slots, start=1) if slot.again]
     if again:
         shots = f"shot{'' if len(again) == 1 else 's'} {', '.join(again)}"
@@ -79,67 +74,41 @@ def described(film: Film) -> str:
     return "\n\n".join(parts)
 
 
-def _takes(film: Film) -> Iterator[tuple[str, ...]]:
-    from storymem.film.resume import setting_changes
-
-    slots = {slot.folder: (number, slot.take) for number, slot in enumerate(film.slots, start=1)}
-    for take in sorted(film.takes, key=lambda take: (*slots.get(take.folder, (10**9, 0))[:1], take.folder, take.take)):
-        number, chosen = slots.get(take.folder, (None, None))
-        config = film.config_of(take)
-        others = [] if config is None else setting_changes(config, film.config)
-        changed = ", ".join(line.partition(" before,")[0] for line in others[:3]) + (", ..." if len(others) > 3 else "")
-        shown = "yes" if take.take == chosen else ""
-        shot = f"none ({take.prompt[:30]})" if number is None else str(number)
-        seconds = f"{sum(take.seconds.values()):.1f}"
-        yield shot, str(take.take), shown, str(take.seed), seconds, "not known" if config is None else changed
+def _join(film: Film, settings: FilmSettings) -> str:
+    _check_takes(film)
+    return str(film.folder / VIDEO)  # written after this
 
 
-def _keyframe(entry: Entry) -> tuple[str, ...]:
-    values = (entry.shot, entry.frame, entry.quality, entry.similarity)
-    written = ["" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values]
-    return entry.id, *written, entry.character or entry.source or ""
-
-
-def _join(film: Film, settings: FilmSettings) -> None:
-    from storymem.film.storyboard import storyboard
-
-    film.check()
-    film.refresh(storyboard(film))
-    if film.video is None:
-        raise ValueError(f"{film.folder} has no take yet: storymem generate makes one")
-    print(film.video, flush=True)
-
-
-def _export(film: Film, settings: FilmSettings) -> None:
+def _export(film: Film, settings: FilmSettings) -> str:
     from storymem.film.export import check_export, export
 
     output = Path(settings.output or film.folder / "export")
-    if not film.shots:
-        raise ValueError(f"{film.folder} has no take yet: storymem generate makes one")
     check_export(output, settings.codec)
-    film.check()
+    _check_takes(film)
     for note in export(film, output, settings.codec):
         print(note, file=sys.stderr)
-    print(output, flush=True)
+    return str(output)
 
 
-def _clean(film: Film, settings: FilmSettings) -> None:
-    from storymem.film.progress import counted
-    from storymem.film.storyboard import storyboard
+def _check_takes(film: Film) -> None:
+    if not film.shots:
+        raise ValueError(f"{film.folder} has no take yet: storymem generate makes one")
+    film.check()
+
+
+def _clean(film: Film, settings: FilmSettings) -> str:
+    from storymem.film.tables import counted
 
     shown = film.shots
     gone = [take for take in film.takes if take not in shown]
     for take in gone:
         print(f"{take.file}  seed {take.seed}  {take.prompt[:60]}")
     if not gone:
-        print("there are no takes but those that the film shows")
-        return
+        return "there are no takes but those that the film shows"
     if not settings.yes and not _agreed(f"delete {counted(len(gone), 'take')} permanently? [y/N] "):
-        print("nothing was deleted")
-        return
+        return "nothing was deleted"
     film.clean()
-    film.refresh(storyboard(film))
-    print(f"deleted {counted(len(gone), 'take')}")
+    return f"deleted {counted(len(gone), 'take')}"
 
 
 def _agreed(question: str) -> bool:

@@ -49,12 +49,9 @@ def generate(
     Raises:
         ValueError: for a mistake in the story or the settings, before anything is generated.
     """
-    from storymem.composition import composed
     from storymem.film.folder import Film
-    from storymem.overrides import hydra_arguments
 
-    arguments = [f"model={model}", *overrides, "story=.", "dry_run=false"]
-    config = composed("generate", hydra_arguments(arguments, None, GenerateSettings))
+    config = config_of([f"model={model}", *overrides, "dry_run=false"])
     config |= {"story": "." if isinstance(story, Story) else str(story), "output": output and str(output)}
     settings = build_settings(GenerateSettings, config)
     loaded = story if isinstance(story, Story) else load_story(str(settings.story))
@@ -62,6 +59,14 @@ def generate(
     with stopping_on_signals():
         _generate(settings, config, {folder: loaded}, progress=progress)
     return Film.open(folder)
+
+
+def config_of(arguments: Sequence[str]) -> dict[str, Any]:
+    """The configuration of ``storymem generate`` with these arguments, as plain containers, without a story."""
+    from storymem.composition import composed
+    from storymem.overrides import hydra_arguments
+
+    return composed("generate", hydra_arguments([*arguments, "story=."], None, GenerateSettings))
 
 
 def generate_films(config: Mapping[str, Any]) -> list[Film]:
@@ -156,34 +161,31 @@ def _generate(
 
 def _choose(settings: GenerateSettings, story: Story, folder: Path) -> Film:
     """Let a shot show another of its takes (``shot=3 take=2``); nothing is generated."""
+    from storymem.film.editing import edited_film
     from storymem.film.folder import Film
-    from storymem.film.manifest import FilmError, film_folder
+    from storymem.film.manifest import FilmError
     from storymem.film.matching import match
     from storymem.film.resume import story_record
-    from storymem.film.storyboard import storyboard
 
     work = work_of(settings, len(story.shots))
     if work.shots is None or len(work.shots) != 1 or settings.take is None:
         raise ValueError(f"take={settings.take} is for one shot, not for shot={settings.shot}")
     if not Film.exists(folder):
         raise FilmError(f"{folder} holds no film yet: leave take out to make one")
-    with film_folder(folder):
-        film = Film.open(folder)
-        film.remove_unfinished()
+    with edited_film(folder) as film:
         wanted = match(film.slots, film.takes, film.story, story_record(story))[work.shots[0]].folder
         places = [place for place, slot in enumerate(film.slots) if slot.folder == wanted]
         if not places:
             raise FilmError(f"shot {settings.shot} of this story is not in the film yet: leave take out, once")
         film.show(places[0], settings.take)
         film.check()
-        film.refresh(storyboard(film))
     _print_film(film)
     return film
 
 
 def _print_film(film: Film) -> None:
     from storymem.film.matching import stale
-    from storymem.film.progress import film_table
+    from storymem.film.tables import film_table
     from storymem.memory.bank import read_entries
 
     print(film_table(film, stale(film, read_entries(film.folder))), file=sys.stderr)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from storymem.film.manifest import KeyframeRecord, Script, Slot, Take, scripts, unused_folder
+from storymem.film.tables import counted
 from storymem.io import hash_json
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def matches(film: Film, was: Sequence[Slot], before: Mapping[str, Any]) -> Itera
     for number, (slot, script) in enumerate(zip(film.slots, new, strict=True), start=1):
         label = f"shot {number} (scene {script.scene}, shot {script.number})"
         count = len(film.takes_of(number - 1))
-        kept = f"keeps {_takes(count)}, and shows take {slot.take}"
+        kept = f"keeps {counted(count, 'take')}, and shows take {slot.take}"
         if slot.folder not in numbers:
             yield f"{label} " + (f"is in the story again: it {kept}" if slot.take else "is new")
         elif _key(script) != _key(old[numbers[slot.folder] - 1]):
@@ -93,10 +94,6 @@ def matches(film: Film, was: Sequence[Slot], before: Mapping[str, Any]) -> Itera
         if slot.folder not in {slot.folder for slot in film.slots}:
             count = sum(1 for take in film.takes if take.folder == slot.folder)
             yield f"shot {number} of before is no longer in the story" + (f"; its takes stay: {count}" if count else "")
-
-
-def _takes(count: int) -> str:
-    return "1 take" if count == 1 else f"{count} takes"
 
 
 def bank_digest(keyframes: Iterable[Keyframe | Entry]) -> str:

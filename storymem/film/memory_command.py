@@ -41,9 +41,8 @@ class MemoryEditSettings:
 def memory_command(config: Mapping[str, Any]) -> None:
     """Run ``storymem memory`` with a composed configuration."""
     settings = build_settings(MemoryEditSettings, config)
+    from storymem.film.editing import edited_film
     from storymem.film.folder import Film
-    from storymem.film.manifest import film_folder
-    from storymem.film.storyboard import storyboard
 
     given = (settings.folder,) if isinstance(settings.folder, str) else settings.folder
     folder, arguments = Path(given[0] if given else "FOLDER"), given[1:]
@@ -54,15 +53,12 @@ def memory_command(config: Mapping[str, Any]) -> None:
         raise ValueError(f"for={settings.character} is for add: leave it out")
     if settings.shot is not None and settings.action not in ("show", "add"):
         raise ValueError(f"shot={settings.shot} is for add, and to print a shot's frames: leave it out")
-    film = Film.open(folder)  # a folder without a film is not locked
     if settings.action == "show":
+        film = Film.open(folder)
         print(listed(film) if settings.shot is None else explained(film, settings.shot), flush=True)
         return
-    with stopping_on_signals(), film_folder(folder):
-        film = Film.open(folder)
-        film.remove_unfinished()
+    with stopping_on_signals(), edited_film(folder) as film:
         edit = _action(settings)(film, *arguments)
-        film.refresh(storyboard(film))
     print(edit.command)
     for shot, reason in edit.stale.items():
         print(f"shot {shot} is not what would be made now: {reason}")
@@ -86,21 +82,13 @@ def _action(settings: MemoryEditSettings) -> Callable[..., Edit]:
 def listed(film: Film) -> str:
     """The keyframes in text, what became of the frames of each shot, and the edits that were made."""
     from storymem.film.memory_edits import command_of
-    from storymem.film.progress import counted, format_table
-    from storymem.film.reasons import origin, summary
+    from storymem.film.reasons import summary
+    from storymem.film.tables import counted, memory_table
     from storymem.memory.bank import read_entries
 
     entries = read_entries(film.folder)
-    rows: list[tuple[str, ...]] = [
-        ("", "keyframe", "from", "character", "quality", "similarity", "recalled by shots", "")
-    ]
-    for number, entry in enumerate(entries, start=1):
-        scores = ("" if value is None else f"{value:.2f}" for value in (entry.quality, entry.similarity))
-        users = ", ".join(str(take.shot) for take in film.shots if entry.id in take.memory)
-        pinned = "pinned" if entry.pinned else ""
-        rows.append((str(number), entry.id, origin(entry), entry.character or "", *scores, users, pinned))
     parts = [f"{film.story['title']}: {counted(len(entries), 'keyframe')}"]
-    parts += [format_table(rows)] if entries else []
+    parts += [memory_table(film, entries)] if entries else []
     summaries = [f"shot {take.shot}: {text}" for take in film.shots if (text := summary(take))]
     parts += ["\n".join(summaries)] if summaries else []
     if film.edits:
@@ -110,8 +98,8 @@ def listed(film: Film) -> str:
 
 def explained(film: Film, shot: int) -> str:
     """Why each examined frame of a shot became a keyframe or not, in text."""
-    from storymem.film.progress import format_table
-    from storymem.film.reasons import reason, summary
+    from storymem.film.reasons import summary
+    from storymem.film.tables import candidates_table
 
     if not 1 <= shot <= len(film.slots):
         raise ValueError(f"shot={shot}: the film has shots 1 to {len(film.slots)}")
@@ -120,8 +108,4 @@ def explained(film: Film, shot: int) -> str:
         raise ValueError(f"shot {shot} has no take yet: storymem generate makes one")
     if not take.candidates:
         return f"shot {shot}, take {take.take}: its frames' scores were not recorded; a new take records them"
-    rows: list[tuple[str, ...]] = [("frame", "quality", "similarity", "threshold", "verdict")]
-    for one in take.candidates:
-        values = (one.quality, one.similarity, one.threshold)
-        rows.append((str(one.frame), *("" if value is None else f"{value:.3f}" for value in values), reason(one)))
-    return f"shot {shot}, take {take.take}: {summary(take)}\n\n{format_table(rows)}"
+    return f"shot {shot}, take {take.take}: {summary(take)}\n\n{candidates_table(take)}"

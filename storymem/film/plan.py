@@ -8,7 +8,6 @@ from pathlib import Path
 from storymem.film.folder import Film
 from storymem.film.generate import build_policy
 from storymem.film.matching import matches
-from storymem.film.progress import counted, format_table
 from storymem.film.resume import film_changes, jobs_of, story_record
 from storymem.film.settings import (
     GIVEN_FRAMES,
@@ -19,6 +18,7 @@ from storymem.film.settings import (
     uses_text_to_video,
     work_of,
 )
+from storymem.film.tables import counted, format_table
 from storymem.memory import RecallPolicy, SelectionPolicy
 from storymem.scorers import scorer_bytes, scorer_weights
 from storymem.story import Story
@@ -95,12 +95,11 @@ def _existing(story: Story, settings: GenerateSettings, folder: Path) -> Iterato
 def _size(settings: GenerateSettings) -> Iterator[str]:
     """How near the size is to the aspect asked for."""
     if settings.aspect is not None:
-        height, width, multiple = settings.model.video.height, settings.model.video.width, settings.model.spec.multiple
-        error = width / height / parse_aspect(settings.aspect) - 1
-        exact = (
-            f"{round(100 * abs(error))} % {'wider' if error > 0 else 'narrower'}" if abs(error) >= 0.005 else "exactly"
-        )
-        yield f"size     {width}x{height} for aspect={settings.aspect}, {exact}, in multiples of {multiple}"
+        video, multiple = settings.model.video, settings.model.spec.multiple
+        error = video.width / video.height / parse_aspect(settings.aspect) - 1
+        share = round(100 * abs(error))
+        near = f"{share} % {'wider' if error > 0 else 'narrower'}" if share else "exactly"
+        yield f"size     {video.width}x{video.height} for aspect={settings.aspect}, {near}, in multiples of {multiple}"
 
 
 def _passes(settings: GenerateSettings) -> int:

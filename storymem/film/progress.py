@@ -1,11 +1,11 @@
-"""Progress of a film: two bars in a terminal, plain lines elsewhere, a table at the end."""
+"""Progress of a film: two bars in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -13,8 +13,8 @@ import numpy as np
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from storymem.film.folder import Film
-from storymem.film.manifest import Take, scripts
+from storymem.film.manifest import Take
+from storymem.film.tables import counted
 from storymem.story import Shot
 
 
@@ -86,45 +86,8 @@ class Progress:
             print(line, file=self._stream, flush=True)
 
 
-def counted(count: int, name: str) -> str:
-    """``2, "take"`` -> ``2 takes``."""
-    return f"{count} {name}{'' if count == 1 else 's'}"
-
-
 def duration(seconds: float) -> str:
     """``75`` -> ``1:15``; hours are added where there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def film_table(film: Film, stale: Mapping[int, str] | None = None) -> str:
-    """A line per shot: the take that is chosen, how it was made, frames, seconds, keyframes recalled and added.
-
-    Args:
-        film: with its takes.
-        stale: shot (from 1) -> why its take is not what would be made now; see :func:`storymem.film.matching.stale`.
-    """
-    heading = ("shot", "scene", "take", "mode", "seed", "frames", "seconds", "recalled", "added (frames)")
-    rows: list[tuple[str, ...]] = [heading if not stale else (*heading, "not what would be made now")]
-    for index, script in enumerate(scripts(film.story)):
-        take, count = film.take_of(index), len(film.takes_of(index))
-        place = (str(index + 1), f"{script.scene}.{script.number}")
-        if take is None:
-            row = (*place, f"none of {count}" if count else "none", *[""] * 6)
-        else:
-            added = ", ".join(str(keyframe.frame) for keyframe in take.keyframes)
-            row = (
-                *(*place, f"{take.take} of {count}" if count > 1 else str(take.take), take.mode, str(take.seed)),
-                *(str(take.frames), f"{sum(take.seconds.values()):.1f}", str(len(take.memory))),
-                f"{len(take.keyframes)} ({added})" if added else "0",
-            )
-        rows.append(row if not stale else (*row, stale.get(index + 1, "")))
-    return format_table(rows)
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equal length as right-aligned columns, the first row as heading."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

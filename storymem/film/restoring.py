@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from storymem.film.matching import arranged
-from storymem.film.resume import Reference, Run, encoders, flat, reference_paths, references
+from storymem.film.resume import Reference, Run, encoders, flat, references
 from storymem.media.images import read_image
 from storymem.memory import EmbedFrames, Keyframe, MemoryBank, RecallPolicy, ids_on_disk, reference_id
 from storymem.memory.bank import FitImage, read_entries
@@ -67,7 +67,7 @@ def _with_references(run: Run, config: Mapping[str, Any], keyframes: list[Keyfra
     old = set() if before is None or not film.has_memory else set(references(before.story, run.was))
     if film.is_older:  # which did not add the references of a shot before that was made
         old = {one for one in old if one.folder is None or any(take.folder == one.folder for take in film.takes)}
-    paths = dict(zip(references(film.story, film.slots), reference_paths(run.story), strict=True))
+    paths = dict(zip(references(film.story, film.slots), run.story.all_references, strict=True))
     number = {slot.folder: number for number, slot in enumerate(film.slots, start=1)}
     unread = [reference for reference in paths if reference not in old]
     found: list[Keyframe] = []

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from storymem.film.folder import Film
@@ -38,14 +37,9 @@ class Reference(NamedTuple):
     folder: str | None = None  # of the shot's takes
 
 
-def reference_paths(story: Story) -> list[Path]:
-    """The reference images of all characters, then those of all shots."""
-    return [*story.references, *(path for shot in story.shots for path in shot.references)]
-
-
 def story_record(story: Story) -> dict[str, Any]:
     """What the manifest holds of a story: all of it, and hashes of the pixels of its reference images."""
-    paths = list(dict.fromkeys(reference_paths(story)))
+    paths = list(dict.fromkeys(story.all_references))
     digests = {
         source: hashlib.sha256(read_image(path).tobytes()).hexdigest()
         for path, source in zip(paths, story.written(paths), strict=True)
@@ -54,7 +48,7 @@ def story_record(story: Story) -> dict[str, Any]:
 
 
 def references(story: Mapping[str, Any], slots: Sequence[Slot]) -> list[Reference]:
-    """The references in a story's record, in the order of :func:`reference_paths`; ``slots`` are its shots."""
+    """The references in a story's record, in the order of ``Story.all_references``; ``slots`` are its shots."""
     digests = story.get("reference_sha256", {})
     of_characters = [
         Reference(source, digests.get(source), character=character["name"])

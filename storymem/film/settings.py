@@ -143,7 +143,7 @@ def parse_aspect(text: str) -> float:
     found = re.fullmatch(r"(\d{1,5}(?:\.\d{1,5})?):(\d{1,5}(?:\.\d{1,5})?)", text.strip(), re.ASCII)
     width, height = map(float, found.groups()) if found else (0.0, 0.0)
     if not (width and height and 1 / 8 <= width / height <= 8):
-        raise ValueError(f"aspect={text}: write width:height, such as 16:9, 9:16 or 1:1, from 1:8 to 8:1")
+        raise ValueError(f"aspect={text}: write width:height, such as 16:9 or 9:16, from 1:8 to 8:1")
     return width / height
 
 

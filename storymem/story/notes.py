@@ -68,7 +68,7 @@ def text_notes(story: Story, reader: TextReader | None, sampler: SamplerSettings
 
 def image_notes(story: Story, height: int, width: int, fit: Fit) -> list[str]:
     """A line for each reference image that is converted, cut or padded to ``height`` x ``width``."""
-    paths = [*story.references, *(path for shot in story.shots for path in shot.references)]
+    paths = story.all_references
     notes = []
     for path, written in dict(zip(paths, story.written(paths), strict=True)).items():
         image, of_image = read_image_with_notes(path)

@@ -15,14 +15,14 @@ from pathlib import Path
 import yaml
 
 from storymem.config import closest
-from storymem.io import FileError, folded, read_bytes
+from storymem.io import FileError, check_regular, folded, folded_siblings, read_bytes
 
 STORY_SUFFIXES = (".yaml", ".yml", ".json")
 MAX_BYTES = 8 << 20
 MAX_VALUES = 100_000  # in lists and mappings; those of an alias count at every use
 MAX_TEXT = 20_000  # characters of one text
 MAX_PROBLEMS = 100
-_OF_THE_COMMAND = ("aspect", "size", "model", "fps", "seed")  # settings of the film, which are not in its story
+_OF_THE_COMMAND = ("aspect", "size", "model", "seed")  # what is not in a story, and authors may look for
 # YAML 1.1 also breaks lines where editors show none.
 _LINE_BREAKS = {ord(sign): " " for sign in "\x85\u2028\u2029"}
 
@@ -128,10 +128,10 @@ class StoryFile:
             elif key in keys:
                 entries[key] = value
             else:
-                near = closest(key, keys)
+                near = None if key in _OF_THE_COMMAND else closest(key, keys)
                 misspelt.add(near)
                 cure = f"write {near} instead" if near else "remove it"
-                if key in _OF_THE_COMMAND and not near:
+                if key in _OF_THE_COMMAND:
                     cure = f"remove it, and add {key}={self.excerpt(value)} to the command"
                 if kind(value) == "null" and node.flow_style and not near:
                     cure = "put text that contains a comma in double quotes"
@@ -256,6 +256,26 @@ def nearest_file(path: Path, suffixes: Collection[str]) -> Path | None:
     names = {one.stem: one.name for one in beside if one.suffix.lower() in suffixes and one.exists()}
     near = closest(path.stem, names)
     return None if near is None else path.with_name(names[near])
+
+
+def image_fault(path: Path) -> tuple[str, str] | None:
+    """Why ``path`` cannot be used as a reference image and what to do about it, or None."""
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        alike = folded_siblings(path)  # several: a single one is used
+        near = nearest_file(path, (".png", ".jpg", ".jpeg", ".webp"))
+        names = " or ".join(as_written(one.name) for one in alike or ([near] if near else []))
+        return "does not exist", f"write {names} instead" if names else "put the image there or correct the path"
+    except FileError as error:
+        return f"cannot be used: {error}", "write the path of an image"
+    from storymem.media.images import ImageError, read_image
+
+    try:
+        read_image(path)
+    except ImageError as error:
+        return error.reason, error.cure
+    return None
 
 
 def listing(words: Collection[str]) -> str:

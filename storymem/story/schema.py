@@ -19,15 +19,15 @@ from typing import Any
 import yaml
 
 from storymem.config import closest
-from storymem.io import FileError, check_regular, find_sibling, folded, folded_siblings
+from storymem.io import find_sibling, folded
 from storymem.story.parser import (
     STORY_SUFFIXES,
     StoryError,
     StoryFile,
     as_written,
+    image_fault,
     kind,
     listing,
-    nearest_file,
     quoted,
     shorten,
 )
@@ -142,6 +142,11 @@ class Story:
     def references(self) -> tuple[Path, ...]:
         """The reference images of all characters, in order; those of single shots are not among them."""
         return tuple(path for character in self.characters for path in character.references)
+
+    @property
+    def all_references(self) -> tuple[Path, ...]:
+        """The reference images of all characters, then those of all shots, in order."""
+        return (*self.references, *(path for shot in self.shots for path in shot.references))
 
     @property
     def slug(self) -> str:
@@ -457,7 +462,7 @@ class _Reader(StoryFile):
             path = self.path.absolute().parent / os.path.expanduser(written)
             if path not in self._images:
                 file = find_sibling(path) or path
-                self._images[path] = file, _image_fault(file)
+                self._images[path] = file, image_fault(file)
             file, fault = self._images[path]
             if fault is not None:
                 wrong, cure = fault
@@ -476,23 +481,3 @@ def _label(index: int, scene: int, number: int) -> str:
 def _example(node: yaml.Node, key: str) -> str:
     """The list item to write, where there is text instead of a mapping."""
     return f"- {{{key}: {quoted(node.value)}}}" if isinstance(node, yaml.ScalarNode) else f'- {{{key}: "..."}}'
-
-
-def _image_fault(path: Path) -> tuple[str, str] | None:
-    """Why ``path`` cannot be used as a reference image and what to do about it, or None."""
-    try:
-        check_regular(path)
-    except FileNotFoundError:
-        alike = folded_siblings(path)  # several: a single one is used
-        near = nearest_file(path, (".png", ".jpg", ".jpeg", ".webp"))
-        names = " or ".join(as_written(one.name) for one in alike or ([near] if near else []))
-        return "does not exist", f"write {names} instead" if names else "put the image there or correct the path"
-    except FileError as error:
-        return f"cannot be used: {error}", "write the path of an image"
-    from storymem.media.images import ImageError, read_image
-
-    try:
-        read_image(path)
-    except ImageError as error:
-        return error.reason, error.cure
-    return None

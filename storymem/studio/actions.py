@@ -10,12 +10,11 @@ from typing import Any
 
 from storymem.config import build_settings
 from storymem.film import memory_edits
+from storymem.film.editing import edited_film
 from storymem.film.folder import Film
-from storymem.film.generate import generate, recorded_config
-from storymem.film.manifest import film_folder
+from storymem.film.generate import config_of, generate, recorded_config
 from storymem.film.resume import arguments_between, story_record
 from storymem.film.settings import GenerateSettings
-from storymem.film.storyboard import storyboard
 from storymem.io import write_text
 from storymem.story import Story, StoryError, load_story
 from storymem.story.writing import (
@@ -77,7 +76,7 @@ class Studio:
     @property
     def settings(self) -> GenerateSettings:
         """The settings of the takes to come."""
-        return build_settings(GenerateSettings, {**_composed(self.arguments), "story": str(self.story_file)})
+        return build_settings(GenerateSettings, config_of(self.arguments) | {"story": str(self.story_file)})
 
     @property
     def film(self) -> Film | None:
@@ -94,25 +93,23 @@ class Studio:
     def make(self, *words: str, story: Path | None = None) -> str:
         """Queue ``storymem generate``, with ``words`` such as "shot=3"; of another story: its film. The command."""
         file, output = (self.story_file, self.folder) if story is None else (story, None)
-        command = self.command(*words, story=story)
-        model, overrides = _model_and_rest([*self.arguments, *words])
+        command, overrides = self.command(*words, story=story), [*self.arguments, *words]
         load_story(file)
         self.worker.add(
-            Job(
-                command,
-                lambda progress: generate(file, output=output, model=model, overrides=overrides, progress=progress),
-            )
+            Job(command, lambda progress: generate(file, output=output, overrides=overrides, progress=progress))
         )
         return command
 
     def choose(self, shot: int, take: int) -> str:
         """Have ``shot`` (from 1) show its take ``take``. The command."""
-        if self.worker.busy:
-            raise ValueError("takes are being made: choose when they are done, or stop them")
+        self._check_idle("choose")
         words = (f"shot={shot}", f"take={take}")
-        model, overrides = _model_and_rest([*self.arguments, *words])
-        generate(self.story_file, output=self.folder, model=model, overrides=overrides)
+        generate(self.story_file, output=self.folder, overrides=[*self.arguments, *words])
         return self.command(*words)
+
+    def _check_idle(self, action: str) -> None:
+        if self.worker.busy:
+            raise ValueError(f"takes are being made: {action} when they are done, or stop them")
 
     # The memory; a keyframe is named by its id
 
@@ -133,15 +130,11 @@ class Studio:
         return self._edit_memory(lambda film: memory_edits.add(film, picture, character=character or None))
 
     def _edit_memory(self, edit: Callable[[Film], memory_edits.Edit]) -> str:
-        if self.worker.busy:
-            raise ValueError("takes are being made: edit the memory when they are done, or stop them")
+        self._check_idle("edit the memory")
         if not Film.exists(self.folder):
             raise ValueError("the film has no memory yet: make its first take")
-        with film_folder(self.folder):
-            film = Film.open(self.folder)
-            film.remove_unfinished()
+        with edited_film(self.folder) as film:
             done = edit(film)
-            film.refresh(storyboard(film))
         notes = [f"Shot {shot} is not what would be made now: {reason}." for shot, reason in done.stale.items()]
         return "\n# ".join([done.command, *notes])
 
@@ -196,7 +189,8 @@ class Studio:
 
     def write_story(self, idea: str, shots: int, url: str, name: str) -> tuple[str, str]:
         """The command, and the answer of the language model ``name`` at ``url``; without one, the prompt for any."""
-        words = [f"shots={shots}", f"model={_model_and_rest(self.arguments)[0]}"]
+        model = [argument for argument in self.arguments if argument.startswith("model=")] or ["model=toy"]
+        words = [f"shots={shots}", *model]
         words += [f"endpoint.url={url}", f"endpoint.model={name}"] if url else []
         if not idea.strip():
             raise ValueError("write what the story is about")
@@ -210,8 +204,7 @@ class Studio:
 
         It is saved beside the story that is open, and its film is another one.
         """
-        if self.worker.busy:
-            raise ValueError("takes are being made: open another story when they are done, or stop them")
+        self._check_idle("open another story")
         story, notes = read_answer(text, self.story_file.parent)
         path = unused_path(self.story_file.with_name(f"{story.slug}.yaml"))
         write_text(path, story_yaml(story))
@@ -265,24 +258,12 @@ def _story_file(film: Film) -> Path:
     return path
 
 
-def _composed(arguments: Sequence[str]) -> dict[str, Any]:
-    from storymem.composition import composed
-    from storymem.overrides import hydra_arguments
-
-    return composed("generate", hydra_arguments([*arguments, "story=."], None, GenerateSettings))
-
-
 def _arguments_of(film: Film) -> list[str]:
     """The arguments of ``storymem generate`` that make takes with the film's settings."""
     name = film.config.get("model", {}).get("name", "toy")
     arguments = [] if name == "toy" else [f"model={name}"]
-    more = arguments_between(film.config, recorded_config(_composed(arguments)))
+    more = arguments_between(film.config, recorded_config(config_of(arguments)))
     if more is None:
         cure = "open it with its story file and the settings that it was made with"
         raise ValueError(f"{film.folder} was made with settings that single arguments do not give: {cure}")
     return [*arguments, *shlex.split(more)]
-
-
-def _model_and_rest(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    models = [argument.partition("=")[2] for argument in arguments if argument.startswith("model=")]
-    return (models or ["toy"])[-1], [argument for argument in arguments if not argument.startswith("model=")]

@@ -18,6 +18,7 @@ from storymem.film.matching import stale
 from storymem.film.memory_edits import command_of
 from storymem.film.reasons import reason, summary
 from storymem.film.resume import story_record
+from storymem.film.tables import recalled_by
 from storymem.memory.bank import Entry, keyframe_files, read_entries
 from storymem.story import Shot
 from storymem.studio.actions import Studio
@@ -96,8 +97,9 @@ class View:
         """The keyframes of the memory, oldest first."""
         found = []
         for number, entry in enumerate(self.entries, start=1):
-            shots = [str(take.shot) for take in self.film.shots if entry.id in take.memory] if self.film else []
-            recalled = f"recalled for shot{'s' * (len(shots) > 1)} {', '.join(shots)}" if shots else "not recalled yet"
+            shots = recalled_by(self.film, entry.id) if self.film else []
+            numbers = ", ".join(map(str, shots))
+            recalled = f"recalled for shot{'s' * (len(shots) > 1)} {numbers}" if shots else "not recalled yet"
             notes = (*_scores(entry.quality, entry.similarity), recalled, *(["pinned"] * entry.pinned))
             found.append(replace(self._recalled(entry.id, entry), notes=notes, number=number))
         return found

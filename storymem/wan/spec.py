@@ -91,9 +91,9 @@ class ModelSpec:
         return height // self.spatial_stride, width // self.spatial_stride
 
     def nearest_size(self, aspect: float, pixels: int) -> tuple[int, int]:
-        """Height and width in multiples of ``multiple``, of at most ``pixels``, whose width / height is near ``aspect``.
+        """Height and width in multiples of ``multiple``, with at most ``pixels`` and width / height near ``aspect``.
 
-        The ratio to the aspect asked for and the ratio to the pixels allowed weigh equally; of equals the nearest aspect.
+        The ratio to the aspect and the ratio to the pixels weigh equally; of equal sizes it is the nearest in aspect.
         """
 
         def distance(size: tuple[int, int]) -> tuple[float, float]:
