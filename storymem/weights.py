@@ -47,6 +47,7 @@ class Weights:
         source: a local file or folder, a path in an installed Python package ("package:toyworld/weights"), or a Hugging
             Face repository id ("owner/name").
         file: a file (or glob pattern) inside the repository; ``None`` means the whole repository.
+        include: without ``file``, patterns of the files to download, where the repository holds more than is needed.
         size_gb: size of the download in gigabytes (10^9 bytes), for messages.
         licence: one line on the licence of the weights, for messages; may be empty.
         url: of a file that is not on the Hugging Face hub; it is downloaded to ``source``.
@@ -55,6 +56,7 @@ class Weights:
     name: str
     source: str
     file: str | None = None
+    include: tuple[str, ...] = ()
     size_gb: float = 0.0
     licence: str = ""
     url: str = ""
@@ -73,6 +75,11 @@ class Weights:
             return Path(self.source)
 
     @property
+    def patterns(self) -> list[str] | None:
+        """Patterns of the files to download; None: all."""
+        return [self.file] if self.file is not None else list(self.include) or None
+
+    @property
     def is_local(self) -> bool:
         """Whether ``source`` is a path: one that exists, or one that cannot be a repository id."""
         return _exists(self.path) or self.source.startswith((".", "/", "~", _PACKAGE)) or self.source.count("/") != 1
@@ -85,7 +92,7 @@ class Weights:
             target = target / self.file if self.file is not None and target.is_dir() else target
             return f'curl --create-dirs -L -o "{target}" "{self.url}"'
         if self.file is None:
-            return f"hf download {self.source}"
+            return " ".join([f"hf download {self.source}", *(f'--include "{pattern}"' for pattern in self.include)])
         flag = "--include " if "*" in self.file else ""
         quote = '"' if "*" in self.file else ""
         return f"hf download {self.source} {flag}{quote}{self.file}{quote}"
@@ -129,9 +136,8 @@ def _cached(weights: Weights) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    patterns = None if weights.file is None else [weights.file]
     try:
-        return Path(snapshot_download(weights.source, allow_patterns=patterns, local_files_only=True))
+        return Path(snapshot_download(weights.source, allow_patterns=weights.patterns, local_files_only=True))
     except (LocalEntryNotFoundError, FileNotFoundError):
         return None
     except HFValidationError:

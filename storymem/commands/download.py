@@ -111,7 +111,7 @@ def _fetch(weights: Weights) -> None:
     if not weights.is_local:
         from huggingface_hub import snapshot_download
 
-        snapshot_download(weights.source, allow_patterns=None if weights.file is None else [weights.file])
+        snapshot_download(weights.source, allow_patterns=weights.patterns)
     elif weights.url:
         target = weights.path / (weights.file or "") if weights.path.is_dir() else weights.path
         target.parent.mkdir(parents=True, exist_ok=True)

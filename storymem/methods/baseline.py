@@ -42,10 +42,10 @@ class Baseline(StoryMem):
     @cached_property
     def storyteller(self) -> Storyteller:
         """See :attr:`StoryMem.storyteller`."""
-        return self.loop(**vars(super().storyteller), **self.parts())
+        return self.loop(**{**vars(super().storyteller), **self.parts()})
 
     def parts(self) -> dict[str, Any]:
-        """What the loop has besides the parts of a :class:`Storyteller`."""
+        """Fields of :attr:`loop` besides those of :class:`StoryMem`'s, or in their place."""
         return {}
 
 

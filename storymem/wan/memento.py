@@ -110,7 +110,8 @@ class MementoGenerator(WanShotGenerator):
         def sample(stepped: StepCallback) -> Tensor:
             return self._sample(pipe, request, stepped)
 
-        return self._decoded(pipe, sample, request, on_step)
+        (frames,) = self._decoded(pipe, sample, request, on_step)
+        return frames
 
     def _sample(self, pipe: WanMemoryToVideoPipeline, request: MementoRequest, stepped: StepCallback) -> Tensor:
         """The denoised latents [1, z, T, h, w] of the video."""

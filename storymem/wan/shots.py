@@ -124,21 +124,23 @@ class WanShotGenerator:
         for number, latents in enumerate(request.memory):
             check_finite(latents, f"the latents of memory frame {number + 1}")
         images = [Image.fromarray(frame) for frame in request.given]
-        return self._run(
+        (frames,) = self._run(
             self._memory_to_video(),
-            request,
+            [request],
             on_step,
             memory=list(request.memory) or None,
             negative_sees_memory=self.sampler.negative_sees_memory,
             first_frame=images[0] if len(images) == 1 else None,
             motion_frames=images if len(images) > 1 else None,
         )
+        return frames
 
     def first(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray:
         """The frames of a first shot from text alone, by the text-to-video networks if the model has them."""
         if not self.model.has_text_to_video:
             return self.generate(request, on_step)
-        return self._run(self._text_to_video(), request, on_step)
+        (frames,) = self._run(self._text_to_video(), [request], on_step)
+        return frames
 
     def encode_keyframes(self, frames: Sequence[np.ndarray]) -> list[Tensor]:
         """Normalised latents [z, 1, h, w] of images, uint8 [H, W, 3], each encoded alone."""
@@ -204,24 +206,24 @@ class WanShotGenerator:
         )
 
     def _run(
-        self, pipe: WanMemoryToVideoPipeline, request: ShotRequest, on_step: OnStep | None, **conditions: Any
-    ) -> np.ndarray:
-        """The frames of a shot by a call of the pipeline."""
+        self, pipe: WanMemoryToVideoPipeline, requests: Sequence[ShotRequest], on_step: OnStep | None, **conditions: Any
+    ) -> list[np.ndarray]:
+        """The frames of shots of equal length, which one call of the pipeline makes as a batch."""
         video, sampler, device = self.model.video, self.sampler, pipe._execution_device
-        negative = self._embeds[self._negative(request)].to(device) if self._uses_guidance else None
+        prompts, negatives = [one.prompt for one in requests], [self._negative(one) for one in requests]
 
         def sample(stepped: StepCallback) -> Tensor:
             (latents,) = pipe(
-                prompt_embeds=self._embeds[request.prompt].to(device),
-                negative_prompt_embeds=negative,
+                prompt_embeds=self._embedded(prompts).to(device),
+                negative_prompt_embeds=self._embedded(negatives).to(device) if self._uses_guidance else None,
                 height=video.height,
                 width=video.width,
-                num_frames=request.frames,
+                num_frames=requests[0].frames,
                 num_inference_steps=sampler.steps,
                 guidance_scale=sampler.guidance,
                 guidance_scale_2=sampler.guidance_low,
                 # Noise from the CPU's generator is the same on every device.
-                generator=torch.Generator().manual_seed(request.seed),
+                generator=[torch.Generator().manual_seed(request.seed) for request in requests],
                 output_type="latent",
                 return_dict=False,
                 callback_on_step_end=stepped,
@@ -229,7 +231,10 @@ class WanShotGenerator:
             )
             return latents
 
-        return self._decoded(pipe, sample, request, on_step)
+        return self._decoded(pipe, sample, requests[0], on_step)
+
+    def _embedded(self, texts: Sequence[str]) -> Tensor:
+        return torch.cat([self._embeds[text] for text in texts])
 
     def _negative(self, request: ShotRequest) -> str:
         return self.sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
@@ -240,8 +245,8 @@ class WanShotGenerator:
         sample: Callable[[StepCallback], Tensor],
         request: ShotRequest,
         on_step: OnStep | None,
-    ) -> np.ndarray:
-        """The frames, uint8 [F, H, W, 3], of the latents [1, z, T, h, w] that ``sample`` denoises."""
+    ) -> list[np.ndarray]:
+        """The frames of each shot, uint8 [F, H, W, 3], of the latents [B, z, T, h, w] that ``sample`` denoises."""
         new_frames = pipe.spec.latent_frames(request.frames)
         preview = Preview(self._projection, pipe.vae, new_frames) if self.on_preview is not None else None
 
@@ -259,13 +264,13 @@ class WanShotGenerator:
         if self.runtime.compile != "none":
             logger.info("compiled graphs so far: %d", compiled_graphs())
         check_finite(latents, "the latents of the shot", f"likely causes: {', '.join(self._likely_causes(pipe))}")
-        decoded = decode_video(pipe.vae, latents)
+        decoded = torch.cat([decode_video(pipe.vae, one) for one in latents.split(1)])
         pipe.maybe_free_model_hooks()
         check_finite(decoded, "the frames of the shot", "check the VAE's weights, or use model.vae_dtype=float32")
         if preview is not None:
-            self._projection.fit(latents, decoded)
-        (frames,) = pipe.video_processor.postprocess_video(decoded, "np")
-        return (frames * 255).round().astype(np.uint8)
+            self._projection.fit(latents[:1], decoded[:1])
+        videos = pipe.video_processor.postprocess_video(decoded, "np")
+        return [(frames * 255).round().astype(np.uint8) for frames in videos]
 
     def _likely_causes(self, pipe: WanMemoryToVideoPipeline) -> list[str]:
         """What may have computed values that are not finite, the likeliest first."""

@@ -172,12 +172,16 @@ class SegmentAttnProcessor(WanAttnProcessor):
             rotary_emb = rotary_emb[:2]
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
-    def _read_segments(self, attn: Any, hidden_states: Tensor, reads: SelfReads) -> Tensor:
+    def projected(self, attn: Any, hidden_states: Tensor, reads: SelfReads) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys with rotary positions, and values, each [B, tokens, heads, head_dim]."""
         query, key, value = _get_qkv_projections(attn, hidden_states, None)
         query, key, value = (
             projected.unflatten(2, (attn.heads, -1)) for projected in (attn.norm_q(query), attn.norm_k(key), value)
         )
-        query, key = (rotated(projected, reads.cos, reads.sin) for projected in (query, key))
+        return rotated(query, reads.cos, reads.sin), rotated(key, reads.cos, reads.sin), value
+
+    def _read_segments(self, attn: Any, hidden_states: Tensor, reads: SelfReads) -> Tensor:
+        query, key, value = self.projected(attn, hidden_states, reads)
         for name, start, stop in reads.to_cache:
             reads.cache.add(name, key[:, start:stop], value[:, start:stop])
         outputs = []

@@ -1,0 +1,335 @@
+"""StoryDiffusion (arXiv 2405.01434): consistent self-attention, without training.
+
+``where: images``: keyframes by Stable Diffusion XL, then image-to-video; its own video model was never released.
+``where: video``: the same rule in the last blocks of Wan, with all shots of a story as one batch, for models that make
+no single images, such as the toy model.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic.dataclasses import dataclass
+
+from storymem.config import STRICT, build_settings, check_bounds
+from storymem.film.folder import Film
+from storymem.film.progress import Progress
+from storymem.methods.baseline import Baseline, TextToVideo
+from storymem.methods.image_models import image_device, place_image_pipeline, to_images
+from storymem.methods.keyframes import ImageGroup, ImageMaker, KeyframeMethod, image_names, is_embedded
+from storymem.methods.long_prompts import encode_long_prompts
+from storymem.methods.sharing import Sharing, SharingSettings, id_shots, sharing_in_unet, sharing_in_video, shots_read
+from storymem.story import Shot, Story
+from storymem.wan.settings import RuntimeSettings
+from storymem.wan.shots import OnStep, ShotRequest, WanShotGenerator
+from storymem.weights import Weights, locate
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+    from storymem.methods import Method
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class StoryDiffusionSettings:
+    """The settings of the method ``storydiffusion``.
+
+    Args:
+        weights: of Stable Diffusion XL or a fine-tune of it, in diffusers' layout.
+        where: "images", "video", or "auto": video for models that come with the package, else images.
+        sharing: of images.
+        everywhere: share in all self-attention layers of the UNet, as the first release does; else in ``up_blocks``.
+        steps: of DDIM; the paper has 50.
+        guidance: classifier-free guidance.
+        height: of the images, in pixels; they are cropped to the film's size.
+        width: likewise.
+        batch: rows of a batch; a longer story is made as several, each with all id rows.
+        template: of a prompt, with ``{prompt}``.
+        negative_prompt: of all images.
+        shared_noise: whether all but the id images start from the same noise, as released: it makes compositions alike.
+        video_blocks: last blocks of Wan that share in video.
+        video_sharing: of video. Chosen on training stories of the toy world.
+    """
+
+    weights: Weights
+    where: Literal["auto", "images", "video"] = "auto"
+    sharing: SharingSettings = field(default_factory=SharingSettings)
+    everywhere: bool = False
+    steps: int = 35
+    guidance: float = 5.0
+    height: int = 768
+    width: int = 1344
+    batch: int = 8
+    template: str = "{prompt}"
+    negative_prompt: str = "blurry, low quality, deformed, extra fingers, text, watermark, frame"
+    shared_noise: bool = True
+    video_blocks: int = 3
+    video_sharing: SharingSettings = field(
+        default_factory=lambda: SharingSettings(probability=1.0, late_probability=1.0)
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, steps=(1, 1000), guidance=(1, 100), batch=(1, 64), video_blocks=(1, 1000))
+        check_bounds(self, height=(64, 2048), width=(64, 2048))
+        if self.height % 32 or self.width % 32:
+            raise ValueError(f"height and width must be multiples of 32, not {self.height} and {self.width}")
+        if "{prompt}" not in self.template:
+            raise ValueError("template must contain {prompt}")
+
+
+def story_diffusion(*, generate: Mapping[str, Any], storydiffusion: Mapping[str, Any]) -> Method:
+    """The method, in images or in video."""
+    settings = build_settings(StoryDiffusionSettings, storydiffusion)
+    video = Baseline(generate=generate)
+    where = settings.where if settings.where != "auto" else "video" if is_embedded(video.settings.model) else "images"
+    return (StoryDiffusionVideo if where == "video" else StoryDiffusionImages)(
+        generate=generate, storydiffusion=storydiffusion
+    )
+
+
+# --- images
+
+
+class StoryDiffusionImages(KeyframeMethod):
+    """Images with consistent self-attention, then image-to-video.
+
+    Args:
+        generate: as of :class:`storymem.methods.storymem.StoryMem`.
+        storydiffusion: see :class:`StoryDiffusionSettings`.
+    """
+
+    def __init__(self, *, generate: Mapping[str, Any], storydiffusion: Mapping[str, Any]) -> None:
+        super().__init__(generate=generate, images={"storydiffusion": dict(storydiffusion)})
+        self.storydiffusion = build_settings(StoryDiffusionSettings, storydiffusion)
+
+    @cached_property
+    def maker(self) -> ImageMaker:
+        """See :attr:`KeyframeMethod.maker`."""
+        return SharedImages(self.storydiffusion, runtime=self.settings.runtime, seed=self.settings.seed)
+
+
+class SharedImages:
+    """See :class:`storymem.methods.keyframes.ImageMaker`.
+
+    Args:
+        settings: of the images.
+        runtime: names the device.
+        seed: of noise and of kept tokens.
+        pipe: a loaded pipeline; None: it is loaded on first use.
+    """
+
+    def __init__(
+        self,
+        settings: StoryDiffusionSettings,
+        *,
+        runtime: RuntimeSettings,
+        seed: int,
+        pipe: StableDiffusionXLPipeline | None = None,
+    ) -> None:
+        self.settings, self.runtime, self.seed, self._pipe = settings, runtime, seed, pipe
+
+    def check(self, story: Story) -> None:
+        """The weights are here, and the id rows of a story leave room for others."""
+        if self._pipe is None:
+            locate(self.settings.weights)
+        ids = {one for shots in id_shots(story, self.settings.sharing).values() for one in shots}
+        if len(ids) >= self.settings.batch and len(ids) < len(story.shots):
+            raise ValueError(
+                f"{story.title} has {len(ids)} id images, which every batch contains: raise "
+                f"method.storydiffusion.batch above {self.settings.batch}, or lower sharing.id_images"
+            )
+
+    def plan(self, story: Story, folder: Path) -> list[ImageGroup]:
+        """All id rows and some others in each group; only the first group returns the id rows."""
+        settings = self.settings
+        names, reads = image_names(story), shots_read(story, settings.sharing)
+        ids = id_shots(story, settings.sharing)
+        first = sorted({one for shots in ids.values() for one in shots})
+        others = [shot.index for shot in story.shots if shot.index not in first]
+        room = max(1, settings.batch - len(first))
+        parts = [others[start : start + room] for start in range(0, len(others), room)] or [[]]
+        place = {one: min(shots.index(one) for shots in ids.values() if one in shots) for one in first}
+        groups = []
+        for number, part in enumerate(parts):
+            rows = [*first, *part]
+            recipe = {
+                "storydiffusion": _recorded(settings),
+                "seed": self.seed,
+                "prompts": [self.prompt(story, story.shots[one]) for one in rows],
+                "reads": [[rows.index(other) for other in reads[one]] for one in rows],
+                "noise": [place.get(one, 0 if settings.shared_noise else one + 1) for one in rows],
+                "names": [names[one] for one in rows],
+            }
+            wanted = rows if number == 0 else part
+            groups.append(ImageGroup(names=tuple(names[one] for one in wanted), recipe=recipe))
+        return groups
+
+    def prompt(self, story: Story, shot: Shot) -> str:
+        """The shot's prompt, with descriptions in place of names (also ``[Name]``), style and template."""
+        text = shot.prompt
+        for character in story.characters:
+            if character.description and character.name in shot.characters:
+                look = character.description.rstrip(".").replace("\\", r"\\")
+                name = re.escape(character.name)
+                text = re.sub(rf"\[{name}\]|(?<!\w){name}(?!\w)", look, text)
+        text = f"{story.style}: {text}" if story.style else text
+        return self.settings.template.replace("{prompt}", text)
+
+    @torch.no_grad()
+    def make(self, group: ImageGroup, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The images of a batch."""
+        settings, recipe, pipe = self.settings, group.recipe, self.pipe
+        sharing = Sharing(settings.sharing, recipe["reads"], recipe["seed"])
+        count, device = len(recipe["prompts"]), image_device(pipe)
+        embeds, pooled = encode_long_prompts(pipe, [*recipe["prompts"], settings.negative_prompt])
+        factor = pipe.vae_scale_factor
+        shape = (pipe.unet.config.in_channels, settings.height // factor, settings.width // factor)
+        noise = torch.randn(max(recipe["noise"]) + 1, *shape, generator=torch.Generator().manual_seed(recipe["seed"]))
+
+        def stepped(_pipe: Any, step: int, _timestep: Any, tensors: dict) -> dict:
+            sharing.step = step + 1
+            return tensors
+
+        with sharing_in_unet(pipe.unet, sharing, everywhere=settings.everywhere):
+            images = pipe(
+                prompt_embeds=embeds[:-1],
+                pooled_prompt_embeds=pooled[:-1],
+                negative_prompt_embeds=embeds[-1:].expand(count, -1, -1),
+                negative_pooled_prompt_embeds=pooled[-1:].expand(count, -1),
+                latents=noise[recipe["noise"]].to(device, embeds.dtype),
+                height=settings.height,
+                width=settings.width,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                callback_on_step_end=stepped,
+                output_type="np",
+            ).images
+        return dict(zip(recipe["names"], to_images(images), strict=True))
+
+    @property
+    def pipe(self) -> StableDiffusionXLPipeline:
+        """Stable Diffusion XL with DDIM and FreeU, as published."""
+        if self._pipe is None:
+            from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+            folder = locate(self.settings.weights)
+            half = any((folder / "unet").glob("*.fp16.safetensors"))
+            pipe = StableDiffusionXLPipeline.from_pretrained(
+                folder, torch_dtype=torch.float16, variant="fp16" if half else None, use_safetensors=True
+            )
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+            pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.1, b2=1.2)
+            pipe.enable_vae_slicing()
+            self._pipe = place_image_pipeline(pipe, self.runtime)
+        return self._pipe
+
+    def free(self) -> None:
+        """Free the networks."""
+        self._pipe = None
+        gc.collect()
+
+
+def _recorded(settings: StoryDiffusionSettings) -> dict[str, Any]:
+    """What decides the images."""
+    besides = ("where", "video_blocks", "video_sharing", "batch")
+    values = {name: value for name, value in vars(settings).items() if name not in besides}
+    return {**values, "weights": settings.weights.source, "sharing": vars(settings.sharing)}
+
+
+# --- video
+
+
+class SharedShots(WanShotGenerator):
+    """Generates all shots of a story at the first request, and returns them one by one."""
+
+    def __init__(self, settings: StoryDiffusionSettings, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.settings = settings
+        self._story: tuple[list[ShotRequest], Sharing] | None = None
+        self._made: dict[tuple[str, int], np.ndarray] = {}
+
+    def begin(self, requests: Sequence[ShotRequest], reads: Sequence[Sequence[int]], seed: int) -> None:
+        """The shots of a story, of equal length, and for each those that it reads."""
+        self._story, self._made = (list(requests), Sharing(self.settings.video_sharing, reads, seed)), {}
+
+    def first(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray:
+        """The frames of one of the shots of :meth:`begin`, uint8 [F, H, W, 3]."""
+        assert self._story is not None
+        requests, sharing = self._story
+        if not self._made:
+            pipe = self._text_to_video() if self.model.has_text_to_video else self._memory_to_video()
+
+            def stepped(step: int, total: int) -> None:
+                sharing.step = step
+                if on_step is not None:
+                    on_step(step, total)
+
+            sharing.step = 0
+            with sharing_in_video(list(pipe.experts.values()), sharing, blocks=self.settings.video_blocks):
+                films = self._run(pipe, requests, stepped)
+            self._made = {(one.prompt, one.seed): frames for one, frames in zip(requests, films, strict=True)}
+        return self._made[request.prompt, request.seed]
+
+
+class _Together(TextToVideo):
+    def before_shots(self, story: Story, film: Film, shots: Sequence[Shot], progress: Progress) -> None:
+        """All shots of the story are known to the generator, also those that are on disk."""
+        generator = self.generator
+        assert isinstance(generator, SharedShots)
+        generator.prepare([story.prompt_of(shot) for shot in story.shots], [s.negative_prompt for s in story.shots])
+        requests = [
+            ShotRequest(
+                prompt=story.prompt_of(shot),
+                negative_prompt=shot.negative_prompt,
+                frames=self.frames_of(shot),
+                seed=self._seed(shot, film, fresh=False),
+                memory=[],
+                given=self.given(story, shot, film),
+            )
+            for shot in story.shots
+        ]
+        generator.begin(requests, shots_read(story, generator.settings.video_sharing), self.seed)
+
+
+class StoryDiffusionVideo(Baseline):
+    """All shots of a story by text-to-video as one batch, with consistent self-attention in the last blocks.
+
+    Args:
+        generate: as of :class:`storymem.methods.storymem.StoryMem`.
+        storydiffusion: see :class:`StoryDiffusionSettings`.
+    """
+
+    loop = _Together
+
+    def __init__(self, *, generate: Mapping[str, Any], storydiffusion: Mapping[str, Any]) -> None:
+        super().__init__(generate=generate)
+        self.storydiffusion = build_settings(StoryDiffusionSettings, storydiffusion)
+        self.config["storydiffusion"] = dict(storydiffusion)
+
+    def uses_text_to_video(self, story: Story) -> bool:
+        """Always."""
+        return True
+
+    def check(self, story: Story) -> None:
+        """See :meth:`storymem.methods.Method.check`."""
+        super().check(story)
+        lengths = sorted({self.storyteller.frames_of(shot) for shot in story.shots})
+        if len(lengths) > 1:
+            raise ValueError(
+                f"{story.title}: storydiffusion makes all shots as one batch, of one length, not {lengths}"
+            )
+        if self.settings.runtime.compile != "none":
+            raise ValueError("storydiffusion changes attention between steps: write runtime.compile=none")
+
+    def parts(self) -> dict[str, Any]:
+        """See :meth:`Baseline.parts`."""
+        parts = {name: getattr(self.settings, name) for name in ("model", "sampler", "runtime")}
+        return {"generator": SharedShots(self.storydiffusion, **parts)}
