@@ -20,7 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from storymem.film.folder import Film
-from storymem.film.manifest import IMAGES, unused_folder
+from storymem.film.manifest import IMAGES, config_hash, unused_folder
 from storymem.film.progress import Progress
 from storymem.film.settings import Mode
 from storymem.io import hash_json, replacing
@@ -39,7 +39,7 @@ class ImageGroup:
 
     Args:
         names: of the images, as :func:`image_names` gives them for shots.
-        recipe: everything that they are made from, in plain JSON types.
+        recipe: everything that they are made from besides the film's settings, in plain JSON types.
         needs: names of images of earlier groups that they are made from.
     """
 
@@ -82,7 +82,14 @@ def image_names(story: Story) -> list[str]:
 
 
 def make_images(
-    maker: ImageMaker, story: Story, folder: Path, *, height: int, width: int, progress: Progress | None = None
+    maker: ImageMaker,
+    story: Story,
+    folder: Path,
+    *,
+    height: int,
+    width: int,
+    settings: Mapping[str, Any],
+    progress: Progress | None = None,
 ) -> None:
     """Make the images of ``story`` that ``folder/keyframe_images`` lacks or that were made from something else.
 
@@ -94,13 +101,20 @@ def make_images(
         folder: the film's folder, which is locked.
         height: of the images that are saved; what is larger is cropped, as ``cover`` of :func:`fit_image`.
         width: likewise.
+        settings: of the film, in plain JSON types; images that were made with others are made again.
         progress: reports images.
     """
     place, recipes = folder / IMAGES, dict[str, str]()
     groups = maker.plan(story, folder)
     total, done = sum(len(group.names) for group in groups), 0
     for group in groups:
-        made_from = [group.recipe, height, width, [_digest(place, need, recipes) for need in group.needs]]
+        made_from = [
+            config_hash(settings),
+            group.recipe,
+            height,
+            width,
+            [_digest(place, need, recipes) for need in group.needs],
+        ]
         recipe = hash_json(json.loads(json.dumps(made_from)))[:16]
         recipes |= dict.fromkeys(group.names, recipe)
         done += len(group.names)
@@ -157,7 +171,8 @@ class ImageToVideo(WithoutMemory):
         if not Film.exists(film.folder):
             film.save()  # else the folder would not be that of a film, should the process be killed now
         video = self.generator.video
-        make_images(self.maker, story, film.folder, height=video.height, width=video.width, progress=progress)
+        size = {"height": video.height, "width": video.width}
+        make_images(self.maker, story, film.folder, **size, settings=self.config, progress=progress)
 
     def given(self, story: Story, shot: Shot, film: Film) -> np.ndarray:
         """The shot's image, uint8 [1, H, W, 3]."""

@@ -78,7 +78,7 @@ class StoryDiffusionSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self, steps=(1, 1000), guidance=(1, 100), batch=(1, 64), video_blocks=(1, 1000))
-        check_bounds(self, height=(64, 2048), width=(64, 2048))
+        check_bounds(self, height=(32, 2048), width=(32, 2048))
         if self.height % 32 or self.width % 32:
             raise ValueError(f"height and width must be multiples of 32, not {self.height} and {self.width}")
         if "{prompt}" not in self.template:
@@ -161,7 +161,6 @@ class SharedImages:
         for number, part in enumerate(parts):
             rows = [*first, *part]
             recipe = {
-                "storydiffusion": _recorded(settings),
                 "seed": self.seed,
                 "prompts": [self.prompt(story, story.shots[one]) for one in rows],
                 "reads": [[rows.index(other) for other in reads[one]] for one in rows],
@@ -235,13 +234,6 @@ class SharedImages:
         """Free the networks."""
         self._pipe = None
         gc.collect()
-
-
-def _recorded(settings: StoryDiffusionSettings) -> dict[str, Any]:
-    """What decides the images."""
-    besides = ("where", "video_blocks", "video_sharing", "batch")
-    values = {name: value for name, value in vars(settings).items() if name not in besides}
-    return {**values, "weights": settings.weights.source, "sharing": vars(settings.sharing)}
 
 
 # --- video

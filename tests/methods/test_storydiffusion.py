@@ -17,7 +17,7 @@ from storymem.story import Story, load_story
 from storymem.wan.settings import RuntimeSettings
 from tests.methods import tiny
 
-SETTINGS = {"weights": {"name": "SDXL", "source": "x/y"}, "steps": 4, "height": 64, "width": 96, "batch": 3}
+SETTINGS = {"weights": {"name": "SDXL", "source": "x/y"}, "steps": 4, "height": 32, "width": 32, "batch": 3}
 ALWAYS = {"plain_steps": 1, "probability": 1.0, "late_probability": 1.0}
 
 

@@ -1,0 +1,391 @@
+"""IC-LoRA (arXiv 2410.23775): shots as panels of one image, by an image model with a LoRA, then image-to-video.
+
+``images: flux``: FLUX.1-dev with the published film-storyboard LoRA. ``images: base``: the video model itself, which
+draws the panels as one latent frame of three times the height, with a LoRA of its own; for the toy model.
+
+Three panels are what the LoRA was trained for. How longer stories were made is not published; both ways here are ours:
+windows of three shots, in which a character's look holds within a window only, and ``chained``, where the first panel
+of a window is an earlier keyframe that stays as it is.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from storymem.config import STRICT, build_settings, check_bounds
+from storymem.io import check_finite
+from storymem.media.images import fit_image
+from storymem.methods.image_models import place_image_pipeline, to_images
+from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, is_embedded
+from storymem.story import Story
+from storymem.story.panels import PANELS, PanelStyle, panel_prompt
+from storymem.wan.conditioning import decode_video
+from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings
+from storymem.wan.shots import WanShotGenerator
+from storymem.wan.sources import check_weights
+from storymem.weights import Weights, locate
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+logger = logging.getLogger(__name__)
+
+BASE_TOKENS = 160  # to which the joint caption of the base model is padded, in training too
+_SEAM = 4.0  # times the median change from row to row: what a seam between panels has at least
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class InContextSettings:
+    """The settings of the method ``in_context``.
+
+    Args:
+        weights: of FLUX.1-dev, in diffusers' layout.
+        lora: the film-storyboard LoRA.
+        adapter: with ``images: base``, the LoRA that draws panels; None: the base alone, whose panels are poor.
+        images: "flux", "base", or "auto": base for models that come with the package, else flux.
+        chained: whether the first panel of a window is an earlier keyframe.
+        steps: of FLUX.
+        guidance: of FLUX, which is distilled for it.
+        height: of a panel of FLUX, in pixels.
+        width: likewise.
+        trim: of a panel's height, cut off beside a seam.
+    """
+
+    weights: Weights
+    lora: Weights
+    adapter: AdapterSettings | None = None
+    images: Literal["auto", "flux", "base"] = "auto"
+    chained: bool = False
+    steps: int = 20
+    guidance: float = 3.5
+    height: int = 512
+    width: int = 1024
+    trim: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_bounds(self, steps=(1, 1000), guidance=(1, 100), trim=(0, 0.2), height=(32, 1024), width=(32, 2048))
+        if self.height % 16 or self.width % 16:
+            raise ValueError(f"height and width must be multiples of 16, not {self.height} and {self.width}")
+
+
+class Window(NamedTuple):
+    """Shots that are drawn as one image (places in the film, from 0).
+
+    Args:
+        shots: of the panels, top to bottom.
+        new: those whose image this one gives.
+        given: whether the first panel is the image of its shot, made before.
+    """
+
+    shots: tuple[int, ...]
+    new: tuple[int, ...]
+    given: bool = False
+
+
+def windows(count: int) -> list[Window]:
+    """1-3, 4-6, 7-9 and 8-10 of ten shots, of which the last window gives shot 10 alone."""
+    found = []
+    for start in range(0, count, PANELS):
+        new = tuple(range(start, min(start + PANELS, count)))
+        shots = new if len(new) == PANELS else tuple(range(max(0, count - PANELS), count))
+        found.append(Window((*shots, *[count - 1] * (PANELS - len(shots))), new))
+    return found
+
+
+def chained_windows(story: Story) -> list[Window]:
+    """Three shots, then two at a time below the image of an earlier shot: the one with most of their characters.
+
+    Of several the first, which has the fewest images between itself and the beginning.
+    """
+    shots = story.shots
+    found = windows(min(len(shots), PANELS))
+    for start in range(PANELS, len(shots), PANELS - 1):
+        new = tuple(range(start, min(start + PANELS - 1, len(shots))))
+        wanted = {name for one in new for name in shots[one].characters}
+        earlier = max(range(start), key=lambda one: (len(wanted & set(shots[one].characters)), -one))
+        found.append(Window((earlier, *new, *[new[-1]] * (PANELS - 1 - len(new))), new, given=True))
+    return found
+
+
+class PanelPainter(Protocol):
+    """Draws three panels as one image."""
+
+    style: PanelStyle
+
+    def check(self) -> None:
+        """Raise ``ValueError`` or ``FileNotFoundError`` if it cannot draw here."""
+        ...
+
+    def panels(self, prompt: str, first: np.ndarray | None, seed: int) -> list[np.ndarray]:
+        """The panels, uint8 [H, W, 3]; ``first`` is the first of them, if it is given."""
+        ...
+
+    def free(self) -> None:
+        """Free the networks."""
+        ...
+
+
+class PanelImages:
+    """See :class:`storymem.methods.keyframes.ImageMaker`.
+
+    Args:
+        painter: draws panels.
+        settings: of the method.
+        seed: of the first window; each later one uses the next number.
+    """
+
+    def __init__(self, painter: PanelPainter, settings: InContextSettings, *, seed: int) -> None:
+        self.painter, self.settings, self.seed = painter, settings, seed
+
+    def check(self, story: Story) -> None:
+        """The weights are here."""
+        self.painter.check()
+
+    def plan(self, story: Story, folder: Path) -> list[ImageGroup]:
+        """A group for each window."""
+        names = image_names(story)
+        groups = []
+        for number, window in enumerate(chained_windows(story) if self.settings.chained else windows(len(names))):
+            recipe = {
+                "prompt": self.prompt(story, window.shots),
+                "seed": self.seed + number,
+                "panels": [names[one] for one in window.shots],
+                "given": window.given,
+            }
+            needs = (names[window.shots[0]],) if window.given else ()
+            groups.append(ImageGroup(names=tuple(names[one] for one in window.new), recipe=recipe, needs=needs))
+        return groups
+
+    def prompt(self, story: Story, shots: Sequence[int]) -> str:
+        """The joint caption; its summary has the descriptions of all characters."""
+        captions = [story.shots[one].prompt for one in shots]
+        if self.painter.style == "plain":
+            return panel_prompt(captions, style="plain")
+        looks = [f"{one.name}: {one.description.rstrip('.')}." for one in story.characters if one.description]
+        summary = " ".join([*([f"{story.style.rstrip('.')}."] if story.style else []), story.overview, *looks])
+        return panel_prompt(captions, summary=summary, names=[one.name for one in story.characters])
+
+    def make(self, group: ImageGroup, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The panels of a window."""
+        recipe = group.recipe
+        first = given[recipe["panels"][0]] if recipe["given"] else None
+        panels = self.painter.panels(recipe["prompt"], first, recipe["seed"])
+        return {name: panels[recipe["panels"].index(name)] for name in group.names}
+
+    def free(self) -> None:
+        """Free the networks."""
+        self.painter.free()
+
+
+class InContext(KeyframeMethod):
+    """Panels of one image, then image-to-video.
+
+    Args:
+        generate: as of :class:`storymem.methods.storymem.StoryMem`.
+        in_context: see :class:`InContextSettings`.
+    """
+
+    def __init__(self, *, generate: Mapping[str, Any], in_context: Mapping[str, Any]) -> None:
+        super().__init__(generate=generate, images={"in_context": dict(in_context)})
+        self.in_context = build_settings(InContextSettings, in_context)
+
+    @cached_property
+    def maker(self) -> PanelImages:
+        """See :attr:`KeyframeMethod.maker`."""
+        settings, own = self.settings, self.in_context
+        by_base = own.images == "base" or (own.images == "auto" and is_embedded(settings.model))
+        painter: PanelPainter
+        if by_base:
+            painter = BasePanels(panel_model(settings.model, own.adapter), settings.sampler, settings.runtime)
+        else:
+            painter = FluxPanels(own, settings.runtime)
+        return PanelImages(painter, own, seed=settings.seed)
+
+
+# --- FLUX.1-dev
+
+
+class FluxPanels:
+    """See :class:`PanelPainter`.
+
+    Args:
+        settings: of the method.
+        runtime: names the device.
+        pipe: a loaded pipeline; None: it is loaded on first use.
+    """
+
+    style: PanelStyle = "film_storyboard"
+
+    def __init__(self, settings: InContextSettings, runtime: RuntimeSettings, pipe: FluxPipeline | None = None) -> None:
+        self.settings, self.runtime, self._pipe = settings, runtime, pipe
+
+    def check(self) -> None:
+        """The weights are here."""
+        if self._pipe is None:
+            locate(self.settings.weights)
+            locate(self.settings.lora)
+
+    @property
+    def pipe(self) -> FluxPipeline:
+        """FLUX.1-dev with the LoRA."""
+        if self._pipe is None:
+            from diffusers import FluxPipeline
+
+            pipe = FluxPipeline.from_pretrained(locate(self.settings.weights), torch_dtype=torch.bfloat16)
+            pipe.load_lora_weights(str(locate(self.settings.lora)))
+            self._pipe = place_image_pipeline(pipe, self.runtime)
+        return self._pipe
+
+    def panels(self, prompt: str, first: np.ndarray | None, seed: int) -> list[np.ndarray]:
+        """Three panels of one image; a given one is kept by inpainting the others."""
+        settings, pipe = self.settings, self.pipe
+        height, width = PANELS * settings.height, settings.width
+        more: dict[str, Any] = {}
+        if first is not None:
+            from diffusers import FluxInpaintPipeline
+
+            pipe = FluxInpaintPipeline(**pipe.components)  # from_pipe would convert them to float32
+            pipe.set_progress_bar_config(disable=True)
+            canvas = np.full((height, width, 3), 128, dtype=np.uint8)
+            canvas[: settings.height] = fit_image(first, settings.height, width, "cover")
+            mask = np.full((height, width), 255, dtype=np.uint8)
+            mask[: settings.height] = 0
+            more = {"image": Image.fromarray(canvas), "mask_image": Image.fromarray(mask), "strength": 1.0}
+        (image,) = pipe(
+            prompt=prompt,
+            height=height,
+            width=width,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            max_sequence_length=512,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+            **more,
+        ).images
+        (whole,) = to_images(image[None])
+        for row in weak_seams(whole):
+            logger.warning(f"the panels of {prompt[:60]!r} have no clear seam near row {row}: look at the images")
+        return cut_panels(whole, settings.trim)
+
+    def free(self) -> None:
+        """Free the networks."""
+        self._pipe = None
+        gc.collect()
+
+
+def cut_panels(image: np.ndarray, trim: float) -> list[np.ndarray]:
+    """The thirds of uint8 [3 h, W, 3], without ``trim`` of h beside each seam."""
+    height = image.shape[0] // PANELS
+    rows = round(trim * height)
+    return [
+        image[n * height + (rows if n else 0) : (n + 1) * height - (rows if n < PANELS - 1 else 0)]
+        for n in range(PANELS)
+    ]
+
+
+def weak_seams(image: np.ndarray) -> list[int]:
+    """The rows of uint8 [3 h, W, 3] where panels should meet and no strong horizontal edge is near (2 % of h)."""
+    height = image.shape[0] // PANELS
+    change = np.abs(np.diff(image.astype(np.float32), axis=0)).mean(axis=(1, 2))  # [3 h - 1], row to row
+    reach, usual = max(1, round(0.02 * height)), np.median(change)
+    rows = [number * height for number in range(1, PANELS)]
+    return [row for row in rows if change[row - 1 - reach : row + reach].max() <= _SEAM * usual]
+
+
+# --- the base model
+
+
+def panel_model(model: ModelSettings, adapter: AdapterSettings | None) -> ModelSettings:
+    """A model that draws three of its frames as one image, with the LoRA for panels."""
+    return replace(
+        model,
+        video=replace(model.video, height=PANELS * model.video.height),
+        network=replace(model.network, text_tokens=BASE_TOKENS),
+        adapter=adapter,
+    )
+
+
+class BasePanels(WanShotGenerator):
+    """See :class:`PanelPainter`: one latent frame of three times the height, each third decoded alone.
+
+    Args:
+        model: see :func:`panel_model`.
+        sampler: of the video model.
+        runtime: where it runs.
+    """
+
+    style: PanelStyle = "plain"
+
+    def __init__(self, model: ModelSettings, sampler: Any, runtime: RuntimeSettings) -> None:
+        super().__init__(model=model, sampler=sampler, runtime=runtime)
+
+    def check(self) -> None:
+        """The weights are here."""
+        check_weights(self.model, text_to_video=False, sampler=self.sampler)
+
+    @torch.no_grad()
+    def panels(self, prompt: str, first: np.ndarray | None, seed: int) -> list[np.ndarray]:
+        """Three panels; a given one is put into the latents at each step's noise level."""
+        self.prepare([prompt], [None])
+        pipe, sampler, video = self._memory_to_video(), self.sampler, self.model.video
+        pipe.set_progress_bar_config(disable=True)
+        rows = video.height // PANELS
+        shape = (1, pipe.spec.latent_channels, 1, *pipe.spec.latent_size(video.height, video.width))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        known = None if first is None else self._latents(fit_image(first, rows, video.width, "cover"))
+
+        def stepped(_pipe: Any, step: int, _timestep: Any, tensors: dict) -> dict:
+            return {} if known is None else {"latents": with_panel(tensors["latents"], known, noise, sigmas[step + 1])}
+
+        sigmas = self._sigmas(pipe)
+        device = pipe._execution_device
+        (latents,) = pipe(
+            prompt_embeds=self._embeds[prompt].to(device),
+            negative_prompt_embeds=self._embeds[sampler.negative_prompt].to(device) if self._uses_guidance else None,
+            height=video.height,
+            width=video.width,
+            num_frames=1,
+            num_inference_steps=sampler.steps,
+            guidance_scale=sampler.guidance,
+            guidance_scale_2=sampler.guidance_low,
+            latents=noise.to(device),
+            output_type="latent",
+            return_dict=False,
+            callback_on_step_end=stepped,
+        )
+        check_finite(latents, "the latents of panels")
+        decoded = torch.cat([decode_video(pipe.vae, panel) for panel in latents.chunk(PANELS, dim=3)])
+        return to_images(((decoded[:, :, 0] + 1) / 2).permute(0, 2, 3, 1).float().cpu().numpy())
+
+    def _latents(self, image: np.ndarray) -> Tensor:
+        """[1, z, 1, h, w] of one panel, encoded alone."""
+        pipe = self._memory_to_video()
+        return pipe.encode_memory([Image.fromarray(image)])
+
+    def _sigmas(self, pipe: Any) -> list[float]:
+        pipe.scheduler.set_timesteps(self.sampler.steps)
+        return pipe.scheduler.sigmas.tolist()
+
+    def free(self) -> None:
+        """Free the networks."""
+        self._free_experts()
+        self._embeds = {}
+
+
+def with_panel(latents: Tensor, known: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """``latents`` [1, z, 1, 3 h, w] whose first third is ``known`` [1, z, 1, h, w] at the noise level ``sigma``."""
+    rows = known.shape[3]
+    panel = (1 - sigma) * known.to(latents) + sigma * noise[:, :, :, :rows].to(latents)
+    return torch.cat([panel, latents[:, :, :, rows:]], dim=3)
