@@ -151,6 +151,7 @@ class Take:
         repeated: frames at its beginning that repeated the end of the previous shot and were cut.
         file: its video, relative to the film's folder.
         memory: ids of the keyframes that were recalled for it, oldest first.
+        memory_of: of a method whose experts recall on their own, the ids that each recalled, by its name.
         keyframes: what it adds to the memory where it is chosen, as the user left them.
         config_hash: of the settings it was made with.
         bank: digest of the memory before it, when it was made; None: not known.
@@ -174,6 +175,7 @@ class Take:
     memory: tuple[Name, ...]
     keyframes: tuple[KeyframeRecord, ...]
     config_hash: str
+    memory_of: dict[Name, tuple[Name, ...]] = field(default_factory=dict)
     bank: str | None = None
     follows: str | None = None
     candidates: tuple[CandidateRecord, ...] | None = None

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from storymem.wan.parallel import join, leave, take_accelerator
 from storymem.wan.processes import Launch
+from storymem.wan.recall import Candidates
 from storymem.wan.settings import VideoSettings
 from storymem.wan.shots import OnStep, ShotRequest
+from storymem.wan.spec import Expert
 
 if TYPE_CHECKING:
     from storymem.film.storyteller import ShotGenerator
@@ -46,6 +48,10 @@ class SharedGenerator:
     def video(self) -> VideoSettings:
         return self.generator.video
 
+    @property
+    def expert_names(self) -> tuple[Expert, ...]:
+        return self.generator.expert_names
+
     def prepare(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> None:
         self._call("prepare", list(prompts), list(negative_prompts))
 
@@ -57,6 +63,9 @@ class SharedGenerator:
 
     def encode_keyframes(self, frames: Sequence[np.ndarray]) -> list[Tensor]:
         return self._call("encode_keyframes", list(frames))
+
+    def choose(self, candidates: Candidates, local: int, whole: int, expert: Expert | None = None) -> list[int]:
+        return self._call("choose", candidates, local, whole, expert)
 
     def dismiss(self) -> None:
         """End the others, unless they are inside a call, where no message reaches them."""

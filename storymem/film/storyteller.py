@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from storymem.film.folder import Film
 from storymem.film.manifest import CandidateRecord, FilmError, KeyframeRecord, Take, config_hash, film_folder, scripts
 from storymem.film.matching import bank_digest, matches
+from storymem.film.parts import Embedder, Recalled, ShotGenerator
 from storymem.film.progress import Progress
 from storymem.film.restoring import restored_memory
 from storymem.film.resume import (
@@ -42,6 +42,7 @@ from storymem.film.settings import (
     parse_work,
 )
 from storymem.film.storyboard import storyboard
+from storymem.film.timeline import film_frames, film_starts
 from storymem.io import NotFiniteError, check_finite, check_room
 from storymem.media.images import Fit, fit_image
 from storymem.memory import (
@@ -59,37 +60,14 @@ from storymem.memory import (
 from storymem.scorers import QualityScorer
 from storymem.scorers.scorer import NoQuality, as_images
 from storymem.story import Shot, Story
-from storymem.wan.settings import MAX_SEED, Continuity, VideoSettings
-from storymem.wan.shots import OnStep, ShotRequest
+from storymem.wan.recall import Candidates
+from storymem.wan.settings import MAX_SEED, Continuity
+from storymem.wan.shots import ShotRequest
+from storymem.wan.spec import Expert
 
 logger = logging.getLogger(__name__)
 
 _OTHER_NOISE = 10_000  # from the seed of one take to that of the next: more than a film has shots
-
-
-class ShotGenerator(Protocol):
-    """Generates shots; see :class:`storymem.wan.shots.WanShotGenerator`."""
-
-    @property
-    def video(self) -> VideoSettings: ...
-
-    def prepare(self, prompts: Sequence[str], negative_prompts: Sequence[str | None]) -> None: ...
-
-    def first(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray: ...
-
-    def generate(self, request: ShotRequest, on_step: OnStep | None = None) -> np.ndarray: ...
-
-    def encode_keyframes(self, frames: Sequence[np.ndarray]) -> list[Tensor]: ...
-
-
-class Embedder(Protocol):
-    """Embeds frames and texts; see :class:`storymem.scorers.clip.ClipScorer`."""
-
-    def embed_images(self, frames: Tensor) -> Tensor: ...
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor: ...
-
-    def to(self, device: str | torch.device | None = None) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +171,27 @@ class Storyteller:
             return np.empty((0, video.height, video.width, 3), dtype=np.uint8)
         return np.stack([self._fit(frame) for frame in film.last_frames(shot.index - 1, count)])
 
+    def texts_of(self, story: Story, shot: Shot) -> list[str]:
+        """Texts that are encoded for ``shot``: its prompt, a caption of the whole film if there is one, others."""
+        return [story.prompt_of(shot)]
+
+    def recall_for(self, story: Story, shot: Shot, film: Film, bank: MemoryBank) -> Recalled:
+        """The keyframes that ``shot`` recalls, with latents or without."""
+        if self.mode_of(shot, story) in ("t2v", "i2v"):
+            return Recalled(keyframes=[])
+        return Recalled(keyframes=bank.recall(self.coming(story, shot, film, bank)))
+
+    def request(self, story: Story, shot: Shot, film: Film, recalled: Recalled, seed: int) -> ShotRequest:
+        """What the generator makes ``shot`` from; ``recalled`` has latents."""
+        return ShotRequest(
+            prompt=self.texts_of(story, shot)[0],
+            negative_prompt=shot.negative_prompt,
+            frames=self.frames_of(shot),
+            seed=seed,
+            memory=[keyframe.latent for keyframe in recalled.keyframes if keyframe.latent is not None],
+            given=self.given(story, shot, film),
+        )
+
     def frames_of(self, shot: Shot) -> int:
         """F of a shot: its own, or the model's."""
         return shot.frames or self.generator.video.frames
@@ -263,7 +262,8 @@ class Storyteller:
                 self.given(story, story.shots[job.index], film)
             made.add(job.index)
         bank = self._restore(run)
-        self.generator.prepare([story.prompt_of(shot) for shot in shots], [shot.negative_prompt for shot in shots])
+        texts = [text for shot in shots for text in self.texts_of(story, shot)]
+        self.generator.prepare(texts, [shot.negative_prompt for shot in shots])
         for job, shot in zip(run.jobs, shots, strict=True):
             for number in range(job.takes):
                 progress.begin_shot(shot)
@@ -281,15 +281,8 @@ class Storyteller:
         taken = ids_on_disk(film.folder) | {keyframe.id for keyframe in bank}
         mode = self.mode_of(shot, story)
         repeated = GIVEN_FRAMES[mode]
-        memory = self._recall(story, shot, mode, bank)
-        request = ShotRequest(
-            prompt=story.prompt_of(shot),
-            negative_prompt=shot.negative_prompt,
-            frames=self.frames_of(shot),
-            seed=self._seed(shot, film, fresh=fresh),
-            memory=[keyframe.latent for keyframe in memory if keyframe.latent is not None],
-            given=self.given(story, shot, film),
-        )
+        recalled = self._recall(story, shot, film, bank)
+        request = self.request(story, shot, film, recalled, self._seed(shot, film, fresh=fresh))
         clock.lap("recall")
         frames = (self.generator.first if mode == "t2v" else self.generator.generate)(request, progress.step)
         clock.lap("generate")
@@ -319,7 +312,8 @@ class Storyteller:
             frames=len(frames) - repeated,
             repeated=repeated,
             file=file,
-            memory=tuple(keyframe.id for keyframe in memory),
+            memory=tuple(keyframe.id for keyframe in recalled.keyframes),
+            memory_of=recalled.ids,
             keyframes=tuple(map(KeyframeRecord.of, keyframes)),
             config_hash=config_hash(run.config),
             bank=digest,
@@ -337,27 +331,26 @@ class Storyteller:
         used = {take.seed for take in film.takes_of(shot.index)} if fresh else set()
         return next(one for n in count() if (one := (seed + n * _OTHER_NOISE) % (MAX_SEED + 1)) not in used)
 
-    def _recall(self, story: Story, shot: Shot, mode: Mode, bank: MemoryBank) -> list[Keyframe]:
-        """The keyframes that ``shot`` is given, with latents; those that had none are encoded now."""
-        coming = ComingShot(
-            number=shot.index + 1,
-            prompt=story.prompt_of(shot),
-            characters=shot.characters,
-            embed_text=self._embed_text,
-        )
-        recalled = [] if mode in ("t2v", "i2v") else bank.recall(coming)
-        ids = [keyframe.id for keyframe in recalled]
+    def _recall(self, story: Story, shot: Shot, film: Film, bank: MemoryBank) -> Recalled:
+        """See :meth:`recall_for`; keyframes that had no latents are encoded now."""
+        recalled = self.recall_for(story, shot, film, bank)
+        ids = {keyframe.id for keyframe in recalled.keyframes}
         if missed := [id for id in bank.edited if id not in ids]:
-            rule = "it is made from text alone" if mode == "t2v" else f"{self.recall} recalls {len(ids)} of {len(bank)}"
+            rule = f"{self.recall} recalls {len(ids)} of {len(bank)}" if ids else "it is made from text alone"
             logger.warning(
                 f"memory: {', '.join(missed)}, added or replaced by the user, not recalled for {shot.label}: {rule}"
             )
         bank.edited = {}
-        missing = [keyframe for keyframe in recalled if keyframe.latent is None]
+        by_expert = {expert: self.encoded(bank, own) for expert, own in recalled.by_expert.items()}
+        return Recalled(keyframes=self.encoded(bank, recalled.keyframes), by_expert=by_expert)
+
+    def encoded(self, bank: MemoryBank, keyframes: Sequence[Keyframe]) -> list[Keyframe]:
+        """``keyframes`` of the bank with latents; those that had none are encoded now."""
+        missing = [keyframe for keyframe in keyframes if bank[keyframe.id].latent is None]
         latents = self.generator.encode_keyframes([keyframe.image for keyframe in missing])
         for keyframe, latent in zip(missing, latents, strict=True):
             bank.replace(replace(keyframe, latent=latent))
-        found = [bank[id] for id in ids]
+        found = [bank[keyframe.id] for keyframe in keyframes]
         shapes = {keyframe.id: list(keyframe.latent.shape) for keyframe in found if keyframe.latent is not None}
         for id, shape in shapes.items():
             if shape != (first := next(iter(shapes.values()))):
@@ -366,6 +359,31 @@ class Storyteller:
                     f"delete the sha256 of the wrong one's entry in memory.json, and it is encoded again"
                 )
         return found
+
+    def coming(
+        self, story: Story, shot: Shot, film: Film, bank: MemoryBank, expert: Expert | None = None
+    ) -> ComingShot:
+        """``shot`` as a recall policy knows it; ``expert`` is the one whose learned recall chooses, None: all."""
+        prompt, caption = (self.texts_of(story, shot) * 2)[:2]
+
+        def choose(keyframes: Sequence[Keyframe], local: int, whole: int) -> list[int]:
+            starts = film_starts(film, [self.frames_of(each) for each in story.shots])
+            candidates = Candidates(
+                latents=[k.latent for k in self.encoded(bank, keyframes) if k.latent is not None],
+                frames=film_frames(keyframes, film, starts),
+                start=starts[shot.index],
+                prompt=prompt,
+                caption=caption,
+            )
+            return self.generator.choose(candidates, local, whole, expert)
+
+        return ComingShot(
+            number=shot.index + 1,
+            prompt=story.prompt_of(shot),
+            characters=shot.characters,
+            embed_text=self._embed_text,
+            choose=choose,
+        )
 
     def select(
         self, shot: Shot, frames: np.ndarray, bank: MemoryBank, taken: set[str]

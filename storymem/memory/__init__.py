@@ -2,15 +2,24 @@
 
 from storymem.memory.bank import MemoryBank, ids_on_disk
 from storymem.memory.keyframes import EmbedFrames, Keyframe, embed_in_batches, frame_id, reference_id
-from storymem.memory.recall import ComingShot, RecallPolicy, Relevant, SinkAndRecent
-from storymem.memory.selection import Candidate, KeyframeSelector, Selection, SelectionPolicy, UniformSelector
+from storymem.memory.recall import ComingShot, Learned, RecallPolicy, Relevant, SinkAndRecent
+from storymem.memory.selection import (
+    Candidate,
+    EvenlySpaced,
+    KeyframeSelector,
+    Selection,
+    SelectionPolicy,
+    UniformSelector,
+)
 
 __all__ = [
     "Candidate",
     "ComingShot",
     "EmbedFrames",
+    "EvenlySpaced",
     "Keyframe",
     "KeyframeSelector",
+    "Learned",
     "MemoryBank",
     "RecallPolicy",
     "Relevant",

@@ -22,12 +22,14 @@ class ComingShot:
         prompt: its text.
         characters: names of those who appear in it.
         embed_text: the encoder behind :attr:`text_embedding`: a text -> [D].
+        choose: learned recall: keyframes, how many for the shot, how many for the whole film -> indices, ascending.
     """
 
     number: int | None = None
     prompt: str = ""
     characters: Sequence[str] = ()
     embed_text: Callable[[str], np.ndarray] | None = None
+    choose: Callable[[Sequence[Keyframe], int, int], Sequence[int]] | None = None
 
     @cached_property
     def text_embedding(self) -> np.ndarray:
@@ -147,6 +149,38 @@ class Relevant:
             found.append(len(scores) - 1 - int(scores[::-1].argmax()))
             redundancy = np.maximum(redundancy, cosines[:, len(chosen) + found[-1]])
         return [candidates[place] for place in found]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """Keyframes that a trained network scores highest for the coming shot, as Memento recalls (arXiv 2606.14667).
+
+    The network (:class:`storymem.wan.keyframe_query.KeyframeQuery`) is part of the adapter's files.
+
+    Args:
+        local: most keyframes chosen by the shot's prompt.
+        whole: most others, chosen by the caption of the whole film.
+    """
+
+    local: int = 6
+    whole: int = 2
+
+    def __post_init__(self) -> None:
+        if self.local < 1 or self.whole < 1:
+            raise ValueError(f"local={self.local}, whole={self.whole}: write 1 or more")
+
+    @property
+    def capacity(self) -> int:
+        """See :class:`RecallPolicy`."""
+        return self.local + self.whole
+
+    def recall(self, keyframes: Sequence[Keyframe], shot: ComingShot) -> list[Keyframe]:
+        """See :meth:`RecallPolicy.recall`; up to :attr:`capacity` keyframes are all recalled."""
+        if len(keyframes) <= self.capacity:
+            return list(keyframes)
+        if shot.choose is None:
+            raise ValueError("learned recall needs the networks of a shot generator: pass choose")
+        return [keyframes[index] for index in shot.choose(keyframes, self.local, self.whole)]
 
 
 def _is_other(keyframe: Keyframe, shot: ComingShot) -> bool:

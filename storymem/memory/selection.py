@@ -200,6 +200,37 @@ class UniformSelector:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvenlySpaced:
+    """Frames at equal distances, the first and the last among them: ``round(i (F - 1) / (n - 1))``, as Memento samples.
+
+    Args:
+        max_keyframes: n; a shot with fewer frames gives each once.
+    """
+
+    max_keyframes: int = 8
+
+    def __post_init__(self) -> None:
+        if self.max_keyframes < 2:
+            raise ValueError(f"max_keyframes={self.max_keyframes}: the first and the last frame are 2")
+
+    def select(
+        self,
+        embeddings: np.ndarray,
+        *,
+        bank: np.ndarray,
+        quality: Callable[[int], float] | None = None,
+        quality_threshold: float | None = None,
+    ) -> Selection:
+        """See :meth:`SelectionPolicy.select`; quality makes no difference."""
+        frames = _frames(embeddings)
+        last, steps = len(frames) - 1, self.max_keyframes - 1
+        selected = tuple(sorted({round(number * last / steps) for number in range(self.max_keyframes)}))
+        similarity = _highest_cosines(frames, selected, bank)
+        candidates = _candidates((), selected, similarity, _QualityFilter(None, None))
+        return Selection(selected=selected, kept=selected, quality={}, similarity=similarity, candidates=candidates)
+
+
 class _QualityFilter:
     """Scores a frame when its score is first needed, and never again."""
 

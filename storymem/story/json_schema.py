@@ -30,6 +30,7 @@ def story_schema() -> dict[str, Any]:
         "overview": text,
         "style": name | {"description": "begins every prompt that the model is given"},
         "genre": name | {"description": "a label; changes nothing"},
+        "reconstruct_target": text | {"description": "the looks of all characters, one a line, for method=memento"},
         "characters": {"type": "array", "items": _object(character, schema._CHARACTER_KEYS, ["name"])},
         "scenes": {"type": "array", "minItems": 1, "items": _object({"shots": shots}, schema._SCENE_KEYS, ["shots"])},
     }

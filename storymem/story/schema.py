@@ -39,11 +39,11 @@ MAX_CHARACTERS = 1000
 MAX_FRAMES = 4093  # of one shot: 1023 latent frames after the first, the limit of the networks' positions
 MAX_NAME = 300  # characters of a title, a style or a name
 MAX_PATH = 4096
-_STORY_KEYS = ("title", "overview", "style", "genre", "characters", "scenes")
+_STORY_KEYS = ("title", "overview", "style", "genre", "characters", "scenes", "reconstruct_target")
 _CHARACTER_KEYS = ("name", "references", "description")
 _SCENE_KEYS = ("shots",)
 _SHOT_KEYS = ("prompt", "cut", "characters", "frames", "seed", "negative_prompt", "references")
-_BENCH_STORY_KEYS = ("story_name", "story_overview", "scenes")
+_BENCH_STORY_KEYS = ("story_name", "story_overview", "scenes", "reconstruct_target")
 _BENCH_SCENE_KEYS = ("scene_num", "video_prompts", "first_frame_prompt", "cut")
 
 
@@ -109,6 +109,7 @@ class Story:
         scenes: with their shots.
         style: begins every prompt that the model is given: ``Stop-motion`` -> ``Stop-motion: A fox runs.``
         genre: for tables; not part of the prompt.
+        reconstruct_target: the looks of all subjects, one a line; read by Memento alone.
         source: absolute path of its file, if it has one.
         notes: one line for each file that was read under another name than the story gives.
     """
@@ -119,6 +120,7 @@ class Story:
     scenes: tuple[Scene, ...]
     style: str | None = None
     genre: str | None = None
+    reconstruct_target: str | None = None
     source: Path | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -172,7 +174,7 @@ class Story:
                 {"number": scene.number, "shots": [self._shot_dict(shot) for shot in scene.shots]}
                 for scene in self.scenes
             ],
-        }
+        } | ({} if self.reconstruct_target is None else {"reconstruct_target": self.reconstruct_target})
 
     def _shot_dict(self, shot: Shot) -> dict[str, Any]:
         return {
@@ -287,9 +289,18 @@ class _Reader(StoryFile):
             scenes=self.scenes(entries.get("scenes")),
             style=self.string(entries.get("style"), "story", "style", at_most=MAX_NAME),
             genre=self.string(entries.get("genre"), "story", "genre", at_most=MAX_NAME),
+            reconstruct_target=self.lines(entries.get("reconstruct_target"), "story", "reconstruct_target"),
             source=self.path.absolute(),
             notes=tuple(self._notes),
         )
+
+    def lines(self, node: yaml.Node | None, where: str, key: str) -> str | None:
+        """As :meth:`string`, for a text of several lines; empty ones are left out."""
+        written = node.value.splitlines() if isinstance(node, yaml.ScalarNode) else []
+        if not isinstance(node, yaml.ScalarNode) or len(written) < 2:
+            return self.string(node, where, key)
+        nodes = [yaml.ScalarNode(node.tag, line, node.start_mark, node.end_mark) for line in written if line.strip()]
+        return "\n".join(self.string(line, where, key) or "" for line in nodes) or self.string(node, where, key)
 
     def _is_bench(self) -> bool:
         pairs = self.root.value if isinstance(self.root, yaml.MappingNode) else []

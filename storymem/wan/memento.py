@@ -86,7 +86,7 @@ class MementoRequest(ShotRequest):
         memories: of each expert.
         start: place of the shot's first frame in the film.
         subject: caption of the subject; None: none is denoised. It and "" must be among the prepared texts.
-        guidance: of this shot; None: the sampler's.
+        guidance: of this shot, if the sampler uses guidance; None: the sampler's.
     """
 
     memories: Mapping[Expert, FilmFrames] = field(default_factory=dict)
@@ -133,13 +133,14 @@ class MementoGenerator(WanShotGenerator):
             "negative": self._texts(self._negative(request), "") if self._uses_guidance else None,
             "spec": pipe.spec,
         }
+        own = request.guidance if self._uses_guidance else None
         inputs = {COMPONENTS[name]: memento_inputs(memory, **parts) for name, memory in request.memories.items()}
         latents = pipe.denoise(
             noise,
             inputs,
             num_inference_steps=self.sampler.steps,
-            guidance_scale=request.guidance or self.sampler.guidance,
-            guidance_scale_2=request.guidance or self.sampler.guidance_low,
+            guidance_scale=own or self.sampler.guidance,
+            guidance_scale_2=own or self.sampler.guidance_low,
             callback_on_step_end=stepped,
         )
         return latents[:, :, -video.shape[2] :]

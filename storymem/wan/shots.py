@@ -88,6 +88,11 @@ class WanShotGenerator:
         """Size, length and rate of the shots."""
         return self.model.video
 
+    @property
+    def expert_names(self) -> tuple[Expert, ...]:
+        """The experts of the model, from high to low noise."""
+        return self.model.spec.experts
+
     def check_machine(self) -> None:
         """Raise ``ValueError`` for a machine that cannot run the settings, and warn of what it is short of."""
         check_runtime(self.runtime)
@@ -150,7 +155,7 @@ class WanShotGenerator:
         check_finite(latents, "the latents of a keyframe", "check the VAE's weights, or use model.vae_dtype=float32")
         return list(latents)
 
-    def choose(self, candidates: Candidates, *, local: int, whole: int, expert: Expert | None = None) -> list[int]:
+    def choose(self, candidates: Candidates, local: int, whole: int, expert: Expert | None = None) -> list[int]:
         """Which candidates the adapter's learned recall chooses; see :meth:`storymem.wan.recall.LearnedRecall.choose`.
 
         Prompt and caption must be among those given to :meth:`prepare`.
