@@ -13,6 +13,8 @@ from storymem.film.settings import GenerateSettings, check_lengths, uses_text_to
 from storymem.stopping import stopping_on_signals
 from storymem.story import Story, load_stories, load_story
 from storymem.wan.processes import Launch, find_grid
+from storymem.wan.settings import RuntimeSettings
+from storymem.weights import Weights
 
 if TYPE_CHECKING:
     from storymem.film.folder import Film
@@ -243,12 +245,8 @@ def build_storyteller(
 
     device = check_runtime(settings.runtime)
     check_machine(settings.model, settings.runtime)
-    if generator is None and (settings.runtime.spread or settings.runtime.processes_per_film is not None):
-        raise ValueError(
-            "runtime.context_parallel, guidance_parallel, shard_weights and processes_per_film are for "
-            "scripts/generate.py, where several processes make one film; here each process makes films of its own. For "
-            "ST-Bench: torchrun ... scripts/generate.py st_bench/stories output=FOLDER, and then films=FOLDER"
-        )
+    if generator is None:
+        check_one_process(settings.runtime)
     return Storyteller(
         generator=generator or build_generator(settings),
         embedder=instantiate(_on_cpu(settings.scorer.clip)),
@@ -262,6 +260,16 @@ def build_storyteller(
         scorer_device=device,
         config=recorded_config(config, settings.model.video) | {"weights": _hashes(settings)},
     )
+
+
+def check_one_process(runtime: RuntimeSettings) -> None:
+    """Raise ``ValueError`` for a runtime of several processes, where each process makes films of its own."""
+    if runtime.spread or runtime.processes_per_film is not None:
+        raise ValueError(
+            "runtime.context_parallel, guidance_parallel, shard_weights and processes_per_film are for "
+            "scripts/generate.py, where several processes make one film; here each process makes films of its own. For "
+            "ST-Bench: torchrun ... scripts/generate.py st_bench/stories output=FOLDER, and then films=FOLDER"
+        )
 
 
 def build_policy(node: Mapping[str, Any], key: str, needs: Sequence[str]) -> Any:
@@ -292,22 +300,28 @@ def recorded_config(config: Mapping[str, Any], video: VideoSettings | None = Non
 
 
 def _hashes(settings: GenerateSettings) -> dict[str, str]:
-    """Name of weights -> hash of a sample of their content.
+    """See :func:`weight_hashes`.
 
     Text-to-video is left out: it makes a film's first shot only, and a film that is resumed has that.
     """
     from storymem.scorers import scorer_weights
     from storymem.wan.sources import required_weights
-    from storymem.weights import locate, sample_hash
 
     wanted = required_weights(
         settings.model, text_to_video=False, continuity=settings.continuity, sampler=settings.sampler
     )
     for scorer in (settings.scorer.clip, settings.scorer.quality):
         wanted += scorer_weights(scorer)
+    return weight_hashes(wanted)
+
+
+def weight_hashes(weights: Sequence[Weights]) -> dict[str, str]:
+    """Name of weights -> hash of a sample of their content, for the record of a film."""
+    from storymem.weights import locate, sample_hash
+
     places: dict[str, list[Path]] = {}
-    for weights in wanted:  # several may have one name, as the two files of a GGUF pair
-        places.setdefault(weights.name, []).append(locate(weights))
+    for one in weights:  # several may have one name, as the two files of a GGUF pair
+        places.setdefault(one.name, []).append(locate(one))
     return {name: sample_hash(*found) for name, found in places.items()}
 
 

@@ -56,8 +56,12 @@ class Progress:
 
     def begin_shot(self, shot: Shot) -> None:
         """A shot begins."""
+        self.begin(shot.label)
+
+    def begin(self, label: str) -> None:
+        """Denoising of what ``label`` names begins."""
         if self._bars:
-            self._steps = tqdm(total=0, desc=f"  {shot.label}", unit="step", file=self._stream, leave=False)
+            self._steps = tqdm(total=0, desc=f"  {label}", unit="step", file=self._stream, leave=False)
 
     def step(self, step: int, total: int) -> None:
         """``step`` of ``total`` denoising steps are done."""
@@ -68,17 +72,21 @@ class Progress:
     def end_shot(self, take: Take) -> None:
         """A take is finished."""
         self._made += 1
-        if self._steps is not None and self._shots is not None:
-            self._steps.close()
-            self._shots.update()
-            return
         left = (time.perf_counter() - self._started) / self._made * (self._making - self._made)
         number = f", take {take.take}" if take.take > 1 else ""
-        self.print(
+        self.end(
             f"shot {take.shot} of {self._total} (scene {take.scene}, shot {take.number}; {take.mode}){number}: "
             f"{sum(take.seconds.values()):.1f} s, {counted(len(take.memory), 'keyframe')} recalled, "
             f"{len(take.keyframes)} added; about {duration(left)} left"
         )
+
+    def end(self, line: str, takes: int = 1) -> None:
+        """What :meth:`begin` began is finished, ``takes`` takes; ``line`` is printed where there are no bars."""
+        if self._steps is not None and self._shots is not None:
+            self._steps.close()
+            self._shots.update(takes)
+        else:
+            self.print(line)
 
     def print(self, line: str) -> None:
         """Print a line, unless nothing is shown."""

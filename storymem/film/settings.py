@@ -119,6 +119,8 @@ class GenerateSettings:
             object.__setattr__(self, "model", replace(self.model, video=self._video()))
         if self.take is not None and (self.following or self.takes != 1 or self.shot is None):
             raise ValueError(f"take={self.take} chooses a take of one shot: write shot=3 take={self.take}, for example")
+        if not self.model.spec.layouts:
+            raise ValueError(f"model.base={self.model.base} cannot recall: shots with memory need wan2.2-a14b")
         check_combinations(self.model, self.sampler, self.runtime)
         if isinstance(capacity := self.memory.recall.get("capacity"), int):
             check_reach(self.model, capacity, "memory.recall.capacity")

@@ -17,7 +17,7 @@ ContextParallel = Literal["none", "ulysses", "ring"]
 Attention = Literal["auto", "flash3", "flash2", "cudnn", "sage", "native"]
 StepCache = Literal["none", "first_block", "taylor"]
 MemoryMode = Literal["joint", "cached"]
-BaseName = Literal["wan2.2-a14b", "wan2.2-ti2v-5b"]
+BaseName = Literal["wan2.2-a14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b"]
 MemoryCache = Literal["device", "cpu", "recompute"]
 Offload = Literal["none", "model", "group", "auto"]
 Precision = Literal["as_is", "fp8_storage", "fp8", "int8"]
@@ -183,7 +183,7 @@ class ModelSettings:
     @property
     def spec(self) -> ModelSpec:
         """The base model."""
-        return {"wan2.2-a14b": A14B, "wan2.2-ti2v-5b": TI2V_5B}[self.base]
+        return {"wan2.2-a14b": A14B, "wan2.2-t2v-a14b": T2V_A14B, "wan2.2-ti2v-5b": TI2V_5B}[self.base]
 
     @property
     def text_spec(self) -> ModelSpec:
@@ -194,7 +194,7 @@ class ModelSettings:
         self.spec.latent_size(self.video.height, self.video.width)
         check_bounds(self, rope_stride=(1, POSITIONS - 1), seed=(0, MAX_SEED))
         check_bounds(self, boundary=(0, 1), text_to_video_boundary=(0, 1))
-        if self.memory_attention not in self.spec.layouts:
+        if self.spec.layouts and self.memory_attention not in self.spec.layouts:
             raise ValueError(
                 f"memory_attention={self.memory_attention} is not for {self.spec.name}: use {self.spec.layouts[0]}"
             )

@@ -266,16 +266,20 @@ class WanShotGenerator:
 
         pipe.set_progress_bar_config(disable=True)
         latents = sample(stepped)
-        if self.runtime.compile != "none":
-            logger.info("compiled graphs so far: %d", compiled_graphs())
-        check_finite(latents, "the latents of the shot", f"likely causes: {', '.join(self._likely_causes(pipe))}")
-        decoded = torch.cat([decode_video(pipe.vae, one) for one in latents.split(1)])
+        decoded = torch.cat([self._decode(pipe, one, "the shot") for one in latents.split(1)])
         pipe.maybe_free_model_hooks()
-        check_finite(decoded, "the frames of the shot", "check the VAE's weights, or use model.vae_dtype=float32")
         if preview is not None:
             self._projection.fit(latents[:1], decoded[:1])
-        videos = pipe.video_processor.postprocess_video(decoded, "np")
-        return [(frames * 255).round().astype(np.uint8) for frames in videos]
+        return to_pixels(pipe, decoded)
+
+    def _decode(self, pipe: WanMemoryToVideoPipeline, latents: Tensor, what: str) -> Tensor:
+        """The video [1, 3, F, H, W] in -1..1 of sampled latents [1, z, T, h, w]; NotFiniteError for NaN."""
+        if self.runtime.compile != "none":
+            logger.info("compiled graphs so far: %d", compiled_graphs())
+        check_finite(latents, f"the latents of {what}", f"likely causes: {', '.join(self._likely_causes(pipe))}")
+        decoded = decode_video(pipe.vae, latents)
+        check_finite(decoded, f"the frames of {what}", "check the VAE's weights, or use model.vae_dtype=float32")
+        return decoded
 
     def _likely_causes(self, pipe: WanMemoryToVideoPipeline) -> list[str]:
         """What may have computed values that are not finite, the likeliest first."""
@@ -292,3 +296,9 @@ class WanShotGenerator:
             f"the weights of {model.name}": True,
         }
         return [cause for cause, applies in causes.items() if applies]
+
+
+def to_pixels(pipe: WanMemoryToVideoPipeline, decoded: Tensor) -> list[np.ndarray]:
+    """Videos [B, 3, F, H, W] in -1..1 as uint8 [F, H, W, 3] each."""
+    videos = pipe.video_processor.postprocess_video(decoded, "np")
+    return [(frames * 255).round().astype(np.uint8) for frames in videos]

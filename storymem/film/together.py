@@ -1,0 +1,108 @@
+"""Films whose shots are generated together: all takes are made at once, so there is no memory and nothing to resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storymem.film.folder import Film
+from storymem.film.manifest import FilmError, Take, config_hash, film_folder, scripts
+from storymem.film.progress import Progress
+from storymem.film.resume import Recipe, film_changes, flat, setting_changes, story_record
+from storymem.film.settings import estimated_bytes
+from storymem.film.storyboard import storyboard
+from storymem.io import check_room
+from storymem.story import Story
+from storymem.wan.settings import VideoSettings
+from storymem.wan.shots import OnStep
+
+
+def make_together(
+    story: Story,
+    folder: str | Path,
+    generate: Callable[[OnStep], Sequence[np.ndarray]],
+    *,
+    frames: Sequence[int],
+    config: Mapping[str, Any],
+    video: VideoSettings,
+    seed: int,
+    progress: Progress | None = None,
+) -> Film:
+    """Make the film of ``story`` in ``folder`` from shots that are generated in one call.
+
+    A finished film is left as it is. An unfinished one, of a process that was killed while it wrote, is generated again
+    as a whole.
+
+    Args:
+        generate: returns the frames of each shot, uint8 [F, H, W, 3]; it is not called for a finished film.
+        frames: of each shot.
+        config: the settings that decide what the film looks like, plain JSON types.
+        video: size and rate of the shots.
+        seed: of the noise.
+
+    Raises:
+        FilmError: before anything is generated, if the folder holds another film or cannot be used.
+    """
+    progress = progress or Progress(enabled=False)
+    with film_folder(folder) as folder:
+        film = _opened(folder, Recipe(story=story_record(story), config=dict(config)))
+        if film.is_complete:
+            film.check()
+        else:
+            check_room(folder, sum(estimated_bytes(one, video.height, video.width) for one in frames), "the film")
+            with progress.film(total=len(story.shots), finished=0, making=len(story.shots)):
+                progress.begin("all shots together")
+                start = time.perf_counter()
+                shots = generate(progress.step)
+                seconds = time.perf_counter() - start
+                _write(film, shots, video.fps, seed, seconds)
+                progress.end(f"{len(shots)} shots together: {seconds:.1f} s", len(shots))
+        film.refresh(storyboard(film))
+    return film
+
+
+def _opened(folder: Path, recipe: Recipe) -> Film:
+    """The film in a folder, if it is of this recipe, or a new one."""
+    if not Film.exists(folder):
+        return Film(folder, story=recipe.story, config=recipe.config)
+    film = Film.open(folder)
+    film.remove_unfinished()
+    changes = [*film_changes(film.story, recipe.story), *setting_changes(film.config, recipe.config)]
+    if flat(film.story["scenes"]) != flat(recipe.story["scenes"]):
+        changes.append("its shots are not those of the story")
+    if changes:
+        lines = [f"{film.folder} holds another film:", *(f"  {line}" for line in changes)]
+        raise FilmError("\n".join([*lines, "choose another output: its shots are generated together"]))
+    return film
+
+
+def _write(film: Film, shots: Sequence[np.ndarray], fps: int, seed: int, seconds: float) -> None:
+    """Write a take of every shot; those of an attempt that was not finished are deleted after it."""
+    again = bool(film.takes)
+    for index, (frames, script) in enumerate(zip(shots, scripts(film.story), strict=True)):
+        number, file = film.write_take(index, frames, repeated=0, fps=fps)
+        take = Take(
+            shot=index + 1,
+            scene=script.scene,
+            number=script.number,
+            folder=film.slots[index].folder,
+            take=number,
+            script=script.content,
+            mode="t2v",
+            seed=seed,
+            frames=len(frames),
+            repeated=0,
+            file=file,
+            memory=(),
+            keyframes=(),
+            config_hash=config_hash(film.config),
+            candidates=(),
+            seconds={"generate": round(seconds / len(shots), 4)},
+        )
+        film.add(take)
+    if again:
+        film.clean()

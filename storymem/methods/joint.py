@@ -1,0 +1,168 @@
+"""What systems share that denoise all shots of a film at once: a story to a request, to frames, to a film's folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from storymem.config import build_settings
+from storymem.film.generate import check_one_process, recorded_config, weight_hashes
+from storymem.film.progress import Progress
+from storymem.film.settings import GenerateSettings
+from storymem.film.together import make_together
+from storymem.story import Story
+from storymem.wan.films import FilmRequest, WanFilmGenerator
+from storymem.wan.segments import Layout, Text
+from storymem.wan.settings import AdapterSettings, ModelSettings, SamplerSettings
+from storymem.wan.sources import check_weights, required_weights
+
+logger = logging.getLogger(__name__)
+
+
+class JointMethod(ABC):
+    """See :class:`storymem.methods.Method`. A film is made as a whole or not at all; a finished one stays as it is.
+
+    Args:
+        generate: the settings of ``generate.yaml``; those of memory and continuity have no effect.
+        adapter: a LoRA that was trained for the system's layout, a node as ``model.adapter``; None: none. The memory
+            adapter is not used.
+        max_shots: of a film; longer stories are refused.
+
+    Attributes:
+        model: the networks.
+        sampler: how they are sampled.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self, *, generate: Mapping[str, Any], adapter: Mapping[str, Any] | None = None, max_shots: int
+    ) -> None:
+        self.settings = build_settings(GenerateSettings, {**generate, "story": "."})
+        self.config, self.max_shots = dict(generate), max_shots
+        lora = None if adapter is None else build_settings(AdapterSettings, adapter)
+        self.model = without_memory(self.settings.model, lora)
+        self.sampler: SamplerSettings = self.settings.sampler
+
+    @abstractmethod
+    def request(self, story: Story) -> FilmRequest:
+        """What the film of ``story`` is denoised from. ``ValueError`` if the system cannot make it."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings of the method itself, for the manifest of its films."""
+        return {}
+
+    @cached_property
+    def generator(self) -> WanFilmGenerator:
+        """Its networks are loaded on first use."""
+        return WanFilmGenerator(model=self.model, sampler=self.sampler, runtime=self.settings.runtime)
+
+    def check(self, story: Story) -> None:
+        """See :meth:`storymem.methods.Method.check`."""
+        check_one_process(self.settings.runtime)
+        if len(story.shots) > self.max_shots:
+            raise ValueError(
+                f"{story.title}: {len(story.shots)} shots, and {self.name} makes films of {self.max_shots} at most "
+                "(method.max_shots): shorten the story, or leave it out with stbench.only"
+            )
+        check_weights(self.model, text_to_video=False, sampler=self.sampler)
+        self.generator.check_machine()
+        request = self.request(story)
+        if self.settings.runtime.guidance_batch and request.layout != request.negative_layout:
+            raise ValueError(f"runtime.guidance_batch needs equal passes, which {self.name} has not: set it to false")
+        for line in ignored(story):
+            logger.warning("%s: %s", story.title, line)
+
+    def run(self, story: Story, folder: Path) -> None:
+        """See :meth:`storymem.methods.Method.run`."""
+        request = self.request(story)
+
+        def generate(on_step: Callable[[int, int], None]) -> Sequence[Any]:
+            self.generator.prepare(request.texts, [request.negative_prompt])
+            return self.generator.film(request, on_step)
+
+        make_together(
+            story,
+            folder,
+            generate,
+            frames=request.shots,
+            config=self.recorded_config,
+            video=self.model.video,
+            seed=request.seed,
+            progress=Progress(),
+        )
+
+    @cached_property
+    def recorded_config(self) -> dict[str, Any]:
+        """The settings that decide what a film looks like, plain JSON types."""
+        weights = required_weights(self.model, text_to_video=False, continuity="none", sampler=self.sampler)
+        used = {
+            "method": {"name": self.name, **self.options},
+            "model": asdict(self.model),
+            "sampler": asdict(self.sampler),
+            "seed": self.settings.seed,
+            "weights": weight_hashes(weights),
+        }
+        return recorded_config({"runtime": self.config.get("runtime", {})} | json.loads(json.dumps(used)))
+
+    def seed_of(self, story: Story) -> int:
+        """The seed of the first shot, if the story gives one, or that of the settings."""
+        seed = story.shots[0].seed
+        return self.settings.seed if seed is None else seed
+
+    def shots_apart(self, story: Story, layout: Callable[[list[int], list[Text]], Layout]) -> FilmRequest:
+        """A film whose shots and captions are each encoded alone, as the clips are that the networks were trained on.
+
+        Shot k reads the overview of the story and its own prompt.
+
+        Args:
+            layout: from latent frames and text of each shot.
+        """
+        tokens, count = self.model.network.text_tokens, len(story.shots)
+        frames = [shot.frames or self.model.video.frames for shot in story.shots]
+        texts = [Text(spans=((0, tokens), (k * tokens, (k + 1) * tokens))) for k in range(1, count + 1)]
+        made = layout([self.model.spec.latent_frames(number) for number in frames], texts)
+        return FilmRequest(
+            layout=made,
+            negative_layout=made,
+            texts=(story.overview, *map(story.prompt_of, story.shots)),
+            videos=tuple(frames),
+            shots=tuple(frames),
+            seed=self.seed_of(story),
+        )
+
+
+def without_memory(model: ModelSettings, adapter: AdapterSettings | None) -> ModelSettings:
+    """``model`` with another adapter, or none, in place of its memory adapter, for films without shots of others."""
+    layouts = model.spec.layouts
+    return replace(
+        model,
+        adapter=adapter,
+        text_to_video=None,
+        has_text_to_video=False,
+        memory_attention=layouts[0] if layouts else model.memory_attention,
+    )
+
+
+def ignored(story: Story) -> list[str]:
+    """What a film that is denoised at once cannot follow, one line each."""
+    shots = {
+        "seed": [shot.index + 1 for shot in story.shots[1:] if shot.seed is not None],
+        "negative_prompt": [shot.index + 1 for shot in story.shots if shot.negative_prompt is not None],
+        "references": [shot.index + 1 for shot in story.shots if shot.references],
+    }
+    lines = [
+        f"{key} of shot {', '.join(map(str, numbers))} has no effect: all shots are generated together"
+        for key, numbers in shots.items()
+        if numbers
+    ]
+    if story.references:
+        lines.append("reference images have no effect: all shots are generated from text")
+    return lines

@@ -1,0 +1,47 @@
+"""LCT (arXiv 2503.10589) on a small model: an architecture comparison, since its code and weights are not public.
+
+All shots are denoised at once with full attention. Each reads the overview and its own prompt, and a gap on the
+temporal axis separates it from the shot before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+from storymem.methods.joint import JointMethod
+from storymem.story import Story
+from storymem.wan.films import FilmRequest
+from storymem.wan.segments import DEFAULT_STRIDE, lct
+
+
+class Lct(JointMethod):
+    """The layout of LCT on a model's own networks, with ``adapter`` if it is given.
+
+    Args:
+        gap: see :func:`storymem.wan.segments.lct`.
+        generate, adapter, max_shots: see :class:`storymem.methods.joint.JointMethod`.
+    """
+
+    name: ClassVar[str] = "LCT"
+
+    def __init__(
+        self,
+        *,
+        generate: Mapping[str, Any],
+        gap: int = DEFAULT_STRIDE,
+        adapter: Mapping[str, Any] | None = None,
+        max_shots: int = 9,
+    ) -> None:
+        super().__init__(generate=generate, adapter=adapter, max_shots=max_shots)
+        self.gap = gap
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """See :attr:`JointMethod.options`."""
+        return {"gap": self.gap}
+
+    def request(self, story: Story) -> FilmRequest:
+        """See :meth:`JointMethod.request`."""
+        return self.shots_apart(story, partial(lct, gap=self.gap))

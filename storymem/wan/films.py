@@ -1,0 +1,114 @@
+"""From a request for a whole film to the frames of its shots, for systems that denoise all shots at once.
+
+:mod:`storymem.wan.shots` is its counterpart for systems that generate one shot after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from storymem.wan.inputs import Inputs
+from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.segments import Layout
+from storymem.wan.shots import OnStep, WanShotGenerator, to_pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilmRequest:
+    """What a film is denoised from.
+
+    Args:
+        layout: of the pass with the prompt; its text is "prompt".
+        negative_layout: of the pass with the negative prompt.
+        texts: encoded one by one, each padded to the L tokens of the network; "prompt" is all of them in this order.
+            They must be among those given to :meth:`WanFilmGenerator.prepare`.
+        negative_prompt: it takes the place of each of ``texts``; None: the sampler's.
+        videos: frames, 4n + 1, of each video that the VAE encodes and decodes by itself.
+        shots: frames of each shot; the videos, one after the other, are cut there.
+        seed: of the noise.
+    """
+
+    layout: Layout
+    negative_layout: Layout
+    texts: tuple[str, ...]
+    negative_prompt: str | None = None
+    videos: tuple[int, ...]
+    shots: tuple[int, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        assert sum(self.videos) == sum(self.shots)
+
+
+class WanFilmGenerator(WanShotGenerator):
+    """Generates all shots of a film in one denoising; networks are loaded and freed as by :class:`WanShotGenerator`."""
+
+    def film(self, request: FilmRequest, on_step: OnStep | None = None) -> list[np.ndarray]:
+        """The frames of each shot, uint8 [F, H, W, 3]; NotFiniteError for NaN, with likely causes."""
+        pipe, video, sampler = self._memory_to_video(), self.video, self.sampler
+        device = pipe._execution_device  # not where offloaded weights are
+        negative = sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
+        inputs = film_inputs(
+            request,
+            [self._embeds[text].to(device) for text in request.texts],
+            self._embeds[negative].to(device) if self._uses_guidance else None,
+            pipe.blank_condition(request.videos, video.height, video.width),
+        )
+
+        def stepped(_pipe: Any, step: int, _timestep: Any, _tensors: dict) -> dict:
+            if on_step is not None:
+                on_step(step + 1, sampler.steps)
+            return {}
+
+        pipe.set_progress_bar_config(disable=True)
+        latents = pipe.denoise(
+            film_noise(request, pipe, video.height, video.width),
+            inputs,
+            num_inference_steps=sampler.steps,
+            guidance_scale=sampler.guidance,
+            guidance_scale_2=sampler.guidance_low,
+            callback_on_step_end=stepped,
+        )
+        frames = self._frames(pipe, latents, request.videos)
+        pipe.maybe_free_model_hooks()
+        ends = np.cumsum(request.shots)[:-1]
+        return np.split(frames, ends)
+
+    def _frames(self, pipe: WanMemoryToVideoPipeline, latents: Tensor, videos: Sequence[int]) -> np.ndarray:
+        """The frames of all videos, uint8 [F, H, W, 3]."""
+        counts = [pipe.spec.latent_frames(frames) for frames in videos]
+        parts = latents.split(counts, dim=2)
+        decoded = (self._decode(pipe, part, "the film") for part in parts)
+        return np.concatenate([frames for video in decoded for frames in to_pixels(pipe, video)])
+
+
+def film_noise(request: FilmRequest, pipe: WanMemoryToVideoPipeline, height: int, width: int) -> Tensor:
+    """The noise [1, z, N, h, w] of a film, float32: from the CPU's generator, so the same on every device."""
+    frames = sum(pipe.spec.latent_frames(frames) for frames in request.videos)
+    shape = (1, pipe.spec.latent_channels, frames, *pipe.spec.latent_size(height, width))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
+
+
+def film_inputs(
+    request: FilmRequest, texts: Sequence[Tensor], negative: Tensor | None, condition: Tensor | None
+) -> Inputs:
+    """What the denoising loop is given.
+
+    Args:
+        texts: embeddings [1, L, D] of ``request.texts``.
+        negative: embeddings [1, L, D] of the negative prompt; None: without guidance.
+        condition: see :meth:`storymem.wan.pipeline.WanMemoryToVideoPipeline.blank_condition`.
+    """
+    return Inputs(
+        layout=request.layout,
+        negative_layout=request.negative_layout,
+        text={"prompt": torch.cat(list(texts), dim=1)},
+        negative=None if negative is None else {"prompt": torch.cat([negative] * len(texts), dim=1)},
+        condition=condition,
+    )
