@@ -207,7 +207,7 @@ class HoloCine(JointMethod):
             own replace: then a film is one sequence to the VAE and to the text encoder. Models without such networks
             (toy, tiny) make films with their own, with ``adapter`` if it is given, under the settings of the command;
             each shot and each caption is encoded alone, as they were trained.
-        generate, adapter, max_shots: see :class:`storymem.methods.joint.JointMethod`.
+        generate, max_shots, adapter: see :class:`storymem.methods.joint.JointMethod`.
     """
 
     name: ClassVar[str] = "HoloCine"
@@ -216,10 +216,10 @@ class HoloCine(JointMethod):
         self,
         *,
         generate: Mapping[str, Any],
-        sparse: bool = False,
+        sparse: bool,
+        max_shots: int,
         released: Mapping[str, Any] | None = None,
         adapter: Mapping[str, Any] | None = None,
-        max_shots: int = 13,
     ) -> None:
         super().__init__(generate=generate, adapter=adapter, max_shots=max_shots)
         self.sparse, self.is_released = sparse, released is not None and self.settings.model.text_to_video is not None

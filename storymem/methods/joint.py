@@ -30,9 +30,9 @@ class JointMethod(ABC):
 
     Args:
         generate: the settings of ``generate.yaml``; those of memory and continuity have no effect.
+        max_shots: of a film; longer stories are refused.
         adapter: a LoRA that was trained for the system's layout, a node as ``model.adapter``; None: none. The memory
             adapter is not used.
-        max_shots: of a film; longer stories are refused.
 
     Attributes:
         model: the networks.
@@ -42,7 +42,7 @@ class JointMethod(ABC):
     name: ClassVar[str]
 
     def __init__(
-        self, *, generate: Mapping[str, Any], adapter: Mapping[str, Any] | None = None, max_shots: int
+        self, *, generate: Mapping[str, Any], max_shots: int, adapter: Mapping[str, Any] | None = None
     ) -> None:
         self.settings = build_settings(GenerateSettings, {**generate, "story": "."})
         self.config, self.max_shots = dict(generate), max_shots

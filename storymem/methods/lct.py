@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from storymem.methods.joint import JointMethod
 from storymem.story import Story
 from storymem.wan.films import FilmRequest
-from storymem.wan.segments import DEFAULT_STRIDE, lct
+from storymem.wan.segments import lct
 
 
 class Lct(JointMethod):
@@ -21,7 +21,7 @@ class Lct(JointMethod):
 
     Args:
         gap: see :func:`storymem.wan.segments.lct`.
-        generate, adapter, max_shots: see :class:`storymem.methods.joint.JointMethod`.
+        generate, max_shots, adapter: see :class:`storymem.methods.joint.JointMethod`.
     """
 
     name: ClassVar[str] = "LCT"
@@ -30,9 +30,9 @@ class Lct(JointMethod):
         self,
         *,
         generate: Mapping[str, Any],
-        gap: int = DEFAULT_STRIDE,
+        gap: int,
+        max_shots: int,
         adapter: Mapping[str, Any] | None = None,
-        max_shots: int = 9,
     ) -> None:
         super().__init__(generate=generate, adapter=adapter, max_shots=max_shots)
         self.gap = gap
