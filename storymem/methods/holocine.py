@@ -211,6 +211,7 @@ class HoloCine(JointMethod):
     """
 
     name: ClassVar[str] = "HoloCine"
+    objective: ClassVar[str] = "holocine"
 
     def __init__(
         self,

@@ -40,13 +40,14 @@ class JointMethod(ABC):
     """
 
     name: ClassVar[str]
+    objective: ClassVar[str]  # of the training of its adapters
 
     def __init__(
         self, *, generate: Mapping[str, Any], max_shots: int, adapter: Mapping[str, Any] | None = None
     ) -> None:
         self.settings = build_settings(GenerateSettings, {**generate, "story": "."})
         self.config, self.max_shots = dict(generate), max_shots
-        lora = None if adapter is None else build_settings(AdapterSettings, adapter)
+        lora = None if adapter is None else build_settings(AdapterSettings, {**adapter, "objective": self.objective})
         self.model = without_memory(self.settings.model, lora)
         self.sampler: SamplerSettings = self.settings.sampler
 

@@ -25,6 +25,7 @@ class Lct(JointMethod):
     """
 
     name: ClassVar[str] = "LCT"
+    objective: ClassVar[str] = "lct"
 
     def __init__(
         self,

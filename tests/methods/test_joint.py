@@ -20,6 +20,7 @@ from storymem.methods import Method
 from storymem.story import Story
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import save_memory_lora
+from storymem.wan.lora_files import AdapterInfo
 from storymem.wan.segments import Text
 from tests.composing import composed, generate_settings
 from tests.evaluation import small
@@ -106,9 +107,11 @@ def test_an_adapter_takes_the_place_of_the_memory_adapter(story: Story, tmp_path
     story = replace(story, scenes=story.scenes[1:])
     plain = method_of("lct")
     pipe = adapt(load_pipeline(plain.model, runtime=CPU, text_encoder=False))
-    save_memory_lora(pipe, tmp_path / "adapter")
+    save_memory_lora(pipe, tmp_path / "adapter", metadata=AdapterInfo(objective="lct"))
     adapted = method_of("lct", f"+method.adapter.weights={{name: mine, source: {tmp_path}/adapter}}")
     adapted.check(story)
+    with pytest.raises(ValueError, match="trained for another system, objective=lct"):
+        method_of("holocine", f"+method.adapter.weights={{name: mine, source: {tmp_path}/adapter}}").check(story)
     for name, method in (("plain", plain), ("adapted", adapted)):
         method.run(story, tmp_path / name)
     assert (videos(tmp_path / "plain")[0] != videos(tmp_path / "adapted")[0]).any()
