@@ -206,7 +206,7 @@ def read_answer(answer: str, folder: Path, idea: str | None = None) -> tuple[Sto
     Raises:
         StoryError: with every problem, without line numbers.
     """
-    content, notes = _find_object(answer)
+    content, notes = find_object(answer)
     title, overview = "title", "overview"
     if not content.keys().isdisjoint(("story_name", "story_overview")):
         title, overview = "story_name", "story_overview"
@@ -237,7 +237,7 @@ def _listed(content: Any, key: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def _find_object(answer: str) -> tuple[dict[str, Any], list[str]]:
+def find_object(answer: str) -> tuple[dict[str, Any], list[str]]:
     """The object (JSON, else YAML) in an answer, and notes on the text around it."""
     answer = answer.replace("\r\n", "\n")
     said = answer.rpartition("</think>")[2].strip()

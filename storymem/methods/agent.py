@@ -1,0 +1,286 @@
+"""Agents: a language model plans the film (ViMax, arXiv 2606.07649; StoryAgent, arXiv 2411.04925, has no code).
+
+It plans characters, cameras, first frames and what each is made from (:mod:`storymem.methods.storyboards`). An image
+editor makes a portrait of each character and then the first frames, each from portraits and earlier frames; every shot
+is made from its first frame by image-to-video, with the planned motion as its text. Left out: side and back portraits,
+the film of a "cut to", last frames, audio. ``stub: true`` plans by rule, for tests and as a row of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field
+from dataclasses import dataclass as plain_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic.dataclasses import dataclass
+
+from storymem.config import STRICT, build_settings, check_bounds
+from storymem.io import write_json
+from storymem.media.images import fit_image, read_image
+from storymem.methods.chat import Chat
+from storymem.methods.image_models import place_image_pipeline, to_images
+from storymem.methods.keyframes import ImageGroup, ImageToVideo, KeyframeMethod, image_names, is_embedded
+from storymem.methods.storyboards import Storyboard, by_rule, planned, portrait_name
+from storymem.methods.storymem import StoryMem
+from storymem.story import Shot, Story
+from storymem.story.writing import EndpointSettings
+from storymem.wan.settings import RuntimeSettings, VideoSettings
+from storymem.wan.shots import ShotRequest, WanShotGenerator
+from storymem.wan.sources import check_weights
+from storymem.wan.texts import known_words
+from storymem.weights import Weights, locate
+
+if TYPE_CHECKING:
+    from diffusers import QwenImageEditPlusPipeline
+
+STORYBOARD, ANSWERS = "agent_storyboard.json", "agent_answers.json"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AgentSettings:
+    """The settings of the method ``agent``.
+
+    Args:
+        weights: of Qwen-Image-Edit-2509 or a later one, in diffusers' layout.
+        stub: plan by rule and ask nothing.
+        endpoint: of the language model; see ``storymem write``.
+        tries: for one answer.
+        images: "qwen"; "memory": the video model with the memory adapter, which is given portraits and frames as
+            memory; or "auto": memory for models that come with the package, else qwen.
+        references: images that a first frame is made from, at most.
+        steps: of the image editor.
+        guidance: of the image editor (``true_cfg_scale``).
+        height: of its images, in pixels; they are cropped to the film's size.
+        width: likewise.
+        portrait: the prompt of a portrait, with ``{name}`` and ``{look}``; None: one for the image model.
+    """
+
+    weights: Weights
+    stub: bool = False
+    endpoint: EndpointSettings = field(default_factory=EndpointSettings)
+    tries: int = 3
+    images: Literal["auto", "qwen", "memory"] = "auto"
+    references: int = 8
+    steps: int = 40
+    guidance: float = 4.0
+    height: int = 768
+    width: int = 1344
+    portrait: str | None = None
+
+    def __post_init__(self) -> None:
+        check_bounds(self, tries=(1, 10), references=(1, 32), steps=(1, 1000), guidance=(1, 100))
+        check_bounds(self, height=(32, 4096), width=(32, 4096))
+
+
+class ImageEditor(Protocol):
+    """Makes an image from a text and other images."""
+
+    portrait: str
+
+    def check(self) -> None:
+        """Raise ``ValueError`` or ``FileNotFoundError`` if it cannot work here."""
+        ...
+
+    def edit(self, prompt: str, images: Sequence[np.ndarray], seed: int) -> np.ndarray:
+        """uint8 [H, W, 3]; without images, from the text alone."""
+        ...
+
+    def free(self) -> None:
+        """Free the networks."""
+        ...
+
+
+class AgentImages:
+    """See :class:`storymem.methods.keyframes.ImageMaker`.
+
+    Args:
+        settings: of the method.
+        editor: makes the images.
+        seed: of the first image; each later one uses the next number.
+        words: all words that the video model knows; None: any.
+    """
+
+    def __init__(
+        self, settings: AgentSettings, editor: ImageEditor, *, seed: int, words: frozenset[str] | None = None
+    ) -> None:
+        self.settings, self.editor, self.seed, self.words = settings, editor, seed, words
+        self.storyboard: Storyboard | None = None
+
+    def check(self, story: Story) -> None:
+        """There is somebody to ask, and the weights are here."""
+        if not self.settings.stub and self.settings.endpoint.url is None:
+            raise ValueError(
+                "method=agent asks a language model: write method.agent.endpoint.url=http://HOST/v1 and "
+                "method.agent.endpoint.model=NAME; method=agent_stub plans by rule"
+            )
+        self.editor.check()
+
+    def plan(self, story: Story, folder: Path) -> list[ImageGroup]:
+        """Portraits of the characters that first frames are made from, then the first frames in order."""
+        settings = self.settings
+        if settings.stub:
+            board = by_rule(story, settings.references)
+        else:
+            chat = Chat(settings.endpoint, folder / ANSWERS, tries=settings.tries)
+            board = planned(story, chat, references=settings.references, words=self.words)
+        write_json(folder / STORYBOARD, asdict(board))
+        self.storyboard = board
+        looks = {one.name: f"{one.static_features} {one.dynamic_features}".strip() for one in board.characters}
+        used = {image for sources in board.sources for image in sources.images}
+        template = settings.portrait or self.editor.portrait
+        groups = []
+        for number, character in enumerate(story.characters):
+            name = portrait_name(story, character.name)
+            prompt = template.replace("{name}", character.name).replace("{look}", looks[character.name])
+            recipe = {"prompt": prompt, "seed": self.seed + number, "image": list(map(str, character.references[:1]))}
+            if name in used:
+                groups.append(ImageGroup(names=(name,), recipe=recipe))
+        for number, (name, sources) in enumerate(zip(image_names(story), board.sources, strict=True), start=1000):
+            recipe = {"prompt": sources.prompt, "seed": self.seed + number}
+            groups.append(ImageGroup(names=(name,), recipe=recipe, needs=sources.images))
+        return groups
+
+    def make(self, group: ImageGroup, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One portrait, which may be a reference image of the story, or one first frame."""
+        recipe, (name,) = group.recipe, group.names
+        if recipe.get("image"):
+            return {name: read_image(recipe["image"][0])}
+        return {name: self.editor.edit(recipe["prompt"], [given[need] for need in group.needs], recipe["seed"])}
+
+    def free(self) -> None:
+        """Free the networks."""
+        self.editor.free()
+
+
+@plain_dataclass(frozen=True, kw_only=True)
+class _PlannedMotion(ImageToVideo):
+    """Shots whose text is the planned motion."""
+
+    def prompt_of(self, story: Story, shot: Shot) -> str:
+        assert isinstance(self.maker, AgentImages)
+        assert self.maker.storyboard is not None
+        return self.maker.storyboard.frames[shot.index].motion
+
+
+class Agent(KeyframeMethod):
+    """A plan by a language model, images by an image editor, then image-to-video.
+
+    Args:
+        generate: as of :class:`storymem.methods.storymem.StoryMem`.
+        agent: see :class:`AgentSettings`.
+    """
+
+    loop = _PlannedMotion
+
+    def __init__(self, *, generate: Mapping[str, Any], agent: Mapping[str, Any]) -> None:
+        super().__init__(generate=generate, images={"agent": dict(agent)})
+        self.agent = build_settings(AgentSettings, agent)
+        self.whole = StoryMem(generate=generate).settings  # with the memory adapter
+
+    @cached_property
+    def maker(self) -> AgentImages:
+        """See :attr:`KeyframeMethod.maker`."""
+        settings, own = self.settings, self.agent
+        by_memory = own.images == "memory" or (own.images == "auto" and is_embedded(settings.model))
+        editor: ImageEditor
+        if by_memory:
+            parts = {name: getattr(self.whole, name) for name in ("model", "sampler", "runtime")}
+            editor = MemoryEditor(**parts)
+        else:
+            editor = QwenEditor(own, settings.runtime, settings.model.video)
+        return AgentImages(own, editor, seed=settings.seed, words=known_words(settings.model))
+
+
+class MemoryEditor(WanShotGenerator):
+    """See :class:`ImageEditor`: the video model with the memory adapter makes a shot, of which one frame is taken.
+
+    Without images it is the middle frame of a shot from the text alone, else the first of a shot with the images as its
+    memory.
+    """
+
+    portrait = "{name} waits. Medium shot."
+
+    def check(self) -> None:
+        """The weights are here."""
+        check_weights(self.model, text_to_video=False, continuity="none", sampler=self.sampler)
+
+    def edit(self, prompt: str, images: Sequence[np.ndarray], seed: int) -> np.ndarray:
+        """A frame, uint8 [H, W, 3]."""
+        video = self.video
+        self.prepare([prompt], [None])
+        fitted = [fit_image(image, video.height, video.width, "cover") for image in images]
+        request = ShotRequest(
+            prompt=prompt,
+            negative_prompt=None,
+            frames=video.frames,
+            seed=seed,
+            memory=self.encode_keyframes(fitted),
+            given=np.empty((0, video.height, video.width, 3), dtype=np.uint8),
+        )
+        frames = self.generate(request)
+        return frames[0 if images else len(frames) // 2]
+
+    def free(self) -> None:
+        """Free the networks."""
+        self._free_experts()
+
+
+class QwenEditor:
+    """See :class:`ImageEditor`: Qwen-Image-Edit with up to several images.
+
+    Args:
+        settings: of the method.
+        runtime: names the device.
+        video: size of the blank image that it edits where there is none.
+    """
+
+    portrait = "Full-body portrait of {name}, front view, plain light background: {look}"
+
+    def __init__(self, settings: AgentSettings, runtime: RuntimeSettings, video: VideoSettings) -> None:
+        self.settings, self.runtime, self.video = settings, runtime, video
+        self._pipe: QwenImageEditPlusPipeline | None = None
+
+    def check(self) -> None:
+        """The weights are here."""
+        locate(self.settings.weights)
+
+    @property
+    def pipe(self) -> QwenImageEditPlusPipeline:
+        """The pipeline; loaded on first use."""
+        if self._pipe is None:
+            from diffusers import QwenImageEditPlusPipeline
+
+            folder = locate(self.settings.weights)
+            pipe = QwenImageEditPlusPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+            self._pipe = place_image_pipeline(pipe, self.runtime)
+        return self._pipe
+
+    def edit(self, prompt: str, images: Sequence[np.ndarray], seed: int) -> np.ndarray:
+        """An image of the settings' size."""
+        settings = self.settings
+        blank = np.full((self.video.height, self.video.width, 3), 255, dtype=np.uint8)
+        (image,) = self.pipe(
+            image=[Image.fromarray(one) for one in images or [blank]],
+            prompt=prompt,
+            negative_prompt=" ",
+            true_cfg_scale=settings.guidance,
+            num_inference_steps=settings.steps,
+            height=settings.height,
+            width=settings.width,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+        ).images
+        (made,) = to_images(image[None])
+        return made
+
+    def free(self) -> None:
+        """Free the networks."""
+        self._pipe = None
+        gc.collect()
