@@ -122,7 +122,7 @@ def make_images(
         if not missing:
             continue
         if progress is not None:
-            progress.print(f"images {done - len(group.names) + 1} to {done} of {total}: {', '.join(group.names)}")
+            progress.print(f"images made: {done - len(group.names)} of {total}; making {', '.join(group.names)}")
         images = maker.make(group, {name: read_image(place / f"{name}.png") for name in group.needs})
         place.mkdir(exist_ok=True)
         for name in missing:

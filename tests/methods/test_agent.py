@@ -1,0 +1,126 @@
+"""Agents: the storyboard by rule and by an endpoint in a thread, whose answers are checked and kept."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storymem.film.folder import Film
+from storymem.film.manifest import Slot
+from storymem.media.video import read_video
+from storymem.methods.storyboards import Camera, Cameras, check_tree
+from storymem.story import Story
+from storymem.story.writing import EndpointError
+from tests.evaluation import small
+from tests.evaluation.test_methods import method
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Story:
+    return small.stories(tmp_path / "stories")[0]
+
+
+def test_the_stub_plans_by_rule(story: Story, tmp_path: Path) -> None:
+    method("agent_stub").run(story, tmp_path / "film")
+    board = json.loads((tmp_path / "film" / "agent_storyboard.json").read_text())
+    assert [camera["shots"] for camera in board["cameras"]] == [[1, 2], [3]]
+    assert [source["images"] for source in board["sources"]] == [
+        ["portrait_01"],
+        ["portrait_01", "01_01"],
+        ["portrait_01", "portrait_02", "01_02"],
+    ]
+    assert len(list((tmp_path / "film" / "keyframe_images").iterdir())) == 5
+    assert [take.mode for take in Film.open(tmp_path / "film").shots] == ["i2v"] * 3
+
+
+def test_a_camera_tree_has_no_circles() -> None:
+    one, two = Camera(camera=1, shots=(1,), parent=2, parent_shot=2), Camera(camera=2, shots=(2,))
+    check_tree(Cameras(cameras=(one, two)), 2)
+    wrong = {
+        "camera 1 form a circle": (one, Camera(camera=2, shots=(2,), parent=1, parent_shot=1)),
+        "no parent 2 with a shot 3": (Camera(camera=1, shots=(1,), parent=2, parent_shot=3), two),
+        "shots 1 to 2 must belong": (Camera(camera=1, shots=(1,)), Camera(camera=2, shots=(1, 2))),
+        "two cameras": (two, two),
+    }
+    for message, cameras in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            check_tree(Cameras(cameras=cameras), 2)
+
+
+class Endpoint(HTTPServer):
+    """Answers by the kind of question; ``wrong`` are given first."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[list[dict[str, str]]] = []
+        self.wrong: list[str] = []
+
+    def answer(self, question: str) -> str:
+        if self.wrong:
+            return self.wrong.pop(0)
+        if question.startswith("Describe the characters"):
+            people = [{"name": name, "static_features": f"look of {name}"} for name in ("Ada", "Ben")]
+            return json.dumps({"characters": people})
+        if question.startswith("Divide"):
+            return json.dumps({"cameras": [{"camera": 1, "shots": [1, 2, 3]}]})
+        if question.startswith("Describe shot"):
+            return "Yes:\n" + json.dumps({"first_frame": "<Ada> rows", "visible": ["Ada"], "motion": "a boat moves"})
+        return json.dumps({"images": ["portrait_01"], "prompt": "Put the woman of Picture 1 into a boat."})
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Endpoint
+
+    def do_POST(self) -> None:
+        messages = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
+        self.server.asked.append(messages)
+        reply = {"choices": [{"message": {"content": self.server.answer(messages[0]["content"])}}]}
+        body = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    server = Endpoint()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_endpoint_is_asked_once_for_each_answer(story: Story, tmp_path: Path, endpoint: Endpoint) -> None:
+    url = f"method.agent.endpoint={{url: 'http://127.0.0.1:{endpoint.server_port}/v1', model: m}}"
+    folder = tmp_path / "film"
+    endpoint.wrong = ["no JSON", '{"characters": [{"name": "Eve", "static_features": "x"}]}']
+    agent = method("agent", url)
+    agent.check(story)
+    agent.run(story, folder)
+    assert len(endpoint.asked) == 2 + 2 + 2 * 3, "two answers were sent back"
+    assert "characters must be exactly Ada, Ben" in endpoint.asked[2][-1]["content"]
+    assert agent.storyteller.prompt_of(story, story.shots[0]) == "a boat moves"
+    assert sorted(path.stem for path in (folder / "keyframe_images").iterdir())[-1] == "portrait_01", "Ben's is unused"
+    last = read_video(folder / Film.open(folder).shots[2].file)
+    film = Film.open(folder)
+    film.slots[2] = Slot(folder=film.slots[2].folder)
+    film.save()
+    method("agent", url).run(story, folder)
+    assert len(endpoint.asked) == 10, "no second bill"
+    shot = Film.open(folder).shots[2]
+    assert (read_video(folder / shot.file) == last).all()
+
+    endpoint.wrong = ["{}"] * 3
+    with pytest.raises(EndpointError, match=r"in 3 tries \(characters: Field required\)"):
+        method("agent", url).run(story, tmp_path / "other")
+    assert not Film.open(tmp_path / "other").takes
