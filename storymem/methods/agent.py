@@ -163,10 +163,11 @@ class AgentImages:
 class _PlannedMotion(ImageToVideo):
     """Shots whose text is the planned motion."""
 
-    def prompt_of(self, story: Story, shot: Shot) -> str:
+    def texts_of(self, story: Story, shot: Shot) -> list[str]:
+        """The planned motion."""
         assert isinstance(self.maker, AgentImages)
         assert self.maker.storyboard is not None
-        return self.maker.storyboard.frames[shot.index].motion
+        return [self.maker.storyboard.frames[shot.index].motion]
 
 
 class Agent(KeyframeMethod):

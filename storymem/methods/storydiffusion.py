@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, build_settings, check_bounds
 from storymem.film.folder import Film
+from storymem.film.parts import Recalled
 from storymem.film.progress import Progress
 from storymem.methods.baseline import Baseline, TextToVideo
 from storymem.methods.image_models import image_device, place_image_pipeline, to_images
@@ -276,17 +277,11 @@ class _Together(TextToVideo):
         """All shots of the story are known to the generator, also those that are on disk."""
         generator = self.generator
         assert isinstance(generator, SharedShots)
-        generator.prepare([story.prompt_of(shot) for shot in story.shots], [s.negative_prompt for s in story.shots])
+        texts = [text for shot in story.shots for text in self.texts_of(story, shot)]
+        generator.prepare(texts, [shot.negative_prompt for shot in story.shots])
+        nothing = Recalled(keyframes=[])
         requests = [
-            ShotRequest(
-                prompt=story.prompt_of(shot),
-                negative_prompt=shot.negative_prompt,
-                frames=self.frames_of(shot),
-                seed=self._seed(shot, film, fresh=False),
-                memory=[],
-                given=self.given(story, shot, film),
-            )
-            for shot in story.shots
+            self.request(story, shot, film, nothing, self._seed(shot, film, fresh=False)) for shot in story.shots
         ]
         generator.begin(requests, shots_read(story, generator.settings.video_sharing), self.seed)
 

@@ -109,7 +109,7 @@ def test_an_endpoint_is_asked_once_for_each_answer(story: Story, tmp_path: Path,
     agent.run(story, folder)
     assert len(endpoint.asked) == 2 + 2 + 2 * 3, "two answers were sent back"
     assert "characters must be exactly Ada, Ben" in endpoint.asked[2][-1]["content"]
-    assert agent.storyteller.prompt_of(story, story.shots[0]) == "a boat moves"
+    assert agent.storyteller.texts_of(story, story.shots[0]) == ["a boat moves"]
     assert sorted(path.stem for path in (folder / "keyframe_images").iterdir())[-1] == "portrait_01", "Ben's is unused"
     last = read_video(folder / Film.open(folder).shots[2].file)
     film = Film.open(folder)
