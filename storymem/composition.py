@@ -46,12 +46,12 @@ def register_defaults(name: str) -> None:
     node = defaults_of(resolve_name(SETTINGS[name]))
     # No folders of Hydra's own.
     node["hydra"] = {"run": {"dir": "."}, "output_subdir": None, "job": {"name": name, "chdir": False}}
-    ConfigStore.instance().store(group="settings", name=name, node=node, package="_global_")
     for group, place in NODES.get(name, {}).items():
-        del node[group]
+        del node[group]  # its keys are those of the chosen class
         for choice, cls in resolve_name(place).items():
             node_of_class = {"_target_": f"{cls.__module__}.{cls.__qualname__}"} | defaults_of(cls)
             ConfigStore.instance().store(group=f"settings/{group}", name=choice, node=node_of_class)
+    ConfigStore.instance().store(group="settings", name=name, node=node, package="_global_")
 
 
 def composed(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

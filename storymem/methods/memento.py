@@ -33,27 +33,31 @@ class MementoModel:
     """Memento on one base model; the defaults are those of the published weights.
 
     Args:
-        weights: two files, each of which holds LoRA and KeyframeQuery of an expert.
+        weights: two files, each of which holds LoRA and KeyframeQuery of an expert; None: of a model with random
+            weights, whose queries are random too.
         guidance_after_cut: of shots that are cuts; None: as the others.
         persons: whether characters are called [Person A], [Person B], ... in texts, as in the published training set.
         subject: the caption of the subject. "descriptions": what the story gives as ``reconstruct_target``, else the
             descriptions of its characters. "earlier_shot": the prompt of the first shot with a character of this one.
+        local, whole: how many keyframes an expert recalls by the shot's prompt and by the caption of the whole film.
     """
 
-    weights: Weights
+    weights: Weights | None
     guidance_after_cut: float | None = 5.0
     persons: bool = True
     subject: Literal["descriptions", "earlier_shot"] = "descriptions"
+    local: int = 6
+    whole: int = 2
 
     def __post_init__(self) -> None:
-        check_bounds(self, guidance_after_cut=(1, 100))
+        check_bounds(self, guidance_after_cut=(1, 100), local=(1, 512), whole=(1, 512))
 
 
 class Memento(StoryMem):
     """See :class:`storymem.methods.Method`.
 
     The first shot is text-to-video. Each expert has a pool of keyframes: those that it recalled for the shot before,
-    and eight of that shot. Up to eight are all recalled; of more its KeyframeQuery chooses, and the rest is forgotten.
+    and eight of that shot. Of more than it may recall its KeyframeQuery chooses, and the rest is forgotten.
 
     Args:
         generate: as of :class:`storymem.methods.storymem.StoryMem`; adapter, memory, scorer of quality, first shot and
@@ -61,29 +65,25 @@ class Memento(StoryMem):
         models: for each model, by name, a :class:`MementoModel`.
         shift: of the noise levels.
         samples: frames of a shot that join the pools.
-        local, whole: how many keyframes an expert recalls by the shot's prompt and by the caption of the whole film.
     """
 
     def __init__(
-        self,
-        *,
-        generate: Mapping[str, Any],
-        models: Mapping[str, Any],
-        shift: float = 5.0,
-        samples: int = 8,
-        local: int = 6,
-        whole: int = 2,
+        self, *, generate: Mapping[str, Any], models: Mapping[str, Any], shift: float = 5.0, samples: int = 8
     ) -> None:
         model = generate["model"]
         if (name := model["name"]) not in models:
             near = f"; did you mean {found!r}?" if (found := closest(name, models)) else ""
             raise ValueError(f"method.models has no weights for model {name!r}: add method.models.{name}.weights{near}")
         self.own = build_settings(MementoModel, models[name])
-        adapter = {"weights": dict(models[name]["weights"]), "objective": "memento", "query": True}
+        adapter = None
+        if self.own.weights is not None:
+            adapter = {"weights": dict(models[name]["weights"]), "objective": "memento", "query": True}
+        elif model.get("weights") is not None:
+            raise ValueError(f"method.models.{name}.weights is null, which is for models with random weights alone")
         changed = {
             "memory": {
                 "selector": {"_target_": "storymem.memory.EvenlySpaced", "max_keyframes": samples},
-                "recall": {"_target_": "storymem.memory.Learned", "local": local, "whole": whole},
+                "recall": {"_target_": "storymem.memory.Learned", "local": self.own.local, "whole": self.own.whole},
                 "reference_fit": generate["memory"]["reference_fit"],
             },
             "model": {**model, "adapter": adapter, "memory_attention": "joint"},

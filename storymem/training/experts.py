@@ -25,6 +25,7 @@ from storymem.training.settings import AdapterTrainingSettings, ParallelSettings
 from storymem.wan.folders import check_component, on_meta
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import AdapterInfo, Layout, memory_lora_config, read_memory_lora, write_memory_lora
+from storymem.wan.lora_files import QUERY_PREFIX
 from storymem.wan.processes import Launch
 from storymem.wan.runtime import make_current, set_attention
 from storymem.wan.settings import ModelSettings, RuntimeSettings
@@ -120,7 +121,8 @@ class Experts:
         self._sharded = parallel.strategy == "fsdp"
         self.networks: dict[Expert, nn.Module] = {}
         for name, transformer in self.transformers.items():
-            assert full or all(f".{ADAPTER}." in n for n, p in transformer.named_parameters() if p.requires_grad)
+            trains = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+            assert full or all(f".{ADAPTER}." in name or name.startswith(QUERY_PREFIX) for name in trains)
             enable_layouts(transformer)
             if parallel.gradient_checkpointing:
                 transformer.enable_gradient_checkpointing()

@@ -214,6 +214,7 @@ class Run:
             if name in settings.trained:
                 number = settings.trained.index(name)
                 prepare_expert(transformer, name, own, seed=settings.seed + number)
+                settings.objective.prepare(transformer, seed=settings.seed + number)
         experts = Experts(
             transformers,
             trained=settings.trained,

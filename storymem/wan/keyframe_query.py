@@ -183,6 +183,17 @@ class KeyframeQuery(nn.Module):
         return torch.einsum("bqhd,bphd->qp", query, by_frame) / scale
 
 
+def add_query(transformer: Any, *, seed: int) -> None:
+    """Give an expert a query to train, its ``keyframe_query``; at first it embeds patches as the expert does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        query = KeyframeQuery.of(transformer)
+    own, patches = query.memory_patcher, transformer.patch_embedding
+    with torch.no_grad():
+        own.load_state_dict({"weight": patches.weight[:, : own.in_channels], "bias": patches.bias})
+    transformer.keyframe_query = query
+
+
 def embedded(transformer: Any, text: Tensor) -> Tensor:
     """[L, D], float32: text embeddings [L, text_dim], zero-padded, after the text embedding of an expert."""
     embedder = transformer.condition_embedder.text_embedder

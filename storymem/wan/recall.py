@@ -50,8 +50,11 @@ class LearnedRecall:
 
     @classmethod
     def of(cls, model: ModelSettings, experts: Mapping[Expert, Any], *, continuity: Continuity, device: Any) -> Self:
-        """That of the files of ``model.adapter``; FileError if they have none."""
-        assert model.adapter is not None
+        """That of the files of ``model.adapter``; random without an adapter. FileError for files without one."""
+        if model.adapter is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(model.seed)
+                return cls({name: KeyframeQuery.of(expert) for name, expert in experts.items()}, experts, device)
         adapters = read_memory_lora(experts, locate(adapter_weights(model.adapter, continuity)))
         queries = {
             expert: KeyframeQuery.from_tensors(adapter.query(), experts[expert], where=str(adapter.file.path))

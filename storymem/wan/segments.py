@@ -286,7 +286,9 @@ def lct(shots: Sequence[int], texts: Sequence[Text], *, gap: int = DEFAULT_STRID
     )
 
 
-def memento(memory: Sequence[int], video: int, *, subject: bool = True, split: bool = True) -> Layout:
+def memento(
+    memory: Sequence[int], video: int, *, subject: bool = True, split: bool = True, cached: bool = False
+) -> Layout:
     """Memento (arXiv 2606.14667).
 
     Args:
@@ -295,12 +297,15 @@ def memento(memory: Sequence[int], video: int, *, subject: bool = True, split: b
         subject: whether an image of the subject is denoised too.
         split: without a subject: whether memory takes the mean of {memory} and {memory, video}, as in training;
             released inference does not.
+        cached: not the published layout: memory is clean and reads only itself, as in :func:`memory_cached`, and comes
+            first. Then nothing of the subject reaches the video, so only training has one.
     """
+    image = Segment(name="subject", positions=(-512,), reads=(("subject", "memory"),), text=Text(name="subject"))
+    shot = Segment(name="video", positions=tuple(range(video)), reads=(("memory", "video"),))
+    if cached:
+        clean = Segment(name="memory", positions=tuple(memory), reads=(("memory",),), text=None, timestep=0)
+        return Layout((clean, image, shot) if subject else (clean, shot))
     apart = (("subject", "memory"),) if subject else (("memory",),) if split else ()
     inner = (*apart, ("memory", "video"))
-    segments = (
-        Segment(name="memory", positions=tuple(memory), reads=inner),
-        Segment(name="video", positions=tuple(range(video)), reads=(("memory", "video"),)),
-    )
-    image = Segment(name="subject", positions=(-512,), reads=(("subject", "memory"),), text=Text(name="subject"))
-    return Layout((image, *segments) if subject else segments)
+    noisy = Segment(name="memory", positions=tuple(memory), reads=inner)
+    return Layout((image, noisy, shot) if subject else (noisy, shot))

@@ -63,7 +63,7 @@ def write_adapter(folder: Path, *, query: bool = True) -> Path:
 
 
 def method(adapter: Path, *overrides: str) -> Memento:
-    models = f"+method.models.tiny={{weights: {{name: tiny, source: {adapter}}}, guidance_after_cut: null}}"
+    models = f"method.models.tiny.weights={{name: tiny, source: {adapter}}}"
     run = composed("method=memento", *SMALL, models, *overrides, name="eval_stbench")
     return instantiate(run["method"], _convert_="all")
 
@@ -134,8 +134,8 @@ def test_what_does_not_fit_is_reported_first(adapter: Path, tmp_path: Path) -> N
     run = composed("method=storymem", *SMALL, plain, name="eval_stbench")["method"]
     with pytest.raises(ValueError, match=r"objective=memento, not\s+memory"):
         instantiate(run, _convert_="all").check(loaded)
-    run = composed("method=memento", *SMALL, name="eval_stbench")["method"]
-    with pytest.raises(InstantiationException, match="no weights for model 'tiny'"):
+    run = composed("method=memento", *SMALL, "model.name=tony", name="eval_stbench")["method"]
+    with pytest.raises(InstantiationException, match=r"no weights for model 'tony'.*did you mean 'toy'"):
         instantiate(run, _convert_="all")
 
 

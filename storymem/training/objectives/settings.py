@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from pydantic.dataclasses import dataclass
 
@@ -68,6 +68,9 @@ class ObjectiveSettings:
                 f"objective.mask_weight={self.mask_weight:g}, but {train.dataset} has no masks: run prepare_data with "
                 "masks=FOLDER, or leave mask_weight at 1"
             )
+
+    def prepare(self, transformer: Any, *, seed: int) -> None:
+        """Add what is trained besides the adapter to an expert that :func:`prepare_expert` has prepared."""
 
     def samples(self, train: TrainSettings, latents: LatentCache, *, count: int, split: Split = "train") -> Samples:
         """The samples of a training set, ``count`` a step."""
@@ -158,6 +161,87 @@ class MemoryObjectiveSettings(ObjectiveSettings):
         )
 
 
-AnyObjective = MemoryObjectiveSettings
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MementoObjectiveSettings(ObjectiveSettings):
+    """Memento: a clip from recalled frames of earlier clips of its group, and beside it an image of its subject.
+
+    Args:
+        subject_weight: lambda, the weight of the subject's loss relative to the video's: 1 as released, 0.5 in the
+            paper; 0: no subject.
+        subject_probability: how often a step has a subject.
+        recent_probability: how often the candidates are those of the clip before alone, without a subject.
+        query: whether a KeyframeQuery chooses among the candidates and is trained; if not, the newest are recalled.
+        local: frames chosen by the queries that read the prompt.
+        whole: frames chosen by those that read the caption of the whole film, here the prompt too.
+        older: most candidates of older clips.
+        recent: most candidates of the clip before.
+    """
+
+    system: ClassVar[str] = "memento"
+
+    subject_weight: float = 1.0
+    subject_probability: float = 0.8
+    recent_probability: float = 0.1
+    query: bool = True
+    local: int = 6
+    whole: int = 2
+    older: int = 8
+    recent: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds(self, subject_weight=(0, 1e6), subject_probability=(0, 1), recent_probability=(0, 1))
+        check_bounds(self, local=(1, 512), whole=(1, 512), older=(0, 512), recent=(1, 512))
+
+    def check(self, train: TrainSettings) -> None:
+        """See :class:`ObjectiveSettings`."""
+        if train.samples.every:
+            raise ValueError(f"samples.every={train.samples.every}: no film is sampled with memento; write 0")
+        if not train.model.spec.condition_channels:
+            raise ValueError(f"memento gives memory in condition channels, which {train.model.spec.name} lacks")
+        if train.adapter is None:
+            raise ValueError("memento trains an adapter and a KeyframeQuery: adapter=null is not possible")
+        if further := sorted({*train.export} - {"storymem", "released"}):
+            raise ValueError(
+                f"export={','.join(further)} cannot hold a KeyframeQuery: write export=[storymem,released]"
+            )
+
+    def check_set(self, train: TrainSettings, latents: LatentCache) -> None:
+        """See :class:`ObjectiveSettings`."""
+        from storymem.training.settings import GIVEN_FRAMES
+
+        super().check_set(train, latents)
+        latents.given(0, GIVEN_FRAMES[train.conditioning])  # raises if the cache lacks them
+
+    def prepare(self, transformer: Any, *, seed: int) -> None:
+        """See :class:`ObjectiveSettings`."""
+        if self.query:
+            from storymem.wan.keyframe_query import add_query
+
+            add_query(transformer, seed=seed)
+
+    def samples(self, train: TrainSettings, latents: LatentCache, *, count: int, split: Split = "train") -> Samples:
+        """See :class:`ObjectiveSettings`."""
+        from storymem.training.objectives.memento import MementoSamples
+
+        return MementoSamples(
+            latents, self, train.batch, conditioning=train.conditioning, seed=train.seed, count=count, split=split
+        )
+
+    def loss(self, train: TrainSettings) -> Loss:
+        """See :class:`ObjectiveSettings`."""
+        from storymem.training.objectives.memento import MementoObjective
+
+        model = train.model
+        return MementoObjective(
+            settings=self,
+            boundary=model.boundary,
+            rope_stride=model.rope_stride,
+            memory_attention=model.memory_attention,
+            spec=model.spec,
+        )
+
+
+AnyObjective = MemoryObjectiveSettings | MementoObjectiveSettings
 #: The files of ``configs/objective``.
-OBJECTIVES: dict[str, type[ObjectiveSettings]] = {"memory": MemoryObjectiveSettings}
+OBJECTIVES: dict[str, type[ObjectiveSettings]] = {cls.system: cls for cls in get_args(AnyObjective)}
