@@ -233,7 +233,7 @@ def test_mistakes_are_reported_in_one_line(
     [
         ("generate", "model=tinny", "'model/tinny'; choices of model: tiny, toy, wan2.2-a14b"),
         ("train", "experiment=nope", "'experiment/nope'; choices of experiment: toy_"),
-        ("evaluate", "metrics=[stbench,tiy]", "'metrics/tiy'; choices of metrics: cuts, identity-clip"),
+        ("evaluate", "metrics=[stbench,tiy]", "'metrics/tiy'; choices of metrics: cuts, entities, faces"),
     ],
 )
 def test_an_unknown_choice_is_reported_with_those_there_are(

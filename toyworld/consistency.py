@@ -16,7 +16,8 @@ import numpy as np
 from storymem.evaluation.metric import Column, FilmInfo, Metric, Pair, Scores, Value, mean, reasons_for
 from storymem.story import Shot, Story
 from toyworld.attributes import LOOK_PARTS, LOOKS, PROP_COLOURS, SIDES, UNKNOWN, Scenery
-from toyworld.reader import ShotSeen, read_shot
+from toyworld.places import draw_place
+from toyworld.reader import ShotSeen, fit_backdrop, planar, read_shot
 from toyworld.words import Asked, left_to_right, read_prompt
 
 SCENERY_PARTS = tuple(field.name for field in fields(Scenery))
@@ -74,6 +75,11 @@ def things_of(story: Story) -> list[Thing]:
     return [thing for thing in found if thing.shots]
 
 
+def _exact(name: str, title: str, heading: str) -> Column:
+    """A column that learned metrics of consistency are compared with."""
+    return Column(name=name, title=title, heading=heading, consistency=True, exact=True)
+
+
 class ToyConsistency(Metric):
     """Do characters and places of the toy world keep their attributes from shot to shot?
 
@@ -91,11 +97,16 @@ class ToyConsistency(Metric):
     """
 
     columns = (
-        Column(name="attribute_consistency", title="Attributes as at first appearance", heading="Attributes"),
+        _exact("attribute_consistency", "Attributes as at first appearance", "Attributes"),
         Column(name="attribute_chance", title="The same in independent shots, computed", heading="Chance"),
-        Column(name="character_consistency", title="Attributes of characters", heading="Characters"),
-        Column(name="lone_character_consistency", title="Attributes of a story's only character", heading="Lone char."),
-        Column(name="place_consistency", title="Attributes of places", heading="Places"),
+        _exact("character_consistency", "Attributes of characters", "Characters"),
+        Column(
+            name="lone_character_consistency",
+            title="Attributes of a story's only character",
+            heading="Lone char.",
+            consistency=True,
+        ),
+        _exact("place_consistency", "Attributes of places", "Places"),
         Column(name="characters_apart", title="Pairs of characters who differ", heading="Apart"),
         Column(name="attributes_unread", title="Attributes that cannot be read", heading="Unread"),
         Column(name="prompt_attributes", title="Place, time, framing and action as asked", heading="As asked"),
@@ -154,10 +165,23 @@ class ToyConsistency(Metric):
             },
         )
 
+    def without_characters(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
+        """See :meth:`Metric.without_characters`: the place, drawn as it is read, in every frame."""
+        seen = read_shot(frames, self.every).seen
+        backdrop, _ = fit_backdrop(planar(frames[0]))
+        known = {name: getattr(seen, name) for name in ("place", "time", "framing", *SCENERY_PARTS)}
+        scenery = {name: known[name] for name in SCENERY_PARTS}
+        where = [
+            getattr(backdrop, name) if known[name] == UNKNOWN else known[name] for name in ("place", "time", "framing")
+        ]
+        drawn = draw_place(*where, None if UNKNOWN in scenery.values() else Scenery(**scenery))
+        image = (drawn.transpose(1, 2, 0) * 255).round().astype(np.uint8)
+        return np.repeat(image[None], len(frames), axis=0)
+
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
         return {
-            "every": self.every,
+            "frames": f"every {self.every} from the first",
             "unreadable": "counts as different",
             "chance_of_characters": round(float(np.mean([CHANCE[part] for part in LOOK_PARTS])), 6),
             "chance_of_places": round(float(np.mean([CHANCE[part] for part in SCENERY_PARTS])), 6),

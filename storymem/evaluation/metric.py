@@ -23,11 +23,18 @@ Pair = tuple[int, int, Value]
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column of the tables: ``name`` in files, ``title`` on the page, ``heading`` in narrow tables."""
+    """A column of the tables: ``name`` in files, ``title`` on the page, ``heading`` in narrow tables.
+
+    Args:
+        consistency: a film of one still scores highest, so the films' motion is measured and shown beside it.
+        exact: it is read without error from a drawn world; other columns are compared with it.
+    """
 
     name: str
     title: str
     heading: str
+    consistency: bool = False
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +44,14 @@ class FilmInfo:
     Args:
         story: of the film.
         lengths: frames of each shot; None for a missing shot.
+        fps: frames per second of each shot, where known.
+        separate: whether each shot is a file of its own.
     """
 
     story: Story
     lengths: tuple[int | None, ...]
+    fps: tuple[float | None, ...] = ()
+    separate: bool = True
 
     @cached_property
     def total(self) -> int | None:
@@ -72,6 +83,7 @@ class Scores:
             means over stories.
         shots: column -> a value for each shot.
         pairs: column -> values of pairs of shots.
+        marks: column -> a sentence that explains its value, for a footnote of the tables.
         details: further values for ``results.json``.
     """
 
@@ -80,6 +92,7 @@ class Scores:
     undefined: tuple[str, ...] = ()
     shots: dict[str, tuple[Value, ...]] = field(default_factory=dict)
     pairs: dict[str, tuple[Pair, ...]] = field(default_factory=dict)
+    marks: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -118,9 +131,31 @@ class Metric(Protocol):
         """Scores of a film from what was measured of its shots, in order; None for each missing shot."""
         ...
 
+    def without_characters(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray | None:
+        """``frames`` with the background in place of characters, for a control film; None if it cannot find them."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """All that decides the values except the films (rules, names, hashes of weights), in plain JSON types."""
         return {}
+
+
+def origin_of(*scorers: Any) -> Origin:
+    """The least trusted origin of the scorers' weights; "own" for a scorer that does not name it."""
+    origins = {getattr(scorer, "origin", "own") for scorer in scorers}
+    return next((origin for origin in ("untrained", "own") if origin in origins), "published")
+
+
+def inner_frames(length: int, count: int) -> list[int]:
+    """``count`` indices of ``length`` frames, evenly spaced, without the first and the last; fewer of a short shot."""
+    return sorted({round(place * (length - 1) / (count + 1)) for place in range(1, count + 1)})
+
+
+def appearances(story: Story, names: Sequence[str] | None = None) -> dict[str, list[int]]:
+    """Character -> indices of the shots that list it, for those of ``names`` (default: all) with two or more."""
+    wanted = [one.name for one in story.characters] if names is None else names
+    found = {name: [shot.index for shot in story.shots if name in shot.characters] for name in wanted}
+    return {name: shots for name, shots in found.items() if len(shots) >= 2}
 
 
 def weights_sha256(*networks: nn.Module) -> str:

@@ -17,6 +17,7 @@ from storymem.evaluation.metric import (
     Pair,
     Scores,
     Value,
+    appearances,
     in_batches,
     mean,
     reasons_for,
@@ -27,7 +28,7 @@ from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.scorer import Origin, as_images
 from storymem.scorers.viclip import ViclipScorer, middle_frames
 from storymem.scorers.viclip_network import VICLIP_L_14
-from storymem.story import Shot, Story
+from storymem.story import Shot
 
 TopRule = Literal["prompts", "shots"]
 
@@ -81,6 +82,9 @@ class _Clips(NamedTuple):
 class ViclipScores(Metric):
     """Prompt following and cross-shot consistency: cosines of ViCLIP embeddings.
 
+    The last column is the inter-shot consistency of HoloCine (arXiv 2510.20822): the mean over pairs of shots that list
+    a common character.
+
     Args:
         scorer: the paper's is L/14 with VBench's frames.
         top_pairs: how many pairs of shots count for the top-10 consistency; all if there are fewer.
@@ -91,8 +95,24 @@ class ViclipScores(Metric):
     columns = (
         Column(name="prompt_following_global", title="Prompt following, global", heading="Prompt, global"),
         Column(name="prompt_following_shot", title="Prompt following, single shot", heading="Prompt, shot"),
-        Column(name="consistency_overall", title="Cross-shot consistency, overall", heading="Consist., overall"),
-        Column(name="consistency_top10", title="Cross-shot consistency, top-10 pairs", heading="Consist., top-10"),
+        Column(
+            name="consistency_overall",
+            title="Cross-shot consistency, overall",
+            heading="Consist., overall",
+            consistency=True,
+        ),
+        Column(
+            name="consistency_top10",
+            title="Cross-shot consistency, top-10 pairs",
+            heading="Consist., top-10",
+            consistency=True,
+        ),
+        Column(
+            name="consistency_same_character",
+            title="Cross-shot consistency, same character",
+            heading="Consist., same char.",
+            consistency=True,
+        ),
     )
 
     def __init__(self, scorer: ViclipScorer, *, top_pairs: int = 10, top_rule: TopRule = "prompts") -> None:
@@ -128,24 +148,32 @@ class ViclipScores(Metric):
         )
         pairs = [(i, j, similarity[i][j]) for i, j in combinations(range(len(shots)), 2)]
         top = self._top(pairs, prompts)
+        cast = [set(shot.characters) for shot in film.story.shots]
+        common = [pair for pair in pairs if cast[pair[0]] & cast[pair[1]]]
         columns = {
             "prompt_following_global": None if whole is None else float(whole @ overview),
             "prompt_following_shot": mean(following),
             "consistency_overall": mean([value for *_, value in pairs]),
             "consistency_top10": mean([value for *_, value in top]),
+            "consistency_same_character": mean([value for *_, value in common]),
         }
-        reasons = reasons_for(columns, film)
-        undefined = () if pairs else ("consistency_overall", "consistency_top10")
-        reasons |= dict.fromkeys(undefined, "the story has a single shot")
+        undefined = {} if common else {"consistency_same_character": "no character is listed in two shots"}
+        if not pairs:
+            undefined |= dict.fromkeys(("consistency_overall", "consistency_top10"), "the story has a single shot")
+        reasons = reasons_for(columns, film) | undefined
         if whole is None and film.missing is None:
             reasons["prompt_following_global"] = "the shots differ in size, so there is no clip of the whole film"
         tokens = self.scorer.tokenizer.token_counts(texts)
         return Scores(
             columns=columns,
             reasons=reasons,
-            undefined=undefined,
+            undefined=tuple(undefined),
             shots={"prompt_following_shot": following},
-            pairs={"consistency_overall": tuple(pairs), "consistency_top10": tuple(top)},
+            pairs={
+                "consistency_overall": tuple(pairs),
+                "consistency_top10": tuple(top),
+                "consistency_same_character": tuple(common),
+            },
             details={
                 "texts": len(texts),
                 "texts_truncated": sum(count > self.scorer.tokenizer.context_length for count in tokens),
@@ -216,8 +244,8 @@ class Appearance(Metric):
     """
 
     columns = (
-        Column(name="identity_consistency", title="Identity consistency", heading="Identity"),
-        Column(name="intra_shot_consistency", title="Intra-shot consistency", heading="Intra-shot"),
+        Column(name="identity_consistency", title="Identity consistency", heading="Identity", consistency=True),
+        Column(name="intra_shot_consistency", title="Intra-shot consistency", heading="Intra-shot", consistency=True),
     )
 
     def __init__(self, embedder: ImageEmbedder, *, frames: int = 8) -> None:
@@ -241,7 +269,7 @@ class Appearance(Metric):
         between = _cosines([None if frames is None else frames.mean(axis=0) for frames in measured])
         pairs_of = {
             name: [(i, j, between[i][j]) for i, j in combinations(shots, 2)]
-            for name, shots in _appearances(film.story).items()
+            for name, shots in appearances(film.story).items()
         }
         characters = {name: mean([value for *_, value in pairs]) for name, pairs in pairs_of.items()}
         columns = {"identity_consistency": mean(list(characters.values())), "intra_shot_consistency": mean(within)}
@@ -275,12 +303,6 @@ class Appearance(Metric):
 
     def _chosen(self, length: int) -> list[int]:
         return sorted(set(middle_frames(length, self.frames)))  # fewer of a short shot
-
-
-def _appearances(story: Story) -> dict[str, list[int]]:
-    """Character -> indices of the shots that list it, for those with two or more."""
-    found = {one.name: [shot.index for shot in story.shots if one.name in shot.characters] for one in story.characters}
-    return {name: shots for name, shots in found.items() if len(shots) >= 2}
 
 
 def _cosines(rows: Sequence[np.ndarray | None]) -> list[list[Value]]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -42,13 +43,13 @@ _STYLE: Any = {
 def means_plot(results: Results, across: int = 3) -> str:
     """Means of all columns with their intervals, and the paper's baseline and StoryMem, as a ``data:`` URI."""
     rows = [*results.stories, *(f"{name} †" for name in _SHOWN if results.published)]
-    down = -(-len(results.columns) // across)
+    down = -(-len(results.shown) // across)
     with rc_context(_STYLE):
         figure = Figure(figsize=(4.1 * across, down * (_ROW * len(rows) + 0.75)), layout="constrained")
         axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
-        for axis in axes[len(results.columns) :]:
+        for axis in axes[len(results.shown) :]:
             axis.set_axis_off()
-        for axis, column in zip(axes, results.columns, strict=False):
+        for axis, column in zip(axes, results.shown, strict=False):
             axis.set_title(column.title)
             for row, summaries in enumerate(results.summaries.values()):
                 found = summaries[column.name]
@@ -84,6 +85,24 @@ def story_plot(titles: Sequence[str], systems: Mapping[str, Sequence[float | Non
             axis.plot(across, rows, "o", color=_colour(place), markersize=5, label=name)
         _label_rows(axis, titles)
         figure.legend(loc="outside upper left", ncols=4, frameon=False, handletextpad=0.2)
+        return _data_uri(figure)
+
+
+def gaps_plot(results: Results) -> str | None:
+    """Looks of characters by the distance of the shots, a line for each system, as a ``data:`` URI."""
+    gaps = {column.name: column.heading for column in results.shown if column.name.startswith("entity_gap_")}
+    if not gaps:
+        return None
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 2.6), layout="constrained")
+        axis = figure.subplots()
+        for place, (system, summaries) in enumerate(results.summaries.items()):
+            values = [summaries[name].mean_of_complete for name in gaps]
+            heights = [np.nan if value is None else value for value in values]
+            axis.plot(range(len(gaps)), heights, "o-", color=_colour(place), markersize=4, label=system)
+        axis.set_xticks(range(len(gaps)), gaps.values())
+        axis.set_title("Looks of characters by the distance of the shots")
+        figure.legend(loc="outside upper left", ncols=4, frameon=False)
         return _data_uri(figure)
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from storymem.evaluation.controls import BACKGROUND, SHUFFLED, STILL, Control
 from storymem.evaluation.metric import Column, Pair
-from storymem.evaluation.plots import means_plot, story_plot
-from storymem.evaluation.results import Results, Summary
+from storymem.evaluation.plots import gaps_plot, means_plot, story_plot
+from storymem.evaluation.results import Results, Summary, marks
 from storymem.evaluation.scoring import StoryResult
 from storymem.evaluation.statistics import Comparison
 from storymem.film.manifest import library_versions
@@ -21,10 +22,15 @@ from storymem.io import write_json, write_text
 from storymem.media.video import READER
 
 ABSENT = "–"
+SECONDS = "Seconds per film"
 COMPARED = ("difference", "interval", "relative", "higher / lower", "sign test p", "permutation p")
 _LOWEST = 3  # pairs of shots shown
+_SYMBOLS = "‡§¶#"  # of footnotes
+_CONTROLS = {control.name: control for control in (STILL, SHUFFLED, BACKGROUND)}
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", ABSENT: "--"}
-_TEX |= {"†": r"$^\dagger$"} | {letter: f"\\{letter}" for letter in "&%$#_{}"}
+_TEX |= {"†": r"$^\dagger$", "‡": r"$^\ddagger$", "§": r"\S{}", "¶": r"\P{}"} | {
+    letter: f"\\{letter}" for letter in "&%$#_{}"
+}
 
 
 def write_report(results: Results, output: Path) -> str:
@@ -42,7 +48,15 @@ def write_report(results: Results, output: Path) -> str:
 def render(name: str, results: Results, **context: Any) -> str:
     """The template ``name`` filled in with the results."""
     template = _ENVIRONMENT.get_template(f"{name}.jinja")
-    return template.render(results=results, table=_table(results), compared=COMPARED, **context)
+    tables = {"table": _table(results), "controls": _control_table(results), "agreement": _agreement_table(results)}
+    return template.render(
+        results=results,
+        **tables,
+        footnotes=lambda rows: _used(rows, footnotes(results)),
+        controlled=_controls(results),
+        compared=COMPARED,
+        **context,
+    )
 
 
 def render_page(results: Results, folder: Path) -> str:
@@ -52,7 +66,7 @@ def render_page(results: Results, folder: Path) -> str:
     ]
     bounds = (min(values, default=0.0), max(values, default=1.0))
     titles, systems = results.benchmark["titles"], results.stories.items()
-    columns = sorted(results.columns, key=lambda column: column.name != "consistency_overall")  # it is shown first
+    columns = sorted(results.shown, key=lambda column: column.name != "consistency_overall")  # it is shown first
     plots = [
         (column.title, story_plot(titles, {name: [one.value(column.name) for one in found] for name, found in systems}))
         for column in columns
@@ -61,6 +75,7 @@ def render_page(results: Results, folder: Path) -> str:
         "index.html",
         results,
         means_plot=means_plot(results),
+        gaps_plot=gaps_plot(results),
         story_plots=plots,
         images=lambda system, story: _images(folder / system / story.slug, story),
         matrix=lambda story: _matrix(story, *bounds),
@@ -91,14 +106,101 @@ def mean_and_interval(summary: Summary) -> tuple[str, str]:
     return ABSENT, f"({number(summary.mean_of_complete)} of {summary.complete}/{summary.expected})"
 
 
+def footnotes(results: Results) -> dict[str, str]:
+    """Footnote -> its symbol."""
+    count = len(_SYMBOLS)
+    return {note: _SYMBOLS[place % count] * (1 + place // count) for place, note in enumerate(results.footnotes)}
+
+
+def _used(rows: Sequence[Sequence[str]], notes: Mapping[str, str]) -> dict[str, str]:
+    """Those of the ``notes`` whose symbol is in a cell."""
+    symbols = {symbol for row in rows[1:] for cell in row[1:] for symbol in re.findall(f"[{_SYMBOLS}]+", cell)}
+    return {note: symbol for note, symbol in notes.items() if any(symbol in one for one in symbols)}
+
+
+def mean_cell(
+    results: Results, stories: Sequence[StoryResult], summaries: Mapping[str, Summary], column: Column
+) -> tuple[str, str]:
+    """A mean with the symbols of its footnotes, and its interval."""
+    known, summary = footnotes(results), summaries[column.name]
+    value, bounds = mean_and_interval(summary)
+    symbols = "".join(known[note] for note in marks(stories, summaries, column)) if summary.complete else ""
+    return f"{value} {symbols}".strip(), bounds
+
+
+def seconds_cell(summary: Summary | None) -> tuple[str, str]:
+    """Mean seconds per film and their interval."""
+    if summary is None or summary.mean is None:
+        return ABSENT, ""
+    low, high = summary.interval or (None, None)
+    return f"{summary.mean:.1f}", "" if low is None else f"[{low:.1f}, {high:.1f}]"
+
+
 def _table(results: Results) -> list[list[str]]:
-    """The means as rows of cells, the paper's rows last."""
-    rows = [["", *(column.heading for column in results.columns)]]
+    """The means as rows of cells, the paper's rows last; the films' cost in the last column, where it is known."""
+    costs = results.costs
+    rows = [["", *(column.heading for column in results.shown), *([SECONDS] if costs else [])]]
     for system, summaries in results.summaries.items():
-        rows.append([system, *(" ".join(mean_and_interval(summaries[c.name])).strip() for c in results.columns)])
+        stories = results.stories[system]
+        cells = [mean_cell(results, stories, summaries, column) for column in results.shown]
+        cells += [seconds_cell(costs.get(system))] if costs else []
+        rows.append([system, *(" ".join(cell).strip() for cell in cells)])
     for name, known in results.published.items():
-        rows.append([f"{name} †", *(number(known.get(column.name)) for column in results.columns)])
+        plain = [number(known.get(column.name)) for column in results.shown]
+        rows.append([f"{name} †", *plain, *([ABSENT] if costs else [])])
     return rows
+
+
+def _controls(results: Results) -> dict[str, Control]:
+    """The controls that were scored."""
+    return {name: _CONTROLS[name] for name in results.controls}
+
+
+def _control_table(results: Results) -> list[list[str]]:
+    """A row of cells for each column: its value for the films, for films made of them, and for independent shots.
+
+    Where a control does not apply to all stories, the films' own value on these stories stands in parentheses.
+    """
+    rows, every = results.control_summaries, len(results.benchmark["titles"])
+    if not results.controls:
+        return []
+    partial = {name: found for name, found in results.controls.items() if len(found) < every}
+    heads = [_CONTROLS[name].title if name in results.controls else name for name in rows]
+    heads = [
+        f"{head} ({len(partial[name])} of {every} stories)" if name in partial else head
+        for name, head in zip(rows, heads, strict=True)
+    ]
+    table = [["", *heads]]
+    for column in results.shown:
+        cells = []
+        for name, summaries in rows.items():
+            stories = results.controls.get(name) or results.stories[name]
+            cell = mean_cell(results, stories, summaries, column)[0]
+            cells.append(f"{cell} ({number(results.control_partner(name, column.name))})" if name in partial else cell)
+        table.append([column.title, *cells])
+    return table
+
+
+def _agreement_table(results: Results) -> list[list[str]]:
+    """A row of cells for each learned column: its rank correlation with each exact one."""
+    titles = {column.name: column.title for column in results.shown}
+    table: list[list[str]] = []
+    for one, row in results.agreement.items():
+        table = table or [["", *(titles[truth] for truth in row)]]
+        cells = (
+            ABSENT if of is None else f"{number(of.rho, 2)} {_short(of.interval)} ({of.films})" for of in row.values()
+        )
+        table.append([titles[one], *cells])
+    return table
+
+
+def _short(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else f"[{number(bounds[0], 2)}, {number(bounds[1], 2)}]"
+
+
+def counted_stories(count: int) -> str:
+    """``1 story``, ``2 stories``."""
+    return f"{count} {'story' if count == 1 else 'stories'}"
 
 
 def _comparison(found: Comparison | None) -> list[str]:
@@ -148,7 +250,7 @@ def _matrix(story: StoryResult, low: float, high: float) -> list[list[dict[str, 
 def _reasons(story: StoryResult, results: Results) -> dict[str, list[Column]]:
     """Reason -> the columns that have no value for it."""
     found: dict[str, list[Column]] = {}
-    for column in results.columns:
+    for column in results.shown:
         if (reason := story.reason(column.name)) is not None:
             found.setdefault(reason, []).append(column)
     return found
@@ -185,7 +287,9 @@ _ENVIRONMENT.filters |= {
     "described": _described,
     "lowest": _lowest,
     "markdown": _markdown,
-    "mean_and_interval": mean_and_interval,
+    "counted_stories": counted_stories,
+    "mean_cell": mean_cell,
+    "seconds_cell": seconds_cell,
     "number": number,
     "pairs_shown": pairs_shown,
     "reasons": _reasons,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import combinations
 from typing import Any
@@ -11,29 +11,22 @@ from typing import Any
 import numpy as np
 
 from storymem.evaluation.metric import Column
+from storymem.evaluation.motion import NEARLY_STILL
+from storymem.evaluation.published import OTHERS, PUBLISHED, PUBLISHED_COLUMNS, OtherTable
 from storymem.evaluation.scoring import ShotResult, StoryResult
-from storymem.evaluation.statistics import Comparison, StatisticsSettings, bootstrap_interval, compare
+from storymem.evaluation.statistics import (
+    Comparison,
+    Correlation,
+    StatisticsSettings,
+    bootstrap_interval,
+    compare,
+    rank_correlation,
+)
 from storymem.film.manifest import library_versions
 from storymem.media.video import READER
 
-PUBLISHED_COLUMNS = (
-    "aesthetic_quality",
-    "prompt_following_global",
-    "prompt_following_shot",
-    "consistency_overall",
-    "consistency_top10",
-)
-PUBLISHED: dict[str, tuple[float, ...]] = {
-    "Wan2.2, independent shots": (0.6097, 0.2114, 0.2335, 0.3934, 0.4357),
-    "StoryDiffusion + Wan2.2": (0.6053, 0.2223, 0.2294, 0.4485, 0.4902),
-    "IC-LoRA + Wan2.2": (0.6001, 0.2198, 0.2251, 0.4571, 0.5015),
-    "HoloCine": (0.5471, 0.2104, 0.2155, 0.4631, 0.5122),
-    "StoryMem": (0.6133, 0.2289, 0.2313, 0.5065, 0.5337),
-    "StoryMem without semantic selection": (0.6076, 0.2257, 0.2295, 0.4878, 0.5287),
-    "StoryMem without aesthetic filter": (0.6018, 0.2251, 0.2313, 0.4844, 0.5330),
-    "StoryMem without sink": (0.6093, 0.2277, 0.2330, 0.4891, 0.5241),
-}
-"""Rows of the paper's tables 1 and 2 (arXiv 2512.19539), in the order of `PUBLISHED_COLUMNS`."""
+INDEPENDENT = "independent"
+"""The method whose films are a control: nothing but the prompt is common to its shots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +61,8 @@ class Results:
         statistics: settings of intervals and tests.
         benchmark: folder and titles of the stories.
         systems: system -> the folder of its films and the method that made them.
+        controlled: the system whose films the control films are made of.
+        controls: control -> a result for each story to which it applies.
     """
 
     columns: tuple[Column, ...]
@@ -76,6 +71,8 @@ class Results:
     statistics: StatisticsSettings
     benchmark: dict[str, Any]
     systems: dict[str, Any]
+    controlled: str | None = None
+    controls: dict[str, tuple[StoryResult, ...]] = field(default_factory=dict)
 
     @cached_property
     def summaries(self) -> dict[str, dict[str, Summary]]:
@@ -95,6 +92,91 @@ class Results:
             }
             for first, second in combinations(self.stories, 2)
         }
+
+    @cached_property
+    def shown(self) -> tuple[Column, ...]:
+        """The columns that some story can have: those of the tables."""
+        results = [result for stories in self.stories.values() for result in stories]
+        return tuple(column for column in self.columns if any(one.is_defined(column.name) for one in results))
+
+    @cached_property
+    def not_shown(self) -> dict[str, list[str]]:
+        """Reason -> headings of the columns that no story can have."""
+        found: dict[str, list[str]] = {}
+        first = next(iter(self.stories.values()))[0]
+        for column in self.columns:
+            if column not in self.shown:
+                found.setdefault(first.reason(column.name) or "not defined", []).append(column.heading)
+        return found
+
+    @cached_property
+    def control_summaries(self) -> dict[str, dict[str, Summary]]:
+        """Row of the table of controls -> column -> its mean: the films themselves first, independent shots last."""
+        rows = {} if self.controlled is None else {self.controlled: self.stories[self.controlled]}
+        rows |= self.controls
+        if self.controls and INDEPENDENT in self.stories:
+            rows[INDEPENDENT] = self.stories[INDEPENDENT]
+        return {
+            name: {column.name: summarise(stories, column.name, self.statistics) for column in self.columns}
+            for name, stories in rows.items()
+        }
+
+    def control_partner(self, control: str, column: str) -> float | None:
+        """The mean of a column over the unaltered films that a control was made of."""
+        slugs = {result.slug for result in self.controls[control]}
+        own = [result for result in self.stories[self.controlled or ""] if result.slug in slugs]
+        return summarise(own, column, self.statistics).mean
+
+    @cached_property
+    def agreement(self) -> dict[str, dict[str, Correlation | None]]:
+        """Learned column -> exact column -> their rank correlation over all films; empty without an exact column."""
+        exact = [column.name for column in self.shown if column.exact]
+        of_toy = {
+            name
+            for metric in self.metrics.values()
+            if set(exact) & set(metric["columns"])
+            for name in metric["columns"]
+        }
+        learned = [column.name for column in self.shown if column.name not in of_toy] if exact else []
+        return {
+            one: {truth: rank_correlation(self._films(one, truth), self.statistics) for truth in exact}
+            for one in learned
+        }
+
+    def _films(self, one: str, other: str) -> list[list[tuple[float, float]]]:
+        """For each story, both columns of every system's film that has them."""
+        found = []
+        for of_story in zip(*self.stories.values(), strict=True):
+            values = [(result.value(one), result.value(other)) for result in of_story]
+            found.append([(a, b) for a, b in values if a is not None and b is not None])
+        return found
+
+    @cached_property
+    def costs(self) -> dict[str, Summary]:
+        """System -> seconds that this machine took to make a film; only for systems whose films all state it."""
+        found = {}
+        for system, results in self.stories.items():
+            values = [result.seconds for result in results if result.seconds is not None]
+            if values and len(values) == len(results):
+                average, bounds = float(np.mean(values)), bootstrap_interval(values, self.statistics)
+                found[system] = Summary(
+                    mean=average,
+                    interval=bounds,
+                    mean_of_complete=average,
+                    complete=len(values),
+                    expected=len(values),
+                    lacking={},
+                )
+        return found
+
+    @cached_property
+    def footnotes(self) -> tuple[str, ...]:
+        """All footnotes, in the order of the tables."""
+        rows = [(self.stories[name], found) for name, found in self.summaries.items()]
+        rows += [(self.controls[name], self.control_summaries[name]) for name in self.controls]
+        return tuple(
+            dict.fromkeys(note for stories, found in rows for one in self.shown for note in marks(stories, found, one))
+        )
 
     def _pairs(self, first: str, second: str, column: str) -> tuple[list[float], list[float]]:
         before, after = (
@@ -124,6 +206,11 @@ class Results:
             return {}
         rows = {name: zip(PUBLISHED_COLUMNS, row, strict=True) for name, row in PUBLISHED.items()}
         return {name: {column: value for column, value in row if column in comparable} for name, row in rows.items()}
+
+    @property
+    def others(self) -> tuple[OtherTable, ...]:
+        """Tables of others, where the paper's rows are shown too."""
+        return OTHERS if self.published else ()
 
     @property
     def published_note(self) -> str:
@@ -189,6 +276,19 @@ class Results:
                 }
                 for (first, second), columns in self.comparisons.items()
             ],
+            "agreement": {
+                one: {truth: None if found is None else asdict(found) for truth, found in row.items()}
+                for one, row in self.agreement.items()
+            },
+            "controls": {
+                "system": self.controlled,
+                "rows": {
+                    row: {column: asdict(summary) for column, summary in summaries.items()}
+                    for row, summaries in self.control_summaries.items()
+                },
+                "stories": {control: [asdict(result) for result in found] for control, found in self.controls.items()},
+            },
+            "seconds_per_film": {system: asdict(summary) for system, summary in self.costs.items()},
             "published": {"note": self.published_note, "rows": self.published},
             "versions": library_versions(),
         }
@@ -200,6 +300,14 @@ class Results:
                 for metric, weights in ((name, self.metrics[name]["weights"]) for name in result.scores):
                     for row in _values(result, metric):
                         yield {"system": system, "story": result.title, **row, "weights": weights}
+
+
+def marks(stories: Sequence[StoryResult], summaries: Mapping[str, Summary], column: Column) -> list[str]:
+    """Footnotes of a column of one row of the tables: those of its films, and whether the films hardly move."""
+    found = list(dict.fromkeys(mark for result in stories if (mark := result.mark(column.name)) is not None))
+    motion = summaries["motion"].mean_of_complete if column.consistency and "motion" in summaries else None
+    still = f"these films hardly move (motion below {NEARLY_STILL}): consistency says nothing of them"
+    return found if motion is None or motion >= NEARLY_STILL else [*found, still]
 
 
 def summarise(results: Sequence[StoryResult], column: str, settings: StatisticsSettings) -> Summary:
@@ -240,3 +348,6 @@ def _values(result: StoryResult, metric: str) -> Iterator[dict[str, Any]]:
             yield row("pair", f"{i}-{j}", column, value, shots[i - 1], shots[j - 1])
     for name, value in scores.details.get("characters", {}).items():
         yield row("character", name, "identity_consistency", value)
+    for name, values in scores.details.get("entities", {}).items():
+        for part in ("presence", "same", "strict"):
+            yield row("character", name, f"entity_{part}", values.get(part)) | {"reason": values.get("reason")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
+from storymem.evaluation.controls import Alter, Control
 from storymem.evaluation.layouts import FilmFiles, ShotFile
 from storymem.evaluation.metric import FilmInfo, Metric, Scores
 from storymem.io import (
@@ -30,7 +31,7 @@ from storymem.io import (
 from storymem.media.video import READER, READING, probe, read_video
 from storymem.story import Shot, Story
 
-FORMAT = 3
+FORMAT = 4
 _DIGITS = 6  # of values in files: more than other batch sizes or processors agree on
 _STRIP_HEIGHT = 96
 
@@ -75,6 +76,7 @@ class StoryResult:
         title, slug, style: of the story.
         story_sha256: of the story's content.
         folder: of the film.
+        seconds: wall time of making it, where its manifest states it.
         shots: one for each shot of the story.
         scores: metric -> its scores.
         metrics: metric -> its version, rules and hashes of weights.
@@ -89,6 +91,7 @@ class StoryResult:
     style: str | None
     story_sha256: str = ""
     folder: str | None = None
+    seconds: float | None = None
     shots: tuple[ShotResult, ...]
     scores: dict[str, Scores]
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -102,6 +105,10 @@ class StoryResult:
     def reason(self, column: str) -> str | None:
         """Why a column has no value."""
         return next((scores.reasons[column] for scores in self.scores.values() if column in scores.reasons), None)
+
+    def mark(self, column: str) -> str | None:
+        """A sentence that explains a column's value."""
+        return next((scores.marks[column] for scores in self.scores.values() if column in scores.marks), None)
 
     def is_defined(self, column: str) -> bool:
         """Whether the story can have a value of this column."""
@@ -131,20 +138,26 @@ def metric_settings(metrics: Mapping[str, Metric]) -> dict[str, Any]:
     }
 
 
-def result_key(story: Story, film: FilmFiles, measured: Mapping[str, Any]) -> str:
-    """SHA-256 of all that decides a film's scores: story, bytes and frames of shots, video reader, metrics."""
+def result_key(story: Story, film: FilmFiles, measured: Mapping[str, Any], control: str | None = None) -> str:
+    """SHA-256 of all that decides a film's scores: story, bytes and frames of shots, video reader, metrics, control."""
     content = {
         "format": FORMAT,
         "story": story.to_dict(),
         "shots": [shot.reason if shot.path is None else [film.hashes[shot.path], shot.frames] for shot in film.shots],
         "metrics": measured,
         "reader": [READER, READING],
+        **({} if control is None else {"control": control}),
     }
     return hash_json(content)
 
 
 def score_story(
-    story: Story, film: FilmFiles, metrics: Mapping[str, Metric], measured: Mapping[str, Any], folder: Path
+    story: Story,
+    film: FilmFiles,
+    metrics: Mapping[str, Metric],
+    measured: Mapping[str, Any],
+    folder: Path,
+    control: Control | None = None,
 ) -> None:
     """Write ``folder/STORY.json`` and its images ``folder/STORY/SHOT.jpg``, unless the same result is there.
 
@@ -157,14 +170,17 @@ def score_story(
         metrics: what to measure.
         measured: ``metric_settings(metrics)``.
         folder: of all results of one system.
+        control: how the film's frames are altered; its ``story`` is applied by the caller.
     """
-    key, path, images = result_key(story, film, measured), folder / f"{story.slug}.json", folder / story.slug
+    key = result_key(story, film, measured, None if control is None else control.name)
+    path, images = folder / f"{story.slug}.json", folder / story.slug
     before = read_result(path)
     if before is not None and before.key == key and not before.faults:
-        if before.folder != (where := _folder(film)):
-            write_json(path, asdict(replace(before, folder=where)))  # the same film elsewhere
+        now = replace(before, folder=_folder(film), seconds=film.seconds)
+        if now != before:
+            write_json(path, asdict(now))  # the same film elsewhere
         return
-    result, strips = score_film(story, film, metrics, key)
+    result, strips = score_film(story, film, metrics, key, None if control is None else control.alter)
     for fault in result.faults:
         print(f"{story.title}: {fault}", file=sys.stderr, flush=True)
     with naming_full_disk(images):
@@ -179,23 +195,27 @@ def score_story(
 
 
 def score_film(
-    story: Story, film: FilmFiles, metrics: Mapping[str, Metric], key: str
+    story: Story,
+    film: FilmFiles,
+    metrics: Mapping[str, Metric],
+    key: str,
+    altered: Callable[[Mapping[str, Metric]], Alter] | None = None,
 ) -> tuple[StoryResult, dict[str, bytes]]:
     """Measure a film.
 
     A shot whose file is missing or damaged has a reason instead, and whatever needs it has no value. A value that is
-    NaN or infinite becomes None, and is listed in ``faults``.
+    NaN or infinite becomes None, and is listed in ``faults``. ``altered``, of a :class:`Control`, changes the frames.
 
     Returns:
         the result, and name -> a JPEG of a shot's first, middle and last frame, side by side.
     """
     try:
-        return _score(story, film, metrics, key)
+        return _score(story, film, metrics, key, None if altered is None else altered(metrics))
     except _UnreadableError as error:
         # Metrics are given the missing shots before the first shot, so start again without this one.
         shots = list(film.shots)
         shots[error.index] = ShotFile(reason=str(error))
-        return score_film(story, replace(film, shots=tuple(shots)), metrics, key)
+        return score_film(story, replace(film, shots=tuple(shots)), metrics, key, altered)
 
 
 class _UnreadableError(Exception):
@@ -216,9 +236,14 @@ def _reading(index: int) -> Iterator[None]:
 
 
 def _score(
-    story: Story, film: FilmFiles, metrics: Mapping[str, Metric], key: str
+    story: Story, film: FilmFiles, metrics: Mapping[str, Metric], key: str, alter: Alter | None
 ) -> tuple[StoryResult, dict[str, bytes]]:
-    info = FilmInfo(story=story, lengths=tuple(_length(index, file) for index, file in enumerate(film.shots)))
+    info = FilmInfo(
+        story=story,
+        lengths=tuple(_length(index, file) for index, file in enumerate(film.shots)),
+        fps=tuple(None if file.path is None else probe(file.path).fps or None for file in film.shots),
+        separate=all(file.frames is None for file in film.shots),
+    )
     measured: dict[str, list[Any]] = {name: [] for name in metrics}
     faults: dict[str, list[str]] = {name: [] for name in metrics}
     strips: dict[str, bytes] = {}
@@ -227,6 +252,7 @@ def _score(
         if file.path is not None:
             with _reading(shot.index):
                 frames = read_video(file.path, None if file.frames is None else range(*file.frames))
+            frames = frames if alter is None else alter(shot, frames, info)
             strips[f"{shot.index + 1:02d}.jpg"] = _strip(frames)
         for name, metric in metrics.items():
             try:
@@ -242,6 +268,7 @@ def _score(
         style=story.genre,
         story_sha256=hash_json(story.to_dict()),
         folder=_folder(film),
+        seconds=film.seconds,
         shots=tuple(_shot_result(shot, n, film) for shot, n in zip(story.shots, info.lengths, strict=True)),
         scores=scores,
         faults=tuple(f"{name}: {fault}" for name, found in faults.items() for fault in found),
@@ -309,6 +336,7 @@ def _computed(metric: Metric, measured: Sequence[Any], info: FilmInfo, faults: l
         undefined=found.undefined,
         shots=shots,
         pairs=pairs,
+        marks=found.marks,
         details=_plain(found.details, "", faults),
     )
 

@@ -60,6 +60,48 @@ class Comparison:
     permutation_p: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Correlation:
+    """Spearman's rank correlation of two columns over films.
+
+    Args:
+        films: how many.
+        rho: -1 to 1.
+        interval: percentile bootstrap interval over stories, each with all its films; None for fewer than two.
+    """
+
+    films: int
+    rho: float
+    interval: tuple[float, float] | None
+
+
+def rank_correlation(
+    stories: Sequence[Sequence[tuple[float, float]]], settings: StatisticsSettings
+) -> Correlation | None:
+    """The rank correlation of pairs of values, of all films of all ``stories`` together.
+
+    None for fewer than three films, or if one of the columns has a single value.
+    """
+    from scipy import stats
+
+    def rho(chosen: Sequence[int]) -> float:
+        values = np.array([pair for story in chosen for pair in stories[story]]).reshape(-1, 2)
+        if len(values) < 3 or min(len(set(column)) for column in values.T) < 2:
+            return np.nan
+        ranks = stats.rankdata(values, axis=0)
+        return float(np.corrcoef(ranks.T)[0, 1])
+
+    found = rho(range(len(stories)))
+    if np.isnan(found):
+        return None
+    draw = np.random.default_rng(settings.seed)
+    drawn = [rho(draw.integers(len(stories), size=len(stories)).tolist()) for _ in range(min(settings.resamples, 1000))]
+    tail = 100 * (1 - settings.level) / 2
+    low, high = np.nanpercentile(drawn, [tail, 100 - tail])
+    interval = (float(low), float(high)) if len(stories) > 1 else None
+    return Correlation(films=sum(map(len, stories)), rho=found, interval=interval)
+
+
 def bootstrap_interval(values: Sequence[float], settings: StatisticsSettings) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the mean of ``values`` over stories; None for fewer than two."""
     from scipy import stats  # here, because the settings above are part of every start

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, StoryPath, UserPath, build_settings, first_of
-from storymem.evaluation.films import Films, find_films, stories_of
+from storymem.evaluation.films import Films, find_films, only_named, stories_of, stories_of_films
 from storymem.evaluation.mapping import MAPPING, MAPPING_SUFFIXES
 from storymem.evaluation.statistics import StatisticsSettings
 from storymem.evaluation.workers import from_first, workers, working_together
@@ -69,6 +69,8 @@ class EvaluateSettings:
         label: name of ``method`` in the tables; by default that of its class.
         stbench: the stories.
         metrics: name -> ``_target_`` node of `storymem.evaluation.metric.Metric`.
+        controls: also score control films, made in RAM of the films of the first system that is not `independent`.
+        untrained: allow metrics with untrained scorers; set by ``metrics=[tiny]``.
         statistics: of intervals and tests.
         output: folder of the results and of the films that methods make.
         dry_run: find films, check everything, and print the plan.
@@ -87,6 +89,8 @@ class EvaluateSettings:
     label: str | None = None
     stbench: StbenchSettings = field(default_factory=StbenchSettings)
     statistics: StatisticsSettings = field(default_factory=StatisticsSettings)
+    controls: bool = False
+    untrained: bool = False
     output: UserPath = "results/stbench"
     continuity: Continuity = "mi2v"
     first_shot: FirstShot = "auto"
@@ -118,8 +122,8 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
         the results; None in a dry run and in all processes but the first.
     """
     settings = build_settings(EvaluateSettings, config)
-    stories = stories_of(settings.stbench.stories, settings.stbench.only)
     systems = find_systems(settings, compose)
+    where, stories = find_stories(settings, systems)
     plan, missing = make_plan(systems, stories), missing_weights(settings.metrics)
     if settings.dry_run:
         print("\n".join([plan, *(f"metrics need what is not on this machine: {one}" for one in missing)]))
@@ -127,6 +131,8 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
     if missing:
         raise MissingWeights("\n".join([*map(str, missing), _WITHOUT_WEIGHTS]))
     check_output(Path(settings.output))
+    from storymem.evaluation.controls import controls_for
+    from storymem.evaluation.jobs import find_jobs, score_jobs
     from storymem.evaluation.scoring import metric_settings
 
     launch = workers()
@@ -136,6 +142,7 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
     with working_together(launch):
         metrics = build_metrics(settings.metrics)
         measured = metric_settings(metrics)
+        check_trained(measured, settings)
         columns = [column for metric in metrics.values() for column in metric.columns]
         if made:
             metrics = {}  # frees RAM and VRAM for the methods' models
@@ -145,15 +152,20 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
                 make_films(system, launch.share(stories))
             from_first(None)  # films to score are divided among all processes again
             metrics = metrics or build_metrics(settings.metrics)
-            found = score(systems, stories, metrics, measured, Path(settings.output), launch)
-            return _summarise(settings, systems, stories, found, columns, measured) if launch.team == 0 else None
+            folders = {system.name: system.films for system in systems}
+            jobs = find_jobs(
+                folders, stories, controls_for(metrics) if settings.controls else (), Path(settings.output)
+            )
+            found = score_jobs(jobs, metrics, measured, launch)
+            return _summarise(settings, systems, stories, where, found, columns, measured) if launch.team == 0 else None
 
 
 def _summarise(
     settings: EvaluateSettings,
     systems: Sequence[System],
     stories: Sequence[Story],
-    found: Mapping[str, Sequence[StoryResult]],
+    where: str,
+    found: Mapping[tuple[str, str | None], Sequence[StoryResult]],
     columns: Sequence[Column],
     measured: Mapping[str, Any],
 ) -> Results:
@@ -163,11 +175,13 @@ def _summarise(
 
     results = Results(
         columns=tuple(columns),
-        stories={system: tuple(one) for system, one in found.items()},
+        stories={system: tuple(one) for (system, control), one in found.items() if control is None},
         metrics=dict(measured),
         statistics=settings.statistics,
-        benchmark={"folder": settings.stbench.stories, "titles": [story.title for story in stories]},
+        benchmark={"folder": where, "titles": [story.title for story in stories]},
         systems={system.name: {"films": str(system.films), "method": system.method} for system in systems},
+        controlled=next((system for system, control in found if control is not None), None),
+        controls={control: tuple(one) for (_, control), one in found.items() if control is not None},
     )
     output = Path(settings.output)
     with _writing_tables(output):
@@ -179,6 +193,20 @@ def _summarise(
 
 
 # --- what is compared
+
+
+def find_stories(settings: EvaluateSettings, systems: Sequence[System]) -> tuple[str, list[Story]]:
+    """Where the stories are from, and the stories.
+
+    They are those of ``stbench.stories``; but if this is the default, and none of the films to score (all of them with
+    manifests) is of these stories, those that the films were made from.
+    """
+    given = settings.stbench.stories
+    if given == StbenchSettings().stories and not any(system.method for system in systems):
+        own = stories_of_films([system.films for system in systems])
+        if own and not {story.title for story in own} & {story.title for story in stories_of(given)}:
+            return "those of the films", only_named(own, settings.stbench.only)
+    return given, stories_of(given, settings.stbench.only)
 
 
 def find_systems(settings: EvaluateSettings, compose: Compose | None) -> list[System]:
@@ -271,7 +299,7 @@ def build_metrics(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
 
     from storymem.evaluation.metric import Metric
 
-    metrics = {name: instantiate(node, _convert_="all") for name, node in nodes.items()}
+    metrics: dict[str, Metric] = {name: instantiate(node, _convert_="all") for name, node in nodes.items()}
     if not metrics:
         raise ValueError("metrics: there are none; write metrics=[stbench] or metrics=[stbench,identity-clip]")
     if other := [name for name, metric in metrics.items() if not isinstance(metric, Metric)]:
@@ -279,41 +307,32 @@ def build_metrics(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
     columns = [column.name for metric in metrics.values() for column in metric.columns]
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
         raise ValueError(f"metrics: two of them measure {twice[0]}; leave one out")
-    return metrics
+    return _with_motion(metrics)
 
 
-def score(
-    systems: Sequence[System],
-    stories: Sequence[Story],
-    metrics: Mapping[str, Metric],
-    measured: Mapping[str, Any],
-    output: Path,
-    launch: Launch,
-) -> dict[str, list[StoryResult]]:
-    """Score this process's share of the films and wait for the others.
+def _with_motion(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """``metrics``, and the films' motion after the first that measures consistency."""
+    from storymem.evaluation.motion import Motion
 
-    Returns:
-        system -> a result for each story, in their order; empty in all processes but the first.
-    """
-    from storymem.evaluation.scoring import read_result, score_story
+    first = next((name for name, one in metrics.items() if any(column.consistency for column in one.columns)), None)
+    if first is None or any(isinstance(metric, Motion) for metric in metrics.values()) or "motion" in metrics:
+        return dict(metrics)
+    found: dict[str, Metric] = {}
+    for name, metric in metrics.items():
+        found[name] = metric
+        if name == first:
+            found["motion"] = Motion()
+    return found
 
-    jobs = [
-        (system, story, film)
-        for system in systems
-        for story, film in zip(stories, find_films(system.films, stories).films, strict=True)
-    ]
-    share = launch.share(jobs)
-    for number, (system, story, film) in enumerate(share, start=1):
-        report(f"scoring {number} of {len(share)}: {system.name}, {story.title}")
-        score_story(story, film, metrics, measured, output / "stories" / system.name)
-    from_first(None)
-    results: dict[str, list[StoryResult]] = {system.name: [] for system in systems}
-    for system, story, _ in jobs if launch.team == 0 else ():
-        path = output / "stories" / system.name / f"{story.slug}.json"
-        if (result := read_result(path)) is None:
-            raise FileError(f"{path} was written and cannot be read back: run the same command again")
-        results[system.name].append(result)
-    return results
+
+def check_trained(measured: Mapping[str, Any], settings: EvaluateSettings) -> None:
+    """Raise ``ValueError`` if a scorer is untrained and the user has not asked for that."""
+    untrained = [name for name, metric in measured.items() if metric["weights"] == "untrained"]
+    if untrained and not settings.untrained:
+        raise ValueError(
+            f"metrics: {', '.join(untrained)} have untrained scorers: the numbers would mean nothing. "
+            "Give their weights; or write metrics=[tiny] to try the command on untrained scorers"
+        )
 
 
 # --- methods

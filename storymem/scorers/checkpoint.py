@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from storymem.config import ConfigError, build_settings
 from storymem.io import FileError
-from storymem.weights import check_tensors, check_values, read_header, read_pickle
+from storymem.weights import check_tensors, check_values, listed, read_header, read_pickle
 
 Network = TypeVar("Network", bound=nn.Module)
 Sizes = TypeVar("Sizes")
@@ -89,6 +89,35 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], source: Pat
         if wanted[name].is_floating_point() and not (tensor.is_floating_point() and tensor.element_size() > 1):
             raise FileError(f"{source}: {name} is {tensor.dtype}, not a float of 16 bits or more")
     network.load_state_dict(dict(tensors), strict=True, assign=True)
+
+
+def load_pretrained(cls: type[Network], path: Path, described: Path, config: Any) -> Network:
+    """A network of transformers with the weights at ``path``, every one of them and no other.
+
+    Args:
+        cls: of the network.
+        path: of ``model.safetensors``.
+        described: the file that ``config`` was read from, for messages.
+        config: sizes, as transformers takes them.
+
+    Raises:
+        FileError: if the file is damaged or does not fit.
+        NotFiniteError: if a weight is NaN or infinite.
+    """
+    read_header(path)  # its errors name the cause
+    network, report = cls.from_pretrained(  # type: ignore[attr-defined]
+        path.parent,
+        config=config,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are reported
+        output_loading_info=True,
+    )
+    problems = {kind.removesuffix("_keys"): sorted(map(str, names)) for kind, names in report.items() if names}
+    if problems:
+        raise FileError(listed(f"{path} does not fit {described}:", problems))
+    check_values(network.state_dict().items(), path)
+    return network
 
 
 def seeded(seed: int, build: Callable[[], Network]) -> Network:

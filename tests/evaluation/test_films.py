@@ -8,15 +8,13 @@ import re
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from storymem.evaluation import films
 from storymem.evaluation.films import stories_of
 from storymem.evaluation.layouts import FilmFiles
 from storymem.evaluation.mapping import read_mapping
-from storymem.film.folder import Film
-from storymem.film.manifest import FilmError, Take, scripts
+from storymem.film.manifest import FilmError
 from storymem.media.video import write_video
 from storymem.story import Story, load_story
 from tests.evaluation import small
@@ -54,19 +52,6 @@ def two_stories(folder: Path, *titles: str, stems: tuple[str, ...]) -> list[Stor
     for title, stem in zip(titles, stems, strict=True):
         (folder / f"{stem}.yaml").write_text(small.TWO_SHOTS.replace("A Cat", title))
     return stories_of(folder)
-
-
-def own_film(folder: Path, story: Story, shots: int = 3) -> None:
-    """A film of ours with so many finished shots."""
-    folder.mkdir(parents=True, exist_ok=True)
-    film = Film(folder, story=story.to_dict(), config={})
-    script = scripts(film.story)
-    for shot in story.shots[:shots]:
-        number, file = film.write_take(shot.index, np.zeros((5, 32, 48, 3), np.uint8), repeated=0, fps=8)
-        place = {"shot": shot.index + 1, "scene": shot.scene, "number": shot.number, "take": number, "file": file}
-        made = {"folder": film.slots[shot.index].folder, "script": script[shot.index].content}
-        rest = {"mode": "m2v", "seed": 0, "frames": 5, "repeated": 0, "memory": (), "keyframes": (), "config_hash": ""}
-        film.add(Take(**place, **made, **rest))  # type: ignore[arg-type]
 
 
 # --- which film belongs to which story
@@ -122,7 +107,7 @@ def test_a_name_that_could_mean_two_is_refused_and_the_advice_works(
 
 def test_a_name_stays_ambiguous_if_the_other_story_has_a_film(tmp_path: Path) -> None:
     stories = two_stories(tmp_path / "s", "The Tent", "The Fox", stems=("01_story", "02_story"))
-    own_film(tmp_path / "films" / "take", stories[0], shots=2)
+    small.own_film(tmp_path / "films" / "take", stories[0], shots=2)
     touch(tmp_path / "films" / "story", *SHOTS[:2])
     with pytest.raises(ValueError, match="story could be the film of 'The Tent' or 'The Fox'"):
         find_films(tmp_path / "films", stories)
@@ -144,7 +129,7 @@ def test_names_are_compared_in_one_form_of_unicode(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["", "any name"])
 def test_our_own_films_are_found_by_their_manifest(tmp_path: Path, stories: list[Story], place: str) -> None:
-    own_film(tmp_path / "films" / place, stories[0], shots=2)
+    small.own_film(tmp_path / "films" / place, stories[0], shots=2)
     shots = find_films(tmp_path / "films", stories)[0].shots
     assert [shot.path is not None for shot in shots] == [True, True, False]
     assert shots[2].reason == "the film has only 2 finished shots"
@@ -153,7 +138,7 @@ def test_our_own_films_are_found_by_their_manifest(tmp_path: Path, stories: list
 @pytest.mark.parametrize("takes", [("the_red_boat", "a_first_take"), ("", "take2")])
 def test_two_takes_of_one_story_are_refused(tmp_path: Path, stories: list[Story], takes: tuple[str, str]) -> None:
     for name in takes:
-        own_film(tmp_path / "films" / name, stories[0])
+        small.own_film(tmp_path / "films" / name, stories[0])
     with pytest.raises(ValueError, match="could both be the film of 'The Red Boat'") as caught:
         find_films(tmp_path / "films", stories)
     follow(str(caught.value), tmp_path / "films")
@@ -161,7 +146,7 @@ def test_two_takes_of_one_story_are_refused(tmp_path: Path, stories: list[Story]
 
 
 def test_a_film_of_ours_and_a_folder_named_like_its_story_are_refused(tmp_path: Path, stories: list[Story]) -> None:
-    own_film(tmp_path / "films" / "take", stories[0])
+    small.own_film(tmp_path / "films" / "take", stories[0])
     touch(tmp_path / "films" / "07-the-red-boat", "01_01.mp4")
     assert find_films(tmp_path / "films", stories)[0].folder == tmp_path / "films" / "take"
     touch(tmp_path / "films" / "the_red_boat", "01_01.mp4")
@@ -172,10 +157,10 @@ def test_a_film_of_ours_and_a_folder_named_like_its_story_are_refused(tmp_path: 
 def test_a_film_with_other_prompts_is_refused(tmp_path: Path, stories: list[Story]) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(small.THREE_SHOTS.replace("red boat into", "blue boat into"))
-    own_film(tmp_path / "films" / "a_cat", load_story(other))
+    small.own_film(tmp_path / "films" / "a_cat", load_story(other))
     with pytest.raises(FilmError, match="other prompts under the title 'The Red Boat'"):
         find_films(tmp_path / "films", stories)
-    own_film(tmp_path / "films" / "b", stories[0])
+    small.own_film(tmp_path / "films" / "b", stories[0])
     boat, cat = find_films(tmp_path / "films", stories)
     assert boat.folder == tmp_path / "films" / "b"
     assert cat.folder is None, "a film of another story is not found by its folder's name"

@@ -91,6 +91,7 @@ def test_the_four_viclip_columns(story: Story) -> None:
         "prompt_following_shot": sum(following) / 3,
         "consistency_overall": sum(pairs.values()) / 3,
         "consistency_top10": sum(pairs[pair] for pair in alike) / 2,
+        "consistency_same_character": sum(pairs.values()) / 3,  # Ada is in every shot
     }
     assert found.columns == pytest.approx(expected, abs=1e-6)
     assert {(i, j) for i, j, _ in found.pairs["consistency_top10"]} == set(alike)
@@ -178,7 +179,7 @@ def test_what_a_story_does_not_have_is_not_missing(tmp_path: Path) -> None:
     assert identity.undefined == ("identity_consistency",)
     assert identity.reasons == {"identity_consistency": "no character is listed in two shots"}
     following = scores(ViclipScores(viclip()), story, [small.frames(0)])
-    assert following.undefined == ("consistency_overall", "consistency_top10")
+    assert set(following.undefined) == {f"consistency_{of}" for of in ("overall", "top10", "same_character")}
     assert following.columns["prompt_following_shot"] is not None
     single = scores(Appearance(clip()), story, [small.frames(0, 1)])
     assert single.reasons["intra_shot_consistency"] == "a shot has a single frame"

@@ -12,6 +12,8 @@ from hydra.utils import instantiate
 from storymem.scorers import scorer_bytes, scorer_weights
 from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.clip import ClipScorer
+from storymem.scorers.dinov2 import Dinov2Embedder
+from storymem.scorers.grounding import GroundingDetector
 from storymem.scorers.scorer import NoQuality
 from storymem.scorers.viclip import ViclipScorer
 from storymem.weights import MissingWeights
@@ -26,8 +28,11 @@ SELF_SUFFICIENT = {
     "clip/toy": ClipScorer,
     "viclip/toy": ViclipScorer,
     "quality/toy": AestheticScorer,
+    "appearance/tiny": Dinov2Embedder,
+    "detector/tiny": GroundingDetector,
 }
 PUBLISHED = {"clip/vit-b-32", "viclip/l-14", "viclip/b-16", "quality/hpsv3", "quality/laion-v1", "quality/laion-v2"}
+PUBLISHED |= {"clip/vit-l-14", "appearance/dinov2-base", "detector/grounding-dino-tiny"}
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 
 

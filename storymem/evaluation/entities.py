@@ -1,0 +1,348 @@
+"""Characters as objects in the frames: are they there, and do they look the same in every shot?
+
+After EntityBench (arXiv 2605.15199), whose repository has no licence: the definitions are its, the code is ours.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from storymem.config import StoryPath
+from storymem.evaluation.crops import Box, crop_boxes, distinct_boxes, erased, sharpness
+from storymem.evaluation.metric import (
+    Column,
+    FilmInfo,
+    Metric,
+    Scores,
+    Value,
+    appearances,
+    inner_frames,
+    mean,
+    origin_of,
+    reasons_for,
+    weights_sha256,
+)
+from storymem.evaluation.metrics import ImageEmbedder
+from storymem.io import FileError, hash_json, read_text
+from storymem.scorers.grounding import Detector
+from storymem.scorers.scorer import Origin, as_images
+from storymem.story import Shot, Story
+
+GAPS = {"1": (1, 1), "2": (2, 2), "3_4": (3, 4), "5": (5, 10**6)}
+"""Distances between shots (lowest, highest) by the ends of their columns' names."""
+
+_QUERY_WORDS = 12  # of a description, for the detector
+
+
+class ImageAndTextEmbedder(ImageEmbedder, Protocol):
+    """Embeds images and texts in one space, as :class:`storymem.scorers.clip.ClipScorer` does."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sighting:
+    """A character in a shot.
+
+    Args:
+        status: "present"; "weak": there is a box, but it does not fit the description; "absent": there is no box.
+        frame: of the crop, from 0.
+        box: left, top, right, bottom in pixels, with the margin.
+        similarity: cosine of crop and description.
+        look: embedding [D] of unit length; None unless present.
+    """
+
+    status: Literal["present", "weak", "absent"] = "absent"
+    frame: int | None = None
+    box: Box | None = None
+    similarity: float | None = None
+    look: np.ndarray | None = None
+
+
+class Entities(Metric):
+    """Presence and looks of the characters that have a description, by crops instead of whole frames.
+
+    In each of a shot's frames, every listed character is searched for by the first 12 words of its description; among
+    all boxes found, each character is assigned one, so that the sum of CLIP's cosines of crops and descriptions is
+    highest. From ``gate`` on, the crop shows the character. The shot's crop of a character is the one among these with
+    the highest product of cosine, sharpness and size; DINOv2 embeds it.
+
+    - presence: the share of the listed characters that are present; mean over shots.
+    - same: mean cosine over the pairs of shots in which a character is present; mean over characters.
+    - strict: the same over all pairs of shots that list it; 0 where it is not present in both.
+    - gaps: mean cosine by the distance of the shots, over the pairs of all characters.
+    - contrast: same, minus the mean cosine between different characters: 0 if all look alike.
+
+    ``strict`` and ``contrast`` are ours. A character without a description is left out and named in the results; one
+    that is present in fewer than two shots leaves ``same`` without a value.
+
+    Args:
+        detector: of boxes.
+        clip: compares crops with descriptions.
+        embedder: of looks.
+        frames: how many of each shot, evenly spaced, without the first and the last.
+        gate: lowest cosine of crop and description that counts as present.
+        descriptions: a CSV file (story, character, description), for characters without one in their story.
+    """
+
+    columns = (
+        Column(name="entity_presence", title="Characters present", heading="Present"),
+        Column(name="entity_same", title="Looks of characters, where present", heading="Same", consistency=True),
+        Column(name="entity_strict", title="Looks of characters, absent as 0", heading="Strict", consistency=True),
+        Column(name="entity_gap_1", title="Looks, neighbouring shots", heading="Gap 1", consistency=True),
+        Column(name="entity_gap_2", title="Looks, two shots apart", heading="Gap 2", consistency=True),
+        Column(name="entity_gap_3_4", title="Looks, three or four shots apart", heading="Gap 3-4", consistency=True),
+        Column(name="entity_gap_5", title="Looks, five or more shots apart", heading="Gap 5+", consistency=True),
+        Column(name="entity_contrast", title="Same minus different characters", heading="Contrast"),
+    )
+
+    def __init__(
+        self,
+        detector: Detector,
+        clip: ImageAndTextEmbedder,
+        embedder: ImageEmbedder,
+        *,
+        frames: int = 5,
+        gate: float = 0.20,
+        descriptions: str | None = None,
+    ) -> None:
+        if frames < 1:
+            raise ValueError(f"frames={frames}: must be at least 1")
+        self.detector, self.clip, self.embedder = detector, clip, embedder
+        self.frames, self.gate = frames, gate
+        self.descriptions = {} if descriptions is None else _read_descriptions(descriptions)
+
+    @property
+    def weights(self) -> Origin:
+        """See :attr:`Metric.weights`."""
+        return origin_of(self.detector, self.clip, self.embedder)
+
+    def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> dict[str, Sighting]:
+        """Each listed character with a description."""
+        texts = self._texts(film.story, shot)
+        found: dict[str, list[tuple[float, Sighting]]] = {name: [] for name in texts}
+        for index, assigned in self._search(texts, frames):
+            for name, (box, similarity) in assigned.items():
+                crop = frames[index, box[1] : box[3], box[0] : box[2]]
+                share = 100 * crop.shape[0] * crop.shape[1] / (frames.shape[1] * frames.shape[2])
+                rank = similarity * _sigmoid((sharpness(crop) - 100) / 200) * _sigmoid((share - 2) / 5)
+                status: Literal["present", "weak"] = "present" if similarity >= self.gate else "weak"
+                found[name].append((rank, Sighting(status=status, frame=index, box=box, similarity=similarity)))
+        sightings = {
+            name: max(of, key=lambda one: (one[1].status == "present", one[0]))[1] if of else Sighting()
+            for name, of in found.items()
+        }
+        for name, one in sightings.items():
+            if one.status == "present" and one.box is not None:
+                crops = crop_boxes(frames[one.frame], [one.box])
+                sightings[name] = replace(one, look=self.embedder.embed_images(crops)[0].double().numpy())
+        return sightings
+
+    def compute(self, measured: Sequence[dict[str, Sighting] | None], film: FilmInfo) -> Scores:
+        """See :meth:`Metric.compute`."""
+        described = list(self._described(film.story))
+        shots_of = appearances(film.story, described)
+        presence = tuple(_presence(seen) for seen in measured)
+        listed = [
+            value
+            for value, shot in zip(presence, film.story.shots, strict=True)
+            if set(shot.characters) & set(described)
+        ]
+        pairs = {name: list(_pairs(name, shots, measured)) for name, shots in shots_of.items()}
+        characters = {name: _of_character(name, pairs.get(name, []), measured, film) for name in described}
+        gaps = {f"entity_gap_{name}": list(_at_gap(pairs, *bounds)) for name, bounds in GAPS.items()}
+        same = mean([characters[name]["same"] for name in shots_of])
+        others = list(_between_characters(described, measured))
+        columns = {
+            "entity_presence": mean(listed) if film.missing is None else None,
+            "entity_same": same,
+            "entity_strict": mean([characters[name]["strict"] for name in shots_of]),
+            **{name: _mean_of_present(values) if film.missing is None else None for name, values in gaps.items()},
+            "entity_contrast": same - float(np.mean(others)) if same is not None and others else None,
+        }
+        undefined = _undefined(described, film.story, shots_of, listed, gaps)
+        reasons = dict.fromkeys(
+            (name for name in columns if columns[name] is None), _lacking([characters[name] for name in shots_of])
+        )
+        return Scores(
+            columns=columns,
+            reasons=reasons | reasons_for(columns, film) | undefined,
+            undefined=tuple(undefined),
+            shots={"entity_presence": presence},
+            pairs={"entity_same": tuple(_of_shots(pairs))},
+            details={
+                "entities": characters
+                | {
+                    one.name: {"reason": "no description"} for one in film.story.characters if one.name not in described
+                },
+                "sightings": [
+                    None if seen is None else {name: _plain(one) for name, one in seen.items()} for seen in measured
+                ],
+                "frames_of_shots": [None if n is None else inner_frames(n, self.frames) for n in film.lengths],
+            },
+        )
+
+    def without_characters(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
+        """See :meth:`Metric.without_characters`: each frame loses the boxes of the nearest frame that is searched."""
+        found = dict(self._search(self._texts(film.story, shot), frames))
+        if not found:
+            return frames
+        nearest = [min(found, key=lambda index: abs(index - frame)) for frame in range(len(frames))]
+        return np.stack(
+            [erased(f, [box for box, _ in found[at].values()]) for f, at in zip(frames, nearest, strict=True)]
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`Metric.settings`."""
+        networks = [getattr(one, "network", None) for one in (self.detector, self.clip, self.embedder)]
+        return {
+            "definition": "arXiv 2605.15199, without its judge",
+            "frames": f"{self.frames} of each shot, evenly spaced, not the first or last",
+            "gate": self.gate,
+            "descriptions": hash_json(self.descriptions) if self.descriptions else "of the stories",
+            "box_threshold": getattr(self.detector, "box_threshold", None),
+            "dtype": str(self.embedder.dtype),
+            "weights_sha256": weights_sha256(*(one for one in networks if one is not None)),
+        }
+
+    def _described(self, story: Story) -> dict[str, str]:
+        """Character -> description, for those that have one."""
+        known = {one.name: one.description or "" for one in story.characters}
+        added = self.descriptions.get(story.title, {})
+        return {name: text for name, own in known.items() if (text := own or added.get(name, ""))}
+
+    def _texts(self, story: Story, shot: Shot) -> dict[str, str]:
+        """The descriptions of the characters in a shot."""
+        known = self._described(story)
+        return {name: known[name] for name in shot.characters if name in known}
+
+    def _search(
+        self, texts: Mapping[str, str], frames: np.ndarray
+    ) -> Iterator[tuple[int, dict[str, tuple[Box, float]]]]:
+        """For each searched frame, character -> its box and the cosine of crop and description."""
+        if not texts:
+            return
+        wanted = self.clip.embed_texts(list(texts.values()))
+        chosen = inner_frames(len(frames), self.frames)
+        images = as_images(frames[chosen])
+        queries = [" ".join(text.split()[:_QUERY_WORDS]) for text in texts.values()]
+        by_query = [self.detector.detect(images, query) for query in queries]
+        for place, index in enumerate(chosen):
+            boxes = distinct_boxes(torch.cat([found[place] for found in by_query]), frames.shape[1:3])
+            cosines = np.zeros((len(texts), 0))
+            if boxes:
+                cosines = (wanted @ self.clip.embed_images(crop_boxes(frames[index], boxes)).T).double().numpy()
+            rows, columns = linear_sum_assignment(cosines, maximize=True)
+            names = list(texts)
+            yield index, {names[r]: (boxes[c], float(cosines[r, c])) for r, c in zip(rows, columns, strict=True)}
+
+
+def _sigmoid(value: float) -> float:
+    return float(1 / (1 + np.exp(-value)))
+
+
+# --- columns
+
+
+def _read_descriptions(file: str) -> dict[str, dict[str, str]]:
+    """Title -> name -> description. Raises ``FileError`` for another file."""
+    path = Path(TypeAdapter(StoryPath).validate_python(file))
+    rows = csv.DictReader(read_text(path).splitlines())
+    if rows.fieldnames != ["story", "character", "description"]:
+        raise FileError(f"{path}: expected the columns story,character,description")
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        found.setdefault(row["story"], {})[row["character"]] = row["description"]
+    return found
+
+
+def _presence(seen: dict[str, Sighting] | None) -> Value:
+    return float(np.mean([one.status == "present" for one in seen.values()])) if seen else None
+
+
+def _look(name: str, seen: dict[str, Sighting] | None) -> np.ndarray | None:
+    return seen[name].look if seen and name in seen else None
+
+
+def _pairs(name: str, shots: Sequence[int], measured: Sequence[Any]) -> Iterator[tuple[int, int, Value]]:
+    for i, j in combinations(shots, 2):
+        one, other = _look(name, measured[i]), _look(name, measured[j])
+        yield i, j, None if one is None or other is None else float(one @ other)
+
+
+def _of_character(
+    name: str, pairs: Sequence[tuple[int, int, Value]], measured: Sequence[Any], film: FilmInfo
+) -> dict[str, Any]:
+    """Presence, same and strict of a character; a reason where it has no ``same``."""
+    seen = [one[name].status == "present" for one in measured if one and name in one]
+    if film.missing is not None or not pairs:
+        reason = film.missing or "listed in fewer than two shots"
+        return {"presence": float(np.mean(seen)) if seen else None, "same": None, "strict": None, "reason": reason}
+    same = _mean_of_present([value for *_, value in pairs])
+    found: dict[str, Any] = {"presence": float(np.mean(seen)), "same": same}
+    found["strict"] = float(np.mean([value or 0.0 for *_, value in pairs]))
+    return found if same is not None else found | {"reason": f"{name} is present in fewer than two shots"}
+
+
+def _mean_of_present(values: Sequence[Value]) -> Value:
+    present = [value for value in values if value is not None]
+    return float(np.mean(present)) if present else None
+
+
+def _at_gap(pairs: Mapping[str, Sequence[tuple[int, int, Value]]], low: int, high: int) -> Iterator[Value]:
+    yield from (value for found in pairs.values() for i, j, value in found if low <= j - i <= high)
+
+
+def _between_characters(names: Sequence[str], measured: Sequence[Any]) -> Iterator[float]:
+    """Cosines between all crops of one character and all of another."""
+    looks = {name: [look for seen in measured if (look := _look(name, seen)) is not None] for name in names}
+    for one, other in combinations(names, 2):
+        yield from (float(a @ b) for a in looks[one] for b in looks[other])
+
+
+def _of_shots(pairs: Mapping[str, Sequence[tuple[int, int, Value]]]) -> Iterator[tuple[int, int, Value]]:
+    """For each pair of shots, the mean over the characters present in both."""
+    found: dict[tuple[int, int], list[Value]] = {}
+    for i, j, value in (pair for of_one in pairs.values() for pair in of_one):
+        found.setdefault((i, j), []).append(value)
+    yield from ((i, j, _mean_of_present(values)) for (i, j), values in sorted(found.items()))
+
+
+def _undefined(
+    described: Sequence[str],
+    story: Story,
+    shots_of: Mapping[str, Any],
+    listed: Sequence[Value],
+    gaps: Mapping[str, Sequence[Value]],
+) -> dict[str, str]:
+    """Columns that the story cannot have, and why."""
+    without = None if described else "no character has a description"
+    reasons = {} if listed else {"entity_presence": without or "no shot lists a character with a description"}
+    twice = without or "no character with a description is listed in two shots"
+    if not shots_of:
+        reasons |= dict.fromkeys(("entity_same", "entity_strict"), twice)
+    if len({name for shot in story.shots for name in shot.characters} & set(described)) < 2 or not shots_of:
+        reasons["entity_contrast"] = without or "the story has no two characters to compare"
+    return reasons | {
+        name: without or "no character is listed in shots so far apart" for name, of in gaps.items() if not of
+    }
+
+
+def _lacking(characters: Sequence[Mapping[str, Any]]) -> str:
+    reasons = [one["reason"] for one in characters if "reason" in one]
+    return "; ".join(dict.fromkeys(reasons)) or "no character is present in two such shots"
+
+
+def _plain(one: Sighting) -> dict[str, Any]:
+    return {name: value for name, value in vars(one).items() if name != "look" and value is not None}

@@ -1,0 +1,114 @@
+"""Are the faces of a character in different shots one person's? For films of real people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, Protocol
+
+import numpy as np
+
+from storymem.evaluation.metric import (
+    Column,
+    FilmInfo,
+    Metric,
+    Pair,
+    Scores,
+    appearances,
+    inner_frames,
+    mean,
+    origin_of,
+    reasons_for,
+)
+from storymem.scorers.faces import SAME_PERSON
+from storymem.scorers.scorer import Origin
+from storymem.story import Shot
+
+
+class FaceEmbedder(Protocol):
+    """Embeds faces, as :class:`storymem.scorers.faces.FaceScorer` does."""
+
+    def embed_faces(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Faces(Metric):
+    """Faces of the same character in different shots, by OpenCV's YuNet and SFace.
+
+    Of each shot counts the frame with the most faces, up to the number of listed characters; of equal ones the frame
+    whose faces are found most surely. For each pair of shots that list a common character, the value is the highest
+    cosine between a face of one and a face of the other: whose face is whose is not known, so a shot with several
+    characters makes it higher. Pairs with a shot without a face have no value; how many shots show one has its own
+    column. Ours; not part of the paper.
+
+    Args:
+        scorer: of faces.
+        frames: how many of each shot, evenly spaced, without the first and the last.
+        same: lowest cosine of one person's faces; 0.363 is OpenCV's.
+    """
+
+    columns = (
+        Column(name="face_presence", title="Shots of characters that show a face", heading="Faces"),
+        Column(name="face_similarity", title="Similarity of faces across shots", heading="Face sim.", consistency=True),
+        Column(name="face_same", title="Pairs of shots with the same face", heading="Same face", consistency=True),
+    )
+
+    def __init__(self, scorer: FaceEmbedder, *, frames: int = 5, same: float = SAME_PERSON) -> None:
+        if frames < 1:
+            raise ValueError(f"frames={frames}: must be at least 1")
+        self.scorer, self.frames, self.same = scorer, frames, same
+
+    @property
+    def weights(self) -> Origin:
+        """See :attr:`Metric.weights`."""
+        return origin_of(self.scorer)
+
+    def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
+        """Embeddings [K, D] of the shot's faces; K is 0 if it lists no character or shows no face."""
+        found = []
+        for index in inner_frames(len(frames), self.frames) if shot.characters else ():
+            faces, scores = (part[: len(shot.characters)] for part in self.scorer.embed_faces(frames[index]))
+            found.append((len(faces), float(scores.sum()), faces))
+        return max(found, key=lambda one: one[:2])[2] if found else np.zeros((0, 1))
+
+    def compute(self, measured: Sequence[np.ndarray | None], film: FilmInfo) -> Scores:
+        """See :meth:`Metric.compute`."""
+        listing = [shot.index for shot in film.story.shots if shot.characters]
+        shown = tuple(
+            None if faces is None or not shot.characters else float(len(faces) > 0)
+            for faces, shot in zip(measured, film.story.shots, strict=True)
+        )
+        shared = sorted({pair for shots in appearances(film.story).values() for pair in combinations(shots, 2)})
+        pairs: list[Pair] = []
+        for i, j in shared:
+            one, other = measured[i], measured[j]
+            both = one is not None and other is not None and len(one) > 0 and len(other) > 0
+            pairs.append((i, j, float((one @ other.T).max()) if both else None))  # type: ignore[union-attr]
+        known = [value for *_, value in pairs if value is not None] if film.missing is None else []
+        columns = {
+            "face_presence": mean([shown[index] for index in listing]),
+            "face_similarity": mean(known),
+            "face_same": mean([float(value >= self.same) for value in known]),
+        }
+        undefined = {} if listing else {"face_presence": "no shot lists a character"}
+        if not shared:
+            undefined |= dict.fromkeys(("face_similarity", "face_same"), "no character is listed in two shots")
+        none = dict.fromkeys(
+            [name for name in columns if columns[name] is None], "no two shots of a character show a face"
+        )
+        return Scores(
+            columns=columns,
+            reasons=none | reasons_for(columns, film) | undefined,
+            undefined=tuple(undefined),
+            shots={"face_presence": shown},
+            pairs={"face_similarity": tuple(pairs)},
+            details={"frames_of_shots": [None if n is None else inner_frames(n, self.frames) for n in film.lengths]},
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`Metric.settings`."""
+        return {
+            "frames": f"{self.frames} of each shot, evenly spaced, not the first or last",
+            "same_from": self.same,
+            "score": getattr(self.scorer, "score", None),
+            "weights_sha256": getattr(self.scorer, "sha256", None),
+        }

@@ -1,0 +1,105 @@
+"""How much films move, and whether continued shots continue: what a still would pass off as consistency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from storymem.evaluation.metric import (
+    Column,
+    FilmInfo,
+    Metric,
+    Scores,
+    Value,
+    mean,
+    origin_of,
+    reasons_for,
+    weights_sha256,
+)
+from storymem.evaluation.metrics import ImageEmbedder
+from storymem.scorers.scorer import Origin, as_images
+from storymem.story import Shot
+
+NEARLY_STILL = 0.02
+"""Motion below which consistency means little; about the noise that a video codec leaves in a still."""
+
+_FPS = 16.0  # where a file states none
+
+
+class Motion(Metric):
+    """Mean absolute difference of neighbouring frames in 0..1, times frames per second; mean over shots.
+
+    It is measured with every metric of consistency, because a film of one still is the most consistent of all. Ours;
+    not part of the paper.
+    """
+
+    columns = (Column(name="motion", title="Motion (mean change of a pixel per second)", heading="Motion"),)
+
+    def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> float:
+        """Motion of a shot; 0 for a single frame."""
+        rate = (film.fps[shot.index] if film.fps else None) or _FPS
+        changes = [np.abs(after.astype(np.int16) - before).mean() for before, after in pairwise(frames)]
+        return float(np.mean(changes)) / 255 * rate if changes else 0.0
+
+    def compute(self, measured: Sequence[float | None], film: FilmInfo) -> Scores:
+        """See :meth:`Metric.compute`."""
+        columns = {"motion": mean(measured)}
+        return Scores(columns=columns, reasons=reasons_for(columns, film), shots={"motion": tuple(measured)})
+
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`Metric.settings`."""
+        return {"frames": "all", "nearly_still_below": NEARLY_STILL}
+
+
+class Joins(Metric):
+    """Where a shot continues the one before (``cut: false``): cosine of the last frame before and the first after.
+
+    As cs_transition of EntityBench (arXiv 2605.15199), whose embedder is DINOv2.
+
+    Args:
+        embedder: of frames.
+    """
+
+    columns = (
+        Column(name="join_similarity", title="Similarity where a shot continues", heading="Joins", consistency=True),
+    )
+
+    def __init__(self, embedder: ImageEmbedder) -> None:
+        self.embedder = embedder
+
+    @property
+    def weights(self) -> Origin:
+        """See :attr:`Metric.weights`."""
+        return origin_of(self.embedder)
+
+    def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
+        """Embeddings [2, D] of the first and the last frame."""
+        return self.embedder.embed_images(as_images(frames[[0, -1]])).double().numpy()
+
+    def compute(self, measured: Sequence[np.ndarray | None], film: FilmInfo) -> Scores:
+        """See :meth:`Metric.compute`."""
+        values: list[Value] = [None] * len(measured)
+        joins = [shot.index for shot in film.story.shots if not shot.cut]
+        for index in joins:
+            before, after = measured[index - 1], measured[index]
+            values[index] = None if before is None or after is None else float(before[1] @ after[0])
+        columns = {"join_similarity": mean([values[index] for index in joins])}
+        undefined = {} if joins else {"join_similarity": "no shot continues the one before"}
+        return Scores(
+            columns=columns,
+            reasons=reasons_for(columns, film) | undefined,
+            undefined=tuple(undefined),
+            shots={"join_similarity": tuple(values)},
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`Metric.settings`."""
+        return {
+            "embedder": type(self.embedder).__name__,
+            "frames": "the last before and the first after",
+            "dtype": str(self.embedder.dtype),
+            "weights_sha256": weights_sha256(self.embedder.network),
+        }

@@ -1,0 +1,166 @@
+"""Do characters look like their reference images? After ViStoryBench (arXiv 2505.24862)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from storymem.evaluation.crops import crop_boxes, distinct_boxes
+from storymem.evaluation.metric import (
+    Column,
+    FilmInfo,
+    Metric,
+    Scores,
+    inner_frames,
+    mean,
+    origin_of,
+    reasons_for,
+    weights_sha256,
+)
+from storymem.evaluation.metrics import ImageEmbedder
+from storymem.media.images import read_image
+from storymem.scorers.grounding import Detector
+from storymem.scorers.scorer import Origin, as_images
+from storymem.story import Shot, Story
+
+_QUERY = "character"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """Of a shot: each character's similarity to its references, the copy margins, and the match of counts in 0..100."""
+
+    similarity: dict[str, float]
+    margins: dict[str, float]
+    count: float
+
+
+class References(Metric):
+    """Characters compared with their reference images; for stories that have some.
+
+    - reference similarity (CIDS cross): in each frame, characters are assigned boxes of the query "character" so that
+      the sum of cosines is highest, a box's cosine being the highest to any reference of the character; a character
+      without a box has 0. Mean over frames, characters and shots.
+    - count of characters (OCCM): 100 exp(-|D - E| / (1e-6 + E)) for D boxes and E listed characters; mean over frames.
+    - copy margin: cosine to the first reference, minus the mean cosine to the other ones of the character. If only the
+      first was given to the system, a high margin means that it was pasted.
+
+    Only characters with references count; OCCM leaves out shots that list others too. ViStoryBench compares faces of
+    real people by face networks; here all are compared by ``embedder``.
+
+    Args:
+        detector: of boxes.
+        embedder: of crops; CLIP ViT-L/14 as published.
+        frames: how many of each shot, evenly spaced, without the first and the last.
+    """
+
+    columns = (
+        Column(
+            name="reference_similarity", title="Likeness to reference images", heading="References", consistency=True
+        ),
+        Column(name="reference_count", title="As many characters as listed (0 to 100)", heading="Count"),
+        Column(
+            name="reference_copy_margin", title="Likeness to the first reference minus others", heading="Copy margin"
+        ),
+    )
+
+    def __init__(self, detector: Detector, embedder: ImageEmbedder, *, frames: int = 5) -> None:
+        if frames < 1:
+            raise ValueError(f"frames={frames}: must be at least 1")
+        self.detector, self.embedder, self.frames = detector, embedder, frames
+
+    @property
+    def weights(self) -> Origin:
+        """See :attr:`Metric.weights`."""
+        return origin_of(self.detector, self.embedder)
+
+    def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> _Compared | None:
+        """A shot's comparison; None if it lists no character with references."""
+        known = {one.name: one.references for one in film.story.characters if one.references}
+        names = [name for name in shot.characters if name in known]
+        if not names:
+            return None
+        references = {name: self._embedded([read_image(path) for path in known[name]]) for name in names}
+        chosen = frames[inner_frames(len(frames), self.frames)]
+        values: dict[str, list[float]] = {name: [] for name in names}
+        margins: dict[str, list[float]] = {name: [] for name in names}
+        counts = []
+        for frame, found in zip(chosen, self.detector.detect(as_images(chosen), _QUERY), strict=True):
+            boxes = distinct_boxes(found, frame.shape[:2])
+            counts.append(100 * float(np.exp(-abs(len(boxes) - len(shot.characters)) / (1e-6 + len(shot.characters)))))
+            width = next(iter(references.values())).shape[1]
+            crops = (
+                self.embedder.embed_images(crop_boxes(frame, boxes)).double().numpy() if boxes else np.zeros((0, width))
+            )
+            cosines = {name: of_one @ crops.T for name, of_one in references.items()}
+            best = np.stack([cosines[name].max(axis=0) for name in names])
+            assigned = dict(zip(*linear_sum_assignment(best, maximize=True), strict=True))
+            for row, name in enumerate(names):
+                values[name].append(float(best[row, assigned[row]]) if row in assigned else 0.0)
+                if row in assigned and len(cosines[name]) > 1:
+                    given, *others = cosines[name][:, assigned[row]]
+                    margins[name].append(float(given - np.mean(others)))
+        return _Compared(
+            similarity={name: float(np.mean(of)) for name, of in values.items()},
+            margins={name: float(np.mean(of)) for name, of in margins.items() if of},
+            count=float(np.mean(counts)),
+        )
+
+    def compute(self, measured: Sequence[_Compared | None], film: FilmInfo) -> Scores:
+        """See :meth:`Metric.compute`."""
+        story = film.story
+        listing = [shot.index for shot in story.shots if _known(story) & set(shot.characters)]
+        only = [index for index in listing if set(story.shots[index].characters) <= _known(story)]
+        several = {one.name for one in story.characters if len(one.references) > 1}
+        similarity = tuple(None if one is None else mean(list(one.similarity.values())) for one in measured)
+        counts = tuple(None if one is None or i not in only else one.count for i, one in enumerate(measured))
+        margins = [value for one in measured if one is not None for value in one.margins.values()]
+        columns = {
+            "reference_similarity": mean([similarity[index] for index in listing]),
+            "reference_count": mean([counts[index] for index in only]),
+            "reference_copy_margin": mean(margins) if film.missing is None else None,
+        }
+        undefined = {}
+        if not listing:
+            undefined = dict.fromkeys(columns, "no character in a shot has reference images")
+        elif not only:
+            undefined["reference_count"] = "every shot lists a character without reference images"
+        if listing and not any(several & set(shot.characters) for shot in story.shots):
+            undefined["reference_copy_margin"] = "no character has two reference images"
+        lacking = dict.fromkeys([name for name in columns if columns[name] is None], "no box was found in any frame")
+        return Scores(
+            columns=columns,
+            reasons=lacking | reasons_for(columns, film) | undefined,
+            undefined=tuple(undefined),
+            shots={"reference_similarity": similarity, "reference_count": counts},
+            details={"frames_of_shots": [None if n is None else inner_frames(n, self.frames) for n in film.lengths]},
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`Metric.settings`."""
+        networks = [getattr(one, "network", None) for one in (self.detector, self.embedder)]
+        return {
+            "definition": "arXiv 2505.24862",
+            "query": _QUERY,
+            "frames": f"{self.frames} of each shot, evenly spaced, not the first or last",
+            "box_threshold": getattr(self.detector, "box_threshold", None),
+            "dtype": str(self.embedder.dtype),
+            "weights_sha256": weights_sha256(*(one for one in networks if one is not None)),
+        }
+
+    def _embedded(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Embeddings [N, D] of the most certain box of each image; of the whole image where none is found."""
+        crops = []
+        for image in images:
+            (found,) = self.detector.detect(as_images(image[None]), _QUERY)
+            box = next(iter(distinct_boxes(found, image.shape[:2])), (0, 0, image.shape[1], image.shape[0]))
+            crops.append(self.embedder.embed_images(crop_boxes(image, [box]))[0].double().numpy())
+        return np.stack(crops)
+
+
+def _known(story: Story) -> set[str]:
+    return {one.name for one in story.characters if one.references}
