@@ -1,11 +1,12 @@
 """Shots of training stories as video files with captions, from which `storymem prepare` makes a training set.
 
-python -m toyworld.clips FOLDER --stories 200 [--masks FOLDER]
+python -m toyworld.clips FOLDER --stories 200 [--masks FOLDER] [--scenes FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from storymem.io import write_atomically
 from storymem.media.video import write_video
 from toyworld.attributes import FPS
+from toyworld.stories import overview
 from toyworld.world import HELD_OUT, ToyShot, people_mask, render_layers, story
 
 CRF = 4  # nearly without loss: colours must stay readable
@@ -46,8 +48,7 @@ def write_clips(folder: Path, stories: range, *, masks: Path | None = None) -> i
     written = 0
     for seed in stories:
         for number, shot in enumerate(story(seed).shots, start=1):
-            names = sorted(character.name.lower() for character in shot.cast)
-            name = Path("_".join([f"{seed:06d}", *names])) / f"{number:02d}.mp4"
+            name = _folder(seed, shot) / f"{number:02d}.mp4"
             if masks is not None and not (masks / name).exists():
                 mask = people_mask(*render_layers(shot, slice(None)))
                 _write(masks / name, np.repeat(255 * mask[..., None].astype(np.uint8), 3, axis=-1))
@@ -55,6 +56,25 @@ def write_clips(folder: Path, stories: range, *, masks: Path | None = None) -> i
                 _write_clip(folder / name, shot)
                 written += 1
     return written
+
+
+def write_scenes(path: Path, stories: range) -> None:
+    """Write what the shots of each folder have in common, for `objective.scenes` of a training: who and where.
+
+    A line is `{"folder": "000045_eli", "caption": "Eli on the moon."}`, in the words of a toy story's overview.
+    """
+    lines = []
+    for seed in stories:
+        shots: dict[str, list[ToyShot]] = {}
+        for shot in story(seed).shots:
+            shots.setdefault(str(_folder(seed, shot)), []).append(shot)
+        lines += [json.dumps({"folder": folder, "caption": overview(of)}) + "\n" for folder, of in shots.items()]
+    write_atomically(path, "".join(lines).encode())
+
+
+def _folder(seed: int, shot: ToyShot) -> Path:
+    names = sorted(character.name.lower() for character in shot.cast)
+    return Path("_".join([f"{seed:06d}", *names]))
 
 
 def _write_clip(path: Path, shot: ToyShot) -> None:
@@ -83,7 +103,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the clips; those that exist are left alone")
     parser.add_argument("--stories", type=int, default=400, help="how many training stories, of eight clips each")
     parser.add_argument("--masks", type=Path, help="a folder for masks of where the characters are")
+    parser.add_argument("--scenes", type=Path, help="a file for the text of each folder's scene")
     args = parser.parse_args()
+    if args.scenes is not None:
+        write_scenes(args.scenes, range(args.stories))
     print(f"{write_clips(args.folder, range(args.stories), masks=args.masks)} clips written")
 
 

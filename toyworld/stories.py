@@ -54,12 +54,18 @@ def title(one: ToyStory) -> str:
     return " ".join([_listed([character.name for character in one.cast]), *words])
 
 
+def overview(shots: Sequence[ToyShot]) -> str:
+    """Who is in shots, and where: "Ada and Bo on the moon and in the snow."."""
+    cast = sorted({character.name for shot in shots for character in shot.cast})
+    places = dict.fromkeys(PLACE_WORDS[shot.place][0] for shot in shots)
+    return f"{_listed(cast)} {_listed(list(places))}."
+
+
 def story_text(one: ToyStory) -> str:
     """The story as a file: prompts, cuts and who is in each shot; no looks."""
-    places = list(dict.fromkeys(PLACE_WORDS[shot.place][0] for shot in one.shots))
     content = {
         "title": title(one),
-        "overview": f"{_listed([character.name for character in one.cast])} {_listed(places)}.",
+        "overview": overview(one.shots),
         "characters": [{"name": character.name} for character in one.cast],
         "scenes": [{"shots": [_entry(shot) for shot in scene]} for scene in one.scenes],
     }

@@ -313,7 +313,7 @@ def panel_model(model: ModelSettings, adapter: AdapterSettings | None) -> ModelS
         model,
         video=replace(model.video, height=PANELS * model.video.height),
         network=replace(model.network, text_tokens=BASE_TOKENS),
-        adapter=adapter,
+        adapter=None if adapter is None else replace(adapter, objective="pictures"),
     )
 
 

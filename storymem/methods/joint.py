@@ -18,7 +18,7 @@ from storymem.film.settings import GenerateSettings
 from storymem.film.together import make_together
 from storymem.story import Story
 from storymem.wan.films import FilmRequest, WanFilmGenerator
-from storymem.wan.segments import Layout, Text
+from storymem.wan.segments import Layout, Text, scene_and_own_text
 from storymem.wan.settings import AdapterSettings, ModelSettings, SamplerSettings
 from storymem.wan.sources import check_weights, required_weights
 
@@ -128,7 +128,7 @@ class JointMethod(ABC):
         """
         tokens, count = self.model.network.text_tokens, len(story.shots)
         frames = [shot.frames or self.model.video.frames for shot in story.shots]
-        texts = [Text(spans=((0, tokens), (k * tokens, (k + 1) * tokens))) for k in range(1, count + 1)]
+        texts = scene_and_own_text(count, tokens)
         made = layout([self.model.spec.latent_frames(number) for number in frames], texts)
         return FilmRequest(
             layout=made,

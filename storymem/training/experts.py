@@ -56,7 +56,9 @@ def prepare_expert(transformer: Any, expert: Expert, settings: AdapterTrainingSe
             assign(parameter, tensors[name])
 
 
-def check_start(settings: AdapterTrainingSettings, model: ModelSettings, experts: Sequence[Expert]) -> None:
+def check_start(
+    settings: AdapterTrainingSettings, model: ModelSettings, experts: Sequence[Expert], objective: str
+) -> None:
     """Compare the adapter to start from with the experts, by its header; print what of it is unusual.
 
     Raises:
@@ -79,6 +81,8 @@ def check_start(settings: AdapterTrainingSettings, model: ModelSettings, experts
                 )
         if adapter.config["rank_pattern"] or adapter.config["alpha_pattern"]:
             raise ValueError(f"{where}: modules of {adapter.file.path} have several ranks or scales; training has one")
+        if adapter.file.info is not None and (system := adapter.info.objective) != objective:
+            print(f"{where} was trained with objective={system}, and goes on with {objective}", file=sys.stderr)
         if not adapter.as_usual:
             print(f"{where}: {adapter.report}", file=sys.stderr)
 

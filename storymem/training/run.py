@@ -44,9 +44,10 @@ def train(config: Mapping[str, Any]) -> Path:
     model = replace(settings.model, adapter=None)
     everything = with_film or settings.adapter is None  # a trained model is exported whole
     experts = model.spec.experts if everything else settings.trained
-    check_weights(model, text_to_video=False, text_encoder=everything, experts=experts)
+    encoded = everything or settings.objective.encodes
+    check_weights(model, text_to_video=False, text_encoder=encoded, experts=experts)
     if not begun and settings.adapter is not None:
-        check_start(settings.adapter, model, settings.trained)
+        check_start(settings.adapter, model, settings.trained, settings.objective.system)
     latents = open_cache(settings)
     with folder_lock(folder, "training in") if Launch.of_environment().is_first else nullcontext():
         run = Run(settings, config, latents)

@@ -239,6 +239,16 @@ def _with_part(key_set: tuple[str | Keys, ...], whole: str, part: str) -> tuple[
     return tuple(name for keys in key_set for name in ((part, whole) if keys == whole else (keys,)))
 
 
+def scene_and_own_text(shots: int, length: int) -> list[Text]:
+    """What each shot reads of one text: that of the scene and its own.
+
+    Args:
+        shots: how many there are.
+        length: tokens of each part of the text: first the scene, then each shot.
+    """
+    return [Text(spans=((0, length), (k * length, (k + 1) * length))) for k in range(1, shots + 1)]
+
+
 def holocine(shots: Sequence[int], texts: Sequence[Text], *, sparse: bool) -> Layout:
     """HoloCine (arXiv 2510.20822): all shots of a film at once, one segment each.
 

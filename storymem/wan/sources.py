@@ -205,12 +205,14 @@ class _Inspection:
                 f"{without[0]} holds no KeyframeQuery, with which keyframes are recalled: use an adapter that was "
                 "trained with objective=memento, or another memory"
             )
+        notes = [adapter.report for adapter in adapters if not adapter.as_usual]
+        if info.objective != "memory":  # the others have layouts of their own
+            return notes
         if info.memory_attention != model.memory_attention:
             raise FileError(
                 f"the adapter in {path} was trained for {info.memory_attention} memory attention, not "
                 f"{model.memory_attention}: set model.memory_attention={info.memory_attention}, or use another adapter"
             )
-        notes = [adapter.report for adapter in adapters if not adapter.as_usual]
         if (stride := model.rope_stride) != info.rope_stride:
             notes.append(f"trained with RoPE stride {info.rope_stride}, used with {stride} (model.rope_stride)")
         return notes

@@ -18,11 +18,11 @@ from storymem.wan.spec import Expert
 TIMESTEPS = 1000
 
 
-def noise_level(u: Tensor, *, expert: Expert, boundary: float | None, shift: float) -> Tensor:
+def noise_level(u: Tensor, expert: Expert, *, boundary: float | None, shift: float) -> Tensor:
     """s of the shifted uniform, restricted to the range of an expert.
 
     Args:
-        u: [B], uniform in 0..1.
+        u: uniform in 0..1, of any shape.
         expert: the high-noise one sees s >= boundary, the low-noise one s < boundary.
         boundary: between the two; None: there is one expert, for all levels.
         shift: see :func:`storymem.wan.schedule.shifted`.
@@ -34,6 +34,31 @@ def noise_level(u: Tensor, *, expert: Expert, boundary: float | None, shift: flo
         return shifted(edge + (1 - edge) * u, shift).clamp(min=boundary)
     below = torch.nextafter(torch.tensor(boundary), torch.tensor(0.0)).item()
     return shifted(edge * u, shift).clamp(max=below)
+
+
+def logit_normal_level(
+    u: Tensor, expert: Expert, *, boundary: float | None, shift: float, mean: float = 0.0, deviation: float = 1.0
+) -> Tensor:
+    """s of the shifted logit-normal, restricted to the range of an expert: logit(s before the shift) is normal.
+
+    Args:
+        u: uniform in 0..1, of any shape.
+        expert, boundary, shift: see :func:`noise_level`.
+        mean: of the normal distribution.
+        deviation: its standard deviation.
+    """
+    normal = torch.distributions.Normal(mean, deviation)
+    lowest, highest = 0.0, 1.0
+    if boundary is not None:
+        edge = normal.cdf(torch.tensor(unshifted(boundary, shift)).logit()).item()
+        lowest, highest = (edge, 1.0) if expert == "high_noise" else (0.0, edge)
+    # In float64: near 1 the quantiles of float32 are coarse.
+    quantile = (lowest + (highest - lowest) * u.double()).clamp(1e-9, 1 - 1e-9)
+    s = shifted(normal.icdf(quantile).sigmoid(), shift).to(u.dtype)
+    if boundary is None:
+        return s
+    below = torch.nextafter(torch.tensor(boundary), torch.tensor(0.0)).item()
+    return s.clamp(min=boundary) if expert == "high_noise" else s.clamp(max=below)
 
 
 def noised(x0: Tensor, noise: Tensor, s: Tensor) -> Tensor:

@@ -14,96 +14,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, build_settings, check_bounds
+from storymem.training.objectives.base import ObjectiveSettings
+from storymem.training.objectives.sequence_settings import (
+    HolocineObjectiveSettings,
+    LctObjectiveSettings,
+    PicturesObjectiveSettings,
+)
 
 if TYPE_CHECKING:
     from storymem.data.cache import LatentCache, Split
     from storymem.training.batches import Samples
     from storymem.training.objectives import Loss
+    from storymem.training.objectives.encodings import Encodings
     from storymem.training.settings import TrainSettings
-
-_ABOVE_0 = 1e-12
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ObjectiveSettings:
-    """What every objective has: flow matching.
-
-    Args:
-        shift: of the noise levels, s = shift * u / (1 + (shift - 1) * u) with u uniform; the command uses the
-            sampler's by default.
-        mask_weight: weight of the loss where a clip's mask is white (prepare_data masks=) relative to where it is
-            black; 1, as published, ignores masks.
-        bins: number of equal bins of s from 0 to 1 in which the loss is logged.
-
-    Attributes:
-        system: the name of the system that is trained, which adapters record.
-        sampled: whether a film can be sampled with the networks while they train.
-    """
-
-    system: ClassVar[str]
-    sampled: ClassVar[bool] = False
-
-    shift: float = 4.0
-    mask_weight: float = 1.0
-    bins: int = 10
-
-    def __post_init__(self) -> None:
-        check_bounds(self, shift=(_ABOVE_0, 1000), mask_weight=(_ABOVE_0, 1e6), bins=(1, 1000))
-
-    def check(self, train: TrainSettings) -> None:
-        """Raise ``ValueError`` for other settings of the run that this objective cannot use."""
-        if train.samples.every and not self.sampled:
-            raise ValueError(
-                f"samples.every={train.samples.every}: no film can be sampled while {self.system} is trained, as it is "
-                "not generated shot by shot with memory; write samples.every=0"
-            )
-        if train.conditioning != "m2v" and not self.sampled:
-            raise ValueError(f"conditioning={train.conditioning}: {self.system} is given no frames; write m2v")
-
-    def check_set(self, train: TrainSettings, latents: LatentCache) -> None:
-        """Raise ``ValueError`` if a training set lacks what this objective needs."""
-        masks = any(clip.mask for clip in latents.clips if clip.split == "train")
-        if self.mask_weight != 1 and not masks:
-            raise ValueError(
-                f"objective.mask_weight={self.mask_weight:g}, but {train.dataset} has no masks: run prepare_data with "
-                "masks=FOLDER, or leave mask_weight at 1"
-            )
-
-    def prepare(self, transformer: Any, *, seed: int) -> None:
-        """Add what is trained besides the adapter to an expert that :func:`prepare_expert` has prepared."""
-
-    def samples(self, train: TrainSettings, latents: LatentCache, *, count: int, split: Split = "train") -> Samples:
-        """The samples of a training set, ``count`` a step."""
-        raise NotImplementedError
-
-    def loss(self, train: TrainSettings) -> Loss:
-        """The loss of a network on a batch of these samples."""
-        raise NotImplementedError
-
-
-def build_objective_settings(node: Any) -> ObjectiveSettings:
-    """The settings that a ``_target_`` node describes; without a target those of :class:`MemoryObjectiveSettings`.
-
-    Raises:
-        ConfigError: as of :func:`storymem.config.build_settings`.
-        ValueError: if the target is no objective.
-    """
-    if isinstance(node, ObjectiveSettings):
-        return node
-    if not isinstance(node, Mapping):
-        raise ValueError(f"is not keys with values: {node!r}; choose an objective by objective=NAME")
-    values = dict(node)
-    target = values.pop("_target_", MemoryObjectiveSettings)
-    if isinstance(target, str):
-        try:
-            cls = resolve_name(target)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"_target_={target} cannot be imported: {error}") from None
-    else:
-        cls = target
-    if not (isinstance(cls, type) and issubclass(cls, ObjectiveSettings)):
-        raise ValueError(f"_target_={target} is no objective: choose one by objective=NAME")
-    return build_settings(cls, values)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -140,7 +63,9 @@ class MemoryObjectiveSettings(ObjectiveSettings):
         super().check_set(train, latents)
         latents.given(0, GIVEN_FRAMES[train.conditioning])  # raises if the cache lacks them
 
-    def samples(self, train: TrainSettings, latents: LatentCache, *, count: int, split: Split = "train") -> Samples:
+    def samples(
+        self, train: TrainSettings, latents: LatentCache, encodings: Encodings, *, count: int, split: Split = "train"
+    ) -> Samples:
         """See :class:`ObjectiveSettings`."""
         from storymem.training.objectives.memory import MemorySamples
 
@@ -220,7 +145,9 @@ class MementoObjectiveSettings(ObjectiveSettings):
 
             add_query(transformer, seed=seed)
 
-    def samples(self, train: TrainSettings, latents: LatentCache, *, count: int, split: Split = "train") -> Samples:
+    def samples(
+        self, train: TrainSettings, latents: LatentCache, encodings: Encodings, *, count: int, split: Split = "train"
+    ) -> Samples:
         """See :class:`ObjectiveSettings`."""
         from storymem.training.objectives.memento import MementoSamples
 
@@ -242,6 +169,37 @@ class MementoObjectiveSettings(ObjectiveSettings):
         )
 
 
-AnyObjective = MemoryObjectiveSettings | MementoObjectiveSettings
+AnyObjective = (
+    MemoryObjectiveSettings
+    | MementoObjectiveSettings
+    | HolocineObjectiveSettings
+    | LctObjectiveSettings
+    | PicturesObjectiveSettings
+)
 #: The files of ``configs/objective``.
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {cls.system: cls for cls in get_args(AnyObjective)}
+
+
+def build_objective_settings(node: Any) -> ObjectiveSettings:
+    """The settings that a ``_target_`` node describes; without a target those of :class:`MemoryObjectiveSettings`.
+
+    Raises:
+        ConfigError: as of :func:`storymem.config.build_settings`.
+        ValueError: if the target is no objective.
+    """
+    if isinstance(node, ObjectiveSettings):
+        return node
+    if not isinstance(node, Mapping):
+        raise ValueError(f"is not keys with values: {node!r}; choose an objective by objective=NAME")
+    values = dict(node)
+    target = values.pop("_target_", MemoryObjectiveSettings)
+    if isinstance(target, str):
+        try:
+            cls = resolve_name(target)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"_target_={target} cannot be imported: {error}") from None
+    else:
+        cls = target
+    if not (isinstance(cls, type) and issubclass(cls, ObjectiveSettings)):
+        raise ValueError(f"_target_={target} is no objective: choose one by objective=NAME")
+    return build_settings(cls, values)

@@ -1,0 +1,91 @@
+"""What the settings of all objectives have; loads no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic.dataclasses import dataclass
+
+from storymem.config import STRICT, check_bounds
+
+if TYPE_CHECKING:
+    from storymem.data.cache import LatentCache, Split
+    from storymem.training.batches import Samples
+    from storymem.training.objectives import Loss
+    from storymem.training.objectives.encodings import Encodings, Needs
+    from storymem.training.settings import TrainSettings
+
+_ABOVE_0 = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ObjectiveSettings:
+    """What every objective has: flow matching.
+
+    Args:
+        shift: of the noise levels, s = shift * u / (1 + (shift - 1) * u) with u uniform; the command uses the
+            sampler's by default.
+        mask_weight: weight of the loss where a clip's mask is white (prepare_data masks=) relative to where it is
+            black; 1, as published, ignores masks.
+        bins: number of equal bins of s from 0 to 1 in which the loss is logged.
+
+    Attributes:
+        system: the name of the system that is trained, which adapters record.
+        sampled: whether a film can be sampled with the networks while they train.
+    """
+
+    system: ClassVar[str]
+    sampled: ClassVar[bool] = False
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the text encoder or the VAE is needed, see :meth:`needs`."""
+        return False
+
+    shift: float = 4.0
+    mask_weight: float = 1.0
+    bins: int = 10
+
+    def __post_init__(self) -> None:
+        check_bounds(self, shift=(_ABOVE_0, 1000), mask_weight=(_ABOVE_0, 1e6), bins=(1, 1000))
+
+    def check(self, train: TrainSettings) -> None:
+        """Raise ``ValueError`` for other settings of the run that this objective cannot use."""
+        if train.samples.every and not self.sampled:
+            raise ValueError(
+                f"samples.every={train.samples.every}: no film can be sampled while {self.system} is trained, as it is "
+                "not generated shot by shot with memory; write samples.every=0"
+            )
+        if train.conditioning != "m2v" and not self.sampled:
+            raise ValueError(f"conditioning={train.conditioning}: {self.system} is given no frames; write m2v")
+
+    def check_set(self, train: TrainSettings, latents: LatentCache) -> None:
+        """Raise ``ValueError`` if a training set lacks what this objective needs."""
+        masks = any(clip.mask for clip in latents.clips if clip.split == "train")
+        if self.mask_weight != 1 and not masks:
+            raise ValueError(
+                f"objective.mask_weight={self.mask_weight:g}, but {train.dataset} has no masks: run prepare_data with "
+                "masks=FOLDER, or leave mask_weight at 1"
+            )
+
+    def prepare(self, transformer: Any, *, seed: int) -> None:
+        """Add what is trained besides the adapter to an expert that :func:`prepare_expert` has prepared."""
+
+    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs | None:
+        """What must be encoded beside what the training set holds; None: nothing."""
+        return None
+
+    def samples(
+        self, train: TrainSettings, latents: LatentCache, encodings: Encodings, *, count: int, split: Split = "train"
+    ) -> Samples:
+        """The samples of a training set, ``count`` a step; ``encodings`` holds what is needed beside it."""
+        raise NotImplementedError
+
+    def loss(self, train: TrainSettings) -> Loss:
+        """The loss of a network on a batch of these samples."""
+        raise NotImplementedError
+
+
+def used_splits(train: TrainSettings) -> tuple[Split, ...]:
+    """The parts of a training set that a run reads."""
+    return ("train", "valid") if train.validation.every else ("train",)
