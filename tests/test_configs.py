@@ -172,7 +172,7 @@ def test_memories_recall_and_select(choice: str) -> None:
         )
         for number in range(20)
     ]
-    coming = ComingShot(embed_text=lambda text: np.ones(8))
+    coming = ComingShot(embed_text=lambda text: np.ones(8), choose=lambda keyframes, local, whole: range(local + whole))
     assert len(recall.recall(bank, coming)) == memory.recall["capacity"]
     chosen = selector.select(random.normal(size=(9, 8)), bank=np.empty((0, 8), np.float32))
     assert 1 <= len(chosen.selected) <= selector.max_keyframes

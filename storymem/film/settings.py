@@ -121,6 +121,8 @@ class GenerateSettings:
             raise ValueError(f"take={self.take} chooses a take of one shot: write shot=3 take={self.take}, for example")
         if not self.model.spec.layouts:
             raise ValueError(f"model.base={self.model.base} cannot recall: shots with memory need wan2.2-a14b")
+        if self.memory.recall.get("_target_") == "storymem.memory.Learned":
+            object.__setattr__(self, "model", _with_query(self.model))
         check_combinations(self.model, self.sampler, self.runtime)
         if isinstance(capacity := self.memory.recall.get("capacity"), int):
             check_reach(self.model, capacity, "memory.recall.capacity")
@@ -159,6 +161,13 @@ def parse_size(text: str, multiple: int) -> tuple[int, int]:
         nearest = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
         raise ValueError(f"size={text}: width and height must be multiples of {multiple}; write size={nearest}")
     return height, width
+
+
+def _with_query(model: ModelSettings) -> ModelSettings:
+    """``model`` whose adapter must hold a KeyframeQuery, with which keyframes are recalled."""
+    if model.adapter is None and model.weights is not None:
+        raise ValueError("memory.recall=learned uses the KeyframeQuery of model.adapter, which is null")
+    return model if model.adapter is None else replace(model, adapter=replace(model.adapter, query=True))
 
 
 def mode_of(shot: Shot, story: Story, *, continuity: Continuity, first_shot: FirstShot) -> Mode:

@@ -158,21 +158,27 @@ class Learned:
     The network (:class:`storymem.wan.keyframe_query.KeyframeQuery`) is part of the adapter's files.
 
     Args:
-        local: most keyframes chosen by the shot's prompt.
-        whole: most others, chosen by the caption of the whole film.
+        capacity: most keyframes recalled.
+        whole: how many of them are chosen by the caption of the whole film, the last ones; the others by the prompt.
+        sink: how many of the oldest always stay; 0 as published.
     """
 
-    local: int = 6
+    capacity: int = 8
     whole: int = 2
+    sink: int = 0
 
     def __post_init__(self) -> None:
-        if self.local < 1 or self.whole < 1:
-            raise ValueError(f"local={self.local}, whole={self.whole}: write 1 or more")
+        _check_size(self.capacity, self.sink)
+        if self.whole < 1 or self.local < 1:
+            raise ValueError(
+                f"capacity={self.capacity}, sink={self.sink}, whole={self.whole}: beside the sink both groups of "
+                "queries choose one or more"
+            )
 
     @property
-    def capacity(self) -> int:
-        """See :class:`RecallPolicy`."""
-        return self.local + self.whole
+    def local(self) -> int:
+        """How many keyframes are chosen by the prompt."""
+        return self.capacity - self.sink - self.whole
 
     def recall(self, keyframes: Sequence[Keyframe], shot: ComingShot) -> list[Keyframe]:
         """See :meth:`RecallPolicy.recall`; up to :attr:`capacity` keyframes are all recalled."""
@@ -180,7 +186,8 @@ class Learned:
             return list(keyframes)
         if shot.choose is None:
             raise ValueError("learned recall needs the networks of a shot generator: pass choose")
-        return [keyframes[index] for index in shot.choose(keyframes, self.local, self.whole)]
+        others = keyframes[self.sink :]
+        return [*keyframes[: self.sink], *(others[index] for index in shot.choose(others, self.local, self.whole))]
 
 
 def _is_other(keyframe: Keyframe, shot: ComingShot) -> bool:

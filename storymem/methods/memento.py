@@ -83,7 +83,11 @@ class Memento(StoryMem):
         changed = {
             "memory": {
                 "selector": {"_target_": "storymem.memory.EvenlySpaced", "max_keyframes": samples},
-                "recall": {"_target_": "storymem.memory.Learned", "local": self.own.local, "whole": self.own.whole},
+                "recall": {
+                    "_target_": "storymem.memory.Learned",
+                    "capacity": self.own.local + self.own.whole,
+                    "whole": self.own.whole,
+                },
                 "reference_fit": generate["memory"]["reference_fit"],
             },
             "model": {**model, "adapter": adapter, "memory_attention": "joint"},

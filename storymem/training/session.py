@@ -257,7 +257,7 @@ class Run:
             memory_attention=settings.model.memory_attention,
             rope_stride=settings.model.rope_stride,
             conditioning=settings.conditioning,
-            objective=settings.objective.system,
+            objective=settings.objective.made_for(settings),
             training={
                 "base": settings.model.name,
                 "expert": settings.expert,

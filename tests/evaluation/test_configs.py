@@ -19,6 +19,7 @@ from storymem.evaluation.metric import Metric
 from storymem.evaluation.stbench import EvaluateSettings
 from storymem.film.settings import GenerateSettings
 from storymem.methods.storymem import StoryMem
+from storymem.training.settings import TrainSettings
 from storymem.weights import MissingWeights
 from tests.composing import composed
 
@@ -104,6 +105,14 @@ TOY_MODES: dict[str, dict[str, Any]] = {  # name -> what is changed of model=toy
         ("cached", "cached", "toy_m2v_cached"),
     )
 }
+#: Training -> what is changed of model=toy, beside the adapter.
+PLUS: dict[str, dict[str, Any]] = {
+    "toy_plus_subject": {},
+    **{
+        run: {"memory.recall._target_": "storymem.memory.Learned", "memory.recall.sink": 0, "memory.recall.whole": 2}
+        for run in ("toy_plus_query", "toy_plus")
+    },
+}
 
 
 def flat(node: Any, path: str = "") -> dict[str, Any]:
@@ -118,7 +127,9 @@ def of_model(model: str) -> dict[str, Any]:
 
 
 def test_every_ablation_is_known_here() -> None:
-    assert set(files("experiment", "ablation_*.yaml")) == CHANGES.keys() | TOY_MODES.keys()
+    assert set(files("experiment", "ablation_*.yaml")) == CHANGES.keys() | TOY_MODES.keys() | {
+        f"ablation_{run}" for run in PLUS
+    }
 
 
 BEHIND_A_MODEL = {  # what the model's file sets too
@@ -163,6 +174,30 @@ def test_memory_modes_are_compared_by_the_adapters_that_training_leaves(name: st
     first = composed("experiment=toy_m2v", "dataset=x", name="train")
     unlike = {key for key, value in flat(trained).items() if flat(first)[key] != value}
     assert unlike <= {"output", "model.memory_attention", "objective.memory_weight"}, "equal training"
+
+
+@pytest.mark.parametrize("run", PLUS)
+def test_what_memento_adds_to_storymem_is_compared_after_equal_training(run: str) -> None:
+    plain = flat(of_model("toy"))
+    composed_film = composed("story=s.yaml", f"+experiment=ablation_{run}")
+    film = flat(composed_film)
+    adapter = {
+        "model.adapter.weights.name": f"adapter of {run}",
+        "model.adapter.weights.source": f"runs/{run}/storymem",
+    }
+    unlike = {key: value for key, value in film.items() if plain.get(key, ...) != value}
+    assert unlike == adapter | PLUS[run]
+    trained = build_settings(TrainSettings, composed(f"experiment={run}", "dataset=x", name="train"))
+    cached = build_settings(TrainSettings, composed("experiment=toy_m2v_cached", "dataset=x", name="train"))
+    same = ("model", "steps", "batch", "adapter", "optimizer", "seed", "conditioning")
+    assert all(getattr(trained, name) == getattr(cached, name) for name in same), "equal training"
+    objective: Any = trained.objective
+    assert trained.objective.made_for(trained) == "memory"
+    assert (objective.subject_weight > 0, objective.query) == ("query" not in run, "subject" not in run)
+    assert objective.local + objective.whole == plain["memory.recall.capacity"] == film["memory.recall.capacity"]
+    settings = build_settings(GenerateSettings, composed_film)
+    assert settings.model.adapter is not None
+    assert settings.model.adapter.query == objective.query
 
 
 def test_unknown_methods_are_reported_with_the_nearest_name() -> None:

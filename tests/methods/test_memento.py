@@ -43,7 +43,7 @@ scenes:
 PUBLISHED = MementoModel(weights=Weights(name="w", source="x"))
 
 
-def write_adapter(folder: Path, *, query: bool = True) -> Path:
+def write_adapter(folder: Path, *, query: bool = True, objective: str = "memento") -> Path:
     """An adapter in the published layout for the networks of ``SMALL``."""
     values = composed("method=storymem", *SMALL, name="eval_stbench")["model"]
     pipe = load_pipeline(build_settings(ModelSettings, values), runtime=RuntimeSettings(device="cpu"))
@@ -57,7 +57,7 @@ def write_adapter(folder: Path, *, query: bool = True) -> Path:
         if query:
             network = KeyframeQuery.of(transformer).state_dict()
             state |= {f"keyframe_query.{name}": tensor for name, tensor in network.items()}
-    info = AdapterInfo(rank=2, alpha=2.0, objective="memento")
+    info = AdapterInfo(rank=2, alpha=2.0, objective=objective)
     write_memory_lora(states, folder, info=info, layout="released")
     return folder
 
@@ -144,3 +144,23 @@ def test_missing_published_weights_are_named(tmp_path: Path, monkeypatch: pytest
     run = composed("method=memento", "model=wan2.2-a14b", "runtime=cpu", name="eval_stbench")["method"]
     with pytest.raises(FileNotFoundError, match=r"(?s)backbone_\*_noise.*3.3 GB.*Apache-2.0"):
         instantiate(run, _convert_="all").check(story(tmp_path, FOUR))
+
+
+def test_storymem_recalls_by_the_query_of_its_adapter(tmp_path: Path) -> None:
+    loaded = story(tmp_path, FOUR)
+    learned = ["memory=learned", "memory.recall={capacity: 4, sink: 1, whole: 1}", "memory/selector=uniform"]
+
+    def storymem(adapter: Path) -> Any:
+        model = f"model.adapter={{weights: {{name: x, source: {adapter}}}}}"
+        run = composed("method=storymem", *SMALL, model, *learned, name="eval_stbench")["method"]
+        return instantiate(run, _convert_="all")
+
+    with pytest.raises(ValueError, match="holds no KeyframeQuery, with which keyframes are recalled"):
+        storymem(write_adapter(tmp_path / "plain", query=False, objective="memory")).check(loaded)
+    method = storymem(write_adapter(tmp_path / "adapter", objective="memory"))
+    method.check(loaded)
+    method.run(loaded, tmp_path / "film")
+    shots = Film.open(tmp_path / "film").shots
+    assert [len(shot.memory) for shot in shots] == [0, 3, 4, 4]
+    assert all(shot.memory[0] == shots[0].keyframes[0].id for shot in shots[1:]), "the sink"
+    assert shots[3].memory_of == {}

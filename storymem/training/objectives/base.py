@@ -68,6 +68,10 @@ class ObjectiveSettings:
                 "masks=FOLDER, or leave mask_weight at 1"
             )
 
+    def made_for(self, train: TrainSettings) -> str:
+        """The system whose generation a trained adapter is for, which its files record."""
+        return self.system
+
     def prepare(self, transformer: Any, *, seed: int) -> None:
         """Add what is trained besides the adapter to an expert that :func:`prepare_expert` has prepared."""
 

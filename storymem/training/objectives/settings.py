@@ -138,6 +138,10 @@ class MementoObjectiveSettings(ObjectiveSettings):
         super().check_set(train, latents)
         latents.given(0, GIVEN_FRAMES[train.conditioning])  # raises if the cache lacks them
 
+    def made_for(self, train: TrainSettings) -> str:
+        """StoryMem with cached memory, whose layout and positions are then trained; Memento with joint memory."""
+        return "memory" if train.model.memory_attention == "cached" else self.system
+
     def prepare(self, transformer: Any, *, seed: int) -> None:
         """See :class:`ObjectiveSettings`."""
         if self.query:
