@@ -50,7 +50,7 @@ def test_takes_seeds_memory_and_what_is_stale_are_printed(
     assert command(film) == 0
     title, shots, takes, keyframes = capsys.readouterr().out.split("\n\n")
     assert title == "Four: 4 shots, 0 without a take"
-    assert shots.splitlines()[3].split()[:6] == ["2", "1.2", "2", "of", "3", "mi2v"]
+    assert shots.splitlines()[3].split()[:5] == ["2", "1.2", "2", "3", "mi2v"]
     assert "recalled shot02_frame" in shots.splitlines()[4]
     rows = [line.split() for line in takes.splitlines()]
     assert [row[:4] for row in rows if row[0] == "2"] == [

@@ -215,7 +215,7 @@ def test_the_first_shot(first_shot: str, references: bool, shot_references: bool
 
 
 def test_given_frames_are_those_of_the_paper() -> None:
-    assert GIVEN_FRAMES == {"t2v": 0, "m2v": 0, "mi2v": 1, "mm2v": 5}
+    assert GIVEN_FRAMES == {"t2v": 0, "i2v": 0, "m2v": 0, "mi2v": 1, "mm2v": 5}
 
 
 def test_every_shot_too_short_is_named() -> None:

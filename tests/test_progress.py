@@ -106,12 +106,12 @@ def test_the_table_has_a_line_for_each_shot(tmp_path: Path) -> None:
     film = Film(tmp_path, story=told, config={}, takes=takes)
     film.slots = [replace(slot, take=take) for slot, take in zip(film.slots, (1, 1, None), strict=True)]
     heading, rule, first, second, third = film_table(film, {2: "continues another take"}).splitlines()
-    assert heading.split()[:8] == ["shot", "scene", "take", "mode", "seed", "frames", "seconds", "recalled"]
+    assert heading.split()[:8] == ["shot", "scene", "take", "takes", "mode", "seed", "frames", "seconds"]
     assert set(rule) == {"-"}
-    assert first.split() == ["1", "2.1", "1", "mi2v", "0", "16", "12.5", "3", "2", "(0,", "4)"]
-    assert second.split()[:9] == ["2", "2.2", "1", "of", "2", "mi2v", "0", "16", "12.5"]
+    assert first.split() == ["1", "2.1", "1", "1", "mi2v", "0", "16", "12.5", "3", "2", "(0,", "4)"]
+    assert second.split()[:8] == ["2", "2.2", "1", "2", "mi2v", "0", "16", "12.5"]
     assert second.endswith("continues another take")
-    assert third.split() == ["3", "2.3", "none"]
+    assert third.split() == ["3", "2.3", "none", "0"]
 
 
 def test_columns_are_as_wide_as_their_widest_cell() -> None:

@@ -79,7 +79,7 @@ def test_takes_are_made_compared_and_chosen(studio: Studio) -> None:
     assert studio.make("shot=1", "takes=2").endswith("shot=1 takes=2")
     assert wait(studio) == "done"
     page = board_html(View(studio), 2)
-    assert "take 2 of 3" in page
+    assert "take 2 (3 takes)" in page
     assert page.count("Not what would be made now") == 2
     assert 'alt="frame 1 of shot 1: Ada waits."' in page
     assert "take 3: Ada waits." in pair_html(View(studio), 1, (2, 3))

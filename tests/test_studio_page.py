@@ -35,8 +35,8 @@ overview: Lou on the beach.
 characters: [{name: Lou}]
 scenes:
   - shots:
-      - {prompt: Lou stands still on the beach in bright daylight. Long shot., characters: [Lou]}
-      - {prompt: Lou walks right on the beach in bright daylight. Wide shot., characters: [Lou]}
+      - {prompt: Lou stands still on the beach in bright daylight. Medium shot., characters: [Lou]}
+      - {prompt: Lou walks right on the beach in bright daylight. Close-up., characters: [Lou]}
 """
 
 # Every text that is seen, with its contrast to what is behind it (WCAG 2).
@@ -209,6 +209,10 @@ def test_the_page_is_legible(
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         weak = [found for found in page.evaluate(CONTRASTS) if found[0] < 4.5]
         assert weak == [], tab
+        if width > 1000:  # the actions stay in sight, whole, wherever the storyboard is scrolled to
+            page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+            assert page.get_by_label("Shot", exact=True).evaluate("e => e.closest('.block').clientHeight") > 60
+            assert 0 <= page.get_by_role("button", name="Make what is missing").bounding_box()["y"] < height
     unnamed = page.evaluate(
         "[...document.querySelectorAll('img, video')].filter(e => !(e.alt || e.ariaLabel)).map(e => e.outerHTML)"
     )

@@ -100,7 +100,7 @@ def _clean(film: Film, settings: FilmSettings) -> str:
     from storymem.film.tables import counted
 
     shown = film.shots
-    gone = [take for take in film.takes if take not in shown]
+    gone = sorted((take for take in film.takes if take not in shown), key=lambda take: take.file)
     for take in gone:
         print(f"{take.file}  seed {take.seed}  {take.prompt[:60]}")
     if not gone:

@@ -20,17 +20,17 @@ def film_table(film: Film, stale: Mapping[int, str] | None = None) -> str:
         film: with its takes.
         stale: see :func:`storymem.film.matching.stale`.
     """
-    heading = ("shot", "scene", "take", "mode", "seed", "frames", "seconds", "recalled", "added (frames)")
+    heading = ("shot", "scene", "take", "takes", "mode", "seed", "frames", "seconds", "recalled", "added (frames)")
     rows: list[tuple[str, ...]] = [heading if not stale else (*heading, "not what would be made now")]
     for index, script in enumerate(scripts(film.story)):
         take, count = film.take_of(index), len(film.takes_of(index))
         place = (str(index + 1), f"{script.scene}.{script.number}")
         if take is None:
-            row = (*place, f"none of {count}" if count else "none", *[""] * 6)
+            row = (*place, "none", str(count), *[""] * 6)
         else:
             added = ", ".join(str(keyframe.frame) for keyframe in take.keyframes)
             row = (
-                *(*place, f"{take.take} of {count}" if count > 1 else str(take.take), take.mode, str(take.seed)),
+                *(*place, str(take.take), str(count), take.mode, str(take.seed)),
                 *(str(take.frames), f"{sum(take.seconds.values()):.1f}", str(len(take.memory))),
                 f"{len(take.keyframes)} ({added})" if added else "0",
             )

@@ -74,7 +74,7 @@ class Page:
         with gr.Row():
             with gr.Column(scale=3, min_width=320):
                 self.board = gr.HTML(elem_classes="board", js_on_load=_PICK)
-            with gr.Column(scale=2, min_width=320, elem_classes="panel"):
+            with gr.Column(scale=2, min_width=320, elem_classes="actions"):
                 with gr.Row():
                     self.make = gr.Button("Make what is missing", variant="primary")
                     self.stop = gr.Button("Stop")
