@@ -97,7 +97,7 @@ class Watch:
 def measure(strategy: str, steps: int) -> dict[str, Any] | None:
     """One run; the row of the main process."""
     from storymem.config import build_settings
-    from storymem.training.callbacks import memory_gb
+    from storymem.training.callbacks import peak_gb
     from storymem.training.session import Run
     from storymem.training.settings import TrainSettings
 
@@ -130,7 +130,7 @@ def measure(strategy: str, steps: int) -> dict[str, Any] | None:
             "outside": round(1 - (watch.parts["forward_backward"] + watch.parts["optimizer"]) / wall, 4),
             "waiting_for_data": round(watch.parts["data"] / wall, 4),
             "optimizer": round(watch.parts["optimizer"] / wall, 4),
-            "memory_gb_per_process": round(memory_gb(run.accelerator.device), 3),
+            "peak_gb_per_process": round(peak_gb(run.accelerator.device), 3),
         }
         run.accelerator.end_training()
         return row
@@ -170,7 +170,7 @@ def main() -> None:
         target = "  (target: at most 5 %)" if count == 1 else ""
         print(
             f"{count:9}  {row['strategy']:12}  {row['steps_per_second']:7.3f}  {100 * row['outside']:5.1f} %"
-            f"{target:27}  {row['memory_gb_per_process']:.2f} GB"
+            f"{target:27}  {row['peak_gb_per_process']:.2f} GB"
         )
         print(json.dumps(row))
 

@@ -42,8 +42,10 @@ def prepare(config: Mapping[str, Any]) -> LatentCache | None:
         storymem.stopping.Stopped: after SIGINT, SIGTERM or SIGUSR1; what was finished is recorded.
     """
     settings = build_settings(PrepareSettings, config)
-    output = Path(settings.output)
-    found = scan_videos(Path(settings.videos), without=[output, *([Path(settings.masks)] if settings.masks else [])])
+    output, videos = Path(settings.output), Path(settings.videos)
+    if output.is_dir() and videos.is_dir() and output.samefile(videos):
+        raise FileError(f"output={output} is the folder of the videos: write another one, such as output=data")
+    found = scan_videos(videos, without=[output, *([Path(settings.masks)] if settings.masks else [])])
     captions = read_captions(found, Path(settings.captions) if settings.captions else None)
     if captions.respelled:
         name, video = min(captions.respelled.items())

@@ -53,7 +53,7 @@ class LogMetrics:
             "lr": report.lr,
             "grad_norm": sum(r.grad_norm for r in reports) / count,
             "samples_per_second": sum(r.samples for r in reports) / elapsed,
-            "memory_gb": memory_gb(trainer.accelerator.device),
+            "peak_gb": peak_gb(trainer.accelerator.device),
             **seconds,
             "seconds_other": max(0.0, elapsed / count - sum(seconds.values())),
         }
@@ -142,7 +142,7 @@ def _mean(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
-def memory_gb(device: torch.device) -> float:
+def peak_gb(device: torch.device) -> float:
     """Peak VRAM of this process in GB (10^9 bytes); its peak RAM if it runs on a CPU."""
     if device.type not in ("cpu", "mps"):
         return torch.accelerator.max_memory_allocated(device) / 1e9

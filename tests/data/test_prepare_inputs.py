@@ -18,6 +18,7 @@ from storymem.data import encoding, steps
 from storymem.data.cache import LatentCache
 from storymem.data.prepare import prepare
 from storymem.data.settings import PrepareSettings
+from storymem.io import FileError
 from tests.data.drawn_clips import FPS, scene, video
 from tests.data.preparing import config, rejected, train_on
 
@@ -83,6 +84,8 @@ def test_what_is_not_read_is_listed_with_the_reason(tmp_path: Path, capsys: pyte
     for name in ("c.gif", "c.txt", "._good0.mp4"):
         (videos / name).write_text("x")
     (videos / "dead.mp4").symlink_to("nowhere")
+    with pytest.raises(FileError, match="is the folder of the videos: write another one, such as output=data"):
+        prepare(config(tmp_path, f"output={videos}", "steps=[split,check]"))
     prepare(config(tmp_path, f"output={videos / 'set'}", "steps=[split,check]"))
     (tmp_path / "set").symlink_to(videos / "set")
     assert rejected(tmp_path) == {

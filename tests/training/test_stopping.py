@@ -30,7 +30,7 @@ from tests.training.tiny import read_metrics
 
 pytestmark = pytest.mark.trains_in_forks
 
-TIMED = ("seconds_", "samples_per_second", "memory_gb")
+TIMED = ("seconds_", "samples_per_second", "peak_gb")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

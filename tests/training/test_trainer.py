@@ -166,7 +166,7 @@ def test_a_resumed_run_gives_the_same_losses(tmp_path: Path, which: str) -> None
     second.finish()
 
     def printed(folder: Path) -> list[dict[str, Any]]:
-        timed = ("seconds_", "samples_per_second", "memory_gb")
+        timed = ("seconds_", "samples_per_second", "peak_gb")
         return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in read_metrics(tmp_path / folder)]
 
     assert printed(Path("halves")) == printed(Path("whole"))
@@ -272,7 +272,7 @@ def test_the_run_folder_holds_everything(tmp_path: Path) -> None:
     rows: dict[str, Any] = {}
     for row in read_metrics(folder):
         rows |= row
-    assert {"loss", "loss_by_level", "lr", "grad_norm", "samples_per_second", "memory_gb"} <= rows.keys()
+    assert {"loss", "loss_by_level", "lr", "grad_norm", "samples_per_second", "peak_gb"} <= rows.keys()
     assert {"valid_loss_high_noise", "valid_loss_low_noise"} <= rows.keys()
     assert -1 <= rows["cross_shot"] <= 1
     from storymem.media.images import read_image
