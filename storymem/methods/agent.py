@@ -25,7 +25,7 @@ from storymem.config import STRICT, build_settings, check_bounds
 from storymem.io import write_json
 from storymem.media.images import fit_image, read_image
 from storymem.methods.chat import Chat
-from storymem.methods.image_models import place_image_pipeline, to_images
+from storymem.methods.image_models import image_dtype, place_image_pipeline, to_images
 from storymem.methods.keyframes import ImageGroup, ImageToVideo, KeyframeMethod, image_names, is_embedded
 from storymem.methods.storyboards import Storyboard, by_rule, planned, portrait_name
 from storymem.methods.storymem import StoryMem
@@ -240,17 +240,24 @@ class QwenEditor:
         settings: of the method.
         runtime: names the device.
         video: size of the blank image that it edits where there is none.
+        pipe: a loaded pipeline; None: it is loaded on first use.
     """
 
     portrait = "Full-body portrait of {name}, front view, plain light background: {look}"
 
-    def __init__(self, settings: AgentSettings, runtime: RuntimeSettings, video: VideoSettings) -> None:
-        self.settings, self.runtime, self.video = settings, runtime, video
-        self._pipe: QwenImageEditPlusPipeline | None = None
+    def __init__(
+        self,
+        settings: AgentSettings,
+        runtime: RuntimeSettings,
+        video: VideoSettings,
+        pipe: QwenImageEditPlusPipeline | None = None,
+    ) -> None:
+        self.settings, self.runtime, self.video, self._pipe = settings, runtime, video, pipe
 
     def check(self) -> None:
         """The weights are here."""
-        locate(self.settings.weights)
+        if self._pipe is None:
+            locate(self.settings.weights)
 
     @property
     def pipe(self) -> QwenImageEditPlusPipeline:
@@ -259,7 +266,9 @@ class QwenEditor:
             from diffusers import QwenImageEditPlusPipeline
 
             folder = locate(self.settings.weights)
-            pipe = QwenImageEditPlusPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+            pipe = QwenImageEditPlusPipeline.from_pretrained(
+                folder, torch_dtype=image_dtype(self.runtime, torch.bfloat16)
+            )
             self._pipe = place_image_pipeline(pipe, self.runtime)
         return self._pipe
 

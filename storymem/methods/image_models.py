@@ -21,6 +21,11 @@ def place_image_pipeline(pipe: Any, runtime: RuntimeSettings) -> Any:
     return pipe
 
 
+def image_dtype(runtime: RuntimeSettings, dtype: torch.dtype) -> torch.dtype:
+    """``dtype`` on an accelerator; float32 on the CPU, which computes in 16 bits slowly or not at all."""
+    return torch.float32 if check_runtime(runtime).type == "cpu" else dtype
+
+
 def image_device(pipe: Any) -> torch.device:
     """Where its networks run, which is not where offloaded weights are."""
     return pipe._execution_device

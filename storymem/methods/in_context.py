@@ -27,7 +27,7 @@ from torch import Tensor
 from storymem.config import STRICT, build_settings, check_bounds
 from storymem.io import check_finite
 from storymem.media.images import fit_image
-from storymem.methods.image_models import place_image_pipeline, to_images
+from storymem.methods.image_models import image_dtype, place_image_pipeline, to_images
 from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, is_embedded
 from storymem.story import Story
 from storymem.story.panels import PANELS, PanelStyle, panel_prompt
@@ -243,7 +243,8 @@ class FluxPanels:
         if self._pipe is None:
             from diffusers import FluxPipeline
 
-            pipe = FluxPipeline.from_pretrained(locate(self.settings.weights), torch_dtype=torch.bfloat16)
+            dtype = image_dtype(self.runtime, torch.bfloat16)
+            pipe = FluxPipeline.from_pretrained(locate(self.settings.weights), torch_dtype=dtype)
             pipe.load_lora_weights(str(locate(self.settings.lora)))
             self._pipe = place_image_pipeline(pipe, self.runtime)
         return self._pipe

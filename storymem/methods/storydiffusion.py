@@ -24,7 +24,7 @@ from storymem.film.folder import Film
 from storymem.film.parts import Recalled
 from storymem.film.progress import Progress
 from storymem.methods.baseline import Baseline, TextToVideo
-from storymem.methods.image_models import image_device, place_image_pipeline, to_images
+from storymem.methods.image_models import image_device, image_dtype, place_image_pipeline, to_images
 from storymem.methods.keyframes import ImageGroup, ImageMaker, KeyframeMethod, image_names, is_embedded
 from storymem.methods.long_prompts import encode_long_prompts
 from storymem.methods.sharing import Sharing, SharingSettings, id_shots, sharing_in_unet, sharing_in_video, shots_read
@@ -221,9 +221,9 @@ class SharedImages:
             from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
             folder = locate(self.settings.weights)
-            half = any((folder / "unet").glob("*.fp16.safetensors"))
+            dtype, half = image_dtype(self.runtime, torch.float16), any((folder / "unet").glob("*.fp16.safetensors"))
             pipe = StableDiffusionXLPipeline.from_pretrained(
-                folder, torch_dtype=torch.float16, variant="fp16" if half else None, use_safetensors=True
+                folder, torch_dtype=dtype, variant="fp16" if half else None, use_safetensors=True
             )
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
             pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.1, b2=1.2)

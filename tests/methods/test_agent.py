@@ -11,14 +11,20 @@ from typing import Any
 
 import pytest
 
+from storymem.config import build_settings
 from storymem.film.folder import Film
 from storymem.film.manifest import Slot
+from storymem.media.images import fit_image, read_image
 from storymem.media.video import read_video
+from storymem.methods.agent import AgentImages, AgentSettings, QwenEditor
+from storymem.methods.keyframes import make_images
 from storymem.methods.storyboards import Camera, Cameras, check_tree
 from storymem.story import Story
 from storymem.story.writing import EndpointError
+from storymem.wan.settings import RuntimeSettings
 from tests.evaluation import small
 from tests.evaluation.test_methods import method
+from tests.methods import tiny
 
 
 @pytest.fixture
@@ -37,6 +43,34 @@ def test_the_stub_plans_by_rule(story: Story, tmp_path: Path) -> None:
     ]
     assert len(list((tmp_path / "film" / "keyframe_images").iterdir())) == 5
     assert [take.mode for take in Film.open(tmp_path / "film").shots] == ["i2v"] * 3
+
+
+def test_first_frames_are_edited_from_portraits_and_earlier_frames(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus"
+    monkeypatch.setattr(f"{module}.VAE_IMAGE_SIZE", 32 * 48)
+    monkeypatch.setattr(f"{module}.CONDITION_IMAGE_SIZE", 56 * 56)
+    weights = {"name": "Qwen", "source": "x/y"}
+    given = {"weights": weights, "stub": True, "steps": 2, "guidance": 1.5, "height": 32, "width": 64}
+    settings, runtime = build_settings(AgentSettings, given), RuntimeSettings(device="cpu")
+    editor = QwenEditor(settings, runtime, method("agent").settings.model.video, tiny.qwen_image_edit(tmp_path))
+    images = AgentImages(settings, editor, seed=0)
+    images.check(story)
+    size: dict[str, Any] = {"height": 32, "width": 48, "settings": {}}
+    make_images(images, story, tmp_path, **size)
+    made = {path.stem: read_image(path) for path in (tmp_path / "keyframe_images").iterdir()}
+    assert sorted(made) == ["01_01", "01_02", "02_01", "portrait_01", "portrait_02"]
+    with pytest.raises(FileNotFoundError, match="Qwen: x/y is not"):
+        images.check(story)
+
+    editor = QwenEditor(settings, runtime, editor.video, tiny.qwen_image_edit(tmp_path))
+    prompt = story.prompt_of(story.shots[2])
+    wanted = [made[name] for name in ("portrait_01", "portrait_02", "01_02")]
+    seed = images.plan(story, tmp_path)[-1].recipe["seed"]
+    again, other = (editor.edit(prompt, one, seed) for one in (wanted, wanted[::-1]))
+    assert (fit_image(again, 32, 48, "cover") == made["02_01"]).all()
+    assert (again != other).any()
 
 
 def test_a_camera_tree_has_no_circles() -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -21,6 +24,12 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     T5Config,
     T5EncoderModel,
 )
@@ -107,5 +116,48 @@ def flux(folder: Path) -> FluxPipeline:
         tokenizer_2=ByT5Tokenizer(),
         transformer=transformer.eval(),
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def qwen_image_edit(folder: Path) -> QwenImageEditPlusPipeline:
+    """Qwen-Image-Edit, whose tokenizer has one token for each byte."""
+    special = {name: f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad")}
+    special["video_pad"] = "<|video_pad|>"
+    letters = [*map(chr, range(33, 127)), *map(chr, range(161, 173)), *map(chr, range(174, 256))]
+    letters += [chr(256 + n) for n in range(256 - len(letters))]
+    (folder / "vocab.json").write_text(json.dumps({letter: number for number, letter in enumerate(letters)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = Qwen2Tokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special.values())})
+    ids = {name: tokenizer.convert_tokens_to_ids(text) for name, text in special.items()}
+    small = {"hidden_size": 16, "intermediate_size": 16}
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config={**small, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+                     "vocab_size": 300, "rope_scaling": rope, "rope_theta": 1e6, "bos_token_id": 0, "eos_token_id": 1},
+        vision_config={**small, "depth": 2, "num_heads": 2, "out_hidden_size": 16},
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+    )  # fmt: skip
+    pipe = QwenImageEditPlusPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLQwenImage(
+            base_dim=24, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        ).eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
+        tokenizer=tokenizer,
+        processor=Qwen2VLProcessor(
+            image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56),
+            tokenizer=tokenizer,
+            video_processor=Qwen2VLVideoProcessor(),
+        ),
+        transformer=QwenImageTransformer2DModel(
+            patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
+            num_attention_heads=3, joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+        ).eval(),
+    )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
