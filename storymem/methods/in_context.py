@@ -1,7 +1,7 @@
 """IC-LoRA (arXiv 2410.23775): shots as panels of one image, by an image model with a LoRA, then image-to-video.
 
 ``images: flux``: FLUX.1-dev with the published film-storyboard LoRA. ``images: base``: the video model itself, which
-draws the panels as one latent frame of three times the height, with a LoRA of its own; for the toy model.
+draws the panels as one latent frame of three times the height, with a LoRA by `train.py experiment=toy_pictures`.
 
 Three panels are what the LoRA was trained for. How longer stories were made is not published; both ways here are ours:
 windows of three shots, in which a character's look holds within a window only, and ``chained``, where the first panel
@@ -53,7 +53,8 @@ class InContextSettings:
     Args:
         weights: of FLUX.1-dev, in diffusers' layout.
         lora: the film-storyboard LoRA.
-        adapter: with ``images: base``, the LoRA that draws panels; None: the base alone, whose panels are poor.
+        adapter: with ``images: base``, the LoRA that draws panels (`objective=pictures`); None: the base alone, whose
+            panels are one image.
         images: "flux", "base", or "auto": base for models that come with the package, else flux.
         chained: whether the first panel of a window is an earlier keyframe.
         steps: of FLUX.

@@ -57,7 +57,7 @@ class StoryDiffusionSettings:
         negative_prompt: of all images.
         shared_noise: whether all but the id images start from the same noise, as released: it makes compositions alike.
         video_blocks: last blocks of Wan that share in video.
-        video_sharing: of video. Chosen on training stories of the toy world.
+        video_sharing: of video. Both were chosen on training stories of the toy world, by attributes kept.
     """
 
     weights: Weights
@@ -72,7 +72,7 @@ class StoryDiffusionSettings:
     template: str = "{prompt}"
     negative_prompt: str = "blurry, low quality, deformed, extra fingers, text, watermark, frame"
     shared_noise: bool = True
-    video_blocks: int = 3
+    video_blocks: int = 6
     video_sharing: SharingSettings = field(
         default_factory=lambda: SharingSettings(probability=1.0, late_probability=1.0)
     )
