@@ -15,7 +15,7 @@ from storymem.training.settings import OptimizerSettings, TrainSettings
 from storymem.wan.processes import Launch
 
 CONFIG, CHECKPOINTS, SAMPLES, MODEL = "config.yaml", "checkpoints", "samples", "model"
-ENCODINGS = "encodings.safetensors"  # written before the settings, see training/objectives/encodings.py
+ENCODINGS = "encodings-"  # beginning of files that are written first, see training/objectives/encodings.py
 #: What may change when a run resumes: where it runs, how long, and what is done besides training.
 _FREE = (
     *("output", "resume", "steps", "runtime", "export", "dataset"),
@@ -53,7 +53,7 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
     ``FileError`` if it holds something else, or if its ``config.yaml`` is damaged.
     """
     path = folder / CONFIG
-    names = sorted(name for entry in folder.iterdir() if not (name := entry.name).startswith(".") and name != ENCODINGS)
+    names = sorted(name for entry in folder.iterdir() if not (name := entry.name).startswith((".", ENCODINGS)))
     if not names:
         return None
     if not path.exists():

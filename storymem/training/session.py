@@ -32,7 +32,7 @@ from storymem.training.experts import (
 )
 from storymem.training.method import ExpertTraining
 from storymem.training.objectives.encodings import Encodings, encode
-from storymem.training.resume import CHECKPOINTS, CONFIG, ENCODINGS, MODEL, changes_of_later_steps, check_same_run
+from storymem.training.resume import CHECKPOINTS, CONFIG, MODEL, changes_of_later_steps, check_same_run
 from storymem.training.run_log import RunLog
 from storymem.training.settings import AdapterTrainingSettings, TrainSettings
 from storymem.training.trainer import Callback, Trainer
@@ -159,20 +159,11 @@ class Run:
         self.accelerator.end_training()
 
     def _encodings(self, latents: LatentCache) -> Encodings:
-        """What the objective needs beside the training set; the main process computes it."""
+        """What the objective needs beside the training set."""
         needs = self.settings.objective.needs(self.settings, latents)
         if needs is None:
             return Encodings(None, latents)
-        fault = None
-        if self.accelerator.is_main_process:
-            try:
-                encode(needs, self.folder, replace(self.settings.model, adapter=None), latents)
-            except ValueError as error:
-                fault = str(error)
-        (fault,) = broadcast_object_list([fault])
-        if fault is not None:
-            raise FileError(fault)
-        return Encodings(self.folder / ENCODINGS, latents)
+        return encode(needs, self.folder, replace(self.settings.model, adapter=None), latents, self.accelerator)
 
     def _newest(self, checkpoints: Checkpoints) -> Checkpoint | None:
         """The checkpoint to resume from, the same at all processes."""
