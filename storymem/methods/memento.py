@@ -20,12 +20,11 @@ from storymem.film.timeline import film_frames, film_starts
 from storymem.memory import Keyframe, MemoryBank
 from storymem.methods.storymem import StoryMem
 from storymem.story import Shot, Story
+from storymem.story.captions import global_caption, tagged
 from storymem.wan.memento import FilmFrames, MementoGenerator, MementoRequest
 from storymem.wan.shots import ShotRequest
 from storymem.wan.spec import Expert
 from storymem.weights import Weights
-
-_TAGGED = re.compile(r"global caption:\s*(?P<caption>.*?)\s*;\s*shot caption:", re.IGNORECASE | re.DOTALL)
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
@@ -149,11 +148,11 @@ def captions_of(story: Story, shot: Shot, own: MementoModel) -> Captions:
 
     style = f"{story.style}: " if story.style else ""
     prompt = style + named(shot.prompt)
-    if found := _TAGGED.search(shot.prompt):
-        prompt, whole = shot.prompt, found["caption"]
+    if (written := global_caption(shot.prompt)) is not None:
+        prompt, whole = shot.prompt, written
     elif looks:
         whole = ", ".join(f"{names.get(name, name)}: {named(look)}" for name, look in looks.items())
-        prompt = f"global caption: {whole}; shot caption: {prompt}"
+        prompt = tagged(whole, prompt)
     else:
         whole = prompt
     subject: str | None = None

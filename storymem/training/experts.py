@@ -23,6 +23,7 @@ from storymem.io import read_json_object, replacing
 from storymem.training.optimization import assign
 from storymem.training.settings import AdapterTrainingSettings, ParallelSettings
 from storymem.wan.folders import check_component, on_meta
+from storymem.wan.keyframe_query import KeyframeQuery
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import AdapterInfo, Layout, memory_lora_config, read_memory_lora, write_memory_lora
 from storymem.wan.lora_files import QUERY_PREFIX
@@ -54,6 +55,18 @@ def prepare_expert(transformer: Any, expert: Expert, settings: AdapterTrainingSe
         tensors = read_memory_lora({expert: transformer}, settings.start)[expert].tensors(torch.float32)
         for name, parameter in trained_parameters(transformer).items():
             assign(parameter, tensors[name])
+
+
+def load_query(transformer: Any, expert: Expert, start: str) -> None:
+    """Give an expert that trains a KeyframeQuery that of the adapter in ``start``, if it has one."""
+    if not hasattr(transformer, "keyframe_query"):
+        return
+    adapter = read_memory_lora({expert: transformer}, start)[expert]
+    if adapter.file.query:
+        where = f"adapter.start={start}"
+        transformer.keyframe_query = KeyframeQuery.from_tensors(adapter.query(), transformer, where=where)
+    else:
+        print(f"adapter.start={start} holds no KeyframeQuery: one is trained from the beginning", file=sys.stderr)
 
 
 def check_start(

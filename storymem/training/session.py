@@ -25,6 +25,7 @@ from storymem.training.callbacks import LogMetrics, Validation
 from storymem.training.checkpoints import Checkpoint, Checkpoints
 from storymem.training.experts import (
     Experts,
+    load_query,
     make_accelerator,
     prepare_expert,
     save_model,
@@ -223,6 +224,8 @@ class Run:
                 number = settings.trained.index(name)
                 prepare_expert(transformer, name, own, seed=settings.seed + number)
                 settings.objective.prepare(transformer, seed=settings.seed + number)
+                if own is not None and own.start is not None:
+                    load_query(transformer, name, own.start)
         experts = Experts(
             transformers,
             trained=settings.trained,

@@ -21,7 +21,7 @@ from storymem.wan.lora import read_memory_lora
 from storymem.wan.segments import memento
 from storymem.wan.spec import A14B
 from tests import stories
-from tests.training.tiny import ADAPTER, BATCH, config, expert, latents, run
+from tests.training.tiny import ADAPTER, BATCH, MemoryLatents, config, expert, latents, run
 
 SETTINGS = MementoObjectiveSettings(local=2, whole=1, subject_probability=1.0, recent_probability=0.0)
 NODE = {"_target_": "storymem.training.objectives.settings.MementoObjectiveSettings", "local": 2, "whole": 1}
@@ -30,7 +30,16 @@ EXPORT = ("storymem", "released")
 
 def samples(settings: MementoObjectiveSettings = SETTINGS, count: int = 2) -> MementoSamples:
     data = latents(groups=2, size=4)
-    return MementoSamples(data, settings, BATCH, conditioning="mi2v", seed=0, count=count)  # type: ignore[arg-type]
+    encodings: Any = None  # no caption is tagged
+    return MementoSamples(
+        data,
+        settings,
+        BATCH,
+        encodings=encodings,
+        conditioning="mi2v",
+        seed=0,
+        count=count,  # type: ignore[arg-type]
+    )
 
 
 def batch(step: int = 0, settings: MementoObjectiveSettings = SETTINGS) -> MementoBatch:
@@ -121,12 +130,16 @@ def test_a_run_saves_the_query_with_the_adapter_and_resumes_the_same(tmp_path: P
     whole.trainer.run()
     whole.finish()
     networks = whole.method.experts.transformers
-    for name in EXPORT:
+    for name in reversed(EXPORT):
         adapter = read_memory_lora(networks, tmp_path / "whole" / name)["high_noise"]
         assert adapter.info.objective == "memento"
         saved = KeyframeQuery.from_tensors(adapter.query(), networks["high_noise"], where=name)
         with whole.trainer.averaged():
             assert torch.equal(saved.queries, whole.trainer.parameters["high_noise/keyframe_query.queries"])
+    start = asdict(replace(ADAPTER, start=str(tmp_path / "whole" / "storymem")))
+    onward = run(tmp_path / "onward", data, **options, adapter=start)
+    assert torch.equal(onward.trainer.parameters["high_noise/keyframe_query.queries"], saved.queries)
+
     (tmp_path / "whole" / "checkpoints" / "step_00000004").rename(tmp_path / "later")
     resumed = run(tmp_path / "whole", data, **options, checkpoint={"every": 2, "keep": 2})
     assert resumed.trainer.step == 2
@@ -135,12 +148,30 @@ def test_a_run_saves_the_query_with_the_adapter_and_resumes_the_same(tmp_path: P
         assert torch.equal(parameter, resumed.trainer.parameters[name]), name
 
 
+class Fingerprinted(MemoryLatents):
+    fingerprint = {"vae": "drawn", "text_encoder": "drawn"}  # noqa: RUF012
+
+
+def test_the_global_queries_read_the_caption_of_the_whole_film(tmp_path: Path) -> None:
+    clips = latents(groups=1, size=3, valid=0).clips
+    data = Fingerprinted(tuple(replace(clip, caption=f"global caption: A; shot caption: {clip.id}") for clip in clips))
+    node = NODE | {"recent_probability": 0.0}
+    training = run(tmp_path, data, objective=node, export=EXPORT, steps=1, conditioning="mi2v")
+    training.trainer.run()
+    settings: Any = training.settings.objective
+    drawn = settings.samples(training.settings, data, training._encodings(data), count=1)
+    first = drawn.read(drawn.plan(0)[0])
+    assert first.caption.shape == first.text.shape
+    assert not torch.equal(first.caption, first.text)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"export": ("storymem", "comfyui")}, "comfyui cannot hold a KeyframeQuery"),
         ({"samples": {"every": 5, "story": "x"}}, "no film is sampled with memento"),
         ({"adapter": None}, "trains an adapter"),
+        ({"parallel": {"strategy": "fsdp"}}, "use parallel.strategy=ddp"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -48,6 +48,7 @@ class TinyClip:
     bucket: tuple[int, int, int]
     keyframes: int
     mask: bool = True
+    caption: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from storymem.story.captions import global_caption
 from storymem.training.batches import Batch, checked_tensor
 from storymem.training.objectives.flow import (
     TIMESTEPS,
@@ -37,6 +38,7 @@ from storymem.wan.spec import Expert, ModelSpec
 
 if TYPE_CHECKING:
     from storymem.data.cache import LatentCache, Split
+    from storymem.training.objectives.encodings import Encodings
 
 Frame = tuple[int, int]
 """A keyframe of the cache: clip, keyframe."""
@@ -50,6 +52,7 @@ class MementoBatch(Batch):
 
     Args:
         text: prompt embeds [B, L, D].
+        caption: of the captions of the whole films, likewise.
         pool: clean one-frame latents of the candidates [B, z, P, h, w], oldest first.
         frames: place of each in the film, [B, P], relative to the target's first frame: all below 0.
         subject: image of the subject [B, z, 1, h, w]; None: none is denoised.
@@ -58,6 +61,7 @@ class MementoBatch(Batch):
     """
 
     text: Tensor
+    caption: Tensor
     pool: Tensor
     frames: Tensor
     subject: Tensor | None
@@ -88,6 +92,7 @@ class MementoSamples:
 
     Args:
         objective: how many candidates, and how often there is a subject.
+        encodings: of the captions of whole films.
         batch: how often frames are given and texts left out; held-out samples always have texts.
         conditioning: which first frames of its target a sample may be given.
         count: samples of one step, over all processes.
@@ -102,12 +107,13 @@ class MementoSamples:
         objective: MementoObjectiveSettings,
         batch: BatchSettings,
         *,
+        encodings: Encodings,
         conditioning: Conditioning,
         seed: int,
         count: int,
         split: Split = "train",
     ) -> None:
-        self._latents, self._clips, self._objective = latents, latents.clips, objective
+        self._latents, self._encodings, self._clips, self._objective = latents, encodings, latents.clips, objective
         self._seed, self.count = [seed, SPLIT_NUMBERS[split]], count
         self._given_frames, self._given_probability = GIVEN_FRAMES[conditioning], batch.given_probability
         self._text_dropout = batch.text_dropout if split == "train" else 0.0
@@ -125,6 +131,9 @@ class MementoSamples:
         self._targets = np.array(sorted(self._films))
         buckets = [self._clips[clip].bucket for clip in self._targets]
         self._bucket_of = np.unique(buckets, axis=0, return_inverse=True)[1].ravel()
+        self._available = {  # candidates of each target, by whether the clip before is alone
+            alone: np.array([self._count(int(target), alone) for target in self._targets]) for alone in (False, True)
+        }
 
     def plan(self, step: int) -> tuple[MementoPlan, ...]:
         """The samples of ``step`` (from 0), all of one size and one number of candidates."""
@@ -132,7 +141,7 @@ class MementoSamples:
         recent_only = bool(random.random() < self._objective.recent_probability)
         with_subject = bool(random.random() < self._objective.subject_probability) and not recent_only
         first = int(random.integers(len(self._targets)))
-        available = np.array([self._available(int(target), recent_only) for target in self._targets])
+        available = self._available[recent_only]
         fitting = np.flatnonzero((self._bucket_of == self._bucket_of[first]) & (available >= available[first]))
         others = fitting[fitting != first]
         pool = others if len(others) >= self.count - 1 else fitting
@@ -142,18 +151,16 @@ class MementoSamples:
         size, subject = int(available[first]), with_subject and self._objective.subject_weight > 0
         return tuple(self._sample(int(self._targets[one]), size, recent_only, subject, random) for one in chosen)
 
-    def _available(self, target: int, recent_only: bool) -> int:
-        """How many candidates a target has."""
+    def _count(self, target: int, recent_only: bool) -> int:
         older, last = self._candidates(target)
         return len(last) if recent_only else min(len(older), self._objective.older) + len(last)
 
     def _candidates(self, target: int) -> tuple[list[Frame], list[Frame]]:
         """Keyframes of older clips, and those of the clip before, at most ``recent``."""
         *older, last = self._films[target]
+        frames = [(clip, keyframe) for clip in older for keyframe in range(self._clips[clip].keyframes)]
         of_last = [(last, keyframe) for keyframe in range(self._clips[last].keyframes)]
-        return [(clip, k) for clip in older for k in range(self._clips[clip].keyframes)], of_last[
-            -self._objective.recent :
-        ]
+        return frames, of_last[-self._objective.recent :]
 
     def _sample(
         self, target: int, size: int, recent_only: bool, with_subject: bool, random: np.random.Generator
@@ -199,23 +206,26 @@ class MementoSamples:
         blank = checked(latents.given(clip, 0), "blank frames of clip", clip)[None]
         shown = checked(latents.given(clip, plan.given), "given frames of clip", clip)[None]
         pool = torch.cat([image(frame) for frame in plan.pool], dim=1)[None]
+        text = latents.empty_text() if plan.drop_text else latents.text(clip)
+        whole = global_caption(latents.clips[clip].caption)
         objective, subject = self._objective, None if plan.subject is None else image(plan.subject)[None]
         slots = (subject is not None) + min(len(plan.pool), objective.local + objective.whole) + x0.shape[2]
         generator = torch.Generator().manual_seed(plan.seed)
-        caption = None
+        of_subject = None
         if plan.subject is not None:
-            caption = latents.empty_text() if plan.drop_subject_text else latents.text(plan.subject[0])
+            of_subject = latents.empty_text() if plan.drop_subject_text else latents.text(plan.subject[0])
         return MementoBatch(
             x0=x0,
             noise=torch.randn(1, x0.shape[1], slots, *x0.shape[3:], generator=generator),
             u=torch.rand(1, generator=generator),
             condition=condition_channels(None, shown, latents.spec.latent_frames(plan.given), latents.spec),
             mask=checked(latents.mask(clip), "mask of clip", clip)[None],
-            text=(latents.empty_text() if plan.drop_text else latents.text(clip))[None],
+            text=text[None],
+            caption=(text if whole is None else self._encodings.text(whole, len(text)))[None],
             pool=pool,
             frames=torch.tensor([plan.frames]),
             subject=subject,
-            subject_text=None if caption is None else caption[None],
+            subject_text=None if of_subject is None else of_subject[None],
             blank=blank[:, :, :1],  # the first latent frame of a video is that of its first frame alone
             ids=(latents.clips[clip].id,),
         )
@@ -289,14 +299,15 @@ class MementoObjective:
         """What the expert's query chooses for each sample; without a query the newest candidates."""
         local, whole = self.settings.local, self.settings.whole
         query, latents, positions = getattr(transformer, "keyframe_query", None), [], []
-        for pool, frames, text in zip(batch.pool, batch.frames.tolist(), batch.text, strict=True):
+        texts = zip(batch.text, batch.caption, strict=True)
+        for pool, frames, (text, caption) in zip(batch.pool, batch.frames.tolist(), texts, strict=True):
             if query is None:
                 index = list(range(len(frames)))[-(local + whole) :]
                 latents.append(pool[:, index])
             else:
                 with torch.autocast(pool.device.type, enabled=False):  # as in generation
-                    caption = embedded(transformer, text)
-                    scores = query(pool, film_positions(frames, 0), caption, caption)
+                    read = [embedded(transformer, one) for one in (text, caption)]
+                    scores = query(pool, film_positions(frames, 0), *read)
                     rows = straight_through(*mean_scores(scores, len(query.queries)), local=local, whole=whole)
                     rows = rows[rows.detach().argmax(dim=1).argsort()]
                     # So every parameter has a gradient, if only 0: several processes wait for each other's.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, build_settings, check_bounds
-from storymem.training.objectives.base import ObjectiveSettings
+from storymem.training.objectives.base import ObjectiveSettings, used_splits
 from storymem.training.objectives.sequence_settings import (
     HolocineObjectiveSettings,
     LctObjectiveSettings,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from storymem.data.cache import LatentCache, Split
     from storymem.training.batches import Samples
     from storymem.training.objectives import Loss
-    from storymem.training.objectives.encodings import Encodings
+    from storymem.training.objectives.encodings import Encodings, Needs
     from storymem.training.settings import TrainSettings
 
 
@@ -97,7 +97,8 @@ class MementoObjectiveSettings(ObjectiveSettings):
         recent_probability: how often the candidates are those of the clip before alone, without a subject.
         query: whether a KeyframeQuery chooses among the candidates and is trained; if not, the newest are recalled.
         local: frames chosen by the queries that read the prompt.
-        whole: frames chosen by those that read the caption of the whole film, here the prompt too.
+        whole: frames chosen by those that read the caption of the whole film; the prompt, where a clip's caption is not
+            ``global caption: ...; shot caption: ...``.
         older: most candidates of older clips.
         recent: most candidates of the clip before.
     """
@@ -126,6 +127,8 @@ class MementoObjectiveSettings(ObjectiveSettings):
             raise ValueError(f"memento gives memory in condition channels, which {train.model.spec.name} lacks")
         if train.adapter is None:
             raise ValueError("memento trains an adapter and a KeyframeQuery: adapter=null is not possible")
+        if train.parallel.strategy == "fsdp":
+            raise ValueError("memento runs its KeyframeQuery whole: use parallel.strategy=ddp")
         if further := sorted({*train.export} - {"storymem", "released"}):
             raise ValueError(
                 f"export={','.join(further)} cannot hold a KeyframeQuery: write export=[storymem,released]"
@@ -137,6 +140,21 @@ class MementoObjectiveSettings(ObjectiveSettings):
 
         super().check_set(train, latents)
         latents.given(0, GIVEN_FRAMES[train.conditioning])  # raises if the cache lacks them
+
+    @property
+    def encodes(self) -> bool:
+        """See :class:`ObjectiveSettings`."""
+        return self.query
+
+    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs | None:
+        """See :class:`ObjectiveSettings`."""
+        from storymem.story.captions import global_caption
+        from storymem.training.objectives.encodings import Needs
+
+        splits = used_splits(train)
+        written = {global_caption(clip.caption) for clip in latents.clips if clip.split in splits}
+        texts = {caption: train.model.network.text_tokens for caption in written if caption is not None}
+        return Needs(texts=texts) if texts else None
 
     def made_for(self, train: TrainSettings) -> str:
         """StoryMem with cached memory, whose layout and positions are then trained; Memento with joint memory."""
@@ -156,7 +174,14 @@ class MementoObjectiveSettings(ObjectiveSettings):
         from storymem.training.objectives.memento import MementoSamples
 
         return MementoSamples(
-            latents, self, train.batch, conditioning=train.conditioning, seed=train.seed, count=count, split=split
+            latents,
+            self,
+            train.batch,
+            encodings=encodings,
+            conditioning=train.conditioning,
+            seed=train.seed,
+            count=count,
+            split=split,
         )
 
     def loss(self, train: TrainSettings) -> Loss:
