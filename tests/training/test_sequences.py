@@ -19,6 +19,7 @@ from storymem.training.objectives.sequence import SequenceBatch, SequenceObjecti
 from storymem.training.objectives.settings import HolocineObjectiveSettings, LctObjectiveSettings
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.segments import holocine, lct, scene_and_own_text, single_shot
+from storymem.wan.spec import A14B, T2V_A14B
 from tests.training.tiny import MemoryLatents, TinyClip
 
 EIGHT = 8
@@ -47,6 +48,7 @@ def clips(**sizes: int) -> MemoryLatents:
 
 def films(data: MemoryLatents, **changes: Any) -> FilmSamples:
     arguments: dict[str, Any] = {
+        "spec": A14B,
         "layout": partial(holocine, sparse=True),
         "scenes": dict.fromkeys(range(len(data.clips)), "a scene"),
         "encodings": Encoded(),
@@ -80,6 +82,7 @@ def test_a_film_holds_its_clips_and_each_shot_reads_the_scene_and_its_caption() 
     assert torch.equal(sample.x0[0], torch.cat([data.video(clip) for clip in range(3)], dim=1))
     blank = condition_channels(None, data.given(0, 0)[None], 0)
     assert torch.equal(sample.condition, torch.cat([blank] * 3, dim=2))
+    assert films(data, spec=T2V_A14B).read(plan).condition is None
     assert torch.equal(sample.mask[0], torch.cat([data.mask(clip) for clip in range(3)]))
     texts = sample.text[0].unflatten(0, (4, 16))
     assert torch.equal(texts[0], Encoded().text("a scene", 16))
@@ -95,6 +98,7 @@ def test_panels_stand_below_each_other_under_their_joint_caption(monkeypatch: py
     data = clips(a=3, b=3)
     samples = PictureSamples(
         data,
+        spec=A14B,
         encodings=Encoded(),  # type: ignore[arg-type]
         style="plain",
         text_tokens=20,

@@ -23,6 +23,7 @@ from storymem.training.objectives.memory import SPLIT_NUMBERS
 from storymem.training.objectives.sequence import SequenceBatch
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.segments import Layout, Text, scene_and_own_text
+from storymem.wan.spec import ModelSpec
 
 if TYPE_CHECKING:
     from storymem.data.cache import CachedClip, LatentCache, Split
@@ -54,6 +55,7 @@ class FilmSamples:
     of a step decides how many shots all have and how long they are.
 
     Args:
+        spec: the base model that is trained; of two with one VAE only one may have condition channels.
         layout: of a film.
         scenes: the text of each clip's scene, see :func:`scene_texts`.
         encodings: holds the embeddings of these texts.
@@ -66,6 +68,7 @@ class FilmSamples:
         self,
         latents: LatentCache,
         *,
+        spec: ModelSpec,
         layout: LayoutOf,
         scenes: Mapping[int, str],
         encodings: Encodings,
@@ -77,6 +80,7 @@ class FilmSamples:
         split: Split = "train",
     ) -> None:
         self.count = count
+        self._spec = spec
         self._latents, self._layout, self._scenes, self._encodings = latents, layout, scenes, encodings
         self._levels, self._seed = levels, [seed, SPLIT_NUMBERS[split]]
         self._text_dropout = text_dropout if split == "train" else 0.0
@@ -98,7 +102,7 @@ class FilmSamples:
 
     def read(self, plan: FilmPlan) -> SequenceBatch:
         """The sample of a plan, as a batch of one."""
-        latents, spec = self._latents, self._latents.spec
+        latents, spec = self._latents, self._spec
         checked = partial(checked_tensor, latents)
         videos = [checked(latents.video(clip), "latents of clip", clip) for clip in plan.clips]
         x0 = torch.cat(videos, dim=1)[None]

@@ -22,6 +22,7 @@ from storymem.training.objectives.memory import SPLIT_NUMBERS
 from storymem.training.objectives.sequence import SequenceBatch
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.segments import single_shot
+from storymem.wan.spec import ModelSpec
 
 if TYPE_CHECKING:
     from storymem.data.cache import LatentCache, Split
@@ -49,6 +50,7 @@ class PictureSamples:
     All samples of a step are panels of three neighbouring clips of a group, or all are single images, of one size.
 
     Args:
+        spec: the base model that is trained.
         encodings: holds the embeddings of the joint captions and the latents of blank images.
         style: of the joint captions.
         text_tokens: to which a joint caption is padded.
@@ -60,6 +62,7 @@ class PictureSamples:
         self,
         latents: LatentCache,
         *,
+        spec: ModelSpec,
         encodings: Encodings,
         style: PanelStyle,
         text_tokens: int,
@@ -69,7 +72,7 @@ class PictureSamples:
         count: int,
         split: Split = "train",
     ) -> None:
-        self.count = count
+        self.count, self._spec = count, spec
         self._latents, self._encodings, self._style, self._text_tokens = latents, encodings, style, text_tokens
         self._panels, self._seed = panels, [seed, SPLIT_NUMBERS[split]]
         self._text_dropout = text_dropout if split == "train" else 0.0
@@ -89,7 +92,7 @@ class PictureSamples:
 
     def read(self, plan: PicturePlan) -> SequenceBatch:
         """The sample of a plan, as a batch of one."""
-        latents, spec, clips = self._latents, self._latents.spec, plan.clips
+        latents, spec, clips = self._latents, self._spec, plan.clips
         checked = partial(checked_tensor, latents)
         images = [checked(latents.video(clip), "latents of clip", clip)[:, :1] for clip in clips]
         masks = [checked(latents.mask(clip), "mask of clip", clip)[:1] for clip in clips]

@@ -88,6 +88,7 @@ class FilmObjectiveSettings(ObjectiveSettings):
 
         return FilmSamples(
             latents,
+            spec=train.model.spec,
             layout=self.layout,
             scenes=scene_texts(latents.clips, self.scenes),
             encodings=encodings,
@@ -214,6 +215,7 @@ class PicturesObjectiveSettings(ObjectiveSettings):
 
         return PictureSamples(
             latents,
+            spec=train.model.spec,
             encodings=encodings,
             style=self.style,
             text_tokens=self.text_tokens,
