@@ -39,7 +39,7 @@ def clips(**sizes: int) -> MemoryLatents:
     """Groups of these sizes."""
     return MemoryLatents(
         tuple(
-            TinyClip(f"{name}{k}", number, "train", (9, 32, 48), 1)
+            TinyClip(f"{name}{k}", number, "train", (9, 32, 48), 1, caption=f"Tiles {name}{k}.")
             for number, (name, size) in enumerate(sizes.items())
             for k in range(size)
         )
@@ -93,8 +93,7 @@ def test_a_film_holds_its_clips_and_each_shot_reads_the_scene_and_its_caption() 
     ]
 
 
-def test_panels_stand_below_each_other_under_their_joint_caption(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TinyClip, "caption", property(lambda clip: f"Tiles {clip.id}."), raising=False)
+def test_panels_stand_below_each_other_under_their_joint_caption() -> None:
     data = clips(a=3, b=3)
     samples = PictureSamples(
         data,
