@@ -16,7 +16,7 @@ from storymem.scorers.cuts import FRAME_SIZE, load_transnetv2
 from storymem.scorers.scorer import as_images
 from storymem.story import Shot
 
-BY_CONSTRUCTION = "made shot by shot: cuts are where files are joined, so they are right by construction"
+BY_CONSTRUCTION = "made shot by shot: cuts are where files are joined, right by construction whatever is detected"
 """Footnote of films whose shots are files of their own."""
 
 _BATCH = 32

@@ -31,7 +31,7 @@ from storymem.evaluation.metric import (
     mean,
     origin_of,
     reasons_for,
-    weights_sha256,
+    scorers_sha256,
 )
 from storymem.evaluation.metrics import ImageEmbedder
 from storymem.io import FileError, hash_json, read_text
@@ -205,7 +205,6 @@ class Entities(Metric):
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
-        networks = [getattr(one, "network", None) for one in (self.detector, self.clip, self.embedder)]
         return {
             "definition": "arXiv 2605.15199, without its judge",
             "frames": f"{self.frames} of each shot, evenly spaced, not the first or last",
@@ -213,7 +212,7 @@ class Entities(Metric):
             "descriptions": hash_json(self.descriptions) if self.descriptions else "of the stories",
             "box_threshold": getattr(self.detector, "box_threshold", None),
             "dtype": str(self.embedder.dtype),
-            "weights_sha256": weights_sha256(*(one for one in networks if one is not None)),
+            "weights_sha256": scorers_sha256(self.detector, self.clip, self.embedder),
         }
 
     def _described(self, story: Story) -> dict[str, str]:

@@ -168,6 +168,11 @@ def weights_sha256(*networks: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def scorers_sha256(*scorers: Any) -> str:
+    """`weights_sha256` of the networks of the scorers that have one."""
+    return weights_sha256(*(scorer.network for scorer in scorers if hasattr(scorer, "network")))
+
+
 def in_batches(frames: np.ndarray, size: int, run: Callable[[Tensor], Tensor]) -> np.ndarray:
     """``run`` over ``frames`` [N, H, W, 3], ``size`` at a time, to save RAM -> float64 [N, ...]."""
     results = [run(as_images(frames[start : start + size])) for start in range(0, len(frames), size)]

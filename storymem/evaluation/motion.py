@@ -17,7 +17,7 @@ from storymem.evaluation.metric import (
     mean,
     origin_of,
     reasons_for,
-    weights_sha256,
+    scorers_sha256,
 )
 from storymem.evaluation.metrics import ImageEmbedder
 from storymem.scorers.scorer import Origin, as_images
@@ -101,5 +101,5 @@ class Joins(Metric):
             "embedder": type(self.embedder).__name__,
             "frames": "the last before and the first after",
             "dtype": str(self.embedder.dtype),
-            "weights_sha256": weights_sha256(self.embedder.network),
+            "weights_sha256": scorers_sha256(self.embedder),
         }

@@ -19,7 +19,7 @@ from storymem.evaluation.metric import (
     mean,
     origin_of,
     reasons_for,
-    weights_sha256,
+    scorers_sha256,
 )
 from storymem.evaluation.metrics import ImageEmbedder
 from storymem.media.images import read_image
@@ -142,14 +142,13 @@ class References(Metric):
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
-        networks = [getattr(one, "network", None) for one in (self.detector, self.embedder)]
         return {
             "definition": "arXiv 2505.24862",
             "query": _QUERY,
             "frames": f"{self.frames} of each shot, evenly spaced, not the first or last",
             "box_threshold": getattr(self.detector, "box_threshold", None),
             "dtype": str(self.embedder.dtype),
-            "weights_sha256": weights_sha256(*(one for one in networks if one is not None)),
+            "weights_sha256": scorers_sha256(self.detector, self.embedder),
         }
 
     def _embedded(self, images: Sequence[np.ndarray]) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from storymem.io import hash_file
+from storymem.io import FileError, hash_file
 from storymem.scorers.scorer import Origin
 from storymem.weights import Weights, locate
 
@@ -24,6 +24,7 @@ class FaceScorer:
 
     Raises:
         ValueError: without OpenCV.
+        FileError: for files that are not these networks.
     """
 
     origin: Origin = "own"
@@ -37,8 +38,11 @@ class FaceScorer:
             ) from None
         self.score = score
         self.sha256 = [hash_file(path) for path in (detector, recogniser)]
-        self._detector = cv2.FaceDetectorYN.create(str(detector), "", (320, 320), score)
-        self._recogniser = cv2.FaceRecognizerSF.create(str(recogniser), "")
+        try:
+            self._detector = cv2.FaceDetectorYN.create(str(detector), "", (320, 320), score)
+            self._recogniser = cv2.FaceRecognizerSF.create(str(recogniser), "")
+        except cv2.error as error:
+            raise FileError(f"{detector} or {recogniser} is not a network that OpenCV reads: {error}") from None
 
     @staticmethod
     def required_weights(

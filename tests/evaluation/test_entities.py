@@ -243,12 +243,16 @@ def test_faces(story: Story) -> None:
     assert nobody.reasons["face_same"] == "no two shots of a character show a face"
 
 
-def test_without_face_weights_the_message_names_them() -> None:
+def test_face_weights_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:
     pytest.importorskip("cv2")
     with pytest.raises(
         MissingWeights, match=r"YuNet.*\n.*file: +face_detection_yunet_2023mar.onnx\n.*size: +0.23 MB\n.*MIT"
     ):
         FaceScorer.from_pretrained("nowhere/yunet", "nowhere/sface")
+    for name in ("yunet.onnx", "sface.onnx"):
+        (tmp_path / name).write_bytes(b"broken")
+    with pytest.raises(FileError, match=r"yunet\.onnx or .*sface\.onnx is not a network that OpenCV reads"):
+        FaceScorer.from_pretrained(str(tmp_path / "yunet.onnx"), str(tmp_path / "sface.onnx"))
 
 
 # --- the networks
