@@ -165,6 +165,10 @@ class ToyConsistency(Metric):
             },
         )
 
+    def finds_characters(self, story: Story) -> bool:
+        """See :meth:`Metric.finds_characters`."""
+        return True
+
     def without_characters(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
         """See :meth:`Metric.without_characters`: the place, drawn as it is read, in every frame."""
         seen = read_shot(frames, self.every).seen

@@ -66,8 +66,8 @@ def _still(metrics: Mapping[str, Metric]) -> Alter:
 
 def _without_characters(metrics: Mapping[str, Metric]) -> Alter:
     def alter(shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
-        found = (metric.without_characters(shot, frames, film) for metric in metrics.values())
-        return next((empty for empty in found if empty is not None), frames)
+        finder = next(metric for metric in metrics.values() if metric.finds_characters(film.story))
+        return finder.without_characters(shot, frames, film)
 
     return alter
 
@@ -93,6 +93,9 @@ BACKGROUND = Control(
 
 
 def controls_for(metrics: Mapping[str, Metric]) -> list[Control]:
-    """The controls that these metrics allow: one of them must find characters for the last."""
-    finds = any(type(metric).without_characters is not Metric.without_characters for metric in metrics.values())
-    return [STILL, SHUFFLED, *([BACKGROUND] if finds else [])]
+    """All controls; the last applies to stories whose characters one of the metrics can find."""
+
+    def findable(story: Story) -> Story | None:
+        return story if any(metric.finds_characters(story) for metric in metrics.values()) else None
+
+    return [STILL, SHUFFLED, replace(BACKGROUND, story=findable)]

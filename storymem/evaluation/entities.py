@@ -193,10 +193,14 @@ class Entities(Metric):
             },
         )
 
+    def finds_characters(self, story: Story) -> bool:
+        """See :meth:`Metric.finds_characters`: those with a description."""
+        return bool(self._described(story))
+
     def without_characters(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
         """See :meth:`Metric.without_characters`: each frame loses the boxes of the nearest frame that is searched."""
         found = dict(self._search(self._texts(film.story, shot), frames))
-        if not found:
+        if not found:  # the shot lists nobody
             return frames
         nearest = [min(found, key=lambda index: abs(index - frame)) for frame in range(len(frames))]
         return np.stack(

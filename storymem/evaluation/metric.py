@@ -131,9 +131,13 @@ class Metric(Protocol):
         """Scores of a film from what was measured of its shots, in order; None for each missing shot."""
         ...
 
-    def without_characters(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray | None:
-        """``frames`` with the background in place of characters, for a control film; None if it cannot find them."""
-        return None
+    def finds_characters(self, story: Story) -> bool:
+        """Whether :meth:`without_characters` can find those of ``story``."""
+        return False
+
+    def without_characters(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
+        """``frames`` with the background in place of characters, for a control film."""
+        return frames
 
     def settings(self) -> dict[str, Any]:
         """All that decides the values except the films (rules, names, hashes of weights), in plain JSON types."""

@@ -15,7 +15,7 @@ from storymem.evaluation.report import number
 from storymem.evaluation.statistics import StatisticsSettings, rank_correlation
 from storymem.evaluation.stbench import build_metrics, evaluate
 from storymem.media.video import write_video
-from storymem.story import Shot
+from storymem.story import Shot, Story
 from tests.composing import composed
 from tests.evaluation import small
 from tests.evaluation.small import config, written
@@ -40,6 +40,9 @@ class Alike(Metric):
 class Erasing(Alike):
     """Knows how to remove characters: everything becomes black."""
 
+    def finds_characters(self, story: Story) -> bool:
+        return bool(story.characters)
+
     def without_characters(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
         return np.zeros_like(frames)
 
@@ -57,7 +60,8 @@ def test_control_films_are_scored_beside_the_films(folder: Path) -> None:
     assert value["still"] == pytest.approx(1)
     assert value["background"] == pytest.approx(1), "black"
     assert value["one"] < 0.95  # type: ignore[operator]
-    assert [result.title for result in results.controls["shuffled"]] == ["The Red Boat"], "the other has no two names"
+    for control in ("shuffled", "background"):
+        assert [result.title for result in results.controls[control]] == ["The Red Boat"], "the other has no characters"
     assert results.controls["shuffled"][0].shots[1].characters in (("Ada",), ("Ben",))
     assert results.control_summaries["still"]["motion"].mean == 0 < results.summaries["one"]["motion"].mean  # type: ignore[operator]
     text = (folder / "out" / "results.md").read_text()

@@ -19,7 +19,8 @@ from tests.composing import composed
 from tests.evaluation import small
 from toyworld.attributes import LOOKS, UNKNOWN, Character, Look, Scenery, Seen
 from toyworld.consistency import CHANCE, ToyConsistency, things_of
-from toyworld.reader import ShotSeen
+from toyworld.places import draw_place
+from toyworld.reader import ShotSeen, read_shot
 from toyworld.stories import benchmark
 from toyworld.world import HELD_OUT, ToyShot, ToyStory, story
 
@@ -260,3 +261,16 @@ def test_films_are_told_apart_by_the_whole_command(tmp_path: Path) -> None:
     assert kept["characters_apart"].expected == 0
     assert all(found["consistency_overall"].mean is not None for found in (kept, changed))
     assert "chance_of_characters 0.210714" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_the_control_without_characters_is_the_place_alone() -> None:
+    file, true = toy_story(14)
+    metric, film = ToyConsistency(), FilmInfo(story=file, lengths=(17,) * 8)
+    shot = true.shots[2]
+    empty = metric.without_characters(file.shots[2], shot.frames, film)
+    drawn = draw_place(shot.place, shot.time, shot.framing, shot.scenery).transpose(1, 2, 0) * 255
+    assert empty.shape == shot.frames.shape
+    assert np.abs(empty - drawn).max() <= 1
+    assert read_shot(empty).seen.looks == ()
+    nothing = np.zeros((3, 64, 96, 3), np.uint8)
+    assert metric.without_characters(file.shots[2], nothing, film).shape == nothing.shape, "of no place that is known"
