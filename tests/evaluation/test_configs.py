@@ -18,7 +18,7 @@ from storymem.evaluation.films import stories_of
 from storymem.evaluation.metric import Metric
 from storymem.evaluation.stbench import EvaluateSettings
 from storymem.film.settings import GenerateSettings
-from storymem.methods.storymem import StoryMem
+from storymem.methods import Method
 from storymem.training.settings import TrainSettings
 from storymem.weights import MissingWeights
 from tests.composing import composed
@@ -68,7 +68,7 @@ def test_the_papers_columns_are_measured_as_the_paper_does() -> None:
 @pytest.mark.parametrize("name", files("method"))
 def test_methods(name: str) -> None:
     method = instantiate(evaluation(f"method={name}", "model=tiny", "runtime=cpu", "seed=4").method, _convert_="all")
-    assert isinstance(method, StoryMem)
+    assert isinstance(method, Method)
     assert (method.settings.seed, method.settings.model.name) == (4, "tiny")
 
 
