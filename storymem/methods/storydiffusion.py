@@ -29,7 +29,7 @@ from storymem.methods.keyframes import ImageGroup, ImageMaker, KeyframeMethod, i
 from storymem.methods.long_prompts import encode_long_prompts
 from storymem.methods.sharing import Sharing, SharingSettings, id_shots, sharing_in_unet, sharing_in_video, shots_read
 from storymem.story import Shot, Story
-from storymem.wan.settings import RuntimeSettings
+from storymem.wan.settings import ModelSettings, RuntimeSettings
 from storymem.wan.shots import OnStep, ShotRequest, WanShotGenerator
 from storymem.weights import Weights, locate
 
@@ -89,8 +89,8 @@ class StoryDiffusionSettings:
 def story_diffusion(*, generate: Mapping[str, Any], storydiffusion: Mapping[str, Any]) -> Method:
     """The method, in images or in video."""
     settings = build_settings(StoryDiffusionSettings, storydiffusion)
-    video = Baseline(generate=generate)
-    where = settings.where if settings.where != "auto" else "video" if is_embedded(video.settings.model) else "images"
+    embedded = is_embedded(build_settings(ModelSettings, generate["model"]))
+    where = settings.where if settings.where != "auto" else "video" if embedded else "images"
     return (StoryDiffusionVideo if where == "video" else StoryDiffusionImages)(
         generate=generate, storydiffusion=storydiffusion
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.utils import instantiate
 from PIL import Image
 
 from storymem.film.folder import Film
@@ -13,6 +14,7 @@ from storymem.film.manifest import Slot
 from storymem.media.images import read_image, write_image
 from storymem.media.video import read_video
 from storymem.story import Story, load_story
+from tests.composing import composed
 from tests.evaluation import small
 from tests.evaluation.test_methods import method
 
@@ -84,6 +86,16 @@ def test_panels_are_the_first_frames_of_their_shots_and_resume_one_by_one(story:
     assert (videos(folder)[1] != before[1]).any()
     with pytest.raises(ValueError, match=r"other settings:\n  seed: 0 before, 4 now"):
         method("in_context", *STEPS, "seed=4").run(story, folder)
+
+
+def test_baselines_are_the_base_alone_with_its_own_sampler() -> None:
+    for name in ("independent", "storydiffusion", "in_context", "agent_stub"):
+        node = composed(f"method={name}", "model=toy", "runtime=cpu", name="eval_stbench")["method"]
+        of = instantiate(node, _convert_="all").settings
+        assert of.model.adapter is None
+        assert "NoQuality" in of.scorer.quality["_target_"]
+        shift = of.sampler.shift if name in ("in_context", "agent_stub") else of.sampler.text_to_video_shift
+        assert shift == (5.0 if name in ("in_context", "agent_stub") else 12.0), name
 
 
 def test_published_image_models_are_asked_for_with_files_sizes_and_licences(
