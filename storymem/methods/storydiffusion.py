@@ -227,7 +227,7 @@ class SharedImages:
             )
             pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
             pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.1, b2=1.2)
-            pipe.enable_vae_slicing()
+            pipe.vae.enable_slicing()
             self._pipe = place_image_pipeline(pipe, self.runtime)
         return self._pipe
 
