@@ -33,8 +33,9 @@ from storymem.io import (
     write_atomically,
 )
 from storymem.wan.settings import ModelSettings
+from storymem.wan.sources import component_path
 from storymem.wan.spec import SPECS, ModelSpec
-from storymem.weights import locate, sample_hash
+from storymem.weights import sample_hash
 
 Split = Literal["train", "valid"]
 CACHE_FORMAT = 3
@@ -56,9 +57,8 @@ def cache_fingerprint(model: ModelSettings, data: DataSettings) -> dict[str, str
         vae = hash_json({"config": network.vae, "seed": model.seed})[:12]
         text = hash_json({"config": network.text_encoder, "seed": model.seed})[:12]
     else:
-        folder = locate(model.weights)
-        vae = sample_hash(folder / "vae")
-        text = sample_hash(folder / "text_encoder", folder / "tokenizer")
+        vae = sample_hash(component_path(model, "vae"))
+        text = sample_hash(*(component_path(model, name) for name in ("text_encoder", "tokenizer")))
     return {
         "vae": vae,
         "text_encoder": f"{text}, {network.text_tokens} tokens",

@@ -22,7 +22,7 @@ from storymem.devices import resolve_device
 from storymem.io import read_json_object, replacing
 from storymem.training.optimization import assign
 from storymem.training.settings import AdapterTrainingSettings, ParallelSettings
-from storymem.wan.folders import check_component, on_meta
+from storymem.wan.components import expert_on_meta
 from storymem.wan.keyframe_query import KeyframeQuery
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import AdapterInfo, Layout, memory_lora_config, read_memory_lora, write_memory_lora
@@ -79,11 +79,7 @@ def check_start(
     """
     if settings.start is None:
         return
-    if model.weights is None:
-        shape = {**model.network.transformer, "in_channels": model.spec.in_channels}
-        networks = dict.fromkeys(experts, on_meta("WanTransformer3DModel", shape, "model.network.transformer"))
-    else:
-        networks = {expert: check_component(locate(model.weights), COMPONENTS[expert]) for expert in experts}
+    networks = {expert: expert_on_meta(model, expert) for expert in experts}
     where = f"adapter.start={settings.start}"
     for adapter in read_memory_lora(networks, settings.start).values():
         for name in ("rank", "alpha", "use_rslora"):
@@ -261,12 +257,13 @@ def save_model(tensors: Mapping[str, Tensor], folder: Path, model: ModelSettings
 
     The files of what did not train are copied, so that caches of the base are caches of the new model too.
     """
-    pipe = load_pipeline(model, runtime=RuntimeSettings(device="cpu"), text_encoder=model.weights is None)
+    whole = model.weights is None or not (locate(model.weights) / "model_index.json").exists()
+    pipe = load_pipeline(model, runtime=RuntimeSettings(device="cpu"), text_encoder=whole)
     with torch.no_grad():
         for key, tensor in tensors.items():
             expert, _, name = key.partition("/")
             getattr(pipe, COMPONENTS[expert]).get_parameter(name).copy_(tensor)  # type: ignore[index]
-    if model.weights is None:
+    if whole or model.weights is None:
         pipe.save_pretrained(folder)
         return
     source, trained = locate(model.weights), {COMPONENTS[key.partition("/")[0]] for key in tensors}  # type: ignore[index]

@@ -44,7 +44,7 @@ def check_shot(
     """Raise for missing experts, and for a size, a length or given frames that are not valid."""
     ratio, experts, spec = pipe.config.boundary_ratio, pipe.experts, pipe.spec
     needed = {"transformer": ratio is None or ratio < 1, "transformer_2": ratio is not None and ratio > 0}
-    if absent := [name for name, used in needed.items() if used and name not in experts]:
+    if pipe.turns is None and (absent := [name for name, used in needed.items() if used and name not in experts]):
         raise ValueError(f"the pipeline has no {' and no '.join(absent)}: load both experts to generate shots")
     for expert in experts.values():  # one may have been replaced since the pipeline was made
         enable_layouts(expert)

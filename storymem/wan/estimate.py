@@ -20,6 +20,7 @@ from storymem.wan.gguf import stays_in_few_bits
 from storymem.wan.processes import Grid
 from storymem.wan.segments import Layout, name_of
 from storymem.wan.settings import Dtype, ModelSettings, Precision, RuntimeSettings, SamplerSettings
+from storymem.wan.spec import UMT5_XXL
 from storymem.weights import Weights, locate
 
 GB = 1e9
@@ -28,11 +29,6 @@ SIZES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 MEMORY_FRAMES = 10
 #: Ranks of adapters whose files are not read: the published memory LoRA, and other LoRAs as usual.
 MEMORY_RANK, OTHER_RANK = 128, 64
-#: The text encoder of all Wan models.
-UMT5_XXL = {
-    **{"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
-    **{"feed_forward_proj": "gated-gelu", "model_type": "umt5"},
-}
 
 # Measured on the meta device, where the VAE's peak is at full resolution, one latent frame (four frames) at a time, in
 # tensors of `base_dim` channels: inputs, outputs and the frames that its causal convolutions cache.
@@ -157,8 +153,8 @@ def expert_bytes(
                 block += width * weight.numel()
             elif weight.ndim == 2:
                 block += weight.numel()
-            else:  # biases; torchao keeps them, with a float32 scale for each row
-                block += weight.numel() * (1 if precision == "fp8_storage" else size + 4)
+            else:  # biases, with a float32 factor for each row
+                block += weight.numel() * (size + 4)
         if isinstance(module, nn.Linear) and name.startswith("blocks."):
             block += size * sum(ranks) * (module.in_features + module.out_features)
     return ExpertBytes(block=block, layers=transformer["num_layers"], rest=rest)
@@ -309,7 +305,7 @@ def _expert(model: ModelSettings, precision: Precision, sampler: SamplerSettings
     # Adapters on quantised linears stay in their files' float32.
     adapted, plain = (expert_bytes(network, dtype="float32", ranks=each).total for each in (ranks, ()))
     layers = network["num_layers"]
-    whole = max(_file_bytes(weights) for weights in (model.gguf.high_noise, model.gguf.low_noise))
+    whole = max(_file_bytes(weights) for weights in model.gguf.all)
     return ExpertBytes(block=(whole + adapted - plain) // layers, layers=layers, rest=0)
 
 

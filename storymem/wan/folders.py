@@ -131,8 +131,19 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         FileNotFoundError, FileError: if it is absent, damaged or without a vocabulary, or would run code of its own.
     """
-    part = _part(folder, "tokenizer")
-    kind = read_json_object(folder / "model_index.json")["tokenizer"][1]
+    return tokenizer_in(_part(folder, "tokenizer"), read_json_object(folder / "model_index.json")["tokenizer"][1])
+
+
+def tokenizer_in(part: Path, kind: str = "") -> Any:
+    """The tokenizer in a folder of its own; as :func:`load_tokenizer`.
+
+    Args:
+        kind: its class; empty: as its configuration states, else T5's.
+    """
+    config = part / "tokenizer_config.json"
+    kind = kind or str((read_json_object(config) if config.exists() else {}).get("tokenizer_class", "T5TokenizerFast"))
+    if not kind.endswith(("Tokenizer", "TokenizerFast")):
+        raise FileError(f"{config}: tokenizer_class is {kind}, which is not a tokenizer")
     files = [check_regular(path) for path in sorted(part.iterdir()) if not (path.name.startswith(".") or path.is_dir())]
     return _loaded_tokenizer(part, kind, tuple((path.name, path.stat().st_mtime_ns) for path in files))
 
@@ -305,9 +316,9 @@ def _check_channels(folder: Path, built: Mapping[str, Any], spec: ModelSpec, set
 
 def _other_layout(folder: Path, repository: str, setting: str) -> str:
     """Why a place without ``model_index.json`` is refused, and what to use."""
-    what = f"{folder} contains no model_index.json: it is incomplete, or in the original Wan layout or ComfyUI's"
+    what = f"{folder} contains no model_index.json, and is not in Wan's original layout: it is incomplete"
     if not folder.is_dir():
         if folder.suffix == ".safetensors":
             read_header(folder)  # for its errors
-        what = f"{folder} is a single file" + (", for model.gguf" if folder.suffix == ".gguf" else "")
-    return f"{what}. StoryMem reads diffusers' layout: hf download {repository}, and {setting}.source={repository}"
+        what = f"{folder} is a single file: experts are named by model.gguf, others by model.vae, model.text_encoder"
+    return f"{what}. Or use the whole model: hf download {repository}, and {setting}.source={repository}"

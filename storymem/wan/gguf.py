@@ -1,23 +1,20 @@
-"""Experts from single files, as published for ComfyUI: GGUF of 2 to 8 bits, safetensors, and safetensors in scaled fp8.
-
-GGUF stays in few bits and is widened layer by layer. Scaled fp8 is widened when it is loaded. Tensors have the original
-network's names or diffusers'.
-"""
+"""Experts from GGUF files of 2 to 8 bits: they stay in few bits, and are widened layer by layer when they compute."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
+import torch
+
 from storymem.io import FileError, check_regular
-from storymem.wan.settings import GgufSettings, ModelSettings, RuntimeSettings
-from storymem.wan.spec import COMPONENTS, Expert
-from storymem.weights import Header, check_tensors, check_values, locate, read_header
+from storymem.wan.settings import GgufSettings, RuntimeSettings
+from storymem.weights import Header, check_values
 
 _MOST = 1 << 22  # tensors, entries, bytes of a text, or elements of a list in a header
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # kind of a metadata value -> bytes
@@ -41,14 +38,10 @@ _TYPES: dict[int, tuple[str, int, int, slice | None]] = {
     30: ("BF16", 1, 2, None),
 }
 
-# Suffixes of scaled fp8: the factor of a weight; and what matters only where activations are computed in 8 bits too.
-_FACTORS = (".scale_weight", ".weight_scale")
-_NOT_NEEDED = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")
-
 
 def stays_in_few_bits(files: GgufSettings) -> bool:
     """Whether the experts are GGUF files; safetensors are widened when loaded."""
-    return any((weights.file or weights.source).endswith(".gguf") for weights in (files.high_noise, files.low_noise))
+    return any((weights.file or weights.source).endswith(".gguf") for weights in files.all)
 
 
 def check_gguf(files: GgufSettings, runtime: RuntimeSettings) -> None:
@@ -63,24 +56,14 @@ def check_gguf(files: GgufSettings, runtime: RuntimeSettings) -> None:
         raise ValueError("model.gguf needs the reader of these files: pip install 'gguf>=0.10'")
 
 
-def check_expert_file(path: Path, network: Any) -> None:
-    """Raise ``FileError`` unless a GGUF or safetensors file has exactly the weights of a network, by its header."""
-    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+def check_gguf_file(path: Path, network: Any) -> None:
+    """Raise ``FileError`` unless a GGUF file has exactly the weights of a transformer, by its header."""
+    from storymem.wan.checkpoints import match_names
 
-    gguf = path.suffix == ".gguf"
-    header = read_gguf_header(path) if gguf else read_header(path)
-    if not gguf:
-        _check_factors(path, header)
-    found = {name: it for name, it in header.shapes.items() if gguf or not name.endswith(_FACTORS + _NOT_NEEDED)}
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    names = convert_wan_transformer_to_diffusers({name: name for name in found})  # as diffusers does
-    if len(names.keys() & expected.keys()) <= len(found.keys() & expected.keys()):
-        names = {name: name for name in found}
+    header = read_gguf_header(path)
     kind = header.metadata.get("general.architecture")
     about = f" (architecture {kind!r})" if kind not in (None, "wan") else ""
-    where = f"{path}{about} does not contain the weights of this model's experts:"
-    check_tensors({name: found[original] for name, original in names.items()}, expected, where=where)
-    for name, original in names.items() if gguf else ():
+    for name, original in match_names(header.shapes, network, f"{path}{about}").items():
         module, _, attribute = name.rpartition(".")
         linear = attribute == "weight" and hasattr(network.get_submodule(module), "in_features")
         widened, dtype = set(name.split(".")) & set(network._keep_in_fp32_modules), header.dtypes[original]
@@ -88,65 +71,27 @@ def check_expert_file(path: Path, network: Any) -> None:
             raise FileError(f"{path}: {name} is {dtype}, which only weights of linears may be: use another GGUF file")
 
 
-def _check_factors(path: Path, header: Header) -> None:
-    """Every weight in fp8 of a scaled file needs one factor, or one per row."""
-    factors = {_weight_of(name): name for name in header.shapes if name.endswith(_FACTORS)}
-    for name, factor in factors.items():
-        rows = (*header.shapes.get(name, ()), 0)[0]
-        if name not in header.shapes or header.shapes[factor] not in ((), (1,), (rows,), (rows, 1)):
-            raise FileError(f"{path}: {factor} is not the factor of a weight, or has not one number per row")
-    scaled = bool(factors) or "scaled_fp8" in header.shapes
-    for name, dtype in header.dtypes.items():
-        if dtype.startswith("F8") and scaled and name not in factors and not name.endswith(_NOT_NEEDED):
-            raise FileError(f"{path}: {name} is scaled fp8, and the file has no factor of it: fetch it again")
-        if not dtype.startswith(("F", "BF")) and not name.endswith(_NOT_NEEDED):
-            raise FileError(f"{path}: {name} is {dtype}, and weights are floating-point numbers")
+def load_gguf(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """The transformer in a GGUF file that :func:`check_gguf_file` accepts; NotFiniteError for NaN.
 
-
-def _weight_of(factor: str) -> str:
-    return factor.rsplit(".", 1)[0] + ".weight"
-
-
-def load_experts(model: ModelSettings, names: Collection[str]) -> dict[str, Any]:
-    """The transformers ``names`` from the files of ``model.gguf``, which were checked; NotFiniteError for NaN."""
-    import torch
+    Args:
+        config: arguments of ``WanTransformer3DModel``.
+        dtype: in which it computes.
+    """
     from diffusers import GGUFQuantizationConfig, WanTransformer3DModel
 
-    assert model.gguf is not None
-    dtype = getattr(torch, model.dtype)
-    files: dict[Expert, Any] = {"high_noise": model.gguf.high_noise, "low_noise": model.gguf.low_noise}
-    experts = {}
     with TemporaryDirectory() as shape:
         with torch.device("meta"):
-            WanTransformer3DModel(**model.network.transformer, in_channels=model.spec.in_channels).save_config(shape)
-        for name, path in ((name, locate(files[expert])) for expert, name in COMPONENTS.items() if name in names):
-            gguf = path.suffix == ".gguf"
-            experts[name] = WanTransformer3DModel.from_single_file(
-                str(path) if gguf else _widened(path, dtype),
-                config=shape,
-                quantization_config=GGUFQuantizationConfig(compute_dtype=dtype) if gguf else None,
-                dtype=dtype,
-            )
-            check_values(_numbers(experts[name]), path)
-    return experts
-
-
-def _widened(path: Path, dtype: Any) -> dict[str, Any]:
-    """The tensors of a safetensors file; weights in scaled fp8 are multiplied by their factors."""
-    from safetensors.torch import load_file
-
-    state: dict[str, Any] = load_file(path)
-    for factor in [name for name in state if name.endswith(_FACTORS)]:
-        name = _weight_of(factor)
-        scale = state.pop(factor).float()
-        state[name] = (state[name].float() * (scale.view(-1, 1) if scale.numel() > 1 else scale)).to(dtype)
-    return {name: tensor for name, tensor in state.items() if not name.endswith(_NOT_NEEDED)}
+            WanTransformer3DModel(**config).save_config(shape)
+        network = WanTransformer3DModel.from_single_file(
+            str(path), config=shape, quantization_config=GGUFQuantizationConfig(compute_dtype=dtype), dtype=dtype
+        )
+    check_values(_numbers(network), path)
+    return network
 
 
 def _numbers(network: Any) -> Iterator[tuple[str, Any]]:
     """The weights of a network; of blocks of few bits, their scales."""
-    import torch
-
     for name, weight in network.named_parameters():
         if weight.is_floating_point():
             yield name, weight

@@ -12,19 +12,26 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.utils import logging as diffusers_logging
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
-from storymem.wan.folders import check_text_to_video, load_tokenizer, weights_file
-from storymem.wan.gguf import load_experts
+from storymem.wan.components import load_component
 from storymem.wan.lora import load_memory_lora
-from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.pipeline import Turns, WanMemoryToVideoPipeline
 from storymem.wan.placement import settle
 from storymem.wan.runtime import accelerate, check_machine, place
 from storymem.wan.schedule import wan_scheduler
-from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, check_combinations
-from storymem.wan.sources import adapter_weights, check_weights, step_weights_for_text
+from storymem.wan.settings import (
+    Continuity,
+    ModelSettings,
+    Precision,
+    RuntimeSettings,
+    SamplerSettings,
+    check_combinations,
+)
+from storymem.wan.sources import adapter_weights, check_text_weights, check_weights, step_weights_for_text
 from storymem.wan.spec import COMPONENTS, Expert
-from storymem.weights import check_values, locate
+from storymem.weights import locate
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +80,19 @@ def load_pipeline(
         runtime = _settled(model, runtime, sampler)
     elif runtime.offload == "auto":  # text encoder and VAE have room wherever experts could work
         runtime = replace(runtime, offload="none")
-    parts: dict[str, Any] = {name: None for name in COMPONENTS.values() if name not in names}
-    if not text_encoder:
-        parts |= {"text_encoder": None, "tokenizer": None}
-    parts["scheduler"] = wan_scheduler(sampler.shift, sampler.scheduler)
-    pipe = (_random_pipeline if model.weights is None else _saved_pipeline)(model, parts)
-    if names:
-        _load_adapters(pipe, model, sampler, continuity=continuity)
-        accelerate(pipe, model, runtime)
-    place(pipe, runtime)
+    turns = runtime.experts == "in_turn" and len(names) > 1
+    parts: dict[str, Any] = dict.fromkeys(("tokenizer", "text_encoder", *COMPONENTS.values()))
+    for name in ["vae", *(["tokenizer", "text_encoder"] if text_encoder else []), *([] if turns else names)]:
+        parts[name] = _component(model, name, runtime)
+    pipe = WanMemoryToVideoPipeline(
+        **parts,
+        scheduler=wan_scheduler(sampler.shift, sampler.scheduler),
+        boundary_ratio=model.boundary,
+        expand_timesteps=model.spec.clean_frames,  # by which the stock pipelines know this kind of base
+        rope_stride=model.rope_stride,
+        memory_attention=model.memory_attention,
+    )
+    _finish(pipe, model, runtime, sampler, continuity, turns=turns)
     return pipe
 
 
@@ -95,30 +106,47 @@ def load_text_to_video(
     """The text-to-video pipeline of the first shot, without a text encoder; it shares ``vae``."""
     sampler = sampler or SamplerSettings()
     runtime = _settled(model, runtime or RuntimeSettings(), sampler)
-    if model.weights is None:
-        channels = model.text_spec.in_channels
-        experts = [_random_expert(model, model.seed + 10 + k, channels) for k in range(len(COMPONENTS))]
-    else:
-        assert model.text_to_video is not None
-        folder = locate(model.text_to_video)
-        check_text_to_video(folder)
-        experts, options = [], {"dtype": getattr(torch, model.dtype), "use_safetensors": True}
-        for name in COMPONENTS.values():
-            experts.append(WanTransformer3DModel.from_pretrained(folder / name, **options))
-            check_values(experts[-1].named_parameters(), weights_file(folder, name))
+    check_text_weights(model)
+    turns = runtime.experts == "in_turn"
+    parts: dict[str, Any] = {
+        name: None if turns else _component(model, name, runtime, by_text=True) for name in COMPONENTS.values()
+    }
     pipe = WanMemoryToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
         scheduler=wan_scheduler(sampler.text_to_video_shift, sampler.scheduler),
-        transformer=experts[0],
-        transformer_2=experts[1],
         boundary_ratio=model.text_to_video_boundary,
+        **parts,
     )
-    _load_adapters(pipe, model, sampler, continuity=None)
-    accelerate(pipe, model, runtime)
-    place(pipe, runtime)
+    _finish(pipe, model, runtime, sampler, None, turns=turns)
     return pipe
+
+
+def _finish(
+    pipe: WanMemoryToVideoPipeline,
+    model: ModelSettings,
+    runtime: RuntimeSettings,
+    sampler: SamplerSettings,
+    continuity: Continuity | None,
+    *,
+    turns: bool,
+) -> None:
+    """Adapt, accelerate and place the networks of a pipeline; with ``turns``, each expert when it is needed."""
+
+    def load(name: str) -> Any:
+        return _component(model, name, runtime, by_text=continuity is None)
+
+    def prepare() -> None:
+        if pipe.experts:
+            _load_adapters(pipe, model, sampler, continuity=continuity)
+            accelerate(pipe, model, runtime)
+        place(pipe, runtime)
+
+    if turns:
+        spec = model.text_spec if continuity is None else model.spec
+        pipe.turns = Turns(load=load, prepare=prepare, spec=spec)
+    prepare()
 
 
 def _settled(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSettings) -> RuntimeSettings:
@@ -132,28 +160,23 @@ def _settled(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSet
 # Networks
 
 
-def _saved_pipeline(model: ModelSettings, parts: dict[str, Any]) -> WanMemoryToVideoPipeline:
-    """The pipeline in the folder of ``model.weights``, with ``parts`` in place of its own."""
-    assert model.weights is not None
-    folder = locate(model.weights)
-    if "tokenizer" not in parts:
-        parts["tokenizer"] = load_tokenizer(folder)
-    if model.gguf is not None:
-        parts |= load_experts(model, [name for name in COMPONENTS.values() if name not in parts])
-    with _without_progress_bars():
-        pipe = WanMemoryToVideoPipeline.from_pretrained(
-            folder,
-            dtype={"default": getattr(torch, model.dtype), "vae": getattr(torch, model.vae_dtype)},
-            use_safetensors=True,
-            rope_stride=model.rope_stride,
-            memory_attention=model.memory_attention,
-            boundary_ratio=model.boundary,
-            **parts,
-        )
-    for name in ("text_encoder", "vae", *COMPONENTS.values()):
-        if name not in parts:
-            check_values(getattr(pipe, name).named_parameters(), weights_file(folder, name))
-    return pipe
+_EIGHT_BITS: dict[Precision, bool | None] = {"as_is": None, "fp8_storage": True, "fp8": False, "int8": False}
+
+
+def _component(model: ModelSettings, name: str, runtime: RuntimeSettings, *, by_text: bool = False) -> Any:
+    """A network or the tokenizer, from its files or with random weights from its own seed."""
+    if model.weights is not None:
+        with _without_progress_bars():
+            return load_component(model, name, by_text=by_text, eight_bits=_EIGHT_BITS[runtime.precision])
+    network, seed = model.network, model.seed
+    if name in COMPONENTS.values():
+        spec, first = (model.text_spec, seed + 10) if by_text else (model.spec, seed)
+        return _random_expert(model, first + list(COMPONENTS.values()).index(name), spec.in_channels)
+    if name == "vae":
+        return _seeded(seed + 2, model.vae_dtype, lambda: AutoencoderKLWan(**network.vae))
+    if name == "text_encoder":
+        return _seeded(seed + 3, model.dtype, lambda: UMT5EncoderModel(UMT5Config(**network.text_encoder)))
+    return ByT5Tokenizer()  # the one tokenizer that needs no vocabulary file
 
 
 @contextmanager
@@ -167,30 +190,6 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         for library in libraries:
             library.enable_progress_bar()
-
-
-def _random_pipeline(model: ModelSettings, parts: dict[str, Any]) -> WanMemoryToVideoPipeline:
-    """Networks with random weights; each part has its own seed, so that leaving one out does not change the others."""
-    from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
-
-    network, seed = model.network, model.seed
-    builders: dict[str, Callable[[], Any]] = {
-        "transformer": lambda: _random_expert(model, seed, model.spec.in_channels),
-        "transformer_2": lambda: _random_expert(model, seed + 1, model.spec.in_channels),
-        "vae": lambda: _seeded(seed + 2, model.vae_dtype, lambda: AutoencoderKLWan(**network.vae)),
-        "text_encoder": lambda: _seeded(
-            seed + 3, model.dtype, lambda: UMT5EncoderModel(UMT5Config(**network.text_encoder))
-        ),
-        "tokenizer": ByT5Tokenizer,  # the one tokenizer that needs no vocabulary file
-    }
-    return WanMemoryToVideoPipeline(
-        **{name: build() for name, build in builders.items() if name not in parts},
-        **parts,
-        boundary_ratio=model.boundary,
-        expand_timesteps=model.spec.clean_frames,  # by which the stock pipelines know this kind of base
-        rope_stride=model.rope_stride,
-        memory_attention=model.memory_attention,
-    )
 
 
 def _random_expert(model: ModelSettings, seed: int, in_channels: int) -> WanTransformer3DModel:

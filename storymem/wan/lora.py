@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from storymem.io import FileError
+from storymem.wan.eight_bits import ScaledLinear
 from storymem.wan.keyframe_query import check_query
 from storymem.wan.lora_files import (
     ADAPTED_LINEARS,
@@ -353,7 +354,10 @@ def _check_can_load(transformer: Any, component: str, adapter_name: str) -> None
 
 def _whole_dtype(transformer: Any) -> torch.dtype | None:
     """The dtype of the linears; None for a quantised base, whose adapters stay as in the file."""
-    dtype = transformer.get_submodule("blocks.0.attn1.to_q").weight.dtype
+    linear = transformer.get_submodule("blocks.0.attn1.to_q")
+    if isinstance(getattr(linear, "base_layer", linear), ScaledLinear):
+        return transformer.dtype
+    dtype = linear.weight.dtype
     return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else None
 
 

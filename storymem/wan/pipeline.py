@@ -3,7 +3,7 @@
 # No postponed annotations here: diffusers reads the components' classes from the signature of ``__init__``.
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -35,12 +35,27 @@ from storymem.wan.conditioning import (
 )
 from storymem.wan.inputs import Inputs, Texts, batched
 from storymem.wan.parallel import GuidanceHalves
-from storymem.wan.runtime import clear_step_caches
+from storymem.wan.runtime import clear_step_caches, release_memory
 from storymem.wan.segments import DEFAULT_STRIDE, memory_cached, memory_joint, with_given
-from storymem.wan.spec import ModelSpec, spec_of
+from storymem.wan.spec import COMPONENTS, ModelSpec, spec_of
 from storymem.wan.transformer import SegmentCache, enable_layouts
 
 Pass = Literal["cond", "uncond"]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How a pipeline's experts take turns: at most one is loaded.
+
+    Args:
+        load: the transformer of a name, from its files.
+        prepare: adapts, accelerates and places the networks that the pipeline has.
+        spec: of the base model.
+    """
+
+    load: Callable[[str], Any]
+    prepare: Callable[[], None]
+    spec: ModelSpec
 
 
 class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
@@ -59,6 +74,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             videos by (frames, height, width). None: they are computed in every call.
         guidance_batch: run both passes of guidance as one batch of two.
         guidance_halves: run each pass on one half of the processes.
+        turns: for experts that take turns; None: both are loaded.
 
     The other arguments are those of ``diffusers.WanImageToVideoPipeline``.
     """
@@ -103,6 +119,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         self.blank_latents: dict[tuple[int, int, int], Tensor] | None = None
         self.guidance_batch = False
         self.guidance_halves: GuidanceHalves | None = None
+        self.turns: Turns | None = None
         for name, expert in self.experts.items():
             check_expert(self, name, expert)
 
@@ -121,9 +138,25 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         both = {"transformer": self.transformer, "transformer_2": self.transformer_2}
         return {name: expert for name, expert in both.items() if expert is not None}
 
+    def take_turn(self, name: str | None) -> None:
+        """Where experts take turns, load ``name`` in the place of the other; None: only free the one that is loaded."""
+        if self.turns is None or ([] if name is None else [name]) == list(self.experts):
+            return
+        self.remove_all_hooks()
+        self.transformer = self.transformer_2 = None
+        release_memory()
+        if name is not None:
+            expert = self.turns.load(name)
+            enable_layouts(expert)
+            setattr(self, name, expert)
+            check_expert(self, name, expert)
+        self.turns.prepare()
+
     @property
     def spec(self) -> ModelSpec:
         """The base model, from the shapes of the networks."""
+        if self.turns is not None:
+            return self.turns.spec
         return self.spec_of(next(iter(self.experts.values())))
 
     @torch.no_grad()
@@ -177,6 +210,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         Raises:
             ValueError: for wrong sizes, counts or combinations, before anything is computed.
         """
+        if not self.experts:
+            self.take_turn("transformer")
         stride = self.config.rope_stride if rope_stride is None else rope_stride
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -266,7 +301,8 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
         The other arguments are those of :meth:`__call__`. Returns the latents [B, z, N, h, w].
         """
-        by_expert = dict.fromkeys(self.experts, inputs) if isinstance(inputs, Inputs) else dict(inputs)
+        names = self.experts if self.turns is None else COMPONENTS.values()
+        by_expert = dict.fromkeys(names, inputs) if isinstance(inputs, Inputs) else dict(inputs)
         for each in by_expert.values():
             if self.guidance_batch and each.negative is not None and each.layout != each.negative_layout:
                 raise ValueError("runtime.guidance_batch needs both passes to have the same layout: set it to false")
@@ -283,7 +319,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         self, latents: Tensor, inputs: dict[str, Inputs], after_step: Callable[..., tuple[Tensor, Inputs]] | None
     ) -> Tensor:
         """``latents`` [B, z, N, h, w] from noise to the last step; ``after_step`` may change any tensor in between."""
-        active = cache = dtype = adapters = None
+        active = expert = predict = cache = dtype = adapters = None
         shot, last = next(iter(inputs.values())), self.scheduler.config.num_train_timesteps
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
@@ -291,6 +327,9 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
                     continue
                 self._current_timestep = t
                 name, scale = self._expert_at(t)
+                if name not in self.experts:
+                    active = expert = predict = cache = None  # else the other would stay in memory
+                    self.take_turn(name)
                 expert, shot = self.experts[name], inputs[name]
                 # A callback may change the adapters, which cached keys and values depend on.
                 if expert is not active or (cache and after_step and adapters != _adapters_of(expert)):

@@ -23,10 +23,10 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks.hooks import StateManager
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
-from torch import nn
 from torch.nn import functional as F
 
 from storymem.devices import resolve_device
+from storymem.wan.eight_bits import is_linear_of_a_block, store_in_8_bits
 from storymem.wan.gguf import check_gguf
 from storymem.wan.parallel import can_share_tokens, parallelize
 from storymem.wan.settings import Attention, ContextParallel, ModelSettings, RuntimeSettings
@@ -103,8 +103,9 @@ def check_machine(model: ModelSettings, runtime: RuntimeSettings, *, here: bool 
     Args:
         here: whether this machine has the device; if not, only what holds on any machine is checked.
     """
-    if model.gguf is not None:
-        check_gguf(model.gguf, runtime)
+    for files in (model.gguf, model.text_to_video_gguf):
+        if files is not None:
+            check_gguf(files, runtime)
     parts = [f"attention {runtime.attention} (not tried here)"]
     if here:
         device = resolve_device(runtime.device)
@@ -228,7 +229,7 @@ def accelerate(pipe: Any, model: ModelSettings, runtime: RuntimeSettings) -> Non
     name, reason = choose_attention(model, runtime, resolve_device(runtime.device))
     logger.info("attention: %s, %s", name, reason)
     for expert in pipe.experts.values():
-        _lower_precision(expert, model, runtime)
+        _lower_precision(expert, runtime)
         if name != "native" or runtime.attention == "native":
             set_attention(expert, _BACKENDS[name])
         if runtime.compile == "blocks":
@@ -237,11 +238,10 @@ def accelerate(pipe: Any, model: ModelSettings, runtime: RuntimeSettings) -> Non
             expert.enable_cache(_cache_config(runtime))
 
 
-def _lower_precision(expert: Any, model: ModelSettings, runtime: RuntimeSettings) -> None:
+def _lower_precision(expert: Any, runtime: RuntimeSettings) -> None:
     """Bring the linears of the blocks, 98 % of an expert, to ``runtime.precision``; all else, LoRAs too, stays."""
     if runtime.precision == "fp8_storage":
-        compute = getattr(torch, model.dtype)
-        expert.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
+        store_in_8_bits(expert)  # nothing is left to do for weights from files
     elif runtime.precision != "as_is":
         from torchao import quantization as q
 
@@ -249,11 +249,7 @@ def _lower_precision(expert: Any, model: ModelSettings, runtime: RuntimeSettings
             "fp8": lambda: q.Float8DynamicActivationFloat8WeightConfig(granularity=q.PerRow()),
             "int8": q.Int8DynamicActivationInt8WeightConfig,
         }
-        q.quantize_(expert, configs[runtime.precision](), filter_fn=_is_linear_of_a_block)
-
-
-def _is_linear_of_a_block(module: nn.Module, name: str) -> bool:
-    return isinstance(module, nn.Linear) and name.startswith("blocks.") and "lora_" not in name
+        q.quantize_(expert, configs[runtime.precision](), filter_fn=is_linear_of_a_block)
 
 
 def compiled_graphs() -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Any, Literal
+from dataclasses import field, replace
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, UserPath, check_bounds
-from storymem.wan.spec import A14B, T2V_A14B, TI2V_5B, ModelSpec
+from storymem.wan.spec import A14B, COMPONENTS, T2V_A14B, TI2V_5B, ModelSpec
 from storymem.weights import Weights
 
 Continuity = Literal["none", "mi2v", "mm2v"]
@@ -27,6 +29,11 @@ POSITIONS = 1024
 LONGEST_SIDE, MOST_PIXELS = 8192, 2 * 10**9
 _MOST_FRAMES = 4 * (POSITIONS - 1) + 1
 MAX_SEED = 2**63 - 1
+
+#: Weights in one file, of which the path is enough.
+WeightsFile = Annotated[
+    Weights, BeforeValidator(lambda it: {"name": PurePath(it).name, "source": it} if isinstance(it, str) else it)
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -131,10 +138,18 @@ class ExtraAdapterSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class GgufSettings:
-    """Both experts as quantised GGUF single files."""
+    """The experts as single files: GGUF, or safetensors as published for ComfyUI; the second only where there are two.
 
-    high_noise: Weights
-    low_noise: Weights
+    Each is the path of a file, or its :class:`Weights`.
+    """
+
+    high_noise: WeightsFile
+    low_noise: WeightsFile | None = None
+
+    @property
+    def all(self) -> list[Weights]:
+        """The files there are."""
+        return [weights for weights in (self.high_noise, self.low_noise) if weights is not None]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -146,9 +161,12 @@ class ModelSettings:
         base: the base model; see :mod:`storymem.wan.spec`.
         video: size and length of its shots.
         network: shape of its networks.
-        weights: a diffusers folder or repository of the image-to-video model; None: random weights from ``seed``.
+        weights: a folder or repository of the image-to-video model, in diffusers' layout or a folder in Wan's original
+            one; None: random weights from ``seed``.
         gguf: files for the experts, in place of the transformers in ``weights``.
+        vae, text_encoder: files, in place of those in ``weights``. If all are files, only its tokenizer is read.
         text_to_video: weights of the text-to-video model for the first shot; only its transformers are used.
+        text_to_video_gguf: files for its transformers, in place of ``text_to_video``.
         has_text_to_video: whether ``first_shot: t2v`` has a model of its own. If not, the memory-to-video model
             generates the first shot from text alone.
         adapter: the memory LoRA; None: the weights themselves know memory, or are random.
@@ -168,7 +186,10 @@ class ModelSettings:
     network: NetworkSettings
     weights: Weights | None = None
     gguf: GgufSettings | None = None
+    vae: WeightsFile | None = None
+    text_encoder: WeightsFile | None = None
     text_to_video: Weights | None = None
+    text_to_video_gguf: GgufSettings | None = None
     has_text_to_video: bool = True
     adapter: AdapterSettings | None = None
     adapters: tuple[ExtraAdapterSettings, ...] = ()
@@ -190,6 +211,29 @@ class ModelSettings:
         """The base model of the networks that generate a first shot from text alone."""
         return T2V_A14B if self.has_text_to_video else self.spec
 
+    def file_of(self, name: str, *, by_text: bool = False) -> Weights | None:
+        """The single file of a component (as ``model_index.json`` names it); None if it is in a folder.
+
+        Args:
+            by_text: of the text-to-video model.
+        """
+        pair = self.text_to_video_gguf if by_text else self.gguf
+        if name in COMPONENTS.values():
+            return None if pair is None else pair.high_noise if name == "transformer" else pair.low_noise
+        return {"vae": self.vae, "text_encoder": self.text_encoder}.get(name)
+
+    def folder_of(self, *names: str, by_text: bool = False) -> Weights | None:
+        """Where those of the components ``names`` are that are not single files; None if nowhere."""
+        names = tuple(name for name in names if self.file_of(name, by_text=by_text) is None)
+        weights = self.text_to_video if by_text else self.weights
+        if weights is None or not names:
+            return None
+        if weights.is_local and weights.file and (weights.path / "high_noise_model").is_dir():
+            return replace(weights, file=None)  # Wan's original layout has no folders of these names
+        if names == ("tokenizer",) and not weights.is_local:
+            return replace(weights, name=f"{weights.name} (tokenizer)", file="tokenizer/*", size_gb=0.02)
+        return weights
+
     def __post_init__(self) -> None:
         self.spec.latent_size(self.video.height, self.video.width)
         check_bounds(self, rope_stride=(1, POSITIONS - 1), seed=(0, MAX_SEED))
@@ -202,9 +246,14 @@ class ModelSettings:
             raise ValueError(f"boundary separates two experts; {self.spec.name} has {len(self.spec.experts)}")
         if self.has_text_to_video and self.base != "wan2.2-a14b":
             raise ValueError(f"{self.spec.name} generates first shots itself: set has_text_to_video to false")
-        if self.gguf is not None and self.weights is None:
-            raise ValueError("gguf holds the experts alone: weights must name where VAE and text encoder come from")
-        if self.weights is not None and self.has_text_to_video and self.text_to_video is None:
+        for name, what in {"gguf": "the experts", "vae": "the VAE", "text_encoder": "the text encoder"}.items():
+            if self.weights is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} holds {what} alone: weights must name where the rest comes from")
+        for name, pair in {"gguf": self.gguf, "text_to_video_gguf": self.text_to_video_gguf}.items():
+            if pair is not None and len(pair.all) != (experts := len(self.spec.experts)):
+                raise ValueError(f"{name} names {len(pair.all)} files, and {self.spec.name} has {experts} experts")
+        by_text = self.text_to_video or self.text_to_video_gguf
+        if self.weights is not None and self.has_text_to_video and by_text is None:
             raise ValueError("text_to_video names no weights: give them, or set has_text_to_video to false")
 
 
@@ -275,8 +324,11 @@ class RuntimeSettings:
         device: "auto" (the accelerator if there is one), "cpu", "cuda", "cuda:1", "mps", ...
         offload: "none": all networks stay on the device; "model": whole networks are moved there one at a time;
             "group": the blocks of the transformers are streamed. "auto": the fastest of these that fits.
-        precision: of the weights of the transformers' blocks. "as_is": ``model.dtype``. "fp8_storage": stored as 8-bit
-            floats, on any device. "fp8" and "int8": computed in 8 bits by torchao. Adapters stay as they are.
+        precision: of the weights of the transformers' blocks. "as_is": ``model.dtype``, or the 8 bits or fewer of their
+            files. "fp8_storage": stored as 8-bit floats, on any device. "fp8" and "int8": computed in 8 bits by
+            torchao. Adapters stay as they are.
+        experts: "together": both of a model's two are loaded. "in_turn": one at a time, read from disk again at each
+            change, twice a shot; the quality filter is then loaded for each shot, too.
         vae_tiling: encode and decode in tiles: less VRAM, slower, and faint differences where tiles overlap.
         threads: CPU threads of torch; None: torch's choice.
         context_parallel: how the tokens of a shot are shared among processes: "ulysses" exchanges attention heads,
@@ -299,6 +351,7 @@ class RuntimeSettings:
     device: str = "auto"
     offload: Offload = "none"
     precision: Precision = "as_is"
+    experts: Literal["together", "in_turn"] = "together"
     vae_tiling: bool = False
     threads: int | None = None
     context_parallel: ContextParallel = "none"

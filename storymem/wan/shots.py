@@ -214,6 +214,8 @@ class WanShotGenerator:
         self, pipe: WanMemoryToVideoPipeline, requests: Sequence[ShotRequest], on_step: OnStep | None, **conditions: Any
     ) -> list[np.ndarray]:
         """The frames of shots of equal length, which one call of the pipeline makes as a batch."""
+        if not pipe.experts:
+            pipe.take_turn("transformer")
         video, sampler, device = self.model.video, self.sampler, pipe._execution_device
         prompts, negatives = [one.prompt for one in requests], [self._negative(one) for one in requests]
 
@@ -252,7 +254,7 @@ class WanShotGenerator:
         on_step: OnStep | None,
     ) -> list[np.ndarray]:
         """The frames of each shot, uint8 [F, H, W, 3], of the latents [B, z, T, h, w] that ``sample`` denoises."""
-        new_frames = pipe.spec.latent_frames(request.frames)
+        new_frames = self.model.spec.latent_frames(request.frames)
         preview = Preview(self._projection, pipe.vae, new_frames) if self.on_preview is not None else None
 
         def stepped(_pipe: Any, step: int, _timestep: Any, tensors: dict) -> dict:
@@ -266,6 +268,7 @@ class WanShotGenerator:
 
         pipe.set_progress_bar_config(disable=True)
         latents = sample(stepped)
+        pipe.take_turn(None)  # it would be read again for the next shot anyhow
         decoded = torch.cat([self._decode(pipe, one, "the shot") for one in latents.split(1)])
         pipe.maybe_free_model_hooks()
         if preview is not None:

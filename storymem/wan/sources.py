@@ -5,7 +5,6 @@ Imports no torch until there is a file to compare with a network.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +23,6 @@ _DOWNLOAD = (
     "All at once, with the weights of the scorers: storymem download with the same model=... lists them with their "
     "sizes and licences, and with --yes fetches them."
 )
-_ORIGINAL_REPOSITORY = re.compile(r"Wan-AI/Wan2\.\d-.+(?<!-Diffusers)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +100,15 @@ def check_weights(
         text_encoder=text_encoder,
         experts=experts,
     )
+    _raise_for(found)
+
+
+def check_text_weights(model: ModelSettings) -> None:
+    """As :func:`check_weights`, for the transformers that generate a first shot from text alone."""
+    _raise_for([_inspect(*needed) for needed in _Inspection(model, None).text_experts()])
+
+
+def _raise_for(found: list[Source]) -> None:
     problems = list(dict.fromkeys(source.problem for source in found if source.problem))
     missing = [source.weights for source in found if source.path is None]
     if any(not weights.is_local for weights in missing):
@@ -110,15 +117,47 @@ def check_weights(
         raise (MissingWeights if missing else FileError)("\n".join(problems))
 
 
+#: Component -> where it is in Wan's original release, as a pattern; an expert that is alone is in the folder itself.
+ORIGINAL_FILES = {
+    "vae": "Wan*_VAE.*",
+    "text_encoder": "models_t5_umt5-xxl-enc-*",
+    "tokenizer": "google/umt5-xxl",
+    "transformer": "high_noise_model",
+    "transformer_2": "low_noise_model",
+}
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def original_parts(folder: Path) -> dict[str, Path]:
+    """Component -> its file, index or folder, in a folder in Wan's original layout; empty for any other."""
+    if not folder.is_dir() or (folder / "model_index.json").exists():
+        return {}
+    ways = {name: [pattern] for name, pattern in ORIGINAL_FILES.items()}
+    for name in COMPONENTS.values():
+        stems = [f"{ORIGINAL_FILES[name]}/{_WEIGHTS}", *([_WEIGHTS] if name == "transformer" else [])]
+        ways[name] = [f"{stem}{suffix}" for stem in stems for suffix in (".index.json", "")]
+    found = {name: [path for each in patterns for path in sorted(folder.glob(each))] for name, patterns in ways.items()}
+    return {name: paths[0] for name, paths in found.items() if paths}
+
+
+def component_path(model: ModelSettings, name: str, *, by_text: bool = False) -> Path:
+    """The file, index or folder of one component (as ``model_index.json`` names it); MissingWeights if not here."""
+    if (weights := model.file_of(name, by_text=by_text)) is not None:
+        return locate(weights)
+    experts = [COMPONENTS[expert] for expert in model.spec.experts]
+    names = ["vae", "text_encoder", name, *experts] if name == "tokenizer" else [name]
+    folder = model.folder_of(*names, by_text=by_text)
+    assert folder is not None, f"{model.name} has no weights of {name}"
+    found = locate(folder)
+    return original_parts(found).get(name) or (found if found.name == "tokenizer" else found / name)
+
+
 Check = Callable[[Path], list[str]]  # raises ValueError or FileNotFoundError; returns notes
 
 
 def _inspect(weights: Weights, check: Check) -> Source:
     path: Path | None = None
     try:
-        if _ORIGINAL_REPOSITORY.fullmatch(weights.source) and not weights.is_local:
-            right = f"{weights.source}-Diffusers"
-            raise FileError(f"{weights.source} is in the original Wan layout, which is not supported: use {right}")
         path = locate(weights)
         return Source(weights=weights, path=path, notes=tuple(check(path)))
     except MissingWeights as error:
@@ -146,14 +185,13 @@ class _Inspection:
         """All weights, adapters after the networks that they are compared with."""
         model = self.model
         by_text = text_to_video and model.has_text_to_video
-        if model.weights is not None:
-            yield model.weights, self.base
-        if model.gguf is not None:
-            for expert, weights in zip(COMPONENTS, (model.gguf.high_noise, model.gguf.low_noise), strict=True):
-                if expert in self.experts:
-                    yield weights, self.single_file
-        if by_text and model.text_to_video is not None:
-            yield model.text_to_video, self.text_to_video
+        if (folder := model.folder_of(*self.components)) is not None:
+            yield folder, self.base
+        for name in self.components:
+            if (weights := model.file_of(name)) is not None:
+                yield weights, partial(self.single_file, name=name)
+        if by_text:
+            yield from self.text_experts()
         if not self.experts:
             return
         if model.adapter is not None:
@@ -166,25 +204,57 @@ class _Inspection:
             if by_text:
                 yield step_weights_for_text(self.sampler), self.text_adapter
 
+    @property
+    def components(self) -> list[str]:
+        """Those that are loaded, as ``model_index.json`` names them."""
+        texts = ["text_encoder", "tokenizer"] if self.text_encoder else []
+        return ["vae", *texts, *(COMPONENTS[expert] for expert in self.experts)]
+
+    def text_experts(self) -> Iterator[tuple[Weights, Check]]:
+        """The transformers of the text-to-video model."""
+        if self.model.text_to_video_gguf is not None:
+            for name, weights in zip(COMPONENTS.values(), self.model.text_to_video_gguf.all, strict=False):
+                yield weights, partial(self.single_file, name=name, by_text=True)
+        elif (folder := self.model.folder_of(*COMPONENTS.values(), by_text=True)) is not None:
+            yield folder, self.text_to_video
+
     def base(self, path: Path) -> list[str]:
+        from storymem.wan.components import check_original, load_component
         from storymem.wan.folders import check_model
 
-        own = self.experts if self.model.gguf is None else []
-        parts = ["vae", *(["text_encoder", "tokenizer"] if self.text_encoder else []), *(COMPONENTS[x] for x in own)]
-        built = check_model(path, parts, spec=self.model.spec, setting="model.weights")
-        self.networks = {expert: built[COMPONENTS[expert]] for expert in own}
+        parts, spec = [name for name in self.components if self.model.file_of(name) is None], self.model.spec
+        if parts == ["tokenizer"]:
+            load_component(self.model, "tokenizer")
+            return []
+        if original_parts(path):
+            built = check_original(path, parts, self.model, spec)
+        else:
+            built = check_model(path, parts, spec=spec, setting="model.weights")
+        self.networks |= {expert: built[name] for expert, name in COMPONENTS.items() if name in built}
         return []
 
-    def single_file(self, path: Path) -> list[str]:
-        from storymem.wan.gguf import check_expert_file
+    def single_file(self, path: Path, name: str, by_text: bool = False) -> list[str]:
+        from storymem.wan.components import check_file
+        from storymem.wan.lora_files import expert_named
 
-        check_expert_file(path, self._from_settings(self.model.spec))
-        return []
+        network = check_file(path, name, self.model, self.model.text_spec if by_text else self.model.spec)
+        expert = next((it for it, component in COMPONENTS.items() if component == name), None)
+        if expert is None:
+            return []
+        (self.text_networks if by_text else self.networks)[expert] = network
+        named = expert_named(path.stem)
+        swapped = named not in (None, expert)
+        return [f"its name is that of the {named} expert, and it is used as {expert}"] if swapped else []
 
     def text_to_video(self, path: Path) -> list[str]:
+        from storymem.wan.components import check_original
         from storymem.wan.folders import check_text_to_video
 
-        self.text_networks = check_text_to_video(path)
+        if original_parts(path):
+            built = check_original(path, list(COMPONENTS.values()), self.model, self.model.text_spec)
+            self.text_networks = {expert: built[name] for expert, name in COMPONENTS.items()}
+        else:
+            self.text_networks = check_text_to_video(path)
         return []
 
     def memory_adapter(self, path: Path) -> list[str]:
@@ -223,12 +293,12 @@ class _Inspection:
 
     def text_adapter(self, path: Path) -> list[str]:
         networks = self.text_networks
-        if self.model.text_to_video is None:
+        if not networks and self.model.weights is None:
             networks = dict.fromkeys(COMPONENTS, self._from_settings(self.model.text_spec))
         return [adapter.report for adapter in _adapters(path, networks, strict=False)]
 
     def _networks(self) -> dict[Expert, Any]:
-        if self.model.weights is None or self.model.gguf is not None:
+        if self.model.weights is None:
             return dict.fromkeys(self.experts, self._from_settings(self.model.spec))
         return self.networks
 

@@ -11,6 +11,12 @@ Expert = Literal["high_noise", "low_noise"]
 #: The attribute of a diffusers pipeline that holds each expert; also the prefix of its keys in a file for both.
 COMPONENTS: dict[Expert, str] = {"high_noise": "transformer", "low_noise": "transformer_2"}
 
+#: The text encoder of all Wan models: arguments of ``UMT5Config``.
+UMT5_XXL: dict[str, Any] = {
+    **{"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+    **{"feed_forward_proj": "gated-gelu", "model_type": "umt5"},
+}
+
 
 def experts_of(pipe: Any) -> dict[Expert, Any]:
     """The transformers of a pipeline, of which one may be absent; a ``ValueError`` if both are."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from storymem.io import read_text, text_lines
 from storymem.wan.settings import ModelSettings
-from storymem.weights import MissingWeights, locate
+from storymem.wan.sources import component_path
+from storymem.weights import MissingWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,14 +25,16 @@ _WORD = r"[^\W_]+(?:['’-][^\W_]+)*"
 
 def known_words(model: ModelSettings) -> frozenset[str] | None:
     """All words of a model that was trained on few; None for others, and where its weights are not on this machine."""
+    if model.weights is None:
+        return None
     try:
-        return None if model.weights is None else _words_beside(locate(model.weights))
+        return _words_beside(component_path(model, "tokenizer"))
     except MissingWeights:
         return None
 
 
-def _words_beside(folder: Path) -> frozenset[str] | None:
-    file = folder / "tokenizer" / KNOWN_WORDS
+def _words_beside(tokenizer: Path) -> frozenset[str] | None:
+    file = tokenizer / KNOWN_WORDS
     return frozenset(text_lines(read_text(file))) or None if file.exists() else None
 
 
@@ -64,14 +67,14 @@ class TextReader:
 
             return cls(ByT5Tokenizer(), model.network.text_tokens)
         try:
-            folder = locate(model.weights)
+            folder = component_path(model, "tokenizer")
         except MissingWeights:
             return None
-        if not (folder / "tokenizer").is_dir():
+        if not folder.is_dir():
             return None
-        from storymem.wan.folders import load_tokenizer
+        from storymem.wan.components import load_component
 
-        return cls(load_tokenizer(folder), model.network.text_tokens, _words_beside(folder))
+        return cls(load_component(model, "tokenizer"), model.network.text_tokens, _words_beside(folder))
 
     def read(self, text: str) -> Reading:
         """How ``text`` is read."""

@@ -220,18 +220,13 @@ def test_components_of_different_models(base: Path, tmp_path: Path) -> None:
 
 
 def test_another_layout_is_refused_with_the_right_repository(tmp_path: Path) -> None:
-    (tmp_path / "Wan2.1_VAE.pth").touch()
+    (tmp_path / "readme.txt").touch()
     advice = r"hf download Wan-AI/Wan2\.2-I2V-A14B-Diffusers, and model\.weights\.source=Wan-AI/Wan2\.2-I2V-A14B-Diff"
-    with pytest.raises(ValueError, match=f"original Wan layout or ComfyUI's.*{advice}"):
+    with pytest.raises(ValueError, match=f"not in Wan's original layout.*{advice}"):
         check(tmp_path)
-
-
-def test_a_single_file_and_the_original_repository(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "wan.safetensors")
-    with pytest.raises(ValueError, match=r"wan\.safetensors is a single file\. StoryMem reads diffusers' layout"):
+    with pytest.raises(ValueError, match=r"wan\.safetensors is a single file: experts are named by model\.gguf"):
         check(tmp_path / "wan.safetensors")
-    with pytest.raises(ValueError, match=r"original Wan layout, .*: use Wan-AI/Wan2\.2-I2V-A14B-Diff"):
-        check(Path("Wan-AI/Wan2.2-I2V-A14B"))
 
 
 def test_networks_of_the_other_task(pipe: WanMemoryToVideoPipeline, base: Path, tmp_path: Path) -> None:
@@ -307,5 +302,5 @@ def test_the_plan_lists_what_is_missing_and_what_does_not_fit(
     with pytest.raises(ValueError, match="not ready: 2 marked MISSING"):
         generate(composed(*film, "dry_run=true", "model.weights.source=.", "model.adapter.weights.source=./gone"))
     plan = capsys.readouterr().out
-    assert "weights  toy models: .\n  UNFIT: . contains no model_index.json: it is incomplete, or in" in plan
+    assert "weights  toy models: .\n  UNFIT: . contains no model_index.json, and is not in Wan's original" in plan
     assert "weights  MISSING toy memory adapter: ./gone does not exist" in plan

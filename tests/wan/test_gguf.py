@@ -25,6 +25,7 @@ from storymem.wan.runtime import check_machine
 from storymem.wan.settings import ModelSettings, RuntimeSettings
 from storymem.wan.sources import check_weights, required_weights
 from storymem.weights import MissingWeights
+from tests.wan.layouts import original_expert, scaled_fp8
 from tests.wan.tiny import CPU, generate, images, settings
 
 HAS_GGUF = importlib.util.find_spec("gguf") is not None
@@ -180,20 +181,8 @@ def check(others: Path, path: Path) -> ModelSettings:
 
 def test_a_whole_file_passes(others: Path, weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
     check(others, gguf_file(tmp_path / "a.gguf", weights))
-    prefixed = {f"model.diffusion_model.{key}": tensor for key, tensor in original(weights).items()}
+    prefixed = {f"model.diffusion_model.{key}": tensor for key, tensor in original_expert(weights).items()}
     check(others, gguf_file(tmp_path / "b.gguf", prefixed))
-
-
-def original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights under the original network's names."""
-    from storymem.wan.lora_files import original_name
-
-    renamed = {}
-    for key, tensor in state.items():
-        module, _, attribute = key.rpartition(".")
-        table = key.endswith("scale_shift_table")
-        renamed[original_name(key) if table else f"{original_name(module)}.{attribute}"] = tensor
-    return renamed
 
 
 @pytest.mark.parametrize(
@@ -277,27 +266,14 @@ def test_pipes_and_folders_are_refused(others: Path, tmp_path: Path) -> None:
             check(others, path)
 
 
-def scaled_fp8(weights: dict[str, torch.Tensor], suffix: str, *, per_row: bool) -> dict[str, torch.Tensor]:
-    """As published for ComfyUI: the linears of the blocks in 8 bits with a factor each, and keys of its own."""
-    state = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
-    for key, tensor in original(weights).items():
-        state[key] = tensor.contiguous()
-        if key.startswith("blocks.") and key.endswith(".weight") and tensor.ndim == 2:
-            largest = tensor.abs().amax(1, keepdim=True) if per_row else tensor.abs().max()
-            state[key] = (tensor / (largest / 448)).to(torch.float8_e4m3fn)
-            state[key.removesuffix("weight") + suffix] = largest / 448
-            state[key.removesuffix("weight") + "scale_input"] = torch.tensor(1.0)
-    return state
-
-
 @pytest.mark.parametrize(("suffix", "per_row"), [("scale_weight", False), ("weight_scale", True)])
 def test_scaled_fp8_is_widened_by_its_factors(
     others: Path, weights: dict[str, torch.Tensor], tmp_path: Path, suffix: str, per_row: bool
 ) -> None:
     """Without its factors the film would be noise."""
     plain, scaled = tmp_path / "plain.safetensors", tmp_path / "fp8_scaled.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in original(weights).items()}, plain)
-    save_file(scaled_fp8(weights, suffix, per_row=per_row), scaled)
+    save_file({key: tensor.contiguous() for key, tensor in original_expert(weights).items()}, plain)
+    save_file(scaled_fp8(original_expert(weights), suffix, per_row=per_row), scaled)
     exact, rounded = (load_pipeline(check(others, path), runtime=CPU, text_encoder=False) for path in (plain, scaled))
     assert all(torch.equal(it, weights[name]) for name, it in exact.transformer.state_dict().items())
     expected, found = shot(exact), shot(rounded)
@@ -318,7 +294,7 @@ def test_scaled_fp8_is_widened_by_its_factors(
 def test_scaled_fp8_with_a_key_that_is_not_understood_is_refused(
     others: Path, weights: dict[str, torch.Tensor], tmp_path: Path, change: Callable[[dict], Any], message: str
 ) -> None:
-    state = scaled_fp8(weights, "scale_weight", per_row=False)
+    state = scaled_fp8(original_expert(weights))
     change(state)
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=f"(?s)a\\.safetensors.*{message}"):

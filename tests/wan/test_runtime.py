@@ -124,7 +124,7 @@ def linears(expert: nn.Module) -> dict[str, nn.Linear]:
 def test_only_the_linears_of_blocks_are_stored_in_8_bits() -> None:
     pipe = load_pipeline(settings(), runtime=STORED)
     for expert in pipe.experts.values():
-        small = {name for name, weight in expert.named_parameters() if weight.dtype == torch.float8_e4m3fn}
+        small = {name for name, weight in expert.named_parameters() if weight.dtype == torch.uint8}
         assert {name.rsplit(".", 1)[0] for name in small} == {n for n in linears(expert) if n.startswith("blocks.")}
         assert {weight.dtype for name, weight in expert.named_parameters() if name not in small} == {torch.float32}
     expected = generate(load_pipeline(settings(), runtime=CPU), memory=images(2))
@@ -158,8 +158,8 @@ def test_adapters_keep_their_precision() -> None:
     for name, weight in stored.named_parameters():
         if "lora_" in name:
             assert torch.equal(weight, weights[name]), name
-        elif "base_layer" in name:
-            assert weight.dtype == torch.float8_e4m3fn, name
+        elif name.endswith("base_layer.weight"):
+            assert weight.dtype == torch.uint8, name
     assert 0 < relative(forward(stored), forward(whole)) < 0.1
     stored.set_adapters(["memory"], [0.0])
     assert relative(forward(stored), forward(whole)) > 0.1, "the adapter has an effect on 8-bit weights"

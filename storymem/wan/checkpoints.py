@@ -1,0 +1,259 @@
+"""Networks from the files that users have: diffusers' folders, Wan's original release, single files of ComfyUI.
+
+A file is compared with the network by its header: every weight must be there, and nothing else. Loading then reads
+tensor by tensor, each once, and keeps no second copy: a tensor that needs no conversion stays mapped from its file.
+GGUF is read by diffusers; see :mod:`storymem.wan.gguf`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from storymem.io import FileError
+from storymem.wan.eight_bits import ScaledLinear, in_8_bits, is_linear_of_a_block, replace_module
+from storymem.wan.spec import SPECS
+from storymem.weights import Header, check_tensors, check_values, read_header, read_index, read_pickle
+
+# Suffixes of scaled fp8: the factor of a weight; and what matters only where activations are computed in 8 bits too.
+_FACTORS = (".scale_weight", ".weight_scale")
+_NOT_NEEDED = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")
+#: The sentencepiece model that ComfyUI's text encoders carry, as bytes.
+TOKENIZER_KEY = "spiece_model"
+_PREFIXES = re.compile(r"^(?:model\.diffusion_model\.|diffusion_model\.|text_encoders?\.|vae\.)")
+_TIED = {"shared.weight": "encoder.embed_tokens.weight", "encoder.embed_tokens.weight": "shared.weight"}
+_PICKLED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_T5_PARTS = {  # of a block of Wan's own UMT5 -> of transformers'
+    "norm1": "layer.0.layer_norm",
+    "norm2": "layer.1.layer_norm",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+    **{f"attn.{part}": f"layer.0.SelfAttention.{part}" for part in "qkvo"},
+}
+_VAE_PARTS = {
+    **{"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"},
+    "shortcut": "conv_shortcut",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors in one or several files, by header.
+
+    Args:
+        path: for messages: a file, or the index of several.
+        header: of all files together.
+        files: name of each tensor -> its file.
+    """
+
+    path: Path
+    header: Header
+    files: Mapping[str, Path]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read the headers of ``path``: .safetensors, .pth, or an index of .safetensors files.
+
+        Raises:
+            FileNotFoundError, FileError: if there is no such file, or it is damaged, incomplete or of another format.
+        """
+        if path.name.endswith(".index.json"):
+            files = {name: path.with_name(file) for name, file in read_index(path).items()}
+            headers = [read_header(file) for file in sorted(set(files.values()))]
+            shapes = {name: shape for header in headers for name, shape in header.shapes.items()}
+            if differ := sorted(shapes.keys() ^ files.keys()):
+                raise FileError(f"{path} and its files differ in {differ[0]}: they are of different downloads")
+            dtypes = {name: dtype for header in headers for name, dtype in header.dtypes.items()}
+            return cls(path, Header(shapes, dtypes, {}), files)
+        header = _pickle_header(path) if path.suffix in (".pth", ".pt") else read_header(path)
+        return cls(path, header, dict.fromkeys(header.shapes, path))
+
+    @property
+    def numbers(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors but the factors of scaled fp8 and what is never read."""
+        skipped = (*_FACTORS, *_NOT_NEEDED, TOKENIZER_KEY)
+        return {name: shape for name, shape in self.header.shapes.items() if not name.endswith(skipped)}
+
+    @property
+    def factors(self) -> dict[str, str]:
+        """Name of a weight in scaled fp8 -> name of its factor."""
+        return {f"{it.rsplit('.', 1)[0]}.weight": it for it in self.header.shapes if it.endswith(_FACTORS)}
+
+    def readers(self, stack: ExitStack) -> Callable[[str], Tensor]:
+        """A function from names to tensors, which are mapped from their files; ``stack`` closes the files."""
+        opened: dict[Path, Any] = {}
+        for file in sorted(set(self.files.values())):
+            pickled = file.suffix in (".pth", ".pt")
+            opened[file] = read_pickle(file) if pickled else stack.enter_context(safe_open(file, framework="pt"))
+
+        def read(name: str) -> Tensor:
+            source = opened[self.files[name]]
+            return source[name] if isinstance(source, dict) else source.get_tensor(name)
+
+        return read
+
+
+def _pickle_header(path: Path) -> Header:
+    state = read_pickle(path)
+    if not isinstance(state, dict) or not all(isinstance(it, Tensor) for it in state.values()):
+        raise FileError(f"{path} does not contain a state dict (key -> tensor), but a {type(state).__name__}")
+    dtypes = {name: _PICKLED.get(tensor.dtype, str(tensor.dtype)) for name, tensor in state.items()}
+    return Header({name: tuple(tensor.shape) for name, tensor in state.items()}, dtypes, {})
+
+
+# Names
+
+
+def names_in(checkpoint: Checkpoint, network: nn.Module) -> dict[str, str]:
+    """Name of every weight of ``network`` -> its name in a checkpoint that has exactly these.
+
+    Args:
+        network: a ``WanTransformer3DModel``, ``AutoencoderKLWan`` or ``UMT5EncoderModel``, on any device.
+
+    Raises:
+        FileError: listing what is missing, unexpected or misshapen, or weights in a form that is not understood.
+    """
+    _check_dtypes(checkpoint)
+    return match_names(checkpoint.numbers, network, str(checkpoint.path))
+
+
+def match_names(shapes: Mapping[str, tuple[int, ...]], network: nn.Module, where: str) -> dict[str, str]:
+    """As :func:`names_in`, for a header of any format."""
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    plain = {_PREFIXES.sub("", name): name for name in shapes}
+    names = max((plain, _CONVERTERS[type(network).__name__](plain)), key=lambda them: len(them.keys() & expected))
+    for one, other in _TIED.items():
+        if other in expected and other not in names and one in names:
+            names[other] = names[one]
+    about = _about(shapes, names, type(network).__name__)
+    check_tensors(
+        {name: shapes[original] for name, original in names.items()},
+        expected,
+        where=f"{where} does not contain the weights of {about}:",
+    )
+    return names
+
+
+def _about(shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str], kind: str) -> str:
+    """The network, in words; and of a transformer for another task, which."""
+    if kind != "WanTransformer3DModel":
+        return {"AutoencoderKLWan": "this model's VAE", "UMT5EncoderModel": "this model's text encoder"}[kind]
+    shape = shapes.get(names.get("patch_embedding.weight", ""), ())
+    found = next((spec.name for spec in SPECS if len(shape) > 1 and spec.in_channels == shape[1]), None)
+    return "this model's experts" + (f" ({shape[1]} input channels, as {found})" if found else "")
+
+
+def _from_vae(names: dict[str, str]) -> dict[str, str]:
+    """diffusers' conversion; and of the blocks of Wan2.2's own VAE, which it does not know."""
+
+    def renamed(name: str) -> str:
+        nested = re.match(r"(en|de)coder\.(?:down|up)samples\.(\d+)\.(?:down|up)samples\.(\d+)\.(.+)", name)
+        if nested is None:
+            return name
+        coder, block, place, rest = nested.groups()
+        direction = "down" if coder == "en" else "up"
+        part, _, attribute = rest.rpartition(".")
+        inside = f"{direction}sampler.{part}" if "resample" in part or "time_conv" in part else f"resnets.{place}"
+        inside += f".{_VAE_PARTS[part]}" if part in _VAE_PARTS else ""
+        return f"{coder}coder.{direction}_blocks.{block}.{inside}.{attribute}"
+
+    return convert_wan_vae_to_diffusers({renamed(name): original for name, original in names.items()})
+
+
+def _from_t5(names: dict[str, str]) -> dict[str, str]:
+    renamed = {}
+    for name, original in names.items():
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
+        if block is not None and block[2] in _T5_PARTS:
+            name = f"encoder.block.{block[1]}.{_T5_PARTS[block[2]]}.weight"
+        outside = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
+        renamed[outside.get(name, name)] = original
+    return renamed
+
+
+_CONVERTERS: dict[str, Callable[[dict[str, str]], dict[str, str]]] = {
+    "WanTransformer3DModel": lambda names: convert_wan_transformer_to_diffusers(dict(names)),
+    "AutoencoderKLWan": _from_vae,
+    "UMT5EncoderModel": _from_t5,
+}
+
+
+def _check_dtypes(checkpoint: Checkpoint) -> None:
+    """Weights must be floating-point numbers, and each in scaled fp8 needs one factor, or one per row."""
+    path, header, factors = checkpoint.path, checkpoint.header, checkpoint.factors
+    for name, factor in factors.items():
+        rows = (*header.shapes.get(name, ()), 0)[0]
+        if name not in header.shapes or header.shapes[factor] not in ((), (1,), (rows,), (rows, 1)):
+            raise FileError(f"{path}: {factor} is not the factor of a weight, or has not one number per row")
+    scaled = bool(factors) or "scaled_fp8" in header.shapes
+    for name in checkpoint.numbers:
+        dtype = header.dtypes[name]
+        if dtype.startswith("F8") and scaled and name not in factors:
+            raise FileError(f"{path}: {name} is scaled fp8, and the file has no factor of it: fetch it again")
+        if not dtype.startswith(("F", "BF")):
+            raise FileError(f"{path}: {name} is {dtype}, and weights are floating-point numbers")
+
+
+# Loading
+
+
+def load_network(
+    build: Callable[[], nn.Module], checkpoint: Checkpoint, dtype: torch.dtype, *, eight_bits: bool | None = None
+) -> Any:
+    """A network with the weights of a checkpoint that :func:`names_in` accepts.
+
+    Args:
+        build: makes the network, from its configuration.
+        dtype: of its weights; what diffusers keeps in float32 stays in it.
+        eight_bits: whether the linears of blocks are stored in 8 bits. None: those that are so in the checkpoint.
+
+    Raises:
+        NotFiniteError: for weights that are NaN, infinite or too large.
+    """
+    with init_empty_weights(include_buffers=False):
+        network = build().eval()
+    names, factors = names_in(checkpoint, network), checkpoint.factors
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    small: dict[str, tuple[Tensor, Tensor]] = {}
+    parameters: dict[str, nn.Parameter] = {}  # by their names in the file: two weights may be one
+    with ExitStack() as stack:
+        read = checkpoint.readers(stack)
+        for name, original in names.items():
+            owner, _, attribute = name.rpartition(".")
+            module, tensor = network.get_submodule(owner), read(original)
+            factor = read(factors[original]) if original in factors else None
+            check_values(
+                [(original, tensor), *([] if factor is None else [(factors[original], factor)])], checkpoint.path
+            )
+            narrow = eight_bits if eight_bits is not None else tensor.element_size() == 1
+            if narrow and attribute == "weight" and is_linear_of_a_block(module, owner):
+                small[owner] = in_8_bits(tensor, factor)
+                continue
+            if original not in parameters:
+                target = torch.float32 if kept & set(name.split(".")) else dtype
+                parameters[original] = nn.Parameter(_widened(tensor, factor).to(target))
+            module.register_parameter(attribute, parameters[original])
+    for owner, (weight, factor) in small.items():
+        bias = network.get_submodule(owner)._parameters["bias"]
+        replace_module(network, owner, ScaledLinear(weight, factor, bias))
+    return network
+
+
+def _widened(tensor: Tensor, factor: Tensor | None) -> Tensor:
+    if factor is None:
+        return tensor
+    return tensor.float() * (
+        factor.float().view(-1, *[1] * (tensor.ndim - 1)) if factor.numel() > 1 else factor.float()
+    )
