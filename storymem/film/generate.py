@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from storymem.film.folder import Film
     from storymem.film.progress import Progress
     from storymem.film.storyteller import ShotGenerator, Storyteller
-    from storymem.wan.settings import VideoSettings
+    from storymem.wan.settings import RuntimeSettings, VideoSettings
     from storymem.wan.shots import WanShotGenerator
 
 # What does not influence what the film looks like, and may change when a film is resumed.
@@ -242,15 +242,18 @@ def build_storyteller(
 
     from storymem.film.storyteller import Storyteller
     from storymem.wan.runtime import check_machine, check_runtime
+    from storymem.wan.shots import WanShotGenerator
 
     device = check_runtime(settings.runtime)
     check_machine(settings.model, settings.runtime)
     if generator is None:
         check_one_process(settings.runtime)
+    generator = generator or build_generator(settings)
+    runtime = generator.settled if isinstance(generator, WanShotGenerator) else settings.runtime
     return Storyteller(
-        generator=generator or build_generator(settings),
+        generator=generator,
         embedder=instantiate(_on_cpu(settings.scorer.clip)),
-        quality=instantiate(_on_cpu(settings.scorer.quality)),
+        quality=_quality(settings, runtime),
         selector=build_policy(settings.memory.selector, "memory.selector", ("max_keyframes", "select")),
         recall=build_policy(settings.memory.recall, "memory.recall", ("capacity", "recall")),
         continuity=settings.continuity,
@@ -270,6 +273,22 @@ def check_one_process(runtime: RuntimeSettings) -> None:
             "scripts/generate.py, where several processes make one film; here each process makes films of its own. For "
             "ST-Bench: torchrun ... scripts/generate.py st_bench/stories output=FOLDER, and then films=FOLDER"
         )
+
+
+def _quality(settings: GenerateSettings, runtime: RuntimeSettings) -> Any:
+    """The quality filter; where experts take turns in memory, it takes one too."""
+    from hydra.utils import instantiate
+
+    from storymem.scorers import scorer_weights
+    from storymem.scorers.on_demand import OnDemand
+
+    def build() -> Any:
+        return instantiate(_on_cpu(settings.scorer.quality))
+
+    if runtime.experts == "together":
+        return build()
+    # Those that come with the package are small.
+    return OnDemand(build) if scorer_weights(settings.scorer.quality) else build()
 
 
 def build_policy(node: Mapping[str, Any], key: str, needs: Sequence[str]) -> Any:

@@ -58,6 +58,7 @@ from storymem.memory import (
     ids_on_disk,
 )
 from storymem.scorers import QualityScorer
+from storymem.scorers.on_demand import OnDemand
 from storymem.scorers.scorer import NoQuality, as_images
 from storymem.story import Shot, Story
 from storymem.wan.recall import Candidates
@@ -433,7 +434,8 @@ class Storyteller:
     @contextmanager
     def _on_device(self, scorer: Embedder | QualityScorer | None) -> Iterator[None]:
         """Inside the block ``scorer`` is on the scorers' device, and on the CPU again after it."""
-        if scorer is None or self.scorer_device.type == "cpu":
+        stays = self.scorer_device.type == "cpu" and not isinstance(scorer, OnDemand)
+        if scorer is None or stays:
             yield
             return
         scorer.to(self.scorer_device)

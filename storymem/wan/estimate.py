@@ -16,7 +16,7 @@ from torch import nn
 
 from storymem.io import read_json_object
 from storymem.wan.folders import on_meta
-from storymem.wan.gguf import stays_in_few_bits
+from storymem.wan.gguf import in_8_bits, stays_in_few_bits
 from storymem.wan.processes import Grid
 from storymem.wan.segments import Layout, name_of
 from storymem.wan.settings import Dtype, ModelSettings, Precision, RuntimeSettings, SamplerSettings
@@ -267,8 +267,11 @@ def estimate_shot(
     vae_config, text_config = _config_of(model, "vae"), {**UMT5_XXL, **_config_of(model, "text_encoder")}
     vae = SIZES[model.vae_dtype] * _parameters("AutoencoderKLWan", vae_config)
     texts = SIZES[model.dtype] * _parameters("UMT5EncoderModel", text_config)
-    expert = _expert(model, runtime.precision, sampler)
-    experts = len(model.spec.experts) * expert.total if runtime.offload == "none" else 0
+    # Streamed layer by layer; its embeddings are the largest.
+    widest = SIZES[model.dtype] * text_config["vocab_size"] * text_config["d_model"]
+    expert, turns = _expert(model, runtime.precision, sampler), runtime.experts == "in_turn"
+    at_once = 1 if turns else len(model.spec.experts)
+    experts = at_once * expert.total if runtime.offload == "none" else 0
     if runtime.shard_weights:
         experts //= grid.guidance * grid.context
     at_work = {"none": experts, "model": expert.total, "group": expert.streamed}[runtime.offload]
@@ -285,21 +288,29 @@ def estimate_shot(
     }
     denoise = _denoise_bytes(model, runtime, sampler, memory_frames, shape["frames"], grid.context)
     stages = (
-        Stage(name="texts", weights=texts + always, activations=_text_activations(model, text_config)),
+        Stage(
+            name="texts",
+            weights=(widest if runtime.offload == "group" else texts) + always,
+            activations=_text_activations(model, text_config),
+        ),
         Stage(name="encode", weights=experts + vae, activations=encode_bytes(**shape)),
         Stage(name="denoise", weights=at_work + vae, activations=denoise),
         Stage(name="decode", weights=experts + vae, activations=decode_bytes(**shape)),
         Stage(name="score", weights=experts + always + scorers, activations=int(_SCORING * scorers)),
     )
-    # Weights are read whole, in the model's own dtype; their precision falls afterwards.
-    read = len(model.spec.experts) * _expert(model, "as_is", sampler).total + vae
+    # torchao converts weights that were read whole; 8-bit storage is made while they are read.
+    stored: Precision = "fp8_storage" if runtime.precision == "fp8_storage" else "as_is"
+    read = at_once * _expert(model, stored, sampler).total
     cached = memory_cache_bytes(model, memory_frames) if runtime.memory_cache == "cpu" else 0
-    return Estimate(stages=stages, ram=max(read, texts + vae) + scorers + cached)
+    at_work = max(read, texts, scorers) if turns else max(read, texts) + scorers
+    return Estimate(stages=stages, ram=at_work + vae + cached)
 
 
 def _expert(model: ModelSettings, precision: Precision, sampler: SamplerSettings) -> ExpertBytes:
     network, ranks = model.network.transformer, _ranks(model, sampler)
     if model.gguf is None or not stays_in_few_bits(model.gguf):
+        if precision == "as_is" and model.gguf is not None and in_8_bits(model.gguf):
+            precision = "fp8_storage"
         channels = model.spec.in_channels
         return expert_bytes(network, dtype=model.dtype, in_channels=channels, precision=precision, ranks=ranks)
     # Adapters on quantised linears stay in their files' float32.

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import psutil
 import torch
@@ -54,12 +55,35 @@ class Choice:
     reason: str
 
 
-#: Ways to place the weights (offload, tiled VAE), fastest first, and the preset for each.
-_PRESETS: dict[tuple[Offload, bool], str] = {
-    ("none", False): "",
-    ("model", False): "gpu-80gb",
-    ("group", False): "gpu-32gb",
-    ("group", True): "gpu-24gb",
+class Way(NamedTuple):
+    """One way to place the weights."""
+
+    offload: Offload
+    tiled: bool = False
+    experts: Literal["together", "in_turn"] = "together"
+
+    @classmethod
+    def of(cls, runtime: RuntimeSettings) -> Way:
+        return cls(runtime.offload, runtime.vae_tiling, runtime.experts)
+
+    def __str__(self) -> str:
+        tiled, turns = (
+            " and vae_tiling" if self.tiled else "",
+            " and experts=in_turn" if self.experts != "together" else "",
+        )
+        preset = f" (runtime={_PRESETS[self]})" if _PRESETS.get(self) else ""
+        return f"offload={self.offload}{tiled}{turns}{preset}"
+
+
+#: Fastest first, and the preset for each.
+_PRESETS: dict[Way, str] = {
+    Way("none"): "",
+    Way("model"): "gpu-80gb",
+    Way("group"): "gpu-32gb",
+    Way("group", True): "",
+    Way("model", False, "in_turn"): "",
+    Way("group", False, "in_turn"): "",
+    Way("group", True, "in_turn"): "gpu-24gb",
 }
 _DOING = {"texts": "encode texts", "encode": "encode images", "score": "choose keyframes"}
 
@@ -124,23 +148,35 @@ def choose_runtime(
         lacking = _lacking(estimate, machine)
         return Choice(runtime=settled, estimate=estimate, fits=not lacking, reason=lacking)
 
-    presets: Iterable[tuple[Offload, bool]] = _PRESETS
-    if runtime.spread or (machine.vram is None and machine.here):
-        presets = [("none", False)]
+    presets: Iterable[Way] = _PRESETS
+    if machine.vram is None and machine.here:
+        presets = [Way("none"), Way("none", False, "in_turn")]
+    if runtime.spread:
+        presets = [Way("none")]
     if runtime.offload != "auto":
-        presets = [(runtime.offload, False)]
+        presets = [Way(runtime.offload)]
+    if len(model.spec.experts) < 2:
+        presets = [way for way in presets if way.experts == "together"]
     ways = [
-        tried(replace(runtime, offload=offload, vae_tiling=runtime.vae_tiling or tiled)) for offload, tiled in presets
+        tried(
+            replace(
+                runtime,
+                offload=way.offload,
+                vae_tiling=runtime.vae_tiling or way.tiled,
+                experts="in_turn" if "in_turn" in (runtime.experts, way.experts) else "together",
+            )
+        )
+        for way in presets
     ]
     if not machine.here:
-        needs = "; ".join(f"{_placement(way.runtime)} needs {_needs(way.estimate)}" for way in ways)
+        needs = "; ".join(f"{Way.of(way.runtime)} needs {_needs(way.estimate)}" for way in ways)
         return replace(ways[0], fits=True, reason=f"planned for {machine.name}, not for this machine: {needs}")
     if runtime.offload != "auto":
         return ways[0] if ways[0].fits else replace(ways[0], reason=f"{machine}: {ways[0].reason}")
     for faster, way in zip([None, *ways], ways, strict=False):
         if way.fits:
-            why = f", because for offload={faster.runtime.offload} {faster.reason}" if faster else ""
-            return replace(way, reason=f"{machine}: {_placement(way.runtime)}{why}")
+            why = f", because for {_short(faster.runtime)} {faster.reason}" if faster else ""
+            return replace(way, reason=f"{machine}: {Way.of(way.runtime)}{why}")
     last = ways[-1]
     options = {
         "runtime.precision=fp8_storage": tried(replace(last.runtime, precision="fp8_storage")),
@@ -198,11 +234,8 @@ def _needed_ram(estimate: Estimate, machine: Machine) -> int:
     return estimate.ram if machine.vram is not None else max(estimate.ram, estimate.peak.total)
 
 
-def _placement(runtime: RuntimeSettings) -> str:
-    """How the weights are placed, and the preset with that placement."""
-    preset = _PRESETS.get((runtime.offload, runtime.vae_tiling))
-    placed = f"offload={runtime.offload}" + (" and vae_tiling" if runtime.vae_tiling else "")
-    return f"{placed} (runtime={preset})" if preset else placed
+def _short(runtime: RuntimeSettings) -> str:
+    return str(Way.of(runtime)).partition(" (runtime")[0]
 
 
 def _needs(estimate: Estimate) -> str:

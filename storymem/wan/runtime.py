@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig, apply_group_offloading
 from diffusers.hooks.hooks import StateManager
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from torch.nn import functional as F
@@ -322,7 +322,7 @@ def place(pipe: DiffusionPipeline, runtime: RuntimeSettings, *, device: torch.de
     """Place a pipeline's networks as ``runtime`` specifies; its ``offload`` must not be "auto".
 
     With "model" at most one network is on the device, and none between shots. With "group" the blocks of the expert at
-    work pass through it, and the VAE stays.
+    work and the layers of the text encoder pass through it, and the VAE stays.
 
     Args:
         device: None: that of ``runtime.device``.
@@ -340,10 +340,14 @@ def place(pipe: DiffusionPipeline, runtime: RuntimeSettings, *, device: torch.de
     elif runtime.offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     else:
+        streaming: dict[str, Any] = {
+            "onload_device": device,
+            "use_stream": device.type == "cuda",  # the next block is copied while one computes
+            "low_cpu_mem_usage": True,  # blocks are pinned one at a time: all at once would be a second copy in RAM
+        }
         pipe.enable_group_offload(
-            onload_device=device,
-            offload_type="block_level",
-            num_blocks_per_group=1,
-            use_stream=device.type == "cuda",  # the next block is copied while one computes
-            exclude_modules=["vae", "text_encoder"],  # small, or alone
+            offload_type="block_level", num_blocks_per_group=1, exclude_modules=["vae", "text_encoder"], **streaming
         )
+        if getattr(pipe, "text_encoder", None) is not None:
+            pipe.text_encoder.to("cpu")
+            apply_group_offloading(pipe.text_encoder, offload_type="leaf_level", **streaming)

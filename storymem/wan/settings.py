@@ -435,6 +435,8 @@ def check_combinations(
         "runtime.precision=fp8 or int8, or runtime.compile=none": (
             runtime.precision == "fp8_storage" and runtime.compile != "none"
         ),
+        "runtime.experts=in_turn loads an expert twice a shot, and runtime.compile=blocks would compile it each time: "
+        "use one of them": runtime.experts == "in_turn" and runtime.compile != "none",
         f"runtime.precision={runtime.precision} needs model.dtype=bfloat16 for the rest, not {model.dtype}": (
             runtime.precision in ("fp8", "int8") and model.dtype != "bfloat16"
         ),
@@ -470,6 +472,8 @@ def _rules_for_several(
         "processes to runtime.context_parallel": halves and sampler.guidance == 1,
         f"runtime.offload={runtime.offload} does not combine with several processes; where the weights do not fit "
         "write runtime.offload=none runtime.shard_weights=true": runtime.offload not in ("none", "auto"),
+        "runtime.experts=in_turn does not combine with several processes; where the weights do not fit write "
+        "runtime.shard_weights=true": runtime.experts == "in_turn",
         "runtime.cache=first_block skips a step in one pass and not in the other, and processes that share weights "
         "must gather them at the same time: write runtime.cache=taylor or none": (
             runtime.cache == "first_block" and sharded

@@ -97,7 +97,7 @@ class WanShotGenerator:
         """Raise ``ValueError`` for a machine that cannot run the settings, and warn of what it is short of."""
         check_runtime(self.runtime)
         check_machine(self.model, self.runtime)
-        _ = self._settled
+        _ = self.settled
 
     @torch.no_grad()  # else the embeddings' graph would keep the text encoder alive
     def prepare(self, prompts: Iterable[str], negative_prompts: Iterable[str | None]) -> None:
@@ -163,6 +163,8 @@ class WanShotGenerator:
         for number, latents in enumerate(candidates.latents, start=1):
             check_finite(latents, f"the latents of candidate {number}")
         pipe = self._memory_to_video()
+        if pipe.turns is not None:
+            raise ValueError("a learned recall reads both experts, and with runtime.experts=in_turn one is loaded")
         if self._recall is None:
             experts, device = experts_of(pipe), pipe._execution_device
             self._recall = LearnedRecall.of(self.model, experts, continuity=self.continuity, device=device)
@@ -184,7 +186,7 @@ class WanShotGenerator:
         if self._text_pipe is None:
             self._free_experts()
             vae = self._load(text_encoder=False, experts=False).vae
-            self._text_pipe = load_text_to_video(self.model, vae=vae, runtime=self._settled, sampler=self.sampler)
+            self._text_pipe = load_text_to_video(self.model, vae=vae, runtime=self.settled, sampler=self.sampler)
         return self._text_pipe
 
     def _free_experts(self) -> None:
@@ -196,14 +198,14 @@ class WanShotGenerator:
         release_memory()
 
     @cached_property
-    def _settled(self) -> RuntimeSettings:
-        """``runtime`` without "auto": settled once, before anything takes room."""
+    def settled(self) -> RuntimeSettings:
+        """``runtime`` without "auto", settled once, before anything takes room."""
         return settle(self.model, self.runtime, sampler=self.sampler, scorers=self.scorers)
 
     def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
         return load_pipeline(
             self.model,
-            runtime=self._settled,
+            runtime=self.settled,
             continuity=self.continuity,
             sampler=self.sampler,
             text_encoder=text_encoder,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from storymem.film.generate import generate_films as films
+from storymem.scorers import scorer_bytes
 from storymem.wan import placement
 from storymem.wan.estimate import estimate_shot
 from storymem.wan.loading import load_pipeline
@@ -80,7 +81,7 @@ def test_tiles_are_the_last_resort(a14b: ModelSettings) -> None:
     choice = choose_runtime(wide, AUTO, machine=machine(22), scorers=LAION_AND_CLIP)
     assert choice.fits
     assert (choice.runtime.offload, choice.runtime.vae_tiling) == ("group", True)
-    assert "vae_tiling (runtime=gpu-24gb)" in choice.reason
+    assert "offload=group and vae_tiling, because for offload=group 22." in choice.reason
 
 
 def test_where_nothing_fits_it_says_what_would(a14b: ModelSettings) -> None:
@@ -90,9 +91,29 @@ def test_where_nothing_fits_it_says_what_would(a14b: ModelSettings) -> None:
     tiny = chosen(a14b, machine(2))
     assert "use a machine with" in tiny.reason
     assert "or a smaller model.video" in tiny.reason
-    short = chosen(a14b, machine(84, ram=64))
-    assert "77.4 GB of RAM are needed" in short.reason
-    assert "scorer/quality=laion-v1 would fit" in short.reason
+    short = chosen(a14b, machine(84, ram=24))
+    assert "30.4 GB of RAM are needed; runtime.precision=fp8_storage would fit" in short.reason
+
+
+def test_experts_take_turns_where_ram_is_short(a14b: ModelSettings) -> None:
+    choice = chosen(a14b, machine(84, ram=64))
+    assert (choice.fits, choice.runtime.offload, choice.runtime.experts) == (True, "model", "in_turn")
+    assert "77.4 GB of RAM are needed" in choice.reason
+    small = chosen(a14b, machine(25, ram=32))
+    assert (small.fits, small.runtime.offload, small.runtime.experts) == (True, "group", "in_turn")
+    one = replace(a14b, base="wan2.2-ti2v-5b", boundary=None, has_text_to_video=False, memory_attention="cached")
+    assert chosen(replace(one), machine(16, ram=8)).runtime.experts == "together", "there is only one"
+
+
+@pytest.mark.parametrize(
+    ("preset", "vram", "ram"), [("gpu-12gb", 12, 20), ("gpu-24gb", 24, 32), ("gpu-32gb", 32, 80), ("gpu-80gb", 80, 80)]
+)
+def test_each_preset_needs_what_its_name_says(preset: str, vram: float, ram: float) -> None:
+    made = generate_settings("model=wan2.2-a14b", f"runtime={preset}")
+    scorers = scorer_bytes(made.scorer.clip, made.scorer.quality)
+    estimate = estimate_shot(made.model, made.runtime, sampler=made.sampler, scorers=scorers)
+    assert needed_vram(estimate) < vram * 1e9
+    assert estimate.ram < ram * 1e9
 
 
 def test_the_precision_is_never_lowered_by_itself(a14b: ModelSettings) -> None:
@@ -202,7 +223,7 @@ def test_a_container_limits_ram(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     [
         (
             "runtime=gpu-24gb",
-            "for cuda, not for this machine: offload=group and vae_tiling (runtime=gpu-24gb) needs 23 ",
+            "not for this machine: offload=group and vae_tiling and experts=in_turn (runtime=gpu-24gb) needs 23 ",
         ),
         ("runtime=gpu-80gb runtime.precision=fp8", "offload=model (runtime=gpu-80gb) needs 27 GB of VRAM"),
         ("runtime.device=cuda", "offload=model (runtime=gpu-80gb) needs 42 GB of VRAM and 77 GB of RAM"),
