@@ -12,8 +12,8 @@ _LARGEST = 448.0  # of e4m3
 class ScaledLinear(nn.Linear):
     """A linear with an 8-bit weight and its factor: y = (x W^T) * factor + bias.
 
-    The weight is kept as bytes (uint8): PEFT gives adapters the dtype of a floating-point weight, and
-    ``Module.to(dtype)`` converts it.
+    The weight is stored as bytes (int8): PEFT gives adapters the dtype of a floating-point weight, ``Module.to(dtype)``
+    converts it, and transformers' T5 converts activations to it.
 
     Args:
         weight: [out, in], float8_e4m3fn or float8_e5m2.
@@ -27,7 +27,7 @@ class ScaledLinear(nn.Linear):
         out, inside = weight.shape
         super().__init__(inside, out, bias=bias is not None, device="meta")
         self.kind = weight.dtype
-        self.weight = nn.Parameter(weight.view(torch.uint8), requires_grad=False)
+        self.weight = nn.Parameter(weight.view(torch.int8), requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.register_buffer("factor", factor.detach().float().flatten())
 
@@ -53,8 +53,8 @@ def store_in_8_bits(network: nn.Module) -> None:
 
 
 def is_linear_of_a_block(module: nn.Module, name: str) -> bool:
-    """Whether a module of a transformer is a linear of its blocks and not an adapter's: 98 % of the weights."""
-    return isinstance(module, nn.Linear) and name.startswith("blocks.") and "lora_" not in name
+    """Whether a module is a linear of a network's blocks and not an adapter's: 98 % of a transformer's weights."""
+    return isinstance(module, nn.Linear) and name.startswith(("blocks.", "encoder.block.")) and "lora_" not in name
 
 
 def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:

@@ -266,7 +266,7 @@ def estimate_shot(
     grid, sampler = grid or Grid(), sampler or SamplerSettings()
     vae_config, text_config = _config_of(model, "vae"), {**UMT5_XXL, **_config_of(model, "text_encoder")}
     vae = SIZES[model.vae_dtype] * _parameters("AutoencoderKLWan", vae_config)
-    texts = SIZES[model.dtype] * _parameters("UMT5EncoderModel", text_config)
+    texts = _text_bytes(model, text_config)
     # Streamed layer by layer; its embeddings are the largest.
     widest = SIZES[model.dtype] * text_config["vocab_size"] * text_config["d_model"]
     expert, turns = _expert(model, runtime.precision, sampler), runtime.experts == "in_turn"
@@ -277,6 +277,7 @@ def estimate_shot(
     at_work = {"none": experts, "model": expert.total, "group": expert.streamed}[runtime.offload]
     if runtime.shard_weights:
         at_work += 2 * expert.block  # gathered for the moment
+    left = 0 if turns else experts  # one that takes turns is freed after the last step
     always = 0 if runtime.offload == "model" else vae  # with "group" the VAE stays on the device
     shape: dict[str, Any] = {
         "frames": frames or model.video.frames,
@@ -295,8 +296,8 @@ def estimate_shot(
         ),
         Stage(name="encode", weights=experts + vae, activations=encode_bytes(**shape)),
         Stage(name="denoise", weights=at_work + vae, activations=denoise),
-        Stage(name="decode", weights=experts + vae, activations=decode_bytes(**shape)),
-        Stage(name="score", weights=experts + always + scorers, activations=int(_SCORING * scorers)),
+        Stage(name="decode", weights=left + vae, activations=decode_bytes(**shape)),
+        Stage(name="score", weights=left + always + scorers, activations=int(_SCORING * scorers)),
     )
     # torchao converts weights that were read whole; 8-bit storage is made while they are read.
     stored: Precision = "fp8_storage" if runtime.precision == "fp8_storage" else "as_is"
@@ -306,10 +307,18 @@ def estimate_shot(
     return Estimate(stages=stages, ram=at_work + vae + cached)
 
 
+def _text_bytes(model: ModelSettings, config: Mapping[str, Any]) -> int:
+    """Weights of the text encoder: of a file in 8 bits, its linears stay in them."""
+    linears = config["num_layers"] * config["d_model"] * (4 * config["num_heads"] * config["d_kv"] + 3 * config["d_ff"])
+    small = model.text_encoder is not None and in_8_bits(model.text_encoder)
+    size = SIZES[model.dtype]
+    return size * _parameters("UMT5EncoderModel", config) - (linears * (size - 1) if small else 0)
+
+
 def _expert(model: ModelSettings, precision: Precision, sampler: SamplerSettings) -> ExpertBytes:
     network, ranks = model.network.transformer, _ranks(model, sampler)
     if model.gguf is None or not stays_in_few_bits(model.gguf):
-        if precision == "as_is" and model.gguf is not None and in_8_bits(model.gguf):
+        if precision == "as_is" and model.gguf is not None and in_8_bits(*model.gguf.all):
             precision = "fp8_storage"
         channels = model.spec.in_channels
         return expert_bytes(network, dtype=model.dtype, in_channels=channels, precision=precision, ranks=ranks)

@@ -14,7 +14,7 @@ import torch
 
 from storymem.io import FileError, check_regular
 from storymem.wan.settings import GgufSettings, RuntimeSettings
-from storymem.weights import Header, check_values, locate, read_header
+from storymem.weights import Header, Weights, check_values, locate, read_header
 
 _MOST = 1 << 22  # tensors, entries, bytes of a text, or elements of a list in a header
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # kind of a metadata value -> bytes
@@ -44,9 +44,9 @@ def stays_in_few_bits(files: GgufSettings) -> bool:
     return any((weights.file or weights.source).endswith(".gguf") for weights in files.all)
 
 
-def in_8_bits(files: GgufSettings) -> bool:
-    """Whether the experts are safetensors files with weights in fp8, by their headers; by their names if not here."""
-    for weights in files.all:
+def in_8_bits(*files: Weights) -> bool:
+    """Whether safetensors files have weights in fp8, by their headers; by their names if they are not here."""
+    for weights in files:
         try:
             header = read_header(locate(weights))
         except (ValueError, FileNotFoundError):  # reported where weights are checked

@@ -16,6 +16,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
+from benchmarks.layouts import original_expert
 from storymem.io import NotFiniteError
 from storymem.wan.estimate import estimate_shot
 from storymem.wan.gguf import check_gguf
@@ -25,7 +26,7 @@ from storymem.wan.runtime import check_machine
 from storymem.wan.settings import ModelSettings, RuntimeSettings
 from storymem.wan.sources import check_weights, required_weights
 from storymem.weights import MissingWeights
-from tests.wan.layouts import original_expert, scaled_fp8
+from tests.wan.layouts import scaled_fp8
 from tests.wan.tiny import CPU, generate, images, settings
 
 HAS_GGUF = importlib.util.find_spec("gguf") is not None
