@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from storymem.film.folder import Film
     from storymem.film.progress import Progress
     from storymem.film.storyteller import ShotGenerator, Storyteller
-    from storymem.wan.settings import RuntimeSettings, VideoSettings
+    from storymem.wan.settings import VideoSettings
     from storymem.wan.shots import WanShotGenerator
 
 # What does not influence what the film looks like, and may change when a film is resumed.

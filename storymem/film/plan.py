@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from storymem.film.cards import hours_on_cards
 from storymem.film.folder import Film
 from storymem.film.generate import build_policy
 from storymem.film.matching import matches
@@ -29,7 +30,7 @@ from storymem.wan.processes import Launch, find_grid
 from storymem.wan.runtime import check_machine, planned_device
 from storymem.wan.segments import memory_cached, memory_joint
 from storymem.wan.sources import inspect_weights
-from storymem.weights import MissingWeights, locate
+from storymem.weights import MissingWeights, locate, size_text
 
 _WHERE = {"device": "on the device", "cpu": "in RAM", "recompute": "nowhere: they are computed again in every step"}
 
@@ -68,6 +69,7 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[s
         "",
         *_size(settings),
         f"total    {total / 1e15:.3g} PFLOP in the denoiser, {passes} forwards a shot ({sampler.steps} steps)",
+        *hours_on_cards(total / 1e15),
         *runtime,
         f"disk     at most {max(1, round(disk / 1e6))} MB in {folder}",
         *_existing(story, settings, folder),
@@ -181,6 +183,7 @@ def _weights(settings: GenerateSettings, *, text_to_video: bool) -> tuple[list[s
     if settings.model.weights is None:
         lines.append(f"weights  random, from seed {settings.model.seed}: the film will be noise")
     lines += [f"weights  {source}" for source in found]
+    missing = [source.weights for source in found if source.path is None]
     for scorer in (settings.scorer.clip, settings.scorer.quality):
         for weights in scorer_weights(scorer):
             try:
@@ -188,6 +191,11 @@ def _weights(settings: GenerateSettings, *, text_to_video: bool) -> tuple[list[s
             except MissingWeights as error:
                 lines.append(f"scorer   MISSING {error}")
                 problems.append(str(error))
+                missing.append(weights)
+    sizes = [f"{size_text(weights.size_gb)} {weights.name}" for weights in missing]
+    if missing:
+        total = size_text(sum(weights.size_gb for weights in missing))
+        lines.append(f"fetch    {total} in all: {', '.join(sizes)}")
     return lines, problems
 
 

@@ -1,0 +1,129 @@
+"""A film of many shots: whether time per shot, RAM, open files and the film's records grow with the number of shots.
+
+    python -m benchmarks.long_film [--shots 120]
+
+The toy model makes small shots of one step, so that what the loop adds is visible. Written are
+``benchmarks/results/long_film.md``, a table of every twelfth part of the film, and ``long_film.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+RESULTS = Path(__file__).parent / "results"
+_SMALL = ("model=toy", "runtime=cpu", "sampler.steps=1", "sampler.guidance=1", "sampler.negative_sees_memory=true")
+_SIZE = ("model.video.height=32", "model.video.width=48", "model.video.frames=5", "continuity=none")
+_PARTS = 12
+
+
+class Row(NamedTuple):
+    """The state after a shot: seconds of the shot and of the loop after it, RAM, files, sizes of the film's records."""
+
+    shot: int
+    seconds: float
+    generate: float
+    ram_mb: float
+    files: int
+    film_kb: float
+    memory_kb: float
+    page_kb: float
+
+
+def story(shots: int) -> str:
+    """A story of ``shots`` shots in scenes of ten."""
+    lines = ["title: A long film", "overview: Ada walks.", "scenes:"]
+    for shot in range(shots):
+        lines += ["  - shots:"] if shot % 10 == 0 else []
+        lines.append(f'      - {{prompt: "Ada walks in the {("desert", "forest")[shot % 2]} at noon. Medium shot."}}')
+    return "\n".join(lines) + "\n"
+
+
+def measure(shots: int, folder: Path) -> list[Row]:
+    """Make the film and look at it after each shot."""
+    from storymem.film.generate import generate
+    from storymem.film.progress import Progress
+
+    rows: list[Row] = []
+    film, process = folder / "film", psutil.Process()
+
+    class Watching(Progress):
+        began = time.perf_counter()
+
+        def end_shot(self, take: Any) -> None:
+            super().end_shot(take)
+            now = time.perf_counter()
+            names = ("film.json", "memory.json", "storyboard.html")
+            sizes = [os.path.getsize(film / name) / 1e3 if (film / name).exists() else 0.0 for name in names]
+            state = process.memory_info().rss / 1e6, process.num_fds(), *sizes
+            rows.append(Row(take.shot, now - self.began, take.seconds["generate"], *state))
+            self.began = now
+
+    (folder / "story.yaml").write_text(story(shots), encoding="utf-8")
+    generate(
+        folder / "story.yaml", output=film, model="toy", overrides=[*_SMALL, *_SIZE], progress=Watching(enabled=False)
+    )
+    return rows
+
+
+def parts(rows: list[Row]) -> list[Row]:
+    """Medians of equal parts of the film, without the first shot, which loads the networks."""
+    size = max(1, len(rows) // _PARTS)
+    groups = [rows[start : start + size] for start in range(1, len(rows), size)]
+    return [
+        Row(group[-1].shot, *(statistics.median(column) for column in list(zip(*group, strict=True))[1:]))
+        for group in groups
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """A Markdown table of :func:`parts`."""
+    lines = [
+        "| up to shot | s a shot | of which generate | RAM MB | open files | film.json kB | memory.json kB | page kB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in parts(rows):
+        numbers = f"{row.seconds:.2f} | {row.generate:.2f} | {row.ram_mb:.0f} | {row.files:.0f}"
+        lines.append(f"| {row.shot} | {numbers} | {row.film_kb:.0f} | {row.memory_kb:.0f} | {row.page_kb:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Seconds, RAM and open files by shot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3), layout="constrained")
+    shots = [row.shot for row in rows[1:]]
+    for axis, name, title in zip(
+        axes, ("seconds", "ram_mb", "files"), ("seconds a shot", "RAM, MB", "open files"), strict=True
+    ):
+        axis.plot(shots, [getattr(row, name) for row in rows[1:]])
+        axis.set(title=title, xlabel="shot", ylim=(0, None))
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shots", type=int, default=120)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(arguments.shots, Path(folder))
+    command = f"python -m benchmarks.long_film --shots {arguments.shots}"
+    text = f"A film of {arguments.shots} shots, on a CPU: `{command}`.\n\n{table(rows)}"
+    print(text)
+    (RESULTS / "long_film.md").write_text(text, encoding="utf-8")
+    plot(rows, RESULTS / "long_film.png")
+
+
+if __name__ == "__main__":
+    main()
