@@ -152,7 +152,7 @@ def test_a_preset_fits_the_card_it_is_named_after(name: str, card: int) -> None:
     free = int(card * 1.04e9)  # "24 GB" are 25.8e9 bytes, less what the driver takes
     machine = Machine(name="a card", vram=free, ram=int(96e9))
     scorers = scorer_bytes(made.scorer.clip, made.scorer.quality)
-    for height, width in ((480, 832), (720, 1280)):
+    for height, width in ((480, 832), (720, 1280))[: 1 if card < 24 else 2]:
         model = dataclasses.replace(made.model, video=dataclasses.replace(made.model.video, height=height, width=width))
         assert choose_runtime(model, made.runtime, machine=machine, scorers=scorers).fits
 
