@@ -93,3 +93,28 @@ def test_the_command_prints_a_table_and_saves_it(
     assert [row["memory"] for row in plain["rows"]] == [0, 2]
     assert 0 < shot["rows"][0]["outside"] < 1
     assert plain["runtime"]["offload"] == "none"
+
+
+def test_a_sweep_continues_after_a_case_that_fails_and_saves_as_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, counts = tmp_path / "rows.json", []
+    build = benchmark.random_pipeline
+
+    def failing(model: ModelSettings, runtime: RuntimeSettings) -> Any:
+        counts.append(len(json.loads(path.read_text())["results"]) if path.exists() else 0)
+        if runtime.precision != "as_is":
+            raise RuntimeError("no kernel image is available\nfor this device")
+        return build(model, runtime)
+
+    monkeypatch.setattr(benchmark, "random_pipeline", failing)
+    arguments = ["--model", "tiny", "--runtime", "cpu", "--memory", "0", "--repeats", "1", "--layers", "1", "--sweep"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--json", str(path)])
+    benchmark.main()
+    assert counts == list(range(len(counts)))
+    reasons = [row["refused"] for result in json.loads(path.read_text())["results"] for row in result["rows"]]
+    assert [reason for reason in reasons if reason] == ["no kernel image is available"]
+    assert "not measured: precision=fp8_storage: no kernel image is available" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--json", str(path), "--minutes", "0"])
+    benchmark.main()
+    assert "guidance_batch=True and what follows: 0 minutes are over" in capsys.readouterr().out

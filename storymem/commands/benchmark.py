@@ -5,7 +5,8 @@ storymem benchmark --sweep --shot    # every attention kernel, cache and precisi
 storymem benchmark --model wan2.2-a14b --runtime gpu-24gb --memory 0 10
 storymem benchmark runtime.attention=cudnn runtime.compile=blocks model.video.frames=41
 
-The table is printed and saved as JSON with what it depends on. A case that cannot be run is named with the reason.
+Each case is saved as JSON as soon as it is measured, with what it depends on, and a table is printed at the end. A case
+that cannot be run is named with the reason; after --minutes no further one begins.
 Times do not depend on the values of weights, so nothing is downloaded. What a step cache skips does depend on them:
 caches are measured at threshold 0, where they skip nothing; ``benchmarks.acceleration`` measures what they save.
 """
@@ -226,10 +227,14 @@ def measure(case: Case, *, memory_sizes: Sequence[int], ceiling: float, repeats:
         pipe = random_pipeline(case.model, case.runtime)
         for memory in memory_sizes:
             yield _measured(pipe, case, memory, ceiling, repeats, device)
-    except (ValueError, torch.OutOfMemoryError) as error:
-        yield Row(case=case.name, memory=max(memory_sizes), refused=str(error).splitlines()[0])
+    except (ValueError, RuntimeError, ImportError, AssertionError) as error:  # kernels and compilers raise any of these
+        yield Row(case=case.name, memory=max(memory_sizes), refused=_reason(error))
     pipe = None
     release_memory()
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @torch.no_grad()
@@ -413,36 +418,56 @@ def _planned(arguments: argparse.Namespace, device: torch.device) -> Iterator[tu
         yield model, made.runtime
 
 
-def _run(model: ModelSettings, runtime: RuntimeSettings, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure one model and print the table; the results for JSON."""
+def _run(
+    model: ModelSettings,
+    runtime: RuntimeSettings,
+    arguments: argparse.Namespace,
+    add: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measure one model and print the table; each result is given to ``add`` as soon as it is there.
+
+    The whole shot comes before the variations, so that it is measured even if time runs out.
+    """
     choice = choose_runtime(model, runtime, sampler=PUBLISHED)
     runtime, device = choice.runtime, resolve_device(runtime.device)
     ceiling = matmul_ceiling(device, getattr(torch, model.dtype))
     print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {choice.reason or 'as set'}")
-    print(f"ceiling: {ceiling:.3g} TFLOP/s in matrix products of {model.dtype}")
-    cases = variations(model, runtime, device)[: None if arguments.sweep else 1]
+    print(f"ceiling: {ceiling:.3g} TFLOP/s in matrix products of {model.dtype}", flush=True)
+    first, *others = variations(model, runtime, device)
     measured = partial(measure, memory_sizes=arguments.memory, ceiling=ceiling, repeats=arguments.repeats)
-    rows = [list(measured(case)) for case in cases]
-    print(table([row for of_case in rows for row in of_case], model))
-    found: list[tuple[Case, Sequence[Row | ShotRow]]] = list(zip(cases, rows, strict=True))
+    rows = list(measured(first))
+    add(_result(first, rows))
     if arguments.shot:
-        shot = measure_shot(cases[0], memory=max(arguments.memory), steps=arguments.steps)
-        print(
-            f"a whole shot of {shot.steps} steps at memory {shot.memory}: {shot.seconds:.3g} s, of which "
-            f"{shot.outside:.0%} outside the denoiser"
-        )
-        found.append((cases[0], [shot]))
-    return [
-        {
-            "model": model.name,
-            "video": asdict(model.video),
-            "layers": model.network.transformer["num_layers"],
-            "memory_attention": case.model.memory_attention,
-            "runtime": asdict(case.runtime),
-            "rows": [asdict(row) for row in rows],
-        }
-        for case, rows in found
-    ]
+        try:
+            shot = measure_shot(first, memory=max(arguments.memory), steps=arguments.steps)
+            print(
+                f"a whole shot of {shot.steps} steps at memory {shot.memory}: {shot.seconds:.3g} s, of which "
+                f"{shot.outside:.0%} outside the denoiser",
+                flush=True,
+            )
+            add(_result(first, [shot]))
+        except (ValueError, RuntimeError) as error:
+            print(f"not measured: a whole shot: {_reason(error)}", flush=True)
+            release_memory()
+    for case in others if arguments.sweep else []:
+        if time.perf_counter() - arguments.began > 60 * arguments.minutes:
+            print(f"not measured: {case.name} and what follows: {arguments.minutes:g} minutes are over (--minutes)")
+            break
+        rows += (found := list(measured(case)))
+        add(_result(case, found))
+    print(table(rows, model))
+
+
+def _result(case: Case, rows: Sequence[Row | ShotRow]) -> dict[str, Any]:
+    """What JSON has of a case."""
+    return {
+        "model": case.model.name,
+        "video": asdict(case.model.video),
+        "layers": case.model.network.transformer["num_layers"],
+        "memory_attention": case.model.memory_attention,
+        "runtime": asdict(case.runtime),
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 def main() -> None:
@@ -456,13 +481,20 @@ def main() -> None:
     parser.add_argument("--shot", action="store_true", help="also a whole shot")
     parser.add_argument("--steps", type=int, default=8, help="of the whole shot")
     parser.add_argument("--repeats", type=int, default=3, help="forwards measured, after two to warm up")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which no further case of a sweep begins")
     parser.add_argument("--layers", type=int, help="keep so many of the model's layers, for small devices")
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where to save")
     parser.add_argument("overrides", nargs="*", help="key=value, as for scripts/generate.py")
     arguments = parser.parse_args()
-    device = resolve_device("cpu" if arguments.runtime == "cpu" else "auto")
-    results = [result for planned in _planned(arguments, device) for result in _run(*planned, arguments)]
+    arguments.began = time.perf_counter()
+    device, results = resolve_device("cpu" if arguments.runtime == "cpu" else "auto"), []
+
+    def add(result: dict[str, Any]) -> None:
+        results.append(result)
+        save(arguments.json, device, results)
+
+    for planned in _planned(arguments, device):
+        _run(*planned, arguments, add)
     if device.type == "cpu":
         print("\nThere is no accelerator here: these figures do not show how fast or how large the true model is.")
-    save(arguments.json, device, results)
     print(f"\nsaved to {arguments.json}")
