@@ -97,35 +97,25 @@ def _generate(
     progress: bool | Progress = True,
 ) -> list[Film]:
     """Check everything, then make the films; ``stories`` by their films' folders."""
-    for folder, story in stories.items():
-        frames, continuity, first_shot = settings.model.video.frames, settings.continuity, settings.first_shot
-        check_lengths(story, frames=frames, continuity=continuity, first_shot=first_shot)
-        work = work_of(settings, len(story.shots))
-        if work.words and len(stories) > 1:
-            raise ValueError(f"{work.words} is for one story, not for {len(stories)}")
-        check_folder(folder)
     launch = Launch.of(settings.runtime)
-    if launch.teams > len(stories):
-        raise ValueError(
-            f"runtime.processes_per_film={launch.world} makes {launch.teams} films at once, and there are "
-            f"{len(stories)} stories: name more stories, start fewer processes, or use more processes per film"
-        )
+    _check(settings, stories, launch)
+    reports = launch.is_first and launch.team == 0
     if settings.take is not None:
         ((folder, story),) = stories.items()
         return [_choose(settings, story, folder)] if launch.is_first else []
     grid = find_grid(settings.runtime, launch, model=settings.model, sampler=settings.sampler)
     if settings.dry_run:
-        if launch.is_first and launch.team == 0:
+        if reports:
             _print_plans(settings, stories)
         return []
-    if progress and launch.is_first and launch.team == 0:
+    if progress and reports:
         for folder, story in stories.items():
             print(f"{story.title}: {len(story.shots)} shots with {settings.model.name}, to {folder}", file=sys.stderr)
     from storymem.wan.sources import check_weights
 
     text_to_video = any(uses_text_to_video(story, settings) for story in stories.values())
     check_weights(settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler)
-    if launch.is_first and launch.team == 0:
+    if reports:
         from storymem.story.notes import notes_on
 
         for note in notes_on(list(stories.values()), settings.model, settings.sampler, settings.memory.reference_fit):
@@ -159,6 +149,22 @@ def _generate(
                 _print_film(film)
             films.append(film)
     return films
+
+
+def _check(settings: GenerateSettings, stories: Mapping[Path, Story], launch: Launch) -> None:
+    """Raise ``ValueError`` for stories or folders that do not go with the settings."""
+    for folder, story in stories.items():
+        frames, continuity, first_shot = settings.model.video.frames, settings.continuity, settings.first_shot
+        check_lengths(story, frames=frames, continuity=continuity, first_shot=first_shot)
+        work = work_of(settings, len(story.shots))
+        if work.words and len(stories) > 1:
+            raise ValueError(f"{work.words} is for one story, not for {len(stories)}")
+        check_folder(folder)
+    if launch.teams > len(stories):
+        raise ValueError(
+            f"runtime.processes_per_film={launch.world} makes {launch.teams} films at once, and there are "
+            f"{len(stories)} stories: name more stories, start fewer processes, or use more processes per film"
+        )
 
 
 def _choose(settings: GenerateSettings, story: Story, folder: Path) -> Film:
