@@ -242,6 +242,11 @@ class HoloCine(JointMethod):
         """See :attr:`JointMethod.options`."""
         return {"sparse": self.sparse}
 
+    @property
+    def is_trained(self) -> bool:
+        """See :attr:`JointMethod.is_trained`."""
+        return self.is_released or super().is_trained
+
     def request(self, story: Story) -> FilmRequest:
         """See :meth:`JointMethod.request`."""
         layout = partial(holocine, sparse=self.sparse)

@@ -50,6 +50,7 @@ class JointMethod(ABC):
         lora = None if adapter is None else build_settings(AdapterSettings, {**adapter, "objective": self.objective})
         self.model = without_memory(self.settings.model, lora)
         self.sampler: SamplerSettings = self.settings.sampler
+        self._warned = False
 
     @abstractmethod
     def request(self, story: Story) -> FilmRequest:
@@ -78,8 +79,30 @@ class JointMethod(ABC):
         request = self.request(story)
         if self.settings.runtime.guidance_batch and request.layout != request.negative_layout:
             raise ValueError(f"runtime.guidance_batch needs equal passes, which {self.name} has not: set it to false")
+        self._check_trained()
         for line in ignored(story):
             logger.warning("%s: %s", story.title, line)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the networks were trained for the system's layout."""
+        return self.model.adapter is not None
+
+    def _check_trained(self) -> None:
+        """Refuse published networks, and warn once of small ones, that were not trained for the layout."""
+        if self.is_trained:
+            return
+        if self.settings.model.text_to_video is not None:
+            raise ValueError(
+                f"the networks of {self.model.name} were not trained for the layout of {self.name}, so its films "
+                "would mean nothing: name an adapter that was (method.adapter), or use model=toy"
+            )
+        if not self._warned:
+            logger.warning(
+                f"{self.name}: no adapter is given (method.adapter), so {self.model.name} is used as it was trained, "
+                "for single shots"
+            )
+            self._warned = True
 
     def run(self, story: Story, folder: Path) -> None:
         """See :meth:`storymem.methods.Method.run`."""

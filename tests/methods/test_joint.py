@@ -70,7 +70,9 @@ def test_a_film_is_cut_at_its_shots_and_stays_when_finished(
     method, folder = method_of(name), tmp_path / "film"
     with caplog.at_level(logging.WARNING):
         method.check(story)
+        method.check(story)
     assert "seed of shot 2 has no effect" in caplog.text
+    assert caplog.text.count("no adapter is given (method.adapter), so tiny is used as it was trained") == 1
     method.run(story, folder)
     film = Film.open(folder)
     assert [(take.frames, take.seed, take.mode) for take in film.shots] == [(9, 0, "t2v"), (5, 0, "t2v"), (9, 0, "t2v")]
@@ -123,6 +125,8 @@ def test_an_adapter_takes_the_place_of_the_memory_adapter(story: Story, tmp_path
 def test_what_cannot_be_made_is_reported_first(story: Story) -> None:
     with pytest.raises(ValueError, match="The Red Boat: 3 shots, and LCT makes films of 2 at most"):
         method_of("lct", "method.max_shots=2").check(story)
+    with pytest.raises(ValueError, match="were not trained for the layout of LCT"):
+        method_of("lct", "+model.text_to_video={name: t2v, source: owner/t2v}").check(story)
     with pytest.raises(ValueError, match="several processes make one film"):
         method_of("holocine", "runtime.guidance_parallel=true").check(story)
     with pytest.raises(ValueError, match=r"wan2\.2-t2v-a14b cannot recall"):
