@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from storymem.wan.conditioning import condition_channels
 from storymem.wan.inputs import Inputs
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.segments import Layout
@@ -58,7 +59,7 @@ class WanFilmGenerator(WanShotGenerator):
             request,
             [self._embeds[text].to(device) for text in request.texts],
             self._embeds[negative].to(device) if self._uses_guidance else None,
-            pipe.blank_condition(request.videos, video.height, video.width),
+            blank_condition(request, pipe, video.height, video.width),
         )
 
         def stepped(_pipe: Any, step: int, _timestep: Any, _tensors: dict) -> dict:
@@ -95,6 +96,14 @@ def film_noise(request: FilmRequest, pipe: WanMemoryToVideoPipeline, height: int
     return torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
 
 
+def blank_condition(request: FilmRequest, pipe: WanMemoryToVideoPipeline, height: int, width: int) -> Tensor | None:
+    """The condition [1, C, N, h, w] of a film of which no frame is given; None if the base model has none."""
+    if not pipe.spec.condition_channels:
+        return None
+    blank = {frames: pipe.encode_given([], frames, height, width) for frames in set(request.videos)}
+    return torch.cat([condition_channels(None, blank[frames], 0, pipe.spec) for frames in request.videos], dim=2)
+
+
 def film_inputs(
     request: FilmRequest, texts: Sequence[Tensor], negative: Tensor | None, condition: Tensor | None
 ) -> Inputs:
@@ -103,7 +112,7 @@ def film_inputs(
     Args:
         texts: embeddings [1, L, D] of ``request.texts``.
         negative: embeddings [1, L, D] of the negative prompt; None: without guidance.
-        condition: see :meth:`storymem.wan.pipeline.WanMemoryToVideoPipeline.blank_condition`.
+        condition: see :func:`blank_condition`.
     """
     return Inputs(
         layout=request.layout,

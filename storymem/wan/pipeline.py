@@ -264,20 +264,6 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         pixels = rearrange(self._pixels(images), "n c h w -> c n h w") if images else None
         return self._video_latents(pixels, frames, height, width).to(self._execution_device)
 
-    def blank_condition(self, videos: Sequence[int], height: int, width: int) -> Tensor | None:
-        """The condition [1, C, N, h, w] of videos encoded one after the other, of which no frame is given.
-
-        Args:
-            videos: frames of each, 4n + 1.
-
-        Returns:
-            None if the base model has no condition channels.
-        """
-        if not self.spec.condition_channels:
-            return None
-        blank = {frames: self._video_latents(None, frames, height, width) for frames in set(videos)}
-        return torch.cat([condition_channels(None, blank[frames], 0, self.spec) for frames in videos], dim=2)
-
     # The denoising loop
 
     @torch.no_grad()

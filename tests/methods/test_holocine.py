@@ -30,7 +30,7 @@ from storymem.methods.holocine import (
     window_texts,
 )
 from storymem.story import Story, load_story
-from storymem.wan.films import FilmRequest, film_inputs, film_noise
+from storymem.wan.films import FilmRequest, blank_condition, film_inputs, film_noise
 from storymem.wan.loading import load_pipeline
 from storymem.wan.segments import Keys, Layout, Text, holocine
 from storymem.weights import MissingWeights
@@ -165,7 +165,7 @@ def test_a_whole_sampling_agrees(folder: Path, sparse: bool, tmp_path: Path) -> 
     noise = film_noise(request, pipe, case["height"], case["width"])
     assert torch.equal(noise[0], given["noise"])
     texts = [given[name][None] for name in ("prompt_embeds", "negative_prompt_embeds")]
-    condition = pipe.blank_condition(request.videos, case["height"], case["width"])
+    condition = blank_condition(request, pipe, case["height"], case["width"])
     pipe.set_progress_bar_config(disable=True)
     latents = pipe.denoise(
         noise,
