@@ -80,6 +80,7 @@ class FilmFiles:
         layout: how the shots were found, for the plan.
         ignored: videos in the folder that are no shots, for the plan.
         seconds: wall time of making the film, where its manifest states it for every shot.
+        one_video: whether its manifest states that the shots were cut from one video.
     """
 
     folder: Path | None
@@ -87,6 +88,7 @@ class FilmFiles:
     layout: str = ""
     ignored: tuple[str, ...] = ()
     seconds: float | None = None
+    one_video: bool = False
 
     @cached_property
     def hashes(self) -> dict[Path, str]:
@@ -184,7 +186,8 @@ def _own_film(film: Film, story: Story) -> FilmFiles:
     shots = tuple(takes.get(shot.index, unfinished) for shot in story.shots)
     timed = [sum(take.seconds.values()) for take in film.shots if take.seconds]
     seconds = round(sum(timed), 3) if len(timed) == len(shots) else None
-    return FilmFiles(folder=film.folder, shots=shots, layout=MANIFEST, seconds=seconds)
+    one_video = bool(film.config.get("method", {}).get("one_video"))
+    return FilmFiles(folder=film.folder, shots=shots, layout=MANIFEST, seconds=seconds, one_video=one_video)
 
 
 def _whole_film(path: Path, story: Story) -> FilmFiles:

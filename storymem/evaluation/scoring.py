@@ -242,7 +242,7 @@ def _score(
         story=story,
         lengths=tuple(_length(index, file) for index, file in enumerate(film.shots)),
         fps=tuple(None if file.path is None else probe(file.path).fps or None for file in film.shots),
-        separate=all(file.frames is None for file in film.shots),
+        separate=not film.one_video and all(file.frames is None for file in film.shots),
     )
     measured: dict[str, list[Any]] = {name: [] for name in metrics}
     faults: dict[str, list[str]] = {name: [] for name in metrics}

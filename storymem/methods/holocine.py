@@ -240,7 +240,7 @@ class HoloCine(JointMethod):
     @property
     def options(self) -> dict[str, Any]:
         """See :attr:`JointMethod.options`."""
-        return {"sparse": self.sparse}
+        return {"sparse": self.sparse, "one_video": self.is_released}
 
     @property
     def is_trained(self) -> bool:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from storymem.evaluation.films import find_films
 from storymem.film.folder import Film
 from storymem.media.video import read_video
 from storymem.methods.holocine import (
@@ -234,7 +235,8 @@ def test_the_published_networks_make_a_film_in_one_denoising(story: Story, tmp_p
     assert {take.seed for take in film.shots} == {0}
     assert film.video is not None
     assert len(read_video(film.video)) == case["num_frames"]
-    assert film.config["method"] == {"name": "HoloCine", "sparse": True}
+    assert film.config["method"] == {"name": "HoloCine", "sparse": True, "one_video": True}
+    assert find_films(tmp_path / "film", [story]).films[0].one_video, "its cuts are the model's own"
     assert method.request(with_lengths(story, 5, 12, seed=7)).shots == (5, 12)
     assert method.request(with_lengths(story, 5, 12, seed=7)).seed == 7
     with pytest.raises(ValueError, match=rf"do not fit a film of {case['num_frames']} frames at most"):

@@ -79,7 +79,9 @@ def test_a_film_is_cut_at_its_shots_and_stays_when_finished(
     assert film.video is not None
     joined = read_video(film.video)
     assert len(joined) == 23
-    assert all(shot.path is not None for shot in find_films(folder, [story]).films[0].shots)
+    found = find_films(folder, [story]).films[0]
+    assert all(shot.path is not None for shot in found.shots)
+    assert not found.one_video
     assert (folder / "storyboard.html").is_file()
     times = [path.stat().st_mtime_ns for path in sorted(folder.rglob("*.mp4"))]
     method_of(name).run(story, folder)
