@@ -121,7 +121,7 @@ def test_gradients_reach_the_query_through_what_it_chose(folder: Path) -> None:
             assert error(ours, theirs) <= 1e-4, name
 
 
-def inputs_of(case: dict[str, Any], given: dict[str, Tensor], name: str) -> Inputs:
+def inputs_of(case: dict[str, Any], given: dict[str, Tensor], name: str, *, subject: bool = True) -> Inputs:
     """What the expert is given; the conditions of blank frames are the case's, whose VAE is a stand-in."""
     own, condition = case["memory"][name], given[f"{name}.condition"][None, 4:]
     memory = sorted(own["selected"])
@@ -133,7 +133,7 @@ def inputs_of(case: dict[str, Any], given: dict[str, Tensor], name: str) -> Inpu
         start=case["elapsed_frames"],
         video=condition[:, :, 1 + case["memory_slots"] :],
         given=int(case["first_frame"]),
-        blank=condition[:, :, :1],
+        blank=condition[:, :, :1] if subject else None,
         noise=given["noise"][None],
         text={"prompt": given["prompt_embeds"][None], "subject": given["subject_embeds"][None]},
         negative={"prompt": given["negative_prompt_embeds"][None], "subject": given["empty_embeds"][None]},
@@ -153,6 +153,14 @@ def test_the_sampling_of_a_shot_agrees(folder: Path, suffix: str, tmp_path: Path
         condition = inputs[f"{name}_noise"].condition
         assert condition is not None
         assert torch.equal(condition[0], given[f"{name}.condition"])
+    alone = inputs_of(case, given, "low", subject=False)
+    assert alone.condition is not None
+    assert torch.equal(alone.condition[0], given["no_subject.condition"])
+    with torch.no_grad():
+        seen = alone.network_input(given["no_subject.latents"][None], with_memory=True)
+        arguments = {"encoder_hidden_states": alone.text, "return_dict": False, "layout": alone.layout}
+        (prediction,) = pipe.experts["transformer_2"](seen, given["timesteps"][-1:], **arguments)
+    assert error(prediction[0], given["no_subject.pred"]) <= 1e-4
     assert experts_of(pipe).keys() == inputs.keys()
     latents = pipe.denoise(
         torch.randn(given["noise"][None].shape, generator=torch.Generator().manual_seed(case["seed"])),
