@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from storymem.config import build_settings
 from storymem.film.manifest import check_folder
-from storymem.film.settings import GenerateSettings, check_lengths, uses_text_to_video, work_of
+from storymem.film.settings import GenerateSettings, build_policy, check_lengths, uses_text_to_video, work_of
 from storymem.stopping import stopping_on_signals
 from storymem.story import Story, load_stories, load_story
 from storymem.wan.processes import Launch, find_grid
@@ -295,16 +295,6 @@ def _quality(settings: GenerateSettings, runtime: RuntimeSettings) -> Any:
         return build()
     # Those that come with the package are small.
     return OnDemand(build) if scorer_weights(settings.scorer.quality) else build()
-
-
-def build_policy(node: Mapping[str, Any], key: str, needs: Sequence[str]) -> Any:
-    """The policy of a ``_target_`` node. ``ValueError`` if it lacks an attribute that its protocol ``needs``."""
-    from hydra.utils import instantiate
-
-    policy = instantiate(node)
-    if lacking := [name for name in needs if not hasattr(policy, name)]:
-        raise ValueError(f"{key}: {node['_target_']} has no {' and no '.join(lacking)}; see docs/extending.md")
-    return policy
 
 
 def recorded_config(config: Mapping[str, Any], video: VideoSettings | None = None) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from storymem.film.cards import hours_on_cards
 from storymem.film.folder import Film
-from storymem.film.generate import build_policy
 from storymem.film.matching import matches
 from storymem.film.resume import film_changes, jobs_of, story_record
 from storymem.film.settings import (
     GIVEN_FRAMES,
     GenerateSettings,
+    build_policy,
     estimated_bytes,
     mode_of,
     parse_aspect,

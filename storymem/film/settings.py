@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
@@ -168,6 +169,16 @@ def _with_query(model: ModelSettings) -> ModelSettings:
     if model.adapter is None and model.weights is not None:
         raise ValueError("memory.recall=learned uses the KeyframeQuery of model.adapter, which is null")
     return model if model.adapter is None else replace(model, adapter=replace(model.adapter, query=True))
+
+
+def build_policy(node: Mapping[str, Any], key: str, needs: Sequence[str]) -> Any:
+    """The policy of a ``_target_`` node. ``ValueError`` if it lacks an attribute that its protocol ``needs``."""
+    from hydra.utils import instantiate
+
+    policy = instantiate(node)
+    if lacking := [name for name in needs if not hasattr(policy, name)]:
+        raise ValueError(f"{key}: {node['_target_']} has no {' and no '.join(lacking)}; see docs/extending.md")
+    return policy
 
 
 def mode_of(shot: Shot, story: Story, *, continuity: Continuity, first_shot: FirstShot) -> Mode:
