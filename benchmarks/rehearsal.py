@@ -34,8 +34,14 @@ scenes:
       - prompt: A fox walks in the snow.
       - prompt: The fox sleeps.
 """
-_SMALL = ("model.video={height: 64, width: 64, frames: 5, fps: 16}", "continuity=none", "first_shot=m2v")
-_RUNTIME = ("runtime=cpu", "runtime.offload=none", "runtime.experts=in_turn", "model.has_text_to_video=false")
+_SMALL = ("model.video={height: 64, width: 64, frames: 5, fps: 16}", "model.network.text_tokens=32", "continuity=none")
+_RUNTIME = (
+    "first_shot=m2v",
+    "runtime=cpu",
+    "runtime.offload=none",
+    "runtime.experts=in_turn",
+    "model.has_text_to_video=false",
+)
 _TOLERANCE, _FLOOR = 0.1, 0.5e9
 #: Stage of the table -> of the calculation.
 _STAGES = {"texts": "texts", "denoise": "denoise", "decode": "decode", "select": "score"}
