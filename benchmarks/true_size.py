@@ -188,12 +188,12 @@ def write_adapters(folder: Path, model: ModelSettings) -> list[str]:
 
 def write_scorers(folder: Path) -> list[str]:
     """CLIP ViT-B/32 for the choice of keyframes, CLIP ViT-L/14 and its head as the light quality filter."""
-    for name in ("ViT-B-32-quickgelu", "ViT-L-14-quickgelu"):
+    for name in ("ViT-B-32-quickgelu", "ViT-L-14-quickgelu"):  # in full: embeddings of zeros are refused
         config = open_clip.get_model_config(name)
         with torch.device("meta"):
             network = open_clip.CLIP(**config)
         shapes = {key: tuple(it.shape) for key, it in network.state_dict().items() if key != "attn_mask"}
-        write_safetensors(folder / name / "open_clip_model.safetensors", shapes, _always("F32"), lambda k: "ln" in k)
+        write_safetensors(folder / name / "open_clip_model.safetensors", shapes, _always("F32"), lambda _: True)
     torch.save({"weight": torch.zeros(1, 768), "bias": torch.full((1,), 5.0)}, folder / "head.pth")
     clips = [folder / name / "open_clip_model.safetensors" for name in ("ViT-B-32-quickgelu", "ViT-L-14-quickgelu")]
     return [
