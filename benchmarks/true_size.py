@@ -29,7 +29,7 @@ TINY = (
     "model.network.transformer.ffn_dim=512",
     "model.network.transformer.text_dim=64",
     "+model.network.text_encoder={d_model: 64, d_ff: 128, d_kv: 16, num_heads: 4, num_layers: 2, vocab_size: 384}",
-    "+model.network.vae={base_dim: 8}",
+    "+model.network.vae={base_dim: 8, decoder_base_dim: 8}",
     *("scorer/clip=tiny", "scorer/quality=tiny", "memory/selector=uniform"),
 )
 _STEM = "diffusion_pytorch_model.safetensors"
