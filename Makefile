@@ -41,9 +41,9 @@ bench: $(VENV)/.ready  ## measure every figure of speed in the docs
 toy-report: $(VENV)/.ready  ## measure the embedded models on held-out stories
 	$(RUN) -m benchmarks.toy $(ARGS)
 
-stbench-toy: $(VENV)/.ready  ## generate and score the toy benchmark (quick=true: six stories, three methods)
+stbench-toy: $(VENV)/.ready  ## generate and score the toy benchmark (quick=true: two stories, every system)
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node=2 -m storymem evaluate \
-	    experiment=stbench_toy$(if $(filter true,$(quick)),_quick) $(ARGS)
+	    experiment=stbench_toy$(if $(filter true,$(quick)),_systems_quick) $(ARGS)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
