@@ -114,7 +114,7 @@ class AgentImages:
         self.storyboard: Storyboard | None = None
 
     def check(self, story: Story) -> None:
-        """There is somebody to ask, and the weights are here."""
+        """An endpoint is given unless planning is by rule, and the weights are here."""
         if not self.settings.stub and self.settings.endpoint.url is None:
             raise ValueError(
                 "method=agent asks a language model: write method.agent.endpoint.url=http://HOST/v1 and "

@@ -1,6 +1,6 @@
-"""Questions to a language model whose answers are checked objects, and are kept with the film.
+"""Questions to a language model with checked objects as answers, which are saved with the film.
 
-An answer is kept under a hash of its question, as soon as it is accepted: a run that resumes asks nothing twice.
+An answer is saved under a hash of its question, as soon as it is accepted: a run that resumes asks nothing twice.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Chat:
             return found
         raise EndpointError(
             f"{self.endpoint.model} gave no answer that can be used in {self.tries} tries ({problem}): use another "
-            "endpoint.model, or run the same command again; accepted answers are kept"
+            "endpoint.model, or run the same command again; accepted answers are saved"
         )
 
 

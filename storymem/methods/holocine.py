@@ -1,7 +1,7 @@
 """HoloCine (arXiv 2510.20822): all shots in one denoising, each with its own part of the prompt.
 
-The rules are those of the published code. Where it gives up the windows of the text without a word (no global caption,
-a prompt that is cut off), an error is raised here.
+The rules are those of the published code. Where it silently drops the windows of the text (no global caption, a prompt
+that is truncated), an error is raised here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from storymem.config import STRICT, build_settings
 from storymem.methods.joint import JointMethod
 from storymem.story import Story
+from storymem.story.captions import renamed
 from storymem.wan.films import FilmRequest
 from storymem.wan.segments import Text, holocine
 from storymem.wan.settings import GgufSettings, SamplerSettings, VideoSettings
@@ -171,12 +172,7 @@ def captions_of(story: Story) -> tuple[str, list[str]]:
     numbers = {name: f"[character{number}]" for number, name in enumerate(described, start=1)}
     looks = [f"{numbers[name]} is {look.rstrip('.')}." for name, look in described.items()]
     overview = f"{story.style}: {story.overview}" if story.style else story.overview
-    names = "|".join(re.escape(name) for name in sorted(numbers, key=len, reverse=True))
-
-    def numbered(text: str) -> str:
-        return re.sub(rf"(?<!\w)({names})(?!\w)", lambda match: numbers[match[0]], text) if names else text
-
-    return " ".join([numbered(overview), *looks]), [numbered(shot.prompt) for shot in story.shots]
+    return " ".join([renamed(overview, numbers), *looks]), [renamed(shot.prompt, numbers) for shot in story.shots]
 
 
 # The method

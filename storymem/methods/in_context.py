@@ -278,7 +278,7 @@ class FluxPanels:
         ).images
         (whole,) = to_images(image[None])
         for row in weak_seams(whole):
-            logger.warning(f"the panels of {prompt[:60]!r} have no clear seam near row {row}: look at the images")
+            logger.warning(f"the panels of {prompt[:60]!r} have no clear seam near row {row}: check the images")
         return cut_panels(whole, settings.trim)
 
     def free(self) -> None:

@@ -2,7 +2,7 @@
 
 A :class:`KeyframeMethod` has an :class:`ImageMaker`, which plans groups of images and makes them. The stage writes
 ``keyframe_images/01_02.png`` into the film's folder, group by group, and frees the image model; then the shot loop
-makes every shot from its image by the base model alone. A group that is on disk, made from the same, is not made again.
+makes every shot from its image by the base model alone. A group on disk that was made from the same is reused.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ImageMaker(Protocol):
 
         Args:
             story: of the film.
-            folder: the film's folder, for what is planned once and kept with the film.
+            folder: the film's folder, for what is planned once and saved with the film.
         """
         ...
 
@@ -101,7 +101,7 @@ def make_images(
         folder: the film's folder, which is locked.
         height: of the images that are saved; what is larger is cropped, as ``cover`` of :func:`fit_image`.
         width: likewise.
-        settings: of the film, in plain JSON types; images that were made with others are made again.
+        settings: of the film, in plain JSON types; images that were made with others are regenerated.
         progress: reports images.
     """
     place, recipes = folder / IMAGES, dict[str, str]()

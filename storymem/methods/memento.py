@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +19,7 @@ from storymem.film.timeline import film_frames, film_starts
 from storymem.memory import Keyframe, MemoryBank
 from storymem.methods.storymem import StoryMem
 from storymem.story import Shot, Story
-from storymem.story.captions import global_caption, tagged
+from storymem.story.captions import global_caption, renamed, tagged
 from storymem.wan.memento import FilmFrames, MementoGenerator, MementoRequest
 from storymem.wan.shots import ShotRequest
 from storymem.wan.spec import Expert
@@ -142,16 +141,12 @@ def captions_of(story: Story, shot: Shot, own: MementoModel) -> Captions:
     looks = {who.name: who.description.rstrip(".") for who in story.characters if who.description}
     names = {who.name: f"[Person {chr(ord('A') + n)}]" for n, who in enumerate(story.characters[:26]) if own.persons}
 
-    def named(text: str) -> str:
-        longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-        return re.sub(rf"\b({longest_first})\b", lambda found: names[found[1]], text) if names else text
-
     style = f"{story.style}: " if story.style else ""
-    prompt = style + named(shot.prompt)
+    prompt = style + renamed(shot.prompt, names)
     if (written := global_caption(shot.prompt)) is not None:
         prompt, whole = shot.prompt, written
     elif looks:
-        whole = ", ".join(f"{names.get(name, name)}: {named(look)}" for name, look in looks.items())
+        whole = ", ".join(f"{names.get(name, name)}: {renamed(look, names)}" for name, look in looks.items())
         prompt = tagged(whole, prompt)
     else:
         whole = prompt
@@ -162,7 +157,7 @@ def captions_of(story: Story, shot: Shot, own: MementoModel) -> Captions:
     elif story.reconstruct_target is not None:
         subject = story.reconstruct_target
     elif looks:
-        subject = "\n".join(f"{names.get(name, name)} {named(look)}" for name, look in looks.items())
+        subject = "\n".join(f"{names.get(name, name)} {renamed(look, names)}" for name, look in looks.items())
     return Captions(prompt=prompt, whole=whole, subject=subject)
 
 
@@ -185,17 +180,15 @@ class MementoStoryteller(Storyteller):
         return [texts.prompt, texts.whole, *(() if texts.subject is None else (texts.subject, ""))]
 
     def recall_for(self, story: Story, shot: Shot, film: Film, bank: MemoryBank) -> Recalled:
-        """What each expert recalls of its pool. Before a shot from text alone everything stays in the pool."""
-        before = film.take_of(shot.index - 1) if shot.index else None
+        """What each expert recalls of its pool; for the first shot, which is made from text alone, nothing."""
+        if self.mode_of(shot, story) == "t2v":
+            return Recalled(keyframes=[])
+        before = film.take_of(shot.index - 1)
         known, earlier = bank.known_to(shot.index + 1), {keyframe.id for keyframe in bank.known_to(shot.index)}
         by_expert: dict[Expert, list[Keyframe]] = {}
         for expert in self.generator.expert_names:
-            pool = _pool(known, earlier if shot.index else set(), before, expert)
-            if self.mode_of(shot, story) != "t2v":
-                pool = list(self.recall.recall(pool, self.coming(story, shot, film, bank, expert)))
-            by_expert[expert] = pool
-        if self.mode_of(shot, story) == "t2v":
-            return Recalled(keyframes=[])
+            pool = _pool(known, earlier, before, expert)
+            by_expert[expert] = list(self.recall.recall(pool, self.coming(story, shot, film, bank, expert)))
         ids = {keyframe.id for own in by_expert.values() for keyframe in own}
         return Recalled(keyframes=[keyframe for keyframe in known if keyframe.id in ids], by_expert=by_expert)
 

@@ -42,7 +42,7 @@ class Camera:
     Args:
         camera: its number, from 1.
         shots: numbers of its shots.
-        parent: number of the camera whose picture shows (a part of) what this one sees; None: there is none.
+        parent: number of the camera that shows (a part of) what this one sees; None: there is none.
         parent_shot: the shot of that camera.
         fully_covered: whether the parent shows all of it.
         missing: what the parent does not show.

@@ -315,6 +315,12 @@ class StoryDiffusionVideo(Baseline):
             )
         if self.settings.runtime.compile != "none":
             raise ValueError("storydiffusion changes attention between steps: write runtime.compile=none")
+        generator = self.storyteller.generator
+        if isinstance(generator, SharedShots) and generator.settled.experts == "in_turn":
+            raise ValueError(
+                "storydiffusion changes the attention of both experts, and one is loaded at a time "
+                "(runtime.experts=in_turn): use a runtime with room for both (runtime.precision, runtime.offload)"
+            )
 
     def parts(self) -> dict[str, Any]:
         """See :meth:`Baseline.parts`."""

@@ -76,6 +76,7 @@ class WanFilmGenerator(WanShotGenerator):
             guidance_scale_2=sampler.guidance_low,
             callback_on_step_end=stepped,
         )
+        pipe.take_turn(None)  # the VAE needs its room
         frames = self._frames(pipe, latents, request.videos)
         pipe.maybe_free_model_hooks()
         ends = np.cumsum(request.shots)[:-1]

@@ -119,6 +119,7 @@ class MementoGenerator(WanShotGenerator):
         images = [Image.fromarray(frame) for frame in request.given]
         video = pipe.encode_given(images, request.frames, size.height, size.width)
         blank = None if request.subject is None else pipe.encode_given([], 1, size.height, size.width)
+        blank_text = None if request.subject is None else ""
         frames = video.shape[2] + (blank is not None) + len(next(iter(request.memories.values())).frames)
         # Noise from the CPU's generator is the same on every device.
         generator = torch.Generator().manual_seed(request.seed)
@@ -130,7 +131,7 @@ class MementoGenerator(WanShotGenerator):
             "blank": blank,
             "noise": noise.to(device),
             "text": self._texts(request.prompt, request.subject),
-            "negative": self._texts(self._negative(request), "") if self._uses_guidance else None,
+            "negative": self._texts(self._negative(request), blank_text) if self._uses_guidance else None,
             "spec": pipe.spec,
         }
         own = request.guidance if self._uses_guidance else None

@@ -89,6 +89,8 @@ def test_texts_have_the_published_form(tmp_path: Path) -> None:
     texts = captions_of(bare, bare.shots[3], plain)
     assert (texts.prompt, texts.whole, texts.subject) == ("Ada lands.", "Ada lands.", "Ada pushes a boat.")
     assert captions_of(bare, bare.shots[3], PUBLISHED).subject is None
+    titled = story(tmp_path, FOUR.replace("Ada", "Dr. A."))
+    assert captions_of(titled, titled.shots[0], PUBLISHED).prompt.endswith("shot caption: [Person A] pushes a boat.")
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +126,18 @@ def test_each_expert_has_its_pool_and_a_film_is_resumed(adapter: Path, tmp_path:
     assert content(tmp_path / "film") == whole
 
 
+def test_a_story_without_descriptions_has_no_subject(adapter: Path, tmp_path: Path) -> None:
+    bare = story(tmp_path, FOUR.replace(", description: a woman in a red coat.", ""))
+    memento = method(adapter, "sampler.guidance=2")
+    assert memento.settings.sampler.negative_prompt, "else the text of a missing subject would be encoded anyhow"
+    memento.run(bare, tmp_path / "film")
+    assert [len(shot.memory) > 0 for shot in Film.open(tmp_path / "film").shots] == [False, True, True, True]
+
+
 def test_what_does_not_fit_is_reported_first(adapter: Path, tmp_path: Path) -> None:
     loaded = story(tmp_path, FOUR)
+    with pytest.raises(ValueError, match=r"learned recall needs both experts.*runtime\.experts=in_turn"):
+        method(adapter, "runtime.experts=in_turn").check(loaded)
     with pytest.raises(ValueError, match="holds no KeyframeQuery"):
         method(write_adapter(tmp_path / "plain", query=False)).check(loaded)
     with pytest.raises(FileNotFoundError, match="does not exist"):

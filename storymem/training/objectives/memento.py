@@ -88,7 +88,7 @@ class MementoSamples:
 
     Targets are all clips but the first of a group. Candidates are at most ``objective.older`` keyframes of older clips
     and ``objective.recent`` of the clip before; in some steps the clip before alone. The subject is a keyframe of an
-    earlier clip, which is not among the candidates if there are others.
+    earlier clip. One of an older clip is not among the candidates if there are others.
 
     Args:
         objective: how many candidates, and how often there is a subject.
