@@ -23,20 +23,20 @@ from storymem.evaluation.crops import Box, crop_boxes, distinct_boxes, erased, s
 from storymem.evaluation.metric import (
     Column,
     FilmInfo,
-    Metric,
+    InnerFramesMetric,
+    Pair,
     Scores,
     Value,
     appearances,
-    inner_frames,
+    cosines,
     mean,
-    origin_of,
-    reasons_for,
-    scorers_sha256,
+    mean_of_present,
+    unmeasured,
 )
 from storymem.evaluation.metrics import ImageEmbedder
 from storymem.io import FileError, hash_json, read_text
 from storymem.scorers.grounding import Detector
-from storymem.scorers.scorer import Origin, as_images
+from storymem.scorers.scorer import as_images
 from storymem.story import Shot, Story
 
 GAPS = {"1": (1, 1), "2": (2, 2), "3_4": (3, 4), "5": (5, 10**6)}
@@ -70,7 +70,7 @@ class Sighting:
     look: np.ndarray | None = None
 
 
-class Entities(Metric):
+class Entities(InnerFramesMetric):
     """Presence and looks of the characters that have a description, by crops instead of whole frames.
 
     In each of a shot's frames, every listed character is searched for by the first 12 words of its description; among
@@ -117,16 +117,9 @@ class Entities(Metric):
         gate: float = 0.20,
         descriptions: str | None = None,
     ) -> None:
-        if frames < 1:
-            raise ValueError(f"frames={frames}: must be at least 1")
-        self.detector, self.clip, self.embedder = detector, clip, embedder
-        self.frames, self.gate = frames, gate
+        super().__init__(frames, detector, clip, embedder)
+        self.detector, self.clip, self.embedder, self.gate = detector, clip, embedder, gate
         self.descriptions = {} if descriptions is None else _read_descriptions(descriptions)
-
-    @property
-    def weights(self) -> Origin:
-        """See :attr:`Metric.weights`."""
-        return origin_of(self.detector, self.clip, self.embedder)
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> dict[str, Sighting]:
         """Each listed character with a description."""
@@ -151,45 +144,43 @@ class Entities(Metric):
 
     def compute(self, measured: Sequence[dict[str, Sighting] | None], film: FilmInfo) -> Scores:
         """See :meth:`Metric.compute`."""
-        described = list(self._described(film.story))
+        described, incomplete = list(self._described(film.story)), unmeasured(measured, film)
         shots_of = appearances(film.story, described)
         presence = tuple(_presence(seen) for seen in measured)
-        listed = [
-            value
-            for value, shot in zip(presence, film.story.shots, strict=True)
-            if set(shot.characters) & set(described)
-        ]
-        pairs = {name: list(_pairs(name, shots, measured)) for name, shots in shots_of.items()}
-        characters = {name: _of_character(name, pairs.get(name, []), measured, film) for name in described}
-        gaps = {f"entity_gap_{name}": list(_at_gap(pairs, *bounds)) for name, bounds in GAPS.items()}
+        listed = [presence[shot.index] for shot in film.story.shots if set(shot.characters) & set(described)]
+        looks = {name: [_look(name, seen) for seen in measured] for name in described}
+        pairs = {name: _pairs(looks[name], shots) for name, shots in shots_of.items()}
+        characters = {name: _of_character(name, pairs.get(name, []), measured, incomplete) for name in described}
+        every = [pair for of_one in pairs.values() for pair in of_one]
+        gaps = {
+            f"entity_gap_{name}": [value for i, j, value in every if low <= j - i <= high]
+            for name, (low, high) in GAPS.items()
+        }
         same = mean([characters[name]["same"] for name in shots_of])
-        others = list(_between_characters(described, measured))
+        apart = mean_of_present(list(_between_characters(looks)))
         columns = {
-            "entity_presence": mean(listed) if film.missing is None else None,
+            "entity_presence": None if incomplete else mean(listed),
             "entity_same": same,
             "entity_strict": mean([characters[name]["strict"] for name in shots_of]),
-            **{name: _mean_of_present(values) if film.missing is None else None for name, values in gaps.items()},
-            "entity_contrast": same - float(np.mean(others)) if same is not None and others else None,
+            **{name: None if incomplete else mean_of_present(values) for name, values in gaps.items()},
+            "entity_contrast": None if same is None or apart is None else same - apart,
         }
         undefined = _undefined(described, film.story, shots_of, listed, gaps)
-        reasons = dict.fromkeys(
-            (name for name in columns if columns[name] is None), _lacking([characters[name] for name in shots_of])
-        )
+        lacking = incomplete or _lacking([characters[name] for name in shots_of])
+        reasons = {name: lacking for name, value in columns.items() if value is None}
+        undescribed = [one.name for one in film.story.characters if one.name not in described]
         return Scores(
             columns=columns,
-            reasons=reasons | reasons_for(columns, film) | undefined,
+            reasons=reasons | undefined,
             undefined=tuple(undefined),
             shots={"entity_presence": presence},
-            pairs={"entity_same": tuple(_of_shots(pairs))},
+            pairs={"entity_same": tuple(_of_shots(every))},
             details={
-                "entities": characters
-                | {
-                    one.name: {"reason": "no description"} for one in film.story.characters if one.name not in described
-                },
+                "entities": characters | {name: {"reason": "no description"} for name in undescribed},
                 "sightings": [
                     None if seen is None else {name: _plain(one) for name, one in seen.items()} for seen in measured
                 ],
-                "frames_of_shots": [None if n is None else inner_frames(n, self.frames) for n in film.lengths],
+                "frames_of_shots": self.chosen_of_film(film),
             },
         )
 
@@ -209,14 +200,12 @@ class Entities(Metric):
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
-        return {
+        return super().settings() | {
             "definition": "arXiv 2605.15199, without its judge",
-            "frames": f"{self.frames} of each shot, evenly spaced, not the first or last",
             "gate": self.gate,
             "descriptions": hash_json(self.descriptions) if self.descriptions else "of the stories",
             "box_threshold": getattr(self.detector, "box_threshold", None),
             "dtype": str(self.embedder.dtype),
-            "weights_sha256": scorers_sha256(self.detector, self.clip, self.embedder),
         }
 
     def _described(self, story: Story) -> dict[str, str]:
@@ -237,18 +226,18 @@ class Entities(Metric):
         if not texts:
             return
         wanted = self.clip.embed_texts(list(texts.values()))
-        chosen = inner_frames(len(frames), self.frames)
+        chosen = self.chosen(len(frames))
         images = as_images(frames[chosen])
         queries = [" ".join(text.split()[:_QUERY_WORDS]) for text in texts.values()]
         by_query = [self.detector.detect(images, query) for query in queries]
         for place, index in enumerate(chosen):
             boxes = distinct_boxes(torch.cat([found[place] for found in by_query]), frames.shape[1:3])
-            cosines = np.zeros((len(texts), 0))
+            fits = np.zeros((len(texts), 0))
             if boxes:
-                cosines = (wanted @ self.clip.embed_images(crop_boxes(frames[index], boxes)).T).double().numpy()
-            rows, columns = linear_sum_assignment(cosines, maximize=True)
+                fits = (wanted @ self.clip.embed_images(crop_boxes(frames[index], boxes)).T).double().numpy()
+            rows, columns = linear_sum_assignment(fits, maximize=True)
             names = list(texts)
-            yield index, {names[r]: (boxes[c], float(cosines[r, c])) for r, c in zip(rows, columns, strict=True)}
+            yield index, {names[r]: (boxes[c], float(fits[r, c])) for r, c in zip(rows, columns, strict=True)}
 
 
 def _sigmoid(value: float) -> float:
@@ -271,55 +260,51 @@ def _read_descriptions(file: str) -> dict[str, dict[str, str]]:
 
 
 def _presence(seen: dict[str, Sighting] | None) -> Value:
-    return float(np.mean([one.status == "present" for one in seen.values()])) if seen else None
+    return mean([float(_present(one)) for one in seen.values()]) if seen else None
+
+
+def _present(one: Sighting) -> bool:
+    return one.status == "present"
 
 
 def _look(name: str, seen: dict[str, Sighting] | None) -> np.ndarray | None:
     return seen[name].look if seen and name in seen else None
 
 
-def _pairs(name: str, shots: Sequence[int], measured: Sequence[Any]) -> Iterator[tuple[int, int, Value]]:
-    for i, j in combinations(shots, 2):
-        one, other = _look(name, measured[i]), _look(name, measured[j])
-        yield i, j, None if one is None or other is None else float(one @ other)
+def _pairs(looks: Sequence[np.ndarray | None], shots: Sequence[int]) -> list[Pair]:
+    """All pairs of ``shots`` with the cosine of a character's looks."""
+    table = cosines(looks)
+    return [(i, j, table[i][j]) for i, j in combinations(shots, 2)]
 
 
 def _of_character(
-    name: str, pairs: Sequence[tuple[int, int, Value]], measured: Sequence[Any], film: FilmInfo
+    name: str, pairs: Sequence[Pair], measured: Sequence[dict[str, Sighting] | None], incomplete: str | None
 ) -> dict[str, Any]:
     """Presence, same and strict of a character; a reason where it has no ``same``."""
-    seen = [one[name].status == "present" for one in measured if one and name in one]
-    if film.missing is not None or not pairs:
-        reason = film.missing or "listed in fewer than two shots"
-        return {"presence": float(np.mean(seen)) if seen else None, "same": None, "strict": None, "reason": reason}
-    same = _mean_of_present([value for *_, value in pairs])
-    found: dict[str, Any] = {"presence": float(np.mean(seen)), "same": same}
-    found["strict"] = float(np.mean([value or 0.0 for *_, value in pairs]))
-    return found if same is not None else found | {"reason": f"{name} is present in fewer than two shots"}
+    found: dict[str, Any] = {
+        "presence": mean([float(_present(seen[name])) for seen in measured if seen and name in seen])
+    }
+    if incomplete or not pairs:
+        return found | {"same": None, "strict": None, "reason": incomplete or "listed in fewer than two shots"}
+    values = [value for *_, value in pairs]
+    found |= {"same": mean_of_present(values), "strict": mean([value or 0.0 for value in values])}
+    reason = {"reason": f"{name} is present in fewer than two shots"}
+    return found | (reason if found["same"] is None else {})
 
 
-def _mean_of_present(values: Sequence[Value]) -> Value:
-    present = [value for value in values if value is not None]
-    return float(np.mean(present)) if present else None
-
-
-def _at_gap(pairs: Mapping[str, Sequence[tuple[int, int, Value]]], low: int, high: int) -> Iterator[Value]:
-    yield from (value for found in pairs.values() for i, j, value in found if low <= j - i <= high)
-
-
-def _between_characters(names: Sequence[str], measured: Sequence[Any]) -> Iterator[float]:
+def _between_characters(looks: Mapping[str, Sequence[np.ndarray | None]]) -> Iterator[float]:
     """Cosines between all crops of one character and all of another."""
-    looks = {name: [look for seen in measured if (look := _look(name, seen)) is not None] for name in names}
-    for one, other in combinations(names, 2):
-        yield from (float(a @ b) for a in looks[one] for b in looks[other])
+    known = [[look for look in of_one if look is not None] for of_one in looks.values()]
+    for one, other in combinations(known, 2):
+        yield from (float(a @ b) for a in one for b in other)
 
 
-def _of_shots(pairs: Mapping[str, Sequence[tuple[int, int, Value]]]) -> Iterator[tuple[int, int, Value]]:
+def _of_shots(pairs: Sequence[Pair]) -> Iterator[Pair]:
     """For each pair of shots, the mean over the characters present in both."""
     found: dict[tuple[int, int], list[Value]] = {}
-    for i, j, value in (pair for of_one in pairs.values() for pair in of_one):
+    for i, j, value in pairs:
         found.setdefault((i, j), []).append(value)
-    yield from ((i, j, _mean_of_present(values)) for (i, j), values in sorted(found.items()))
+    yield from ((i, j, mean_of_present(values)) for (i, j), values in sorted(found.items()))
 
 
 def _undefined(
@@ -344,7 +329,7 @@ def _undefined(
 
 def _lacking(characters: Sequence[Mapping[str, Any]]) -> str:
     reasons = [one["reason"] for one in characters if "reason" in one]
-    return "; ".join(dict.fromkeys(reasons)) or "no character is present in two such shots"
+    return "; ".join(dict.fromkeys(reasons)) or "no characters are present in such shots"
 
 
 def _plain(one: Sighting) -> dict[str, Any]:

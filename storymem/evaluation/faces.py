@@ -11,17 +11,14 @@ import numpy as np
 from storymem.evaluation.metric import (
     Column,
     FilmInfo,
-    Metric,
+    InnerFramesMetric,
     Pair,
     Scores,
     appearances,
-    inner_frames,
     mean,
-    origin_of,
-    reasons_for,
+    unmeasured,
 )
 from storymem.scorers.faces import SAME_PERSON
-from storymem.scorers.scorer import Origin
 from storymem.story import Shot
 
 
@@ -31,7 +28,7 @@ class FaceEmbedder(Protocol):
     def embed_faces(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-class Faces(Metric):
+class Faces(InnerFramesMetric):
     """Faces of the same character in different shots, by OpenCV's YuNet and SFace.
 
     Of each shot counts the frame with the most faces, up to the number of listed characters; of equal ones the frame
@@ -53,19 +50,13 @@ class Faces(Metric):
     )
 
     def __init__(self, scorer: FaceEmbedder, *, frames: int = 5, same: float = SAME_PERSON) -> None:
-        if frames < 1:
-            raise ValueError(f"frames={frames}: must be at least 1")
-        self.scorer, self.frames, self.same = scorer, frames, same
-
-    @property
-    def weights(self) -> Origin:
-        """See :attr:`Metric.weights`."""
-        return origin_of(self.scorer)
+        super().__init__(frames, scorer)
+        self.scorer, self.same = scorer, same
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
         """Embeddings [K, D] of the shot's faces; K is 0 if it lists no character or shows no face."""
         found = []
-        for index in inner_frames(len(frames), self.frames) if shot.characters else ():
+        for index in self.chosen(len(frames)) if shot.characters else ():
             faces, scores = (part[: len(shot.characters)] for part in self.scorer.embed_faces(frames[index]))
             found.append((len(faces), float(scores.sum()), faces))
         return max(found, key=lambda one: one[:2])[2] if found else np.zeros((0, 1))
@@ -83,7 +74,7 @@ class Faces(Metric):
             one, other = measured[i], measured[j]
             both = one is not None and other is not None and len(one) > 0 and len(other) > 0
             pairs.append((i, j, float((one @ other.T).max()) if both else None))  # type: ignore[union-attr]
-        known = [value for *_, value in pairs if value is not None] if film.missing is None else []
+        known = [value for *_, value in pairs if value is not None] if unmeasured(measured, film) is None else []
         columns = {
             "face_presence": mean([shown[index] for index in listing]),
             "face_similarity": mean(known),
@@ -92,22 +83,20 @@ class Faces(Metric):
         undefined = {} if listing else {"face_presence": "no shot lists a character"}
         if not shared:
             undefined |= dict.fromkeys(("face_similarity", "face_same"), "no character is listed in two shots")
-        none = dict.fromkeys(
-            [name for name in columns if columns[name] is None], "no two shots of a character show a face"
-        )
+        reason = unmeasured(measured, film) or "no two shots of a character show a face"
+        none = dict.fromkeys([name for name in columns if columns[name] is None], reason)
         return Scores(
             columns=columns,
-            reasons=none | reasons_for(columns, film) | undefined,
+            reasons=none | undefined,
             undefined=tuple(undefined),
             shots={"face_presence": shown},
             pairs={"face_similarity": tuple(pairs)},
-            details={"frames_of_shots": [None if n is None else inner_frames(n, self.frames) for n in film.lengths]},
+            details={"frames_of_shots": self.chosen_of_film(film)},
         )
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
-        return {
-            "frames": f"{self.frames} of each shot, evenly spaced, not the first or last",
+        return super().settings() | {
             "same_from": self.same,
             "score": getattr(self.scorer, "score", None),
             "weights_sha256": getattr(self.scorer, "sha256", None),

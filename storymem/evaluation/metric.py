@@ -106,19 +106,22 @@ class Metric(Protocol):
     Attributes:
         columns: what it measures; names must be unique among the metrics of a run.
         version: increase it when values change; results of another version are recomputed.
+        scorers: the networks that it measures with.
     """
 
     columns: Sequence[Column]
     version: int = 1
+    scorers: tuple[Any, ...] = ()
 
     @property
     def weights(self) -> Origin:
-        """Origin of its networks' weights.
+        """The least trusted origin of its scorers' weights; "own" without scorers, or for one that does not name it.
 
         Values by "untrained" weights mean nothing and are marked everywhere; only values by "published" ones stand
         beside those of the paper.
         """
-        return "own"
+        origins = {getattr(scorer, "origin", "own") for scorer in self.scorers} or {"own"}
+        return next((origin for origin in ("untrained", "own") if origin in origins), "published")
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> Any:
         """What :meth:`compute` needs of a shot with ``frames``, uint8 [F, H, W, 3].
@@ -144,15 +147,33 @@ class Metric(Protocol):
         return {}
 
 
-def origin_of(*scorers: Any) -> Origin:
-    """The least trusted origin of the scorers' weights; "own" for a scorer that does not name it."""
-    origins = {getattr(scorer, "origin", "own") for scorer in scorers}
-    return next((origin for origin in ("untrained", "own") if origin in origins), "published")
+class InnerFramesMetric(Metric):
+    """A metric of some frames of each shot, evenly spaced, without the first and the last.
 
+    Args:
+        frames: how many of each shot.
+        scorers: see `Metric`.
+    """
 
-def inner_frames(length: int, count: int) -> list[int]:
-    """``count`` indices of ``length`` frames, evenly spaced, without the first and the last; fewer of a short shot."""
-    return sorted({round(place * (length - 1) / (count + 1)) for place in range(1, count + 1)})
+    def __init__(self, frames: int, *scorers: Any) -> None:
+        if frames < 1:
+            raise ValueError(f"frames={frames}: must be at least 1")
+        self.frames, self.scorers = frames, scorers
+
+    def chosen(self, length: int) -> list[int]:
+        """Indices of the frames of a shot with ``length`` frames; fewer of a short shot."""
+        return sorted({round(place * (length - 1) / (self.frames + 1)) for place in range(1, self.frames + 1)})
+
+    def chosen_of_film(self, film: FilmInfo) -> list[list[int] | None]:
+        """Those of each shot, for the details; None for a missing shot."""
+        return [None if length is None else self.chosen(length) for length in film.lengths]
+
+    def settings(self) -> dict[str, Any]:
+        """See :meth:`Metric.settings`."""
+        return {
+            "frames": f"{self.frames} of each shot, evenly spaced, not the first or last",
+            "weights_sha256": scorers_sha256(*self.scorers),
+        }
 
 
 def appearances(story: Story, names: Sequence[str] | None = None) -> dict[str, list[int]]:
@@ -187,6 +208,21 @@ def mean(values: Sequence[Value]) -> Value:
     """The mean; None if there is no value or one is None."""
     present = [value for value in values if value is not None]
     return float(np.mean(present)) if present and len(present) == len(values) else None
+
+
+def mean_of_present(values: Sequence[Value]) -> Value:
+    """The mean of the values that are not None; None if there is none."""
+    return mean([value for value in values if value is not None])
+
+
+def cosines(rows: Sequence[np.ndarray | None]) -> list[list[Value]]:
+    """Products of all pairs of rows; None where a row is missing."""
+    return [[None if one is None or other is None else float(one @ other) for other in rows] for one in rows]
+
+
+def unmeasured(measured: Sequence[Any | None], film: FilmInfo) -> str | None:
+    """Why a film is incomplete: shots that are missing or, among ``measured``, not finite; None if it is complete."""
+    return film.missing or ("a shot has values that are not finite" if any(one is None for one in measured) else None)
 
 
 def reasons_for(columns: Mapping[str, Value], film: FilmInfo) -> dict[str, str]:

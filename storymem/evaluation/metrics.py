@@ -18,6 +18,7 @@ from storymem.evaluation.metric import (
     Scores,
     Value,
     appearances,
+    cosines,
     in_batches,
     mean,
     reasons_for,
@@ -142,7 +143,7 @@ class ViclipScores(Metric):
         check_finite(embedded, "embeddings of texts")  # they also decide which pairs count
         overview, *prompts = embedded.double().numpy()
         shots, whole = self._embed(measured)
-        similarity = _cosines(shots)
+        similarity = cosines(shots)
         following = tuple(
             None if shot is None else float(shot @ prompt) for shot, prompt in zip(shots, prompts, strict=True)
         )
@@ -252,11 +253,7 @@ class Appearance(Metric):
         if frames < 2:
             raise ValueError(f"frames={frames}: must be at least 2")
         self.embedder, self.frames = embedder, frames
-
-    @property
-    def weights(self) -> Origin:
-        """See :attr:`Metric.weights`."""
-        return getattr(self.embedder, "origin", "own")
+        self.scorers = (embedder,)
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
         """Embeddings [N, D] of the chosen frames."""
@@ -266,7 +263,7 @@ class Appearance(Metric):
         """See :meth:`Metric.compute`."""
         within = tuple(None if frames is None else _mean_cosine_within(frames) for frames in measured)
         # The mean of all cosines between two sets is the product of the sets' means.
-        between = _cosines([None if frames is None else frames.mean(axis=0) for frames in measured])
+        between = cosines([None if frames is None else frames.mean(axis=0) for frames in measured])
         pairs_of = {
             name: [(i, j, between[i][j]) for i, j in combinations(shots, 2)]
             for name, shots in appearances(film.story).items()
@@ -303,11 +300,6 @@ class Appearance(Metric):
 
     def _chosen(self, length: int) -> list[int]:
         return sorted(set(middle_frames(length, self.frames)))  # fewer of a short shot
-
-
-def _cosines(rows: Sequence[np.ndarray | None]) -> list[list[Value]]:
-    """Products of all pairs of rows; None where a row is missing."""
-    return [[None if one is None or other is None else float(one @ other) for other in rows] for one in rows]
 
 
 def _mean_cosine_within(frames: np.ndarray) -> Value:

@@ -15,12 +15,11 @@ from storymem.evaluation.metric import (
     Scores,
     Value,
     mean,
-    origin_of,
     reasons_for,
     scorers_sha256,
 )
 from storymem.evaluation.metrics import ImageEmbedder
-from storymem.scorers.scorer import Origin, as_images
+from storymem.scorers.scorer import as_images
 from storymem.story import Shot
 
 NEARLY_STILL = 0.02
@@ -69,11 +68,7 @@ class Joins(Metric):
 
     def __init__(self, embedder: ImageEmbedder) -> None:
         self.embedder = embedder
-
-    @property
-    def weights(self) -> Origin:
-        """See :attr:`Metric.weights`."""
-        return origin_of(self.embedder)
+        self.scorers = (embedder,)
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
         """Embeddings [2, D] of the first and the last frame."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,18 +14,15 @@ from storymem.evaluation.crops import crop_boxes, distinct_boxes
 from storymem.evaluation.metric import (
     Column,
     FilmInfo,
-    Metric,
+    InnerFramesMetric,
     Scores,
-    inner_frames,
     mean,
-    origin_of,
-    reasons_for,
-    scorers_sha256,
+    unmeasured,
 )
 from storymem.evaluation.metrics import ImageEmbedder
 from storymem.media.images import read_image
 from storymem.scorers.grounding import Detector
-from storymem.scorers.scorer import Origin, as_images
+from storymem.scorers.scorer import as_images
 from storymem.story import Shot, Story
 
 _QUERY = "character"
@@ -39,7 +37,7 @@ class _Compared:
     count: float
 
 
-class References(Metric):
+class References(InnerFramesMetric):
     """Characters compared with their reference images; for stories that have some.
 
     - reference similarity (CIDS cross): in each frame, characters are assigned boxes of the query "character" so that
@@ -69,14 +67,9 @@ class References(Metric):
     )
 
     def __init__(self, detector: Detector, embedder: ImageEmbedder, *, frames: int = 5) -> None:
-        if frames < 1:
-            raise ValueError(f"frames={frames}: must be at least 1")
-        self.detector, self.embedder, self.frames = detector, embedder, frames
-
-    @property
-    def weights(self) -> Origin:
-        """See :attr:`Metric.weights`."""
-        return origin_of(self.detector, self.embedder)
+        super().__init__(frames, detector, embedder)
+        self.detector, self.embedder = detector, embedder
+        self._images: dict[Path, np.ndarray] = {}  # reference -> its embedding [D]
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> _Compared | None:
         """A shot's comparison; None if it lists no character with references."""
@@ -84,8 +77,8 @@ class References(Metric):
         names = [name for name in shot.characters if name in known]
         if not names:
             return None
-        references = {name: self._embedded([read_image(path) for path in known[name]]) for name in names}
-        chosen = frames[inner_frames(len(frames), self.frames)]
+        references = {name: np.stack([self._embedded(path) for path in known[name]]) for name in names}
+        chosen = frames[self.chosen(len(frames))]
         values: dict[str, list[float]] = {name: [] for name in names}
         margins: dict[str, list[float]] = {name: [] for name in names}
         counts = []
@@ -119,10 +112,11 @@ class References(Metric):
         similarity = tuple(None if one is None else mean(list(one.similarity.values())) for one in measured)
         counts = tuple(None if one is None or i not in only else one.count for i, one in enumerate(measured))
         margins = [value for one in measured if one is not None for value in one.margins.values()]
+        incomplete = unmeasured([measured[index] for index in listing], film)
         columns = {
             "reference_similarity": mean([similarity[index] for index in listing]),
             "reference_count": mean([counts[index] for index in only]),
-            "reference_copy_margin": mean(margins) if film.missing is None else None,
+            "reference_copy_margin": mean(margins) if incomplete is None else None,
         }
         undefined = {}
         if not listing:
@@ -131,34 +125,33 @@ class References(Metric):
             undefined["reference_count"] = "every shot lists a character without reference images"
         if listing and not any(several & set(shot.characters) for shot in story.shots):
             undefined["reference_copy_margin"] = "no character has two reference images"
-        lacking = dict.fromkeys([name for name in columns if columns[name] is None], "no box was found in any frame")
+        reason = incomplete or "no box was found in any frame"
+        lacking = dict.fromkeys([name for name in columns if columns[name] is None], reason)
         return Scores(
             columns=columns,
-            reasons=lacking | reasons_for(columns, film) | undefined,
+            reasons=lacking | undefined,
             undefined=tuple(undefined),
             shots={"reference_similarity": similarity, "reference_count": counts},
-            details={"frames_of_shots": [None if n is None else inner_frames(n, self.frames) for n in film.lengths]},
+            details={"frames_of_shots": self.chosen_of_film(film)},
         )
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
-        return {
+        return super().settings() | {
             "definition": "arXiv 2505.24862",
             "query": _QUERY,
-            "frames": f"{self.frames} of each shot, evenly spaced, not the first or last",
             "box_threshold": getattr(self.detector, "box_threshold", None),
             "dtype": str(self.embedder.dtype),
-            "weights_sha256": scorers_sha256(self.detector, self.embedder),
         }
 
-    def _embedded(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Embeddings [N, D] of the most certain box of each image; of the whole image where none is found."""
-        crops = []
-        for image in images:
+    def _embedded(self, path: Path) -> np.ndarray:
+        """Embedding [D] of the most certain box of a reference image; of the whole image if none is found."""
+        if path not in self._images:
+            image = read_image(path)
             (found,) = self.detector.detect(as_images(image[None]), _QUERY)
             box = next(iter(distinct_boxes(found, image.shape[:2])), (0, 0, image.shape[1], image.shape[0]))
-            crops.append(self.embedder.embed_images(crop_boxes(image, [box]))[0].double().numpy())
-        return np.stack(crops)
+            self._images[path] = self.embedder.embed_images(crop_boxes(image, [box]))[0].double().numpy()
+        return self._images[path]
 
 
 def _known(story: Story) -> set[str]:

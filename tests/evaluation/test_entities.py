@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,28 @@ def test_missing_shots_and_stories_without_descriptions(story: Story, tmp_path: 
     none = scores(entities(), load_story(tmp_path / "plain.yaml"), TRUE)
     assert set(none.undefined) == set(none.columns)
     assert set(none.reasons.values()) == {"no character has a description"}
+
+
+@pytest.mark.parametrize("metric", [entities, lambda: Faces(DrawnFaces())])
+def test_a_shot_with_values_that_are_not_finite_is_not_left_out(metric: Callable[[], Metric], story: Story) -> None:
+    film = small.film_info(story, [9] * 4)
+    seen = [metric().measure_shot(one, video, film) for one, video in zip(story.shots, TRUE, strict=True)]
+    found = metric().compute([*seen[:3], None], film)
+    assert set(found.columns.values()) == {None}
+    assert "a shot has values that are not finite" in found.reasons.values()
+
+
+def test_shuffled_names_are_whole_names(tmp_path: Path) -> None:
+    text = STORY.replace("Ben", "Ada Lee").replace("Cleo", "Mr. B.").replace("Ada walks", "Mr. B. walks by Ada")
+    (tmp_path / "walk.yaml").write_text(text)
+    story = load_story(tmp_path / "walk.yaml")
+    shuffled = with_names_shuffled(story)
+    assert shuffled is not None
+    assert shuffled.shots != story.shots
+    before, after = (
+        [re.sub(r"Ada Lee|Ada|Mr\. B\.", "-", shot.prompt) for shot in one.shots] for one in (story, shuffled)
+    )
+    assert before == after
 
 
 def test_controls_move_the_columns_as_they_should(story: Story) -> None:
