@@ -21,6 +21,7 @@ from storymem.evaluation.metric import FilmInfo, Metric, Scores
 from storymem.io import (
     FileError,
     NotFiniteError,
+    hash_file,
     hash_json,
     naming_full_disk,
     read_json,
@@ -139,7 +140,7 @@ def metric_settings(metrics: Mapping[str, Metric]) -> dict[str, Any]:
 
 
 def result_key(story: Story, film: FilmFiles, measured: Mapping[str, Any], control: str | None = None) -> str:
-    """SHA-256 of all that decides a film's scores: story, bytes and frames of shots, video reader, metrics, control."""
+    """SHA-256 of all that decides a film's scores: story with its images, shots, video reader, metrics, control."""
     content = {
         "format": FORMAT,
         "story": story.to_dict(),
@@ -147,6 +148,7 @@ def result_key(story: Story, film: FilmFiles, measured: Mapping[str, Any], contr
         "metrics": measured,
         "reader": [READER, READING],
         **({} if control is None else {"control": control}),
+        **({"references": [hash_file(path) for path in story.references]} if story.references else {}),
     }
     return hash_json(content)
 

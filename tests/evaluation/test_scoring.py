@@ -103,6 +103,13 @@ def test_the_key_changes_with_all_that_decides_the_scores(films: Path, story: St
     assert result_key(story, small.film(other, story), settings) != key
     (films / "the_red_boat" / "01_01.mp4").unlink()
     assert result_key(story, small.film(films, story), settings) != key
+    image = tmp_path / "ada.png"
+    with_image = replace(story, characters=(replace(story.characters[0], references=(image,)), *story.characters[1:]))
+    keys = []
+    for shade in (0, 255):
+        Image.new("L", (8, 8), shade).save(image)
+        keys.append(result_key(with_image, film, settings))
+    assert keys[0] != keys[1], "the same path, and another image"
 
 
 # --- values that are not finite
