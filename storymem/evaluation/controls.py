@@ -43,7 +43,8 @@ def with_names_shuffled(story: Story) -> Story | None:
     names = [character.name for character in story.characters]
     if len(names) < 2:
         return None
-    draw, pattern = random.Random(story.title), re.compile(rf"\b({'|'.join(map(re.escape, names))})\b")
+    longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))  # "Ann Lee" before "Ann"
+    draw, pattern = random.Random(story.title), re.compile(rf"(?<!\w)({longest_first})(?!\w)")
 
     def shuffled(shot: Shot) -> Shot:
         other = dict(zip(names, draw.sample(names, len(names)), strict=True))
