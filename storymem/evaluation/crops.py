@@ -35,9 +35,9 @@ def distinct_boxes(found: Tensor, size: tuple[int, ...]) -> list[Box]:
 
 
 def crop_boxes(frame: np.ndarray, boxes: Sequence[Box]) -> Tensor:
-    """Crops [K, 3, 224, 224] in 0..1 of a frame uint8 [H, W, 3]."""
+    """Crops [K, 3, 224, 224] in 0..1 of a frame uint8 [H, W, 3]; K may be 0."""
     crops = [resize(as_images(frame[top:bottom, left:right]), [_SIDE, _SIDE]) for left, top, right, bottom in boxes]
-    return torch.stack(crops).clamp(0, 1)
+    return torch.stack(crops).clamp(0, 1) if crops else torch.empty(0, 3, _SIDE, _SIDE)
 
 
 def sharpness(crop: np.ndarray) -> float:

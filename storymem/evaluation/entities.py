@@ -232,9 +232,7 @@ class Entities(InnerFramesMetric):
         by_query = [self.detector.detect(images, query) for query in queries]
         for place, index in enumerate(chosen):
             boxes = distinct_boxes(torch.cat([found[place] for found in by_query]), frames.shape[1:3])
-            fits = np.zeros((len(texts), 0))
-            if boxes:
-                fits = (wanted @ self.clip.embed_images(crop_boxes(frames[index], boxes)).T).double().numpy()
+            fits = (wanted @ self.clip.embed_images(crop_boxes(frames[index], boxes)).T).double().numpy()
             rows, columns = linear_sum_assignment(fits, maximize=True)
             names = list(texts)
             yield index, {names[r]: (boxes[c], float(fits[r, c])) for r, c in zip(rows, columns, strict=True)}

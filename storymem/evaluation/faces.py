@@ -71,9 +71,8 @@ class Faces(InnerFramesMetric):
         shared = sorted({pair for shots in appearances(film.story).values() for pair in combinations(shots, 2)})
         pairs: list[Pair] = []
         for i, j in shared:
-            one, other = measured[i], measured[j]
-            both = one is not None and other is not None and len(one) > 0 and len(other) > 0
-            pairs.append((i, j, float((one @ other.T).max()) if both else None))  # type: ignore[union-attr]
+            both = [faces for faces in (measured[i], measured[j]) if faces is not None and len(faces)]
+            pairs.append((i, j, float((both[0] @ both[1].T).max()) if len(both) == 2 else None))
         known = [value for *_, value in pairs if value is not None] if unmeasured(measured, film) is None else []
         columns = {
             "face_presence": mean([shown[index] for index in listing]),

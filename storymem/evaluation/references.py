@@ -85,10 +85,7 @@ class References(InnerFramesMetric):
         for frame, found in zip(chosen, self.detector.detect(as_images(chosen), _QUERY), strict=True):
             boxes = distinct_boxes(found, frame.shape[:2])
             counts.append(100 * float(np.exp(-abs(len(boxes) - len(shot.characters)) / (1e-6 + len(shot.characters)))))
-            width = next(iter(references.values())).shape[1]
-            crops = (
-                self.embedder.embed_images(crop_boxes(frame, boxes)).double().numpy() if boxes else np.zeros((0, width))
-            )
+            crops = self.embedder.embed_images(crop_boxes(frame, boxes)).double().numpy()
             cosines = {name: of_one @ crops.T for name, of_one in references.items()}
             best = np.stack([cosines[name].max(axis=0) for name in names])
             assigned = dict(zip(*linear_sum_assignment(best, maximize=True), strict=True))

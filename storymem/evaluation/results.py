@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
@@ -47,7 +47,7 @@ class Summary:
     mean_of_complete: float | None
     complete: int
     expected: int
-    lacking: dict[str, str]
+    lacking: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,21 +153,12 @@ class Results:
 
     @cached_property
     def costs(self) -> dict[str, Summary]:
-        """System -> seconds that this machine took to make a film; only for systems whose films all state it."""
-        found = {}
-        for system, results in self.stories.items():
-            values = [result.seconds for result in results if result.seconds is not None]
-            if values and len(values) == len(results):
-                average, bounds = float(np.mean(values)), bootstrap_interval(values, self.statistics)
-                found[system] = Summary(
-                    mean=average,
-                    interval=bounds,
-                    mean_of_complete=average,
-                    complete=len(values),
-                    expected=len(values),
-                    lacking={},
-                )
-        return found
+        """System -> seconds to make a film, by its manifest; only for systems whose films all state it."""
+        return {
+            system: _mean_of([result.seconds for result in results], self.statistics)
+            for system, results in self.stories.items()
+            if all(result.seconds is not None for result in results)
+        }
 
     @cached_property
     def footnotes(self) -> tuple[str, ...]:
@@ -313,15 +304,19 @@ def marks(stories: Sequence[StoryResult], summaries: Mapping[str, Summary], colu
 def summarise(results: Sequence[StoryResult], column: str, settings: StatisticsSettings) -> Summary:
     """The mean of a column over stories; the order of ``results`` makes no difference."""
     defined = sorted((result for result in results if result.is_defined(column)), key=lambda result: result.slug)
-    values = [value for result in defined if (value := result.value(column)) is not None]
-    average = float(np.mean(values)) if values else None
+    lacking = {r.title: r.reason(column) or "no value" for r in defined if r.value(column) is None}
+    return replace(_mean_of([result.value(column) for result in defined], settings), lacking=lacking)
+
+
+def _mean_of(values: Sequence[float | None], settings: StatisticsSettings) -> Summary:
+    known = [value for value in values if value is not None]
+    average = float(np.mean(known)) if known else None
     return Summary(
-        mean=average if len(values) == len(defined) else None,
-        interval=bootstrap_interval(values, settings),
+        mean=average if len(known) == len(values) else None,
+        interval=bootstrap_interval(known, settings),
         mean_of_complete=average,
-        complete=len(values),
-        expected=len(defined),
-        lacking={r.title: r.reason(column) or "no value" for r in defined if r.value(column) is None},
+        complete=len(known),
+        expected=len(values),
     )
 
 
