@@ -67,7 +67,8 @@ def _still(metrics: Mapping[str, Metric]) -> Alter:
 
 def _without_characters(metrics: Mapping[str, Metric]) -> Alter:
     def alter(shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
-        finder = next(metric for metric in metrics.values() if metric.finds_characters(film.story))
+        finders = [metric for metric in metrics.values() if metric.finds_characters(film.story)]
+        finder = max(finders, key=lambda metric: any(column.exact for column in metric.columns))  # in any order
         return finder.without_characters(shot, frames, film)
 
     return alter

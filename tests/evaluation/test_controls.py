@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from storymem.evaluation.controls import BACKGROUND
 from storymem.evaluation.metric import Column, FilmInfo, Metric, Scores
 from storymem.evaluation.report import number
 from storymem.evaluation.statistics import StatisticsSettings, rank_correlation
@@ -75,6 +76,18 @@ def test_control_films_are_scored_beside_the_films(folder: Path) -> None:
     before = path.stat().st_mtime_ns
     evaluate(run)
     assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("names", [("exact", "learned"), ("learned", "exact")])
+def test_characters_are_removed_by_an_exact_metric_whatever_the_order(names: Sequence[str], tmp_path: Path) -> None:
+    class Exact(Erasing):
+        def without_characters(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
+            return np.full_like(frames, 9)
+
+    finders: dict[str, Metric] = {"exact": Exact(exact=True), "learned": Erasing("learned")}
+    story = small.stories(tmp_path)[0]
+    alter = BACKGROUND.alter({name: finders[name] for name in names})
+    assert (alter(story.shots[0], small.frames(0), small.film_info(story, [9] * 3)) == 9).all()
 
 
 def test_films_that_hardly_move_are_marked(folder: Path) -> None:
