@@ -10,7 +10,7 @@ _LARGEST = 448.0  # of e4m3
 
 
 class ScaledLinear(nn.Linear):
-    """A linear with an 8-bit weight and its factor: y = (x W^T) * factor + bias.
+    """A linear with an 8-bit weight and its factor: y = x (factor * W)^T + bias.
 
     The weight is stored as bytes (int8): PEFT gives adapters the dtype of a floating-point weight, ``Module.to(dtype)``
     converts it, and transformers' T5 converts activations to it.
@@ -32,8 +32,9 @@ class ScaledLinear(nn.Linear):
         self.register_buffer("factor", factor.detach().float().flatten())
 
     def forward(self, input: Tensor) -> Tensor:
-        output = F.linear(input, self.weight.view(self.kind).to(input.dtype)).mul_(self.factor.to(input.dtype))
-        return output if self.bias is None else output.add_(self.bias.to(output.dtype))
+        # The factor before the product: 8-bit weights reach 448, with which sums overflow float16.
+        weight = self.weight.view(self.kind).to(input.dtype).mul_(self.factor.unsqueeze(-1))
+        return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
 
 
 def in_8_bits(weight: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:

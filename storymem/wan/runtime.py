@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig, apply_group_offloading
 from diffusers.hooks.hooks import StateManager
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
+from torch import nn
 from torch.nn import functional as F
 
 from storymem.devices import resolve_device
@@ -345,9 +346,11 @@ def place(pipe: DiffusionPipeline, runtime: RuntimeSettings, *, device: torch.de
             "use_stream": device.type == "cuda",  # the next block is copied while one computes
             "low_cpu_mem_usage": True,  # blocks are pinned one at a time: all at once would be a second copy in RAM
         }
-        pipe.enable_group_offload(
-            offload_type="block_level", num_blocks_per_group=1, exclude_modules=["vae", "text_encoder"], **streaming
-        )
-        if getattr(pipe, "text_encoder", None) is not None:
-            pipe.text_encoder.to("cpu")
-            apply_group_offloading(pipe.text_encoder, offload_type="leaf_level", **streaming)
+        # Not enable_group_offload of the pipeline: what that excludes is copied to the device as a whole, and the text
+        # encoder has no room there.
+        pipe.vae.to(device)
+        for name, network in pipe.components.items():
+            if name != "vae" and isinstance(network, ModelMixin):
+                network.enable_group_offload(offload_type="block_level", num_blocks_per_group=1, **streaming)
+            elif name != "vae" and isinstance(network, nn.Module):
+                apply_group_offloading(network, offload_type="leaf_level", **streaming)

@@ -17,6 +17,7 @@ from torch import nn
 
 from storymem.config import build_settings
 from storymem.wan import runtime as runtimes
+from storymem.wan.eight_bits import ScaledLinear, in_8_bits
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
@@ -129,6 +130,14 @@ def test_only_the_linears_of_blocks_are_stored_in_8_bits() -> None:
         assert {weight.dtype for name, weight in expert.named_parameters() if name not in small} == {torch.float32}
     expected = generate(load_pipeline(settings(), runtime=CPU), memory=images(2))
     assert 0 < relative(generate(pipe, memory=images(2)), expected) < 0.1
+
+
+def test_sums_of_8_bit_weights_do_not_overflow_float16() -> None:
+    linear = nn.Linear(4096, 2)
+    nn.init.constant_(linear.weight, 0.02)
+    stored = ScaledLinear(*in_8_bits(linear.weight), linear.bias)
+    inputs = torch.ones(1, 4096)
+    torch.testing.assert_close(stored(inputs.half()).float(), linear(inputs), rtol=0.01, atol=0.1)
 
 
 def adapted(runtime: RuntimeSettings, **changes: Any) -> Any:
@@ -387,12 +396,13 @@ def test_the_choices_are_described() -> None:
 # Placement
 
 
-def test_streamed_blocks_make_the_same_shot() -> None:
-    """Group offloading, with the CPU for both places."""
+def test_streamed_blocks_make_the_same_shot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Group offloading, with the CPU for both places; the text encoder is on no device as a whole."""
     from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
     expected = generate(load_pipeline(settings(), runtime=CPU), memory=images(2))
     pipe = load_pipeline(settings(), runtime=CPU)
+    monkeypatch.setattr(pipe.text_encoder, "to", None)
     place(pipe, RuntimeSettings(device="cpu", offload="group"), device=torch.device("cpu"))
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     streamed = {name for name, part in modules.items() if _is_group_offload_enabled(part)}
