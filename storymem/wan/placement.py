@@ -155,7 +155,7 @@ def choose_runtime(
         presets = [Way("none")]
     if runtime.offload != "auto":
         presets = [Way(runtime.offload)]
-    if len(model.spec.experts) < 2:
+    if len(model.spec.experts) < 2 or (model.adapter is not None and model.adapter.query):
         presets = [way for way in presets if way.experts == "together"]
     ways = [
         tried(
@@ -169,7 +169,8 @@ def choose_runtime(
         for way in presets
     ]
     if not machine.here:
-        needs = "; ".join(f"{Way.of(way.runtime)} needs {_needs(way.estimate)}" for way in ways)
+        named = _short if runtime.precision != "as_is" else lambda settled: str(Way.of(settled))
+        needs = "; ".join(f"{named(way.runtime)} needs {_needs(way.estimate)}" for way in ways)
         return replace(ways[0], fits=True, reason=f"planned for {machine.name}, not for this machine: {needs}")
     if runtime.offload != "auto":
         return ways[0] if ways[0].fits else replace(ways[0], reason=f"{machine}: {ways[0].reason}")

@@ -411,9 +411,8 @@ def check_combinations(
         "passes alone: use one of them": batch and cache != "none",
         "runtime.guidance_batch runs both passes of guidance on one device, runtime.guidance_parallel each on its own: "
         "use one of them": batch and halves,
-        "runtime.guidance_batch batches the two passes of guidance; sampler.guidance=1 has only one": (
-            batch and sampler.guidance == 1
-        ),
+        "runtime.guidance_batch batches the two passes of guidance; sampler.guidance=1 has only one": batch
+        and sampler.guidance == 1,
         f"{hidden} runtime.guidance_batch gives both the same tokens: set it to false": (
             batch and not sampler.negative_sees_memory
         ),
@@ -431,12 +430,13 @@ def check_combinations(
         "step-distilled sampler do not: use runtime.cache=none": cache != "none" and bool(sampler.adapter),
         f"runtime.memory_cache={runtime.memory_cache} is for model.memory_attention=cached: with joint nothing of the "
         "memory is cached": runtime.memory_cache != "device" and not cached,
-        "runtime.precision=fp8_storage converts weights layer by layer, which cannot be compiled: use "
-        "runtime.precision=fp8 or int8, or runtime.compile=none": (
+        "runtime.precision=fp8_storage is not compiled: use runtime.precision=fp8 or int8, or runtime.compile=none": (
             runtime.precision == "fp8_storage" and runtime.compile != "none"
         ),
         "runtime.experts=in_turn loads an expert twice a shot, and runtime.compile=blocks would compile it each time: "
         "use one of them": runtime.experts == "in_turn" and runtime.compile != "none",
+        "runtime.experts=in_turn loads one expert at a time, and a learned recall reads both: use another memory, or "
+        "runtime.experts=together": runtime.experts == "in_turn" and bool(model.adapter and model.adapter.query),
         f"runtime.precision={runtime.precision} needs model.dtype=bfloat16 for the rest, not {model.dtype}": (
             runtime.precision in ("fp8", "int8") and model.dtype != "bfloat16"
         ),

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from storymem.config import ConfigError
 from storymem.film.generate import generate_films as films
 from storymem.scorers import scorer_bytes
 from storymem.wan import placement
@@ -214,6 +215,13 @@ def test_a_container_limits_ram(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert this_machine(torch.device("cpu")).ram == 900_000
 
 
+def test_a_learned_recall_needs_both_experts() -> None:
+    learned = generate_settings("model=wan2.2-a14b", "memory=learned").model
+    assert not chosen(learned, machine(24, ram=40)).fits
+    with pytest.raises(ConfigError, match=r"experts=in_turn loads one expert at a time, and a learned recall"):
+        generate_settings("model=wan2.2-a14b", "memory=learned", "runtime=gpu-24gb")
+
+
 # Plans for another machine
 
 
@@ -225,7 +233,8 @@ def test_a_container_limits_ram(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             "runtime=gpu-24gb",
             "not for this machine: offload=group and vae_tiling and experts=in_turn (runtime=gpu-24gb) needs 23 ",
         ),
-        ("runtime=gpu-80gb runtime.precision=fp8", "offload=model (runtime=gpu-80gb) needs 27 GB of VRAM"),
+        ("runtime=gpu-80gb runtime.precision=fp8", "offload=model needs 27 GB of VRAM"),
+        ("runtime=gpu-12gb", "vae_tiling and experts=in_turn needs 10 GB of VRAM and 16 GB of RAM"),
         ("runtime.device=cuda", "offload=model (runtime=gpu-80gb) needs 42 GB of VRAM and 77 GB of RAM"),
         ("runtime.device=cuda:1 runtime.attention=flash3", "planned for cuda:1, not for this machine"),
         ("runtime.device=xpu runtime.offload=none", "planned for xpu, not for this machine"),
