@@ -3,12 +3,14 @@
     python -m benchmarks.rehearsal model=wan2.2-a14b                       # every form of weights that fits here
     python -m benchmarks.rehearsal model=wan2.2-a14b form=gguf-q4_k        # one of them
     python -m benchmarks.rehearsal model=wan2.2-ti2v-5b
-    python -m benchmarks.rehearsal model=wan2.2-a14b scale=tiny            # small sizes, to try it in seconds
+    python -m benchmarks.rehearsal model=wan2.2-a14b scale=tiny            # small sizes; memory is not compared
 
 Weights are holes in files, which read as zeros (see ``benchmarks.true_size``). A film of two shots of 64x64 pixels, 5
 frames and 2 steps is planned, made on the CPU with no and with three keyframes, and resumed. For each stage the table
 has seconds, and the peak of resident memory (RSS: anonymous pages and pages of mapped files) above that of the process
-before it, beside what the plan calculates. The command fails where the two differ by more than 10 % and 0.5 GB.
+before it, beside what the plan calculates. The command fails where the two differ by more than 10 % and 0.5 GB, and
+where the second shot is given no keyframe or a resumed film makes anything again. With ``scale=tiny`` memory is not
+compared: libraries take more than the networks.
 """
 
 from __future__ import annotations
@@ -62,11 +64,16 @@ def main() -> None:
         run = subprocess.run([sys.executable, "-c", _CHILD, model, form, scale], stdout=subprocess.PIPE, text=True)
         result = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {"failed": run.returncode}
         results.append({"model": model, "form": form, "scale": scale, **result})
-        failed |= run.returncode != 0 or bool(result.get("differs"))
+        failed |= run.returncode != 0 or _is_wrong(result)
         print(_table(results[-1]), flush=True)
     if "json" in given:
         Path(given["json"]).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     raise SystemExit(int(failed))
+
+
+def _is_wrong(result: dict[str, Any]) -> bool:
+    """Whether a film was made and is not as it should be."""
+    return "stages" in result and (bool(result["differs"]) or not result["resumed"] or not result["recalled"][-1])
 
 
 _CHILD = "import sys; from benchmarks.rehearsal import rehearse; rehearse(*sys.argv[1:])"
@@ -85,6 +92,8 @@ def _table(result: dict[str, Any]) -> str:
         marked = "  DIFFERS" if name in result["differs"] else ""
         numbers = f"{stage['seconds']:8.1f} {stage['peak_gb']:8.2f} {stage['anonymous_gb']:10.2f} {calculated:>11}"
         lines.append(f"{name:10} {numbers}{marked}")
+    if result["scale"] == "tiny":
+        lines.append("scale=tiny: memory is not compared with the calculation; it is at true size")
     return "\n".join([*lines, f"resumed: {result['resumed']}; keyframes recalled: {result['recalled']}"])
 
 
@@ -198,7 +207,7 @@ def rehearse(name: str, form: str, scale: str) -> None:
                     "files_gb": files / 1e9,
                     "disk_gb": disk / 1e9,
                     "stages": memory.stages,
-                    "differs": [stage for stage, entry in memory.stages.items() if differs(entry)],
+                    "differs": [stage for stage, it in memory.stages.items() if scale == "true" and differs(it)],
                     "recalled": [len(take["memory"]) for take in made["takes"]],
                     "resumed": made["takes"] == again["takes"],
                 }
