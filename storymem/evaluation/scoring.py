@@ -221,7 +221,7 @@ def score_film(
 
 
 class _UnreadableError(Exception):
-    """A shot cannot be read to its end."""
+    """A shot cannot be read to its end, or not be altered."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(reason)
@@ -254,7 +254,7 @@ def _score(
         if file.path is not None:
             with _reading(shot.index):
                 frames = read_video(file.path, None if file.frames is None else range(*file.frames))
-            frames = frames if alter is None else alter(shot, frames, info)
+            frames = frames if alter is None else _altered(alter, shot, frames, info)
             strips[f"{shot.index + 1:02d}.jpg"] = _strip(frames)
         for name, metric in metrics.items():
             try:
@@ -277,6 +277,14 @@ def _score(
         images=tuple(strips),
     )
     return result, strips
+
+
+def _altered(alter: Alter, shot: Shot, frames: np.ndarray, info: FilmInfo) -> np.ndarray:
+    """The frames of a control film; without them the shot is missing, as one that cannot be read."""
+    try:
+        return alter(shot, frames, info)
+    except NotFiniteError as error:
+        raise _UnreadableError(shot.index, str(error)) from None
 
 
 def _length(index: int, file: ShotFile) -> int | None:

@@ -15,6 +15,7 @@ from storymem.evaluation.metric import Column, FilmInfo, Metric, Scores
 from storymem.evaluation.report import number
 from storymem.evaluation.statistics import StatisticsSettings, rank_correlation
 from storymem.evaluation.stbench import build_metrics, evaluate
+from storymem.io import NotFiniteError
 from storymem.media.video import write_video
 from storymem.story import Shot, Story
 from tests.composing import composed
@@ -34,6 +35,8 @@ class Alike(Metric):
         return frames.mean(axis=0)
 
     def compute(self, measured: Sequence[Any], film: FilmInfo) -> Scores:
+        if film.missing is not None:
+            return Scores(columns={self.columns[0].name: None}, reasons={self.columns[0].name: film.missing})
         distance = float(np.mean([np.abs(one - measured[0]).mean() / 255 for one in measured[1:]]))
         return Scores(columns={self.columns[0].name: self.sign * (1 - distance)})
 
@@ -76,6 +79,24 @@ def test_control_films_are_scored_beside_the_films(folder: Path) -> None:
     before = path.stat().st_mtime_ns
     evaluate(run)
     assert path.stat().st_mtime_ns == before
+
+
+class NotFinding(Erasing):
+    """Finds nothing that is finite."""
+
+    def without_characters(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
+        raise NotFiniteError("boxes are not finite")
+
+
+def test_a_control_film_that_cannot_be_made_has_a_reason(folder: Path) -> None:
+    results = evaluate(
+        config(folder) | {"metrics": {"alike": {"_target_": f"{__name__}.NotFinding"}}, "controls": True}
+    )
+    assert results is not None
+    (found,) = results.controls["background"]
+    assert {shot.missing for shot in found.shots} == {"boxes are not finite"}
+    assert results.control_summaries["background"]["alike"].mean is None
+    assert results.control_summaries["still"]["alike"].mean == pytest.approx(1)
 
 
 @pytest.mark.parametrize("names", [("exact", "learned"), ("learned", "exact")])
