@@ -324,9 +324,14 @@ def load_memory_lora(
     transformers = {name: it for name, it in experts_of(pipe).items() if experts is None or name in experts}
     for expert, transformer in transformers.items():
         _check_can_load(transformer, COMPONENTS[expert], adapter_name)
-    adapters = read_memory_lora(
-        transformers, folder_or_repo, subfolder=subfolder, alpha=alpha, use_rslora=use_rslora, strict=strict
+    named = transformers
+    if getattr(pipe, "turns", None) is not None:  # one is loaded, and files are matched with both
+        (network,) = experts_of(pipe).values()
+        named = {expert: network for expert in COMPONENTS if experts is None or expert in experts}
+    read = read_memory_lora(
+        named, folder_or_repo, subfolder=subfolder, alpha=alpha, use_rslora=use_rslora, strict=strict
     )
+    adapters = {expert: adapter for expert, adapter in read.items() if expert in transformers}
     matrices = {expert: adapter.tensors(_whole_dtype(transformers[expert])) for expert, adapter in adapters.items()}
     differences = {expert: adapter.differences() for expert, adapter in adapters.items()}
     for expert, adapter in adapters.items():
@@ -336,7 +341,7 @@ def load_memory_lora(
         if matrices[expert]:
             _inject(pipe, transformers[expert], matrices[expert], adapter.config, adapter_name, strength)
         _add(transformers[expert], differences[expert], strength)
-    return next(iter(adapters.values())).info
+    return next(iter(read.values())).info
 
 
 def _check_can_load(transformer: Any, component: str, adapter_name: str) -> None:

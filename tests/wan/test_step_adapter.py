@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,20 @@ def test_an_adapter_of_a_list_that_is_absent_is_named_before_anything_loads(tmp_
         check_weights(model, text_to_video=False)
     with pytest.raises(ValueError, match=r"adapters\.0\.weight|weight must be"):
         build_settings(ModelSettings, asdict(MODEL) | {"adapters": [{"source": "x", "weight": 99}]})
+
+
+@pytest.mark.parametrize("name", ["steps_high_noise", "steps_low_noise"])
+def test_experts_that_take_turns_get_their_own_adapters(files: dict[str, Path], name: str, tmp_path: Path) -> None:
+    """The memory adapter, an extra one for one expert, and a step-distilled one that is named after one expert."""
+    (only,) = (path for path in files["steps"].rglob("*.safetensors") if name.removeprefix("steps_") in path.name)
+    shutil.copy(only, alone := tmp_path / f"{name}.safetensors")
+    model = settings(
+        adapter={"weights": local(files["memory"]), "alpha": 2, "use_rslora": True},
+        adapters=[{"source": str(files["steps"]), "expert": name.removeprefix("steps_")}],
+    )
+    sampler = SamplerSettings(adapter=StepAdapterSettings(weights=local(alone)))
+    together, turns = (
+        load_pipeline(model, runtime=replace(CPU, experts=experts), sampler=sampler)
+        for experts in ("together", "in_turn")
+    )
+    assert torch.equal(generate(turns, memory=images(2)), generate(together, memory=images(2)))
