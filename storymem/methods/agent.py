@@ -24,6 +24,7 @@ from pydantic.dataclasses import dataclass
 from storymem.config import STRICT, build_settings, check_bounds
 from storymem.io import write_json
 from storymem.media.images import fit_image, read_image
+from storymem.memory.keyframes import image_hash
 from storymem.methods.chat import Chat
 from storymem.methods.image_models import image_dtype, place_image_pipeline, to_images
 from storymem.methods.keyframes import ImageGroup, ImageToVideo, KeyframeMethod, image_names, is_embedded
@@ -139,7 +140,8 @@ class AgentImages:
         for number, character in enumerate(story.characters):
             name = portrait_name(story, character.name)
             prompt = template.replace("{name}", character.name).replace("{look}", looks[character.name])
-            recipe = {"prompt": prompt, "seed": self.seed + number, "image": list(map(str, character.references[:1]))}
+            image = [entry for path in character.references[:1] for entry in (str(path), image_hash(read_image(path)))]
+            recipe = {"prompt": prompt, "seed": self.seed + number, "image": image}
             if name in used:
                 groups.append(ImageGroup(names=(name,), recipe=recipe))
         for number, (name, sources) in enumerate(zip(image_names(story), board.sources, strict=True), start=1000):
@@ -179,6 +181,7 @@ class Agent(KeyframeMethod):
     """
 
     loop = _PlannedMotion
+    reads_references = True  # as portraits
 
     def __init__(self, *, generate: Mapping[str, Any], agent: Mapping[str, Any]) -> None:
         super().__init__(generate=generate, images={"agent": dict(agent)})

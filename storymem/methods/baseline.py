@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from storymem.film.manifest import CandidateRecord
 from storymem.film.settings import Mode
@@ -12,6 +13,8 @@ from storymem.film.storyteller import Storyteller
 from storymem.memory import Keyframe
 from storymem.methods.storymem import StoryMem
 from storymem.story import Shot, Story
+
+logger = logging.getLogger(__name__)
 
 #: Noise levels of Wan2.2-I2V-A14B's own sampler; memory-to-video uses 4.
 IMAGE_TO_VIDEO_SHIFT = 5.0
@@ -30,6 +33,7 @@ class Baseline(StoryMem):
     """
 
     loop: type[Storyteller]  # which makes the shots
+    reads_references: ClassVar[bool] = False  # whether reference images of a story have an effect
 
     def __init__(self, *, generate: Mapping[str, Any], shift: float | None = None) -> None:
         own = {
@@ -38,6 +42,12 @@ class Baseline(StoryMem):
             "sampler": {**generate["sampler"], **({} if shift is None else {"shift": shift})},
         }
         super().__init__(generate={**generate, **own})
+
+    def check(self, story: Story) -> None:
+        """See :meth:`storymem.methods.Method.check`."""
+        super().check(story)
+        if story.all_references and not self.reads_references:
+            logger.warning(f"{story.title}: reference images have no effect: {type(self).__name__} has no memory")
 
     @cached_property
     def storyteller(self) -> Storyteller:

@@ -30,7 +30,7 @@ from storymem.media.images import fit_image
 from storymem.methods.image_models import image_dtype, place_image_pipeline, to_images
 from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, is_embedded
 from storymem.story import Story
-from storymem.story.panels import PANELS, PanelStyle, panel_prompt
+from storymem.story.panels import JOINT_TOKENS, PANELS, PanelStyle, panel_prompt
 from storymem.wan.conditioning import decode_video
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings
 from storymem.wan.shots import WanShotGenerator
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BASE_TOKENS = 160  # to which the joint caption of the base model is padded, in training too
 _SEAM = 4.0  # times the median change from row to row: what a seam between panels has at least
 
 
@@ -314,7 +313,7 @@ def panel_model(model: ModelSettings, adapter: AdapterSettings | None) -> ModelS
     return replace(
         model,
         video=replace(model.video, height=PANELS * model.video.height),
-        network=replace(model.network, text_tokens=BASE_TOKENS),
+        network=replace(model.network, text_tokens=JOINT_TOKENS),
         adapter=None if adapter is None else replace(adapter, objective="pictures"),
     )
 

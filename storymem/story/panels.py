@@ -9,6 +9,8 @@ from typing import Literal
 
 PANELS = 3
 """Panels of an image, for which the published film-storyboard LoRA was trained."""
+JOINT_TOKENS = 160
+"""Tokens to which a video model's joint caption is padded, in training and in generation."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from storymem.config import build_settings
 from storymem.film.folder import Film
 from storymem.film.manifest import Slot
-from storymem.media.images import fit_image, read_image
+from storymem.media.images import fit_image, read_image, write_image
 from storymem.media.video import read_video
 from storymem.methods.agent import AgentImages, AgentSettings, QwenEditor
 from storymem.methods.keyframes import make_images
@@ -43,6 +45,24 @@ def test_the_stub_plans_by_rule(story: Story, tmp_path: Path) -> None:
     ]
     assert len(list((tmp_path / "film" / "keyframe_images").iterdir())) == 5
     assert [take.mode for take in Film.open(tmp_path / "film").shots] == ["i2v"] * 3
+
+
+def test_a_reference_image_is_the_portrait_and_only_agents_read_it(
+    story: Story, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "ada.png"
+    write_image(path, np.full((32, 48, 3), 90, dtype=np.uint8))
+    first, *others = story.characters
+    story = replace(story, characters=(replace(first, references=(path,)), *others))
+    maker = method("agent_stub").maker
+    portrait = maker.plan(story, tmp_path)[0]
+    assert (maker.make(portrait, {})["portrait_01"] == 90).all()
+    write_image(path, np.full((32, 48, 3), 91, dtype=np.uint8))
+    assert maker.plan(story, tmp_path)[0].recipe != portrait.recipe, "another image under the same name"
+    for name in ("agent_stub", "independent"):
+        assert "reference images have no effect" not in caplog.text
+        method(name).check(story)
+    assert "reference images have no effect" in caplog.text
 
 
 def test_first_frames_are_edited_from_portraits_and_earlier_frames(

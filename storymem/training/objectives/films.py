@@ -34,11 +34,11 @@ LayoutOf = Callable[[Sequence[int], Sequence[Text]], Layout]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilmPlan:
-    """One sample before anything is read.
+class RunPlan:
+    """A sample of neighbouring clips before anything is read.
 
     Args:
-        clips: indices of the shots, in order.
+        clips: their indices, in order.
         drop_text: whether the empty text replaces all texts.
         seed: of the noise and the noise levels.
     """
@@ -88,19 +88,13 @@ class FilmSamples:
         self._lengths = sorted({len(run) for run in runs})
         self._runs = {length: [run for run in runs if len(run) == length] for length in self._lengths}
 
-    def plan(self, step: int) -> tuple[FilmPlan, ...]:
+    def plan(self, step: int) -> tuple[RunPlan, ...]:
         """The samples of ``step`` (from 0), all of one shape."""
         random = np.random.default_rng([*self._seed, step])
         runs = self._runs[self._lengths[int(random.integers(len(self._lengths)))]]
-        first = runs[int(random.integers(len(runs)))]
-        fitting = [run for run in runs if self._shape(run) == self._shape(first) and run != first] or [first]
-        more = random.choice(len(fitting), self.count - 1, replace=len(fitting) < self.count - 1)
-        return tuple(
-            FilmPlan(clips=run, drop_text=random.random() < self._text_dropout, seed=int(random.integers(2**62)))
-            for run in [first, *(fitting[number] for number in more)]
-        )
+        return draw_runs(runs, self._shape, self.count, self._text_dropout, random)
 
-    def read(self, plan: FilmPlan) -> SequenceBatch:
+    def read(self, plan: RunPlan) -> SequenceBatch:
         """The sample of a plan, as a batch of one."""
         latents, spec = self._latents, self._spec
         checked = partial(checked_tensor, latents)
@@ -124,7 +118,7 @@ class FilmSamples:
             ids=tuple(latents.clips[clip].id for clip in plan.clips),
         )
 
-    def _text(self, plan: FilmPlan) -> Tensor:
+    def _text(self, plan: RunPlan) -> Tensor:
         """[1 + shots, L, D]: the scene, and each shot."""
         latents = self._latents
         if plan.drop_text:
@@ -156,6 +150,23 @@ def neighbours(latents: LatentCache, shots: tuple[int, int], split: Split) -> li
         cure = "prepare larger groups (group.max_size)" if split == "train" else "set validation.every=0"
         raise ValueError(f"no group of {split} clips has {shots[0]} clips of one height and width: {cure}")
     return runs
+
+
+def draw_runs(
+    runs: Sequence[tuple[int, ...]],
+    shape: Callable[[tuple[int, ...]], object],
+    count: int,
+    text_dropout: float,
+    random: np.random.Generator,
+) -> tuple[RunPlan, ...]:
+    """``count`` of ``runs`` with the ``shape`` of the first that is drawn, different ones where there are enough."""
+    first = runs[int(random.integers(len(runs)))]
+    fitting = [run for run in runs if shape(run) == shape(first) and run != first] or [first]
+    more = random.choice(len(fitting), count - 1, replace=len(fitting) < count - 1)
+    return tuple(
+        RunPlan(clips=run, drop_text=random.random() < text_dropout, seed=int(random.integers(2**62)))
+        for run in [first, *(fitting[number] for number in more)]
+    )
 
 
 def scene_texts(clips: Sequence[CachedClip], path: str | None) -> dict[int, str]:

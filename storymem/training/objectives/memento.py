@@ -206,14 +206,14 @@ class MementoSamples:
         blank = checked(latents.given(clip, 0), "blank frames of clip", clip)[None]
         shown = checked(latents.given(clip, plan.given), "given frames of clip", clip)[None]
         pool = torch.cat([image(frame) for frame in plan.pool], dim=1)[None]
-        text = latents.empty_text() if plan.drop_text else latents.text(clip)
-        whole = global_caption(latents.clips[clip].caption)
+        text = self._text(clip, drop=plan.drop_text)
+        whole = global_caption(latents.clips[clip].caption) if self._objective.query else None
         objective, subject = self._objective, None if plan.subject is None else image(plan.subject)[None]
         slots = (subject is not None) + min(len(plan.pool), objective.local + objective.whole) + x0.shape[2]
         generator = torch.Generator().manual_seed(plan.seed)
         of_subject = None
         if plan.subject is not None:
-            of_subject = latents.empty_text() if plan.drop_subject_text else latents.text(plan.subject[0])
+            of_subject = self._text(plan.subject[0], drop=plan.drop_subject_text)
         return MementoBatch(
             x0=x0,
             noise=torch.randn(1, x0.shape[1], slots, *x0.shape[3:], generator=generator),
@@ -229,6 +229,11 @@ class MementoSamples:
             blank=blank[:, :, :1],  # the first latent frame of a video is that of its first frame alone
             ids=(latents.clips[clip].id,),
         )
+
+    def _text(self, clip: int, *, drop: bool) -> Tensor:
+        """[L, D]: the caption of a clip, or the empty text."""
+        text = self._latents.empty_text() if drop else self._latents.text(clip)
+        return checked_tensor(self._latents, text, "text embeds of clip", clip)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ times the height; each is encoded alone, and generation decodes each alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from storymem.story.panels import PANELS, PanelStyle, panel_prompt
 from storymem.training.batches import checked_tensor
-from storymem.training.objectives.films import neighbours
+from storymem.training.objectives.films import RunPlan, draw_runs, neighbours
 from storymem.training.objectives.memory import SPLIT_NUMBERS
 from storymem.training.objectives.sequence import SequenceBatch
 from storymem.wan.conditioning import condition_channels
@@ -27,21 +26,6 @@ from storymem.wan.spec import ModelSpec
 if TYPE_CHECKING:
     from storymem.data.cache import LatentCache, Split
     from storymem.training.objectives.encodings import Encodings
-
-
-@dataclass(frozen=True, kw_only=True)
-class PicturePlan:
-    """One sample before anything is read.
-
-    Args:
-        clips: indices of the clips of the panels, top to bottom; or one.
-        drop_text: whether the empty text replaces the caption.
-        seed: of the noise and the noise level.
-    """
-
-    clips: tuple[int, ...]
-    drop_text: bool
-    seed: int
 
 
 class PictureSamples:
@@ -78,19 +62,13 @@ class PictureSamples:
         self._text_dropout = text_dropout if split == "train" else 0.0
         self._runs = {number: neighbours(latents, (number, number), split) for number in numbers_of_panels(panels)}
 
-    def plan(self, step: int) -> tuple[PicturePlan, ...]:
-        """The samples of ``step`` (from 0), all of one size."""
+    def plan(self, step: int) -> tuple[RunPlan, ...]:
+        """The samples of ``step`` (from 0), all of one size: the clips of their panels from top to bottom, or one."""
         random = np.random.default_rng([*self._seed, step])
         runs = self._runs[PANELS if random.random() < self._panels else 1]
-        first = runs[int(random.integers(len(runs)))]
-        fitting = [run for run in runs if self._size(run) == self._size(first) and run != first] or [first]
-        more = random.choice(len(fitting), self.count - 1, replace=len(fitting) < self.count - 1)
-        return tuple(
-            PicturePlan(clips=run, drop_text=random.random() < self._text_dropout, seed=int(random.integers(2**62)))
-            for run in [first, *(fitting[number] for number in more)]
-        )
+        return draw_runs(runs, self._size, self.count, self._text_dropout, random)
 
-    def read(self, plan: PicturePlan) -> SequenceBatch:
+    def read(self, plan: RunPlan) -> SequenceBatch:
         """The sample of a plan, as a batch of one."""
         latents, spec, clips = self._latents, self._spec, plan.clips
         checked = partial(checked_tensor, latents)
@@ -113,7 +91,7 @@ class PictureSamples:
             ids=tuple(latents.clips[clip].id for clip in clips),
         )
 
-    def _text(self, plan: PicturePlan) -> Tensor:
+    def _text(self, plan: RunPlan) -> Tensor:
         """[L, D]."""
         latents, clips = self._latents, plan.clips
         if len(clips) == 1:

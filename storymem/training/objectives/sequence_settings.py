@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, UserPath, check_bounds
-from storymem.story.panels import PanelStyle
+from storymem.story.panels import JOINT_TOKENS, PanelStyle
 from storymem.training.objectives.base import ObjectiveSettings, used_splits
 from storymem.wan.segments import DEFAULT_STRIDE, Layout, Text, holocine, lct
 
@@ -178,7 +178,7 @@ class PicturesObjectiveSettings(ObjectiveSettings):
 
     panels: float = 0.75
     style: PanelStyle = "plain"
-    text_tokens: int = 160
+    text_tokens: int = JOINT_TOKENS
 
     def __post_init__(self) -> None:
         super().__post_init__()

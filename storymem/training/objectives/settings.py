@@ -151,6 +151,8 @@ class MementoObjectiveSettings(ObjectiveSettings):
         from storymem.story.captions import global_caption
         from storymem.training.objectives.encodings import Needs
 
+        if not self.query:
+            return None
         splits = used_splits(train)
         written = {global_caption(clip.caption) for clip in latents.clips if clip.split in splits}
         texts = {caption: train.model.network.text_tokens for caption in written if caption is not None}
