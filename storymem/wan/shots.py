@@ -111,6 +111,8 @@ class WanShotGenerator:
         texts -= self._embeds.keys()
         if not texts:
             return
+        if self.settled.offload != "none":  # the experts of a film before are in RAM, which has no room for both
+            self._free_experts()
         pipe = self._load(text_encoder=True, experts=False)
         for text in sorted(texts):
             embeds, _ = pipe.encode_prompt(

@@ -37,6 +37,8 @@ def test_a_generator_makes_shots_there(offload: Offload, mode: MemoryMode) -> No
         assert made.first(request).shape == (9, 32, 48, 3)
         memory = made.encode_keyframes([GIVEN[0]] * 2)
         assert made.generate(replace(request, memory=memory, given=GIVEN)).shape == (9, 32, 48, 3)
+        made.prepare(["a dog"], [None])
+        assert (made._pipe is None) == (offload == "model"), "the text encoder takes the place of offloaded experts"
 
 
 def loaded(offload: Offload) -> WanMemoryToVideoPipeline:
