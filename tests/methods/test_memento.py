@@ -136,8 +136,8 @@ def test_a_story_without_descriptions_has_no_subject(adapter: Path, tmp_path: Pa
 
 def test_what_does_not_fit_is_reported_first(adapter: Path, tmp_path: Path) -> None:
     loaded = story(tmp_path, FOUR)
-    with pytest.raises(ValueError, match=r"learned recall needs both experts.*runtime\.experts=in_turn"):
-        method(adapter, "runtime.experts=in_turn").check(loaded)
+    with pytest.raises(InstantiationException, match=r"runtime\.experts=in_turn loads one expert.*learned recall"):
+        method(adapter, "runtime.experts=in_turn")
     with pytest.raises(ValueError, match="holds no KeyframeQuery"):
         method(write_adapter(tmp_path / "plain", query=False)).check(loaded)
     with pytest.raises(FileNotFoundError, match="does not exist"):
