@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 import storymem.training.callbacks
 import storymem.wan.loading  # noqa: F401  once here, and not in every process that is forked
 from storymem.composition import composed
@@ -97,6 +99,10 @@ class Command:
         stream = os.open(self._printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         sys.stdout, sys.stderr = (os.fdopen(os.dup(stream), "w", buffering=1) for _ in range(2))
         sys.argv = [str(SCRIPT), *arguments]
+        if before is None and not _autograd_works():
+            for number in (1, 2):
+                os.dup2(stream, number)
+            os.execv(sys.executable, [sys.executable, *sys.argv])
         try:
             if before is not None:
                 before()
@@ -112,6 +118,15 @@ class Command:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+
+
+def _autograd_works() -> bool:
+    """Whether a forked process can train: not if threads of autograd ran before the fork."""
+    try:
+        torch.ones(1, requires_grad=True).sum().backward()
+    except RuntimeError:
+        return False
+    return True
 
 
 def train(*arguments: str, folder: Path, before: Callable[[], object] | None = None) -> tuple[int, str]:
