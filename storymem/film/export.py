@@ -112,5 +112,6 @@ def write_prores(path: Path, frames: Iterable[np.ndarray], fps: float) -> None:
         for frame in chain([first], remaining):
             image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             colours = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
-            container.mux(stream.encode(image.reformat(format="yuv422p10le", **colours)))
+            # More threads spoil rows of chroma between them.
+            container.mux(stream.encode(image.reformat(format="yuv422p10le", threads=1, **colours)))
         container.mux(stream.encode(None))
