@@ -99,7 +99,7 @@ def test_the_memory_is_edited(studio: Studio, monkeypatch: pytest.MonkeyPatch) -
     first, second = (entry.id for entry in read_entries(studio.folder)[:2])
     plain_image(Path("a hat.png"), (200, 30, 30), (300, 100))
 
-    done = [studio.add_picture("a hat.png", "Ada"), studio.pin(second), studio.replace(first, "a hat.png")]
+    done = [studio.add_image("a hat.png", "Ada"), studio.pin(second), studio.replace(first, "a hat.png")]
     assert [one.split("\n# ")[0] for one in done] == [
         "storymem memory films/walk add films/walk/keyframes/ref_ada_1.png for=Ada",
         f"storymem memory films/walk pin {second}",
@@ -117,8 +117,8 @@ def test_the_memory_is_edited(studio: Studio, monkeypatch: pytest.MonkeyPatch) -
     before = read_entries(studio.folder)
     Path("no.png").write_text("no image")
     for edit, error, message in (
-        (lambda: studio.add_picture("no.png"), ImageError, "cannot be read as an image"),
-        (lambda: studio.add_picture("a hat.png", "Bo"), ValueError, "its characters are Ada"),
+        (lambda: studio.add_image("no.png"), ImageError, "cannot be read as an image"),
+        (lambda: studio.add_image("a hat.png", "Bo"), ValueError, "its characters are Ada"),
         (lambda: studio.drop(None), ValueError, "choose a keyframe"),
         (lambda: studio.drop("ref_ada_1"), ValueError, "no keyframe ref_ada_1"),
     ):
@@ -303,7 +303,7 @@ def test_a_job_that_waits_is_never_forgotten(studio: Studio) -> None:
     assert len(studio.worker.jobs) == 21
 
 
-def test_one_picture_is_uploaded_at_a_time() -> None:
+def test_one_image_is_uploaded_at_a_time() -> None:
     upload = {"host": "127.0.0.1:7860", "path": "/gradio_api/upload", "content-length": "1000"}
     during = []
 

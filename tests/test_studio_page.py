@@ -158,10 +158,10 @@ def test_a_film_is_made_changed_and_watched(served: tuple[Path, str], browser: A
 
     page.get_by_role("tab", name="Memory").click()
     Image.new("RGB", (300, 100), "red").save(folder / "a hat.png")
-    page.get_by_label("Who a new picture shows").click()
+    page.get_by_label("Who a new image shows").click()
     page.get_by_role("option", name="Lou", exact=True).click()
     with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Add a picture").click()
+        page.get_by_role("button", name="Add an image").click()
     chooser.value.set_files(folder / "a hat.png")
     command_shown(page, "keyframes/ref_lou_1.png for=Lou")
     page.wait_for_selector(".keyframe img[src*='ref_lou_1.png']")
@@ -176,7 +176,7 @@ def test_a_film_is_made_changed_and_watched(served: tuple[Path, str], browser: A
     assert list((folder / "tmp").rglob("a hat.png")) == []  # only the film has it
     (folder / "no.png").write_text("no image")
     with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Add a picture").click()
+        page.get_by_role("button", name="Add an image").click()
     chooser.value.set_files(folder / "no.png")
     page.wait_for_selector("#notice:has-text('cannot be read as an image')")
 
@@ -236,7 +236,7 @@ def test_files_outside_the_film_are_not_served(served: tuple[Path, str]) -> None
         urllib.request.urlopen(urllib.request.Request(url, headers={"Origin": "http://evil.example"}))
 
 
-def test_a_file_that_was_not_uploaded_is_no_picture(served: tuple[Path, str]) -> None:
+def test_a_file_that_was_not_uploaded_is_no_image(served: tuple[Path, str]) -> None:
     folder, url = served
     config = json.load(urllib.request.urlopen(f"{url}config"))
     button = next(one["id"] for one in config["components"] if one["type"] == "uploadbutton")

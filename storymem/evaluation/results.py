@@ -297,7 +297,7 @@ def marks(stories: Sequence[StoryResult], summaries: Mapping[str, Summary], colu
     """Footnotes of a column of one row of the tables: those of its films, and whether the films hardly move."""
     found = list(dict.fromkeys(mark for result in stories if (mark := result.mark(column.name)) is not None))
     motion = summaries["motion"].mean_of_complete if column.consistency and "motion" in summaries else None
-    still = f"these films hardly move (motion below {NEARLY_STILL}): consistency says nothing of them"
+    still = f"these films hardly move (motion below {NEARLY_STILL}): their consistency means nothing"
     return found if motion is None or motion >= NEARLY_STILL else [*found, still]
 
 

@@ -121,13 +121,13 @@ class Studio:
         """Have later shots always recall a keyframe, or end that. The command."""
         return self._edit_memory(lambda film: memory_edits.pin(film, _named(keyframe), pinned=pinned))
 
-    def replace(self, keyframe: str | None, picture: str | Path) -> str:
+    def replace(self, keyframe: str | None, image: str | Path) -> str:
         """Put an image in the place of a keyframe. The command."""
-        return self._edit_memory(lambda film: memory_edits.replace(film, _named(keyframe), picture))
+        return self._edit_memory(lambda film: memory_edits.replace(film, _named(keyframe), image))
 
-    def add_picture(self, picture: str | Path, character: str | None = None) -> str:
+    def add_image(self, image: str | Path, character: str | None = None) -> str:
         """Add an image, of a character if one is named, as the newest keyframe. The command."""
-        return self._edit_memory(lambda film: memory_edits.add(film, picture, character=character or None))
+        return self._edit_memory(lambda film: memory_edits.add(film, image, character=character or None))
 
     def _edit_memory(self, edit: Callable[[Film], memory_edits.Edit]) -> str:
         self._check_idle("edit the memory")

@@ -26,7 +26,7 @@ from storymem.studio.work import Job
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class Thumbnail:
     """A keyframe: its id and image, what is seen, why it is in the memory, and its number there, from 1."""
 
     id: str
@@ -44,8 +44,8 @@ class Card:
     take: Take | None
     takes: Sequence[Take]
     stale: str | None
-    recalled: Sequence[Picture]
-    added: Sequence[Picture]
+    recalled: Sequence[Thumbnail]
+    added: Sequence[Thumbnail]
 
 
 class View:
@@ -93,7 +93,7 @@ class View:
             )
         return found
 
-    def memory(self) -> list[Picture]:
+    def memory(self) -> list[Thumbnail]:
         """The keyframes of the memory, oldest first."""
         found = []
         for number, entry in enumerate(self.entries, start=1):
@@ -104,15 +104,15 @@ class View:
             found.append(replace(self._recalled(entry.id, entry), notes=notes, number=number))
         return found
 
-    def _recalled(self, id: str, entry: Entry | None) -> Picture:
+    def _recalled(self, id: str, entry: Entry | None) -> Thumbnail:
         if entry is None:
-            return Picture(id=id, image=keyframe_files(id)[0], alt=f"Keyframe {id}, no longer in the memory")
+            return Thumbnail(id=id, image=keyframe_files(id)[0], alt=f"Keyframe {id}, no longer in the memory")
         if entry.frame:
             of = f"frame {entry.frame} of shot {entry.shot}"
             text = next((shot.prompt for shot in self.story.shots if shot.index + 1 == entry.shot), None)
         else:
             of, text = f"reference image {entry.source or entry.id}", entry.character
-        return Picture(id=id, image=entry.image, alt=f"{of}: {text}" if text else of)
+        return Thumbnail(id=id, image=entry.image, alt=f"{of}: {text}" if text else of)
 
 
 def version(studio: Studio) -> str:
@@ -121,8 +121,8 @@ def version(studio: Studio) -> str:
     return f"{manifest} {manifest.stat().st_mtime_ns if manifest.is_file() else 0}"
 
 
-def _added(record: KeyframeRecord, take: Take) -> Picture:
-    return Picture(
+def _added(record: KeyframeRecord, take: Take) -> Thumbnail:
+    return Thumbnail(
         id=record.id,
         image=keyframe_files(record.id)[0],
         alt=f"frame {record.frame} of shot {take.shot}: {take.prompt}",

@@ -125,8 +125,8 @@ class Page:
             self.unpin = gr.Button("Unpin", min_width=80)
             self.drop = gr.Button("Drop", min_width=80)
             self.replace = gr.UploadButton("Replace", file_types=["image"], min_width=80)
-        self.who = gr.Dropdown(label="Who a new picture shows", interactive=True)
-        self.picture = gr.UploadButton("Add a picture", file_types=["image"])
+        self.who = gr.Dropdown(label="Who a new image shows", interactive=True)
+        self.image = gr.UploadButton("Add an image", file_types=["image"])
         self.fates = gr.HTML(elem_classes="memory")
 
     def _stories_tab(self) -> None:
@@ -157,7 +157,7 @@ class Page:
         self._on(self.unpin, lambda _, id: do.pin(id, pinned=False), self.keyframe)
         self._on(self.drop, lambda _, id: do.drop(id), self.keyframe)
         self._on(self.replace, self._with_upload(do.replace), self.keyframe, self.replace)
-        self._on(self.picture, self._with_upload(lambda who, file: do.add_picture(file, who)), self.who, self.picture)
+        self._on(self.image, self._with_upload(lambda who, file: do.add_image(file, who)), self.who, self.image)
         self._on(self.enqueue, lambda _, paths: "\n".join(do.make(story=Path(path)) for path in paths), self.queue)
         self._on(self.bring, lambda _, text: do.import_story(text), self.answer)
         asked = [self.idea, self.length, self.url, self.name]

@@ -26,8 +26,8 @@ _HOST = "127.0.0.1"
 _HOSTS = (_HOST, "localhost")
 _Refusal = tuple[int, str]  # status and text of the answer
 _ELSEWHERE: _Refusal = (403, "the studio takes no files from other hosts")
-_MAX_PICTURE = 32 << 20  # bytes of an uploaded file
-_MAX_BODY = _MAX_PICTURE + (1 << 16)  # of any request
+_MAX_IMAGE = 32 << 20  # bytes of an uploaded file
+_MAX_BODY = _MAX_IMAGE + (1 << 16)  # of any request
 # The browser loads nothing from other hosts, and sends nothing to them.
 _POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
 
@@ -113,7 +113,7 @@ def application(studio: Studio) -> Any:
         footer_links=[],
         ssr_mode=False,
         show_error=True,
-        max_file_size=_MAX_PICTURE,
+        max_file_size=_MAX_IMAGE,
     )
     page.blocks.has_launched = True  # else Gradio takes any file of the disk for an upload
     return Guard(app)
@@ -170,9 +170,9 @@ class Guard:
             return _ELSEWHERE
         length = headers.get("content-length", "" if uploads else "0")
         if not length.isdecimal() or int(length) > _MAX_BODY or "transfer-encoding" in headers:
-            return 413, f"a picture has at most {_MAX_PICTURE >> 20} MB"
+            return 413, f"an image has at most {_MAX_IMAGE >> 20} MB"
         if uploads and self._uploading:
-            return 429, "another picture is being uploaded"
+            return 429, "another image is being uploaded"
         return None
 
 

@@ -117,7 +117,7 @@ def test_films_that_hardly_move_are_marked(folder: Path) -> None:
     evaluate(config(folder) | {"metrics": metrics()})
     table = (folder / "out" / "results.md").read_text().splitlines()
     assert table[0] == "|  | alike | Motion |"
-    assert "‡ these films hardly move (motion below 0.02): consistency says nothing of them." in table
+    assert "‡ these films hardly move (motion below 0.02): their consistency means nothing." in table
     assert table[2].split("|")[2].startswith(" 1.0000 ‡")
     assert " ‡" in (folder / "out" / "results.tex").read_text().replace(r"$^\ddagger$", "‡")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
@@ -19,7 +20,7 @@ _ABOVE_0 = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ObjectiveSettings:
+class ObjectiveSettings(ABC):
     """What every objective has: flow matching.
 
     Args:
@@ -37,17 +38,17 @@ class ObjectiveSettings:
     system: ClassVar[str]
     sampled: ClassVar[bool] = False
 
-    @property
-    def encodes(self) -> bool:
-        """Whether the text encoder or the VAE is needed, see :meth:`needs`."""
-        return False
-
     shift: float = 4.0
     mask_weight: float = 1.0
     bins: int = 10
 
     def __post_init__(self) -> None:
         check_bounds(self, shift=(_ABOVE_0, 1000), mask_weight=(_ABOVE_0, 1e6), bins=(1, 1000))
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the text encoder or the VAE is needed, see :meth:`needs`."""
+        return False
 
     def check(self, train: TrainSettings) -> None:
         """Raise ``ValueError`` for other settings of the run that this objective cannot use."""
@@ -72,22 +73,22 @@ class ObjectiveSettings:
         """The system whose generation a trained adapter is for, which its files record."""
         return self.system
 
-    def prepare(self, transformer: Any, *, seed: int) -> None:
+    def prepare(self, transformer: Any, *, seed: int) -> None:  # noqa: B027 (most add nothing)
         """Add what is trained besides the adapter to an expert that :func:`prepare_expert` has prepared."""
 
     def needs(self, train: TrainSettings, latents: LatentCache) -> Needs | None:
         """What must be encoded beside what the training set holds; None: nothing."""
         return None
 
+    @abstractmethod
     def samples(
         self, train: TrainSettings, latents: LatentCache, encodings: Encodings, *, count: int, split: Split = "train"
     ) -> Samples:
         """The samples of a training set, ``count`` a step; ``encodings`` holds what is needed beside it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, train: TrainSettings) -> Loss:
         """The loss of a network on a batch of these samples."""
-        raise NotImplementedError
 
 
 def used_splits(train: TrainSettings) -> tuple[Split, ...]:

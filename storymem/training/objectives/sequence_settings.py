@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -76,9 +77,9 @@ class FilmObjectiveSettings(ObjectiveSettings):
         texts = scene_texts(latents.clips, self.scenes).values()
         return Needs(texts=dict.fromkeys(texts, train.model.network.text_tokens))
 
+    @abstractmethod
     def layout(self, frames: Sequence[int], texts: Sequence[Text]) -> Layout:
         """The layout of a film, from the latent frames and the text of each shot."""
-        raise NotImplementedError
 
     def samples(
         self, train: TrainSettings, latents: LatentCache, encodings: Encodings, *, count: int, split: Split = "train"
