@@ -58,13 +58,16 @@ def _is_playable(film: Film, take: Take) -> bool:
 
 
 def _part(film: Film, take: Take, like: VideoInfo, temporary: list[Path]) -> Path:
-    """A take's video, or a copy that is fitted to the size and rate of the others and added to ``temporary``."""
+    """A take's video; of one that the user put there or that differs from the others, a copy added to ``temporary``."""
     path = film.folder / take.file
     info = probe(path)
-    if (info.height, info.width) == (like.height, like.width) and abs(info.fps - like.fps) < 0.01 * like.fps:
+    fits = (info.height, info.width) == (like.height, like.width) and abs(info.fps - like.fps) < 0.01 * like.fps
+    if fits and not take.is_replaced:
         return path
-    was, now = (f"{one.width}x{one.height} at {one.fps:g} frames per second" for one in (info, like))
-    logger.warning(f"{path} is {was}: fitted to {now} for {VIDEO}")
+    if not fits:
+        was, now = (f"{one.width}x{one.height} at {one.fps:g} frames per second" for one in (info, like))
+        logger.warning(f"{path} is {was}: fitted to {now} for {VIDEO}")
+    # Even one that fits is encoded again: packets of a damaged file can decode alone and fail after those of another
     temporary.append(film.folder / f".{take.folder}.{path.name}.partial")
     write_video(temporary[-1], _fitted(path, info, like), like.fps)
     return temporary[-1]
