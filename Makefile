@@ -5,6 +5,7 @@ quick ?=
 STORY ?= examples/ada_and_the_tent.yaml
 ARGS ?=
 RUN = $(VENV)/bin/python
+TWO_STORIES = 'stbench.only=[02_dax_in_the_desert,11_ada_and_hana_in_the_desert]'
 
 .PHONY: help install film test test-slow lint docs bench toy-report stbench-toy clean
 
@@ -43,7 +44,7 @@ toy-report: $(VENV)/.ready  ## measure the embedded models on held-out stories
 
 stbench-toy: $(VENV)/.ready  ## generate and score the toy benchmark (quick=true: two stories, every system)
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --standalone --nproc-per-node=2 -m storymem evaluate \
-	    experiment=stbench_toy$(if $(filter true,$(quick)),_systems_quick) $(ARGS)
+	    experiment=stbench_toy $(if $(filter true,$(quick)),$(TWO_STORIES)) $(ARGS)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
