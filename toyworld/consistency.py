@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from storymem.evaluation.entities import GAPS
 from storymem.evaluation.metric import Column, FilmInfo, Metric, Pair, Scores, Value, mean, reasons_for
 from storymem.story import Shot, Story
 from toyworld.attributes import LOOK_PARTS, LOOKS, PROP_COLOURS, SIDES, UNKNOWN, Scenery
@@ -90,7 +91,9 @@ class ToyConsistency(Metric):
     characters, the one whom the prompt names first is taken to stand on the left, as everywhere in the world.
 
     Stories with one character have a column of their own. A film in which all characters look alike is consistent as
-    well: whether characters differ has its own column.
+    well: whether characters differ has its own column. As the learned columns of ``metrics=[entities]`` do, others give
+    presence (here the share of shots with as many characters as are listed) and the characters' attributes by the
+    distance of any two shots.
 
     Args:
         every: of a shot, each so-many-th frame is read.
@@ -107,10 +110,17 @@ class ToyConsistency(Metric):
             consistency=True,
         ),
         _exact("place_consistency", "Attributes of places", "Places"),
+        Column(name="characters_present", title="Shots with as many characters as asked", heading="Present"),
+        Column(name="character_gap_1", title="Characters, neighbouring shots", heading="Gap 1", consistency=True),
+        Column(name="character_gap_2", title="Characters, two shots apart", heading="Gap 2", consistency=True),
+        Column(name="character_gap_3_4", title="Characters, three or four apart", heading="Gap 3-4", consistency=True),
+        Column(name="character_gap_5", title="Characters, five or more apart", heading="Gap 5+", consistency=True),
         Column(name="characters_apart", title="Pairs of characters who differ", heading="Apart"),
         Column(name="attributes_unread", title="Attributes that cannot be read", heading="Unread"),
         Column(name="prompt_attributes", title="Place, time, framing and action as asked", heading="As asked"),
     )
+
+    version = 2
 
     def __init__(self, *, every: int = 4) -> None:
         if every < 1:
@@ -137,17 +147,26 @@ class ToyConsistency(Metric):
         asked = tuple(
             None if shown is None else _as_asked(shown, shot) for shown, shot in zip(measured, story.shots, strict=True)
         )
+        present = tuple(
+            None if shown is None else float(len(shown.seen.looks) == len(shot.characters))
+            for shown, shot in zip(measured, story.shots, strict=True)
+        )
+        gaps = _gaps(characters, measured)
         columns = {
             "attribute_consistency": mean([one.same for one in compared]),
             "attribute_chance": mean([CHANCE[one.part] for one in compared]),
             "character_consistency": mean([one.same for one in of_characters]),
             "lone_character_consistency": mean([one.same for one in of_characters]) if alone else None,
             "place_consistency": mean([one.same for one in compared if not one.of_character]),
+            "characters_present": mean(present),
+            **{name: mean(values) for name, values in gaps.items()},
             "characters_apart": mean(apart),
             "attributes_unread": mean([value for thing in things for value in _unread(thing, measured)]),
             "prompt_attributes": mean(asked),
         }
-        undefined = _undefined(compared, alone, apart)
+        undefined = _undefined(compared, alone, apart) | {
+            name: "no character is listed in shots so far apart" for name, values in gaps.items() if not values
+        }
         return Scores(
             columns=columns,
             reasons={**reasons_for(columns, film), **undefined},
@@ -156,6 +175,7 @@ class ToyConsistency(Metric):
                 "attribute_consistency": tuple(
                     mean([one.same for one in compared if one.shot == shot.index]) for shot in story.shots
                 ),
+                "characters_present": present,
                 "prompt_attributes": asked,
             },
             pairs={"attribute_consistency": tuple(_pairs(things, measured))},
@@ -250,15 +270,29 @@ def _pairs(things: Sequence[Thing], seen: Sequence[ShotSeen | None]) -> Iterator
     """For all pairs of shots with a character or place in common, the share of its attributes that are the same."""
     same: dict[tuple[int, int], list[Value]] = {}
     for thing in things:
-        for a, b in combinations(range(len(thing.shots)), 2):
-            one, other = _read(thing, a, seen), _read(thing, b, seen)
-            found = same.setdefault((thing.shots[a], thing.shots[b]), [])
-            if one is None or other is None:
-                found.append(None)
-            else:
-                found += [float(x == y != UNKNOWN) for x, y in zip(one, other, strict=True)]
+        for i, j, values in _same(thing, seen):
+            same.setdefault((i, j), []).extend(values)
     for (i, j), values in sorted(same.items()):
         yield i, j, mean(values)
+
+
+def _gaps(characters: Sequence[Thing], seen: Sequence[ShotSeen | None]) -> dict[str, list[Value]]:
+    """Column -> for each attribute of a character in two shots so far apart, 1 if it is the same."""
+    same = [one for character in characters for one in _same(character, seen)]
+    return {
+        f"character_gap_{name}": [value for i, j, values in same if low <= j - i <= high for value in values]
+        for name, (low, high) in GAPS.items()
+    }
+
+
+def _same(thing: Thing, seen: Sequence[ShotSeen | None]) -> Iterator[tuple[int, int, list[Value]]]:
+    """All pairs of its shots with, for each attribute, 1 if it is the same in both; None if a shot is missing."""
+    for a, b in combinations(range(len(thing.shots)), 2):
+        one, other = _read(thing, a, seen), _read(thing, b, seen)
+        if one is None or other is None:
+            yield thing.shots[a], thing.shots[b], [None]
+        else:
+            yield thing.shots[a], thing.shots[b], [float(x == y != UNKNOWN) for x, y in zip(one, other, strict=True)]
 
 
 def _asked(shot: Shot) -> Asked:

@@ -77,6 +77,8 @@ def test_the_true_film_keeps_everything(number: int) -> None:
         "place_consistency": 1.0,
         "attributes_unread": 0.0,
         "prompt_attributes": 1.0,
+        "characters_present": 1.0,
+        **dict.fromkeys(("character_gap_1", "character_gap_2", "character_gap_3_4", "character_gap_5"), 1.0),
         **(lone if number == 1 else several),
     }
 
@@ -109,6 +111,21 @@ def test_one_wrong_hat_costs_one_of_all_attributes() -> None:
 def test_the_first_appearance_is_what_counts() -> None:
     found = scores(1, lambda index, shot: with_look(shot, 0, hat="another") if index == 0 else shot)
     assert found.columns["character_consistency"] == pytest.approx(3 / 4)
+
+
+def test_characters_by_distance_and_presence() -> None:
+    # Cleo, in all 8 shots of story 1, has another colour from the fifth on, and is not seen in the last.
+    def change(index: int, shot: ShotSeen) -> ShotSeen:
+        if index == 7:
+            return replace(shot, seen=replace(shot.seen, looks=()))
+        return with_look(shot, 0, colour="another") if index >= 4 else shot
+
+    found = scores(1, change).columns
+    assert found["characters_present"] == 7 / 8
+    for name, gaps in {"1": [1], "2": [2], "3_4": [3, 4], "5": [5, 6, 7]}.items():
+        pairs = [(i, i + gap) for gap in gaps for i in range(8 - gap)]
+        same = [0.0 if j == 7 else 0.75 if i < 4 <= j else 1.0 for i, j in pairs]
+        assert found[f"character_gap_{name}"] == pytest.approx(np.mean(same))
 
 
 @pytest.mark.parametrize("index", [0, 2])
