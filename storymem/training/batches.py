@@ -16,17 +16,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
 from storymem.data.manifest import digest
-from storymem.io import NotFiniteError
 
 if TYPE_CHECKING:
     from storymem.data.cache import LatentCache
+    from storymem.training.objectives.samples import Samples
 
 _AHEAD = 4  # batches that each reader is ahead of the training
 _SLOW_SECONDS = 60  # after which a wait for data is reported
@@ -60,35 +60,6 @@ class Batch:
         """The same batch on a device."""
         moved = {name: send_to_device(value, device, non_blocking=True) for name, value in vars(self).items()}
         return replace(self, **moved)
-
-
-class Samples(Protocol):
-    """The samples that an objective draws from a training set.
-
-    Attributes:
-        count: samples of a step, over all processes.
-    """
-
-    count: int
-
-    def plan(self, step: int) -> Sequence[Any]:
-        """The samples of ``step`` (from 0) before anything is read; it follows from the seed and the step alone."""
-        ...
-
-    def read(self, plan: Any) -> Batch:
-        """The sample of one plan, as a batch of one; several threads may call this.
-
-        Raises:
-            NotFiniteError: naming the clip and what of it has NaN or infinity.
-        """
-        ...
-
-
-def checked_tensor(latents: LatentCache, tensor: Tensor, what: str, clip: int) -> Tensor:
-    """``tensor`` of clip ``clip``; ``NotFiniteError`` with ``what`` it is if it has NaN or infinity."""
-    if not bool(tensor.isfinite().all()):
-        raise NotFiniteError(f"{what} {latents.clips[clip].id}: NaN or infinite values; {latents.cure(clip)}")
-    return tensor
 
 
 def collate(samples: Sequence[Batch]) -> Batch:

@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from storymem.training.batches import Samples
 from storymem.training.method import ExpertTraining
+from storymem.training.objectives.samples import Samples
 from storymem.training.run_log import RunLog
 from storymem.training.trainer import StepReport, Sums, Trainer, add_sums
 

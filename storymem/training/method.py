@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from storymem.training.batches import Batch
 from storymem.training.experts import Experts, load_parameters, save_parameters
-from storymem.training.objectives import Loss
-from storymem.training.objectives.flow import Losses
+from storymem.training.objectives.flow import FlowLoss, Losses
 from storymem.wan.lora import AdapterInfo
 from storymem.wan.spec import Expert
 
@@ -29,7 +29,7 @@ class ExpertTraining:
     def __init__(
         self,
         experts: Experts,
-        objective: Loss,
+        objective: FlowLoss[Any],
         *,
         info: AdapterInfo | None,
         alternate_every: int = 1,

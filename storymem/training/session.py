@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from storymem.training.experts import (
 )
 from storymem.training.method import ExpertTraining
 from storymem.training.objectives.encodings import Encodings, encode
+from storymem.training.objectives.samples import Source
 from storymem.training.resume import CHECKPOINTS, CONFIG, MODEL, changes_of_later_steps, check_same_run
 from storymem.training.run_log import RunLog
 from storymem.training.settings import AdapterTrainingSettings, TrainSettings
@@ -95,8 +95,13 @@ class Run:
         self.accelerator = accelerator = make_accelerator(device)
         _check_machine(settings, accelerator)
         world, batch = accelerator.num_processes, settings.batch
-        draw = partial(settings.objective.samples, settings, latents, self._encodings(latents))
-        samples = draw(count=batch.size * batch.accumulation * world)
+        source = Source(
+            train=settings,
+            latents=latents,
+            encodings=self._encodings(latents),
+            count=batch.size * batch.accumulation * world,
+        )
+        samples = settings.objective.samples(source)
         about = {
             "config": json.loads(json.dumps(config)),
             "processes": world,
@@ -115,7 +120,7 @@ class Run:
             film.generator.experts = self.method.experts
         callbacks: list[Callback] = [LogMetrics(self.log, every=settings.log.every)]
         if every := settings.validation.every:
-            held_out = draw(count=1, split="valid")
+            held_out = settings.objective.samples(replace(source, count=1, split="valid"))
             number = settings.validation.samples
             callbacks.append(Validation(self.method, held_out, samples=number, every=every, log=self.log))
         readers = {"workers": batch.workers, "rank": accelerator.process_index, "world": world}

@@ -15,6 +15,7 @@ from storymem.training.batches import train_batches
 from storymem.training.objectives.memory import MemorySamples
 from storymem.training.settings import BatchSettings
 from tests.data.drawn_clips import FRAMES, HEIGHT, WIDTH
+from tests.training.tiny import source
 
 SMALL = [
     "model=tiny",
@@ -65,7 +66,7 @@ def train_on(folder: Path) -> None:
     """Open a set as a training does and read the batches of three steps."""
     cache = LatentCache.open(folder)
     batch = BatchSettings(size=2, max_memory=1, workers=0)
-    samples = MemorySamples(cache, batch, conditioning="mi2v", seed=0, count=batch.size)
+    samples = MemorySamples(source(cache, batch=batch, conditioning="mi2v", count=batch.size))  # type: ignore[arg-type]
     batches = train_batches(samples, size=batch.size)
     for _ in range(3):
         assert next(batches).x0.isfinite().all()

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
 
 from storymem.training.batches import train_batches
-from storymem.training.objectives.memory import MemorySamples, read_sample
+from storymem.training.objectives.memory import MemorySamples
 from storymem.training.settings import BatchSettings
-from tests.training.tiny import MemoryLatents, TinyClip, latents
+from tests.training.tiny import MemoryLatents, TinyClip, latents, source
 
 EIGHT = 8
 
 
-def planner(data: MemoryLatents | None = None, **changes: object) -> MemorySamples:
-    arguments = {"conditioning": "m2v", "seed": 0, "count": EIGHT, "max_memory": 3, "text_dropout": 0.0} | changes
-    of_batch = {name: arguments.pop(name) for name in list(arguments) if name in BatchSettings.__dataclass_fields__}
-    return MemorySamples(data or latents(groups=3), BatchSettings(**of_batch), **arguments)  # type: ignore[arg-type]
+def planner(data: MemoryLatents | None = None, **changes: Any) -> MemorySamples:
+    changes = {"max_memory": 3, "text_dropout": 0.0} | changes
+    batch = {name: changes.pop(name) for name in list(changes) if name in BatchSettings.__dataclass_fields__}
+    return MemorySamples(source(data or latents(groups=3), batch=BatchSettings(**batch), **changes))
 
 
 def mixed() -> MemoryLatents:
@@ -118,9 +119,10 @@ def test_workers_change_nothing(start: int) -> None:
 
 def test_a_sample_holds_its_memory_its_condition_and_its_text() -> None:
     data = latents()
-    (plan,) = planner(data, count=1, max_memory=2).plan(0)
+    samples = planner(data, count=1, max_memory=2)
+    (plan,) = samples.plan(0)
     plan = replace(plan, memory=((1, 1), (2, 0)), clip=0, given=5, drop_text=False)
-    sample = read_sample(data, plan)
+    sample = samples.read(plan)
     remembered = torch.stack([data.keyframes(1)[1, :, 0], data.keyframes(2)[0, :, 0]], dim=1)
     assert torch.equal(sample.x0[0], torch.cat([remembered, data.video(0)], dim=1))
     assert sample.condition.shape == (1, 20, 2 + 3, 4, 6)
@@ -130,7 +132,7 @@ def test_a_sample_holds_its_memory_its_condition_and_its_text() -> None:
     assert torch.equal(conditions, torch.cat([remembered, data.given(0, 5)], dim=1))
     assert torch.equal(sample.mask[0], data.mask(0))
     assert torch.equal(sample.text[0], data.text(0))
-    assert torch.equal(read_sample(data, replace(plan, drop_text=True)).text[0], data.empty_text())
+    assert torch.equal(samples.read(replace(plan, drop_text=True)).text[0], data.empty_text())
     assert sample.memory_frames == 2
 
 

@@ -14,6 +14,7 @@ from storymem.config import ConfigError, build_settings
 from storymem.training.batches import collate
 from storymem.training.experts import prepare_expert, trained_parameters
 from storymem.training.objectives.memento import MementoBatch, MementoObjective, MementoSamples
+from storymem.training.objectives.samples import Source
 from storymem.training.objectives.settings import MementoObjectiveSettings
 from storymem.training.settings import TrainSettings
 from storymem.wan.keyframe_query import KeyframeQuery
@@ -21,25 +22,16 @@ from storymem.wan.lora import read_memory_lora
 from storymem.wan.segments import memento
 from storymem.wan.spec import A14B
 from tests import stories
-from tests.training.tiny import ADAPTER, BATCH, MemoryLatents, config, expert, latents, run
+from tests.training.tiny import ADAPTER, BATCH, MemoryLatents, config, expert, latents, run, source
 
 SETTINGS = MementoObjectiveSettings(local=2, whole=1, subject_probability=1.0, recent_probability=0.0)
 NODE = {"_target_": "storymem.training.objectives.settings.MementoObjectiveSettings", "local": 2, "whole": 1}
 EXPORT = ("storymem", "released")
 
 
-def samples(settings: MementoObjectiveSettings = SETTINGS, count: int = 2) -> MementoSamples:
-    data = latents(groups=2, size=4)
-    encodings: Any = None  # no caption is tagged
-    return MementoSamples(
-        data,
-        settings,
-        BATCH,
-        encodings=encodings,
-        conditioning="mi2v",
-        seed=0,
-        count=count,  # type: ignore[arg-type]
-    )
+def samples(settings: MementoObjectiveSettings = SETTINGS) -> MementoSamples:
+    data = latents(groups=2, size=4)  # no caption is tagged
+    return MementoSamples(settings, source(data, batch=BATCH, conditioning="mi2v", count=2))
 
 
 def batch(step: int = 0, settings: MementoObjectiveSettings = SETTINGS) -> MementoBatch:
@@ -158,8 +150,9 @@ def test_the_global_queries_read_the_caption_of_the_whole_film(tmp_path: Path) -
     node = NODE | {"recent_probability": 0.0}
     training = run(tmp_path, data, objective=node, export=EXPORT, steps=1, conditioning="mi2v")
     training.trainer.run()
-    settings: Any = training.settings.objective
-    drawn = settings.samples(training.settings, data, training._encodings(data), count=1)
+    settings: Any = training.settings
+    encodings = training._encodings(data)  # type: ignore[arg-type]
+    drawn = settings.objective.samples(Source(train=settings, latents=data, encodings=encodings, count=1))  # type: ignore[arg-type]
     first = drawn.read(drawn.plan(0)[0])
     assert first.caption.shape == first.text.shape
     assert not torch.equal(first.caption, first.text)
@@ -169,7 +162,7 @@ def test_the_global_queries_read_the_caption_of_the_whole_film(tmp_path: Path) -
     ("changes", "message"),
     [
         ({"export": ("storymem", "comfyui")}, "comfyui cannot hold a KeyframeQuery"),
-        ({"samples": {"every": 5, "story": "x"}}, "no film is sampled with memento"),
+        ({"samples": {"every": 5, "story": "x"}}, "no film can be sampled while memento is trained"),
         ({"adapter": None}, "trains an adapter"),
         ({"parallel": {"strategy": "fsdp"}}, "use parallel.strategy=ddp"),
     ],

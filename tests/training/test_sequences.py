@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,16 +15,19 @@ from torch import Tensor
 
 from storymem.training.batches import collate
 from storymem.training.objectives.films import FilmSamples
-from storymem.training.objectives.flow import logit_normal_level
+from storymem.training.objectives.flow import noise_level
 from storymem.training.objectives.pictures import PictureSamples
-from storymem.training.objectives.sequence import SequenceBatch, SequenceObjective
-from storymem.training.objectives.settings import HolocineObjectiveSettings, LctObjectiveSettings
+from storymem.training.objectives.sequence import SequenceBatch
+from storymem.training.objectives.settings import (
+    FilmObjectiveSettings,
+    HolocineObjectiveSettings,
+    LctObjectiveSettings,
+    PicturesObjectiveSettings,
+)
 from storymem.wan.conditioning import condition_channels
-from storymem.wan.segments import holocine, lct, scene_and_own_text, single_shot
-from storymem.wan.spec import A14B, T2V_A14B
-from tests.training.tiny import MemoryLatents, TinyClip
-
-EIGHT = 8
+from storymem.wan.segments import holocine, scene_and_own_text, single_shot
+from tests import stories
+from tests.training.tiny import BATCH, MemoryLatents, TinyClip, source
 
 
 class Encoded:
@@ -46,19 +51,12 @@ def clips(**sizes: int) -> MemoryLatents:
     )
 
 
-def films(data: MemoryLatents, **changes: Any) -> FilmSamples:
-    arguments: dict[str, Any] = {
-        "spec": A14B,
-        "layout": partial(holocine, sparse=True),
-        "scenes": dict.fromkeys(range(len(data.clips)), "a scene"),
-        "encodings": Encoded(),
-        "shots": (2, 3),
-        "levels": False,
-        "text_dropout": 0.0,
-        "seed": 0,
-        "count": EIGHT,
-    }
-    return FilmSamples(data, **arguments | changes)
+SPARSE = HolocineObjectiveSettings(sparse=True, max_shots=3)
+
+
+def films(data: MemoryLatents, settings: FilmObjectiveSettings = SPARSE, **changes: Any) -> FilmSamples:
+    batch = replace(BATCH, text_dropout=0.0)
+    return FilmSamples(settings, source(data, batch=batch, encodings=Encoded(), **changes))
 
 
 def test_films_are_neighbours_of_a_group_in_order() -> None:
@@ -75,14 +73,17 @@ def test_films_are_neighbours_of_a_group_in_order() -> None:
     assert films(data).plan(7) == films(data).plan(7) != films(data, seed=1).plan(7)
 
 
-def test_a_film_holds_its_clips_and_each_shot_reads_the_scene_and_its_caption() -> None:
+def test_a_film_holds_its_clips_and_each_shot_reads_the_scene_and_its_caption(tmp_path: Path) -> None:
     data = clips(a=3)
-    (plan,) = films(data, shots=(3, 3), count=1).plan(0)
-    sample = films(data).read(plan)
+    (tmp_path / "scenes").write_text('{"folder": ".", "caption": "a scene"}')
+    samples = films(data, replace(SPARSE, min_shots=3, scenes=str(tmp_path / "scenes")), count=1)
+    (plan,) = samples.plan(0)
+    sample = samples.read(plan)
     assert torch.equal(sample.x0[0], torch.cat([data.video(clip) for clip in range(3)], dim=1))
     blank = condition_channels(None, data.given(0, 0)[None], 0)
     assert torch.equal(sample.condition, torch.cat([blank] * 3, dim=2))
-    assert films(data, spec=T2V_A14B).read(plan).condition is None
+    text_to_video = asdict(stories.MODEL) | {"base": "wan2.2-t2v-a14b", "has_text_to_video": False}
+    assert films(data, model=text_to_video).read(plan).condition is None
     assert torch.equal(sample.mask[0], torch.cat([data.mask(clip) for clip in range(3)]))
     texts = sample.text[0].unflatten(0, (4, 16))
     assert torch.equal(texts[0], Encoded().text("a scene", 16))
@@ -95,17 +96,9 @@ def test_a_film_holds_its_clips_and_each_shot_reads_the_scene_and_its_caption() 
 
 def test_panels_stand_below_each_other_under_their_joint_caption() -> None:
     data = clips(a=3, b=3)
-    samples = PictureSamples(
-        data,
-        spec=A14B,
-        encodings=Encoded(),  # type: ignore[arg-type]
-        style="plain",
-        text_tokens=20,
-        panels=0.5,
-        text_dropout=0.0,
-        seed=0,
-        count=2,
-    )
+    settings = PicturesObjectiveSettings(text_tokens=20, panels=0.5)
+    batch = replace(BATCH, text_dropout=0.0)
+    samples = PictureSamples(settings, source(data, batch=batch, encodings=Encoded(), count=2))
     read = {len(plan.clips): samples.read(plan) for step in range(12) for plan in samples.plan(step)}
     assert read.keys() == {1, 3}
     first = [data.by_id[name] for name in read[3].ids]
@@ -117,8 +110,8 @@ def test_panels_stand_below_each_other_under_their_joint_caption() -> None:
     assert read[3].layout == read[1].layout == single_shot(1)
 
 
-def film(levels: bool, layout: Any) -> SequenceBatch:
-    samples = films(clips(a=2, b=2), shots=(2, 2), levels=levels, layout=layout, count=2)
+def film(settings: FilmObjectiveSettings) -> SequenceBatch:
+    samples = films(clips(a=2, b=2), replace(settings, max_shots=2), count=2)
     return collate([samples.read(plan) for plan in samples.plan(0)])  # type: ignore[return-value]
 
 
@@ -133,9 +126,9 @@ class Recorder(torch.nn.Module):
 
 
 def test_every_shot_of_lct_has_a_noise_level_of_its_own() -> None:
-    of, network = film(True, lct), Recorder()
-    levels = partial(logit_normal_level, boundary=None, shift=1.0)
-    losses = SequenceObjective(settings=LctObjectiveSettings(), levels=levels)(network, "high_noise", of)
+    settings, network = LctObjectiveSettings(), Recorder()
+    of = film(settings)
+    losses = settings.loss(_Train())(network, "high_noise", of)  # type: ignore[arg-type]
     x, timestep, text = network.seen
     assert timestep.shape == (2, 2)
     assert len(timestep.unique()) == 4
@@ -148,8 +141,8 @@ def test_every_shot_of_lct_has_a_noise_level_of_its_own() -> None:
 
 
 def test_the_subject_of_a_film_has_more_weight() -> None:
-    of, network = film(False, partial(holocine, sparse=False)), Recorder()
-    settings = HolocineObjectiveSettings(mask_weight=3.0)
+    settings, network = HolocineObjectiveSettings(mask_weight=3.0), Recorder()
+    of = film(settings)
     losses = settings.loss(_Train())(network, "low_noise", of)  # type: ignore[arg-type]
     errors = (of.noise - of.x0).square().mean(dim=1)
     weights = 1 + 2 * of.mask
@@ -168,7 +161,7 @@ class _Train:
 
 def test_logit_normal_levels_lie_in_the_experts_range_and_share_out_the_whole() -> None:
     u = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1].float()
-    level = partial(logit_normal_level, u, shift=4.0, mean=0.3, deviation=1.2)
+    level = partial(noise_level, u, shift=4.0, normal=(0.3, 1.2))
     high, low = level("high_noise", boundary=0.9), level("low_noise", boundary=0.9)
     whole = level("high_noise", boundary=None)
     assert bool((high >= 0.9).all())

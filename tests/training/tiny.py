@@ -19,6 +19,7 @@ from storymem.training.batches import train_batches
 from storymem.training.experts import Experts, make_accelerator, prepare_expert
 from storymem.training.method import ExpertTraining
 from storymem.training.objectives.memory import MemoryObjective, MemorySamples
+from storymem.training.objectives.samples import Source
 from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.training.run_log import METRICS
 from storymem.training.session import Run
@@ -143,6 +144,15 @@ def method(
     return ExpertTraining(experts, objective, info=info, alternate_every=parallel.alternate_every)
 
 
+def source(
+    data: MemoryLatents, *, count: int = 8, split: Split = "train", encodings: Any = None, **changes: Any
+) -> Source:
+    """Where samples are drawn from; ``changes`` are to the settings of the run."""
+    values = config(Path("nowhere"), **{"batch": asdict(changes.pop("batch", BATCH))} | changes)
+    train = build_settings(TrainSettings, values)
+    return Source(train=train, latents=data, encodings=encodings, count=count, split=split)  # type: ignore[arg-type]
+
+
 def trainer(
     of: ExpertTraining,
     *,
@@ -156,7 +166,7 @@ def trainer(
     data = data or latents()
     world, rank = accelerator.num_processes, accelerator.process_index
     count = batch.size * batch.accumulation * world
-    samples = MemorySamples(data, batch, conditioning="m2v", seed=0, count=count)
+    samples = MemorySamples(source(data, batch=batch, count=count))
     arguments: dict[str, Any] = {"optimizer": OPTIMIZER, "steps": 3, "accumulation": batch.accumulation}
     return Trainer(
         of,

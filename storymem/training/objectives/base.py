@@ -11,9 +11,9 @@ from storymem.config import STRICT, check_bounds
 
 if TYPE_CHECKING:
     from storymem.data.cache import LatentCache, Split
-    from storymem.training.batches import Samples
-    from storymem.training.objectives import Loss
-    from storymem.training.objectives.encodings import Encodings, Needs
+    from storymem.training.objectives.encodings import Needs
+    from storymem.training.objectives.flow import FlowLoss
+    from storymem.training.objectives.samples import Samples, Source
     from storymem.training.settings import TrainSettings
 
 _ABOVE_0 = 1e-12
@@ -33,10 +33,12 @@ class ObjectiveSettings(ABC):
     Attributes:
         system: the name of the system that is trained, which adapters record.
         sampled: whether a film can be sampled with the networks while they train.
+        conditioned: whether samples may be given first frames of their target.
     """
 
     system: ClassVar[str]
     sampled: ClassVar[bool] = False
+    conditioned: ClassVar[bool] = False
 
     shift: float = 4.0
     mask_weight: float = 1.0
@@ -54,14 +56,17 @@ class ObjectiveSettings(ABC):
         """Raise ``ValueError`` for other settings of the run that this objective cannot use."""
         if train.samples.every and not self.sampled:
             raise ValueError(
-                f"samples.every={train.samples.every}: no film can be sampled while {self.system} is trained, as it is "
-                "not generated shot by shot with memory; write samples.every=0"
+                f"samples.every={train.samples.every}: no film can be sampled while {self.system} is trained; write "
+                "samples.every=0"
             )
-        if train.conditioning != "m2v" and not self.sampled:
+        if train.conditioning != "m2v" and not self.conditioned:
             raise ValueError(f"conditioning={train.conditioning}: {self.system} is given no frames; write m2v")
 
     def check_set(self, train: TrainSettings, latents: LatentCache) -> None:
         """Raise ``ValueError`` if a training set lacks what this objective needs."""
+        from storymem.training.settings import GIVEN_FRAMES
+
+        latents.given(0, GIVEN_FRAMES[train.conditioning])  # raises if the cache lacks them
         masks = any(clip.mask for clip in latents.clips if clip.split == "train")
         if self.mask_weight != 1 and not masks:
             raise ValueError(
@@ -81,13 +86,11 @@ class ObjectiveSettings(ABC):
         return None
 
     @abstractmethod
-    def samples(
-        self, train: TrainSettings, latents: LatentCache, encodings: Encodings, *, count: int, split: Split = "train"
-    ) -> Samples:
-        """The samples of a training set, ``count`` a step; ``encodings`` holds what is needed beside it."""
+    def samples(self, source: Source) -> Samples:
+        """The samples of a training set."""
 
     @abstractmethod
-    def loss(self, train: TrainSettings) -> Loss:
+    def loss(self, train: TrainSettings) -> FlowLoss[Any]:
         """The loss of a network on a batch of these samples."""
 
 

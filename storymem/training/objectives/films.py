@@ -6,10 +6,8 @@ and its own caption.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -18,19 +16,14 @@ import torch
 from torch import Tensor
 
 from storymem.io import parse_json, read_text, text_lines
-from storymem.training.batches import checked_tensor
-from storymem.training.objectives.memory import SPLIT_NUMBERS
+from storymem.training.objectives.samples import Samples, Source, clips_alike, draw_noise
 from storymem.training.objectives.sequence import SequenceBatch
+from storymem.training.objectives.settings import FilmObjectiveSettings
 from storymem.wan.conditioning import condition_channels
-from storymem.wan.segments import Layout, Text, scene_and_own_text
-from storymem.wan.spec import ModelSpec
+from storymem.wan.segments import scene_and_own_text
 
 if TYPE_CHECKING:
     from storymem.data.cache import CachedClip, LatentCache, Split
-    from storymem.training.objectives.encodings import Encodings
-
-LayoutOf = Callable[[Sequence[int], Sequence[Text]], Layout]
-"""From the latent frames and the text of each shot to the layout of a film."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,86 +41,55 @@ class RunPlan:
     seed: int
 
 
-class FilmSamples:
-    """See :class:`storymem.training.batches.Samples`.
+class FilmSamples(Samples):
+    """A film is a run of neighbouring clips of a group, of one height and width, in the order of their ids.
 
-    A film is a run of neighbouring clips of a group, of one height and width, in the order of their ids. The first film
-    of a step decides how many shots all have and how long they are.
+    The first film of a step decides how many shots all have and how long they are.
 
     Args:
-        spec: the base model that is trained; of two with one VAE only one may have condition channels.
-        layout: of a film.
-        scenes: the text of each clip's scene, see :func:`scene_texts`.
-        encodings: holds the embeddings of these texts.
-        shots: the fewest and the most of a film.
-        levels: whether every shot has a noise level of its own.
-        text_dropout: how often a sample has no text; held-out samples always have it.
+        settings: number of shots, layout, and scenes, whose texts ``source.encodings`` holds.
     """
 
-    def __init__(
-        self,
-        latents: LatentCache,
-        *,
-        spec: ModelSpec,
-        layout: LayoutOf,
-        scenes: Mapping[int, str],
-        encodings: Encodings,
-        shots: tuple[int, int],
-        levels: bool,
-        text_dropout: float,
-        seed: int,
-        count: int,
-        split: Split = "train",
-    ) -> None:
-        self.count = count
-        self._spec = spec
-        self._latents, self._layout, self._scenes, self._encodings = latents, layout, scenes, encodings
-        self._levels, self._seed = levels, [seed, SPLIT_NUMBERS[split]]
-        self._text_dropout = text_dropout if split == "train" else 0.0
-        runs = neighbours(latents, shots, split)
-        self._lengths = sorted({len(run) for run in runs})
-        self._runs = {length: [run for run in runs if len(run) == length] for length in self._lengths}
+    def __init__(self, settings: FilmObjectiveSettings, source: Source) -> None:
+        super().__init__(source)
+        self._settings, self._scenes = settings, scene_texts(self.latents.clips, settings.scenes)
+        runs = neighbours(self.latents, (settings.min_shots, settings.max_shots), self.split)
+        self._runs = {length: [run for run in runs if len(run) == length] for length in sorted(set(map(len, runs)))}
 
     def plan(self, step: int) -> tuple[RunPlan, ...]:
         """The samples of ``step`` (from 0), all of one shape."""
-        random = np.random.default_rng([*self._seed, step])
-        runs = self._runs[self._lengths[int(random.integers(len(self._lengths)))]]
-        return draw_runs(runs, self._shape, self.count, self._text_dropout, random)
+        random, lengths = self.random(step), list(self._runs)
+        runs = self._runs[lengths[int(random.integers(len(lengths)))]]
+        return draw_runs(runs, self._shape, self.count, self.text_dropout, random)
 
     def read(self, plan: RunPlan) -> SequenceBatch:
-        """The sample of a plan, as a batch of one."""
-        latents, spec = self._latents, self._spec
-        checked = partial(checked_tensor, latents)
-        videos = [checked(latents.video(clip), "latents of clip", clip) for clip in plan.clips]
-        x0 = torch.cat(videos, dim=1)[None]
-        masks = [checked(latents.mask(clip), "mask of clip", clip) for clip in plan.clips]
-        condition = None
-        if spec.condition_channels:
-            blank = [condition_channels(None, latents.given(clip, 0)[None], 0, spec) for clip in plan.clips]
+        videos = [self.video(clip) for clip in plan.clips]
+        text, condition = self._text(plan), None
+        if self.spec.condition_channels:
+            blank = [condition_channels(None, self.shown(clip, 0)[None], 0, self.spec) for clip in plan.clips]
             condition = torch.cat(blank, dim=2)
-        text = self._text(plan)
-        generator = torch.Generator().manual_seed(plan.seed)
+        x0 = torch.cat(videos, dim=1)
+        noise, u = draw_noise(plan.seed, x0.shape, levels=len(videos) if self._settings.levels == "shot" else 1)
+        texts = scene_and_own_text(len(videos), text.shape[1])
         return SequenceBatch(
-            x0=x0,
-            noise=torch.randn(x0.shape, generator=generator),
-            u=torch.rand(1, len(videos) if self._levels else 1, generator=generator),
+            x0=x0[None],
+            noise=noise,
+            u=u,
             condition=condition,
-            mask=torch.cat(masks)[None],
+            mask=torch.cat([self.mask(clip) for clip in plan.clips])[None],
             text=text.flatten(0, 1)[None],
-            layout=self._layout([video.shape[1] for video in videos], scene_and_own_text(len(videos), text.shape[1])),
-            ids=tuple(latents.clips[clip].id for clip in plan.clips),
+            layout=self._settings.layout([video.shape[1] for video in videos], texts),
+            ids=tuple(self.latents.clips[clip].id for clip in plan.clips),
         )
 
     def _text(self, plan: RunPlan) -> Tensor:
         """[1 + shots, L, D]: the scene, and each shot."""
-        latents = self._latents
-        if plan.drop_text:
-            return latents.empty_text().expand(1 + len(plan.clips), -1, -1)
-        captions = [checked_tensor(latents, latents.text(clip), "text embeds of clip", clip) for clip in plan.clips]
-        return torch.stack([self._encodings.text(self._scenes[plan.clips[0]], len(captions[0])), *captions])
+        captions = [self.text(clip, drop=plan.drop_text) for clip in plan.clips]
+        scene = "" if plan.drop_text else self._scenes[plan.clips[0]]
+        return torch.stack([self.encodings.text(scene, len(captions[0])), *captions])
 
     def _shape(self, run: tuple[int, ...]) -> list[tuple[int, int, int]]:
-        return [self._latents.clips[clip].bucket for clip in run]
+        return [self.latents.clips[clip].bucket for clip in run]
 
 
 def neighbours(latents: LatentCache, shots: tuple[int, int], split: Split) -> list[tuple[int, ...]]:
@@ -136,13 +98,9 @@ def neighbours(latents: LatentCache, shots: tuple[int, int], split: Split) -> li
     Raises:
         ValueError: if there are none.
     """
-    alike: defaultdict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
-    for index, clip in enumerate(latents.clips):  # ordered by id
-        if clip.split == split:
-            alike[clip.group, clip.bucket[1:]].append(index)
     runs = [
         tuple(members[start : start + number])
-        for members in alike.values()
+        for members in clips_alike(latents, split)
         for number in range(shots[0], shots[1] + 1)
         for start in range(len(members) - number + 1)
     ]

@@ -1,4 +1,4 @@
-"""Flow matching: pure functions.
+"""Flow matching: pure functions, and what the losses of all objectives share.
 
 Letters: x0 clean latents, e noise, s the noise level in 0..1, x = (1 - s) x0 + s e, and the velocity e - x0 that the
 network predicts. Slots are latent frames.
@@ -6,55 +6,48 @@ network predicts. Slots are latent frames.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from storymem.training.objectives.base import ObjectiveSettings
 from storymem.wan.schedule import shifted, unshifted
 from storymem.wan.segments import Layout
 from storymem.wan.spec import Expert
 
 TIMESTEPS = 1000
 
+S = TypeVar("S", bound=ObjectiveSettings)
 
-def noise_level(u: Tensor, expert: Expert, *, boundary: float | None, shift: float) -> Tensor:
-    """s of the shifted uniform, restricted to the range of an expert.
+
+def noise_level(
+    u: Tensor, expert: Expert, *, boundary: float | None, shift: float, normal: tuple[float, float] | None = None
+) -> Tensor:
+    """s of a shifted distribution, restricted to the range of an expert.
 
     Args:
         u: uniform in 0..1, of any shape.
         expert: the high-noise one sees s >= boundary, the low-noise one s < boundary.
         boundary: between the two; None: there is one expert, for all levels.
         shift: see :func:`storymem.wan.schedule.shifted`.
+        normal: mean and standard deviation of logit(s) before the shift; None: s before the shift is uniform.
     """
-    if boundary is None:
-        return shifted(u, shift)
-    edge = unshifted(boundary, shift)
-    if expert == "high_noise":
-        return shifted(edge + (1 - edge) * u, shift).clamp(min=boundary)
-    below = torch.nextafter(torch.tensor(boundary), torch.tensor(0.0)).item()
-    return shifted(edge * u, shift).clamp(max=below)
-
-
-def logit_normal_level(
-    u: Tensor, expert: Expert, *, boundary: float | None, shift: float, mean: float = 0.0, deviation: float = 1.0
-) -> Tensor:
-    """s of the shifted logit-normal, restricted to the range of an expert: logit(s before the shift) is normal.
-
-    Args:
-        u: uniform in 0..1, of any shape.
-        expert, boundary, shift: see :func:`noise_level`.
-        mean: of the normal distribution.
-        deviation: its standard deviation.
-    """
-    normal = torch.distributions.Normal(mean, deviation)
+    distribution = None if normal is None else torch.distributions.Normal(*normal)
     lowest, highest = 0.0, 1.0
     if boundary is not None:
-        edge = normal.cdf(torch.tensor(unshifted(boundary, shift)).logit()).item()
+        edge = unshifted(boundary, shift)
+        if distribution is not None:
+            edge = distribution.cdf(torch.tensor(edge).logit()).item()
         lowest, highest = (edge, 1.0) if expert == "high_noise" else (0.0, edge)
-    # In float64: near 1 the quantiles of float32 are coarse.
-    quantile = (lowest + (highest - lowest) * u.double()).clamp(1e-9, 1 - 1e-9)
-    s = shifted(normal.icdf(quantile).sigmoid(), shift).to(u.dtype)
+    if distribution is None:
+        s = shifted(lowest + (highest - lowest) * u, shift)
+    else:  # in float64: near 1 the quantiles of float32 are coarse
+        quantile = (lowest + (highest - lowest) * u.double()).clamp(1e-9, 1 - 1e-9)
+        s = shifted(distribution.icdf(quantile).sigmoid(), shift).to(u.dtype)
     if boundary is None:
         return s
     below = torch.nextafter(torch.tensor(boundary), torch.tensor(0.0)).item()
@@ -76,13 +69,16 @@ def mask_weights(mask: Tensor, mask_weight: float) -> Tensor:
     return weights / weights.mean(dim=(1, 2, 3), keepdim=True)
 
 
+def noisy_frames(layout: Layout) -> Tensor:
+    """Which frames are noisy, bool [N]; the others are clean."""
+    return torch.cat([torch.full((part.frames,), part.timestep is None) for part in layout.segments])
+
+
 def slot_weights(layout: Layout, memory_weight: float) -> Tensor:
     """Weights [N] of the frames' losses, adding up to 1: noisy ones 1, of memory ``memory_weight``; clean ones 0."""
-    each = {"memory": memory_weight}
-    weights = [each.get(part.name, 1.0) if part.timestep is None else 0.0 for part in layout.segments]
-    frames = torch.tensor([part.frames for part in layout.segments])
-    by_frame = torch.tensor(weights).repeat_interleave(frames)
-    return by_frame / by_frame.sum()
+    each = torch.cat([torch.full((p.frames,), memory_weight if p.name == "memory" else 1.0) for p in layout.segments])
+    weights = each * noisy_frames(layout)
+    return weights / weights.sum()
 
 
 def bin_sums(losses: Tensor, s: Tensor, bins: int) -> Tensor:
@@ -109,3 +105,66 @@ class Losses:
 
     total: Tensor
     sums: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowLoss(ABC, Generic[S]):
+    """The loss of an expert on a batch.
+
+    Args:
+        settings: noise levels and weights.
+        boundary: between the experts' noise levels; None: there is one expert.
+    """
+
+    settings: S
+    boundary: float | None
+
+    @abstractmethod
+    def __call__(self, network: nn.Module, expert: Expert, batch: Any) -> Losses:
+        """The loss of ``network``, a Wan transformer (wrapped or not), on a batch that lies on its device."""
+
+    def level(self, u: Tensor, expert: Expert, *, normal: tuple[float, float] | None = None) -> Tensor:
+        """The noise level s of each u, see :func:`noise_level`."""
+        return noise_level(u, expert, boundary=self.boundary, shift=self.settings.shift, normal=normal)
+
+    def weighted(self, errors: Tensor, mask: Tensor) -> Tensor:
+        """Errors [B, T, h, w] of a video, where its mask is white with more weight."""
+        weight = self.settings.mask_weight
+        return errors if weight == 1 else errors * mask_weights(mask, weight)
+
+    def losses(
+        self,
+        expert: Expert,
+        losses: Tensor,
+        video: Tensor,
+        mask: Tensor,
+        by_level: tuple[Tensor, Tensor],
+        **more: Tensor,
+    ) -> Losses:
+        """From the losses of the samples [B].
+
+        Args:
+            expert: that is trained.
+            losses: with a gradient.
+            video: errors [B, T, h, w] of the noisy frames of the video, which are logged without weights.
+            mask: of these frames.
+            by_level: losses, and the noise level of each.
+            more: what else is logged.
+        """
+        found, video = losses.detach(), video.detach()
+        sums = {"loss": mean_of(found), f"loss_{expert}": mean_of(found), "loss_video": mean_of(video)}
+        if self.settings.mask_weight != 1:
+            sums["loss_subject"] = torch.stack([(video * mask).sum(), mask.sum()])
+        sums |= {name: mean_of(values.detach()) for name, values in more.items()}
+        sums["loss_by_level"] = bin_sums(by_level[0].detach().flatten(), by_level[1].flatten(), self.settings.bins)
+        return Losses(total=losses.mean(), sums=sums)
+
+
+def predict(
+    network: nn.Module, x: Tensor, timestep: Tensor, text: Tensor | Mapping[str, Tensor], layout: Layout
+) -> Tensor:
+    """The velocity [B, z, N, h, w] that a network predicts, in float32."""
+    dtype: Any = getattr(network, "module", network).dtype
+    texts = text.to(dtype) if isinstance(text, Tensor) else {name: each.to(dtype) for name, each in text.items()}
+    (prediction,) = network(x.to(dtype), timestep, texts, return_dict=False, layout=layout)
+    return prediction.float()

@@ -6,39 +6,24 @@ the KeyframeQuery of the expert chooses among the candidates, and gradients reac
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from storymem.story.captions import global_caption
-from storymem.training.batches import Batch, checked_tensor
-from storymem.training.objectives.flow import (
-    TIMESTEPS,
-    Losses,
-    bin_sums,
-    mask_weights,
-    mean_of,
-    noise_level,
-    noised,
-)
-from storymem.training.objectives.memory import SPLIT_NUMBERS
+from storymem.training.batches import Batch
+from storymem.training.objectives.flow import TIMESTEPS, FlowLoss, Losses, noised, noisy_frames, predict
+from storymem.training.objectives.samples import Samples, Source, clips_alike, draw_noise, numbered
 from storymem.training.objectives.settings import MementoObjectiveSettings
-from storymem.training.settings import GIVEN_FRAMES, BatchSettings, Conditioning
 from storymem.wan.conditioning import condition_channels, model_input
 from storymem.wan.keyframe_query import embedded, film_positions, mean_scores, straight_through
 from storymem.wan.segments import Layout, memento, memory_positions
 from storymem.wan.settings import MemoryMode
 from storymem.wan.spec import Expert, ModelSpec
-
-if TYPE_CHECKING:
-    from storymem.data.cache import LatentCache, Split
-    from storymem.training.objectives.encodings import Encodings
 
 Frame = tuple[int, int]
 """A keyframe of the cache: clip, keyframe."""
@@ -83,84 +68,54 @@ class MementoPlan:
     seed: int  # of the noise and the noise level
 
 
-class MementoSamples:
-    """The samples of each step; see :class:`storymem.training.batches.Samples`.
+class MementoSamples(Samples):
+    """Targets are all clips but the first of a group.
 
-    Targets are all clips but the first of a group. Candidates are at most ``objective.older`` keyframes of older clips
-    and ``objective.recent`` of the clip before; in some steps the clip before alone. The subject is a keyframe of an
-    earlier clip. One of an older clip is not among the candidates if there are others.
-
-    Args:
-        objective: how many candidates, and how often there is a subject.
-        encodings: of the captions of whole films.
-        batch: how often frames are given and texts left out; held-out samples always have texts.
-        conditioning: which first frames of its target a sample may be given.
-        count: samples of one step, over all processes.
+    Candidates are at most ``settings.older`` keyframes of older clips and ``settings.recent`` of the clip before; in
+    some steps the clip before alone. The subject is a keyframe of an earlier clip. One of an older clip is not among
+    the candidates if there are others. ``source.encodings`` holds the captions of whole films.
 
     Raises:
         ValueError: if no group of the split has two clips of one size.
     """
 
-    def __init__(
-        self,
-        latents: LatentCache,
-        objective: MementoObjectiveSettings,
-        batch: BatchSettings,
-        *,
-        encodings: Encodings,
-        conditioning: Conditioning,
-        seed: int,
-        count: int,
-        split: Split = "train",
-    ) -> None:
-        self._latents, self._encodings, self._clips, self._objective = latents, encodings, latents.clips, objective
-        self._seed, self.count = [seed, SPLIT_NUMBERS[split]], count
-        self._given_frames, self._given_probability = GIVEN_FRAMES[conditioning], batch.given_probability
-        self._text_dropout = batch.text_dropout if split == "train" else 0.0
-        self._films: dict[int, list[int]] = {}  # target -> the clips before it
-        films: defaultdict[tuple[int, tuple[int, int, int]], list[int]] = defaultdict(list)
-        for index, clip in enumerate(latents.clips):  # by id
-            if clip.split == split:
-                before = films[clip.group, clip.bucket]
-                if before:
-                    self._films[index] = list(before)
-                before.append(index)
+    def __init__(self, settings: MementoObjectiveSettings, source: Source) -> None:
+        super().__init__(source)
+        self._settings, self._clips = settings, self.latents.clips
+        alike = clips_alike(self.latents, self.split, same_length=True)
+        # Target -> the clips before it.
+        self._films = {clip: film[:place] for film in alike for place, clip in enumerate(film) if place}
         if not self._films:
-            cure = "" if split == "train" else ", or set validation.every=0"
-            raise ValueError(f"no group of the {split} clips has two of one size: prepare more data{cure}")
+            cure = "" if self.split == "train" else ", or set validation.every=0"
+            raise ValueError(f"no group of the {self.split} clips has two of one size: prepare more data{cure}")
         self._targets = np.array(sorted(self._films))
-        buckets = [self._clips[clip].bucket for clip in self._targets]
-        self._bucket_of = np.unique(buckets, axis=0, return_inverse=True)[1].ravel()
+        self._bucket_of = numbered([self._clips[clip].bucket for clip in self._targets])
         self._available = {  # candidates of each target, by whether the clip before is alone
             alone: np.array([self._count(int(target), alone) for target in self._targets]) for alone in (False, True)
         }
 
     def plan(self, step: int) -> tuple[MementoPlan, ...]:
         """The samples of ``step`` (from 0), all of one size and one number of candidates."""
-        random = np.random.default_rng([*self._seed, step])
-        recent_only = bool(random.random() < self._objective.recent_probability)
-        with_subject = bool(random.random() < self._objective.subject_probability) and not recent_only
+        random, settings = self.random(step), self._settings
+        recent_only = bool(random.random() < settings.recent_probability)
+        with_subject = bool(random.random() < settings.subject_probability) and not recent_only
         first = int(random.integers(len(self._targets)))
         available = self._available[recent_only]
         fitting = np.flatnonzero((self._bucket_of == self._bucket_of[first]) & (available >= available[first]))
-        others = fitting[fitting != first]
-        pool = others if len(others) >= self.count - 1 else fitting
-        chosen = [first]
-        if self.count > 1:
-            chosen += random.choice(pool, self.count - 1, replace=len(pool) < self.count - 1).tolist()
-        size, subject = int(available[first]), with_subject and self._objective.subject_weight > 0
+        chosen = self.fill_up(first, fitting, random)
+        size, subject = int(available[first]), with_subject and settings.subject_weight > 0
         return tuple(self._sample(int(self._targets[one]), size, recent_only, subject, random) for one in chosen)
 
     def _count(self, target: int, recent_only: bool) -> int:
         older, last = self._candidates(target)
-        return len(last) if recent_only else min(len(older), self._objective.older) + len(last)
+        return len(last) if recent_only else min(len(older), self._settings.older) + len(last)
 
     def _candidates(self, target: int) -> tuple[list[Frame], list[Frame]]:
         """Keyframes of older clips, and those of the clip before, at most ``recent``."""
         *older, last = self._films[target]
         frames = [(clip, keyframe) for clip in older for keyframe in range(self._clips[clip].keyframes)]
         of_last = [(last, keyframe) for keyframe in range(self._clips[last].keyframes)]
-        return frames, of_last[-self._objective.recent :]
+        return frames, of_last[-self._settings.recent :]
 
     def _sample(
         self, target: int, size: int, recent_only: bool, with_subject: bool, random: np.random.Generator
@@ -181,9 +136,9 @@ class MementoSamples:
             pool=tuple(pool),
             frames=tuple(self._place(frame, target) for frame in pool),
             subject=subject,
-            given=self._given_frames if given < self._given_probability else 0,
-            drop_text=drop < self._text_dropout,
-            drop_subject_text=drop_subject < self._text_dropout,
+            given=self.given(given),
+            drop_text=drop < self.text_dropout,
+            drop_subject_text=drop_subject < self.text_dropout,
             seed=int(random.integers(2**62)),
         )
 
@@ -195,45 +150,31 @@ class MementoSamples:
         return (film.index(clip) - len(film)) * length + inside
 
     def read(self, plan: MementoPlan) -> MementoBatch:
-        """The sample of a plan, as a batch of one."""
-        latents, clip = self._latents, plan.clip
-        checked = partial(checked_tensor, latents)
-
-        def image(frame: Frame) -> Tensor:
-            return checked(latents.keyframes(frame[0])[frame[1]], f"keyframe {frame[1]} of clip", frame[0])
-
-        x0 = checked(latents.video(clip), "latents of clip", clip)[None]
-        blank = checked(latents.given(clip, 0), "blank frames of clip", clip)[None]
-        shown = checked(latents.given(clip, plan.given), "given frames of clip", clip)[None]
-        pool = torch.cat([image(frame) for frame in plan.pool], dim=1)[None]
-        text = self._text(clip, drop=plan.drop_text)
-        whole = global_caption(latents.clips[clip].caption) if self._objective.query else None
-        objective, subject = self._objective, None if plan.subject is None else image(plan.subject)[None]
-        slots = (subject is not None) + min(len(plan.pool), objective.local + objective.whole) + x0.shape[2]
-        generator = torch.Generator().manual_seed(plan.seed)
-        of_subject = None
+        clip, settings = plan.clip, self._settings
+        x0, text = self.video(clip), self.text(clip, drop=plan.drop_text)
+        whole = global_caption(self._clips[clip].caption) if settings.query else None
+        subject, subject_text = None, None
         if plan.subject is not None:
-            of_subject = self._text(plan.subject[0], drop=plan.drop_subject_text)
+            subject = self.keyframe(*plan.subject)[None]
+            subject_text = self.text(plan.subject[0], drop=plan.drop_subject_text)[None]
+        slots = (subject is not None) + min(len(plan.pool), settings.local + settings.whole) + x0.shape[1]
+        noise, u = draw_noise(plan.seed, (len(x0), slots, *x0.shape[2:]))
+        shown, given = self.shown(clip, plan.given)[None], self.spec.latent_frames(plan.given)
         return MementoBatch(
-            x0=x0,
-            noise=torch.randn(1, x0.shape[1], slots, *x0.shape[3:], generator=generator),
-            u=torch.rand(1, generator=generator),
-            condition=condition_channels(None, shown, latents.spec.latent_frames(plan.given), latents.spec),
-            mask=checked(latents.mask(clip), "mask of clip", clip)[None],
+            x0=x0[None],
+            noise=noise,
+            u=u,
+            condition=condition_channels(None, shown, given, self.spec),
+            mask=self.mask(clip)[None],
             text=text[None],
-            caption=(text if whole is None else self._encodings.text(whole, len(text)))[None],
-            pool=pool,
+            caption=(text if whole is None else self.encodings.text(whole, len(text)))[None],
+            pool=torch.cat([self.keyframe(*frame) for frame in plan.pool], dim=1)[None],
             frames=torch.tensor([plan.frames]),
             subject=subject,
-            subject_text=None if of_subject is None else of_subject[None],
-            blank=blank[:, :, :1],  # the first latent frame of a video is that of its first frame alone
-            ids=(latents.clips[clip].id,),
+            subject_text=subject_text,
+            blank=self.shown(clip, 0)[None, :, :1],  # its first latent frame is that of the first frame alone
+            ids=(self._clips[clip].id,),
         )
-
-    def _text(self, clip: int, *, drop: bool) -> Tensor:
-        """[L, D]: the caption of a clip, or the empty text."""
-        text = self._latents.empty_text() if drop else self._latents.text(clip)
-        return checked_tensor(self._latents, text, "text embeds of clip", clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,55 +191,42 @@ class Recalled:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MementoObjective:
-    """The loss of an expert on a batch: of the video, and ``subject_weight`` times that of the subject.
+class MementoObjective(FlowLoss[MementoObjectiveSettings]):
+    """The loss of the video, and ``subject_weight`` times that of the subject.
 
     Memory is denoised with the video and has no loss. With ``memory_attention: cached`` it is clean, as in StoryMem's
     cached layout and at its positions: then subject and video share nothing but the memory that they read, so films
     need no subject.
 
     Args:
-        settings: noise levels, weights and recall.
-        boundary: between the experts' noise levels; None: there is one expert.
         rope_stride: S, the distance between cached memory frames on the temporal axis.
         memory_attention: the mode.
         spec: the base model.
     """
 
-    settings: MementoObjectiveSettings
-    boundary: float | None
     rope_stride: int
     memory_attention: MemoryMode
     spec: ModelSpec
 
     def __call__(self, network: nn.Module, expert: Expert, batch: MementoBatch) -> Losses:
-        """The loss of ``network``, a Wan transformer (wrapped or not), on a batch that lies on its device."""
-        s = noise_level(batch.u, expert=expert, boundary=self.boundary, shift=self.settings.shift)
+        s = self.level(batch.u, expert)
         recalled = self.recall(getattr(network, "module", network), batch)
-        cached = self.memory_attention == "cached"
         subject = [] if batch.subject is None else [batch.subject]
-        slots = {"subject": sum(one.shape[2] for one in subject), "memory": recalled.latents.shape[2]}
+        cached = self.memory_attention == "cached"
         parts = [recalled.latents, *subject, batch.x0] if cached else [*subject, recalled.latents, batch.x0]
         x0 = torch.cat(parts, dim=2)
         layouts = [self.layout(positions, batch) for positions in recalled.positions]
-        noisy = torch.cat([torch.full((part.frames,), part.timestep is None) for part in layouts[0].segments])
-        noise = batch.noise
-        seen = model_input(noised(x0, noise, s[:, None] * noisy.to(s.device)), self.condition(recalled.latents, batch))
-        prediction = self._predicted(network, seen, s, batch, layouts)
-        errors = (prediction - (noise - x0.detach())).square().mean(dim=1)  # [B, N, h, w]
+        levels = s[:, None] * noisy_frames(layouts[0]).to(s.device)
+        seen = model_input(noised(x0, batch.noise, levels), self.condition(recalled.latents, batch))
+        prediction = _predict_each(network, seen, s, batch, layouts)
+        errors = (prediction - (batch.noise - x0.detach())).square().mean(dim=1)  # [B, N, h, w]
         video = errors[:, layouts[0].span("video")]
-        weight = self.settings.mask_weight
-        weighted = video if weight == 1 else video * mask_weights(batch.mask, weight)
-        losses, sums = weighted.mean(dim=(1, 2, 3)), {"loss_video": mean_of(video.detach())}
-        if slots["subject"]:
-            reconstruction = errors[:, layouts[0].span("subject")].mean(dim=(1, 2, 3))
-            losses = losses + self.settings.subject_weight * reconstruction
-            sums["loss_reconstruction"] = mean_of(reconstruction.detach())
-        found = losses.detach()
-        sums |= {"loss": mean_of(found), f"loss_{expert}": mean_of(found)}
-        sums["memory_frames"] = mean_of(torch.full_like(found, slots["memory"]))
-        sums["loss_by_level"] = bin_sums(found, s, self.settings.bins)
-        return Losses(total=losses.mean(), sums=sums)
+        losses = self.weighted(video, batch.mask).mean(dim=(1, 2, 3))
+        more = {"memory_frames": torch.full_like(losses, recalled.latents.shape[2])}
+        if subject:
+            more["loss_reconstruction"] = errors[:, layouts[0].span("subject")].mean(dim=(1, 2, 3))
+            losses = losses + self.settings.subject_weight * more["loss_reconstruction"]
+        return self.losses(expert, losses, video, batch.mask, (losses, s), **more)
 
     def recall(self, transformer: Any, batch: MementoBatch) -> Recalled:
         """What the expert's query chooses for each sample; without a query the newest candidates."""
@@ -335,18 +263,17 @@ class MementoObjective:
         parts = [known, *blank] if self.memory_attention == "cached" else [*blank, known]
         return torch.cat([*parts, batch.condition], dim=2)
 
-    def _predicted(
-        self, network: nn.Module, seen: Tensor, s: Tensor, batch: MementoBatch, layouts: Sequence[Layout]
-    ) -> Tensor:
-        """The prediction [B, z, N, h, w], float32; samples of one layout in one forward."""
-        dtype: Any = getattr(network, "module", network).dtype
-        found: list[Tensor | None] = [None] * len(layouts)
-        for layout in dict.fromkeys(layouts):
-            own = [number for number, other in enumerate(layouts) if other == layout]
-            texts = {"prompt": batch.text[own].to(dtype)}
-            if batch.subject_text is not None:
-                texts["subject"] = batch.subject_text[own].to(dtype)
-            (prediction,) = network(seen[own].to(dtype), s[own] * TIMESTEPS, texts, return_dict=False, layout=layout)
-            for number, one in zip(own, prediction.float(), strict=True):
-                found[number] = one
-        return torch.stack([one for one in found if one is not None])
+
+def _predict_each(
+    network: nn.Module, seen: Tensor, s: Tensor, batch: MementoBatch, layouts: Sequence[Layout]
+) -> Tensor:
+    """The prediction [B, z, N, h, w]; samples of one layout in one forward."""
+    found: dict[int, Tensor] = {}
+    for layout in dict.fromkeys(layouts):
+        own = [number for number, other in enumerate(layouts) if other == layout]
+        texts = {"prompt": batch.text[own]}
+        if batch.subject_text is not None:
+            texts["subject"] = batch.subject_text[own]
+        prediction = predict(network, seen[own], s[own] * TIMESTEPS, texts, layout)
+        found |= zip(own, prediction, strict=True)
+    return torch.stack([found[number] for number in range(len(layouts))])

@@ -7,25 +7,24 @@ has another's keys. An objective of your own is a subclass of :class:`ObjectiveS
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT, build_settings, check_bounds
+from storymem.config import STRICT, UserPath, build_settings, check_bounds
+from storymem.story.panels import JOINT_TOKENS, PanelStyle
 from storymem.training.objectives.base import ObjectiveSettings, used_splits
-from storymem.training.objectives.sequence_settings import (
-    HolocineObjectiveSettings,
-    LctObjectiveSettings,
-    PicturesObjectiveSettings,
-)
+from storymem.wan.segments import DEFAULT_STRIDE, Layout, Text, holocine, lct
 
 if TYPE_CHECKING:
-    from storymem.data.cache import LatentCache, Split
-    from storymem.training.batches import Samples
-    from storymem.training.objectives import Loss
-    from storymem.training.objectives.encodings import Encodings, Needs
+    from storymem.data.cache import LatentCache
+    from storymem.training.objectives.encodings import Needs
+    from storymem.training.objectives.flow import FlowLoss
+    from storymem.training.objectives.samples import Samples, Source
     from storymem.training.settings import TrainSettings
 
 
@@ -40,6 +39,7 @@ class MemoryObjectiveSettings(ObjectiveSettings):
 
     system: ClassVar[str] = "memory"
     sampled: ClassVar[bool] = True
+    conditioned: ClassVar[bool] = True
 
     memory_weight: float | None = None
 
@@ -48,7 +48,6 @@ class MemoryObjectiveSettings(ObjectiveSettings):
         check_bounds(self, memory_weight=(0, 1e6))
 
     def check(self, train: TrainSettings) -> None:
-        """See :class:`ObjectiveSettings`."""
         super().check(train)
         if train.model.memory_attention == "cached" and self.memory_weight:
             raise ValueError(
@@ -56,25 +55,12 @@ class MemoryObjectiveSettings(ObjectiveSettings):
                 f"objective.memory_weight must be 0, not {self.memory_weight:g}"
             )
 
-    def check_set(self, train: TrainSettings, latents: LatentCache) -> None:
-        """See :class:`ObjectiveSettings`."""
-        from storymem.training.settings import GIVEN_FRAMES
-
-        super().check_set(train, latents)
-        latents.given(0, GIVEN_FRAMES[train.conditioning])  # raises if the cache lacks them
-
-    def samples(
-        self, train: TrainSettings, latents: LatentCache, encodings: Encodings, *, count: int, split: Split = "train"
-    ) -> Samples:
-        """See :class:`ObjectiveSettings`."""
+    def samples(self, source: Source) -> Samples:
         from storymem.training.objectives.memory import MemorySamples
 
-        return MemorySamples(
-            latents, train.batch, conditioning=train.conditioning, seed=train.seed, count=count, split=split
-        )
+        return MemorySamples(source)
 
-    def loss(self, train: TrainSettings) -> Loss:
-        """See :class:`ObjectiveSettings`."""
+    def loss(self, train: TrainSettings) -> FlowLoss[Any]:
         from storymem.training.objectives.memory import MemoryObjective
 
         model = train.model
@@ -104,6 +90,7 @@ class MementoObjectiveSettings(ObjectiveSettings):
     """
 
     system: ClassVar[str] = "memento"
+    conditioned: ClassVar[bool] = True
 
     subject_weight: float = 1.0
     subject_probability: float = 0.8
@@ -120,9 +107,7 @@ class MementoObjectiveSettings(ObjectiveSettings):
         check_bounds(self, local=(1, 512), whole=(1, 512), older=(0, 512), recent=(1, 512))
 
     def check(self, train: TrainSettings) -> None:
-        """See :class:`ObjectiveSettings`."""
-        if train.samples.every:
-            raise ValueError(f"samples.every={train.samples.every}: no film is sampled with memento; write 0")
+        super().check(train)
         if not train.model.spec.condition_channels:
             raise ValueError(f"memento gives memory in condition channels, which {train.model.spec.name} lacks")
         if train.adapter is None:
@@ -134,20 +119,11 @@ class MementoObjectiveSettings(ObjectiveSettings):
                 f"export={','.join(further)} cannot hold a KeyframeQuery: write export=[storymem,released]"
             )
 
-    def check_set(self, train: TrainSettings, latents: LatentCache) -> None:
-        """See :class:`ObjectiveSettings`."""
-        from storymem.training.settings import GIVEN_FRAMES
-
-        super().check_set(train, latents)
-        latents.given(0, GIVEN_FRAMES[train.conditioning])  # raises if the cache lacks them
-
     @property
     def encodes(self) -> bool:
-        """See :class:`ObjectiveSettings`."""
         return self.query
 
     def needs(self, train: TrainSettings, latents: LatentCache) -> Needs | None:
-        """See :class:`ObjectiveSettings`."""
         from storymem.story.captions import global_caption
         from storymem.training.objectives.encodings import Needs
 
@@ -163,31 +139,17 @@ class MementoObjectiveSettings(ObjectiveSettings):
         return "memory" if train.model.memory_attention == "cached" else self.system
 
     def prepare(self, transformer: Any, *, seed: int) -> None:
-        """See :class:`ObjectiveSettings`."""
         if self.query:
             from storymem.wan.keyframe_query import add_query
 
             add_query(transformer, seed=seed)
 
-    def samples(
-        self, train: TrainSettings, latents: LatentCache, encodings: Encodings, *, count: int, split: Split = "train"
-    ) -> Samples:
-        """See :class:`ObjectiveSettings`."""
+    def samples(self, source: Source) -> Samples:
         from storymem.training.objectives.memento import MementoSamples
 
-        return MementoSamples(
-            latents,
-            self,
-            train.batch,
-            encodings=encodings,
-            conditioning=train.conditioning,
-            seed=train.seed,
-            count=count,
-            split=split,
-        )
+        return MementoSamples(self, source)
 
-    def loss(self, train: TrainSettings) -> Loss:
-        """See :class:`ObjectiveSettings`."""
+    def loss(self, train: TrainSettings) -> FlowLoss[Any]:
         from storymem.training.objectives.memento import MementoObjective
 
         model = train.model
@@ -198,6 +160,169 @@ class MementoObjectiveSettings(ObjectiveSettings):
             memory_attention=model.memory_attention,
             spec=model.spec,
         )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FilmObjectiveSettings(ObjectiveSettings):
+    """What systems share that denoise all shots of a film at once.
+
+    Args:
+        scenes: a file with the text of the scene that all its shots read, a line of JSON per folder of videos:
+            ``{"folder": "000045_eli", "caption": "Eli on the moon."}``; null: the empty text.
+        min_shots: the fewest clips of a group that make a film.
+        max_shots: the most; each step draws their number.
+
+    Attributes:
+        levels: whether a film has one noise level, or every shot its own.
+    """
+
+    levels: ClassVar[Literal["film", "shot"]] = "film"
+
+    scenes: UserPath | None = None
+    min_shots: int = 2
+    max_shots: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds(self, min_shots=(1, 1000), max_shots=(self.min_shots, 1000))
+
+    @property
+    def encodes(self) -> bool:
+        return self.scenes is not None
+
+    def check(self, train: TrainSettings) -> None:
+        super().check(train)
+        if self.scenes is not None and not os.path.isfile(self.scenes):
+            raise ValueError(f"objective.scenes={self.scenes} is no file: write one, or leave it out")
+
+    def check_set(self, train: TrainSettings, latents: LatentCache) -> None:
+        from storymem.training.objectives.films import neighbours, scene_texts
+
+        super().check_set(train, latents)
+        scene_texts(latents.clips, self.scenes)
+        for split in used_splits(train):
+            neighbours(latents, (self.min_shots, self.max_shots), split)
+
+    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs | None:
+        from storymem.training.objectives.encodings import Needs
+        from storymem.training.objectives.films import scene_texts
+
+        if self.scenes is None:
+            return None
+        texts = scene_texts(latents.clips, self.scenes).values()
+        return Needs(texts=dict.fromkeys(texts, train.model.network.text_tokens))
+
+    @abstractmethod
+    def layout(self, frames: Sequence[int], texts: Sequence[Text]) -> Layout:
+        """The layout of a film, from the latent frames and the text of each shot."""
+
+    def samples(self, source: Source) -> Samples:
+        from storymem.training.objectives.films import FilmSamples
+
+        return FilmSamples(self, source)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HolocineObjectiveSettings(FilmObjectiveSettings):
+    """HoloCine: neighbouring clips of a group as one film.
+
+    Args:
+        sparse: whether a shot reads only the first latent frame of the others.
+    """
+
+    system: ClassVar[str] = "holocine"
+
+    sparse: bool = False
+
+    def layout(self, frames: Sequence[int], texts: Sequence[Text]) -> Layout:
+        return holocine(frames, texts, sparse=self.sparse)
+
+    def loss(self, train: TrainSettings) -> FlowLoss[Any]:
+        from storymem.training.objectives.sequence import SequenceObjective
+
+        return SequenceObjective(settings=self, boundary=train.model.boundary)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LctObjectiveSettings(FilmObjectiveSettings):
+    """LCT: neighbouring clips of a group as one film, each at a noise level of its own.
+
+    Args:
+        gap: see :func:`storymem.wan.segments.lct`.
+        mean: of the logit-normal distribution of the noise levels, before the shift.
+        deviation: its standard deviation.
+    """
+
+    system: ClassVar[str] = "lct"
+    levels: ClassVar[Literal["film", "shot"]] = "shot"
+
+    gap: int = DEFAULT_STRIDE
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds(self, gap=(0, 1000), mean=(-10, 10), deviation=(0.01, 100))
+
+    def layout(self, frames: Sequence[int], texts: Sequence[Text]) -> Layout:
+        return lct(frames, texts, gap=self.gap)
+
+    def loss(self, train: TrainSettings) -> FlowLoss[Any]:
+        from storymem.training.objectives.sequence import SequenceObjective
+
+        normal = (self.mean, self.deviation)
+        return SequenceObjective(settings=self, boundary=train.model.boundary, normal=normal)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PicturesObjectiveSettings(ObjectiveSettings):
+    """Single images: three clips of a group as panels of one image (IC-LoRA), and images of one clip.
+
+    Args:
+        panels: how often a step is of panels; else it is of single images, each with its own caption.
+        style: of the joint captions, see :mod:`storymem.story.panels`.
+        text_tokens: to which a joint caption is padded.
+    """
+
+    system: ClassVar[str] = "pictures"
+
+    panels: float = 0.75
+    style: PanelStyle = "plain"
+    text_tokens: int = JOINT_TOKENS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds(self, panels=(0, 1), text_tokens=(1, 100_000))
+
+    @property
+    def encodes(self) -> bool:
+        return True
+
+    def check_set(self, train: TrainSettings, latents: LatentCache) -> None:
+        from storymem.training.objectives.films import neighbours
+        from storymem.training.objectives.pictures import numbers_of_panels
+
+        super().check_set(train, latents)
+        for split in used_splits(train):
+            for number in numbers_of_panels(self.panels):
+                neighbours(latents, (number, number), split)
+
+    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs | None:
+        from storymem.training.objectives.encodings import Needs
+        from storymem.training.objectives.pictures import blank_sizes, joint_captions
+
+        captions = joint_captions(latents, self.style, used_splits(train)) if self.panels else []
+        return Needs(texts=dict.fromkeys(captions, self.text_tokens), blanks=blank_sizes(latents))
+
+    def samples(self, source: Source) -> Samples:
+        from storymem.training.objectives.pictures import PictureSamples
+
+        return PictureSamples(self, source)
+
+    def loss(self, train: TrainSettings) -> FlowLoss[Any]:
+        from storymem.training.objectives.sequence import SequenceObjective
+
+        return SequenceObjective(settings=self, boundary=train.model.boundary)
 
 
 AnyObjective = (
