@@ -50,10 +50,13 @@ def build_transformer() -> WanTransformer3DModel:
     )
 
 
-def objective(boundary: float | None) -> MemoryObjective:
-    """The loss: flow matching on the video's frames; `boundary` None: one network for all noise levels."""
-    settings = MemoryObjectiveSettings(shift=3.0, memory_weight=0.0, mask_weight=PEOPLE)
-    return MemoryObjective(settings=settings, boundary=boundary, rope_stride=DEFAULT_STRIDE, memory_attention="cached")
+#: Flow matching on the video's frames, by one network for all noise levels.
+LOSS = MemoryObjective(
+    settings=MemoryObjectiveSettings(shift=3.0, memory_weight=0.0, mask_weight=PEOPLE),
+    boundary=None,
+    rope_stride=DEFAULT_STRIDE,
+    memory_attention="cached",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +139,6 @@ def draw_batch(data: LatentStories, embed: TextEmbedder, rng: torch.Generator, k
 
 
 def base_loss(
-    loss: MemoryObjective,
-    expert: str,
     network: WanTransformer3DModel,
     data: LatentStories,
     embed: TextEmbedder,
@@ -148,6 +149,6 @@ def base_loss(
     """The loss of a batch drawn at random, `scale` times as large as usual, and figures to log."""
     kind = draw_kind(rng)
     batch = draw_batch(data, embed, rng, kind, max(1, round(scale * SIZES[kind.is_frame]))).to(network.device)
-    losses = loss(network, "high_noise" if expert == "high" else "low_noise", batch)
+    losses = LOSS(network, "low_noise", batch)
     names = ("loss_video", "loss_subject", "memory_frames")
     return losses.total, {name: float(losses.sums[name][0] / losses.sums[name][1]) for name in names}

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from storymem.io import write_atomically
+from storymem.io import replacing, write_text
 from storymem.media.video import write_video
 from toyworld.attributes import FPS
 from toyworld.stories import overview
@@ -25,9 +24,8 @@ CRF = 4  # nearly without loss: colours must stay readable
 def write_clips(folder: Path, stories: range, *, masks: Path | None = None) -> int:
     """Write all shots of the stories with these seeds as `000123_ada/01.mp4`, each with its prompt in a `.txt`.
 
-    A clip is 17 frames of 96x64 at 8 a second. Clips that are there already are left alone, and several processes may
-    work on one folder. Characters keep their looks within a story only, so a folder holds the shots of a story in which
-    the same characters appear.
+    A clip is 17 frames of 96x64 at 8 a second. Clips that are there already are left alone. Characters keep their looks
+    within a story only, so a folder holds the shots of a story in which the same characters appear.
 
     Args:
         folder: of the clips.
@@ -53,7 +51,9 @@ def write_clips(folder: Path, stories: range, *, masks: Path | None = None) -> i
                 mask = people_mask(*render_layers(shot, slice(None)))
                 _write(masks / name, np.repeat(255 * mask[..., None].astype(np.uint8), 3, axis=-1))
             if not (folder / name).exists():
-                _write_clip(folder / name, shot)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                write_text((folder / name).with_suffix(".txt"), f"{shot.prompt}\n")
+                _write(folder / name, shot.frames)  # last: a clip never lacks its caption
                 written += 1
     return written
 
@@ -69,7 +69,7 @@ def write_scenes(path: Path, stories: range) -> None:
         for shot in story(seed).shots:
             shots.setdefault(str(_folder(seed, shot)), []).append(shot)
         lines += [json.dumps({"folder": folder, "caption": overview(of)}) + "\n" for folder, of in shots.items()]
-    write_atomically(path, "".join(lines).encode())
+    write_text(path, "".join(lines))
 
 
 def _folder(seed: int, shot: ToyShot) -> Path:
@@ -77,24 +77,10 @@ def _folder(seed: int, shot: ToyShot) -> Path:
     return Path("_".join([f"{seed:06d}", *names]))
 
 
-def _write_clip(path: Path, shot: ToyShot) -> None:
-    """The clip comes last, so that it never lacks its caption."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part(path)
-    write_atomically(part, f"{shot.prompt}\n".encode())
-    os.replace(part, path.with_suffix(".txt"))
-    _write(path, shot.frames)
-
-
 def _write(path: Path, frames: npt.NDArray[np.uint8]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(_part(path), frames, FPS, crf=CRF)
-    os.replace(_part(path), path)
-
-
-def _part(path: Path) -> Path:
-    """Where a file is written first, each process's own."""
-    return path.with_name(f".{path.stem}.{os.getpid()}")
+    with replacing(path) as partial:
+        write_video(partial, frames, FPS, crf=CRF)
 
 
 def main() -> None:

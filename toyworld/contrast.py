@@ -12,6 +12,7 @@ import numpy as np
 import open_clip
 import torch
 from safetensors.torch import save_file
+from scipy.stats import mannwhitneyu
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -203,9 +204,8 @@ def quality_frames(count: int, start: int) -> tuple[Tensor, Tensor]:
 
 def auroc(scores: Tensor, labels: Tensor) -> float:
     """The chance that a clean frame scores above a damaged one (ties count half)."""
-    clean, broken = scores[labels == 1], scores[labels == 0]
-    above = (clean[:, None] > broken[None]).float() + 0.5 * (clean[:, None] == broken[None]).float()
-    return float(above.mean())
+    clean, broken = scores[labels == 1].numpy(), scores[labels == 0].numpy()
+    return float(mannwhitneyu(clean, broken).statistic / (len(clean) * len(broken)))
 
 
 def train_quality(folder: Path, *, count: int = 1500) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,24 +11,23 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from storymem.training.checkpoints import Checkpoints
 
 Network = TypeVar("Network", bound=nn.Module)
 Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
 EVERY = 120.0  # seconds between checkpoints
-SHARD = "15MB"  # the largest file of a checkpoint
 WARMUP, COOL = 50, 0.3  # steps of rising learning rate; the share of the time in which it falls to 0
 LOG_EVERY = 20  # steps
+STATE = "state.pt"
 
 
 class Fit:
     """A network in training: optimizers, moving average and a folder of checkpoints.
 
-    Matrices in the network's blocks are trained with Muon, everything else with AdamW. The folder holds
-    `checkpoint/` (safetensors files below 16 MiB and `state.json`), which is replaced when its successor is complete,
-    and `log.jsonl`.
+    Matrices in the network's blocks are trained with Muon, everything else with AdamW. The folder holds the newest
+    checkpoint and `log.jsonl`.
 
     Args:
         model: whose parameters that require gradients are trained.
@@ -56,9 +54,7 @@ class Fit:
         self.average = EMAModel(named.values(), decay=decay, use_ema_warmup=True, inv_gamma=10, power=1)
         self.names = list(named)
         self.step, self.seconds = 0, 0.0
-        if (folder / "checkpoint.old").exists() and not (folder / "checkpoint").exists():  # killed between the renames
-            (folder / "checkpoint.old").rename(folder / "checkpoint")
-        if (folder / "checkpoint" / "state.json").exists():
+        if checkpoints_of(folder).steps():
             self._load()
 
     def run(self, loss: Loss, minutes: float, *, until: float = float("inf"), seed: int = 0) -> None:
@@ -108,65 +104,47 @@ class Fit:
         print(self.folder.name, line, flush=True)
 
     def save(self) -> None:
-        """Write a checkpoint; the old one stays until it is complete."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {
-            f"average.{name}": value for name, value in zip(self.names, self.average.shadow_params, strict=True)
+        """Write a checkpoint."""
+        content = {
+            "model": self.model.state_dict(),
+            "average": dict(zip(self.names, self.average.shadow_params, strict=True)),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        for number, optimizer in enumerate(self.optimizers):
-            for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{number}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        tensors = {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
-        }
-        part, whole, old = (self.folder / name for name in ("checkpoint.part", "checkpoint", "checkpoint.old"))
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        shards = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD)
-        for file, names in shards.filename_to_tensors.items():
-            save_file({name: tensors[name] for name in names}, part / file)
-        state = {"step": self.step, "seconds": self.seconds, "average_steps": self.average.optimization_step}
-        (part / "state.json").write_text(json.dumps(state))
-        shutil.rmtree(old, ignore_errors=True)
-        if whole.exists():
-            whole.rename(old)
-        part.rename(whole)
-        shutil.rmtree(old, ignore_errors=True)
+        state = {"seconds": self.seconds, "average_steps": self.average.optimization_step}
+        with checkpoints_of(self.folder).writing(self.step, state) as partial:
+            torch.save(content, partial / STATE)
 
     def _load(self) -> None:
-        tensors = read_checkpoint(self.folder)
-        state = json.loads((self.folder / "checkpoint" / "state.json").read_text())
+        state, content = read_checkpoint(self.folder)
         self.step, self.seconds = state["step"], state["seconds"]
         self.average.optimization_step = state["average_steps"]
-        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        self.model.load_state_dict(content["model"])
         for shadow, name in zip(self.average.shadow_params, self.names, strict=True):
-            shadow.copy_(tensors[f"average.{name}"])
-        for number, optimizer in enumerate(self.optimizers):
-            whole = optimizer.state_dict()
-            whole["state"] = {}
-            for key, value in tensors.items():
-                if key.startswith(f"optimizer.{number}."):
-                    index, name = key.split(".")[2:]
-                    whole["state"].setdefault(int(index), {})[name] = value
-            optimizer.load_state_dict(whole)
+            shadow.copy_(content["average"][name])
+        for optimizer, saved in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
 
 
-def read_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's checkpoint.
+def checkpoints_of(folder: Path) -> Checkpoints:
+    """The checkpoints of a stage."""
+    return Checkpoints(folder / "checkpoints", keep=1)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Step, seconds and the like of a folder's checkpoint, and its tensors.
 
     Raises:
         FileNotFoundError: if there is none.
     """
-    files = sorted((folder / "checkpoint").glob("*.safetensors"))
-    if not files:
+    newest = checkpoints_of(folder).newest()
+    if newest is None:
         raise FileNotFoundError(f"{folder} has no checkpoint: train the stage {folder.name} first")
-    return {name: value for file in files for name, value in load_file(file).items()}
+    content = torch.load(newest.path / STATE, map_location="cpu", weights_only=True)
+    return {"step": newest.step, **newest.state}, content
 
 
 def averaged(folder: Path, model: Network) -> Network:
     """The model with the averaged weights of a stage's checkpoint, in evaluation mode."""
-    tensors = read_checkpoint(folder)
-    state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    state |= {k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")}
-    model.load_state_dict(state)
+    _, content = read_checkpoint(folder)
+    model.load_state_dict(content["model"] | content["average"])
     return model.eval()

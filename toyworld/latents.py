@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from storymem.io import replacing
 from storymem.wan.conditioning import blank_padded, encode_video, latent_mask
 from toyworld.attributes import FRAMES, HEIGHT, WIDTH
 from toyworld.vae import to_video
@@ -84,21 +84,14 @@ def encode_stories(vae: AutoencoderKLWan, seeds: range) -> LatentStories:
     videos = to_video(np.stack([frames for frames, _ in drawn]))
     chosen = torch.from_numpy(np.sort(rng.integers(FRAMES, size=(len(shots), KEYFRAMES)), axis=1))
     keys = torch.stack([video[:, at] for video, at in zip(videos, chosen, strict=True)]).transpose(1, 2)
+    of_keys = [latent_mask(mask[[at]])[0] for mask, ats in zip(masks, chosen.tolist(), strict=True) for at in ats]
     joined = torch.tensor([not shot.cut for shot in shots])
     blanked = [blank_padded(video[:, :1], FRAMES, HEIGHT, WIDTH) for video in videos[joined]]
     return LatentStories(
         shots=encode(vae, videos),
         people=torch.stack([latent_mask(mask) for mask in masks]).half(),
         keyframes=encode(vae, keys.flatten(0, 1)[:, :, None])[:, :, 0].unflatten(0, (-1, KEYFRAMES)),
-        key_people=torch.stack(
-            [
-                latent_mask(mask[at][i : i + 1])[0]
-                for mask, at in zip(masks, chosen, strict=True)
-                for i in range(KEYFRAMES)
-            ]
-        )
-        .half()
-        .unflatten(0, (-1, KEYFRAMES)),
+        key_people=torch.stack(of_keys).half().unflatten(0, (-1, KEYFRAMES)),
         firsts=encode(vae, torch.cat([*blanked, blank_padded(None, FRAMES, HEIGHT, WIDTH)]))[:-1],
         first_of=torch.where(joined, joined.cumsum(0) - 1, -1),
         blank=encode(vae, blank_padded(None, FRAMES, HEIGHT, WIDTH))[0],
@@ -118,9 +111,9 @@ def fill_cache(
         path = folder / f"{index:04d}.pt"
         if not path.exists():
             first = start + index * stories
-            part = path.with_suffix(f".{os.getpid()}")
-            torch.save(vars(encode_stories(vae, range(first, first + stories))), part)
-            os.replace(part, path)
+            encoded = encode_stories(vae, range(first, first + stories))
+            with replacing(path) as partial:
+                torch.save(vars(encoded), partial)
         yield path
 
 

@@ -28,7 +28,7 @@ from storymem.scorers.clip import VOCABULARY_FILE, ClipScorer, ClipTokenizer
 from storymem.scorers.viclip import ViclipScorer
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.transformer import enable_layouts
-from toyworld.base import BOUNDARY, base_loss, build_transformer, objective
+from toyworld.base import BOUNDARY, base_loss, build_transformer
 from toyworld.contrast import (
     ClipTraining,
     build_viclip,
@@ -39,7 +39,7 @@ from toyworld.contrast import (
     viclip_loss,
     write_vocabulary,
 )
-from toyworld.fitting import Fit, averaged
+from toyworld.fitting import Fit, averaged, checkpoints_of
 from toyworld.latents import channel_statistics, fill_cache, load_cache
 from toyworld.text import TextEmbedder, build_text_encoder, load_tokenizer, train_tokenizer, write_known_words
 from toyworld.text_reading import Reader, read_right, reading_loss
@@ -77,7 +77,7 @@ class Recipe:
 
     def began(self, stage: str) -> bool:
         """Whether a stage has a checkpoint."""
-        return (self.work / stage / "checkpoint" / "state.json").exists()
+        return bool(checkpoints_of(self.work / stage).steps())
 
     def tokenizer_folder(self) -> Path:
         """The vocabulary: that of the weights to start from, or one of our own."""
@@ -106,16 +106,13 @@ class Recipe:
             model.register_to_config(**json.loads(statistics.read_text()))
         return model
 
-    def expert(self, *stages: str, start: str = "transformer_2") -> WanTransformer3DModel:
-        """An expert after the last of some stages that was run."""
+    def expert(self) -> WanTransformer3DModel:
+        """The network of both experts as far as it is trained."""
         if self.start:
-            model = WanTransformer3DModel.from_pretrained(self.start / start, torch_dtype=torch.float32)
+            model = WanTransformer3DModel.from_pretrained(self.start / "transformer_2", torch_dtype=torch.float32)
         else:
             model = build_transformer()
-        for stage in stages:
-            if self.began(stage):
-                averaged(self.work / stage, model)
-        return model
+        return averaged(self.work / "base", model) if self.began("base") else model
 
 
 def text(recipe: Recipe) -> None:
@@ -165,36 +162,19 @@ def decoder(recipe: Recipe) -> None:
     fit.log(psnr_db=sum(decoded(model, shot)[1] for shot in shots) / len(shots))
 
 
-def _expert(recipe: Recipe, stage: str, boundary: float | None, rate: float) -> None:
-    model = recipe.expert("base")
+def base(recipe: Recipe) -> None:
+    """One network for all noise levels, of which both experts are made."""
+    model = recipe.expert()
     enable_layouts(model)
-    fit = recipe.fit(stage, model, rate=rate)
+    fit = recipe.fit("base", model, rate=1e-3)
     if not recipe.quick:
         torch._dynamo.config.recompile_limit = 64
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
     embed = TextEmbedder(load_tokenizer(recipe.tokenizer_folder()), recipe.text_encoder().to(fit.accelerator.device))
-    data, loss = load_cache(recipe.work / "latents" / "train"), objective(boundary)
+    data, scale = load_cache(recipe.work / "latents" / "train"), 0.1 if recipe.quick else 1
     # On CPUs the fused attention's backward pass takes ten times as long as the plain one at this size.
     with sdpa_kernel(SDPBackend.MATH if fit.accelerator.device.type == "cpu" else [*SDPBackend.__members__.values()]):
-        fit.run(
-            lambda rng: base_loss(loss, stage, model, data, embed, rng, scale=0.1 if recipe.quick else 1),
-            recipe.minutes,
-        )
-
-
-def base(recipe: Recipe) -> None:
-    """One network for all noise levels, of which both experts are then made."""
-    _expert(recipe, "base", None, 1e-3)
-
-
-def high(recipe: Recipe) -> None:
-    """The expert above the boundary."""
-    _expert(recipe, "high", BOUNDARY, 5e-4)
-
-
-def low(recipe: Recipe) -> None:
-    """The expert below the boundary."""
-    _expert(recipe, "low", BOUNDARY, 5e-4)
+        fit.run(lambda rng: base_loss(model, data, embed, rng, scale=scale), recipe.minutes)
 
 
 def _tokenizer(recipe: Recipe, name: str) -> ClipTokenizer:
@@ -243,8 +223,8 @@ def save(recipe: Recipe) -> None:
         text_encoder=recipe.text_encoder(),
         vae=recipe.vae("vae", "decoder"),
         scheduler=wan_scheduler(SHIFT),
-        transformer=recipe.expert("base", "high", start="transformer"),
-        transformer_2=recipe.expert("base", "low"),
+        transformer=recipe.expert(),
+        transformer_2=recipe.expert(),
         boundary_ratio=BOUNDARY,
     )
     pipe.to(dtype=torch.float16)
@@ -264,9 +244,7 @@ STAGES: dict[str, tuple[Callable[[Recipe], None], float]] = {
     "text": (text, 0.04),
     "vae": (vae, 0.2),
     "latents": (latents, 0),
-    "base": (base, 0.4),
-    "high": (high, 0.08),
-    "low": (low, 0.15),
+    "base": (base, 0.63),
     "decoder": (decoder, 0.07),
     "clip": (clip, 0.03),
     "viclip": (viclip, 0.03),

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.toy import agreement
 from storymem.data.videos import find_masks, read_captions, scan_videos
 from storymem.media.video import probe, read_video
 from toyworld.attributes import FPS, FRAMES, HEIGHT, UNKNOWN, WIDTH
 from toyworld.clips import write_clips
 from toyworld.reader import read_attributes
-from toyworld.report import agreement
 from toyworld.world import HELD_OUT, people_mask, render_layers, story
 
 

@@ -10,16 +10,7 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image
 
-from storymem.scorers.clip import VOCABULARY_FILE, ClipTokenizer
-from storymem.wan.loading import load_pipeline
-from storymem.wan.settings import RuntimeSettings
-from tests.composing import composed, generate_settings
-from toyworld import WEIGHTS
-from toyworld.attributes import UNKNOWN
-from toyworld.base import MEMORY, SINK
-from toyworld.contrast import write_vocabulary
-from toyworld.damage import DAMAGES
-from toyworld.report import (
+from benchmarks.toy import (
     FILTER,
     GUIDANCE,
     NEGATIVE_SEES_MEMORY,
@@ -32,6 +23,15 @@ from toyworld.report import (
     memory_of,
     shares,
 )
+from storymem.scorers.clip import VOCABULARY_FILE, ClipTokenizer
+from storymem.wan.loading import load_pipeline
+from storymem.wan.settings import RuntimeSettings
+from tests.composing import composed, generate_settings
+from toyworld import WEIGHTS
+from toyworld.attributes import UNKNOWN
+from toyworld.base import MEMORY, SINK
+from toyworld.contrast import write_vocabulary
+from toyworld.damage import DAMAGES
 from toyworld.world import HELD_OUT, story
 
 

@@ -22,7 +22,7 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from toyworld.base import MEMORY, Kind, draw_batch, draw_kind, recalled
 from toyworld.contrast import THRESHOLD, draw_images
 from toyworld.damage import DAMAGES, damage
-from toyworld.fitting import Fit, averaged, read_checkpoint
+from toyworld.fitting import Fit, averaged
 from toyworld.latents import LatentStories, encode_stories, load_cache
 from toyworld.text import TEXT_TOKENS, build_text_encoder, embed, load_tokenizer, train_tokenizer
 from toyworld.text_reading import ABSENT, QUESTIONS, answers
@@ -72,19 +72,9 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(
     parts = trained(tmp_path / "parts", steps=(25, 60), monkeypatch=monkeypatch)
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    one, two = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "parts")
-    assert one.keys() == two.keys() >= {"model.blocks.0.weight", "average.blocks.0.bias"}
     losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.7 * losses[0]
     assert not averaged(tmp_path / "whole", Line()).training
-
-
-def test_a_training_that_was_killed_between_the_renames_of_a_checkpoint_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained(tmp_path, steps=(5,), monkeypatch=monkeypatch)
-    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
-    assert Fit(Line(), tmp_path, rate=0.05, device="cpu").step == 5
 
 
 def test_a_stage_without_a_checkpoint_is_named(tmp_path: Path) -> None:
@@ -204,8 +194,6 @@ def test_every_stage_runs_and_the_result_makes_a_shot(tmp_path: Path, start: boo
     quality = AestheticScorer.from_folder(weights / "clip", threshold=THRESHOLD)
     assert quality.score(torch.rand(1, 3, 64, 96)).shape == (1,)
     assert ViclipScorer.from_folder(weights / "viclip").embed_texts(["Ada waits."]).shape == (1, 64)
-    for folder in (tmp_path / "base" / "checkpoint", weights):
-        assert max(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 16 * 2**20
     assert sum(path.stat().st_size for path in weights.rglob("*") if path.is_file()) <= 24e6
 
 
