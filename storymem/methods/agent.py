@@ -8,13 +8,11 @@ the film of a "cut to", last frames, audio. ``stub: true`` plans by rule, for te
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field
-from dataclasses import dataclass as plain_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,20 +24,16 @@ from storymem.io import write_json
 from storymem.media.images import fit_image, read_image
 from storymem.memory.keyframes import image_hash
 from storymem.methods.chat import Chat
-from storymem.methods.image_models import image_dtype, place_image_pipeline, to_images
-from storymem.methods.keyframes import ImageGroup, ImageToVideo, KeyframeMethod, image_names, is_embedded
+from storymem.methods.image_models import ImageModel, WanImages, to_images
+from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, is_embedded
 from storymem.methods.storyboards import Storyboard, by_rule, planned, portrait_name
 from storymem.methods.storymem import StoryMem
 from storymem.story import Shot, Story
 from storymem.story.writing import EndpointSettings
 from storymem.wan.settings import RuntimeSettings, VideoSettings
-from storymem.wan.shots import ShotRequest, WanShotGenerator
-from storymem.wan.sources import check_weights
+from storymem.wan.shots import ShotRequest
 from storymem.wan.texts import known_words
-from storymem.weights import Weights, locate
-
-if TYPE_CHECKING:
-    from diffusers import QwenImageEditPlusPipeline
+from storymem.weights import Weights
 
 STORYBOARD, ANSWERS = "agent_storyboard.json", "agent_answers.json"
 
@@ -80,72 +74,66 @@ class AgentSettings:
         check_bounds(self, height=(32, 4096), width=(32, 4096))
 
 
-class ImageEditor(Protocol):
-    """Makes an image from a text and other images."""
+class Agent(KeyframeMethod):
+    """A plan by a language model, images by an image editor, then image-to-video.
 
-    portrait: str
-
-    def check(self) -> None:
-        """Raise ``ValueError`` or ``FileNotFoundError`` if it cannot work here."""
-        ...
-
-    def edit(self, prompt: str, images: Sequence[np.ndarray], seed: int) -> np.ndarray:
-        """uint8 [H, W, 3]; without images, from the text alone."""
-        ...
-
-    def free(self) -> None:
-        """Free the networks."""
-        ...
-
-
-class AgentImages:
-    """See :class:`storymem.methods.keyframes.ImageMaker`.
+    The first image has the film's seed, and each later one the next number.
 
     Args:
-        settings: of the method.
-        editor: makes the images.
-        seed: of the first image; each later one uses the next number.
-        words: all words that the video model knows; None: any.
+        generate: as of :class:`storymem.methods.storymem.StoryMem`.
+        agent: see :class:`AgentSettings`.
     """
 
-    def __init__(
-        self, settings: AgentSettings, editor: ImageEditor, *, seed: int, words: frozenset[str] | None = None
-    ) -> None:
-        self.settings, self.editor, self.seed, self.words = settings, editor, seed, words
+    reads_references = True  # as portraits
+
+    def __init__(self, *, generate: Mapping[str, Any], agent: Mapping[str, Any]) -> None:
+        self.agent = build_settings(AgentSettings, agent)
+        # Where the language model is asked does not decide what it answers.
+        recorded = {**agent, "endpoint": {"model": self.agent.endpoint.model}}
+        super().__init__(generate=generate, images={"agent": recorded})
+        self.whole = StoryMem(generate=generate).settings  # with the memory adapter
         self.storyboard: Storyboard | None = None
+
+    @cached_property
+    def painter(self) -> QwenEditor | MemoryEditor:
+        """See :attr:`KeyframeMethod.painter`."""
+        whole, own = self.whole, self.agent
+        if own.images == "memory" or (own.images == "auto" and is_embedded(whole.model)):
+            return MemoryEditor(model=whole.model, sampler=whole.sampler, runtime=whole.runtime)
+        return QwenEditor(own, whole.runtime, whole.model.video)
 
     def check(self, story: Story) -> None:
         """An endpoint is given unless planning is by rule, and the weights are here."""
-        if not self.settings.stub and self.settings.endpoint.url is None:
+        if not self.agent.stub and self.agent.endpoint.url is None:
             raise ValueError(
                 "method=agent asks a language model: write method.agent.endpoint.url=http://HOST/v1 and "
                 "method.agent.endpoint.model=NAME; method=agent_stub plans by rule"
             )
-        self.editor.check()
+        super().check(story)
 
     def plan(self, story: Story, folder: Path) -> list[ImageGroup]:
         """Portraits of the characters that first frames are made from, then the first frames in order."""
-        settings = self.settings
-        if settings.stub:
-            board = by_rule(story, settings.references)
+        own, seed = self.agent, self.settings.seed
+        if own.stub:
+            board = by_rule(story, own.references)
         else:
-            chat = Chat(settings.endpoint, folder / ANSWERS, tries=settings.tries)
-            board = planned(story, chat, references=settings.references, words=self.words)
+            chat = Chat(own.endpoint, folder / ANSWERS, tries=own.tries)
+            board = planned(story, chat, references=own.references, words=known_words(self.settings.model))
         write_json(folder / STORYBOARD, asdict(board))
         self.storyboard = board
         looks = {one.name: f"{one.static_features} {one.dynamic_features}".strip() for one in board.characters}
         used = {image for sources in board.sources for image in sources.images}
-        template = settings.portrait or self.editor.portrait
+        template = own.portrait or self.painter.portrait
         groups = []
         for number, character in enumerate(story.characters):
             name = portrait_name(story, character.name)
             prompt = template.replace("{name}", character.name).replace("{look}", looks[character.name])
             image = [entry for path in character.references[:1] for entry in (str(path), image_hash(read_image(path)))]
-            recipe = {"prompt": prompt, "seed": self.seed + number, "image": image}
+            recipe = {"prompt": prompt, "seed": seed + number, "image": image}
             if name in used:
                 groups.append(ImageGroup(names=(name,), recipe=recipe))
         for number, (name, sources) in enumerate(zip(image_names(story), board.sources, strict=True), start=1000):
-            recipe = {"prompt": sources.prompt, "seed": self.seed + number}
+            recipe = {"prompt": sources.prompt, "seed": seed + number}
             groups.append(ImageGroup(names=(name,), recipe=recipe, needs=sources.images))
         return groups
 
@@ -154,66 +142,22 @@ class AgentImages:
         recipe, (name,) = group.recipe, group.names
         if recipe.get("image"):
             return {name: read_image(recipe["image"][0])}
-        return {name: self.editor.edit(recipe["prompt"], [given[need] for need in group.needs], recipe["seed"])}
+        return {name: self.painter.edit(recipe["prompt"], [given[need] for need in group.needs], recipe["seed"])}
 
-    def free(self) -> None:
-        """Free the networks."""
-        self.editor.free()
-
-
-@plain_dataclass(frozen=True, kw_only=True)
-class _PlannedMotion(ImageToVideo):
-    """Shots whose text is the planned motion."""
-
-    def texts_of(self, story: Story, shot: Shot) -> list[str]:
+    def motion_of(self, story: Story, shot: Shot) -> str:
         """The planned motion."""
-        assert isinstance(self.maker, AgentImages)
-        assert self.maker.storyboard is not None
-        return [self.maker.storyboard.frames[shot.index].motion]
+        assert self.storyboard is not None, "it is planned before the first shot"
+        return self.storyboard.frames[shot.index].motion
 
 
-class Agent(KeyframeMethod):
-    """A plan by a language model, images by an image editor, then image-to-video.
-
-    Args:
-        generate: as of :class:`storymem.methods.storymem.StoryMem`.
-        agent: see :class:`AgentSettings`.
-    """
-
-    loop = _PlannedMotion
-    reads_references = True  # as portraits
-
-    def __init__(self, *, generate: Mapping[str, Any], agent: Mapping[str, Any]) -> None:
-        super().__init__(generate=generate, images={"agent": dict(agent)})
-        self.agent = build_settings(AgentSettings, agent)
-        self.whole = StoryMem(generate=generate).settings  # with the memory adapter
-
-    @cached_property
-    def maker(self) -> AgentImages:
-        """See :attr:`KeyframeMethod.maker`."""
-        settings, own = self.settings, self.agent
-        by_memory = own.images == "memory" or (own.images == "auto" and is_embedded(settings.model))
-        editor: ImageEditor
-        if by_memory:
-            parts = {name: getattr(self.whole, name) for name in ("model", "sampler", "runtime")}
-            editor = MemoryEditor(**parts)
-        else:
-            editor = QwenEditor(own, settings.runtime, settings.model.video)
-        return AgentImages(own, editor, seed=settings.seed, words=known_words(settings.model))
-
-
-class MemoryEditor(WanShotGenerator):
-    """See :class:`ImageEditor`: the video model with the memory adapter makes a shot, of which one frame is taken.
+class MemoryEditor(WanImages):
+    """The video model with the memory adapter makes a shot, of which one frame is taken.
 
     Without images it is the middle frame of a shot from the text alone, else the first of a shot with the images as its
     memory.
     """
 
     portrait = "{name} waits. Medium shot."
-
-    def check(self) -> None:
-        """The weights are here."""
-        check_weights(self.model, text_to_video=False, continuity="none", sampler=self.sampler)
 
     def edit(self, prompt: str, images: Sequence[np.ndarray], seed: int) -> np.ndarray:
         """A frame, uint8 [H, W, 3]."""
@@ -231,55 +175,36 @@ class MemoryEditor(WanShotGenerator):
         frames = self.generate(request)
         return frames[0 if images else len(frames) // 2]
 
-    def free(self) -> None:
-        """Free the networks."""
-        self._free_experts()
 
-
-class QwenEditor:
-    """See :class:`ImageEditor`: Qwen-Image-Edit with up to several images.
+class QwenEditor(ImageModel):
+    """Qwen-Image-Edit with up to several images.
 
     Args:
         settings: of the method.
         runtime: names the device.
         video: size of the blank image that it edits where there is none.
-        pipe: a loaded pipeline; None: it is loaded on first use.
+        pipe: a loaded pipeline.
     """
 
     portrait = "Full-body portrait of {name}, front view, plain light background: {look}"
 
     def __init__(
-        self,
-        settings: AgentSettings,
-        runtime: RuntimeSettings,
-        video: VideoSettings,
-        pipe: QwenImageEditPlusPipeline | None = None,
+        self, settings: AgentSettings, runtime: RuntimeSettings, video: VideoSettings, pipe: Any = None
     ) -> None:
-        self.settings, self.runtime, self.video, self._pipe = settings, runtime, video, pipe
+        super().__init__(runtime, settings.weights, pipe=pipe)
+        self.settings, self.video = settings, video
 
-    def check(self) -> None:
-        """The weights are here."""
-        if self._pipe is None:
-            locate(self.settings.weights)
+    def load(self, folder: Path, dtype: torch.dtype) -> Any:
+        """See :meth:`ImageModel.load`."""
+        from diffusers import QwenImageEditPlusPipeline
 
-    @property
-    def pipe(self) -> QwenImageEditPlusPipeline:
-        """The pipeline; loaded on first use."""
-        if self._pipe is None:
-            from diffusers import QwenImageEditPlusPipeline
-
-            folder = locate(self.settings.weights)
-            pipe = QwenImageEditPlusPipeline.from_pretrained(
-                folder, torch_dtype=image_dtype(self.runtime, torch.bfloat16)
-            )
-            self._pipe = place_image_pipeline(pipe, self.runtime)
-        return self._pipe
+        return QwenImageEditPlusPipeline.from_pretrained(folder, torch_dtype=dtype)
 
     def edit(self, prompt: str, images: Sequence[np.ndarray], seed: int) -> np.ndarray:
-        """An image of the settings' size."""
+        """An image of the settings' size, uint8 [H, W, 3]; without ``images`` from the text alone."""
         settings = self.settings
         blank = np.full((self.video.height, self.video.width, 3), 255, dtype=np.uint8)
-        (image,) = self.pipe(
+        made = self.pipe(
             image=[Image.fromarray(one) for one in images or [blank]],
             prompt=prompt,
             negative_prompt=" ",
@@ -290,10 +215,4 @@ class QwenEditor:
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
         ).images
-        (made,) = to_images(image[None])
-        return made
-
-    def free(self) -> None:
-        """Free the networks."""
-        self._pipe = None
-        gc.collect()
+        return to_images(made)[0]

@@ -222,7 +222,7 @@ class HoloCine(JointMethod):
         self.sparse, self.is_released = sparse, released is not None and self.settings.model.text_to_video is not None
         if released is not None and self.is_released:
             published, model = build_settings(Released, released), self.settings.model
-            self.sampler = published.sampler
+            self.sampler, self.is_trained = published.sampler, True
             self.model = replace(
                 self.model,
                 base="wan2.2-t2v-a14b",
@@ -237,11 +237,6 @@ class HoloCine(JointMethod):
     def options(self) -> dict[str, Any]:
         """See :attr:`JointMethod.options`."""
         return {"sparse": self.sparse, "one_video": self.is_released}
-
-    @property
-    def is_trained(self) -> bool:
-        """See :attr:`JointMethod.is_trained`."""
-        return self.is_released or super().is_trained
 
     def request(self, story: Story) -> FilmRequest:
         """See :meth:`JointMethod.request`."""

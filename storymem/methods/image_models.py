@@ -1,7 +1,10 @@
-"""Image models of diffusers: where they run, and what they return."""
+"""What makes images: pipelines of diffusers, or the video model itself."""
 
 from __future__ import annotations
 
+import gc
+from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,25 +13,67 @@ import torch
 from storymem.io import check_finite
 from storymem.wan.runtime import check_runtime
 from storymem.wan.settings import RuntimeSettings
+from storymem.wan.shots import WanShotGenerator
+from storymem.wan.sources import check_weights, required_weights
+from storymem.weights import Weights, locate
 
 
-def place_image_pipeline(pipe: Any, runtime: RuntimeSettings) -> Any:
-    """The pipeline on the runtime's device; on an accelerator whole networks are moved there one at a time."""
-    device = check_runtime(runtime)
-    pipe.set_progress_bar_config(disable=True)
-    if device.type != "cpu":
-        pipe.enable_model_cpu_offload(device=device)
-    return pipe
+class ImageModel(ABC):
+    """A pipeline of diffusers, loaded on first use.
+
+    Args:
+        runtime: names the device; on an accelerator whole networks are moved there one at a time.
+        weights: all that it loads, the pipeline in diffusers' layout first.
+        pipe: a loaded pipeline.
+    """
+
+    dtype = torch.bfloat16  # on an accelerator; the CPU computes in 16 bits slowly or not at all
+
+    def __init__(self, runtime: RuntimeSettings, *weights: Weights, pipe: Any = None) -> None:
+        self.runtime, self.weights, self._pipe = runtime, list(weights), pipe
+
+    @abstractmethod
+    def load(self, folder: Path, dtype: torch.dtype) -> Any:
+        """The pipeline in ``folder``."""
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline."""
+        if self._pipe is None:
+            device = check_runtime(self.runtime)
+            self._pipe = self.load(locate(self.weights[0]), torch.float32 if device.type == "cpu" else self.dtype)
+            self._pipe.set_progress_bar_config(disable=True)
+            if device.type != "cpu":
+                self._pipe.enable_model_cpu_offload(device=device)
+        return self._pipe
+
+    def check(self) -> None:
+        """Raise ``MissingWeights`` if it cannot be loaded."""
+        if self._pipe is None:
+            for weights in self.weights:
+                locate(weights)
+
+    def free(self) -> None:
+        """Free the networks."""
+        self._pipe = None
+        gc.collect()
 
 
-def image_dtype(runtime: RuntimeSettings, dtype: torch.dtype) -> torch.dtype:
-    """``dtype`` on an accelerator; float32 on the CPU, which computes in 16 bits slowly or not at all."""
-    return torch.float32 if check_runtime(runtime).type == "cpu" else dtype
+class WanImages(WanShotGenerator):
+    """The video model in place of an :class:`ImageModel`."""
 
+    @property
+    def weights(self) -> list[Weights]:
+        """All that it loads."""
+        return required_weights(self.model, text_to_video=False, continuity="none", sampler=self.sampler)
 
-def image_device(pipe: Any) -> torch.device:
-    """Where its networks run, which is not where offloaded weights are."""
-    return pipe._execution_device
+    def check(self) -> None:
+        """Raise ``MissingWeights`` or ``FileError`` if it cannot be loaded."""
+        check_weights(self.model, text_to_video=False, sampler=self.sampler)
+
+    def free(self) -> None:
+        """Free the networks."""
+        self._free_experts()
 
 
 def to_images(images: np.ndarray) -> list[np.ndarray]:

@@ -10,13 +10,12 @@ of a window is an earlier keyframe that stays as it is.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,18 +26,13 @@ from torch import Tensor
 from storymem.config import STRICT, build_settings, check_bounds
 from storymem.io import check_finite
 from storymem.media.images import fit_image
-from storymem.methods.image_models import image_dtype, place_image_pipeline, to_images
+from storymem.methods.image_models import ImageModel, WanImages, to_images
 from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, is_embedded
 from storymem.story import Story
 from storymem.story.panels import JOINT_TOKENS, PANELS, PanelStyle, panel_prompt
 from storymem.wan.conditioning import decode_video
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings
-from storymem.wan.shots import WanShotGenerator
-from storymem.wan.sources import check_weights
 from storymem.weights import Weights, locate
-
-if TYPE_CHECKING:
-    from diffusers import FluxPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -119,48 +113,37 @@ def chained_windows(story: Story) -> list[Window]:
     return found
 
 
-class PanelPainter(Protocol):
-    """Draws three panels as one image."""
+class InContext(KeyframeMethod):
+    """Panels of one image, then image-to-video.
 
-    style: PanelStyle
-
-    def check(self) -> None:
-        """Raise ``ValueError`` or ``FileNotFoundError`` if it cannot draw here."""
-        ...
-
-    def panels(self, prompt: str, first: np.ndarray | None, seed: int) -> list[np.ndarray]:
-        """The panels, uint8 [H, W, 3]; ``first`` is the first of them, if it is given."""
-        ...
-
-    def free(self) -> None:
-        """Free the networks."""
-        ...
-
-
-class PanelImages:
-    """See :class:`storymem.methods.keyframes.ImageMaker`.
+    The first window has the film's seed, and each later one the next number.
 
     Args:
-        painter: draws panels.
-        settings: of the method.
-        seed: of the first window; each later one uses the next number.
+        generate: as of :class:`storymem.methods.storymem.StoryMem`.
+        in_context: see :class:`InContextSettings`.
     """
 
-    def __init__(self, painter: PanelPainter, settings: InContextSettings, *, seed: int) -> None:
-        self.painter, self.settings, self.seed = painter, settings, seed
+    def __init__(self, *, generate: Mapping[str, Any], in_context: Mapping[str, Any]) -> None:
+        super().__init__(generate=generate, images={"in_context": dict(in_context)})
+        self.in_context = build_settings(InContextSettings, in_context)
 
-    def check(self, story: Story) -> None:
-        """The weights are here."""
-        self.painter.check()
+    @cached_property
+    def painter(self) -> FluxPanels | BasePanels:
+        """See :attr:`KeyframeMethod.painter`."""
+        settings, own = self.settings, self.in_context
+        if own.images == "base" or (own.images == "auto" and is_embedded(settings.model)):
+            model = panel_model(settings.model, own.adapter)
+            return BasePanels(model=model, sampler=settings.sampler, runtime=settings.runtime)
+        return FluxPanels(own, settings.runtime)
 
     def plan(self, story: Story, folder: Path) -> list[ImageGroup]:
         """A group for each window."""
         names = image_names(story)
         groups = []
-        for number, window in enumerate(chained_windows(story) if self.settings.chained else windows(len(names))):
+        for number, window in enumerate(chained_windows(story) if self.in_context.chained else windows(len(names))):
             recipe = {
                 "prompt": self.prompt(story, window.shots),
-                "seed": self.seed + number,
+                "seed": self.settings.seed + number,
                 "panels": [names[one] for one in window.shots],
                 "given": window.given,
             }
@@ -184,73 +167,35 @@ class PanelImages:
         panels = self.painter.panels(recipe["prompt"], first, recipe["seed"])
         return {name: panels[recipe["panels"].index(name)] for name in group.names}
 
-    def free(self) -> None:
-        """Free the networks."""
-        self.painter.free()
-
-
-class InContext(KeyframeMethod):
-    """Panels of one image, then image-to-video.
-
-    Args:
-        generate: as of :class:`storymem.methods.storymem.StoryMem`.
-        in_context: see :class:`InContextSettings`.
-    """
-
-    def __init__(self, *, generate: Mapping[str, Any], in_context: Mapping[str, Any]) -> None:
-        super().__init__(generate=generate, images={"in_context": dict(in_context)})
-        self.in_context = build_settings(InContextSettings, in_context)
-
-    @cached_property
-    def maker(self) -> PanelImages:
-        """See :attr:`KeyframeMethod.maker`."""
-        settings, own = self.settings, self.in_context
-        by_base = own.images == "base" or (own.images == "auto" and is_embedded(settings.model))
-        painter: PanelPainter
-        if by_base:
-            painter = BasePanels(panel_model(settings.model, own.adapter), settings.sampler, settings.runtime)
-        else:
-            painter = FluxPanels(own, settings.runtime)
-        return PanelImages(painter, own, seed=settings.seed)
-
 
 # --- FLUX.1-dev
 
 
-class FluxPanels:
-    """See :class:`PanelPainter`.
+class FluxPanels(ImageModel):
+    """FLUX.1-dev with the LoRA draws three panels as one image.
 
     Args:
         settings: of the method.
         runtime: names the device.
-        pipe: a loaded pipeline; None: it is loaded on first use.
+        pipe: a loaded pipeline.
     """
 
     style: PanelStyle = "film_storyboard"
 
-    def __init__(self, settings: InContextSettings, runtime: RuntimeSettings, pipe: FluxPipeline | None = None) -> None:
-        self.settings, self.runtime, self._pipe = settings, runtime, pipe
+    def __init__(self, settings: InContextSettings, runtime: RuntimeSettings, pipe: Any = None) -> None:
+        super().__init__(runtime, settings.weights, settings.lora, pipe=pipe)
+        self.settings = settings
 
-    def check(self) -> None:
-        """The weights are here."""
-        if self._pipe is None:
-            locate(self.settings.weights)
-            locate(self.settings.lora)
+    def load(self, folder: Path, dtype: torch.dtype) -> Any:
+        """See :meth:`ImageModel.load`."""
+        from diffusers import FluxPipeline
 
-    @property
-    def pipe(self) -> FluxPipeline:
-        """FLUX.1-dev with the LoRA."""
-        if self._pipe is None:
-            from diffusers import FluxPipeline
-
-            dtype = image_dtype(self.runtime, torch.bfloat16)
-            pipe = FluxPipeline.from_pretrained(locate(self.settings.weights), torch_dtype=dtype)
-            pipe.load_lora_weights(str(locate(self.settings.lora)))
-            self._pipe = place_image_pipeline(pipe, self.runtime)
-        return self._pipe
+        pipe = FluxPipeline.from_pretrained(folder, torch_dtype=dtype)
+        pipe.load_lora_weights(str(locate(self.settings.lora)))
+        return pipe
 
     def panels(self, prompt: str, first: np.ndarray | None, seed: int) -> list[np.ndarray]:
-        """Three panels of one image; a given one is kept by inpainting the others."""
+        """Three panels, uint8 [H, W, 3]; if the ``first`` is given, the others are inpainted."""
         settings, pipe = self.settings, self.pipe
         height, width = PANELS * settings.height, settings.width
         more: dict[str, Any] = {}
@@ -264,7 +209,7 @@ class FluxPanels:
             mask = np.full((height, width), 255, dtype=np.uint8)
             mask[: settings.height] = 0
             more = {"image": Image.fromarray(canvas), "mask_image": Image.fromarray(mask), "strength": 1.0}
-        (image,) = pipe(
+        images = pipe(
             prompt=prompt,
             height=height,
             width=width,
@@ -275,15 +220,10 @@ class FluxPanels:
             output_type="np",
             **more,
         ).images
-        (whole,) = to_images(image[None])
+        (whole,) = to_images(images)
         for row in weak_seams(whole):
             logger.warning(f"the panels of {prompt[:60]!r} have no clear seam near row {row}: check the images")
         return cut_panels(whole, settings.trim)
-
-    def free(self) -> None:
-        """Free the networks."""
-        self._pipe = None
-        gc.collect()
 
 
 def cut_panels(image: np.ndarray, trim: float) -> list[np.ndarray]:
@@ -318,23 +258,10 @@ def panel_model(model: ModelSettings, adapter: AdapterSettings | None) -> ModelS
     )
 
 
-class BasePanels(WanShotGenerator):
-    """See :class:`PanelPainter`: one latent frame of three times the height, each third decoded alone.
-
-    Args:
-        model: see :func:`panel_model`.
-        sampler: of the video model.
-        runtime: where it runs.
-    """
+class BasePanels(WanImages):
+    """The video model draws one latent frame of three times the height; each third is decoded alone."""
 
     style: PanelStyle = "plain"
-
-    def __init__(self, model: ModelSettings, sampler: Any, runtime: RuntimeSettings) -> None:
-        super().__init__(model=model, sampler=sampler, runtime=runtime)
-
-    def check(self) -> None:
-        """The weights are here."""
-        check_weights(self.model, text_to_video=False, sampler=self.sampler)
 
     @torch.no_grad()
     def panels(self, prompt: str, first: np.ndarray | None, seed: int) -> list[np.ndarray]:
@@ -345,13 +272,14 @@ class BasePanels(WanShotGenerator):
         rows = video.height // PANELS
         shape = (1, pipe.spec.latent_channels, 1, *pipe.spec.latent_size(video.height, video.width))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        known = None if first is None else self._latents(fit_image(first, rows, video.width, "cover"))
+        given = [] if first is None else [Image.fromarray(fit_image(first, rows, video.width, "cover"))]
+        known = pipe.encode_memory(given) if given else None  # [1, z, 1, h, w], encoded alone
 
         def stepped(_pipe: Any, step: int, _timestep: Any, tensors: dict) -> dict:
             return {} if known is None else {"latents": with_panel(tensors["latents"], known, noise, sigmas[step + 1])}
 
-        sigmas = self._sigmas(pipe)
-        device = pipe._execution_device
+        pipe.scheduler.set_timesteps(sampler.steps)
+        sigmas, device = pipe.scheduler.sigmas.tolist(), pipe._execution_device
         (latents,) = pipe(
             prompt_embeds=self._embeds[prompt].to(device),
             negative_prompt_embeds=self._embeds[sampler.negative_prompt].to(device) if self._uses_guidance else None,
@@ -369,20 +297,6 @@ class BasePanels(WanShotGenerator):
         check_finite(latents, "the latents of panels")
         decoded = torch.cat([decode_video(pipe.vae, panel) for panel in latents.chunk(PANELS, dim=3)])
         return to_images(((decoded[:, :, 0] + 1) / 2).permute(0, 2, 3, 1).float().cpu().numpy())
-
-    def _latents(self, image: np.ndarray) -> Tensor:
-        """[1, z, 1, h, w] of one panel, encoded alone."""
-        pipe = self._memory_to_video()
-        return pipe.encode_memory([Image.fromarray(image)])
-
-    def _sigmas(self, pipe: Any) -> list[float]:
-        pipe.scheduler.set_timesteps(self.sampler.steps)
-        return pipe.scheduler.sigmas.tolist()
-
-    def free(self) -> None:
-        """Free the networks."""
-        self._free_experts()
-        self._embeds = {}
 
 
 def with_panel(latents: Tensor, known: Tensor, noise: Tensor, sigma: float) -> Tensor:

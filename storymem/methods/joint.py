@@ -16,6 +16,7 @@ from storymem.film.generate import check_one_process, recorded_config, weight_ha
 from storymem.film.progress import Progress
 from storymem.film.settings import GenerateSettings
 from storymem.film.together import make_together
+from storymem.methods.baseline import ignored_recall, without_memory
 from storymem.story import Story
 from storymem.wan.films import FilmRequest, WanFilmGenerator
 from storymem.wan.segments import Layout, Text, scene_and_own_text
@@ -37,6 +38,7 @@ class JointMethod(ABC):
     Attributes:
         model: the networks.
         sampler: how they are sampled.
+        is_trained: whether the networks were trained for the system's layout.
     """
 
     name: ClassVar[str]
@@ -45,12 +47,13 @@ class JointMethod(ABC):
     def __init__(
         self, *, generate: Mapping[str, Any], max_shots: int, adapter: Mapping[str, Any] | None = None
     ) -> None:
-        self.settings = build_settings(GenerateSettings, {**generate, "story": "."})
+        self.settings = build_settings(GenerateSettings, {**without_memory(generate), "story": "."})
         self.config, self.max_shots = dict(generate), max_shots
         lora = None if adapter is None else build_settings(AdapterSettings, {**adapter, "objective": self.objective})
-        self.model = without_memory(self.settings.model, lora)
+        self.model = with_adapter(self.settings.model, lora)
         self.sampler: SamplerSettings = self.settings.sampler
-        self._warned = False
+        self.is_trained = adapter is not None
+        self._checked = False
 
     @abstractmethod
     def request(self, story: Story) -> FilmRequest:
@@ -79,30 +82,22 @@ class JointMethod(ABC):
         request = self.request(story)
         if self.settings.runtime.guidance_batch and request.layout != request.negative_layout:
             raise ValueError(f"runtime.guidance_batch needs equal passes, which {self.name} has not: set it to false")
-        self._check_trained()
-        for line in ignored(story):
-            logger.warning("%s: %s", story.title, line)
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether the networks were trained for the system's layout."""
-        return self.model.adapter is not None
-
-    def _check_trained(self) -> None:
-        """Refuse published networks, and warn once of small ones, that were not trained for the layout."""
-        if self.is_trained:
-            return
-        if self.settings.model.text_to_video is not None:
+        if not self.is_trained and self.settings.model.text_to_video is not None:
             raise ValueError(
                 f"the networks of {self.model.name} were not trained for the layout of {self.name}, so its films "
                 "would mean nothing: name an adapter that was (method.adapter), or use model=toy"
             )
-        if not self._warned:
-            logger.warning(
-                f"{self.name}: no adapter is given (method.adapter), so {self.model.name} is used as it was trained, "
-                "for single shots"
-            )
-            self._warned = True
+        notes = [f"{story.title}: {line}" for line in ignored(story)]
+        if not self._checked:  # once for all stories
+            self._checked = True
+            notes += ignored_recall(self.config, self.name)
+            if not self.is_trained:
+                notes.append(
+                    f"{self.name}: no adapter is given (method.adapter), so {self.model.name} is used as it was "
+                    "trained, for single shots"
+                )
+        for line in notes:
+            logger.warning(line)
 
     def run(self, story: Story, folder: Path) -> None:
         """See :meth:`storymem.methods.Method.run`."""
@@ -163,7 +158,7 @@ class JointMethod(ABC):
         )
 
 
-def without_memory(model: ModelSettings, adapter: AdapterSettings | None) -> ModelSettings:
+def with_adapter(model: ModelSettings, adapter: AdapterSettings | None) -> ModelSettings:
     """``model`` with another adapter, or none, in place of its memory adapter, for films without shots of others."""
     layouts = model.spec.layouts
     return replace(

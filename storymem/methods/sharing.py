@@ -13,8 +13,8 @@ their tokens for the others, 3.8 GB of an id image at 1344x768; here all rows ar
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -171,7 +171,19 @@ class SharedSegmentAttnProcessor(SegmentAttnProcessor):
 
 
 @contextmanager
-def sharing_in_unet(unet: Any, sharing: Sharing, *, everywhere: bool = False) -> Iterator[None]:
+def _processors(layers: Mapping[Any, Any], processor_of: Callable[[Any, Any], Any]) -> Iterator[None]:
+    """Inside the block each attention layer has the processor that is made of its key and its own processor."""
+    plain = {name: layer.processor for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.set_processor(processor_of(name, plain[name]))
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.set_processor(plain[name])
+
+
+def sharing_in_unet(unet: Any, sharing: Sharing, *, everywhere: bool = False) -> AbstractContextManager[None]:
     """Inside the block the self-attention of a UNet shares tokens.
 
     Args:
@@ -179,32 +191,19 @@ def sharing_in_unet(unet: Any, sharing: Sharing, *, everywhere: bool = False) ->
         sharing: the state of a sampling loop; the caller counts its steps.
         everywhere: in all layers, not in those of ``up_blocks`` alone.
     """
-    plain = unet.attn_processors
-    own = {
-        name: SharedAttnProcessor(sharing, name)
-        for name in plain
-        if ".attn1." in name and (everywhere or name.startswith("up_blocks."))
+    layers = {
+        f"{name}.processor": layer
+        for name, layer in unet.named_modules()
+        if name.endswith(".attn1") and (everywhere or name.startswith("up_blocks."))
     }
-    unet.set_attn_processor({**plain, **own})
-    try:
-        yield
-    finally:
-        unet.set_attn_processor(plain)
+    return _processors(layers, lambda name, _: SharedAttnProcessor(sharing, name))
 
 
-@contextmanager
-def sharing_in_video(experts: Sequence[Any], sharing: Sharing, *, blocks: int) -> Iterator[None]:
+def sharing_in_video(experts: Sequence[Any], sharing: Sharing, *, blocks: int) -> AbstractContextManager[None]:
     """Inside the block the self-attention of the last ``blocks`` blocks of Wan's transformers shares tokens."""
-    layers = [
-        (f"blocks.{number}", block.attn1)
-        for expert in experts
-        for number, block in list(enumerate(expert.blocks))[-blocks:]
-    ]
-    plain = [layer.processor for _, layer in layers]
-    try:
-        for name, layer in layers:
-            layer.set_processor(SharedSegmentAttnProcessor(sharing, name, layer.processor))
-        yield
-    finally:
-        for (_, layer), processor in zip(layers, plain, strict=True):
-            layer.set_processor(processor)
+    layers = {
+        (number, f"blocks.{place}"): block.attn1
+        for number, expert in enumerate(experts)
+        for place, block in list(enumerate(expert.blocks))[-blocks:]
+    }
+    return _processors(layers, lambda name, plain: SharedSegmentAttnProcessor(sharing, name[1], plain))

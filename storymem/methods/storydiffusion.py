@@ -7,13 +7,12 @@ no single images, such as the toy model.
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,19 +23,14 @@ from storymem.film.folder import Film
 from storymem.film.parts import Recalled
 from storymem.film.progress import Progress
 from storymem.methods.baseline import Baseline, TextToVideo
-from storymem.methods.image_models import image_device, image_dtype, place_image_pipeline, to_images
-from storymem.methods.keyframes import ImageGroup, ImageMaker, KeyframeMethod, image_names, is_embedded
+from storymem.methods.image_models import ImageModel, to_images
+from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, is_embedded
 from storymem.methods.long_prompts import encode_long_prompts
 from storymem.methods.sharing import Sharing, SharingSettings, id_shots, sharing_in_unet, sharing_in_video, shots_read
 from storymem.story import Shot, Story
-from storymem.wan.settings import ModelSettings, RuntimeSettings
+from storymem.wan.settings import ModelSettings
 from storymem.wan.shots import OnStep, ShotRequest, WanShotGenerator
-from storymem.weights import Weights, locate
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
-
-    from storymem.methods import Method
+from storymem.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -86,14 +80,14 @@ class StoryDiffusionSettings:
             raise ValueError("template must contain {prompt}")
 
 
-def story_diffusion(*, generate: Mapping[str, Any], storydiffusion: Mapping[str, Any]) -> Method:
+def story_diffusion(
+    *, generate: Mapping[str, Any], storydiffusion: Mapping[str, Any]
+) -> StoryDiffusionImages | StoryDiffusionVideo:
     """The method, in images or in video."""
-    settings = build_settings(StoryDiffusionSettings, storydiffusion)
-    embedded = is_embedded(build_settings(ModelSettings, generate["model"]))
-    where = settings.where if settings.where != "auto" else "video" if embedded else "images"
-    return (StoryDiffusionVideo if where == "video" else StoryDiffusionImages)(
-        generate=generate, storydiffusion=storydiffusion
-    )
+    where = build_settings(StoryDiffusionSettings, storydiffusion).where
+    in_video = is_embedded(build_settings(ModelSettings, generate["model"])) if where == "auto" else where == "video"
+    method = StoryDiffusionVideo if in_video else StoryDiffusionImages
+    return method(generate=generate, storydiffusion=storydiffusion)
 
 
 # --- images
@@ -112,45 +106,24 @@ class StoryDiffusionImages(KeyframeMethod):
         self.storydiffusion = build_settings(StoryDiffusionSettings, storydiffusion)
 
     @cached_property
-    def maker(self) -> ImageMaker:
-        """See :attr:`KeyframeMethod.maker`."""
-        return SharedImages(self.storydiffusion, runtime=self.settings.runtime, seed=self.settings.seed)
-
-
-class SharedImages:
-    """See :class:`storymem.methods.keyframes.ImageMaker`.
-
-    Args:
-        settings: of the images.
-        runtime: names the device.
-        seed: of noise and of kept tokens.
-        pipe: a loaded pipeline; None: it is loaded on first use.
-    """
-
-    def __init__(
-        self,
-        settings: StoryDiffusionSettings,
-        *,
-        runtime: RuntimeSettings,
-        seed: int,
-        pipe: StableDiffusionXLPipeline | None = None,
-    ) -> None:
-        self.settings, self.runtime, self.seed, self._pipe = settings, runtime, seed, pipe
+    def painter(self) -> ImageModel:
+        """See :attr:`KeyframeMethod.painter`."""
+        return StableDiffusion(self.settings.runtime, self.storydiffusion.weights)
 
     def check(self, story: Story) -> None:
         """The weights are here, and the id rows of a story leave room for others."""
-        if self._pipe is None:
-            locate(self.settings.weights)
-        ids = {one for shots in id_shots(story, self.settings.sharing).values() for one in shots}
-        if len(ids) >= self.settings.batch and len(ids) < len(story.shots):
+        settings = self.storydiffusion
+        ids = {one for shots in id_shots(story, settings.sharing).values() for one in shots}
+        if settings.batch <= len(ids) < len(story.shots):
             raise ValueError(
                 f"{story.title} has {len(ids)} id images, which every batch contains: raise "
-                f"method.storydiffusion.batch above {self.settings.batch}, or lower sharing.id_images"
+                f"method.storydiffusion.batch above {settings.batch}, or lower sharing.id_images"
             )
+        super().check(story)
 
     def plan(self, story: Story, folder: Path) -> list[ImageGroup]:
         """All id rows and some others in each group; only the first group returns the id rows."""
-        settings = self.settings
+        settings = self.storydiffusion
         names, reads = image_names(story), shots_read(story, settings.sharing)
         ids = id_shots(story, settings.sharing)
         first = sorted({one for shots in ids.values() for one in shots})
@@ -162,7 +135,7 @@ class SharedImages:
         for number, part in enumerate(parts):
             rows = [*first, *part]
             recipe = {
-                "seed": self.seed,
+                "seed": self.settings.seed,
                 "prompts": [self.prompt(story, story.shots[one]) for one in rows],
                 "reads": [[rows.index(other) for other in reads[one]] for one in rows],
                 "noise": [place.get(one, 0 if settings.shared_noise else one + 1) for one in rows],
@@ -181,14 +154,14 @@ class SharedImages:
                 name = re.escape(character.name)
                 text = re.sub(rf"\[{name}\]|(?<!\w){name}(?!\w)", look, text)
         text = f"{story.style}: {text}" if story.style else text
-        return self.settings.template.replace("{prompt}", text)
+        return self.storydiffusion.template.replace("{prompt}", text)
 
     @torch.no_grad()
     def make(self, group: ImageGroup, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The images of a batch."""
-        settings, recipe, pipe = self.settings, group.recipe, self.pipe
+        settings, recipe, pipe = self.storydiffusion, group.recipe, self.painter.pipe
         sharing = Sharing(settings.sharing, recipe["reads"], recipe["seed"])
-        count, device = len(recipe["prompts"]), image_device(pipe)
+        count, device = len(recipe["prompts"]), pipe._execution_device  # not where offloaded weights are
         embeds, pooled = encode_long_prompts(pipe, [*recipe["prompts"], settings.negative_prompt])
         factor = pipe.vae_scale_factor
         shape = (pipe.unet.config.in_channels, settings.height // factor, settings.width // factor)
@@ -214,27 +187,24 @@ class SharedImages:
             ).images
         return dict(zip(recipe["names"], to_images(images), strict=True))
 
-    @property
-    def pipe(self) -> StableDiffusionXLPipeline:
-        """Stable Diffusion XL with DDIM and FreeU, as published."""
-        if self._pipe is None:
-            from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
-            folder = locate(self.settings.weights)
-            dtype, half = image_dtype(self.runtime, torch.float16), any((folder / "unet").glob("*.fp16.safetensors"))
-            pipe = StableDiffusionXLPipeline.from_pretrained(
-                folder, torch_dtype=dtype, variant="fp16" if half else None, use_safetensors=True
-            )
-            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-            pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.1, b2=1.2)
-            pipe.vae.enable_slicing()
-            self._pipe = place_image_pipeline(pipe, self.runtime)
-        return self._pipe
+class StableDiffusion(ImageModel):
+    """Stable Diffusion XL with DDIM and FreeU, as published."""
 
-    def free(self) -> None:
-        """Free the networks."""
-        self._pipe = None
-        gc.collect()
+    dtype = torch.float16
+
+    def load(self, folder: Path, dtype: torch.dtype) -> Any:
+        """See :meth:`ImageModel.load`."""
+        from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+        half = any((folder / "unet").glob("*.fp16.safetensors"))
+        pipe = StableDiffusionXLPipeline.from_pretrained(
+            folder, torch_dtype=dtype, variant="fp16" if half else None, use_safetensors=True
+        )
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.enable_freeu(s1=0.6, s2=0.4, b1=1.1, b2=1.2)
+        pipe.vae.enable_slicing()
+        return pipe
 
 
 # --- video
@@ -322,7 +292,7 @@ class StoryDiffusionVideo(Baseline):
                 "(runtime.experts=in_turn): use a runtime with room for both (runtime.precision, runtime.offload)"
             )
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See :meth:`Baseline.parts`."""
         parts = {name: getattr(self.settings, name) for name in ("model", "sampler", "runtime")}
         return {"generator": SharedShots(self.storydiffusion, **parts)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ SMALL = (
 
 def method(name: str, *overrides: str) -> Any:
     return instantiate(composed(f"method={name}", *SMALL, *overrides, name="eval_stbench")["method"], _convert_="all")
+
+
+@cache
+def generate() -> dict[str, Any]:
+    """The settings that a method is given."""
+    return composed("method=storymem", *SMALL, "seed=1", name="eval_stbench")["method"]["generate"]
 
 
 @pytest.fixture

@@ -13,19 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storymem.config import build_settings
 from storymem.film.folder import Film
 from storymem.film.manifest import Slot
 from storymem.media.images import fit_image, read_image, write_image
 from storymem.media.video import read_video
-from storymem.methods.agent import AgentImages, AgentSettings, QwenEditor
+from storymem.methods.agent import Agent, QwenEditor
 from storymem.methods.keyframes import make_images
 from storymem.methods.storyboards import Camera, Cameras, check_tree
 from storymem.story import Story
 from storymem.story.writing import EndpointError
 from storymem.wan.settings import RuntimeSettings
 from tests.evaluation import small
-from tests.evaluation.test_methods import method
+from tests.evaluation.test_methods import generate, method
 from tests.methods import tiny
 
 
@@ -54,7 +53,7 @@ def test_a_reference_image_is_the_portrait_and_only_agents_read_it(
     write_image(path, np.full((32, 48, 3), 90, dtype=np.uint8))
     first, *others = story.characters
     story = replace(story, characters=(replace(first, references=(path,)), *others))
-    maker = method("agent_stub").maker
+    maker = method("agent_stub")
     portrait = maker.plan(story, tmp_path)[0]
     assert (maker.make(portrait, {})["portrait_01"] == 90).all()
     write_image(path, np.full((32, 48, 3), 91, dtype=np.uint8))
@@ -73,10 +72,9 @@ def test_first_frames_are_edited_from_portraits_and_earlier_frames(
     monkeypatch.setattr(f"{module}.CONDITION_IMAGE_SIZE", 56 * 56)
     weights = {"name": "Qwen", "source": "x/y"}
     given = {"weights": weights, "stub": True, "steps": 2, "guidance": 1.5, "height": 32, "width": 64}
-    settings, runtime = build_settings(AgentSettings, given), RuntimeSettings(device="cpu")
-    editor = QwenEditor(settings, runtime, method("agent").settings.model.video, tiny.qwen_image_edit(tmp_path))
-    images = AgentImages(settings, editor, seed=0)
-    images.check(story)
+    images, runtime = Agent(generate={**generate(), "seed": 0}, agent=given), RuntimeSettings(device="cpu")
+    video = images.settings.model.video
+    images.painter = QwenEditor(images.agent, runtime, video, tiny.qwen_image_edit(tmp_path))
     size: dict[str, Any] = {"height": 32, "width": 48, "settings": {}}
     make_images(images, story, tmp_path, **size)
     made = {path.stem: read_image(path) for path in (tmp_path / "keyframe_images").iterdir()}
@@ -84,7 +82,7 @@ def test_first_frames_are_edited_from_portraits_and_earlier_frames(
     with pytest.raises(FileNotFoundError, match="Qwen: x/y is not"):
         images.check(story)
 
-    editor = QwenEditor(settings, runtime, editor.video, tiny.qwen_image_edit(tmp_path))
+    editor = QwenEditor(images.agent, runtime, video, tiny.qwen_image_edit(tmp_path))
     prompt = story.prompt_of(story.shots[2])
     wanted = [made[name] for name in ("portrait_01", "portrait_02", "01_02")]
     seed = images.plan(story, tmp_path)[-1].recipe["seed"]
@@ -165,11 +163,12 @@ def test_an_endpoint_is_asked_once_for_each_answer(story: Story, tmp_path: Path,
     assert "characters must be exactly Ada, Ben" in endpoint.asked[2][-1]["content"]
     assert agent.storyteller.texts_of(story, story.shots[0]) == ["a boat moves"]
     assert sorted(path.stem for path in (folder / "keyframe_images").iterdir())[-1] == "portrait_01", "Ben's is unused"
-    last = read_video(folder / Film.open(folder).shots[2].file)
     film = Film.open(folder)
+    assert film.config["images"]["agent"]["endpoint"] == {"model": "m"}, "where it is asked may change"
+    last = read_video(folder / film.shots[2].file)
     film.slots[2] = Slot(folder=film.slots[2].folder)
     film.save()
-    method("agent", url).run(story, folder)
+    method("agent", url.replace("127.0.0.1", "localhost")).run(story, folder)
     assert len(endpoint.asked) == 10, "no second bill"
     shot = Film.open(folder).shots[2]
     assert (read_video(folder / shot.file) == last).all()

@@ -12,8 +12,10 @@ from peft.utils import get_peft_model_state_dict
 from storymem.config import build_settings
 from storymem.methods.agent import AgentSettings, QwenEditor
 from storymem.methods.in_context import FluxPanels, InContextSettings
-from storymem.methods.storydiffusion import SharedImages, StoryDiffusionSettings
+from storymem.methods.storydiffusion import StableDiffusion, StoryDiffusionImages
 from storymem.wan.settings import RuntimeSettings, VideoSettings
+from storymem.weights import Weights
+from tests.evaluation.test_methods import generate
 from tests.methods import tiny
 
 CPU = RuntimeSettings(device="cpu")
@@ -26,14 +28,20 @@ def weights(folder: Path, **more: Any) -> dict[str, Any]:
 def test_stable_diffusion_xl(tmp_path: Path) -> None:
     saved = tiny.stable_diffusion_xl(tmp_path)
     saved.save_pretrained(tmp_path / "xl")
-    settings = build_settings(StoryDiffusionSettings, {"weights": weights(tmp_path / "xl")})
-    images = SharedImages(settings, runtime=CPU, seed=0)
+    images = StableDiffusion(CPU, Weights(**weights(tmp_path / "xl")))
+    images.check()
     pipe = images.pipe
     assert images.pipe is pipe, "loaded once"
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
     assert pipe.unet.dtype == torch.float32, "16 bits are for accelerators"
     assert (pipe.unet.up_blocks[0].b1, pipe.unet.up_blocks[0].s2) == (1.1, 0.4), "FreeU"
     assert torch.equal(pipe.unet.conv_in.weight, saved.unet.conv_in.weight)
+    method = StoryDiffusionImages(generate=generate(), storydiffusion={"weights": weights(tmp_path / "xl")})
+    recorded = method.storyteller.config["weights"]
+    (tmp_path / "xl" / "unet" / "config.json").write_text("{}")
+    method = StoryDiffusionImages(generate=generate(), storydiffusion={"weights": weights(tmp_path / "xl")})
+    assert recorded.keys() == {"saved"}, "a film records the weights of its image model"
+    assert recorded != method.storyteller.config["weights"]
 
 
 def test_flux_with_a_lora(tmp_path: Path) -> None:

@@ -8,19 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storymem.config import build_settings
-from storymem.methods.in_context import (
-    FluxPanels,
-    InContextSettings,
-    PanelImages,
-    chained_windows,
-    cut_panels,
-    weak_seams,
-    windows,
-)
+from storymem.methods.in_context import FluxPanels, InContext, chained_windows, cut_panels, weak_seams, windows
 from storymem.methods.keyframes import make_images
 from storymem.story import Story, load_story
 from storymem.wan.settings import RuntimeSettings
+from tests.evaluation.test_methods import generate
 from tests.methods import tiny
 
 SETTINGS: dict[str, Any] = {
@@ -44,10 +36,10 @@ def story(tmp_path: Path) -> Story:
     return load_story(tmp_path / "s.yaml")
 
 
-def maker(tmp_path: Path, **changed: Any) -> PanelImages:
-    settings = build_settings(InContextSettings, {**SETTINGS, **changed})
-    painter = FluxPanels(settings, RuntimeSettings(device="cpu"), pipe=tiny.flux(tmp_path))
-    return PanelImages(painter, settings, seed=1)
+def maker(tmp_path: Path, **changed: Any) -> InContext:
+    method = InContext(generate=generate(), in_context={**SETTINGS, **changed})
+    method.painter = FluxPanels(method.in_context, RuntimeSettings(device="cpu"), pipe=tiny.flux(tmp_path))
+    return method
 
 
 def test_windows_over_a_story(story: Story) -> None:
@@ -84,7 +76,7 @@ def test_images_of_flux_are_kept_and_a_given_panel_is_kept_in_the_image(story: S
     made = [chained.painter.panels("x", given, seed) for seed in (1, 2)]
     difference = [np.abs(one.astype(int) - two).mean() for one, two in zip(*made, strict=True)]
     assert difference[0] < 0.3 * difference[1], "only the others change with the noise"
-    chained.free()
+    chained.painter.free()
     with pytest.raises(FileNotFoundError, match="FLUX: x/y is not in the local"):
         chained.check(story)
 

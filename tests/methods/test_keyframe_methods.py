@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,9 +96,25 @@ def test_baselines_are_the_base_alone_with_its_own_sampler() -> None:
         node = composed(f"method={name}", "model=toy", "runtime=cpu", name="eval_stbench")["method"]
         of = instantiate(node, _convert_="all").settings
         assert of.model.adapter is None
+        assert "NoEmbedder" in of.scorer.clip["_target_"]
         assert "NoQuality" in of.scorer.quality["_target_"]
         shift = of.sampler.shift if name in ("in_context", "agent_stub") else of.sampler.text_to_video_shift
         assert shift == (5.0 if name in ("in_context", "agent_stub") else 12.0), name
+
+
+def test_settings_of_a_memory_have_no_effect_without_one(
+    story: Story, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_image(tmp_path / "ada.png", np.zeros((32, 48, 3), dtype=np.uint8))
+    ada = replace(story.characters[0], references=(tmp_path / "ada.png",))
+    for name, system in (("independent", "IndependentShots"), ("lct", "LCT")):
+        chosen = method(name, "memory/recall=learned")
+        for _ in range(2):
+            chosen.check(story)
+        line = f"memory.recall=storymem.memory.Learned has no effect: {system} has no memory"
+        assert caplog.text.count(line) == 1
+    method("independent").run(replace(story, characters=(ada, story.characters[1])), tmp_path / "film")
+    assert not list((tmp_path / "film" / "keyframes").iterdir())
 
 
 def test_published_image_models_are_asked_for_with_files_sizes_and_licences(

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from storymem.config import build_settings
 from storymem.methods.long_prompts import encode_long_prompts
 from storymem.methods.sharing import Sharing, SharingSettings, shots_read
-from storymem.methods.storydiffusion import SharedImages, StoryDiffusionSettings
+from storymem.methods.storydiffusion import StableDiffusion, StoryDiffusionImages
 from storymem.story import Story, load_story
 from storymem.wan.settings import RuntimeSettings
+from tests.evaluation.test_methods import generate
 from tests.methods import tiny
 
 SETTINGS = {"weights": {"name": "SDXL", "source": "x/y"}, "steps": 4, "height": 32, "width": 32, "batch": 3}
@@ -48,12 +48,14 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tiny.stable_diffusion_xl(tmp_path_factory.mktemp("sdxl"))
 
 
-def maker(pipe: Any, **changed: Any) -> SharedImages:
-    settings = build_settings(StoryDiffusionSettings, {**SETTINGS, "sharing": ALWAYS, **changed})
-    return SharedImages(settings, runtime=RuntimeSettings(device="cpu"), seed=3, pipe=pipe)
+def maker(pipe: Any, **changed: Any) -> StoryDiffusionImages:
+    settings = {**SETTINGS, "sharing": ALWAYS, **changed}
+    method = StoryDiffusionImages(generate={**generate(), "seed": 3}, storydiffusion=settings)
+    method.painter = StableDiffusion(RuntimeSettings(device="cpu"), pipe=pipe)
+    return method
 
 
-def images(one: SharedImages, story: Story, folder: Path) -> dict[str, np.ndarray]:
+def images(one: StoryDiffusionImages, story: Story, folder: Path) -> dict[str, np.ndarray]:
     made: dict[str, np.ndarray] = {}
     for group in one.plan(story, folder):
         found = one.make(group, {})
