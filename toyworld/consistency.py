@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from storymem.evaluation.entities import GAPS
-from storymem.evaluation.metric import Column, FilmInfo, Metric, Pair, Scores, Value, mean, reasons_for
+from storymem.evaluation.metric import Column, FilmInfo, Metric, Pair, Scores, Value, mean
 from storymem.story import Shot, Story
 from toyworld.attributes import LOOK_PARTS, LOOKS, PROP_COLOURS, SIDES, UNKNOWN, Scenery
 from toyworld.places import draw_place
@@ -167,10 +167,10 @@ class ToyConsistency(Metric):
         undefined = _undefined(compared, alone, apart) | {
             name: "no character is listed in shots so far apart" for name, values in gaps.items() if not values
         }
-        return Scores(
-            columns=columns,
-            reasons={**reasons_for(columns, film), **undefined},
-            undefined=tuple(undefined),
+        return Scores.of(
+            columns,
+            film.missing,
+            undefined,
             shots={
                 "attribute_consistency": tuple(
                     mean([one.same for one in compared if one.shot == shot.index]) for shot in story.shots

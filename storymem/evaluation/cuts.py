@@ -72,12 +72,9 @@ class CutAccuracy(Metric):
     def compute(self, measured: Sequence[np.ndarray | None], film: FilmInfo) -> Scores:
         """See :meth:`Metric.compute`."""
         none: dict[str, Value] = dict.fromkeys(column.name for column in self.columns)
-        if len(film.lengths) < 2:
-            return Scores(
-                columns=none, reasons=dict.fromkeys(none, "the story has a single shot"), undefined=tuple(none)
-            )
-        if film.missing is not None:
-            return Scores(columns=none, reasons=dict.fromkeys(none, film.missing))
+        if len(film.lengths) < 2 or film.missing is not None:
+            single = dict.fromkeys(none, "the story has a single shot") if len(film.lengths) < 2 else {}
+            return Scores.of(none, film.missing, single)
         found = self._cuts(np.concatenate([frames for frames in measured if frames is not None]))
         return judge_cuts(found, film, self.tolerance)
 
@@ -111,14 +108,11 @@ def judge_cuts(found: Sequence[int], film: FilmInfo, tolerance: int) -> Scores:
     right = sum(verdict or 0 for verdict in verdicts)
     sca, deviation = compare_cuts(found, film)
     columns = {"cut_accuracy": right / (len(verdicts) - 1 + len(spare)), "cut_sca": sca, "cut_deviation": deviation}
-    reasons = {} if deviation is not None else {"cut_deviation": "no planned cut was found"}
     planned = any(shot.cut for shot in film.story.shots[1:])
-    if not planned:
-        reasons["cut_deviation"] = "the story has no cut"
-    return Scores(
-        columns=columns,
-        reasons=reasons,
-        undefined=() if planned else ("cut_deviation",),
+    return Scores.of(
+        columns,
+        "no planned cut was found",
+        {} if planned else {"cut_deviation": "the story has no cut"},
         shots={"cut_accuracy": tuple(verdicts)},
         marks=dict.fromkeys(columns, BY_CONSTRUCTION) if film.separate else {},
         details={"cuts_found": sorted(found), "cuts_inside_shots": spare},

@@ -6,36 +6,37 @@ After EntityBench (arXiv 2605.15199), whose repository has no licence: the defin
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 
 from storymem.config import StoryPath
 from storymem.evaluation.crops import Box, crop_boxes, distinct_boxes, erased, sharpness
 from storymem.evaluation.metric import (
     Column,
     FilmInfo,
+    ImageEmbedder,
     InnerFramesMetric,
     Pair,
     Scores,
     Value,
     appearances,
-    cosines,
     mean,
     mean_of_present,
+    pairs_of,
     unmeasured,
+    values_of,
 )
-from storymem.evaluation.metrics import ImageEmbedder
 from storymem.io import FileError, hash_json, read_text
-from storymem.scorers.grounding import Detector
+from storymem.scorers.clip import ClipScorer
+from storymem.scorers.grounding import GroundingDetector
 from storymem.scorers.scorer import as_images
 from storymem.story import Shot, Story
 
@@ -45,10 +46,11 @@ GAPS = {"1": (1, 1), "2": (2, 2), "3_4": (3, 4), "5": (5, 10**6)}
 _QUERY_WORDS = 12  # of a description, for the detector
 
 
-class ImageAndTextEmbedder(ImageEmbedder, Protocol):
-    """Embeds images and texts in one space, as :class:`storymem.scorers.clip.ClipScorer` does."""
-
-    def embed_texts(self, texts: Sequence[str]) -> Tensor: ...
+LEFT_OUT = (
+    "a character that is present in fewer than two shots has no look to compare and is left out: see the presence, and "
+    "the column that counts absent ones as 0"
+)
+"""Footnote of the mean look and the contrast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +86,9 @@ class Entities(InnerFramesMetric):
     - gaps: mean cosine by the distance of the shots, over the pairs of all characters.
     - contrast: same, minus the mean cosine between different characters: 0 if all look alike.
 
-    ``strict`` and ``contrast`` are ours. A character without a description is left out and named in the results; one
-    that is present in fewer than two shots leaves ``same`` without a value.
+    ``strict`` and ``contrast`` are ours. A character without a description is left out. So is, from ``same``, one that
+    is present in fewer than two shots: a footnote marks the value, and there is none if no character is left. The
+    results name all characters that are left out, with the reason.
 
     Args:
         detector: of boxes.
@@ -96,6 +99,7 @@ class Entities(InnerFramesMetric):
         descriptions: a CSV file (story, character, description), for characters without one in their story.
     """
 
+    version = 2
     columns = (
         Column(name="entity_presence", title="Characters present", heading="Present"),
         Column(name="entity_same", title="Looks of characters, where present", heading="Same", consistency=True),
@@ -109,8 +113,8 @@ class Entities(InnerFramesMetric):
 
     def __init__(
         self,
-        detector: Detector,
-        clip: ImageAndTextEmbedder,
+        detector: GroundingDetector,
+        clip: ClipScorer,
         embedder: ImageEmbedder,
         *,
         frames: int = 5,
@@ -144,37 +148,44 @@ class Entities(InnerFramesMetric):
 
     def compute(self, measured: Sequence[dict[str, Sighting] | None], film: FilmInfo) -> Scores:
         """See :meth:`Metric.compute`."""
-        described, incomplete = list(self._described(film.story)), unmeasured(measured, film)
-        shots_of = appearances(film.story, described)
-        presence = tuple(_presence(seen) for seen in measured)
-        listed = [presence[shot.index] for shot in film.story.shots if set(shot.characters) & set(described)]
-        looks = {name: [_look(name, seen) for seen in measured] for name in described}
-        pairs = {name: _pairs(looks[name], shots) for name, shots in shots_of.items()}
-        characters = {name: _of_character(name, pairs.get(name, []), measured, incomplete) for name in described}
+        story, described, incomplete = film.story, list(self._described(film.story)), unmeasured(measured, film)
+        presence = tuple(_share_present(seen.values()) if seen else None for seen in measured)
+        listed = [presence[shot.index] for shot in story.shots if set(shot.characters) & set(described)]
+        looks = {
+            name: [None if seen is None or name not in seen else seen[name].look for seen in measured]
+            for name in described
+        }
+        pairs = {name: pairs_of(looks[name], shots) for name, shots in appearances(story, described).items()}
         every = [pair for of_one in pairs.values() for pair in of_one]
         gaps = {
-            f"entity_gap_{name}": [value for i, j, value in every if low <= j - i <= high]
+            f"entity_gap_{name}": values_of(pair for pair in every if low <= pair[1] - pair[0] <= high)
             for name, (low, high) in GAPS.items()
         }
-        same = mean([characters[name]["same"] for name in shots_of])
+        characters = {
+            name: _of_character(
+                name, pairs.get(name, []), [seen[name] for seen in measured if seen and name in seen], incomplete
+            )
+            for name in described
+        }
+        compared = [characters[name] for name in pairs]
+        same = mean_of_present([one["same"] for one in compared])
         apart = mean_of_present(list(_between_characters(looks)))
         columns = {
-            "entity_presence": None if incomplete else mean(listed),
+            "entity_presence": mean(listed),
             "entity_same": same,
-            "entity_strict": mean([characters[name]["strict"] for name in shots_of]),
-            **{name: None if incomplete else mean_of_present(values) for name, values in gaps.items()},
+            "entity_strict": mean([one["strict"] for one in compared]),
+            **{name: mean_of_present(values) for name, values in gaps.items()},
             "entity_contrast": None if same is None or apart is None else same - apart,
         }
-        undefined = _undefined(described, film.story, shots_of, listed, gaps)
-        lacking = incomplete or _lacking([characters[name] for name in shots_of])
-        reasons = {name: lacking for name, value in columns.items() if value is None}
-        undescribed = [one.name for one in film.story.characters if one.name not in described]
-        return Scores(
-            columns=columns,
-            reasons=reasons | undefined,
-            undefined=tuple(undefined),
+        lacking = [one["reason"] for one in compared if one["same"] is None]
+        undescribed = [one.name for one in story.characters if one.name not in described]
+        return Scores.of(
+            dict.fromkeys(columns) if incomplete else columns,
+            incomplete or "; ".join(lacking) or "no characters are present in such shots",
+            _undefined(columns, described, story, pairs, gaps),
             shots={"entity_presence": presence},
             pairs={"entity_same": tuple(_of_shots(every))},
+            marks=dict.fromkeys(("entity_same", "entity_contrast"), LEFT_OUT) if lacking and same is not None else {},
             details={
                 "entities": characters | {name: {"reason": "no description"} for name in undescribed},
                 "sightings": [
@@ -204,8 +215,6 @@ class Entities(InnerFramesMetric):
             "definition": "arXiv 2605.15199, without its judge",
             "gate": self.gate,
             "descriptions": hash_json(self.descriptions) if self.descriptions else "of the stories",
-            "box_threshold": getattr(self.detector, "box_threshold", None),
-            "dtype": str(self.embedder.dtype),
         }
 
     def _described(self, story: Story) -> dict[str, str]:
@@ -257,37 +266,22 @@ def _read_descriptions(file: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def _presence(seen: dict[str, Sighting] | None) -> Value:
-    return mean([float(_present(one)) for one in seen.values()]) if seen else None
+def _share_present(sightings: Iterable[Sighting]) -> Value:
+    return mean([float(one.status == "present") for one in sightings])
 
 
-def _present(one: Sighting) -> bool:
-    return one.status == "present"
-
-
-def _look(name: str, seen: dict[str, Sighting] | None) -> np.ndarray | None:
-    return seen[name].look if seen and name in seen else None
-
-
-def _pairs(looks: Sequence[np.ndarray | None], shots: Sequence[int]) -> list[Pair]:
-    """All pairs of ``shots`` with the cosine of a character's looks."""
-    table = cosines(looks)
-    return [(i, j, table[i][j]) for i, j in combinations(shots, 2)]
-
-
-def _of_character(
-    name: str, pairs: Sequence[Pair], measured: Sequence[dict[str, Sighting] | None], incomplete: str | None
-) -> dict[str, Any]:
+def _of_character(name: str, pairs: Sequence[Pair], seen: Sequence[Sighting], incomplete: str | None) -> dict[str, Any]:
     """Presence, same and strict of a character; a reason where it has no ``same``."""
+    values = [] if incomplete else values_of(pairs)
     found: dict[str, Any] = {
-        "presence": mean([float(_present(seen[name])) for seen in measured if seen and name in seen])
+        "presence": _share_present(seen),
+        "same": mean_of_present(values),
+        "strict": mean([value or 0.0 for value in values]),
     }
-    if incomplete or not pairs:
-        return found | {"same": None, "strict": None, "reason": incomplete or "listed in fewer than two shots"}
-    values = [value for *_, value in pairs]
-    found |= {"same": mean_of_present(values), "strict": mean([value or 0.0 for value in values])}
-    reason = {"reason": f"{name} is present in fewer than two shots"}
-    return found | (reason if found["same"] is None else {})
+    if found["same"] is None:
+        few = "present" if pairs else "listed"
+        found["reason"] = incomplete or f"{name} is {few} in fewer than two shots"
+    return found
 
 
 def _between_characters(looks: Mapping[str, Sequence[np.ndarray | None]]) -> Iterator[float]:
@@ -306,28 +300,21 @@ def _of_shots(pairs: Sequence[Pair]) -> Iterator[Pair]:
 
 
 def _undefined(
-    described: Sequence[str],
-    story: Story,
-    shots_of: Mapping[str, Any],
-    listed: Sequence[Value],
-    gaps: Mapping[str, Sequence[Value]],
+    columns: Iterable[str], described: Sequence[str], story: Story, pairs: Mapping[str, Any], gaps: Mapping[str, Any]
 ) -> dict[str, str]:
     """Columns that the story cannot have, and why."""
-    without = None if described else "no character has a description"
-    reasons = {} if listed else {"entity_presence": without or "no shot lists a character with a description"}
-    twice = without or "no character with a description is listed in two shots"
-    if not shots_of:
+    if not described:
+        return dict.fromkeys(columns, "no character has a description")
+    shown = {name for shot in story.shots for name in shot.characters} & set(described)
+    reasons = {name: "no character is listed in shots so far apart" for name, values in gaps.items() if not values}
+    if not shown:
+        reasons["entity_presence"] = "no shot lists a character with a description"
+    if not pairs:
+        twice = "no character with a description is listed in two shots"
         reasons |= dict.fromkeys(("entity_same", "entity_strict"), twice)
-    if len({name for shot in story.shots for name in shot.characters} & set(described)) < 2 or not shots_of:
-        reasons["entity_contrast"] = without or "the story has no two characters to compare"
-    return reasons | {
-        name: without or "no character is listed in shots so far apart" for name, of in gaps.items() if not of
-    }
-
-
-def _lacking(characters: Sequence[Mapping[str, Any]]) -> str:
-    reasons = [one["reason"] for one in characters if "reason" in one]
-    return "; ".join(dict.fromkeys(reasons)) or "no characters are present in such shots"
+    if len(shown) < 2 or not pairs:
+        reasons["entity_contrast"] = "the story has no two characters to compare"
+    return reasons
 
 
 def _plain(one: Sighting) -> dict[str, Any]:

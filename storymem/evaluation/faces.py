@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -17,15 +17,10 @@ from storymem.evaluation.metric import (
     appearances,
     mean,
     unmeasured,
+    values_of,
 )
-from storymem.scorers.faces import SAME_PERSON
+from storymem.scorers.faces import SAME_PERSON, FaceScorer
 from storymem.story import Shot
-
-
-class FaceEmbedder(Protocol):
-    """Embeds faces, as :class:`storymem.scorers.faces.FaceScorer` does."""
-
-    def embed_faces(self, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class Faces(InnerFramesMetric):
@@ -49,7 +44,7 @@ class Faces(InnerFramesMetric):
         Column(name="face_same", title="Pairs of shots with the same face", heading="Same face", consistency=True),
     )
 
-    def __init__(self, scorer: FaceEmbedder, *, frames: int = 5, same: float = SAME_PERSON) -> None:
+    def __init__(self, scorer: FaceScorer, *, frames: int = 5, same: float = SAME_PERSON) -> None:
         super().__init__(frames, scorer)
         self.scorer, self.same = scorer, same
 
@@ -73,7 +68,8 @@ class Faces(InnerFramesMetric):
         for i, j in shared:
             both = [faces for faces in (measured[i], measured[j]) if faces is not None and len(faces)]
             pairs.append((i, j, float((both[0] @ both[1].T).max()) if len(both) == 2 else None))
-        known = [value for *_, value in pairs if value is not None] if unmeasured(measured, film) is None else []
+        incomplete = unmeasured(measured, film)
+        known = [] if incomplete else [value for value in values_of(pairs) if value is not None]
         columns = {
             "face_presence": mean([shown[index] for index in listing]),
             "face_similarity": mean(known),
@@ -82,12 +78,10 @@ class Faces(InnerFramesMetric):
         undefined = {} if listing else {"face_presence": "no shot lists a character"}
         if not shared:
             undefined |= dict.fromkeys(("face_similarity", "face_same"), "no character is listed in two shots")
-        reason = unmeasured(measured, film) or "no two shots of a character show a face"
-        none = dict.fromkeys([name for name in columns if columns[name] is None], reason)
-        return Scores(
-            columns=columns,
-            reasons=none | undefined,
-            undefined=tuple(undefined),
+        return Scores.of(
+            columns,
+            incomplete or "no two shots of a character show a face",
+            undefined,
             shots={"face_presence": shown},
             pairs={"face_similarity": tuple(pairs)},
             details={"frames_of_shots": self.chosen_of_film(film)},

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
-from typing import Any, Protocol, runtime_checkable
+from itertools import accumulate, combinations
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,16 @@ from storymem.story import Shot, Story
 Value = float | None
 Pair = tuple[int, int, Value]
 """Indices of two shots of a story, from 0, and a value."""
+
+_OF_SCORERS = ("name", "profile", "preprocessing", "dtype", "box_threshold")  # recorded where a scorer has them
+
+
+class ImageEmbedder(Protocol):
+    """Embeds images, as :class:`storymem.scorers.clip.ClipScorer` and DINOv2 do."""
+
+    batch_size: int
+
+    def embed_images(self, frames: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +106,17 @@ class Scores:
     marks: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, columns: dict[str, Value], why: str | None, undefined: Mapping[str, str] | None = None, **more: Any
+    ) -> Scores:
+        """Scores with reasons for what is None: those of ``undefined``, by column, else ``why``."""
+        lacking = {name: why for name, value in columns.items() if value is None and why is not None}
+        undefined = dict(undefined or {})
+        return cls(columns=columns, reasons=lacking | undefined, undefined=tuple(undefined), **more)
 
-@runtime_checkable
-class Metric(Protocol):
+
+class Metric(ABC):
     """Measures films. Subclass it and name the class by ``_target_`` below ``metrics``: ``+metrics.mine._target_=...``.
 
     A metric keeps no state from one film to the next, so that neither their order nor the number of processes changes
@@ -123,16 +142,16 @@ class Metric(Protocol):
         origins = {getattr(scorer, "origin", "own") for scorer in self.scorers} or {"own"}
         return next((origin for origin in ("untrained", "own") if origin in origins), "published")
 
+    @abstractmethod
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> Any:
         """What :meth:`compute` needs of a shot with ``frames``, uint8 [F, H, W, 3].
 
         It should be small: the frames of a whole film do not fit into RAM.
         """
-        ...
 
+    @abstractmethod
     def compute(self, measured: Sequence[Any | None], film: FilmInfo) -> Scores:
         """Scores of a film from what was measured of its shots, in order; None for each missing shot."""
-        ...
 
     def finds_characters(self, story: Story) -> bool:
         """Whether :meth:`without_characters` can find those of ``story``."""
@@ -143,8 +162,19 @@ class Metric(Protocol):
         return frames
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the values except the films (rules, names, hashes of weights), in plain JSON types."""
-        return {}
+        """All that decides the values except the films (rules, names, hashes of weights), in plain JSON types.
+
+        Here, those of the scorers; subclasses add their rules.
+        """
+        found: dict[str, Any] = (
+            {"scorers": ", ".join(type(one).__name__ for one in self.scorers)} if self.scorers else {}
+        )
+        for key in _OF_SCORERS:
+            values = dict.fromkeys(str(value) for one in self.scorers if (value := getattr(one, key, None)) is not None)
+            found |= {key: ", ".join(values)} if values else {}
+        if networks := [one.network for one in self.scorers if hasattr(one, "network")]:
+            found["weights_sha256"] = weights_sha256(*networks)
+        return found
 
 
 class InnerFramesMetric(Metric):
@@ -170,10 +200,7 @@ class InnerFramesMetric(Metric):
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
-        return {
-            "frames": f"{self.frames} of each shot, evenly spaced, not the first or last",
-            "weights_sha256": scorers_sha256(*self.scorers),
-        }
+        return super().settings() | {"frames": f"{self.frames} of each shot, evenly spaced, not the first or last"}
 
 
 def appearances(story: Story, names: Sequence[str] | None = None) -> dict[str, list[int]]:
@@ -193,11 +220,6 @@ def weights_sha256(*networks: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def scorers_sha256(*scorers: Any) -> str:
-    """`weights_sha256` of the networks of the scorers that have one."""
-    return weights_sha256(*(scorer.network for scorer in scorers if hasattr(scorer, "network")))
-
-
 def in_batches(frames: np.ndarray, size: int, run: Callable[[Tensor], Tensor]) -> np.ndarray:
     """``run`` over ``frames`` [N, H, W, 3], ``size`` at a time, to save RAM -> float64 [N, ...]."""
     results = [run(as_images(frames[start : start + size])) for start in range(0, len(frames), size)]
@@ -215,16 +237,21 @@ def mean_of_present(values: Sequence[Value]) -> Value:
     return mean([value for value in values if value is not None])
 
 
-def cosines(rows: Sequence[np.ndarray | None]) -> list[list[Value]]:
-    """Products of all pairs of rows; None where a row is missing."""
-    return [[None if one is None or other is None else float(one @ other) for other in rows] for one in rows]
+def cosine(one: np.ndarray | None, other: np.ndarray | None) -> Value:
+    """The product of two unit vectors; None if one is missing."""
+    return None if one is None or other is None else float(one @ other)
+
+
+def pairs_of(rows: Sequence[np.ndarray | None], shots: Sequence[int] | None = None) -> list[Pair]:
+    """The cosines of all pairs of ``rows``, or of those of the given ``shots``."""
+    return [(i, j, cosine(rows[i], rows[j])) for i, j in combinations(range(len(rows)) if shots is None else shots, 2)]
+
+
+def values_of(pairs: Iterable[Pair]) -> list[Value]:
+    """Their values."""
+    return [value for *_, value in pairs]
 
 
 def unmeasured(measured: Sequence[Any | None], film: FilmInfo) -> str | None:
     """Why a film is incomplete: shots that are missing or, among ``measured``, not finite; None if it is complete."""
     return film.missing or ("a shot has values that are not finite" if any(one is None for one in measured) else None)
-
-
-def reasons_for(columns: Mapping[str, Value], film: FilmInfo) -> dict[str, str]:
-    """The missing shots as the reason of each column without a value."""
-    return {name: film.missing for name, value in columns.items() if value is None and film.missing}

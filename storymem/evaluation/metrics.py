@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from storymem.evaluation.metric import (
     Column,
     FilmInfo,
+    ImageEmbedder,
     Metric,
     Pair,
     Scores,
     Value,
     appearances,
-    cosines,
+    cosine,
     in_batches,
     mean,
-    reasons_for,
-    weights_sha256,
+    pairs_of,
+    values_of,
 )
 from storymem.io import check_finite
 from storymem.scorers.aesthetic import AestheticScorer
@@ -45,12 +43,12 @@ class AestheticQuality(Metric):
     columns = (Column(name="aesthetic_quality", title="Aesthetic quality", heading="Aesthetic"),)
 
     def __init__(self, scorer: AestheticScorer) -> None:
-        self.scorer = scorer
+        self.scorer, self.scorers = scorer, (scorer,)
 
     @property
     def weights(self) -> Origin:
         """See :attr:`Metric.weights`; V2 is published too, but is not the paper's."""
-        return "own" if self.scorer.name != "laion-v1" and self.scorer.origin == "published" else self.scorer.origin
+        return "own" if self.scorer.name != "laion-v1" and super().weights == "published" else super().weights
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> float:
         """Mean score of a shot, divided by 10."""
@@ -58,19 +56,12 @@ class AestheticQuality(Metric):
 
     def compute(self, measured: Sequence[float | None], film: FilmInfo) -> Scores:
         """See :meth:`Metric.compute`."""
-        columns = {"aesthetic_quality": mean(measured)}
-        return Scores(columns=columns, reasons=reasons_for(columns, film), shots={"aesthetic_quality": tuple(measured)})
+        column = {"aesthetic_quality": tuple(measured)}
+        return Scores.of({name: mean(values) for name, values in column.items()}, film.missing, shots=column)
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
-        clip = self.scorer.clip
-        return {
-            "scorer": self.scorer.name,
-            "frames": "all",
-            "preprocessing": clip.preprocessing,
-            "dtype": str(clip.dtype),
-            "weights_sha256": weights_sha256(clip.network, self.scorer.head),
-        }
+        return super().settings() | {"frames": "all"}
 
 
 class _Clips(NamedTuple):
@@ -122,12 +113,13 @@ class ViclipScores(Metric):
         if top_rule not in ("prompts", "shots"):
             raise ValueError(f"top_rule={top_rule}: write prompts or shots")
         self.scorer, self.top_pairs, self.top_rule = scorer, top_pairs, top_rule
+        self.scorers = (scorer,)
 
     @property
     def weights(self) -> Origin:
         """See :attr:`Metric.weights`."""
         is_papers = self.scorer.config == VICLIP_L_14 and self.scorer.profile == "vbench"
-        return "own" if self.scorer.origin == "published" and not is_papers else self.scorer.origin
+        return "own" if super().weights == "published" and not is_papers else super().weights
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> _Clips:
         """Eight frames of the shot, and those of the film's eight that are in it."""
@@ -143,32 +135,26 @@ class ViclipScores(Metric):
         check_finite(embedded, "embeddings of texts")  # they also decide which pairs count
         overview, *prompts = embedded.double().numpy()
         shots, whole = self._embed(measured)
-        similarity = cosines(shots)
-        following = tuple(
-            None if shot is None else float(shot @ prompt) for shot, prompt in zip(shots, prompts, strict=True)
-        )
-        pairs = [(i, j, similarity[i][j]) for i, j in combinations(range(len(shots)), 2)]
+        following = tuple(cosine(shot, prompt) for shot, prompt in zip(shots, prompts, strict=True))
+        pairs = pairs_of(shots)
         top = self._top(pairs, prompts)
         cast = [set(shot.characters) for shot in film.story.shots]
         common = [pair for pair in pairs if cast[pair[0]] & cast[pair[1]]]
         columns = {
-            "prompt_following_global": None if whole is None else float(whole @ overview),
+            "prompt_following_global": cosine(whole, overview),
             "prompt_following_shot": mean(following),
-            "consistency_overall": mean([value for *_, value in pairs]),
-            "consistency_top10": mean([value for *_, value in top]),
-            "consistency_same_character": mean([value for *_, value in common]),
+            "consistency_overall": mean(values_of(pairs)),
+            "consistency_top10": mean(values_of(top)),
+            "consistency_same_character": mean(values_of(common)),
         }
         undefined = {} if common else {"consistency_same_character": "no character is listed in two shots"}
         if not pairs:
             undefined |= dict.fromkeys(("consistency_overall", "consistency_top10"), "the story has a single shot")
-        reasons = reasons_for(columns, film) | undefined
-        if whole is None and film.missing is None:
-            reasons["prompt_following_global"] = "the shots differ in size, so there is no clip of the whole film"
         tokens = self.scorer.tokenizer.token_counts(texts)
-        return Scores(
-            columns=columns,
-            reasons=reasons,
-            undefined=tuple(undefined),
+        return Scores.of(
+            columns,
+            film.missing or "the shots differ in size, so there is no clip of the whole film",
+            undefined,
             shots={"prompt_following_shot": following},
             pairs={
                 "consistency_overall": tuple(pairs),
@@ -185,14 +171,11 @@ class ViclipScores(Metric):
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
-        return {
-            "frame_profile": self.scorer.profile,
+        return super().settings() | {
             "frames": self.scorer.config.num_frames,
             "context_tokens": self.scorer.config.context_length,
             "top_pairs": self.top_pairs,
             "top_rule": self.top_rule,
-            "dtype": str(self.scorer.dtype),
-            "weights_sha256": weights_sha256(self.scorer.network),
         }
 
     def _embed(self, measured: Sequence[_Clips | None]) -> tuple[list[np.ndarray | None], np.ndarray | None]:
@@ -219,18 +202,6 @@ class ViclipScores(Metric):
         return sorted(pairs, key=lambda pair: -round(float(alike[pair[0], pair[1]]), 6))[: self.top_pairs]
 
 
-class ImageEmbedder(Protocol):
-    """Embeds images for :class:`Appearance`, as :class:`storymem.scorers.clip.ClipScorer` does."""
-
-    batch_size: int
-    dtype: torch.dtype
-
-    @property
-    def network(self) -> nn.Module: ...
-
-    def embed_images(self, frames: Tensor) -> Tensor: ...
-
-
 class Appearance(Metric):
     """Consistency of characters across shots (identity), and of the frames of each shot (intra-shot).
 
@@ -252,8 +223,7 @@ class Appearance(Metric):
     def __init__(self, embedder: ImageEmbedder, *, frames: int = 8) -> None:
         if frames < 2:
             raise ValueError(f"frames={frames}: must be at least 2")
-        self.embedder, self.frames = embedder, frames
-        self.scorers = (embedder,)
+        self.embedder, self.frames, self.scorers = embedder, frames, (embedder,)
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
         """Embeddings [N, D] of the chosen frames."""
@@ -263,25 +233,16 @@ class Appearance(Metric):
         """See :meth:`Metric.compute`."""
         within = tuple(None if frames is None else _mean_cosine_within(frames) for frames in measured)
         # The mean of all cosines between two sets is the product of the sets' means.
-        between = cosines([None if frames is None else frames.mean(axis=0) for frames in measured])
-        pairs_of = {
-            name: [(i, j, between[i][j]) for i, j in combinations(shots, 2)]
-            for name, shots in appearances(film.story).items()
-        }
-        characters = {name: mean([value for *_, value in pairs]) for name, pairs in pairs_of.items()}
-        columns = {"identity_consistency": mean(list(characters.values())), "intra_shot_consistency": mean(within)}
-        reasons = reasons_for(columns, film)
-        if not pairs_of:
-            reasons["identity_consistency"] = "no character is listed in two shots"
-        if any(frames is not None and len(frames) < 2 for frames in measured):
-            reasons.setdefault("intra_shot_consistency", "a shot has a single frame")
-        shared = {pair for pairs in pairs_of.values() for pair in pairs}
-        return Scores(
-            columns=columns,
-            reasons=reasons,
-            undefined=() if pairs_of else ("identity_consistency",),
+        means = [None if frames is None else frames.mean(axis=0) for frames in measured]
+        found = {name: pairs_of(means, shots) for name, shots in appearances(film.story).items()}
+        characters = {name: mean(values_of(pairs)) for name, pairs in found.items()}
+        short = any(frames is not None and len(frames) < 2 for frames in measured)
+        return Scores.of(
+            {"identity_consistency": mean(list(characters.values())), "intra_shot_consistency": mean(within)},
+            film.missing or ("a shot has a single frame" if short else None),
+            {} if found else {"identity_consistency": "no character is listed in two shots"},
             shots={"intra_shot_consistency": within},
-            pairs={"identity_consistency": tuple(sorted(shared, key=lambda pair: pair[:2]))},
+            pairs={"identity_consistency": tuple(sorted({pair for pairs in found.values() for pair in pairs}))},
             details={
                 "characters": characters,
                 "frames_of_shots": [None if length is None else self._chosen(length) for length in film.lengths],
@@ -290,13 +251,7 @@ class Appearance(Metric):
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
-        return {
-            "embedder": type(self.embedder).__name__,
-            "preprocessing": getattr(self.embedder, "preprocessing", None),
-            "frames": self.frames,
-            "dtype": str(self.embedder.dtype),
-            "weights_sha256": weights_sha256(self.embedder.network),
-        }
+        return super().settings() | {"frames": self.frames}
 
     def _chosen(self, length: int) -> list[int]:
         return sorted(set(middle_frames(length, self.frames)))  # fewer of a short shot

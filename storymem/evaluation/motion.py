@@ -8,17 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from storymem.evaluation.metric import (
-    Column,
-    FilmInfo,
-    Metric,
-    Scores,
-    Value,
-    mean,
-    reasons_for,
-    scorers_sha256,
-)
-from storymem.evaluation.metrics import ImageEmbedder
+from storymem.evaluation.metric import Column, FilmInfo, ImageEmbedder, Metric, Scores, Value, cosine, mean
 from storymem.scorers.scorer import as_images
 from storymem.story import Shot
 
@@ -45,8 +35,7 @@ class Motion(Metric):
 
     def compute(self, measured: Sequence[float | None], film: FilmInfo) -> Scores:
         """See :meth:`Metric.compute`."""
-        columns = {"motion": mean(measured)}
-        return Scores(columns=columns, reasons=reasons_for(columns, film), shots={"motion": tuple(measured)})
+        return Scores.of({"motion": mean(measured)}, film.missing, shots={"motion": tuple(measured)})
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
@@ -67,8 +56,7 @@ class Joins(Metric):
     )
 
     def __init__(self, embedder: ImageEmbedder) -> None:
-        self.embedder = embedder
-        self.scorers = (embedder,)
+        self.embedder, self.scorers = embedder, (embedder,)
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
         """Embeddings [2, D] of the first and the last frame."""
@@ -76,25 +64,18 @@ class Joins(Metric):
 
     def compute(self, measured: Sequence[np.ndarray | None], film: FilmInfo) -> Scores:
         """See :meth:`Metric.compute`."""
-        values: list[Value] = [None] * len(measured)
         joins = [shot.index for shot in film.story.shots if not shot.cut]
+        values: list[Value] = [None] * len(measured)
         for index in joins:
             before, after = measured[index - 1], measured[index]
-            values[index] = None if before is None or after is None else float(before[1] @ after[0])
-        columns = {"join_similarity": mean([values[index] for index in joins])}
-        undefined = {} if joins else {"join_similarity": "no shot continues the one before"}
-        return Scores(
-            columns=columns,
-            reasons=reasons_for(columns, film) | undefined,
-            undefined=tuple(undefined),
+            values[index] = None if before is None or after is None else cosine(before[1], after[0])
+        return Scores.of(
+            {"join_similarity": mean([values[index] for index in joins])},
+            film.missing,
+            {} if joins else {"join_similarity": "no shot continues the one before"},
             shots={"join_similarity": tuple(values)},
         )
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
-        return {
-            "embedder": type(self.embedder).__name__,
-            "frames": "the last before and the first after",
-            "dtype": str(self.embedder.dtype),
-            "weights_sha256": scorers_sha256(self.embedder),
-        }
+        return super().settings() | {"frames": "the last before and the first after"}

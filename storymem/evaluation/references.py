@@ -11,17 +11,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from storymem.evaluation.crops import crop_boxes, distinct_boxes
-from storymem.evaluation.metric import (
-    Column,
-    FilmInfo,
-    InnerFramesMetric,
-    Scores,
-    mean,
-    unmeasured,
-)
-from storymem.evaluation.metrics import ImageEmbedder
+from storymem.evaluation.metric import Column, FilmInfo, ImageEmbedder, InnerFramesMetric, Scores, mean, unmeasured
 from storymem.media.images import read_image
-from storymem.scorers.grounding import Detector
+from storymem.scorers.grounding import GroundingDetector
 from storymem.scorers.scorer import as_images
 from storymem.story import Shot, Story
 
@@ -66,7 +58,7 @@ class References(InnerFramesMetric):
         ),
     )
 
-    def __init__(self, detector: Detector, embedder: ImageEmbedder, *, frames: int = 5) -> None:
+    def __init__(self, detector: GroundingDetector, embedder: ImageEmbedder, *, frames: int = 5) -> None:
         super().__init__(frames, detector, embedder)
         self.detector, self.embedder = detector, embedder
         self._images: dict[Path, np.ndarray] = {}  # reference -> its embedding [D]
@@ -122,24 +114,17 @@ class References(InnerFramesMetric):
             undefined["reference_count"] = "every shot lists a character without reference images"
         if listing and not any(several & set(shot.characters) for shot in story.shots):
             undefined["reference_copy_margin"] = "no character has two reference images"
-        reason = incomplete or "no box was found in any frame"
-        lacking = dict.fromkeys([name for name in columns if columns[name] is None], reason)
-        return Scores(
-            columns=columns,
-            reasons=lacking | undefined,
-            undefined=tuple(undefined),
+        return Scores.of(
+            columns,
+            incomplete or "no box was found in any frame",
+            undefined,
             shots={"reference_similarity": similarity, "reference_count": counts},
             details={"frames_of_shots": self.chosen_of_film(film)},
         )
 
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
-        return super().settings() | {
-            "definition": "arXiv 2505.24862",
-            "query": _QUERY,
-            "box_threshold": getattr(self.detector, "box_threshold", None),
-            "dtype": str(self.embedder.dtype),
-        }
+        return super().settings() | {"definition": "arXiv 2505.24862", "query": _QUERY}
 
     def _embedded(self, path: Path) -> np.ndarray:
         """Embedding [D] of the most certain box of a reference image; of the whole image if none is found."""

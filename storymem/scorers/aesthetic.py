@@ -81,8 +81,13 @@ class AestheticScorer:
             raise ValueError(f"the aesthetic head needs preprocessing {_PREPROCESSING!r}; got {clip.preprocessing!r}")
         self.clip = clip
         self.head = head.float().cpu().eval().requires_grad_(False)
-        self.name = name
+        self.name, self.preprocessing, self.dtype = name, clip.preprocessing, clip.dtype
         self.threshold = check_threshold(threshold)
+
+    @property
+    def network(self) -> nn.Module:
+        """CLIP and the head."""
+        return nn.ModuleDict({"clip": self.clip.network, "head": self.head})
 
     @property
     def origin(self) -> Origin:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, Self, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor
@@ -36,12 +36,6 @@ TINY: dict[str, Any] = {
 """Sizes of the untrained network for tests and trials."""
 
 _FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
-
-
-class Detector(Protocol):
-    """Finds what a text describes, as :class:`GroundingDetector` does."""
-
-    def detect(self, frames: Tensor, query: str) -> list[Tensor]: ...
 
 
 class GroundingDetector(Scorer[GroundingDinoForObjectDetection]):

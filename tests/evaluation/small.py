@@ -12,7 +12,7 @@ import numpy as np
 
 from storymem.evaluation.films import find_films
 from storymem.evaluation.layouts import FilmFiles
-from storymem.evaluation.metric import Column, FilmInfo, Metric, Scores, mean, reasons_for
+from storymem.evaluation.metric import Column, FilmInfo, Metric, Scores, mean
 from storymem.evaluation.metrics import AestheticQuality, Appearance, ViclipScores
 from storymem.film.folder import Film
 from storymem.film.manifest import Take, scripts
@@ -119,8 +119,7 @@ class Means(Metric):
         return float(frames.mean()) / 255 if shot.index or self.value is None else self.value
 
     def compute(self, measured: Sequence[float | None], film: FilmInfo) -> Scores:
-        columns = {"mean": mean(measured)}
-        return Scores(columns=columns, reasons=reasons_for(columns, film), shots={"mean": tuple(measured)})
+        return Scores.of({"mean": mean(measured)}, film.missing, shots={"mean": tuple(measured)})
 
 
 @cache  # composing takes longer than all else here

@@ -133,9 +133,14 @@ def test_a_box_that_does_not_fit_is_weak_and_without_two_crops_there_is_no_value
         "absent",
         "weak",
     ]
-    assert found.columns["entity_same"] is None
-    assert found.reasons["entity_same"] == "Ada is present in fewer than two shots"
+    assert found.columns["entity_same"] == pytest.approx(1), "Ben's"
+    assert "left out" in found.marks["entity_same"]
+    assert found.details["entities"]["Ada"]["reason"] == "Ada is present in fewer than two shots"
     assert found.columns["entity_strict"] == pytest.approx((0 + 1) / 2)
+    none = scores(entities(), story, [shot(RED), shot(BLUE), shot(), shot()])
+    assert none.columns["entity_same"] is None
+    people = " is present in fewer than two shots"
+    assert none.reasons["entity_same"] == f"Ada{people}; Ben{people}"
 
 
 def test_a_changed_look_shows_at_its_distance_and_all_alike_have_no_contrast(story: Story) -> None:
