@@ -92,6 +92,7 @@ BACKGROUND = Control(
     expected="what measures characters must fall; what stays is due to places",
     alter=_without_characters,
 )
+CONTROLS = {control.name: control for control in (STILL, SHUFFLED, BACKGROUND)}
 
 
 def controls_for(metrics: Mapping[str, Metric]) -> list[Control]:

@@ -6,12 +6,12 @@ import base64
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from storymem.evaluation.controls import BACKGROUND, SHUFFLED, STILL, Control
+from storymem.evaluation.controls import CONTROLS
 from storymem.evaluation.metric import Column, Pair
 from storymem.evaluation.plots import gaps_plot, means_plot, story_plot
 from storymem.evaluation.results import Results, Summary, marks
@@ -26,11 +26,26 @@ SECONDS = "Seconds per film"
 COMPARED = ("difference", "interval", "relative", "higher / lower", "sign test p", "permutation p")
 _LOWEST = 3  # pairs of shots shown
 _SYMBOLS = "‡§¶#"  # of footnotes
-_CONTROLS = {control.name: control for control in (STILL, SHUFFLED, BACKGROUND)}
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", ABSENT: "--"}
 _TEX |= {"†": r"$^\dagger$", "‡": r"$^\ddagger$", "§": r"\S{}", "¶": r"\P{}"} | {
     letter: f"\\{letter}" for letter in "&%$#_{}"
 }
+
+
+class Table(NamedTuple):
+    """Rows of cells, the first row and the first cell of each row being headings, and notes below it."""
+
+    title: str
+    rows: list[list[str]]
+    notes: list[str] = []  # noqa: RUF012
+
+    @property
+    def is_text(self) -> list[bool]:
+        """Whether a column holds words, and not numbers."""
+        columns = zip(*self.rows[1:], strict=True)
+        return [
+            place == 0 or not any(re.search(rf"\d|^{ABSENT}$", cell) for cell in of) for place, of in enumerate(columns)
+        ]
 
 
 def write_report(results: Results, output: Path) -> str:
@@ -38,50 +53,39 @@ def write_report(results: Results, output: Path) -> str:
     write_json(output / "results.json", results.to_dict())
     rows = pd.DataFrame(results.values())
     write_text(output / "results.csv", rows.to_csv(index=False, float_format="%.6f", lineterminator="\n"))
-    text = render("results.md", results)
+    text = _render("results.md", results)
     write_text(output / "results.md", text)
-    write_text(output / "results.tex", render("results.tex", results))
-    write_text(output / "index.html", render_page(results, output / "stories"))
+    write_text(output / "results.tex", _render("results.tex", results))
+    write_text(output / "index.html", _render("index.html", results, **_of_page(results, output / "stories")))
     return text
 
 
-def render(name: str, results: Results, **context: Any) -> str:
+def _render(name: str, results: Results, **context: Any) -> str:
     """The template ``name`` filled in with the results."""
-    template = _ENVIRONMENT.get_template(f"{name}.jinja")
-    tables = {"table": _table(results), "controls": _control_table(results), "agreement": _agreement_table(results)}
-    return template.render(
-        results=results,
-        **tables,
-        footnotes=lambda rows: _used(rows, footnotes(results)),
-        controlled=_controls(results),
-        compared=COMPARED,
-        **context,
-    )
+    means, *tables = _tables(results)
+    return _ENVIRONMENT.get_template(f"{name}.jinja").render(results=results, means=means, tables=tables, **context)
 
 
-def render_page(results: Results, folder: Path) -> str:
-    """The page, with the images in ``folder/SYSTEM/STORY``."""
-    values = [
-        value for stories in results.stories.values() for one in stories for *_, value in pairs_shown(one) if value
-    ]
-    bounds = (min(values, default=0.0), max(values, default=1.0))
+def _of_page(results: Results, folder: Path) -> dict[str, Any]:
+    """What only the page shows, with the images in ``folder/SYSTEM/STORY``."""
     titles, systems = results.benchmark["titles"], results.stories.items()
+    pairs = [pair for stories in results.stories.values() for one in stories for pair in pairs_shown(one)]
+    values = [value for *_, value in pairs if value is not None]
+    bounds = min(values, default=0.0), max(values, default=1.0)
     columns = sorted(results.shown, key=lambda column: column.name != "consistency_overall")  # it is shown first
     plots = [
         (column.title, story_plot(titles, {name: [one.value(column.name) for one in found] for name, found in systems}))
         for column in columns
     ]
-    return render(
-        "index.html",
-        results,
-        means_plot=means_plot(results),
-        gaps_plot=gaps_plot(results),
-        story_plots=plots,
-        images=lambda system, story: _images(folder / system / story.slug, story),
-        matrix=lambda story: _matrix(story, *bounds),
-        versions=library_versions(),
-        reader=READER,
-    )
+    return {
+        "means_plot": means_plot(results),
+        "gaps_plot": gaps_plot(results),
+        "story_plots": plots,
+        "images": lambda system, story: _images(folder / system / story.slug, story),
+        "matrix": lambda story: _matrix(story, *bounds),
+        "versions": library_versions(),
+        "reader": READER,
+    }
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -92,9 +96,9 @@ def number(value: float | None, digits: int = 4) -> str:
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
-def interval(bounds: tuple[float, float] | None) -> str:
+def interval(bounds: tuple[float, float] | None, digits: int = 4) -> str:
     """``[.4900, .5200]``, or nothing."""
-    return "" if bounds is None else f"[{number(bounds[0])}, {number(bounds[1])}]"
+    return "" if bounds is None else f"[{number(bounds[0], digits)}, {number(bounds[1], digits)}]"
 
 
 def mean_and_interval(summary: Summary) -> tuple[str, str]:
@@ -106,96 +110,127 @@ def mean_and_interval(summary: Summary) -> tuple[str, str]:
     return ABSENT, f"({number(summary.mean_of_complete)} of {summary.complete}/{summary.expected})"
 
 
-def footnotes(results: Results) -> dict[str, str]:
+def _tables(results: Results) -> list[Table]:
+    """All tables, the means first."""
+    others = [
+        Table(
+            f"Published with other definitions: {other.source}",
+            [["", *other.columns], *([name, *map(number, values)] for name, values in other.rows.items())],
+            [f"These do not compare with ours: {other.note}."],
+        )
+        for other in results.others
+    ]
+    comparisons = [
+        Table(
+            f"{second} compared with {first}, paired by story",
+            [["", *COMPARED], *([column.title, *_comparison(columns[column.name])] for column in results.shown)],
+        )
+        for (first, second), columns in results.comparisons.items()
+    ]
+    return [_means(results), *others, *_controls(results), *_agreement(results), *comparisons]
+
+
+def _means(results: Results) -> Table:
+    """The means, the paper's rows last; the films' cost in the last column, where it is known."""
+    costs, symbols = results.costs, _symbols(results)
+    rows = [["", *(column.heading for column in results.shown), *([SECONDS] if costs else [])]]
+    for system, summaries in results.summaries.items():
+        cells = [_cell(results.stories[system], summaries, column, symbols) for column in results.shown]
+        rows.append([system, *cells, *([_seconds(costs.get(system))] if costs else [])])
+    for name, known in results.published.items():
+        plain = [number(known.get(column.name)) for column in results.shown]
+        rows.append([f"{name} †", *plain, *([ABSENT] if costs else [])])
+    statistics, texts = results.statistics, results.texts
+    notes = [
+        *_footnotes(rows, symbols),
+        f"{'† ' if results.published else 'Note: '}{results.published_note}.",
+        f"Means over {counted_stories(len(results.benchmark['titles']))}, with {100 * statistics.level:g} % bootstrap "
+        f"intervals ({statistics.resamples} resamples of the stories, seed {statistics.seed}). Where a story has no "
+        "value there is no mean; the mean over the other stories stands in parentheses.",
+    ]
+    if texts["read"]:
+        cut = f"{texts['truncated']} of {texts['read']} texts"
+        notes.append(f"{cut} are longer than the text encoder's context and were truncated.")
+    if costs:
+        notes.append("Seconds per film are those in the films' manifests, of the machine that made them.")
+    notes += [f"Not in the tables: {', '.join(of)} ({reason})." for reason, of in results.not_shown.items()]
+    return Table("Means over stories", rows, notes)
+
+
+def _controls(results: Results) -> list[Table]:
+    """A row of cells for each column: its value for the films, for films made of them, and for independent shots.
+
+    Where a control does not apply to all stories, the films' own value on these stories stands in parentheses.
+    """
+    every, symbols = len(results.benchmark["titles"]), _symbols(results)
+    if not results.controls:
+        return []
+    partial = {name: found for name, found in results.controls.items() if len(found) < every}
+    heads, titles = [""], {name: CONTROLS[name].title for name in results.controls}
+    for name in results.control_summaries:
+        some = f" ({len(partial[name])} of {every} stories)" if name in partial else ""
+        heads.append(titles.get(name, name) + some)
+    rows = [heads]
+    for column in results.shown:
+        rows.append([column.title])
+        for name, summaries in results.control_summaries.items():
+            stories = results.controls.get(name) or results.stories[name]
+            cell = _cell(stories, summaries, column, symbols).partition(" [")[0]
+            own = f" ({number(results.control_partner(name, column.name))})" if name in partial else ""
+            rows[-1].append(cell + own)
+    notes = [
+        *_footnotes(rows, symbols),
+        *(f"{CONTROLS[name].title}: {CONTROLS[name].expected}." for name in results.controls),
+        f"Control films are made of the films of {results.controlled}, in the first column. A metric that does not "
+        "rank them as expected is no evidence.",
+    ]
+    return [Table("What these metrics report of controls", rows, notes)]
+
+
+def _agreement(results: Results) -> list[Table]:
+    """A row of cells for each learned column: its rank correlation with each exact one."""
+    titles = {column.name: column.title for column in results.shown}
+    rows: list[list[str]] = []
+    for one, row in results.agreement.items():
+        rows = rows or [["", *(titles[truth] for truth in row)]]
+        rows.append([titles[one]])
+        for of in row.values():
+            rows[-1].append(ABSENT if of is None else f"{number(of.rho, 2)} {interval(of.interval, 2)} ({of.films})")
+    note = (
+        "Spearman's rank correlation over films, its bootstrap interval over stories, and the number of films. What is "
+        "drawn is known exactly, so a learned metric that does not follow it is no evidence on such films."
+    )
+    return [Table("Rank correlation of learned columns with exact ones", rows, [note])] if rows else []
+
+
+def _symbols(results: Results) -> dict[str, str]:
     """Footnote -> its symbol."""
     count = len(_SYMBOLS)
     return {note: _SYMBOLS[place % count] * (1 + place // count) for place, note in enumerate(results.footnotes)}
 
 
-def _used(rows: Sequence[Sequence[str]], notes: Mapping[str, str]) -> dict[str, str]:
-    """Those of the ``notes`` whose symbol is in a cell."""
-    symbols = {symbol for row in rows[1:] for cell in row[1:] for symbol in re.findall(f"[{_SYMBOLS}]+", cell)}
-    return {note: symbol for note, symbol in notes.items() if any(symbol in one for one in symbols)}
+def _footnotes(rows: Sequence[Sequence[str]], symbols: Mapping[str, str]) -> list[str]:
+    """The footnotes whose symbols are in the cells."""
+    used = {symbol for row in rows for cell in row for symbol in re.findall(rf"[\d{ABSENT}]([{_SYMBOLS}]+)", cell)}
+    return [f"{symbol} {note}." for note, symbol in symbols.items() if any(symbol in one for one in used)]
 
 
-def mean_cell(
-    results: Results, stories: Sequence[StoryResult], summaries: Mapping[str, Summary], column: Column
-) -> tuple[str, str]:
+def _cell(
+    stories: Sequence[StoryResult], summaries: Mapping[str, Summary], column: Column, symbols: Mapping[str, str]
+) -> str:
     """A mean with the symbols of its footnotes, and its interval."""
-    known, summary = footnotes(results), summaries[column.name]
+    summary = summaries[column.name]
     value, bounds = mean_and_interval(summary)
-    symbols = "".join(known[note] for note in marks(stories, summaries, column)) if summary.complete else ""
-    return f"{value} {symbols}".strip(), bounds
+    marked = "".join(symbols[note] for note in marks(stories, summaries, column)) if summary.complete else ""
+    return f"{value}{marked} {bounds}".strip()
 
 
-def seconds_cell(summary: Summary | None) -> tuple[str, str]:
+def _seconds(summary: Summary | None) -> str:
     """Mean seconds per film and their interval."""
     if summary is None or summary.mean is None:
-        return ABSENT, ""
-    low, high = summary.interval or (None, None)
-    return f"{summary.mean:.1f}", "" if low is None else f"[{low:.1f}, {high:.1f}]"
-
-
-def _table(results: Results) -> list[list[str]]:
-    """The means as rows of cells, the paper's rows last; the films' cost in the last column, where it is known."""
-    costs = results.costs
-    rows = [["", *(column.heading for column in results.shown), *([SECONDS] if costs else [])]]
-    for system, summaries in results.summaries.items():
-        stories = results.stories[system]
-        cells = [mean_cell(results, stories, summaries, column) for column in results.shown]
-        cells += [seconds_cell(costs.get(system))] if costs else []
-        rows.append([system, *(" ".join(cell).strip() for cell in cells)])
-    for name, known in results.published.items():
-        plain = [number(known.get(column.name)) for column in results.shown]
-        rows.append([f"{name} †", *plain, *([ABSENT] if costs else [])])
-    return rows
-
-
-def _controls(results: Results) -> dict[str, Control]:
-    """The controls that were scored."""
-    return {name: _CONTROLS[name] for name in results.controls}
-
-
-def _control_table(results: Results) -> list[list[str]]:
-    """A row of cells for each column: its value for the films, for films made of them, and for independent shots.
-
-    Where a control does not apply to all stories, the films' own value on these stories stands in parentheses.
-    """
-    rows, every = results.control_summaries, len(results.benchmark["titles"])
-    if not results.controls:
-        return []
-    partial = {name: found for name, found in results.controls.items() if len(found) < every}
-    heads = [_CONTROLS[name].title if name in results.controls else name for name in rows]
-    heads = [
-        f"{head} ({len(partial[name])} of {every} stories)" if name in partial else head
-        for name, head in zip(rows, heads, strict=True)
-    ]
-    table = [["", *heads]]
-    for column in results.shown:
-        cells = []
-        for name, summaries in rows.items():
-            stories = results.controls.get(name) or results.stories[name]
-            cell = mean_cell(results, stories, summaries, column)[0]
-            cells.append(f"{cell} ({number(results.control_partner(name, column.name))})" if name in partial else cell)
-        table.append([column.title, *cells])
-    return table
-
-
-def _agreement_table(results: Results) -> list[list[str]]:
-    """A row of cells for each learned column: its rank correlation with each exact one."""
-    titles = {column.name: column.title for column in results.shown}
-    table: list[list[str]] = []
-    for one, row in results.agreement.items():
-        table = table or [["", *(titles[truth] for truth in row)]]
-        cells = (
-            ABSENT if of is None else f"{number(of.rho, 2)} {_short(of.interval)} ({of.films})" for of in row.values()
-        )
-        table.append([titles[one], *cells])
-    return table
-
-
-def _short(bounds: tuple[float, float] | None) -> str:
-    return "" if bounds is None else f"[{number(bounds[0], 2)}, {number(bounds[1], 2)}]"
+        return ABSENT
+    bounds = "" if summary.interval is None else f" [{summary.interval[0]:.1f}, {summary.interval[1]:.1f}]"
+    return f"{summary.mean:.1f}{bounds}"
 
 
 def counted_stories(count: int) -> str:
@@ -266,6 +301,12 @@ def _images(folder: Path, story: StoryResult) -> dict[int, str | None]:
     return found
 
 
+def _value_and_rest(cell: str) -> tuple[str, str]:
+    """A cell's value, and what follows in brackets, for a line of its own."""
+    value, *rest = re.split(r" (?=[\[(])", cell, maxsplit=1)
+    return value, "".join(rest)
+
+
 def _markdown(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|")
 
@@ -283,15 +324,13 @@ _ENVIRONMENT = Environment(
     keep_trailing_newline=True,
 )
 _ENVIRONMENT.filters |= {
-    "comparison": _comparison,
     "described": _described,
     "lowest": _lowest,
     "markdown": _markdown,
     "counted_stories": counted_stories,
-    "mean_cell": mean_cell,
-    "seconds_cell": seconds_cell,
     "number": number,
     "pairs_shown": pairs_shown,
     "reasons": _reasons,
     "tex": _tex,
+    "value_and_rest": _value_and_rest,
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
 import numpy as np
+from pydantic_core import to_jsonable_python
 
 from storymem.evaluation.metric import Column
 from storymem.evaluation.motion import NEARLY_STILL
@@ -77,9 +78,12 @@ class Results:
     @cached_property
     def summaries(self) -> dict[str, dict[str, Summary]]:
         """System -> column -> its mean over stories."""
+        return self._summaries(self.stories)
+
+    def _summaries(self, rows: Mapping[str, Sequence[StoryResult]]) -> dict[str, dict[str, Summary]]:
         return {
-            system: {column.name: summarise(stories, column.name, self.statistics) for column in self.columns}
-            for system, stories in self.stories.items()
+            name: {column.name: summarise(stories, column.name, self.statistics) for column in self.columns}
+            for name, stories in rows.items()
         }
 
     @cached_property
@@ -87,7 +91,7 @@ class Results:
         """(first system, second) -> column -> how the second differs from the first; None without common stories."""
         return {
             (first, second): {
-                column.name: compare(*self._pairs(first, second, column.name), self.statistics)
+                column.name: compare(*self._values(column.name, first, second), self.statistics)
                 for column in self.columns
             }
             for first, second in combinations(self.stories, 2)
@@ -116,10 +120,7 @@ class Results:
         rows |= self.controls
         if self.controls and INDEPENDENT in self.stories:
             rows[INDEPENDENT] = self.stories[INDEPENDENT]
-        return {
-            name: {column.name: summarise(stories, column.name, self.statistics) for column in self.columns}
-            for name, stories in rows.items()
-        }
+        return self._summaries(rows)
 
     def control_partner(self, control: str, column: str) -> float | None:
         """The mean of a column over the unaltered films that a control was made of."""
@@ -131,13 +132,8 @@ class Results:
     def agreement(self) -> dict[str, dict[str, Correlation | None]]:
         """Learned column -> exact column -> their rank correlation over all films; empty without an exact column."""
         exact = [column.name for column in self.shown if column.exact]
-        of_toy = {
-            name
-            for metric in self.metrics.values()
-            if set(exact) & set(metric["columns"])
-            for name in metric["columns"]
-        }
-        learned = [column.name for column in self.shown if column.name not in of_toy] if exact else []
+        beside = [set(metric["columns"]) for metric in self.metrics.values() if set(exact) & set(metric["columns"])]
+        learned = [column.name for column in self.shown if column.name not in set().union(*beside)] if exact else []
         return {
             one: {truth: rank_correlation(self._films(one, truth), self.statistics) for truth in exact}
             for one in learned
@@ -145,11 +141,10 @@ class Results:
 
     def _films(self, one: str, other: str) -> list[list[tuple[float, float]]]:
         """For each story, both columns of every system's film that has them."""
-        found = []
-        for of_story in zip(*self.stories.values(), strict=True):
-            values = [(result.value(one), result.value(other)) for result in of_story]
-            found.append([(a, b) for a, b in values if a is not None and b is not None])
-        return found
+        return [
+            [(a, b) for film in films if (a := film.value(one)) is not None and (b := film.value(other)) is not None]
+            for films in zip(*self.stories.values(), strict=True)
+        ]
 
     @cached_property
     def costs(self) -> dict[str, Summary]:
@@ -169,13 +164,11 @@ class Results:
             dict.fromkeys(note for stories, found in rows for one in self.shown for note in marks(stories, found, one))
         )
 
-    def _pairs(self, first: str, second: str, column: str) -> tuple[list[float], list[float]]:
-        before, after = (
-            {result.slug: result.value(column) for result in self.stories[name]} for name in (first, second)
-        )
-        both = [(before[slug], after[slug]) for slug in sorted(before)]
-        complete = [(one, other) for one, other in both if one is not None and other is not None]
-        return [one for one, _ in complete], [other for _, other in complete]
+    def _values(self, column: str, *systems: str) -> Iterator[list[float]]:
+        """Of each system, the values of a column over the stories for which all of them have one."""
+        rows = [[result.value(column) for result in self.stories[system]] for system in systems]
+        complete = [values for values in zip(*rows, strict=True) if None not in values]
+        return ([values[place] for values in complete] for place in range(len(systems)))  # type: ignore[misc]
 
     @property
     def untrained(self) -> tuple[str, ...]:
@@ -193,10 +186,9 @@ class Results:
         """The paper's rows, for columns by the paper's own scorers; none if any scorer is untrained."""
         published = [metric for metric in self.metrics.values() if metric["weights"] == "published"]
         comparable = {column for metric in published for column in metric["columns"]} & set(PUBLISHED_COLUMNS)
-        if self.untrained or not comparable:
-            return {}
         rows = {name: zip(PUBLISHED_COLUMNS, row, strict=True) for name, row in PUBLISHED.items()}
-        return {name: {column: value for column, value in row if column in comparable} for name, row in rows.items()}
+        found = {name: {column: value for column, value in row if column in comparable} for name, row in rows.items()}
+        return found if comparable and not self.untrained else {}
 
     @property
     def others(self) -> tuple[OtherTable, ...]:
@@ -242,47 +234,28 @@ class Results:
         systems = {}
         for name, stories in self.stories.items():
             missing, faults, converted = self.notes(name).values()
-            systems[name] = {
-                **self.systems[name],
-                "columns": {column: asdict(summary) for column, summary in self.summaries[name].items()},
-                "missing": missing,
-                "not_finite": faults,
-                "reading_notes": converted,
-                "stories": [asdict(result) for result in stories],
-            }
-        return {
+            notes = {"missing": missing, "not_finite": faults, "reading_notes": converted}
+            systems[name] = {**self.systems[name], "columns": self.summaries[name], **notes, "stories": stories}
+        content = {
             "benchmark": self.benchmark,
             "metrics": self.metrics,
-            "statistics": asdict(self.statistics),
-            "untrained": list(self.untrained),
+            "statistics": self.statistics,
+            "untrained": self.untrained,
             "reader": READER,
             "texts": self.texts,
             "columns": {column.name: column.title for column in self.columns},
             "systems": systems,
             "comparisons": [
-                {
-                    "first": first,
-                    "second": second,
-                    "columns": {name: None if found is None else asdict(found) for name, found in columns.items()},
-                }
+                {"first": first, "second": second, "columns": columns}
                 for (first, second), columns in self.comparisons.items()
             ],
-            "agreement": {
-                one: {truth: None if found is None else asdict(found) for truth, found in row.items()}
-                for one, row in self.agreement.items()
-            },
-            "controls": {
-                "system": self.controlled,
-                "rows": {
-                    row: {column: asdict(summary) for column, summary in summaries.items()}
-                    for row, summaries in self.control_summaries.items()
-                },
-                "stories": {control: [asdict(result) for result in found] for control, found in self.controls.items()},
-            },
-            "seconds_per_film": {system: asdict(summary) for system, summary in self.costs.items()},
+            "agreement": self.agreement,
+            "controls": {"system": self.controlled, "rows": self.control_summaries, "stories": self.controls},
+            "seconds_per_film": self.costs,
             "published": {"note": self.published_note, "rows": self.published},
             "versions": library_versions(),
         }
+        return to_jsonable_python(content)
 
     def values(self) -> Iterator[dict[str, Any]]:
         """A row for each value of a film, a shot, a pair of shots or a character; shots are counted from 1."""

@@ -96,8 +96,8 @@ def test_tables(two: Results, tmp_path: Path) -> None:
     assert text == (tmp_path / "results.md").read_text()
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in tables[: 4 + len(PUBLISHED)]}) == 1
-    assert "| **plain_shots** | .4200 [" in text
-    assert "| **StoryMem** | – (.5200 of 2/3) | 1.0000" in text
+    assert "| plain_shots | .4200 [" in text
+    assert "| StoryMem | – (.5200 of 2/3) | 1.0000" in text
     assert "| StoryMem † | .5065 | – |" in text
     assert "published numbers: the paper's own films, stories and weights" in text
     assert "+23.8 %" in text
