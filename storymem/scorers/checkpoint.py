@@ -8,12 +8,13 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from storymem.config import ConfigError, build_settings
-from storymem.io import FileError
+from storymem.io import FileError, read_json_object
 from storymem.weights import check_tensors, check_values, listed, read_header, read_pickle
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -22,6 +23,7 @@ Sizes = TypeVar("Sizes")
 # Bounds for sizes in files: larger ones would take all RAM before anything is checked.
 Width = Annotated[int, Field(ge=1, le=8192)]
 Count = Annotated[int, Field(ge=1, le=96)]  # of layers and heads
+_MOST = {"layers": 96, "heads": 96, "vocab": 1 << 20, "token": 1 << 20, "": 8192}  # by what a key contains
 
 
 def read_sizes(cls: type[Sizes], content: Mapping[str, Any], path: Path) -> Sizes:
@@ -91,19 +93,27 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], source: Pat
     network.load_state_dict(dict(tensors), strict=True, assign=True)
 
 
-def load_pretrained(cls: type[Network], path: Path, described: Path, config: Any) -> Network:
+def load_pretrained(cls: type[Network], sizes: Any, path: Path, described: Path) -> Network:
     """A network of transformers with the weights at ``path``, every one of them and no other.
 
     Args:
         cls: of the network.
+        sizes: the class of its configuration.
         path: of ``model.safetensors``.
-        described: the file that ``config`` was read from, for messages.
-        config: sizes, as transformers takes them.
+        described: its ``config.json``.
 
     Raises:
-        FileError: if the file is damaged or does not fit.
+        FileError: if a file is damaged or they do not fit.
         NotFiniteError: if a weight is NaN or infinite.
     """
+    content = read_json_object(described)
+    if content.get("model_type") != sizes.model_type:
+        raise FileError(f"{described}: model_type is {content.get('model_type')!r}, not {sizes.model_type!r}")
+    _check_sizes(content, described)
+    try:
+        config = sizes(**content)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise FileError(f"{described}: {error}") from None
     read_header(path)  # its errors name the cause
     network, report = cls.from_pretrained(  # type: ignore[attr-defined]
         path.parent,
@@ -118,6 +128,16 @@ def load_pretrained(cls: type[Network], path: Path, described: Path, config: Any
         raise FileError(listed(f"{path} does not fit {described}:", problems))
     check_values(network.state_dict().items(), path)
     return network
+
+
+def _check_sizes(content: Mapping[str, Any], described: Path) -> None:
+    """Raise ``FileError`` for a number that no network has, at any depth; building it would take all RAM."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, described)
+        most = next(most for part, most in _MOST.items() if part in key)
+        if isinstance(value, int) and value > most:
+            raise FileError(f"{described}: {key}={value} must be {most} or less")
 
 
 def seeded(seed: int, build: Callable[[], Network]) -> Network:

@@ -239,9 +239,9 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         if beside.is_file():
             _check_activation(model, config, read_json_object(beside).get("model_cfg"), str(beside))
         mean, std = tag.get("mean") or CLIP_MEAN, tag.get("std") or CLIP_STD
-        scorer = cls(_load(config, path), preprocessing=preprocessing, mean=mean, std=std, **placement)
-        scorer.origin = "published"
-        return scorer
+        return cls(_load(config, path), preprocessing=preprocessing, mean=mean, std=std, **placement).marked(
+            "published"
+        )
 
     @classmethod
     def from_folder(
@@ -285,9 +285,7 @@ class ClipScorer(Scorer[open_clip.CLIP]):
         """An untrained model of open_clip's configuration (``embed_dim``, ``vision_cfg``, ``text_cfg`` ...)."""
         plain = json.loads(json.dumps(config, default=dict))  # from OmegaConf's containers too
         settings = build_settings(ClipConfig, plain)
-        scorer = cls(seeded(seed, lambda: _build(settings)), preprocessing=preprocessing, **placement)
-        scorer.origin = "untrained"
-        return scorer
+        return cls(seeded(seed, lambda: _build(settings)), preprocessing=preprocessing, **placement).marked("untrained")
 
     def embed_images(self, frames: Tensor) -> Tensor:
         """Embeddings [N, D] of images [N, 3, H, W] in 0..1."""

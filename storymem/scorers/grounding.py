@@ -15,7 +15,6 @@ from transformers import (
     GroundingDinoProcessor,
 )
 
-from storymem.io import read_json_object
 from storymem.scorers.checkpoint import load_pretrained, seeded
 from storymem.scorers.preprocessing import to_bytes
 from storymem.scorers.scorer import Placement, Scorer, check_frames
@@ -79,13 +78,10 @@ class GroundingDetector(Scorer[GroundingDinoForObjectDetection]):
     ) -> Self:
         """Load published weights from a hub repository or a folder in transformers' layout."""
         path, described, *_ = (locate(weights) for weights in cls.required_weights(source))
-        config = GroundingDinoConfig(**read_json_object(described))
-        network = load_pretrained(GroundingDinoForObjectDetection, path, described, config)
+        network = load_pretrained(GroundingDinoForObjectDetection, GroundingDinoConfig, path, described)
         words = BertTokenizerFast.from_pretrained(path.parent, local_files_only=True)
         processor = GroundingDinoProcessor(GroundingDinoImageProcessor(), words)  # its defaults are as published
-        scorer = cls(network, processor, box_threshold=box_threshold, **placement)
-        scorer.origin = "published"
-        return scorer
+        return cls(network, processor, box_threshold=box_threshold, **placement).marked("published")
 
     @classmethod
     def from_config(
@@ -101,9 +97,7 @@ class GroundingDetector(Scorer[GroundingDinoForObjectDetection]):
         network = seeded(seed, lambda: GroundingDinoForObjectDetection(settings))
         images = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
         processor = GroundingDinoProcessor(images, _letters(settings.text_config.vocab_size))
-        scorer = cls(network, processor, box_threshold=box_threshold, **placement)
-        scorer.origin = "untrained"
-        return scorer
+        return cls(network, processor, box_threshold=box_threshold, **placement).marked("untrained")
 
     @torch.no_grad()
     def detect(self, frames: Tensor, query: str) -> list[Tensor]:

@@ -31,14 +31,6 @@ _PREPROCESSINGS = ("published_selector", "published_hpsv3")
 _TOKENIZER_FILE = "tokenizer.json"
 
 
-class Hpsv3Options(Placement, total=False):
-    """Keyword arguments of `Hpsv3Scorer`."""
-
-    threshold: float
-    preprocessing: str
-    max_batch_pixels: int
-
-
 class Hpsv3Scorer(Scorer[Hpsv3Network]):
     """Human preference score of images for an empty prompt; unbounded, about 10 for good generators.
 
@@ -50,7 +42,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
             is scored at 364x616; the threshold belongs to it) or ``"published_hpsv3"`` (as the scorer alone does).
         max_batch_pixels: bound on the pixels, after resizing, that go through the network at once (at least one image
             does).
-        device, dtype, batch_size: see `Scorer`. The head always computes in float32.
+        device, dtype, batch_size: see `Scorer`; ``dtype`` is bfloat16 by default. The head always computes in float32.
 
     Raises:
         ValueError: if tokenizer and network do not agree on the special tokens.
@@ -66,13 +58,11 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
         threshold: float = 3.0,
         preprocessing: str = "published_selector",
         max_batch_pixels: int = 8 * PIXELS,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "bfloat16",
-        batch_size: int = 32,
+        **placement: Unpack[Placement],
     ) -> None:
         if preprocessing not in _PREPROCESSINGS:
             raise ValueError(f"unknown preprocessing {preprocessing!r}; write one of {', '.join(_PREPROCESSINGS)}")
-        super().__init__(network, device=device, dtype=dtype, batch_size=batch_size)
+        super().__init__(network, **{"dtype": "bfloat16", **placement})
         self.threshold = check_threshold(threshold)
         self.preprocessing = preprocessing
         self.max_batch_pixels = max_batch_pixels
@@ -106,7 +96,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
         tokenizer_source: str = "Qwen/Qwen2-VL-7B-Instruct",
         *,
         four_bit: bool = False,
-        **options: Unpack[Hpsv3Options],
+        **options: Any,
     ) -> Self:
         """Load the published weights.
 
@@ -123,9 +113,7 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
         network = load_network(path, PUBLISHED)
         if four_bit:
             network = in_4_bits(network, resolve_device(options.get("device", "cpu"), "device"))
-        scorer = cls(network, _read_tokenizer(tokenizer), **options)
-        scorer.origin = "published"
-        return scorer
+        return cls(network, _read_tokenizer(tokenizer), **options).marked("published")
 
     @torch.no_grad()
     def score(self, frames: Tensor) -> Tensor:

@@ -79,6 +79,11 @@ class Scorer(Generic[Network]):
         self._cast()
         self.network.to(self.device)
 
+    def marked(self, origin: Origin) -> Self:
+        """The scorer itself, with the origin of its weights."""
+        self.origin = origin
+        return self
+
     def to(self, device: str | torch.device) -> Self:
         """Move the weights, for example ``to("cpu")`` between shots; returns the scorer itself."""
         before, self.device = self.device, resolve_device(device, "device")
@@ -142,7 +147,7 @@ def check_frames(frames: Tensor) -> Tensor:
     Raises:
         ValueError: for another number or order of axes, another type, or values outside 0..1.
     """
-    return _check_images(frames, what="frames", axes="[N, 3, H, W]", channels_first="permute(0, 3, 1, 2)")
+    return _check_images(frames, "frames", "[N, 3, H, W]")
 
 
 def check_clips(clips: Tensor) -> Tensor:
@@ -151,10 +156,22 @@ def check_clips(clips: Tensor) -> Tensor:
     Raises:
         ValueError: as `check_frames`, and for clips without frames.
     """
-    clips = _check_images(clips, what="clips", axes="[B, T, 3, H, W]", channels_first="permute(0, 1, 4, 2, 3)")
-    if clips.shape[1] == 0:
-        raise ValueError(f"clips have no frames: shape {list(clips.shape)}; give at least one frame per clip")
-    return clips
+    return _check_images(clips, "clips", "[B, T, 3, H, W]")
+
+
+def _check_images(images: Tensor, what: str, axes: str) -> Tensor:
+    given = type(images).__name__
+    if isinstance(images, Tensor):
+        shape, is_float = list(images.shape), images.is_floating_point()
+        low, high = (bound.item() for bound in torch.aminmax(images)) if images.numel() else (0.0, 1.0)
+        fits = len(shape) == axes.count(",") + 1 and shape[-3] == 3 and 0 not in shape[1:]
+        if is_float and fits and low >= 0 and high <= 1:
+            return images.float()
+        given = f"{images.dtype} {shape} from {low:g} to {high:g}"
+    raise ValueError(
+        f"{what} must be RGB images in 0..1 as a float tensor {axes}, not {given} (for uint8 numpy arrays "
+        "[..., H, W, 3]: storymem.scorers.scorer.as_images)"
+    )
 
 
 def check_texts(texts: Sequence[str]) -> list[str]:
@@ -169,37 +186,3 @@ def check_texts(texts: Sequence[str]) -> list[str]:
         if not isinstance(text, str):
             raise ValueError(f"texts[{number}] is {type(text).__name__}, not a string")
     return list(texts)
-
-
-def _check_images(images: Tensor, *, what: str, axes: str, channels_first: str) -> Tensor:
-    if not isinstance(images, Tensor):
-        raise ValueError(
-            f"{what} must be a torch tensor {axes}, float in 0..1; got {type(images).__name__}"
-            " (for uint8 numpy frames [..., H, W, 3]: storymem.scorers.scorer.as_images(frames))"
-        )
-    shape = list(images.shape)
-    if images.ndim != axes.count(",") + 1:
-        raise ValueError(f"{what} must have the axes {axes}; got shape {shape}")
-    if shape[-3] != 3:
-        hint = f"; the channels seem to be last: write {what}.{channels_first}" if shape[-1] == 3 else ""
-        raise ValueError(f"{what} must have the axes {axes} with 3 RGB channels; got shape {shape}{hint}")
-    if not images.is_floating_point():
-        raise ValueError(f"{what} must be floating point in 0..1; got {images.dtype}: write {what}.float() / 255")
-    if shape[-1] == 0 or shape[-2] == 0:
-        raise ValueError(f"{what} have no pixels: shape {shape}")
-    if images.numel() > 0:
-        _check_range(images, what)
-    return images.float()
-
-
-def _check_range(images: Tensor, what: str) -> None:
-    low, high = (bound.item() for bound in torch.aminmax(images))
-    if low >= 0.0 and high <= 1.0:
-        return
-    if high > 2.0:
-        hint = f"they are probably 0..255: write {what} / 255"
-    elif low < -0.5:
-        hint = f"they are probably -1..1: write ({what} + 1) / 2"
-    else:
-        hint = f"write {what}.clamp(0, 1), after checking for NaN"
-    raise ValueError(f"{what} must lie in 0..1; got values from {low:g} to {high:g}; {hint}")

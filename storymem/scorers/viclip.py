@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self, Unpack
 
-import torch
 from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
@@ -81,8 +80,7 @@ class ViclipScorer(Scorer[Viclip]):
         network: the network.
         profile: ``"vbench"`` (comparable with published numbers) or ``"internvid"`` (how it was trained).
         tokenizer: CLIP's own by default.
-        batch_size: counts clips and texts.
-        device, dtype: see `Scorer`.
+        device, dtype, batch_size: see `Scorer`; ``batch_size``, 8 by default, counts clips and texts.
     """
 
     def __init__(
@@ -91,13 +89,11 @@ class ViclipScorer(Scorer[Viclip]):
         *,
         profile: str = "vbench",
         tokenizer: ClipTokenizer | None = None,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
-        batch_size: int = 8,
+        **placement: Unpack[Placement],
     ) -> None:
         if profile not in PROFILES:
             raise ValueError(f"unknown profile {profile!r}; write one of {', '.join(PROFILES)}")
-        super().__init__(network, device=device, dtype=dtype, batch_size=batch_size)
+        super().__init__(network, **{"batch_size": 8, **placement})
         self.profile = profile
         self.config = network.config
         self.dim = network.config.output_dim
@@ -130,9 +126,7 @@ class ViclipScorer(Scorer[Viclip]):
             profile, placement: see the class.
         """
         (weights,) = cls.required_weights(size, source)
-        scorer = cls(_load(_SIZES[size], locate(weights)), profile=profile, **placement)
-        scorer.origin = "published"
-        return scorer
+        return cls(_load(_SIZES[size], locate(weights)), profile=profile, **placement).marked("published")
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, profile: str = "vbench", **placement: Unpack[Placement]) -> Self:
@@ -156,9 +150,7 @@ class ViclipScorer(Scorer[Viclip]):
     ) -> Self:
         """An untrained network."""
         sizes = config if isinstance(config, ViclipConfig) else build_settings(ViclipConfig, config)
-        scorer = cls(seeded(seed, lambda: Viclip(sizes)), profile=profile, **placement)
-        scorer.origin = "untrained"
-        return scorer
+        return cls(seeded(seed, lambda: Viclip(sizes)), profile=profile, **placement).marked("untrained")
 
     def save(self, folder: str | Path) -> None:
         """Write sizes and weights to ``folder``, for `from_folder`."""

@@ -70,7 +70,7 @@ def test_clips_of_other_lengths() -> None:
     assert torch.equal(scorer.embed_clips(clips), scorer.embed_clips(chosen))
     with pytest.raises(ValueError, match="clips of 8 frames or of 1; got 4"):
         scorer.network.vision_encoder(torch.zeros(1, 4, 3, 32, 32))
-    with pytest.raises(ValueError, match="clips have no frames"):
+    with pytest.raises(ValueError, match=r"clips must be .*\[\d, 0, 3"):
         scorer.embed_clips(clips[:, :0])
 
 
