@@ -90,10 +90,7 @@ class Results:
     def comparisons(self) -> dict[tuple[str, str], dict[str, Comparison | None]]:
         """(first system, second) -> column -> how the second differs from the first; None without common stories."""
         return {
-            (first, second): {
-                column.name: compare(*self._values(column.name, first, second), self.statistics)
-                for column in self.columns
-            }
+            (first, second): {column.name: self._compared(first, second, column.name) for column in self.columns}
             for first, second in combinations(self.stories, 2)
         }
 
@@ -164,11 +161,12 @@ class Results:
             dict.fromkeys(note for stories, found in rows for one in self.shown for note in marks(stories, found, one))
         )
 
-    def _values(self, column: str, *systems: str) -> Iterator[list[float]]:
-        """Of each system, the values of a column over the stories for which all of them have one."""
-        rows = [[result.value(column) for result in self.stories[system]] for system in systems]
-        complete = [values for values in zip(*rows, strict=True) if None not in values]
-        return ([values[place] for values in complete] for place in range(len(systems)))  # type: ignore[misc]
+    def _compared(self, first: str, second: str, column: str) -> Comparison | None:
+        """The comparison of a column over the stories for which both systems have a value."""
+        both = zip(self.stories[first], self.stories[second], strict=True)
+        values = [(before.value(column), after.value(column)) for before, after in both]
+        complete = [(one, other) for one, other in values if one is not None and other is not None]
+        return compare([one for one, _ in complete], [other for _, other in complete], self.statistics)
 
     @property
     def untrained(self) -> tuple[str, ...]:

@@ -62,7 +62,8 @@ class Hpsv3Scorer(Scorer[Hpsv3Network]):
     ) -> None:
         if preprocessing not in _PREPROCESSINGS:
             raise ValueError(f"unknown preprocessing {preprocessing!r}; write one of {', '.join(_PREPROCESSINGS)}")
-        super().__init__(network, **{"dtype": "bfloat16", **placement})
+        placement.setdefault("dtype", "bfloat16")
+        super().__init__(network, **placement)
         self.threshold = check_threshold(threshold)
         self.preprocessing = preprocessing
         self.max_batch_pixels = max_batch_pixels

@@ -93,7 +93,8 @@ class ViclipScorer(Scorer[Viclip]):
     ) -> None:
         if profile not in PROFILES:
             raise ValueError(f"unknown profile {profile!r}; write one of {', '.join(PROFILES)}")
-        super().__init__(network, **{"batch_size": 8, **placement})
+        placement.setdefault("batch_size", 8)
+        super().__init__(network, **placement)
         self.profile = profile
         self.config = network.config
         self.dim = network.config.output_dim
