@@ -28,7 +28,7 @@ from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, 
 from storymem.methods.long_prompts import encode_long_prompts
 from storymem.methods.sharing import Sharing, SharingSettings, id_shots, sharing_in_unet, sharing_in_video, shots_read
 from storymem.story import Shot, Story
-from storymem.wan.settings import ModelSettings
+from storymem.wan.settings import ModelSettings, check_combinations
 from storymem.wan.shots import OnStep, ShotRequest, WanShotGenerator
 from storymem.weights import Weights
 
@@ -283,14 +283,9 @@ class StoryDiffusionVideo(Baseline):
             raise ValueError(
                 f"{story.title}: storydiffusion makes all shots as one batch, of one length, not {lengths}"
             )
-        if self.settings.runtime.compile != "none":
-            raise ValueError("storydiffusion changes attention between steps: write runtime.compile=none")
-        generator = self.storyteller.generator
-        if isinstance(generator, SharedShots) and generator.settled.experts == "in_turn":
-            raise ValueError(
-                "storydiffusion changes the attention of both experts, and one is loaded at a time "
-                "(runtime.experts=in_turn): use a runtime with room for both (runtime.precision, runtime.offload)"
-            )
+        generator, settings = self.storyteller.generator, self.settings
+        runtime = generator.settled if isinstance(generator, SharedShots) else settings.runtime
+        check_combinations(settings.model, settings.sampler, runtime, shares_attention=True)
 
     def parts(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """See :meth:`Baseline.parts`."""

@@ -137,7 +137,7 @@ def _finish(
     def load(name: str) -> Any:
         return _component(model, name, runtime, by_text=continuity is None)
 
-    def prepare() -> None:
+    def prepare(pipe: Any) -> None:
         if pipe.experts:
             _load_adapters(pipe, model, sampler, continuity=continuity)
             accelerate(pipe, model, runtime)
@@ -146,7 +146,7 @@ def _finish(
     if turns:
         spec = model.text_spec if continuity is None else model.spec
         pipe.turns = Turns(load=load, prepare=prepare, spec=spec)
-    prepare()
+    prepare(pipe)
 
 
 def _settled(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSettings) -> RuntimeSettings:

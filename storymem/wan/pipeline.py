@@ -49,12 +49,12 @@ class Turns:
 
     Args:
         load: the transformer of a name, from its files.
-        prepare: adapts, accelerates and places the networks that the pipeline has.
+        prepare: adapts, accelerates and places the networks that a pipeline has.
         spec: of the base model.
     """
 
     load: Callable[[str], Any]
-    prepare: Callable[[], None]
+    prepare: Callable[[DiffusionPipeline], None]
     spec: ModelSpec
 
 
@@ -127,7 +127,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "WanMemoryToVideoPipeline":
         """As in diffusers; how ``pipeline`` runs (see the attributes) stays, if it is one of these."""
         pipe = super().from_pipe(pipeline, **kwargs)
-        for name in ("memory_cache", "guidance_batch", "guidance_halves"):
+        for name in ("memory_cache", "guidance_batch", "guidance_halves", "turns"):
             if hasattr(pipeline, name):
                 setattr(pipe, name, getattr(pipeline, name))
         return pipe
@@ -150,7 +150,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             enable_layouts(expert)
             setattr(self, name, expert)
             check_expert(self, name, expert)
-        self.turns.prepare()
+        self.turns.prepare(self)
 
     @property
     def spec(self) -> ModelSpec:

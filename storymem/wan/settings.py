@@ -396,12 +396,18 @@ def check_reach(model: ModelSettings, memory_frames: int, name: str) -> None:
 
 
 def check_combinations(
-    model: ModelSettings, sampler: SamplerSettings, runtime: RuntimeSettings, *, processes: int | None = None
+    model: ModelSettings,
+    sampler: SamplerSettings,
+    runtime: RuntimeSettings,
+    *,
+    processes: int | None = None,
+    shares_attention: bool = False,
 ) -> None:
     """Raise ``ValueError`` for settings that contradict each other or have no effect together.
 
     Args:
         processes: how many generate a film; None: not known yet.
+        shares_attention: whether shots of a batch read each other, in other layers at each step, as in StoryDiffusion.
     """
     blocks, cached = model.network.transformer["num_layers"], model.memory_attention == "cached"
     batch, halves, cache = runtime.guidance_batch, runtime.guidance_parallel, runtime.cache
@@ -439,6 +445,15 @@ def check_combinations(
         "runtime.experts=together": runtime.experts == "in_turn" and bool(model.adapter and model.adapter.query),
         f"runtime.precision={runtime.precision} needs model.dtype=bfloat16 for the rest, not {model.dtype}": (
             runtime.precision in ("fp8", "int8") and model.dtype != "bfloat16"
+        ),
+        "storydiffusion changes attention between steps: write runtime.compile=none": (
+            shares_attention and runtime.compile != "none"
+        ),
+        f"storydiffusion changes attention between steps, some of which runtime.cache={cache} skips: write "
+        "runtime.cache=none": shares_attention and cache != "none",
+        "storydiffusion changes the attention of both experts, and one is loaded at a time (runtime.experts=in_turn): "
+        "use a runtime with room for both (runtime.precision, runtime.offload)": (
+            shares_attention and runtime.experts == "in_turn"
         ),
     }
     for name in ("context_parallel", "guidance_parallel", "shard_weights"):

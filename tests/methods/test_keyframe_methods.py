@@ -60,6 +60,8 @@ def test_storydiffusion_in_video_makes_all_shots_as_one_batch(story: Story, tmp_
         shared.check(load_story(tmp_path / "long.yaml"))
     with pytest.raises(ValueError, match=r"attention of both experts.*runtime\.experts=in_turn"):
         method("storydiffusion", "runtime.experts=in_turn").check(story)
+    with pytest.raises(ValueError, match=r"some of which runtime\.cache=taylor skips: write runtime\.cache=none"):
+        method("storydiffusion", "runtime.cache=taylor").check(story)
 
 
 def test_panels_are_the_first_frames_of_their_shots_and_resume_one_by_one(story: Story, tmp_path: Path) -> None:

@@ -204,7 +204,8 @@ def test_experts_take_turns_and_only_one_is_in_memory(pipe: WanMemoryToVideoPipe
     assert (len(alive), most) == (4, 1)
     turns.take_turn(None)
     assert turns.experts == {}
-    assert generate(turns, num_frames=5).isfinite().all()
+    again = WanMemoryToVideoPipeline.from_pipe(turns)
+    assert torch.equal(generate(again, memory=images(2)), generate(pipe, memory=images(2)))
 
 
 def test_a_generator_frees_its_expert_after_each_shot() -> None:
