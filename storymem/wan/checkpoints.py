@@ -2,6 +2,8 @@
 
 A file is compared with the network by its header: every weight must be there, and nothing else. Loading then reads
 tensor by tensor, each once, and keeps no second copy: a tensor that needs no conversion stays mapped from its file.
+A file that is too short is refused before it is mapped; one that is truncated later, while it is in use, ends the
+process (SIGBUS), as RAM that fails would. Only a copy of it could prevent that, and mapping saves that copy.
 GGUF is read by diffusers; see :mod:`storymem.wan.gguf`.
 """
 
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from diffusers import ModelMixin
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -31,7 +34,7 @@ _NOT_NEEDED = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")
 #: The sentencepiece model that ComfyUI's text encoders carry, as bytes.
 TOKENIZER_KEY = "spiece_model"
 _PREFIXES = re.compile(r"^(?:model\.diffusion_model\.|diffusion_model\.|text_encoders?\.|vae\.)")
-_TIED = {"shared.weight": "encoder.embed_tokens.weight", "encoder.embed_tokens.weight": "shared.weight"}
+_TIED = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor: files have it under either name, or both
 _PICKLED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 _T5_PARTS = {  # of a block of Wan's own UMT5 -> of transformers'
     "norm1": "layer.0.layer_norm",
@@ -70,13 +73,16 @@ class Checkpoint:
             FileNotFoundError, FileError: if there is no such file, or it is damaged, incomplete or of another format.
         """
         if path.name.endswith(".index.json"):
-            files = {name: path.with_name(file) for name, file in read_index(path).items()}
-            headers = [read_header(file) for file in sorted(set(files.values()))]
-            shapes = {name: shape for header in headers for name, shape in header.shapes.items()}
-            if differ := sorted(shapes.keys() ^ files.keys()):
-                raise FileError(f"{path} and its files differ in {differ[0]}: they are of different downloads")
-            dtypes = {name: dtype for header in headers for name, dtype in header.dtypes.items()}
-            return cls(path, Header(shapes, dtypes, {}), files)
+            files, header = read_index(path), Header({}, {}, {})
+            for file in sorted(set(files.values())):
+                part, named = read_header(path.with_name(file)), {name for name, its in files.items() if its == file}
+                if differ := sorted(part.shapes.keys() ^ named):
+                    verb = "lacks" if differ[0] in named else "has"
+                    where = f"{path.with_name(file)} {verb} {differ[0]}, unlike {path.name}"
+                    raise FileError(f"{where}: they are of different downloads")
+                header.shapes.update(part.shapes)
+                header.dtypes.update(part.dtypes)
+            return cls(path, header, {name: path.with_name(file) for name, file in files.items()})
         header = _pickle_header(path) if path.suffix in (".pth", ".pt") else read_header(path)
         return cls(path, header, dict.fromkeys(header.shapes, path))
 
@@ -132,11 +138,11 @@ def names_in(checkpoint: Checkpoint, network: nn.Module) -> dict[str, str]:
 def match_names(shapes: Mapping[str, tuple[int, ...]], network: nn.Module, where: str) -> dict[str, str]:
     """As :func:`names_in`, for a header of any format."""
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    plain = {_PREFIXES.sub("", name): name for name in shapes}
+    ignored = "|".join(getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ["$^"])
+    plain = {_PREFIXES.sub("", name): name for name in shapes if not re.search(ignored, name)}
     names = max((plain, _CONVERTERS[type(network).__name__](plain)), key=lambda them: len(them.keys() & expected))
-    for one, other in _TIED.items():
-        if other in expected and other not in names and one in names:
-            names[other] = names[one]
+    if (tied := next((names[name] for name in _TIED if name in names), None)) and expected.keys() >= set(_TIED):
+        names |= dict.fromkeys(_TIED, tied)
     about = _about(shapes, names, type(network).__name__)
     check_tensors(
         {name: shapes[original] for name, original in names.items()},
@@ -225,7 +231,9 @@ def load_network(
     with init_empty_weights(include_buffers=False):
         network = build().eval()
     names, factors = names_in(checkpoint, network), checkpoint.factors
-    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    # transformers keeps what it names in float32 where the others are in float16; diffusers, in any case.
+    by_any = isinstance(network, ModelMixin) or dtype == torch.float16
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ()) if by_any else set()
     small: dict[str, tuple[Tensor, Tensor]] = {}
     parameters: dict[str, nn.Parameter] = {}  # by their names in the file: two weights may be one
     with ExitStack() as stack:

@@ -1,6 +1,6 @@
 """The networks of a model, wherever each is: a folder in diffusers' layout or in Wan's original one, or a single file.
 
-The one place that knows these layouts. Everything is compared with its network by header before anything is loaded.
+Everything is compared with its network by header before anything is loaded.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
 
-from storymem.io import FileError, read_json_object
+from storymem.io import FileError
 from storymem.wan.checkpoints import Checkpoint, load_network, names_in
-from storymem.wan.folders import check_component, load_tokenizer, on_meta, tokenizer_in, weights_file
+from storymem.wan.folders import CLASSES, build, check_index, load_tokenizer, on_meta, read_config, weights_file
 from storymem.wan.gguf import check_gguf_file, load_gguf
 from storymem.wan.settings import ModelSettings
 from storymem.wan.sources import ORIGINAL_FILES, component_path, original_parts
-from storymem.wan.spec import COMPONENTS, UMT5_XXL, Expert, ModelSpec
-from storymem.weights import check_values
+from storymem.wan.spec import COMPONENTS, SPECS, UMT5_XXL, Expert, ModelSpec
 
 _EXPERTS = tuple(COMPONENTS.values())
 
@@ -34,30 +31,94 @@ def config_of(model: ModelSettings, name: str, spec: ModelSpec) -> dict[str, Any
     return dict(model.network.vae)
 
 
-_CLASSES = {"vae": "AutoencoderKLWan", "text_encoder": "UMT5EncoderModel"}
+def _config_and_file(path: Path, name: str, model: ModelSettings, spec: ModelSpec) -> tuple[dict[str, Any], Path]:
+    """The configuration of a component in ``path``, a folder or a file, and the file or index of its weights."""
+    if path.is_dir():
+        return read_config(path, CLASSES[name]), weights_file(path)
+    return config_of(model, name, spec), path
 
 
-def check_file(path: Path, name: str, model: ModelSettings, spec: ModelSpec) -> Any:
-    """The network of a component on the meta device, after its file was compared with it; FileError if it differs."""
-    class_name = _CLASSES.get(name, "WanTransformer3DModel")
-    network = on_meta(class_name, config_of(model, name, spec), f"model.network of {name}")
-    if path.suffix == ".gguf" and name in _EXPERTS:
-        check_gguf_file(path, network)
-    else:
-        names_in(Checkpoint.open(path), network)
+def check_component(path: Path, name: str, model: ModelSettings, spec: ModelSpec, setting: str = "") -> Any:
+    """A network on the meta device, after its files were compared with it.
+
+    Args:
+        path: its folder in diffusers' layout, or the file or index of its weights.
+        name: as ``model_index.json`` names it.
+        setting: that names its weights, for messages.
+
+    Raises:
+        FileNotFoundError, FileError: naming the file and the tensor.
+    """
+    config, file = _config_and_file(path, name, model, spec)
+    where = str(path / "config.json") if path.is_dir() else f"model.network of {name}"
+    if file.suffix == ".gguf":
+        network = on_meta(CLASSES[name], config, where)
+        check_gguf_file(file, network)
+        return network
+    checkpoint = Checkpoint.open(file)
+    network = on_meta(CLASSES[name], config, where, tensors=len(checkpoint.files))
+    if name in _EXPERTS and (found := network.config.in_channels) != spec.in_channels:
+        known = "".join(f" (as {known.name})" for known in SPECS if known.in_channels == found)
+        raise FileError(
+            f"{path} takes {found} input channels{known}, and {setting} needs {spec.in_channels} (as {spec.name}): "
+            f"use {spec.repository}"
+        )
+    names_in(checkpoint, network)
     return network
+
+
+def check_folder(
+    folder: Path, names: Collection[str], model: ModelSettings, spec: ModelSpec, setting: str
+) -> dict[str, Any]:
+    """The networks ``names`` of a model folder on the meta device, after a check that all are there and fit together.
+
+    Args:
+        folder: in diffusers' layout or in Wan's original one.
+        names: also "tokenizer".
+        setting: that names the folder, for messages.
+    """
+    original = original_parts(folder)
+    if not original and not set(names) <= set(_EXPERTS):
+        check_index(folder, names, repository=spec.repository, setting=setting)
+    parts = original or {name: folder / name for name in names}
+    if absent := [name for name in names if name not in parts or not parts[name].exists()]:
+        lacking = ", ".join(ORIGINAL_FILES[name] if original else f"{name}/*" for name in absent)
+        raise FileError(f"{folder} lacks {lacking}: the download is incomplete; fetch it, or use {spec.repository}")
+    built = {name: check_component(parts[name], name, model, spec, setting) for name in names if name != "tokenizer"}
+    _check_together(folder, built)
+    if "tokenizer" in names:
+        tokens = len(load_tokenizer(parts["tokenizer"]))
+        if "text_encoder" in built and tokens > (rows := built["text_encoder"].config.vocab_size):
+            raise FileError(f"{parts['tokenizer']} has {tokens} tokens, and text_encoder has embeddings of {rows}")
+    return built
+
+
+def _check_together(folder: Path, built: Mapping[str, Any]) -> None:
+    """Refuse components of different models: widths that do not match."""
+    vae, text_encoder = built.get("vae"), built.get("text_encoder")
+    for transformer in (built[name].config for name in _EXPERTS if name in built):
+        widths = []
+        if vae is not None:
+            widths.append(("latents of vae", vae.config.z_dim, transformer.out_channels))
+        if text_encoder is not None:
+            widths.append(("embeddings of text_encoder", text_encoder.config.d_model, transformer.text_dim))
+        for what, width, taken in widths:
+            if width != taken:
+                problem = f"the {what} have {width} numbers, and the transformers take {taken}"
+                raise FileError(f"{folder}: {problem}: they are of different models")
+    if vae is not None:
+        means, deviations = vae.config.latents_mean, vae.config.latents_std
+        if not len(means) == len(deviations) == vae.config.z_dim or min(deviations) <= 0:
+            where = folder / "vae" / "config.json"
+            raise FileError(f"{where}: latents_mean and latents_std must be z_dim numbers, the latter above 0")
 
 
 def expert_on_meta(model: ModelSettings, expert: Expert) -> Any:
     """The transformer that the weights of ``model`` are for, on the meta device, after a check by header."""
     name = COMPONENTS[expert]
     if model.weights is None:
-        return on_meta("WanTransformer3DModel", config_of(model, name, model.spec), "model.network.transformer")
-    path = component_path(model, name)
-    return check_file(path, name, model, model.spec) if path.is_file() else check_component(path.parent, name)
-
-
-# Loading
+        return on_meta(CLASSES[name], config_of(model, name, model.spec), "model.network.transformer")
+    return check_component(component_path(model, name), name, model, model.spec, "model.weights")
 
 
 def load_component(model: ModelSettings, name: str, *, by_text: bool = False, eight_bits: bool | None = None) -> Any:
@@ -71,49 +132,12 @@ def load_component(model: ModelSettings, name: str, *, by_text: bool = False, ei
     Raises:
         NotFiniteError: for weights that are NaN, infinite or too large.
     """
-    spec, dtype = model.text_spec if by_text else model.spec, getattr(torch, model.dtype)
     path = component_path(model, name, by_text=by_text)
     if name == "tokenizer":
-        return load_tokenizer(path.parent) if (path.parent / "model_index.json").exists() else tokenizer_in(path)
-    if path.is_file():
-        return _from_file(path, name, model, spec, eight_bits)
-    if name in _EXPERTS:
-        config = read_json_object(path / "config.json")
-        return _transformer(config, weights_file(path.parent, name), dtype, eight_bits)
-    kind = AutoencoderKLWan if name == "vae" else UMT5EncoderModel
-    dtype = getattr(torch, model.vae_dtype) if name == "vae" else dtype
-    network = kind.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    check_values(network.named_parameters(), weights_file(path.parent, name))
-    return network.eval()
-
-
-def _from_file(path: Path, name: str, model: ModelSettings, spec: ModelSpec, eight_bits: bool | None) -> Any:
-    config, dtype = config_of(model, name, spec), getattr(torch, model.dtype)
-    if name in _EXPERTS:
-        return (
-            load_gguf(path, config, dtype) if path.suffix == ".gguf" else _transformer(config, path, dtype, eight_bits)
-        )
-    if name == "vae":
-        vae_dtype = getattr(torch, model.vae_dtype)
-        return load_network(lambda: AutoencoderKLWan.from_config(config), Checkpoint.open(path), vae_dtype)
-    return load_network(lambda: UMT5EncoderModel(UMT5Config.from_dict(config)), Checkpoint.open(path), dtype)
-
-
-def _transformer(config: Mapping[str, Any], path: Path, dtype: torch.dtype, eight_bits: bool | None) -> Any:
-    def build() -> Any:
-        return WanTransformer3DModel.from_config(config)
-
-    return load_network(build, Checkpoint.open(path), dtype, eight_bits=eight_bits)
-
-
-def check_original(folder: Path, names: Collection[str], model: ModelSettings, spec: ModelSpec) -> dict[str, Any]:
-    """As :func:`storymem.wan.folders.check_model`, for a folder in Wan's original layout."""
-    found = original_parts(folder)
-    if absent := sorted(set(names) - found.keys()):
-        lacking = ", ".join(f"{name} ({ORIGINAL_FILES[name]})" for name in absent)
-        raise FileError(
-            f"{folder} is in Wan's original layout, and lacks {lacking}: fetch it, or use {spec.repository}"
-        )
-    if "tokenizer" in names:
-        tokenizer_in(found["tokenizer"])
-    return {name: check_file(found[name], name, model, spec) for name in names if name != "tokenizer"}
+        return load_tokenizer(path)
+    config, file = _config_and_file(path, name, model, model.text_spec if by_text else model.spec)
+    dtype = getattr(torch, model.vae_dtype if name == "vae" else model.dtype)
+    if file.suffix == ".gguf":
+        return load_gguf(file, config, dtype)
+    narrow = eight_bits if name in _EXPERTS else None
+    return load_network(lambda: build(CLASSES[name], config), Checkpoint.open(file), dtype, eight_bits=narrow)

@@ -1,4 +1,4 @@
-"""Model folders in diffusers' layout, compared by header with the classes that will load them; tensors are not read.
+"""Folders in diffusers' layout: index, configurations, tokenizer and file names, checked before anything is loaded.
 
 diffusers and transformers fill what a folder lacks with random weights, or fail halfway with a traceback. Here a folder
 is refused beforehand, with the names of the file, the component and the tensor.
@@ -24,19 +24,20 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from storymem.config import closest, nearest
 from storymem.io import FileError, check_regular, read_json_object
-from storymem.wan.spec import COMPONENTS, SPECS, T2V_A14B, Expert, ModelSpec
-from storymem.weights import check_tensors, read_header, read_index
+from storymem.weights import read_header
 
-#: The library and class of each component in ``model_index.json``.
-_CLASSES: dict[str, tuple[str, str]] = {
-    "transformer": ("diffusers", "WanTransformer3DModel"),
-    "transformer_2": ("diffusers", "WanTransformer3DModel"),
-    "vae": ("diffusers", "AutoencoderKLWan"),
-    "text_encoder": ("transformers", "UMT5EncoderModel"),
+#: The class of each network, as ``model_index.json`` names them.
+CLASSES: dict[str, str] = {
+    **dict.fromkeys(("transformer", "transformer_2"), "WanTransformer3DModel"),
+    "vae": "AutoencoderKLWan",
+    "text_encoder": "UMT5EncoderModel",
 }
 _DIFFUSERS: dict[str, Any] = {"WanTransformer3DModel": WanTransformer3DModel, "AutoencoderKLWan": AutoencoderKLWan}
-_NEVER_LOADED = {"scheduler", "image_encoder", "image_processor"}
-_EMBEDDINGS = {"shared.weight", "encoder.embed_tokens.weight"}  # one tensor: files have it under either name, or both
+_ENTRIES = {  # of model_index.json: library and class
+    **{name: rf"(diffusers|transformers)\.{kind}" for name, kind in CLASSES.items()},
+    "tokenizer": r"transformers\.\w+Tokenizer(Fast)?",
+    **dict.fromkeys(("scheduler", "image_encoder", "image_processor"), r"(diffusers|transformers|storymem)\.\w+"),
+}
 _MOST = 1 << 20  # of a number in a component's configuration
 _FEWEST_WORDS = 16  # of a tokenizer
 # Raised by torch, diffusers and transformers for a configuration that describes no network.
@@ -46,71 +47,38 @@ _UNBUILDABLE = (
 )
 
 
-def check_model(folder: Path, components: Collection[str], *, spec: ModelSpec, setting: str) -> dict[str, Any]:
-    """The networks of a folder on the meta device, after a check that all ``components`` are complete and fit together.
-
-    Args:
-        components: those that will be loaded, as ``model_index.json`` names them.
-        setting: that names the folder, for messages.
-
-    Raises:
-        FileNotFoundError, FileError: naming the file, the component and the tensor.
-    """
+def check_index(folder: Path, names: Collection[str], *, repository: str, setting: str) -> None:
+    """Raise ``FileError`` unless ``model_index.json`` is of a Wan pipeline with the components ``names``."""
     index = folder / "model_index.json"
     if not index.exists():
-        raise FileError(_other_layout(folder, spec.repository, setting))
+        raise FileError(_other_layout(folder, repository, setting))
     entries = read_json_object(index)
     if not str(kind := entries.get("_class_name")).startswith("Wan"):
         raise FileError(f"{index}: _class_name is {kind}, which is not a Wan pipeline")
     for name, entry in entries.items():
-        if name in components or (isinstance(entry, list) and entry != [None, None]):
-            _check_entry(index, name, entry)
-    if absent := sorted(set(components) - entries.keys()):
-        raise FileError(f"{index} names no {', '.join(absent)}, which a Wan2.2 model has: use {spec.repository}")
-    built = {name: check_component(folder, name) for name in components if name in _CLASSES}
-    _check_together(folder, built)
-    if "tokenizer" in components:
-        tokens = len(load_tokenizer(folder))
-        if "text_encoder" in built and tokens > (rows := built["text_encoder"].config.vocab_size):
-            raise FileError(f"{folder / 'tokenizer'} has {tokens} tokens, and text_encoder has embeddings of {rows}")
-    _check_channels(folder, built, spec, setting)
-    return built
+        if name in names or (isinstance(entry, list) and entry != [None, None]):
+            found = ".".join(map(str, entry)) if isinstance(entry, list) else str(entry)
+            if not re.fullmatch(_ENTRIES.get(name, "$^"), found):
+                raise FileError(f"{index}: {name} is {found}, which no Wan2.2 model has: use {repository}")
+    if absent := sorted(set(names) - entries.keys()):
+        raise FileError(f"{index} names no {', '.join(absent)}, which a Wan2.2 model has: use {repository}")
 
 
-def check_text_to_video(folder: Path) -> dict[Expert, Any]:
-    """The transformers of the first shot's model, on the meta device; FileError if incomplete or of another task."""
-    built = {name: check_component(folder, name) for name in COMPONENTS.values()}
-    _check_channels(folder, built, T2V_A14B, "model.text_to_video")
-    return {expert: built[name] for expert, name in COMPONENTS.items()}
-
-
-def check_component(folder: Path, name: str) -> Any:
-    """One network of a model folder, on the meta device, after its files were compared with it."""
-    part, class_name = _part(folder, name), _CLASSES[name][1]
-    config_path = part / "config.json"
-    config = read_json_object(config_path)
+def read_config(part: Path, class_name: str) -> dict[str, Any]:
+    """The configuration of a network in a folder of its own; FileError if it is of another class, or quantised."""
+    path = part / "config.json"
+    config = read_json_object(path)
     if config.get("_class_name", class_name) != class_name:
-        raise FileError(f"{config_path} is of {config['_class_name']}, and {name} must be {class_name}")
+        raise FileError(f"{path} is of {config['_class_name']}, and {part.name} must be {class_name}")
     if config.get("quantization_config") is not None:
         advice = "use the folder in 16 or 32 bits, with runtime.precision or model.gguf"
-        raise FileError(f"{config_path} is of quantised weights, which are not supported: {advice}")
-    if (part / "adapter_config.json").exists():  # transformers would load it, and what it names
-        raise FileError(f"{part / 'adapter_config.json'}: an adapter does not belong here; remove it")
-    where = weights_file(folder, name)
-    shapes = _floats(where) if where.suffix == ".safetensors" else _sharded(where)
-    network = on_meta(class_name, config, str(config_path), tensors=len(shapes))
-    ignored = "|".join(getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ["$^"])
-    shapes = {key: shape for key, shape in shapes.items() if not re.search(ignored, key)}
-    if name == "text_encoder" and (embeddings := [shapes[key] for key in _EMBEDDINGS if key in shapes]):
-        shapes = dict.fromkeys(_EMBEDDINGS, embeddings[0]) | shapes
-    expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
-    check_tensors(shapes, expected, where=f"{where} does not contain the weights of {name} ({class_name}):")
-    return network
+        raise FileError(f"{path} is of quantised weights, which are not supported: {advice}")
+    return config
 
 
-def weights_file(folder: Path, name: str) -> Path:
-    """The safetensors file with a component's weights, or the index of its parts; FileError if there is neither."""
-    part, stem = folder / name, "model" if name == "text_encoder" else "diffusion_pytorch_model"
+def weights_file(part: Path) -> Path:
+    """The safetensors file with a network's weights, or the index of its parts; FileError if there is neither."""
+    stem = "model" if part.name == "text_encoder" else "diffusion_pytorch_model"
     single, index = part / f"{stem}.safetensors", part / f"{stem}.safetensors.index.json"
     if single.exists() and index.exists():
         raise FileError(f"{part} contains both {single.name} and {index.name}: keep the one that belongs there")
@@ -123,36 +91,27 @@ def weights_file(folder: Path, name: str) -> Path:
     raise FileError(f"{part} contains neither {single.name} nor {index.name}{has}: fetch the safetensors files")
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
+def load_tokenizer(part: Path) -> Any:
+    """The tokenizer in a folder of its own.
 
     transformers makes one without a vocabulary where its files are absent, to which every word is unknown.
 
     Raises:
         FileNotFoundError, FileError: if it is absent, damaged or without a vocabulary, or would run code of its own.
     """
-    return tokenizer_in(_part(folder, "tokenizer"), read_json_object(folder / "model_index.json")["tokenizer"][1])
-
-
-def tokenizer_in(part: Path, kind: str = "") -> Any:
-    """The tokenizer in a folder of its own; as :func:`load_tokenizer`.
-
-    Args:
-        kind: its class; empty: as its configuration states, else T5's.
-    """
-    config = part / "tokenizer_config.json"
-    kind = kind or str((read_json_object(config) if config.exists() else {}).get("tokenizer_class", "T5TokenizerFast"))
-    if not kind.endswith(("Tokenizer", "TokenizerFast")):
-        raise FileError(f"{config}: tokenizer_class is {kind}, which is not a tokenizer")
     files = [check_regular(path) for path in sorted(part.iterdir()) if not (path.name.startswith(".") or path.is_dir())]
-    return _loaded_tokenizer(part, kind, tuple((path.name, path.stat().st_mtime_ns) for path in files))
+    return _loaded_tokenizer(part, tuple((path.name, path.stat().st_mtime_ns) for path in files))
 
 
 @lru_cache(maxsize=1)
-def _loaded_tokenizer(part: Path, kind: str, files: tuple[tuple[str, int], ...]) -> Any:
-    config = part / "tokenizer_config.json"
-    if config.exists() and "auto_map" in read_json_object(config):
-        raise FileError(f"{config} would run code (auto_map): use that of the published model")
+def _loaded_tokenizer(part: Path, files: tuple[tuple[str, int], ...]) -> Any:
+    path = part / "tokenizer_config.json"
+    config = read_json_object(path) if path.exists() else {}
+    kind = str(config.get("tokenizer_class", "T5Tokenizer"))
+    if not kind.endswith(("Tokenizer", "TokenizerFast")):
+        raise FileError(f"{path}: tokenizer_class is {kind}, which is not a tokenizer")
+    if "auto_map" in config:
+        raise FileError(f"{path} would run code (auto_map): use that of the published model")
     try:
         tokenizer = getattr(transformers, kind).from_pretrained(part, local_files_only=True, trust_remote_code=False)
         words = sum(not (token.startswith("<") and token.endswith(">")) for token in tokenizer.get_vocab())
@@ -216,11 +175,15 @@ def _check_umt5(config: Mapping[str, Any], where: str) -> None:
 
 @lru_cache(maxsize=8)
 def _built(class_name: str, text: str) -> Any:
-    config = json.loads(text)
     with torch.device("meta"):
-        if class_name == "UMT5EncoderModel":
-            return UMT5EncoderModel(UMT5Config.from_dict(config))
-        return _DIFFUSERS[class_name].from_config(config)
+        return build(class_name, json.loads(text))
+
+
+def build(class_name: str, config: dict[str, Any]) -> Any:
+    """A network of a class of :data:`CLASSES`."""
+    if class_name == "UMT5EncoderModel":
+        return UMT5EncoderModel(UMT5Config.from_dict(config))
+    return _DIFFUSERS[class_name].from_config(config)
 
 
 @cache
@@ -235,83 +198,6 @@ def _schema(class_name: str) -> type[BaseModel]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-# Parts of a folder
-
-
-def _part(folder: Path, name: str) -> Path:
-    if not (folder / name).is_dir():
-        raise FileError(f"{folder} has no folder {name}: the download is incomplete; fetch {name}/* again")
-    return folder / name
-
-
-def _check_entry(index: Path, name: str, entry: Any) -> None:
-    """Refuse what is not Wan's in ``model_index.json``: diffusers would import whatever it names."""
-    if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
-        raise FileError(f"{index}: {name} must be [library, class], not {entry!r}")
-    library, kind = entry
-    if name == "tokenizer":
-        fits, wanted = library == "transformers" and kind.endswith(("Tokenizer", "TokenizerFast")), "a tokenizer"
-    elif name in _CLASSES:
-        fits, wanted = (library, kind) == _CLASSES[name], ".".join(_CLASSES[name])
-    else:
-        fits = name in _NEVER_LOADED and library in ("diffusers", "transformers", "storymem")
-        wanted = "left out, as Wan2.2 has no such component"
-    if not fits:
-        raise FileError(f"{index}: {name} is {library}.{kind}, and must be {wanted}")
-
-
-def _sharded(index: Path) -> dict[str, tuple[int, ...]]:
-    files = read_index(index)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shard in sorted(set(files.values())):
-        path, named = index.with_name(shard), {name for name, file in files.items() if file == shard}
-        inside = _floats(path)
-        if differ := sorted(inside.keys() ^ named):
-            verb = "lacks" if differ[0] in named else "has"
-            raise FileError(f"{path} {verb} {differ[0]}, unlike {index.name}: they are of different downloads")
-        shapes |= inside
-    return shapes
-
-
-def _floats(path: Path) -> dict[str, tuple[int, ...]]:
-    header = read_header(path)
-    for name, dtype in header.dtypes.items():
-        if not dtype.startswith(("F", "BF")):
-            raise FileError(f"{path}: {name} is {dtype}, and weights are floating-point numbers")
-    return header.shapes
-
-
-def _check_together(folder: Path, built: Mapping[str, Any]) -> None:
-    """Refuse components of different models: widths that do not match."""
-    vae, text_encoder = built.get("vae"), built.get("text_encoder")
-    for transformer in (built[name] for name in COMPONENTS.values() if name in built):
-        takes = transformer.config
-        widths = []
-        if vae is not None:
-            widths.append(("latents of vae", vae.config.z_dim, takes.out_channels))
-        if text_encoder is not None:
-            widths.append(("embeddings of text_encoder", text_encoder.config.d_model, takes.text_dim))
-        for what, width, taken in widths:
-            if width != taken:
-                problem = f"the {what} have {width} numbers, and the transformers take {taken}"
-                raise FileError(f"{folder}: {problem}: they are of different models")
-    if vae is not None:
-        means, deviations = vae.config.latents_mean, vae.config.latents_std
-        if not len(means) == len(deviations) == vae.config.z_dim or min(deviations) <= 0:
-            where = folder / "vae" / "config.json"
-            raise FileError(f"{where}: latents_mean and latents_std must be z_dim numbers, the latter above 0")
-
-
-def _check_channels(folder: Path, built: Mapping[str, Any], spec: ModelSpec, setting: str) -> None:
-    kinds = {known.in_channels: f" (as {known.name})" for known in SPECS}
-    for name in COMPONENTS.values():
-        if name in built and (found := built[name].config.in_channels) != spec.in_channels:
-            raise FileError(
-                f"{folder / name} takes {found} input channels{kinds.get(found, '')}, and {setting} needs "
-                f"{spec.in_channels} (as {spec.name}): use {spec.repository}"
-            )
 
 
 def _other_layout(folder: Path, repository: str, setting: str) -> str:

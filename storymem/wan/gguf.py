@@ -92,6 +92,7 @@ def load_gguf(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """
     from diffusers import GGUFQuantizationConfig, WanTransformer3DModel
 
+    read_gguf_header(path)  # a mapped file that is shorter than its header states would end the process
     with TemporaryDirectory() as shape:
         with torch.device("meta"):
             WanTransformer3DModel(**config).save_config(shape)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.utils import logging as diffusers_logging
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
-from transformers.utils import logging as transformers_logging
 
 from storymem.wan.components import load_component
 from storymem.wan.lora import load_memory_lora
@@ -166,8 +163,7 @@ _EIGHT_BITS: dict[Precision, bool | None] = {"as_is": None, "fp8_storage": True,
 def _component(model: ModelSettings, name: str, runtime: RuntimeSettings, *, by_text: bool = False) -> Any:
     """A network or the tokenizer, from its files or with random weights from its own seed."""
     if model.weights is not None:
-        with _without_progress_bars():
-            return load_component(model, name, by_text=by_text, eight_bits=_EIGHT_BITS[runtime.precision])
+        return load_component(model, name, by_text=by_text, eight_bits=_EIGHT_BITS[runtime.precision])
     network, seed = model.network, model.seed
     if name in COMPONENTS.values():
         spec, first = (model.text_spec, seed + 10) if by_text else (model.spec, seed)
@@ -177,19 +173,6 @@ def _component(model: ModelSettings, name: str, runtime: RuntimeSettings, *, by_
     if name == "text_encoder":
         return _seeded(seed + 3, model.dtype, lambda: UMT5EncoderModel(UMT5Config(**network.text_encoder)))
     return ByT5Tokenizer()  # the one tokenizer that needs no vocabulary file
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Without a bar for every component; commands report their own progress."""
-    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()
 
 
 def _random_expert(model: ModelSettings, seed: int, in_channels: int) -> WanTransformer3DModel:

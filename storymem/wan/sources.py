@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack
 
-from storymem.io import FileError
+from storymem.io import FileError, check_regular
 from storymem.wan.settings import AdapterSettings, Continuity, ModelSettings, SamplerSettings
 from storymem.wan.spec import COMPONENTS, Expert, ModelSpec
 from storymem.weights import MissingWeights, Weights, locate
@@ -47,65 +47,51 @@ class Source:
         return "\n  ".join([f"{self.weights.name}: {self.path}", *"\n".join(lines).splitlines()])
 
 
-def required_weights(
-    model: ModelSettings, *, text_to_video: bool, continuity: Continuity, sampler: SamplerSettings | None = None
-) -> list[Weights]:
-    """All weights that ``model`` and ``sampler`` load for one film; networks with random weights need none."""
-    return [weights for weights, _ in _Inspection(model, sampler).required(text_to_video, continuity)]
+class Needs(TypedDict, total=False):
+    """What is made with a model, and so which of its weights are needed.
+
+    Args:
+        text_to_video: whether a first shot is generated from text.
+        continuity: selects the adapter, where there is one for each kind; "none" by default.
+        sampler: whose adapter is needed, too; None: none.
+        text_encoder: whether texts are encoded; true by default.
+        experts: which of the transformers are loaded, with their adapters; all by default.
+    """
+
+    text_to_video: Required[bool]
+    continuity: Continuity
+    sampler: SamplerSettings | None
+    text_encoder: bool
+    experts: Collection[Expert]
 
 
-def inspect_weights(
-    model: ModelSettings,
-    *,
-    text_to_video: bool,
-    continuity: Continuity = "none",
-    sampler: SamplerSettings | None = None,
-    text_encoder: bool = True,
-    experts: Collection[Expert] = tuple(COMPONENTS),
-) -> list[Source]:
-    """Find all weights that a film needs and compare their headers with the networks.
+def required_weights(model: ModelSettings, **needs: Unpack[Needs]) -> list[Weights]:
+    """All weights that are loaded; networks with random weights need none."""
+    return [weights for weights, _ in _Inspection(model, **needs).required()]
+
+
+def inspect_weights(model: ModelSettings, **needs: Unpack[Needs]) -> list[Source]:
+    """Find all weights and compare their headers with the networks.
 
     Adapters of a base that is missing or does not fit are only searched for. ``ValueError`` if a setting that names
     weights is missing.
-
-    Args:
-        text_to_video: whether the first shot is generated from text.
-        text_encoder: whether texts are encoded.
-        experts: which of the transformers are loaded, with their adapters.
     """
-    inspection = _Inspection(model, sampler, text_encoder, experts)
-    return [_inspect(*needed) for needed in inspection.required(text_to_video, continuity)]
+    return [_inspect(*needed) for needed in _Inspection(model, **needs).required()]
 
 
-def check_weights(
-    model: ModelSettings,
-    *,
-    text_to_video: bool,
-    continuity: Continuity = "none",
-    sampler: SamplerSettings | None = None,
-    text_encoder: bool = True,
-    experts: Collection[Expert] = tuple(COMPONENTS),
-) -> None:
-    """Raise one error for all weights that are missing or do not fit; arguments as of :func:`inspect_weights`.
+def check_weights(model: ModelSettings, **needs: Unpack[Needs]) -> None:
+    """Raise one error for all weights that are missing or do not fit.
 
     Raises:
         MissingWeights: if any are missing.
         FileError: if all are there, and some do not fit.
     """
-    found = inspect_weights(
-        model,
-        text_to_video=text_to_video,
-        continuity=continuity,
-        sampler=sampler,
-        text_encoder=text_encoder,
-        experts=experts,
-    )
-    _raise_for(found)
+    _raise_for(inspect_weights(model, **needs))
 
 
 def check_text_weights(model: ModelSettings) -> None:
     """As :func:`check_weights`, for the transformers that generate a first shot from text alone."""
-    _raise_for([_inspect(*needed) for needed in _Inspection(model, None).text_experts()])
+    _raise_for([_inspect(*needed) for needed in _Inspection(model, text_to_video=True).text_experts()])
 
 
 def _raise_for(found: list[Source]) -> None:
@@ -172,43 +158,46 @@ class _Inspection:
     def __init__(
         self,
         model: ModelSettings,
-        sampler: SamplerSettings | None,
+        *,
+        text_to_video: bool,
+        continuity: Continuity = "none",
+        sampler: SamplerSettings | None = None,
         text_encoder: bool = True,
         experts: Collection[Expert] = tuple(COMPONENTS),
     ) -> None:
-        self.model, self.sampler, self.text_encoder = model, sampler, text_encoder
+        self.model, self.sampler, self.continuity = model, sampler, continuity
+        self.by_text = text_to_video and model.has_text_to_video
+        self.texts = ["text_encoder", "tokenizer"] if text_encoder else []
         self.experts = [expert for expert in model.spec.experts if expert in experts]
         self.networks: dict[Expert, Any] = {}  # on the meta device
         self.text_networks: dict[Expert, Any] = {}
 
-    def required(self, text_to_video: bool, continuity: Continuity) -> Iterator[tuple[Weights, Check]]:
+    def required(self) -> Iterator[tuple[Weights, Check]]:
         """All weights, adapters after the networks that they are compared with."""
         model = self.model
-        by_text = text_to_video and model.has_text_to_video
         if (folder := model.folder_of(*self.components)) is not None:
             yield folder, self.base
         for name in self.components:
             if (weights := model.file_of(name)) is not None:
                 yield weights, partial(self.single_file, name=name)
-        if by_text:
+        if self.by_text:
             yield from self.text_experts()
         if not self.experts:
             return
         if model.adapter is not None:
-            yield adapter_weights(model.adapter, continuity), self.memory_adapter
+            yield adapter_weights(model.adapter, self.continuity), self.memory_adapter
         for extra in model.adapters:
             chosen = [expert for expert in COMPONENTS if extra.expert in ("both", expert)]
             yield extra.weights, partial(self.adapter, experts=chosen)
         if self.sampler is not None and self.sampler.adapter is not None:
             yield self.sampler.adapter.weights, self.adapter
-            if by_text:
+            if self.by_text:
                 yield step_weights_for_text(self.sampler), self.text_adapter
 
     @property
     def components(self) -> list[str]:
         """Those that are loaded, as ``model_index.json`` names them."""
-        texts = ["text_encoder", "tokenizer"] if self.text_encoder else []
-        return ["vae", *texts, *(COMPONENTS[expert] for expert in self.experts)]
+        return ["vae", *self.texts, *(COMPONENTS[expert] for expert in self.experts)]
 
     def text_experts(self) -> Iterator[tuple[Weights, Check]]:
         """The transformers of the text-to-video model."""
@@ -219,25 +208,22 @@ class _Inspection:
             yield folder, self.text_to_video
 
     def base(self, path: Path) -> list[str]:
-        from storymem.wan.components import check_original, load_component
-        from storymem.wan.folders import check_model
+        from storymem.wan.components import check_folder, load_component
 
-        parts, spec = [name for name in self.components if self.model.file_of(name) is None], self.model.spec
+        parts = [name for name in self.components if self.model.file_of(name) is None]
         if parts == ["tokenizer"]:
             load_component(self.model, "tokenizer")
             return []
-        if original_parts(path):
-            built = check_original(path, parts, self.model, spec)
-        else:
-            built = check_model(path, parts, spec=spec, setting="model.weights")
+        built = check_folder(path, parts, self.model, self.model.spec, "model.weights")
         self.networks |= {expert: built[name] for expert, name in COMPONENTS.items() if name in built}
         return []
 
     def single_file(self, path: Path, name: str, by_text: bool = False) -> list[str]:
-        from storymem.wan.components import check_file
+        from storymem.wan.components import check_component
         from storymem.wan.lora_files import expert_named
 
-        network = check_file(path, name, self.model, self.model.text_spec if by_text else self.model.spec)
+        spec = self.model.text_spec if by_text else self.model.spec
+        network = check_component(check_regular(path), name, self.model, spec)
         expert = next((it for it, component in COMPONENTS.items() if component == name), None)
         if expert is None:
             return []
@@ -247,14 +233,11 @@ class _Inspection:
         return [f"its name is that of the {named} expert, and it is used as {expert}"] if swapped else []
 
     def text_to_video(self, path: Path) -> list[str]:
-        from storymem.wan.components import check_original
-        from storymem.wan.folders import check_text_to_video
+        from storymem.wan.components import check_folder
 
-        if original_parts(path):
-            built = check_original(path, list(COMPONENTS.values()), self.model, self.model.text_spec)
-            self.text_networks = {expert: built[name] for expert, name in COMPONENTS.items()}
-        else:
-            self.text_networks = check_text_to_video(path)
+        names = list(COMPONENTS.values())
+        built = check_folder(path, names, self.model, self.model.text_spec, "model.text_to_video")
+        self.text_networks = {expert: built[name] for expert, name in COMPONENTS.items()}
         return []
 
     def memory_adapter(self, path: Path) -> list[str]:
