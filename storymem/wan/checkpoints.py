@@ -10,7 +10,7 @@ GGUF is read by diffusers; see :mod:`storymem.wan.gguf`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,13 +110,24 @@ class Checkpoint:
 
         return read
 
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors as they are stored, on the CPU; NotFiniteError if one is NaN or far too large."""
+        with ExitStack() as stack:
+            read = self.readers(stack)
+            found = {name: read(name) for name in names}
+        check_values(found.items(), self.path)
+        return found
+
 
 def _pickle_header(path: Path) -> Header:
     state = read_pickle(path)
-    if not isinstance(state, dict) or not all(isinstance(it, Tensor) for it in state.values()):
+    plain = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not plain or any(tensor.layout != torch.strided for tensor in state.values()):
         raise FileError(f"{path} does not contain a state dict (key -> tensor), but a {type(state).__name__}")
     dtypes = {name: _PICKLED.get(tensor.dtype, str(tensor.dtype)) for name, tensor in state.items()}
-    return Header({name: tuple(tensor.shape) for name, tensor in state.items()}, dtypes, {})
+    notes = getattr(state, "_metadata", {})  # of modules' state dicts: versions; of ours: as in safetensors
+    metadata = {key: value for key, value in notes.items() if isinstance(value, str)}
+    return Header({name: tuple(tensor.shape) for name, tensor in state.items()}, dtypes, metadata)
 
 
 # Names

@@ -14,14 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from storymem.io import read_json_object
 from storymem.wan.folders import on_meta
 from storymem.wan.gguf import in_8_bits, stays_in_few_bits
 from storymem.wan.processes import Grid
 from storymem.wan.segments import Layout, name_of
 from storymem.wan.settings import Dtype, ModelSettings, Precision, RuntimeSettings, SamplerSettings
 from storymem.wan.spec import UMT5_XXL
-from storymem.weights import Weights, locate
+from storymem.weights import Weights
 
 GB = 1e9
 SIZES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -264,7 +263,7 @@ def estimate_shot(
     """
     assert runtime.offload != "auto", "choose_runtime settles it"
     grid, sampler = grid or Grid(), sampler or SamplerSettings()
-    vae_config, text_config = _config_of(model, "vae"), {**UMT5_XXL, **_config_of(model, "text_encoder")}
+    vae_config, text_config = model.network.vae, {**UMT5_XXL, **model.network.text_encoder}
     vae = SIZES[model.vae_dtype] * _parameters("AutoencoderKLWan", vae_config)
     texts = _text_bytes(model, text_config)
     # Streamed layer by layer; its embeddings are the largest.
@@ -366,20 +365,6 @@ def _text_activations(model: ModelSettings, config: Mapping[str, Any]) -> int:
     tokens = model.network.text_tokens
     widest = 3 * config["d_ff"] + 4 * config["d_model"]
     return SIZES[model.dtype] * tokens * widest + 4 * 2 * config["num_heads"] * tokens * tokens
-
-
-def _config_of(model: ModelSettings, part: str) -> Mapping[str, Any]:
-    """The configuration of a part: from the settings, else from the weights if they are here, else {} for Wan's."""
-    given: Mapping[str, Any] = getattr(model.network, part)
-    if given or model.weights is None:
-        return given
-    try:
-        file = locate(model.weights) / part / "config.json"
-        config = read_json_object(file)
-        on_meta({"vae": "AutoencoderKLWan", "text_encoder": "UMT5EncoderModel"}[part], config, str(file))
-    except (ValueError, FileNotFoundError):  # reported where weights are checked
-        return {}
-    return config
 
 
 def _parameters(class_name: str, config: Mapping[str, Any]) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from storymem.wan.conditioning import condition_channels
 from storymem.wan.inputs import Inputs
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.segments import Layout
-from storymem.wan.shots import OnStep, WanShotGenerator, to_pixels
+from storymem.wan.shots import OnStep, StepCallback, WanShotGenerator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,42 +51,23 @@ class WanFilmGenerator(WanShotGenerator):
 
     def film(self, request: FilmRequest, on_step: OnStep | None = None) -> list[np.ndarray]:
         """The frames of each shot, uint8 [F, H, W, 3]; NotFiniteError for NaN, with likely causes."""
-        pipe, video, sampler = self._memory_to_video(), self.video, self.sampler
+        pipe, video = self._memory_to_video(), self.video
         device = pipe._execution_device  # not where offloaded weights are
-        negative = sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
+        negative = self.sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
         inputs = film_inputs(
             request,
             [self._embeds[text].to(device) for text in request.texts],
             self._embeds[negative].to(device) if self._uses_guidance else None,
             blank_condition(request, pipe, video.height, video.width),
         )
+        noise = film_noise(request, pipe, video.height, video.width)
 
-        def stepped(_pipe: Any, step: int, _timestep: Any, _tensors: dict) -> dict:
-            if on_step is not None:
-                on_step(step + 1, sampler.steps)
-            return {}
+        def sample(stepped: StepCallback) -> Sequence[Tensor]:
+            latents = self._denoised(pipe, noise, inputs, stepped)
+            return latents.split([pipe.spec.latent_frames(frames) for frames in request.videos], dim=2)
 
-        pipe.set_progress_bar_config(disable=True)
-        latents = pipe.denoise(
-            film_noise(request, pipe, video.height, video.width),
-            inputs,
-            num_inference_steps=sampler.steps,
-            guidance_scale=sampler.guidance,
-            guidance_scale_2=sampler.guidance_low,
-            callback_on_step_end=stepped,
-        )
-        pipe.take_turn(None)  # the VAE needs its room
-        frames = self._frames(pipe, latents, request.videos)
-        pipe.maybe_free_model_hooks()
-        ends = np.cumsum(request.shots)[:-1]
-        return np.split(frames, ends)
-
-    def _frames(self, pipe: WanMemoryToVideoPipeline, latents: Tensor, videos: Sequence[int]) -> np.ndarray:
-        """The frames of all videos, uint8 [F, H, W, 3]."""
-        counts = [pipe.spec.latent_frames(frames) for frames in videos]
-        parts = latents.split(counts, dim=2)
-        decoded = (self._decode(pipe, part, "the film") for part in parts)
-        return np.concatenate([frames for video in decoded for frames in to_pixels(pipe, video)])
+        videos = self._decoded(pipe, sample, request.videos[-1], on_step)
+        return np.split(np.concatenate(videos), np.cumsum(request.shots)[:-1])
 
 
 def film_noise(request: FilmRequest, pipe: WanMemoryToVideoPipeline, height: int, width: int) -> Tensor:

@@ -38,15 +38,15 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from peft.utils.other import get_pattern_key
 from pydantic.dataclasses import dataclass
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from storymem.config import STRICT, ConfigError, build_settings, check_bounds
 from storymem.io import FileError, check_regular, parse_json, read_json_object, replacing
+from storymem.wan.checkpoints import Checkpoint
 from storymem.wan.settings import MemoryMode
 from storymem.wan.spec import COMPONENTS, Expert
-from storymem.weights import MissingWeights, Weights, check_values, read_header, read_pickle
+from storymem.weights import MissingWeights, Weights
 
 Layout = Literal["storymem", "released", "diffusers", "comfyui"]
 Part = Literal["A", "B", "bias", "alpha", "diff", "diff_b"]
@@ -179,34 +179,15 @@ class LoraFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._state = path, None
-        shapes = self._read_shapes(path)
+        self.path, self._checkpoint = path, Checkpoint.open(path)
+        shapes, _, self.metadata = self._checkpoint.header
         self.query = {match["name"]: key for key in shapes if (match := _QUERY.fullmatch(key))}
-        self.query_shapes = {name: shapes.pop(key) for name, key in self.query.items()}
-        self.shapes = shapes
-
-    def _read_shapes(self, path: Path) -> dict[str, tuple[int, ...]]:
-        if path.suffix != ".pth":
-            shapes, _, self.metadata = read_header(path)
-            return shapes
-        state = read_pickle(path)
-        plain = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-        if not plain or any(tensor.layout != torch.strided for tensor in state.values()):
-            raise FileError(f"{path} does not contain a state dict (key -> tensor), but a {type(state).__name__}")
-        self._state = state
-        notes = getattr(state, "_metadata", {})  # of modules' state dicts: versions; of ours: as in safetensors
-        self.metadata = {key: value for key, value in notes.items() if isinstance(value, str)}
-        return {key: tuple(tensor.shape) for key, tensor in state.items()}
+        self.query_shapes = {name: shapes[key] for name, key in self.query.items()}
+        self.shapes = {key: shape for key, shape in shapes.items() if key not in self.query.values()}
 
     def tensors(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of ``keys``, on the CPU in the file's dtype; NotFiniteError if one is NaN or far too large."""
-        if self._state is not None:
-            found = {key: self._state[key] for key in keys}
-        else:
-            with safe_open(self.path, framework="pt") as file:
-                found = {key: file.get_tensor(key) for key in keys}
-        check_values(found.items(), self.path)
-        return found
+        return self._checkpoint.tensors(keys)
 
     @property
     def info(self) -> AdapterInfo | None:

@@ -107,10 +107,10 @@ class MementoGenerator(WanShotGenerator):
                 check_finite(latents, f"the latents of memory frame {number} of the {expert} expert")
         pipe = self._memory_to_video()
 
-        def sample(stepped: StepCallback) -> Tensor:
-            return self._sample(pipe, request, stepped)
+        def sample(stepped: StepCallback) -> Sequence[Tensor]:
+            return [self._sample(pipe, request, stepped)]
 
-        (frames,) = self._decoded(pipe, sample, request, on_step)
+        (frames,) = self._decoded(pipe, sample, request.frames, on_step)
         return frames
 
     def _sample(self, pipe: WanMemoryToVideoPipeline, request: MementoRequest, stepped: StepCallback) -> Tensor:
@@ -136,14 +136,7 @@ class MementoGenerator(WanShotGenerator):
         }
         own = request.guidance if self._uses_guidance else None
         inputs = {COMPONENTS[name]: memento_inputs(memory, **parts) for name, memory in request.memories.items()}
-        latents = pipe.denoise(
-            noise,
-            inputs,
-            num_inference_steps=self.sampler.steps,
-            guidance_scale=own or self.sampler.guidance,
-            guidance_scale_2=own or self.sampler.guidance_low,
-            callback_on_step_end=stepped,
-        )
+        latents = self._denoised(pipe, noise, inputs, stepped, own)
         return latents[:, :, -video.shape[2] :]
 
     def _texts(self, prompt: str, subject: str | None) -> dict[str, Tensor]:

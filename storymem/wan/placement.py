@@ -62,18 +62,6 @@ class Way(NamedTuple):
     tiled: bool = False
     experts: Literal["together", "in_turn"] = "together"
 
-    @classmethod
-    def of(cls, runtime: RuntimeSettings) -> Way:
-        return cls(runtime.offload, runtime.vae_tiling, runtime.experts)
-
-    def __str__(self) -> str:
-        tiled, turns = (
-            " and vae_tiling" if self.tiled else "",
-            " and experts=in_turn" if self.experts != "together" else "",
-        )
-        preset = f" (runtime={_PRESETS[self]})" if _PRESETS.get(self) else ""
-        return f"offload={self.offload}{tiled}{turns}{preset}"
-
 
 #: Fastest first, and the preset for each.
 _PRESETS: dict[Way, str] = {
@@ -169,15 +157,14 @@ def choose_runtime(
         for way in presets
     ]
     if not machine.here:
-        named = _short if runtime.precision != "as_is" else lambda settled: str(Way.of(settled))
-        needs = "; ".join(f"{named(way.runtime)} needs {_needs(way.estimate)}" for way in ways)
+        needs = "; ".join(f"{_named(way.runtime)} needs {_needs(way.estimate)}" for way in ways)
         return replace(ways[0], fits=True, reason=f"planned for {machine.name}, not for this machine: {needs}")
     if runtime.offload != "auto":
         return ways[0] if ways[0].fits else replace(ways[0], reason=f"{machine}: {ways[0].reason}")
     for faster, way in zip([None, *ways], ways, strict=False):
         if way.fits:
-            why = f", because for {_short(faster.runtime)} {faster.reason}" if faster else ""
-            return replace(way, reason=f"{machine}: {Way.of(way.runtime)}{why}")
+            why = f", because for {_named(faster.runtime)} {faster.reason}" if faster else ""
+            return replace(way, reason=f"{machine}: {_named(way.runtime)}{why}")
     last = ways[-1]
     options = {
         "runtime.precision=fp8_storage": tried(replace(last.runtime, precision="fp8_storage")),
@@ -235,8 +222,12 @@ def _needed_ram(estimate: Estimate, machine: Machine) -> int:
     return estimate.ram if machine.vram is not None else max(estimate.ram, estimate.peak.total)
 
 
-def _short(runtime: RuntimeSettings) -> str:
-    return str(Way.of(runtime)).partition(" (runtime")[0]
+def _named(runtime: RuntimeSettings) -> str:
+    """How the weights are placed, and the preset that does the same."""
+    way = Way(runtime.offload, runtime.vae_tiling, runtime.experts)
+    parts = {f"offload={way.offload}": True, "vae_tiling": way.tiled, "experts=in_turn": way.experts == "in_turn"}
+    preset = _PRESETS.get(way) if runtime.precision == "as_is" else ""
+    return " and ".join(part for part, applies in parts.items() if applies) + (f" (runtime={preset})" * bool(preset))
 
 
 def _needs(estimate: Estimate) -> str:

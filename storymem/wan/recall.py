@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,64 +36,50 @@ class Candidates:
     caption: str
 
 
-class LearnedRecall:
-    """The KeyframeQuery of each expert; on the CPU, and on ``device`` while it computes.
+def load_queries(
+    model: ModelSettings, experts: Mapping[Expert, Any], *, continuity: Continuity
+) -> dict[Expert, KeyframeQuery]:
+    """The query of each expert from the files of ``model.adapter``; random without an adapter.
+
+    FileError for files without one.
+    """
+    if model.adapter is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(model.seed)
+            return {name: KeyframeQuery.of(expert) for name, expert in experts.items()}
+    adapters = read_memory_lora(experts, locate(adapter_weights(model.adapter, continuity)))
+    return {
+        expert: KeyframeQuery.from_tensors(adapter.query(), experts[expert], where=str(adapter.file.path))
+        for expert, adapter in adapters.items()
+    }
+
+
+@torch.no_grad()
+def choose_candidates(
+    candidates: Candidates,
+    queries: Mapping[Expert, KeyframeQuery],
+    experts: Mapping[Expert, Any],
+    prompt: Tensor,
+    caption: Tensor,
+    *,
+    local: int,
+    whole: int,
+    device: torch.device,
+) -> list[int]:
+    """Indices of the chosen candidates, ascending, by the mean scores of the queries given.
 
     Args:
-        queries: by expert.
+        queries: on the CPU; on ``device`` while they compute.
         experts: their transformers, for the text embedding.
-        device: of the computation.
+        prompt, caption: text embeddings [L, D], padded with zeros.
+        local, whole: how many frames the two groups of queries choose.
     """
-
-    def __init__(self, queries: Mapping[Expert, KeyframeQuery], experts: Mapping[Expert, Any], device: Any) -> None:
-        self.queries, self.experts, self.device = dict(queries), experts, device
-
-    @classmethod
-    def of(cls, model: ModelSettings, experts: Mapping[Expert, Any], *, continuity: Continuity, device: Any) -> Self:
-        """That of the files of ``model.adapter``; random without an adapter. FileError for files without one."""
-        if model.adapter is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(model.seed)
-                return cls({name: KeyframeQuery.of(expert) for name, expert in experts.items()}, experts, device)
-        adapters = read_memory_lora(experts, locate(adapter_weights(model.adapter, continuity)))
-        queries = {
-            expert: KeyframeQuery.from_tensors(adapter.query(), experts[expert], where=str(adapter.file.path))
-            for expert, adapter in adapters.items()
-        }
-        return cls(queries, experts, device)
-
-    @torch.no_grad()
-    def scores(self, expert: Expert, candidates: Candidates, prompt: Tensor, caption: Tensor) -> tuple[Tensor, Tensor]:
-        """Local and global scores [P] of the candidates; see :func:`storymem.wan.keyframe_query.mean_scores`.
-
-        Args:
-            prompt, caption: text embeddings [L, D], padded with zeros.
-        """
-        query, transformer = self.queries[expert].to(self.device), self.experts[expert]
-        latents = torch.cat(list(candidates.latents), dim=1).to(self.device, torch.float32)
-        texts = [embedded(transformer, text).to(self.device) for text in (prompt, caption)]
-        found = query(latents, film_positions(candidates.frames, candidates.start), *texts)
+    scores = []
+    for expert, query in queries.items():
+        latents = torch.cat(list(candidates.latents), dim=1).to(device, torch.float32)
+        texts = [embedded(experts[expert], text).to(device) for text in (prompt, caption)]
+        found = query.to(device)(latents, film_positions(candidates.frames, candidates.start), *texts)
+        scores.append(torch.stack(mean_scores(found, len(query.queries))).cpu())
         query.to("cpu")
-        by_local, by_global = mean_scores(found, len(query.queries))
-        return by_local.cpu(), by_global.cpu()
-
-    def choose(
-        self,
-        candidates: Candidates,
-        prompt: Tensor,
-        caption: Tensor,
-        *,
-        local: int,
-        whole: int,
-        expert: Expert | None = None,
-    ) -> list[int]:
-        """Indices of the chosen candidates, ascending.
-
-        Args:
-            local, whole: how many frames the two groups of queries choose.
-            expert: whose scores decide; None: the mean of all experts, for a memory that they share.
-        """
-        own = list(self.queries) if expert is None else [expert]
-        by_local, by_global = zip(*(self.scores(one, candidates, prompt, caption) for one in own), strict=True)
-        means = (torch.stack(each).mean(dim=0) for each in (by_local, by_global))
-        return sorted(choose(*means, local=local, whole=whole).tolist())
+    by_local, by_global = torch.stack(scores).mean(dim=0)
+    return sorted(choose(by_local, by_global, local=local, whole=whole).tolist())

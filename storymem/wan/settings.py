@@ -65,8 +65,8 @@ class NetworkSettings:
 
     Args:
         transformer: arguments of ``WanTransformer3DModel``, without ``in_channels``, which follows from the task.
-        vae: arguments of ``AutoencoderKLWan``; empty: as in the weights.
-        text_encoder: arguments of ``UMT5Config``; empty: as in the weights.
+        vae: arguments of ``AutoencoderKLWan``; empty: as in the weights, and for plans Wan's.
+        text_encoder: arguments of ``UMT5Config``; empty: likewise.
         text_tokens: length to which prompts are padded.
     """
 

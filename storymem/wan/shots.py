@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from storymem.io import check_finite
 from storymem.wan.conditioning import decode_video
+from storymem.wan.inputs import Inputs
+from storymem.wan.keyframe_query import KeyframeQuery
 from storymem.wan.loading import load_pipeline, load_text_to_video
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.placement import settle
-from storymem.wan.preview import Preview, Projection
-from storymem.wan.recall import Candidates, LearnedRecall
+from storymem.wan.preview import Preview
+from storymem.wan.recall import Candidates, choose_candidates, load_queries
 from storymem.wan.runtime import check_machine, check_runtime, compiled_graphs, release_memory
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
 from storymem.wan.spec import Expert, experts_of
@@ -77,11 +79,11 @@ class WanShotGenerator:
         self.model, self.sampler, self.runtime = model, sampler, runtime
         self.continuity, self.scorers = continuity, scorers
         self.on_preview: Callable[[np.ndarray], None] | None = None
-        self._projection = Projection()
+        self._preview = Preview()
         self._embeds: dict[str, Tensor] = {}
         self._pipe: WanMemoryToVideoPipeline | None = None
         self._text_pipe: WanMemoryToVideoPipeline | None = None
-        self._recall: LearnedRecall | None = None
+        self._queries: dict[Expert, KeyframeQuery] | None = None
 
     @property
     def video(self) -> VideoSettings:
@@ -158,20 +160,25 @@ class WanShotGenerator:
         return list(latents)
 
     def choose(self, candidates: Candidates, local: int, whole: int, expert: Expert | None = None) -> list[int]:
-        """Which candidates the adapter's learned recall chooses; see :meth:`storymem.wan.recall.LearnedRecall.choose`.
+        """Indices of the candidates that the adapter's learned recall chooses, ascending.
 
-        Prompt and caption must be among those given to :meth:`prepare`.
+        Args:
+            candidates: its prompt and caption must be among those given to :meth:`prepare`.
+            local, whole: how many frames the two groups of queries choose.
+            expert: whose scores decide; None: the mean of all experts, for a memory that they share.
         """
         for number, latents in enumerate(candidates.latents, start=1):
             check_finite(latents, f"the latents of candidate {number}")
         pipe = self._memory_to_video()
         if pipe.turns is not None:
             raise ValueError("a learned recall reads both experts, and with runtime.experts=in_turn one is loaded")
-        if self._recall is None:
-            experts, device = experts_of(pipe), pipe._execution_device
-            self._recall = LearnedRecall.of(self.model, experts, continuity=self.continuity, device=device)
+        experts = experts_of(pipe)
+        if self._queries is None:
+            self._queries = load_queries(self.model, experts, continuity=self.continuity)
+        queries = self._queries if expert is None else {expert: self._queries[expert]}
         texts = (self._embeds[text][0] for text in (candidates.prompt, candidates.caption))
-        return self._recall.choose(candidates, *texts, local=local, whole=whole, expert=expert)
+        device = pipe._execution_device
+        return choose_candidates(candidates, queries, experts, *texts, local=local, whole=whole, device=device)
 
     @property
     def _uses_guidance(self) -> bool:
@@ -196,7 +203,7 @@ class WanShotGenerator:
         for pipe in (self._pipe, self._text_pipe):
             if pipe is not None:
                 pipe.remove_all_hooks()
-        self._pipe = self._text_pipe = self._recall = pipe = None
+        self._pipe = self._text_pipe = self._queries = pipe = None
         release_memory()
 
     @cached_property
@@ -234,7 +241,7 @@ class WanShotGenerator:
         video, sampler, device = self.model.video, self.sampler, pipe._execution_device
         prompts, negatives = [one.prompt for one in requests], [self._negative(one) for one in requests]
 
-        def sample(stepped: StepCallback) -> Tensor:
+        def sample(stepped: StepCallback) -> Sequence[Tensor]:
             (latents,) = pipe(
                 prompt_embeds=self._embedded(prompts).to(device),
                 negative_prompt_embeds=self._embedded(negatives).to(device) if self._uses_guidance else None,
@@ -251,9 +258,27 @@ class WanShotGenerator:
                 callback_on_step_end=stepped,
                 **conditions,
             )
-            return latents
+            return latents.split(1)
 
-        return self._decoded(pipe, sample, requests[0], on_step)
+        return self._decoded(pipe, sample, requests[0].frames, on_step)
+
+    def _denoised(
+        self,
+        pipe: WanMemoryToVideoPipeline,
+        noise: Tensor,
+        inputs: Inputs | Mapping[str, Inputs],
+        stepped: StepCallback,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The latents [1, z, N, h, w] of any layout; ``guidance`` None: the sampler's."""
+        return pipe.denoise(
+            noise,
+            inputs,
+            num_inference_steps=self.sampler.steps,
+            guidance_scale=guidance or self.sampler.guidance,
+            guidance_scale_2=guidance or self.sampler.guidance_low,
+            callback_on_step_end=stepped,
+        )
 
     def _embedded(self, texts: Sequence[str]) -> Tensor:
         return torch.cat([self._embeds[text] for text in texts])
@@ -264,19 +289,23 @@ class WanShotGenerator:
     def _decoded(
         self,
         pipe: WanMemoryToVideoPipeline,
-        sample: Callable[[StepCallback], Tensor],
-        request: ShotRequest,
+        sample: Callable[[StepCallback], Sequence[Tensor]],
+        frames: int,
         on_step: OnStep | None,
     ) -> list[np.ndarray]:
-        """The frames of each shot, uint8 [F, H, W, 3], of the latents [B, z, T, h, w] that ``sample`` denoises."""
-        new_frames = self.model.spec.latent_frames(request.frames)
-        preview = Preview(self._projection, pipe.vae, new_frames) if self.on_preview is not None else None
+        """The frames of videos, uint8 [F, H, W, 3] each, whose latents [1, z, T, h, w] ``sample`` denoises.
+
+        Args:
+            frames: of the video of which there are previews.
+        """
+        new_frames = self.model.spec.latent_frames(frames)
 
         def stepped(_pipe: Any, step: int, _timestep: Any, tensors: dict) -> dict:
             if on_step is not None:
                 on_step(step + 1, self.sampler.steps)
-            if preview is not None and self.on_preview is not None:
-                image = preview.after(step, tensors["latents"], pipe.scheduler.sigmas)
+            if self.on_preview is not None:
+                latents = tensors["latents"][:1, :, -new_frames:]
+                image = self._preview.after(step, latents, pipe.scheduler.sigmas, pipe.vae)
                 if image is not None:
                     self.on_preview(image)
             return {}
@@ -284,19 +313,23 @@ class WanShotGenerator:
         pipe.set_progress_bar_config(disable=True)
         latents = sample(stepped)
         pipe.take_turn(None)  # it would be read again for the next shot anyhow
-        decoded = torch.cat([self._decode(pipe, one, "the shot") for one in latents.split(1)])
+        videos = []
+        for one in latents:
+            decoded = self._decode(pipe, one)
+            if self.on_preview is not None:
+                self._preview.fit(one, decoded)
+            (pixels,) = pipe.video_processor.postprocess_video(decoded, "np")
+            videos.append((pixels * 255).round().astype(np.uint8))
         pipe.maybe_free_model_hooks()
-        if preview is not None:
-            self._projection.fit(latents[:1], decoded[:1])
-        return to_pixels(pipe, decoded)
+        return videos
 
-    def _decode(self, pipe: WanMemoryToVideoPipeline, latents: Tensor, what: str) -> Tensor:
+    def _decode(self, pipe: WanMemoryToVideoPipeline, latents: Tensor) -> Tensor:
         """The video [1, 3, F, H, W] in -1..1 of sampled latents [1, z, T, h, w]; NotFiniteError for NaN."""
         if self.runtime.compile != "none":
             logger.info("compiled graphs so far: %d", compiled_graphs())
-        check_finite(latents, f"the latents of {what}", f"likely causes: {', '.join(self._likely_causes(pipe))}")
+        check_finite(latents, "the latents of the shot", f"likely causes: {', '.join(self._likely_causes(pipe))}")
         decoded = decode_video(pipe.vae, latents)
-        check_finite(decoded, f"the frames of {what}", "check the VAE's weights, or use model.vae_dtype=float32")
+        check_finite(decoded, "the frames of the shot", "check the VAE's weights, or use model.vae_dtype=float32")
         return decoded
 
     def _likely_causes(self, pipe: WanMemoryToVideoPipeline) -> list[str]:
@@ -314,9 +347,3 @@ class WanShotGenerator:
             f"the weights of {model.name}": True,
         }
         return [cause for cause, applies in causes.items() if applies]
-
-
-def to_pixels(pipe: WanMemoryToVideoPipeline, decoded: Tensor) -> list[np.ndarray]:
-    """Videos [B, 3, F, H, W] in -1..1 as uint8 [F, H, W, 3] each."""
-    videos = pipe.video_processor.postprocess_video(decoded, "np")
-    return [(frames * 255).round().astype(np.uint8) for frames in videos]

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,16 +28,13 @@ from storymem.wan.estimate import (
     forward_bytes,
     forward_flops,
 )
-from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config
 from storymem.wan.processes import Grid
 from storymem.wan.segments import Layout, Text, holocine, memory_cached, memory_joint, single_shot, with_given
 from storymem.wan.settings import ModelSettings, RuntimeSettings
 from storymem.wan.spec import UMT5_XXL
 from storymem.wan.transformer import SegmentCache, enable_layouts
-from storymem.weights import Weights
 from tests.composing import generate_settings
-from tests.wan.tiny import settings
 
 A14B: dict[str, Any] = {
     "num_layers": 40,
@@ -336,31 +332,3 @@ def test_several_cards_share_tokens_and_weights(a14b: ModelSettings) -> None:
 def test_ram_holds_both_experts_and_idle_scorers(a14b: ModelSettings) -> None:
     estimate = estimate_shot(a14b, RuntimeSettings(offload="group"), memory_frames=10, scorers=int(17e9))
     assert estimate.ram / GB == pytest.approx(2 * 29.8 + 0.5 + 17, abs=0.2)
-
-
-def test_shapes_left_to_the_weights_are_read_from_them(tmp_path: Path) -> None:
-    tiny = settings()
-    pipe = load_pipeline(tiny, runtime=RuntimeSettings(device="cpu"), experts=False)
-    pipe.vae.save_pretrained(tmp_path / "vae")
-    pipe.text_encoder.save_pretrained(tmp_path / "text_encoder")
-    network = replace(tiny.network, vae={}, text_encoder={})
-    weights = Weights(name="saved", source=str(tmp_path))
-    saved = replace(tiny, network=network, weights=weights, has_text_to_video=False)
-    expected, found = (estimate_shot(model, RuntimeSettings(), memory_frames=2) for model in (tiny, saved))
-    assert found == expected
-    absent = replace(saved, weights=Weights(name="absent", source="./absent"))
-    assert estimate_shot(absent, RuntimeSettings(), memory_frames=2).stages[0].weights > 4 * 5e9, "Wan's own"
-
-
-@pytest.mark.parametrize(
-    "config",
-    ["{", "[1]", '{"z_dim": "many"}', '{"base_dim": -5}', '{"base_dim": 1e9}', '{"dim_mult": [1, 1e400]}', "\x00"],
-)
-def test_a_damaged_configuration_counts_as_wans(a14b: ModelSettings, tmp_path: Path, config: str) -> None:
-    """Damaged weights are reported where weights are checked."""
-    for part in ("vae", "text_encoder"):
-        (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text(config)
-    local = replace(a14b, weights=Weights(name="damaged", source=str(tmp_path)))
-    whole = {"runtime": RuntimeSettings(), "memory_frames": 3}
-    assert estimate_shot(local, **whole) == estimate_shot(a14b, **whole)
