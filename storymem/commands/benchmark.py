@@ -36,6 +36,7 @@ from storymem.devices import resolve_device
 from storymem.film.settings import GenerateSettings
 from storymem.film.tables import format_table
 from storymem.io import write_json
+from storymem.wan.combinations import check_combinations
 from storymem.wan.estimate import GB, estimate_shot, forward_flops
 from storymem.wan.lora import memory_lora_config
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
@@ -49,7 +50,6 @@ from storymem.wan.settings import (
     RuntimeSettings,
     SamplerSettings,
     VideoSettings,
-    check_combinations,
 )
 from storymem.wan.transformer import SegmentCache
 

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, StoryPath, UserPath, check_bounds
 from storymem.story import MAX_SHOTS, Shot, Story
+from storymem.wan.combinations import check_combinations, check_reach
 from storymem.wan.settings import (
     MAX_SEED,
     Continuity,
@@ -19,8 +20,6 @@ from storymem.wan.settings import (
     RuntimeSettings,
     SamplerSettings,
     VideoSettings,
-    check_combinations,
-    check_reach,
 )
 
 FirstShot = Literal["auto", "t2v", "m2v"]

@@ -28,7 +28,8 @@ from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, 
 from storymem.methods.long_prompts import encode_long_prompts
 from storymem.methods.sharing import Sharing, SharingSettings, id_shots, sharing_in_unet, sharing_in_video, shots_read
 from storymem.story import Shot, Story
-from storymem.wan.settings import ModelSettings, check_combinations
+from storymem.wan.combinations import check_combinations
+from storymem.wan.settings import ModelSettings
 from storymem.wan.shots import OnStep, ShotRequest, WanShotGenerator
 from storymem.weights import Weights
 

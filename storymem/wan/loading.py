@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+from diffusers import AutoencoderKLWan
+from transformers import ByT5Tokenizer
 
-from storymem.wan.components import load_component
+from storymem.wan.combinations import check_combinations
+from storymem.wan.components import config_of, load_component
+from storymem.wan.folders import CLASSES, build
 from storymem.wan.lora import load_memory_lora
 from storymem.wan.pipeline import Turns, WanMemoryToVideoPipeline
 from storymem.wan.placement import settle
@@ -24,15 +26,12 @@ from storymem.wan.settings import (
     Precision,
     RuntimeSettings,
     SamplerSettings,
-    check_combinations,
 )
 from storymem.wan.sources import adapter_weights, check_text_weights, check_weights, step_weights_for_text
 from storymem.wan.spec import COMPONENTS, Expert
 from storymem.weights import locate
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T", bound=torch.nn.Module)
 
 #: The name of a step-distilled adapter beside that of the memory adapter, "memory".
 STEP_ADAPTER = "steps"
@@ -77,20 +76,10 @@ def load_pipeline(
         runtime = _settled(model, runtime, sampler)
     elif runtime.offload == "auto":  # text encoder and VAE have room wherever experts could work
         runtime = replace(runtime, offload="none")
-    turns = runtime.experts == "in_turn" and len(names) > 1
-    parts: dict[str, Any] = dict.fromkeys(("tokenizer", "text_encoder", *COMPONENTS.values()))
-    for name in ["vae", *(["tokenizer", "text_encoder"] if text_encoder else []), *([] if turns else names)]:
-        parts[name] = _component(model, name, runtime)
-    pipe = WanMemoryToVideoPipeline(
-        **parts,
-        scheduler=wan_scheduler(sampler.shift, sampler.scheduler),
-        boundary_ratio=model.boundary,
-        expand_timesteps=model.spec.clean_frames,  # by which the stock pipelines know this kind of base
-        rope_stride=model.rope_stride,
-        memory_attention=model.memory_attention,
-    )
-    _finish(pipe, model, runtime, sampler, continuity, turns=turns)
-    return pipe
+    shared = dict.fromkeys(("tokenizer", "text_encoder"))
+    for name in ["vae", *(shared if text_encoder else [])]:
+        shared[name] = _component(model, name, runtime)
+    return _assembled(model, shared, names, runtime, sampler, continuity)
 
 
 def load_text_to_video(
@@ -104,35 +93,31 @@ def load_text_to_video(
     sampler = sampler or SamplerSettings()
     runtime = _settled(model, runtime or RuntimeSettings(), sampler)
     check_text_weights(model)
-    turns = runtime.experts == "in_turn"
-    parts: dict[str, Any] = {
-        name: None if turns else _component(model, name, runtime, by_text=True) for name in COMPONENTS.values()
-    }
-    pipe = WanMemoryToVideoPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=vae,
-        scheduler=wan_scheduler(sampler.text_to_video_shift, sampler.scheduler),
-        boundary_ratio=model.text_to_video_boundary,
-        **parts,
-    )
-    _finish(pipe, model, runtime, sampler, None, turns=turns)
-    return pipe
+    shared = {"tokenizer": None, "text_encoder": None, "vae": vae}
+    return _assembled(model, shared, list(COMPONENTS.values()), runtime, sampler, None)
 
 
-def _finish(
-    pipe: WanMemoryToVideoPipeline,
+def _assembled(
     model: ModelSettings,
+    shared: Mapping[str, Any],
+    names: Sequence[str],
     runtime: RuntimeSettings,
     sampler: SamplerSettings,
     continuity: Continuity | None,
-    *,
-    turns: bool,
-) -> None:
-    """Adapt, accelerate and place the networks of a pipeline; with ``turns``, each expert when it is needed."""
+) -> WanMemoryToVideoPipeline:
+    """A pipeline with its experts adapted, accelerated and placed; where they take turns, each when it is needed.
+
+    Args:
+        shared: the other networks, and the tokenizer.
+        names: of the experts.
+        continuity: selects the memory adapter; None: the pipeline is text-to-video, which has none.
+    """
+    by_text = continuity is None
+    spec = model.text_spec if by_text else model.spec
+    turns = runtime.experts == "in_turn" and len(names) > 1
 
     def load(name: str) -> Any:
-        return _component(model, name, runtime, by_text=continuity is None)
+        return _component(model, name, runtime, by_text=by_text)
 
     def prepare(pipe: Any) -> None:
         if pipe.experts:
@@ -140,10 +125,19 @@ def _finish(
             accelerate(pipe, model, runtime)
         place(pipe, runtime)
 
+    pipe = WanMemoryToVideoPipeline(
+        **shared,
+        **{name: load(name) if name in names and not turns else None for name in COMPONENTS.values()},
+        scheduler=wan_scheduler(sampler.text_to_video_shift if by_text else sampler.shift, sampler.scheduler),
+        boundary_ratio=model.text_to_video_boundary if by_text else model.boundary,
+        expand_timesteps=spec.clean_frames,  # by which the stock pipelines know this kind of base
+        rope_stride=model.rope_stride,
+        memory_attention=model.memory_attention,
+    )
     if turns:
-        spec = model.text_spec if continuity is None else model.spec
         pipe.turns = Turns(load=load, prepare=prepare, spec=spec)
     prepare(pipe)
+    return pipe
 
 
 def _settled(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSettings) -> RuntimeSettings:
@@ -164,31 +158,17 @@ def _component(model: ModelSettings, name: str, runtime: RuntimeSettings, *, by_
     """A network or the tokenizer, from its files or with random weights from its own seed."""
     if model.weights is not None:
         return load_component(model, name, by_text=by_text, eight_bits=_EIGHT_BITS[runtime.precision])
-    network, seed = model.network, model.seed
-    if name in COMPONENTS.values():
-        spec, first = (model.text_spec, seed + 10) if by_text else (model.spec, seed)
-        return _random_expert(model, first + list(COMPONENTS.values()).index(name), spec.in_channels)
-    if name == "vae":
-        return _seeded(seed + 2, model.vae_dtype, lambda: AutoencoderKLWan(**network.vae))
-    if name == "text_encoder":
-        return _seeded(seed + 3, model.dtype, lambda: UMT5EncoderModel(UMT5Config(**network.text_encoder)))
-    return ByT5Tokenizer()  # the one tokenizer that needs no vocabulary file
-
-
-def _random_expert(model: ModelSettings, seed: int, in_channels: int) -> WanTransformer3DModel:
-    shape = model.network.transformer
-    return _seeded(seed, model.dtype, lambda: WanTransformer3DModel(**shape, in_channels=in_channels))
-
-
-def _seeded(seed: int, dtype: str, build: Callable[[], T]) -> T:
-    """A network with random weights; what diffusers keeps in float32 when loading stays in float32."""
+    if name == "tokenizer":
+        return ByT5Tokenizer()  # the one that needs no vocabulary file
+    config = config_of(model, name, model.text_spec if by_text else model.spec)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = build().eval()
-    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
-    for name, weight in network.named_parameters():  # buffers hold tables, such as those of RoPE
-        if not kept & set(name.split(".")):
-            weight.data = weight.data.to(getattr(torch, dtype))
+        torch.manual_seed(model.seed + list(CLASSES).index(name) + (10 if by_text else 0))
+        network = build(CLASSES[name], config).eval()
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())  # by diffusers, when it loads a network
+    dtype = getattr(torch, model.vae_dtype if name == "vae" else model.dtype)
+    for key, weight in network.named_parameters():  # buffers hold tables, such as those of RoPE
+        if not kept & set(key.split(".")):
+            weight.data = weight.data.to(dtype)
     return network
 
 

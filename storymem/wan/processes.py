@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from storymem.wan.settings import ContextParallel, ModelSettings, RuntimeSettings, SamplerSettings, check_combinations
+from storymem.wan.combinations import check_combinations
+from storymem.wan.settings import ContextParallel, ModelSettings, RuntimeSettings, SamplerSettings
 
 T = TypeVar("T")
 

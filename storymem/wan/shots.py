@@ -208,19 +208,8 @@ class WanShotGenerator:
 
     @cached_property
     def settled(self) -> RuntimeSettings:
-        """``runtime`` without "auto", settled once, before anything takes room.
-
-        Raises:
-            ValueError: if the adapter has a learned recall, which needs both experts, and they take turns.
-        """
-        settled = settle(self.model, self.runtime, sampler=self.sampler, scorers=self.scorers)
-        adapter = self.model.adapter
-        if settled.experts == "in_turn" and adapter is not None and adapter.query:
-            raise ValueError(
-                "learned recall needs both experts, and one is loaded at a time (runtime.experts=in_turn): use another "
-                "memory/recall or method, or a runtime with room for both (runtime.precision, runtime.offload)"
-            )
-        return settled
+        """``runtime`` without "auto", settled once, before anything takes room."""
+        return settle(self.model, self.runtime, sampler=self.sampler, scorers=self.scorers)
 
     def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
         return load_pipeline(

@@ -82,7 +82,7 @@ def test_tiles_are_the_last_resort(a14b: ModelSettings) -> None:
     choice = choose_runtime(wide, AUTO, machine=machine(22), scorers=LAION_AND_CLIP)
     assert choice.fits
     assert (choice.runtime.offload, choice.runtime.vae_tiling) == ("group", True)
-    assert "offload=group and vae_tiling, because for offload=group 22." in choice.reason
+    assert "offload=group and vae_tiling, because for offload=group (runtime=gpu-32gb) 22." in choice.reason
 
 
 def test_where_nothing_fits_it_says_what_would(a14b: ModelSettings) -> None:

@@ -16,6 +16,7 @@ from storymem.config import ConfigError, build_settings
 from storymem.data.settings import PrepareSettings
 from storymem.film.generate import build_storyteller
 from storymem.training.settings import TrainSettings
+from storymem.wan.combinations import check_combinations
 from storymem.wan.loading import load_pipeline
 from storymem.wan.parallel import can_share_tokens
 from storymem.wan.processes import Grid, Launch, divide, find_grid
@@ -25,7 +26,6 @@ from storymem.wan.settings import (
     RuntimeSettings,
     SamplerSettings,
     StepAdapterSettings,
-    check_combinations,
 )
 from storymem.weights import Weights
 from tests.composing import composed, generate_settings
