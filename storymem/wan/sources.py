@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Required, TypedDict, Unpack
 
 from storymem.io import FileError, check_regular
 from storymem.wan.settings import AdapterSettings, Continuity, ModelSettings, SamplerSettings
-from storymem.wan.spec import COMPONENTS, Expert, ModelSpec
+from storymem.wan.spec import COMPONENTS, Expert
 from storymem.weights import MissingWeights, Weights, locate
 
 if TYPE_CHECKING:
@@ -169,14 +169,14 @@ class _Inspection:
         self.by_text = text_to_video and model.has_text_to_video
         self.texts = ["text_encoder", "tokenizer"] if text_encoder else []
         self.experts = [expert for expert in model.spec.experts if expert in experts]
-        self.networks: dict[Expert, Any] = {}  # on the meta device
-        self.text_networks: dict[Expert, Any] = {}
+        # On the meta device: those of the model, and of the text-to-video model.
+        self.networks: dict[bool, dict[Expert, Any]] = {False: {}, True: {}}
 
     def required(self) -> Iterator[tuple[Weights, Check]]:
         """All weights, adapters after the networks that they are compared with."""
         model = self.model
         if (folder := model.folder_of(*self.components)) is not None:
-            yield folder, self.base
+            yield folder, self.folder
         for name in self.components:
             if (weights := model.file_of(name)) is not None:
                 yield weights, partial(self.single_file, name=name)
@@ -192,7 +192,7 @@ class _Inspection:
         if self.sampler is not None and self.sampler.adapter is not None:
             yield self.sampler.adapter.weights, self.adapter
             if self.by_text:
-                yield step_weights_for_text(self.sampler), self.text_adapter
+                yield step_weights_for_text(self.sampler), partial(self.adapter, by_text=True)
 
     @property
     def components(self) -> list[str]:
@@ -205,17 +205,20 @@ class _Inspection:
             for name, weights in zip(COMPONENTS.values(), self.model.text_to_video_gguf.all, strict=False):
                 yield weights, partial(self.single_file, name=name, by_text=True)
         elif (folder := self.model.folder_of(*COMPONENTS.values(), by_text=True)) is not None:
-            yield folder, self.text_to_video
+            yield folder, partial(self.folder, by_text=True)
 
-    def base(self, path: Path) -> list[str]:
+    def folder(self, path: Path, by_text: bool = False) -> list[str]:
         from storymem.wan.components import check_folder, load_component
 
-        parts = [name for name in self.components if self.model.file_of(name) is None]
-        if parts == ["tokenizer"]:
-            load_component(self.model, "tokenizer")
+        model, names = self.model, list(COMPONENTS.values())
+        if not by_text:
+            names = [name for name in self.components if model.file_of(name) is None]
+        if names == ["tokenizer"]:
+            load_component(model, "tokenizer")
             return []
-        built = check_folder(path, parts, self.model, self.model.spec, "model.weights")
-        self.networks |= {expert: built[name] for expert, name in COMPONENTS.items() if name in built}
+        spec, setting = (model.text_spec, "model.text_to_video") if by_text else (model.spec, "model.weights")
+        built = check_folder(path, names, model, spec, setting)
+        self.networks[by_text] |= {expert: built[name] for expert, name in COMPONENTS.items() if name in built}
         return []
 
     def single_file(self, path: Path, name: str, by_text: bool = False) -> list[str]:
@@ -227,24 +230,16 @@ class _Inspection:
         expert = next((it for it, component in COMPONENTS.items() if component == name), None)
         if expert is None:
             return []
-        (self.text_networks if by_text else self.networks)[expert] = network
+        self.networks[by_text][expert] = network
         named = expert_named(path.stem)
         swapped = named not in (None, expert)
         return [f"its name is that of the {named} expert, and it is used as {expert}"] if swapped else []
-
-    def text_to_video(self, path: Path) -> list[str]:
-        from storymem.wan.components import check_folder
-
-        names = list(COMPONENTS.values())
-        built = check_folder(path, names, self.model, self.model.text_spec, "model.text_to_video")
-        self.text_networks = {expert: built[name] for expert, name in COMPONENTS.items()}
-        return []
 
     def memory_adapter(self, path: Path) -> list[str]:
         model = self.model
         assert model.adapter is not None
         own = {"alpha": model.adapter.alpha, "use_rslora": model.adapter.use_rslora}
-        adapters = _adapters(path, self._networks(), strict=True, **own)
+        adapters = _adapters(path, self.adapted(), strict=True, **own)
         if not adapters:
             return []
         info = adapters[0].info
@@ -270,26 +265,21 @@ class _Inspection:
             notes.append(f"trained with RoPE stride {info.rope_stride}, used with {stride} (model.rope_stride)")
         return notes
 
-    def adapter(self, path: Path, experts: Collection[Expert] = tuple(COMPONENTS)) -> list[str]:
-        networks = {expert: network for expert, network in self._networks().items() if expert in experts}
+    def adapter(self, path: Path, experts: Collection[Expert] = tuple(COMPONENTS), by_text: bool = False) -> list[str]:
+        networks = {expert: network for expert, network in self.adapted(by_text).items() if expert in experts}
         return [adapter.report for adapter in _adapters(path, networks, strict=False)]
 
-    def text_adapter(self, path: Path) -> list[str]:
-        networks = self.text_networks
-        if not networks and self.model.weights is None:
-            networks = dict.fromkeys(COMPONENTS, self._from_settings(self.model.text_spec))
-        return [adapter.report for adapter in _adapters(path, networks, strict=False)]
-
-    def _networks(self) -> dict[Expert, Any]:
-        if self.model.weights is None:
-            return dict.fromkeys(self.experts, self._from_settings(self.model.spec))
-        return self.networks
-
-    def _from_settings(self, spec: ModelSpec) -> Any:
+    def adapted(self, by_text: bool = False) -> dict[Expert, Any]:
+        """The transformers that adapters are for; none where they did not fit."""
+        if self.model.weights is not None:
+            return self.networks[by_text]
+        from storymem.wan.components import config_of
         from storymem.wan.folders import on_meta
 
-        shape = {**self.model.network.transformer, "in_channels": spec.in_channels}
-        return on_meta("WanTransformer3DModel", shape, "model.network.transformer")
+        spec = self.model.text_spec if by_text else self.model.spec
+        config = config_of(self.model, "transformer", spec)
+        network = on_meta("WanTransformer3DModel", config, "model.network.transformer")
+        return dict.fromkeys(spec.experts if by_text else self.experts, network)
 
 
 def _adapters(path: Path, networks: dict[Expert, Any], **options: Any) -> list[ExpertAdapter]:
