@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import UMT5EncoderModel
 
 from storymem.wan.loading import load_pipeline, load_text_to_video
 from storymem.wan.lora import save_memory_lora
@@ -132,6 +133,18 @@ def test_parts_of_a_saved_folder_can_be_left_out(pipe: WanMemoryToVideoPipeline,
     high = load_pipeline(model, runtime=CPU, text_encoder=False, experts=["high_noise"])
     assert list(high.experts) == ["transformer"]
     assert same(high.transformer, pipe.transformer)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_text_encoder_is_as_transformers_loads_it(saved: Path, dtype: str) -> None:
+    model = settings(weights=local(saved), has_text_to_video=False, dtype=dtype)
+    found = load_pipeline(model, runtime=CPU, experts=False).text_encoder
+    expected = UMT5EncoderModel.from_pretrained(saved / "text_encoder", dtype=getattr(torch, dtype))
+    assert same(found, expected)
+    assert {name: it.dtype for name, it in weights(found).items()} == {
+        name: it.dtype for name, it in weights(expected).items()
+    }
+    assert found.shared.weight is found.encoder.embed_tokens.weight, "the largest matrix, once"
 
 
 def test_a_text_to_video_folder_gives_the_same_shots(pipe: WanMemoryToVideoPipeline, saved: Path) -> None:
