@@ -25,17 +25,19 @@ _WORD = r"[^\W_]+(?:['’-][^\W_]+)*"
 
 def known_words(model: ModelSettings) -> frozenset[str] | None:
     """All words of a model that was trained on few; None for others, and where its weights are not on this machine."""
-    if model.weights is None:
+    folder = _tokenizer_of(model)
+    if folder is None or not (folder / KNOWN_WORDS).exists():
         return None
+    return frozenset(text_lines(read_text(folder / KNOWN_WORDS))) or None
+
+
+def _tokenizer_of(model: ModelSettings) -> Path | None:
+    """The folder of a model's tokenizer; None if its weights are random, or not on this machine."""
     try:
-        return _words_beside(component_path(model, "tokenizer"))
+        folder = None if model.weights is None else component_path(model, "tokenizer")
     except MissingWeights:
         return None
-
-
-def _words_beside(tokenizer: Path) -> frozenset[str] | None:
-    file = tokenizer / KNOWN_WORDS
-    return frozenset(text_lines(read_text(file))) or None if file.exists() else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 class Reading(NamedTuple):
@@ -66,15 +68,11 @@ class TextReader:
             from transformers import ByT5Tokenizer
 
             return cls(ByT5Tokenizer(), model.network.text_tokens)
-        try:
-            folder = component_path(model, "tokenizer")
-        except MissingWeights:
-            return None
-        if not folder.is_dir():
+        if _tokenizer_of(model) is None:
             return None
         from storymem.wan.components import load_component
 
-        return cls(load_component(model, "tokenizer"), model.network.text_tokens, _words_beside(folder))
+        return cls(load_component(model, "tokenizer"), model.network.text_tokens, known_words(model))
 
     def read(self, text: str) -> Reading:
         """How ``text`` is read."""
