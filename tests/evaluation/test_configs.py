@@ -85,13 +85,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ablation_no_selection": {"memory.selector._target_": "storymem.memory.UniformSelector"},
     "ablation_no_filter": {"scorer.quality._target_": "storymem.scorers.scorer.NoQuality"},
     "ablation_no_sink": {"memory.recall.sink": 0, "memory.recall.capacity": 10},
-    "ablation_stride_1": {"model.rope_stride": 1},
     "ablation_published_guidance": {"sampler.negative_sees_memory": True},
     "ablation_no_memory": {"memory.recall.sink": 0, "memory.recall.capacity": 0},
-    "ablation_memory_1": {"memory.recall.sink": 0, "memory.recall.capacity": 1},
-    "ablation_memory_3": {"memory.recall.sink": 1, "memory.recall.capacity": 3},
-    "ablation_memory_5": {"memory.recall.sink": 2, "memory.recall.capacity": 5},
-    "ablation_memory_10": {"memory.recall.sink": 3, "memory.recall.capacity": 10},
 }
 #: Training -> what is changed of model=toy, beside the adapter.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -124,7 +119,6 @@ def test_every_ablation_is_known_here() -> None:
 BEHIND_A_MODEL = {  # what the model's file sets too
     "ablation_no_selection": "wan2.2-a14b",
     "ablation_no_filter": "wan2.2-a14b",
-    "ablation_stride_1": "wan2.2-a14b",
     "ablation_published_guidance": "toy",
 }
 
