@@ -43,16 +43,6 @@ def assign(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.copy_(sharded_like(value.to(parameter.dtype), parameter))
 
 
-def build_optimizer(settings: OptimizerSettings, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW over ``parameters``, with its state in 32 or in 8 bits."""
-    options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
-    if settings.name == "adamw_8bit":
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return torch.optim.AdamW(parameters, **options)
-
-
 def learning_rate(settings: OptimizerSettings, steps: int) -> Callable[[int], float]:
     """Step (from 0) -> its learning rate, in a run of ``steps`` steps."""
     unused = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=settings.lr)

@@ -110,7 +110,7 @@ def _essential_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
         average = "none" if optimizer.get("ema_decay") is None else "set"
         return {key: value for key, value in config.items() if key not in _FREE} | {
             "batch": {key: value for key, value in batch.items() if key not in _FREE_OF_BATCH},
-            "optimizer": {"name": optimizer.get("name"), "ema_decay": average},
+            "optimizer": {"ema_decay": average},
         }
 
     return differences(essence(before), essence(now))
@@ -133,14 +133,17 @@ def changes_of_later_steps(checkpoint: Checkpoint, about: Mapping[str, Any], set
 
     def reported(config: Mapping[str, Any]) -> dict[str, Any]:
         turns = (config.get("parallel") or {}).get("alternate_every")
-        return {"optimizer": config.get("optimizer"), "parallel": {"alternate_every": turns}}
+        optimizer = {
+            key: value for key, value in (config.get("optimizer") or {}).items() if key != "name"
+        }
+        return {"optimizer": optimizer, "parallel": {"alternate_every": turns}}
 
     lines = differences(reported(before), reported(now))
     if checkpoint.about["clips"] != about["clips"]:
         lines.append("the training set is not the one of the steps before: later steps draw other samples")
     if (split := checkpoint.about["processes"]) != about["processes"]:
         lines.append(f"processes: {split} before, {about['processes']} now, with as many samples a step")
-    old = learning_rate(build_settings(OptimizerSettings, before.get("optimizer") or {}), planned)
+    old = learning_rate(build_settings(OptimizerSettings, reported(before)["optimizer"]), planned)
     new = learning_rate(settings.optimizer, settings.steps)
     was, rate = old(checkpoint.step), new(checkpoint.step)
     if checkpoint.step < settings.steps and abs(was - rate) > 1e-9 * max(was, rate):

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,12 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """The rows of a log, and the numbers of lines that are none."""
     rows, damaged = [], []
     for number, line in enumerate(read_bytes(path, limit=1 << 32).split(b"\n")[:-1], start=1):
-        try:
+        with suppress(ValueError, TypeError, KeyError):  # FileError, UnicodeDecodeError
             row = parse_json(line.decode(), str(path))
-        except ValueError:  # FileError, UnicodeDecodeError
-            row = None
-        step = row.get("step") if isinstance(row, dict) else None
-        if isinstance(step, int) and not isinstance(step, bool) and step >= 0:
-            rows.append(row)
-        else:
-            damaged.append(number)
+            if type(row["step"]) is int and row["step"] >= 0:
+                rows.append(row)
+                continue
+        damaged.append(number)
     return rows, damaged
 
 
@@ -117,10 +115,6 @@ def _finite(value: Any) -> Any:
 def _wandb_id(folder: Path) -> str:
     """The run's id at wandb, stored in its folder, so that a resumed run stays one run."""
     path = folder / "wandb_id"
-    stored = read_bytes(path) if path.exists() else b""
-    if not re.fullmatch(rb"[0-9a-f]{8}", stored):
-        if stored:
-            print(f"{path} holds no id: wandb gets a new run", file=sys.stderr)
-        stored = secrets.token_hex(4).encode()
-        write_text(path, stored.decode())
-    return stored.decode()
+    if not (path.exists() and re.fullmatch(rb"[0-9a-f]{8}", read_bytes(path))):
+        write_text(path, secrets.token_hex(4))
+    return read_bytes(path).decode()

@@ -72,13 +72,6 @@ def _check_machine(settings: TrainSettings, accelerator: Accelerator) -> None:
             "parallel.strategy=fsdp shards the experts over several processes and there is one: start it with "
             "torchrun --nproc-per-node=N -m storymem train ..., or use parallel.strategy=ddp"
         )
-    if settings.optimizer.name == "adamw_8bit":
-        if accelerator.device.type == "cpu":
-            raise ValueError("optimizer.name=adamw_8bit needs an accelerator: use adamw on the CPU")
-        if find_spec("bitsandbytes") is None:
-            raise ValueError(
-                "optimizer.name=adamw_8bit needs bitsandbytes: pip install 'storymem[four-bit]', or use adamw"
-            )
     if settings.log.wandb != "disabled" and find_spec("wandb") is None:
         raise ValueError(
             f"log.wandb={settings.log.wandb} needs wandb: pip install 'storymem[train]', or write log.wandb=disabled; "

@@ -79,7 +79,6 @@ class OptimizerSettings:
     """AdamW, its schedule and the moving average.
 
     Args:
-        name: "adamw", or "adamw_8bit" (bitsandbytes, on an accelerator), whose state takes a quarter of the space.
         lr: the learning rate after the warm-up.
         betas: of AdamW.
         weight_decay: of AdamW.
@@ -90,7 +89,6 @@ class OptimizerSettings:
             follows faster in the first steps. null: no average.
     """
 
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
     lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
@@ -275,6 +273,4 @@ class TrainSettings:
             raise ValueError("sampler.adapter is for generation: the sample film uses the trained networks alone")
         if not self.export or len(set(self.export)) < len(self.export):
             raise ValueError("export must name one or more of storymem, released, diffusers, comfyui, each once")
-        if self.optimizer.name == "adamw_8bit" and self.parallel.strategy == "fsdp":
-            raise ValueError("optimizer.name=adamw_8bit does not support sharded parameters: use adamw with fsdp")
         self.objective.check(self)

@@ -1,4 +1,4 @@
-"""The training loop: batches, optimizer steps, checkpoints; it knows no model and no method."""
+"""The training loop: batches, optimizer steps, checkpoints. What is trained, and by what loss, is the method's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from storymem.io import FileError, NotFiniteError, check_finite, replacing
 from storymem.stopping import NotedSignals, Stopped, noting_signals
 from storymem.training.checkpoints import Checkpoint, Checkpoints
+from storymem.training.method import ExpertTraining
 from storymem.training.optimization import (
     MovingAverage,
     assign,
-    build_optimizer,
     learning_rate,
     load_optimizer_state,
     optimizer_state,
@@ -36,18 +35,6 @@ _AVERAGE, _OPTIMIZER = "average", "optimizer.safetensors"
 T = TypeVar("T")
 Sums = dict[str, Tensor]
 """Name -> sum and number of what is logged, [2] or [2, bins]."""
-
-
-class Method(Protocol):
-    """What is trained; :class:`storymem.training.method.ExpertTraining` is one."""
-
-    parameters: Mapping[str, nn.Parameter]
-    saved_as: str  # the folder of the parameters in a checkpoint
-
-    def network(self, step: int) -> nn.Module: ...
-    def loss(self, step: int, batch: Any) -> Any: ...
-    def save(self, tensors: Mapping[str, Tensor], folder: Path) -> None: ...
-    def load(self, folder: Path) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +73,7 @@ class Trainer:
 
     def __init__(
         self,
-        method: Method,
+        method: ExpertTraining,
         batches: Callable[[int], Generator[Any, None, None]],
         *,
         accelerator: Accelerator,
@@ -100,7 +87,8 @@ class Trainer:
     ) -> None:
         self.method, self.accelerator, self.steps = method, accelerator, steps
         self.parameters = dict(method.parameters)
-        self.optimizer = build_optimizer(optimizer, self.parameters.values())
+        options: dict[str, Any] = {"lr": optimizer.lr, "betas": optimizer.betas, "weight_decay": optimizer.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), **options)
         self.average = None if optimizer.ema_decay is None else MovingAverage(self.parameters, optimizer.ema_decay)
         self.step = 0
         self.callbacks = list(callbacks)

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from storymem.training.objectives.base import ObjectiveSettings
+from storymem.training.objectives.settings import ObjectiveSettings
 from storymem.wan.schedule import shifted, unshifted
 from storymem.wan.segments import Layout
 from storymem.wan.spec import Expert
