@@ -37,7 +37,7 @@ class LogMetrics:
     def __call__(self, trainer: Trainer, report: StepReport) -> None:
         if not report.sums:  # of a step before the run was resumed
             return
-        self._last = self._last or time.perf_counter() - sum(report.seconds.values())
+        self._last = self._last or time.perf_counter() - report.seconds
         self._reports.append(report)
         if report.step % self._every and report.step != trainer.steps:
             return
@@ -48,14 +48,13 @@ class LogMetrics:
         if self._log is None:
             return
         count = len(reports)
-        seconds = {f"seconds_{part}": sum(r.seconds[part] for r in reports) / count for part in report.seconds}
         row = means | {
             "lr": report.lr,
             "grad_norm": sum(r.grad_norm for r in reports) / count,
             "samples_per_second": sum(r.samples for r in reports) / elapsed,
             "peak_gb": peak_gb(trainer.accelerator.device),
-            **seconds,
-            "seconds_other": max(0.0, elapsed / count - sum(seconds.values())),
+            "seconds": elapsed / count,
+            "seconds_data": sum(r.seconds_data for r in reports) / count,
         }
         self._log.row(report.step, row)
         left = tqdm.format_interval((trainer.steps - report.step) * elapsed / count)

@@ -52,21 +52,18 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
 
     ``FileError`` if it holds something else, or if its ``config.yaml`` is damaged.
     """
-    path = folder / CONFIG
-    names = sorted(name for entry in folder.iterdir() if not (name := entry.name).startswith((".", ENCODINGS)))
-    if not names:
+    if all(entry.name.startswith((".", ENCODINGS)) for entry in folder.iterdir()):
         return None
-    if not path.exists():
-        shown = ", ".join(names[:4]) + (" ..." if names[4:] else "")
-        raise FileError(f"{folder} is not empty and holds no training run ({shown}): choose another output")
     try:
-        found = read_yaml(path)
+        found = read_yaml(folder / CONFIG)
         if isinstance(found, dict) and {"dataset", "output", "adapter", "optimizer"} <= found.keys():
             return found
-        reason = f"{path} does not hold the settings of a training run"
-    except FileError as error:
+        reason = f"{folder / CONFIG} does not hold the settings of a training run"
+    except (FileError, FileNotFoundError) as error:
         reason = str(error)
-    raise FileError(f"{reason}, and there is no checkpoint of a run in {folder}: choose another output")
+    raise FileError(
+        f"{folder} is not empty, and there is no checkpoint of a run in it ({reason}): choose another output"
+    )
 
 
 def check_same_run(
@@ -133,9 +130,7 @@ def changes_of_later_steps(checkpoint: Checkpoint, about: Mapping[str, Any], set
 
     def reported(config: Mapping[str, Any]) -> dict[str, Any]:
         turns = (config.get("parallel") or {}).get("alternate_every")
-        optimizer = {
-            key: value for key, value in (config.get("optimizer") or {}).items() if key != "name"
-        }
+        optimizer = {key: value for key, value in (config.get("optimizer") or {}).items() if key != "name"}
         return {"optimizer": optimizer, "parallel": {"alternate_every": turns}}
 
     lines = differences(reported(before), reported(now))

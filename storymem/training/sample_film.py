@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from storymem.training.trainer import StepReport, Trainer
 
 
+FRAMES = 4  # of each shot on the contact sheet
+
+
 class TrainedShots(WanShotGenerator):
     """Generates shots with the experts that are being trained, where they are."""
 
@@ -112,7 +115,7 @@ class SampleFilm:
             resume = "from_shot:1" if Film.exists(folder) else "auto"
             film = self.storyteller.tell(self.story, folder, resume=resume, progress=_Stoppable(trainer))
             if self.log is not None:
-                frames = _evenly(film, self.settings.frames_per_shot)
+                frames = _evenly(film, FRAMES)
                 sheet = self.folder / f"{name}.png"
                 write_image(sheet, np.concatenate([np.concatenate(list(shot), axis=1) for shot in frames]))
                 embedder = self.storyteller.embedder

@@ -164,16 +164,14 @@ class SampleSettings:
         every: steps between films; 0: none.
         story: the story file.
         seed: of the film, the same each time.
-        frames_per_shot: how many frames of each shot the contact sheet shows.
     """
 
     every: int = 0
     story: UserPath | None = None
     seed: int = 0
-    frames_per_shot: int = 4
 
     def __post_init__(self) -> None:
-        check_bounds(self, every=(0, MAX_STEPS), frames_per_shot=(1, 256), seed=(0, MAX_SEED))
+        check_bounds(self, every=(0, MAX_STEPS), seed=(0, MAX_SEED))
         if self.every and self.story is None:
             raise ValueError("story must name a story file if every is above 0")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
@@ -46,7 +45,8 @@ class StepReport:
     lr: float = 0.0
     grad_norm: float = 0.0  # before clipping, over all processes
     samples: int = 0  # over all processes
-    seconds: dict[str, float] = field(default_factory=dict)  # by part: data, forward_backward, optimizer
+    seconds: float = 0.0  # of the whole step
+    seconds_data: float = 0.0  # of it, waiting for data
 
 
 class Callback(Protocol):
@@ -207,36 +207,34 @@ class Trainer:
             self._due.remove(_name(callback))
 
     def _train_step(self, batches: Iterator[Any]) -> StepReport:
-        timer = _Timer()
+        began, waited = time.perf_counter(), 0.0
         network = self.method.network(self.step)
         _seed_dropout(self._seed, self.step, self.accelerator.process_index)
         sums: Sums = {}
         ids: list[str] = []
         loss = torch.zeros((), device=self.accelerator.device)
         self.accelerator.step = 0  # of the accumulated batches
-        timer.lap("optimizer")
         for _ in range(self._accumulation):
+            asked = time.perf_counter()
             batch = self._next(batches)
-            timer.lap("data")
+            waited += time.perf_counter() - asked
             with self.accelerator.accumulate(network):
                 losses = self.method.loss(self.step, batch)
                 self.accelerator.backward(losses.total)  # divided by the number of batches
             loss += losses.total.detach() / self._accumulation
             ids += batch.ids
             add_sums(sums, losses.sums)
-            timer.lap("forward_backward")
         norm = self._clip()
-        self._check_loss(loss, norm, ids)  # waits for the device, so forward and backward end here
-        timer.lap("forward_backward")
+        self._check_loss(loss, norm, ids)
         lr = self._apply()
-        timer.lap("optimizer")
         return StepReport(
             step=self.step,
             sums=sums,
             lr=lr,
             grad_norm=norm.item(),
             samples=len(ids) * self.accelerator.num_processes,
-            seconds=dict(timer.seconds),
+            seconds=time.perf_counter() - began,
+            seconds_data=waited,
         )
 
     def _next(self, batches: Iterator[Any]) -> Any:
@@ -318,19 +316,6 @@ class Trainer:
         if self.average is not None:
             self.average.update(changed)
         return lr
-
-
-class _Timer:
-    """Wall time by part of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self._clock = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds[part] += now - self._clock
-        self._clock = now
 
 
 def _name(callback: Callback) -> str:

@@ -123,7 +123,7 @@ def test_damaged_settings_are_written_again(begun: Path, tmp_path: Path) -> None
     assert yaml.safe_load((folder / "config.yaml").read_text())["expert"] == "high"
     shutil.rmtree(folder / "checkpoints")
     (folder / "config.yaml").write_text("")
-    with pytest.raises(FileError, match=r"there is no checkpoint of a run in .*: choose another output"):
+    with pytest.raises(FileError, match=r"there is no checkpoint of a run in it .*: choose another output"):
         check_run_folder(folder, build_settings(TrainSettings, values), values)
 
 
@@ -403,7 +403,7 @@ def test_an_adapter_to_start_from_that_does_not_fit_is_refused_before_anything_i
             "batch.workers=100000",
             "checkpoint.keep=0",
         ),
-        *("objective.shift=nan", "objective.bins=10000000", "validation.samples=0", "samples.frames_per_shot=10000"),
+        *("objective.shift=nan", "objective.bins=10000000", "validation.samples=0"),
     ],
 )
 def test_settings_beyond_sense_are_refused(tmp_path: Path, wrong: str) -> None:

@@ -253,7 +253,7 @@ def test_the_moving_average_follows_and_changes_places() -> None:
 
 def test_the_run_folder_holds_everything(tmp_path: Path) -> None:
     (tmp_path / "story.yaml").write_text(stories.FOUR_SHOTS)
-    samples = {"every": 2, "story": str(tmp_path / "story.yaml"), "frames_per_shot": 3}
+    samples = {"every": 2, "story": str(tmp_path / "story.yaml")}
     validation = {"every": 2, "samples": 3}
     ready = run(
         tmp_path / "run",
@@ -277,7 +277,7 @@ def test_the_run_folder_holds_everything(tmp_path: Path) -> None:
     assert -1 <= rows["cross_shot"] <= 1
     from storymem.media.images import read_image
 
-    assert read_image(folder / "samples" / "step_00000002.png").shape == (4 * 32, 3 * 48, 3)
+    assert read_image(folder / "samples" / "step_00000002.png").shape == (4 * 32, 4 * 48, 3)
     assert len(list((folder / "samples" / "step_00000002" / "shots").glob("*/take_001.mp4"))) == 4
 
 
