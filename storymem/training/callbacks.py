@@ -53,7 +53,7 @@ class LogMetrics:
             "grad_norm": sum(r.grad_norm for r in reports) / count,
             "samples_per_second": sum(r.samples for r in reports) / elapsed,
             "peak_gb": peak_gb(trainer.accelerator.device),
-            "seconds": elapsed / count,
+            "seconds_step": elapsed / count,
             "seconds_data": sum(r.seconds_data for r in reports) / count,
         }
         self._log.row(report.step, row)
