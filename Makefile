@@ -19,10 +19,10 @@ film: $(VENV)/.ready  ## generate the example film with the embedded model
 	$(VENV)/bin/storymem generate $(STORY) $(ARGS)
 
 test: $(VENV)/.ready  ## run the fast tests, under three minutes on two cores
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.ready  ## run the tests that take longer
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 lint: $(VENV)/.ready  ## check style and types
 	$(RUN) -m ruff check .

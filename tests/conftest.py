@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 
@@ -31,6 +33,13 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _composed_once() -> Iterator[None]:
+    """Hydra composes the configuration of a command twice, at first for ``hydra.mode`` alone, which no test changes."""
+    with mock.patch("hydra._internal.hydra.Hydra.get_mode", return_value=None):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -267,13 +267,16 @@ def test_the_error_of_a_part_is_reported_alone(script: Callable[..., tuple[int, 
     assert (status, error.startswith("sink=99 does not fit into capacity=10")) == (2, True)
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("out of memory"), ValueError("inside a library"), KeyError("x")])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *(RuntimeError("out of memory"), ValueError("inside a library"), KeyError("x"), OSError("of a library")),
+        ConnectionResetError(errno.ECONNRESET, "reset"),
+    ],
+)
 def test_faults_of_the_program_keep_their_traceback(script: Callable[..., tuple[int, str]], fault: Exception) -> None:
-    def fail(config: Any) -> None:
-        raise fault
-
     with pytest.raises(type(fault)):
-        script("a.yaml", main=fail)
+        script("a.yaml", main=raising(fault))
 
 
 def test_an_interrupt_is_not_an_error(script: Callable[..., tuple[int, str]]) -> None:
@@ -331,12 +334,6 @@ def test_what_a_writer_raises_on_a_full_disk_is_reported_with_the_file(
 
     status, error = script("a.yaml", main=main)
     assert (status, error.startswith(f"{tmp_path}/x.bin could not be written: the disk is full")) == (2, True)
-
-
-@pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, "reset"), OSError("of a library")])
-def test_errors_of_networks_keep_their_traceback(script: Callable[..., tuple[int, str]], error: Exception) -> None:
-    with pytest.raises(type(error)):
-        script("a.yaml", main=raising(error))
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "idna", "utf-16"])

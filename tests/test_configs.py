@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
-from omegaconf import OmegaConf
 
 from storymem.commands.cli import CONFIGS
 from storymem.config import build_settings
@@ -53,12 +52,6 @@ def test_every_group_is_built_in_a_test() -> None:
     assert groups >= BUILT_HERE
     unknown = groups - BUILT_HERE - BUILT_ELSEWHERE.keys()
     assert not unknown, f"list here where the files of configs/{'|'.join(unknown)} are built, and build them"
-
-
-@pytest.mark.parametrize("file", sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")))
-def test_every_file_is_a_mapping_of_known_syntax(file: str) -> None:
-    assert OmegaConf.load(CONFIGS / file) is not None
-    assert OmegaConf.is_dict(OmegaConf.load(CONFIGS / file))
 
 
 def test_the_defaults_are_complete() -> None:
@@ -146,11 +139,13 @@ def test_runtimes(name: str) -> None:
     assert runtime.precision == stored
 
 
-@pytest.mark.parametrize(("name", "card"), [("gpu-12gb", 12), ("gpu-24gb", 24), ("gpu-32gb", 32), ("gpu-80gb", 80)])
-def test_a_preset_fits_the_card_it_is_named_after(name: str, card: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "card", "ram"), [("gpu-12gb", 12, 20), ("gpu-24gb", 24, 32), ("gpu-32gb", 32, 80), ("gpu-80gb", 80, 80)]
+)
+def test_a_preset_fits_the_card_it_is_named_after(name: str, card: int, ram: int) -> None:
     made = generate_settings("model=wan2.2-a14b", f"runtime={name}")
     free = int(card * 1.04e9)  # "24 GB" are 25.8e9 bytes, less what the driver takes
-    machine = Machine(name="a card", vram=free, ram=int(96e9))
+    machine = Machine(name="a card", vram=free, ram=int(ram * 1e9))
     scorers = scorer_bytes(made.scorer.clip, made.scorer.quality)
     for height, width in ((480, 832), (720, 1280))[: 1 if card < 24 else 2]:
         model = dataclasses.replace(made.model, video=dataclasses.replace(made.model.video, height=height, width=width))

@@ -282,45 +282,45 @@ DOORS = {
     "story": Door(
         make=make_story,
         use=lambda folder, _: [load_story(folder / name).to_dict() for name in ("story.yaml", "bench.json")],
-        cases=60,
+        cases=30,
         may_differ={".yaml": TEXT, ".json": TEXT},
     ),
     "image": Door(
         make=make_image,
         use=lambda folder, _: [read_image(folder / name).tobytes() for name in ("noise.png", "tam.png")],
-        cases=90,
+        cases=45,
         may_differ={".png": ["checked header"]},
     ),
-    "video": Door(make=make_video, use=use_video, cases=60, may_differ={".mp4": [*NUMBERS, "header"]}),
-    "film": Door(make=make_film, use=use_film, files=("film/**/*",), cases=50),
+    "video": Door(make=make_video, use=use_video, cases=30, may_differ={".mp4": [*NUMBERS, "header"]}),
+    "film": Door(make=make_film, use=use_film, files=("film/**/*",), cases=25),
     "film from shot 2": Door(
         make=make_film,
         use=lambda folder, _: use_film(folder, _, "from_shot:2"),
         files=("film/*.json", "film/keyframes/*", "film/shots/**/*"),
-        cases=20,
+        cases=10,
         may_differ={".json": TEXT},
     ),
     "memory": Door(
         make=make_film,
         use=use_memory,
         files=("film/memory.json", "film/keyframes/*"),
-        cases=50,
+        cases=25,
         may_differ={".json": TEXT},
     ),
     "base model": Door(
-        make=make_base, use=use_base, files=("base/**/*",), cases=60, may_differ={".safetensors": NUMBERS}
+        make=make_base, use=use_base, files=("base/**/*",), cases=30, may_differ={".safetensors": NUMBERS}
     ),
     "LoRA": Door(
         make=make_lora,
         use=use_lora,
         files=("*/*",),
-        cases=80,
+        cases=40,
         may_differ={".safetensors": NUMBERS, ".pth": NUMBERS, ".json": TEXT},
     ),
-    "GGUF": Door(make=make_gguf, use=use_gguf, files=("*.gguf",), cases=40),
-    "data set": Door(make=make_set, use=use_set, files=("set/cache/**/*",), cases=50),
-    "prepare": Door(make=make_set, use=use_prepare, files=("set/**/*",), cases=15),
-    "run": Door(make=make_run, use=use_run, files=("run/**/*",), cases=30),
+    "GGUF": Door(make=make_gguf, use=use_gguf, files=("*.gguf",), cases=20),
+    "data set": Door(make=make_set, use=use_set, files=("set/cache/**/*",), cases=25),
+    "prepare": Door(make=make_set, use=use_prepare, files=("set/**/*",), cases=8),
+    "run": Door(make=make_run, use=use_run, files=("run/**/*",), cases=15),
 }
 
 
@@ -409,7 +409,7 @@ def names_of(path: Path, original: Path, *, gone: bool) -> list[str]:
 
 
 @pytest.mark.timeout(600, method="thread")  # the other method uses the alarm that is used here
-@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", DOORS)
 def test_damage_is_repaired_or_named(name: str, times: int, tmp_path: Path) -> None:
     draw = random.Random(f"{name} {times}")

@@ -39,7 +39,7 @@ def two_stories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def several(*overrides: str, story: str = "[stories/Red.yaml,stories/Blue.yaml]") -> list[Film]:
-    return generate_films(composed(f"story={story}", "model=tiny", "sampler.steps=1", "runtime=cpu", *overrides))
+    return generate_films(composed(f"story={story}", *SMALL, *overrides))
 
 
 def test_several_stories_are_several_films_in_one_folder(two_stories: Path) -> None:

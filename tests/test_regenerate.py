@@ -393,34 +393,14 @@ def test_an_entry_that_cannot_be_used_is_reported_and_changes_nothing(made: Path
     assert files(film) == before
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "[",
-        "[]",
-        "7",
-        '{"schema": 1}',
-        '{"schema": [1], "keyframes": []}',
-        "[" * 5000,
-        '{"schema": 1e999}',
-        "\udcff",
-    ],
-)
-def test_a_damaged_memory_is_reported_and_changes_nothing(made: Path, content: str) -> None:
-    (made / "film" / "memory.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    before = files(made / "film")
-    with pytest.raises(ValueError, match=r"memory\.json.*(: put it back|; put it back|must hold|has schema)"):
-        regenerate(made)
-    assert files(made / "film") == before
-
-
 def test_the_advice_for_a_damaged_memory_works(made: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = made / "film" / "memory.json"
     before = [(k.shot, k.frame, k.sha256, k.character) for k in MemoryBank.load(made / "film")]
     path.write_text("{")
+    damaged = files(made / "film")
     with pytest.raises(ValueError, match=r"or delete it: it is written again from the takes, without your changes"):
         regenerate(made)
+    assert files(made / "film") == damaged
     path.unlink()
     regenerate(made, resume="from_shot:3", teller=storyteller())
     assert "memory.json is missing: it is written again from the takes" in caplog.text

@@ -15,15 +15,27 @@ import torch
 from storymem.film.folder import Film
 from storymem.film.manifest import FilmError
 from storymem.film.settings import parse_resume
+from storymem.film.storyteller import Storyteller
 from storymem.media.video import read_video
 from storymem.memory import ComingShot, Keyframe, KeyframeSelector, MemoryBank, Relevant, SinkAndRecent
 from storymem.scorers.aesthetic import AestheticScorer
-from tests.stories import CLIP, FOUR_SHOTS, MODEL, content, plain_image, story, storyteller
+from tests.stories import CLIP, FOUR_SHOTS, MODEL, TWO_SHOTS, content, plain_image, story, storyteller
 
 
-def test_a_story_becomes_a_film(tmp_path: Path) -> None:
-    teller, loaded = storyteller("mi2v"), story(tmp_path, FOUR_SHOTS)
-    film = teller.tell(loaded, tmp_path / "film")
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storyteller, Film]:
+    """A film of four shots, and what has made it."""
+    teller, folder = storyteller(), tmp_path_factory.mktemp("told")
+    return teller, teller.tell(story(folder, FOUR_SHOTS), folder / "film")
+
+
+@pytest.fixture
+def finished(told: tuple[Storyteller, Film]) -> Path:
+    return told[1].folder
+
+
+def test_a_story_becomes_a_film(told: tuple[Storyteller, Film]) -> None:
+    film = told[1]
     assert film.video is not None
     assert [shot.mode for shot in film.shots] == ["t2v", "mi2v", "m2v", "mi2v"]
     assert [shot.frames for shot in film.shots] == [9, 8, 9, 8]
@@ -66,9 +78,8 @@ def test_memory_is_what_the_shots_before_left(tmp_path: Path) -> None:
     assert [len(request.memory) for request in teller.generator.requests] == [0, 2, 3, 3]
 
 
-def test_every_text_is_encoded_before_the_first_shot_and_every_keyframe_once(tmp_path: Path) -> None:
-    teller = storyteller()
-    film = teller.tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
+def test_every_text_is_encoded_before_the_first_shot_and_every_keyframe_once(told: tuple[Storyteller, Film]) -> None:
+    teller, film = told
     assert len(teller.generator.encoded_texts) == 4
     recalled = {id for shot in film.shots for id in shot.memory}
     assert teller.generator.encoded_keyframes == len(recalled)
@@ -128,27 +139,27 @@ def test_references_are_the_first_memory(tmp_path: Path) -> None:
     assert (bank["ref_blue_1"].image == (0, 0, 255)).all()
 
 
-def test_first_shot_by_text_has_networks_of_its_own_unless_the_model_has_none(tmp_path: Path) -> None:
-    loaded = story(tmp_path, FOUR_SHOTS)
-    own = storyteller().tell(loaded, tmp_path / "own")
-    shared = storyteller(model=replace(MODEL, has_text_to_video=False)).tell(loaded, tmp_path / "shared")
+def test_first_shot_by_text_has_networks_of_its_own_unless_the_model_has_none(
+    told: tuple[Storyteller, Film], tmp_path: Path
+) -> None:
+    own, alone = told[1], replace(MODEL, has_text_to_video=False)
+    shared = storyteller(model=alone).tell(story(tmp_path, TWO_SHOTS), tmp_path / "shared")
     assert own.shots[0].mode == shared.shots[0].mode == "t2v"
     assert (read_video(own.folder / own.shots[0].file) != read_video(shared.folder / shared.shots[0].file)).any()
 
 
-def test_the_same_command_again_generates_nothing(tmp_path: Path) -> None:
-    loaded = story(tmp_path, FOUR_SHOTS)
-    before = storyteller().tell(loaded, tmp_path / "film")
-    stamp = before.video.stat().st_mtime_ns
+def test_the_same_command_again_generates_nothing(film: Path) -> None:
+    stamp = (film / "film.mp4").stat().st_mtime_ns
     teller = storyteller()
-    after = teller.tell(loaded, tmp_path / "film")
+    after = teller.tell(story(film.parent, FOUR_SHOTS), film)
     assert teller.generator.requests == []
     assert teller.generator.encoded_texts == []
     assert after.video.stat().st_mtime_ns == stamp
 
 
-def test_another_story_and_other_settings_are_refused_with_what_changed_and_what_to_type(tmp_path: Path) -> None:
-    storyteller().tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")
+def test_another_story_and_other_settings_are_refused_with_what_changed_and_what_to_type(
+    film: Path, tmp_path: Path
+) -> None:
     with pytest.raises(FilmError) as refused:
         storyteller().tell(story(tmp_path, FOUR_SHOTS.replace("overview:", "style: Oil\noverview:")), tmp_path / "film")
     assert str(refused.value).splitlines() == [
@@ -202,38 +213,32 @@ def test_a_policy_of_the_users_own_knows_the_coming_shot(tmp_path: Path) -> None
     assert film.shots[2].memory == (max(before, key=lambda id: float(bank[id] @ text)),)
 
 
-def test_from_shot_regenerates_later_shots_without_stale_memory(tmp_path: Path) -> None:
+def test_from_shot_regenerates_later_shots_without_stale_memory(film: Path, tmp_path: Path) -> None:
     """The film equals one that was made with the new story from the beginning."""
-    loaded = story(tmp_path / "a", FOUR_SHOTS)
-    changed = story(tmp_path / "b", FOUR_SHOTS.replace("on a wall", "on a roof"))
-    storyteller().tell(loaded, tmp_path / "film")
-    again = storyteller()
-    film = again.tell(changed, tmp_path / "film", resume="from_shot:3")
+    changed, again = story(tmp_path, FOUR_SHOTS.replace("on a wall", "on a roof")), storyteller()
+    again.tell(changed, film, resume="from_shot:3")
     assert len(again.generator.requests) == 2
     afresh = storyteller().tell(changed, tmp_path / "afresh")
-    assert content(film.folder) == content(afresh.folder)
+    assert content(film) == content(afresh.folder)
 
 
-def test_from_shot_with_another_seed_gives_another_shot(tmp_path: Path) -> None:
-    loaded = story(tmp_path, FOUR_SHOTS)
-    first = storyteller().tell(loaded, tmp_path / "film")
-    before = [read_video(first.folder / shot.file) for shot in first.shots]
-    film = storyteller(seed=50).tell(loaded, tmp_path / "film", resume="from_shot:4")
-    after = [read_video(film.folder / shot.file) for shot in film.shots]
+def test_from_shot_with_another_seed_gives_another_shot(film: Path) -> None:
+    before = [read_video(film / shot.file) for shot in Film.open(film).shots]
+    made = storyteller(seed=50).tell(story(film.parent, FOUR_SHOTS), film, resume="from_shot:4")
+    after = [read_video(film / shot.file) for shot in made.shots]
     assert [(a == b).all() for a, b in zip(before, after, strict=True)] == [True, True, True, False]
-    assert film.shots[3].seed == 53
-    assert film.shots[2].config_hash != film.shots[3].config_hash == film.config_hash
+    assert made.shots[3].seed == 53
+    assert made.shots[2].config_hash != made.shots[3].config_hash == made.config_hash
 
 
-def test_from_shot_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
-    loaded = story(tmp_path / "a", FOUR_SHOTS)
+def test_from_shot_refuses_what_it_cannot_keep(film: Path, tmp_path: Path) -> None:
+    loaded = story(tmp_path, FOUR_SHOTS)
     with pytest.raises(FilmError, match="holds no film yet"):
-        storyteller().tell(loaded, tmp_path / "film", resume="from_shot:2")
-    storyteller().tell(loaded, tmp_path / "film")
+        storyteller().tell(loaded, tmp_path / "nothing", resume="from_shot:2")
     larger = replace(MODEL, video=replace(MODEL.video, width=64))
     with pytest.raises(FilmError, match="from_shot:1"):
-        storyteller(model=larger).tell(loaded, tmp_path / "film", resume="from_shot:3")
-    again = storyteller(model=larger).tell(loaded, tmp_path / "film", resume="from_shot:1")
+        storyteller(model=larger).tell(loaded, film, resume="from_shot:3")
+    again = storyteller(model=larger).tell(loaded, film, resume="from_shot:1")
     assert read_video(again.video).shape[2] == 64
 
 

@@ -40,7 +40,10 @@ scenes:
   - shots:
       - prompt: A door.
 """
-SMALL = ("model=tiny", "sampler.steps=3", "runtime=cpu")
+SMALL = (
+    *("model=tiny", "sampler.steps=3", "runtime=cpu"),
+    *("model.video.height=32", "model.video.width=48", "model.video.frames=9"),
+)
 
 
 @pytest.fixture

@@ -294,12 +294,13 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
                 raise ValueError("runtime.guidance_batch needs both passes to have the same layout: set it to false")
         self._guidance_scale, self._guidance_scale_2 = guidance_scale, guidance_scale_2
         self._attention_kwargs, self._interrupt = attention_kwargs, False
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        noise = noise.to(self._execution_device, torch.float32)
+        self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
         self._num_timesteps = len(self.scheduler.timesteps)
         after_step = None
         if callback_on_step_end is not None:
             after_step = partial(self._after_step, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        return self._denoise(noise.to(self._execution_device, torch.float32), by_expert, after_step)
+        return self._denoise(noise, by_expert, after_step)
 
     def _denoise(
         self, latents: Tensor, inputs: dict[str, Inputs], after_step: Callable[..., tuple[Tensor, Inputs]] | None
@@ -431,7 +432,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         stride: int,
         negative_sees_memory: bool,
     ) -> Inputs:
-        device, spec = self._execution_device, self.spec
+        spec = self.spec
         slots, given_slots = spec.latent_frames(frames), spec.latent_frames(len(given))
         latents = self._memory_latents(memory)
         cached = self.config.memory_attention == "cached"
@@ -443,7 +444,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             condition = condition_channels(None if cached else latents, video, given_slots, spec)
         elif given:
             pixels = rearrange(self._pixels(given), "n c h w -> 1 c n h w")
-            first = encode_video(self.vae, pixels).to(device)
+            first = encode_video(self.vae, pixels).to(self._execution_device)
             layouts = [with_given(layout, given_slots) for layout in layouts]
         return Inputs(
             layout=layouts[0],

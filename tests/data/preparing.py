@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from storymem.composition import composed
 from storymem.data.cache import LatentCache
 from storymem.training.batches import train_batches
 from storymem.training.objectives.memory import MemorySamples
 from storymem.training.settings import BatchSettings
+from tests.composing import composed
 from tests.data.drawn_clips import FRAMES, HEIGHT, WIDTH
 from tests.training.tiny import source
 
@@ -33,7 +33,8 @@ SMALL = [
 
 
 def config(folder: Path, *overrides: str) -> dict[str, Any]:
-    return composed("prepare_data", [f"videos={folder / 'videos'}", f"output={folder / 'set'}", *SMALL, *overrides])
+    where = (f"videos={folder / 'videos'}", f"output={folder / 'set'}")
+    return composed(*where, *SMALL, *overrides, name="prepare_data")
 
 
 def rejected(folder: Path) -> dict[str, str]:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from storymem.data.clips import Clip, read_mask
 from storymem.data.settings import Bucket
 from storymem.data.videos import VideoFolder, find_masks
+from storymem.wan.conditioning import latent_mask
 from tests.data.drawn_clips import FRAMES, scene, video
 from tests.encoding import encode, turned
 
@@ -60,3 +62,13 @@ def test_a_turned_mask_lies_on_its_turned_video(tmp_path: Path) -> None:
     assert mask.shape == (FRAMES, 48, 32)
     assert mask[:, :, 20:].min() > 0.9
     assert mask[:, :, :12].max() < 0.1
+
+
+def test_a_mask_of_pixels_reaches_the_latents_that_show_them() -> None:
+    mask = torch.zeros(17, 16, 24)
+    mask[0, 0, 0] = 1.0  # the first frame has a latent frame of its own
+    mask[4, 15, 23] = 0.5  # the last of the second latent frame's four
+    mask[5, 7, 8] = 1.0  # the first of the third's
+    expected = torch.zeros(5, 2, 3)
+    expected[0, 0, 0], expected[1, 1, 2], expected[2, 0, 1] = 1.0, 0.5, 1.0
+    assert torch.equal(latent_mask(mask), expected)

@@ -227,18 +227,16 @@ DAMAGED: list[str | dict[str, Any]] = ["", "{", "[]", "NaN", "\x00", "[" * 5000]
 DAMAGED += [{"format": FORMAT - 1}, {"scores": 3}, {"shots": [{}]}, {"faults": None}, {"key": 1, "shots": 3}]
 
 
-@pytest.mark.parametrize(
-    "content", [*DAMAGED, {"format": FORMAT - 1}, {"scores": 3}, {"shots": [{}]}, {"faults": None}]
-)
-def test_a_damaged_result_is_recomputed(folder: Path, content: str | dict[str, Any]) -> None:
+def test_a_damaged_result_is_recomputed(folder: Path) -> None:
     evaluate(config(folder))
     path = folder / "out" / "stories" / "one" / "a_cat.json"
     before = path.read_text()
-    path.write_text(content if isinstance(content, str) else json.dumps(json.loads(before) | content))
-    evaluate(config(folder))
-    assert path.read_text() == before
-    assert read_result(path) is not None
-    written(folder)
+    for content in DAMAGED:
+        path.write_text(content if isinstance(content, str) else json.dumps(json.loads(before) | content))
+        evaluate(config(folder))
+        assert path.read_text() == before, content
+        assert read_result(path) is not None
+        written(folder)
 
 
 def test_only_images_of_an_earlier_run_are_removed(folder: Path) -> None:

@@ -32,12 +32,6 @@ class Scores:
         return self.scores[frame]
 
 
-def test_a_frame_is_compared_with_the_last_keyframe_only() -> None:
-    there_and_back = on_circle(0, 0, 60, 0, 60)
-    selection = KeyframeSelector(max_keyframes=9).select(there_and_back, bank=NOTHING)
-    assert selection.selected == (0, 2, 3, 4)
-
-
 def test_the_length_of_embeddings_does_not_matter() -> None:
     embeddings = on_circle(0, 10, 20, 40, 90)
     stretched = embeddings * np.array([[1], [7], [0.2], [3], [100]], dtype=np.float32)
@@ -53,13 +47,6 @@ def test_quality_is_asked_lazily_and_once() -> None:
     # 0 fails, 1 is the first keyframe, 2 and 5 are like the keyframe before them and are never scored.
     assert scores.asked == {0: 1, 1: 1, 3: 1, 4: 1, 6: 1, 7: 1}
     assert selection.quality == {0: 1, 1: 5, 3: 1, 4: 5, 6: 5, 7: 5}
-
-
-def test_a_static_shot_asks_for_one_score() -> None:
-    scores = Scores(*[5.0] * 40)
-    selection = KeyframeSelector().select(on_circle(*[0] * 40), bank=NOTHING, quality=scores, quality_threshold=3)
-    assert selection.selected == (0,)
-    assert scores.asked == {0: 1}
 
 
 def test_without_scores_there_is_no_filter() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,22 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("used the network"))
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CLIP, an aesthetic head, ViCLIP and DINOv2, each in its own layout."""
-    scorer = aesthetic()
-    save_file(scorer.clip.network.state_dict(), tmp_path / CLIP_WEIGHTS)
-    save_file(scorer.head.state_dict(), tmp_path / "aesthetic_head.safetensors")
-    describe(tmp_path, CLIP_CONFIG)
-    viclip().save(tmp_path / "viclip")
+    folder, scorer = tmp_path_factory.mktemp("scorers"), aesthetic()
+    save_file(scorer.clip.network.state_dict(), folder / CLIP_WEIGHTS)
+    save_file(scorer.head.state_dict(), folder / "aesthetic_head.safetensors")
+    describe(folder, CLIP_CONFIG)
+    viclip().save(folder / "viclip")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dino")
-    return tmp_path
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "dino")
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "scorers")
 
 
 def describe(folder: Path, model: Any, **preprocess: Any) -> None:

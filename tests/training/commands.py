@@ -15,8 +15,8 @@ import torch
 
 import storymem.training.callbacks
 import storymem.wan.loading  # noqa: F401  once here, and not in every process that is forked
-from storymem.composition import composed
 from storymem.data.prepare import prepare
+from tests.composing import composed
 from tests.data.drawn_clips import FRAMES, HEIGHT, WIDTH, scene, video
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
@@ -50,7 +50,7 @@ def prepare_set(folder: Path) -> None:
         f"data.buckets=[{{frames:{FRAMES},height:{HEIGHT},width:{WIDTH}}}]",
         *("group.within=folder", "group.similarity=-1", "group.near_duplicate=0.999999", "group.valid_fraction=0.3"),
     ]
-    prepare(composed("prepare_data", overrides))
+    prepare(composed(*overrides, name="prepare_data"))
 
 
 class Command:

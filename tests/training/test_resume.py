@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable
@@ -137,43 +136,6 @@ def test_damaged_rows_are_reported_and_copied(begun: Path, tmp_path: Path, capsy
     assert "lines 2, 3, 4, 5, 6, 7, 8 are no rows" in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
     assert (folder / "metrics.damaged-1.jsonl").read_bytes() == damaged
-
-
-def damage(path: Path, drawn: random.Random) -> None:
-    """Change a file in one of several ways."""
-    content = bytearray(path.read_bytes())
-    kind, place = drawn.choice(("flip", "cut", "zero", "insert", "remove")), drawn.randrange(len(content))
-    if kind == "flip":
-        content[place] ^= 1 << drawn.randrange(8)
-    elif kind == "cut":
-        del content[place:]
-    elif kind == "zero":
-        content[place : place + 64] = bytes(len(content[place : place + 64]))
-    elif kind == "insert":
-        content[place:place] = drawn.randbytes(8)
-    path.write_bytes(content) if kind != "remove" else path.unlink()
-
-
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_any_damage_ends_in_the_same_adapter_or_a_message(begun: Path, whole: Path, tmp_path: Path, seed: int) -> None:
-    drawn = random.Random(seed)
-    outcomes = {"same": 0, "printed": 0}
-    for number in range(12 if seed == 0 else 300):
-        folder = copy(begun, tmp_path / str(number))
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        for path in drawn.sample(files, drawn.randint(1, 4)):
-            damage(path, drawn)
-        values = config(folder, **CHANGES, steps=8)
-        message = ""
-        try:
-            check_run_folder(folder, build_settings(TrainSettings, values), values)
-            finished(folder, steps=8)
-        except (FileError, FileNotFoundError) as error:
-            message = str(error)
-        assert str(folder) in message if message else equal(folder, whole)
-        outcomes["printed" if message else "same"] += 1
-        shutil.rmtree(folder.parent)
-    assert min(outcomes.values()) > 0
 
 
 def test_a_checkpoint_with_files_of_the_user_stays(begun: Path, tmp_path: Path) -> None:

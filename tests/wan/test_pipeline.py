@@ -229,20 +229,6 @@ def test_all_networks_are_counted_in_a_call_that_is_accepted(tiny_model: ModelSe
 # Memory
 
 
-@pytest.mark.parametrize("given", ["m2v", "mi2v", "mm2v"])
-@pytest.mark.parametrize("frames", [0, 3])
-def test_every_mode_makes_a_shot(pipe: WanMemoryToVideoPipeline, given: str, frames: int) -> None:
-    conditions: dict[str, Any] = {
-        "m2v": {},
-        "mi2v": {"first_frame": FRAME},
-        "mm2v": {"motion_frames": images(5, seed=1)},
-    }[given]
-    shot = generate(pipe, memory=images(frames, seed=2), **conditions)
-    assert shot.shape == SHOT
-    assert torch.isfinite(shot).all()
-    assert not torch.equal(shot, generate(pipe)) or (frames == 0 and given == "m2v")
-
-
 def test_images_and_their_latents_are_the_same_memory(pipe: WanMemoryToVideoPipeline) -> None:
     memory = images(3)
     latents = pipe.encode_memory(memory)
@@ -271,35 +257,6 @@ def test_the_stride_of_a_call_and_of_the_pipeline(tiny_model: ModelSettings) -> 
     assert (five - one).norm() / one.norm() > 1e-4
     assert torch.equal(generate(pipes[0], memory=memory, rope_stride=1), one)
     assert torch.equal(generate(pipes[0], memory=memory), five), "a call's stride must not stay"
-
-
-def test_the_condition_holds_memory_first_then_the_given_frames(pipe: WanMemoryToVideoPipeline) -> None:
-    memory, first = images(2), images(1, seed=5)[0]
-    seen: list[Tensor] = []
-    generate(
-        pipe,
-        memory=memory,
-        first_frame=first,
-        callback_on_step_end=lambda _p, _i, _t, tensors: seen.append(tensors["condition"]) or {},
-        callback_on_step_end_tensor_inputs=["condition"],
-    )
-    assert len(seen) == STEPS
-    condition = seen[0]
-    assert condition.shape == (1, 20, 2 + SLOTS, *LATENT)
-    assert condition[0, 0, :, 0, 0].tolist() == [1, 1, 1, 0, 0]
-    torch.testing.assert_close(condition[0, 4:, :2], pipe.encode_memory(memory)[:, :, 0].transpose(0, 1))
-    torch.testing.assert_close(condition[0, 4:, 2], pipe.encode_memory([first])[0, :, 0])
-
-
-def test_the_shot_is_what_follows_the_memory_slots(pipe: WanMemoryToVideoPipeline) -> None:
-    last: list[Tensor] = []
-    shot = generate(
-        pipe,
-        memory=images(2),
-        callback_on_step_end=lambda _p, _i, _t, tensors: last.append(tensors["latents"]) or {},
-    )
-    assert last[-1].shape == (1, 16, 2 + SLOTS, *LATENT)
-    assert torch.equal(shot, last[-1][:, :, 2:])
 
 
 def test_memory_slots_are_never_decoded(pipe: WanMemoryToVideoPipeline) -> None:

@@ -277,26 +277,6 @@ def test_each_pass_of_guidance_has_its_own_cache(cache: str, threshold: float) -
     torch.testing.assert_close(double, single, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("taylor", 2)])
-def test_caches_are_cleared_at_the_expert_switch(cache: str, threshold: float) -> None:
-    pipe = caching(cache, threshold)
-    filled: list[list[str]] = []
-
-    def look(_pipe: Any, _step: int, _t: Any, _tensors: Any) -> dict:
-        filled.append([name for name, expert in pipe.experts.items() if has_state(expert)])
-        return {}
-
-    generate(pipe, callback_on_step_end=look, memory=images(1), **GUIDED)
-    assert filled == [["transformer"]] * 2 + [["transformer_2"]] * 4
-
-
-def has_state(expert: Any) -> bool:
-    hooks = [
-        hook for m in expert.modules() if hasattr(m, "_diffusers_hook") for hook in m._diffusers_hook.hooks.values()
-    ]
-    return any(hook.state_manager._state_cache for hook in hooks if hasattr(hook, "state_manager"))
-
-
 def broadcasting(mode: str) -> WanMemoryToVideoPipeline:
     """With PyramidAttentionBroadcast, which keeps one state for both passes, in every other forward of every block."""
     pipe = load_pipeline(settings(memory_attention=mode), runtime=CPU)
@@ -346,14 +326,12 @@ def _eager_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_eager_backend")
-@pytest.mark.parametrize("adapters", [False, True])
-def test_a_block_is_compiled_once_for_each_shape(adapters: bool) -> None:
-    plain, pipe = load_pipeline(deep(), runtime=CPU), load_pipeline(deep(), runtime=COMPILED)
-    if adapters:
+@pytest.mark.parametrize("mode", ["joint", "cached"])
+def test_a_block_is_compiled_once_for_each_size_of_memory(mode: str) -> None:
+    plain, pipe = (load_pipeline(deep(memory_attention=mode), runtime=runtime) for runtime in (CPU, COMPILED))
+    for each in (plain, pipe) if mode == "joint" else ():
         torch.manual_seed(0)
-        adapt(plain, "memory", "steps")
-        torch.manual_seed(0)
-        adapt(pipe, "memory", "steps")
+        adapt(each, "memory", "steps")
     before, counts = compiled_graphs(), []
     for memory in (0, 2, 0):
         shot = generate(pipe, memory=images(memory), num_inference_steps=2, guidance_scale=1.0)

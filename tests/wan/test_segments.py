@@ -74,16 +74,6 @@ def test_given_frames_are_clean_and_read_as_the_video_is() -> None:
     assert with_given(single_shot(3), 0) == single_shot(3)
 
 
-def test_holocine_counts_its_own_summary_twice() -> None:
-    texts = [Text(spans=((0, 2), (4, 6))), Text(spans=((0, 2), (6, 8)))]
-    first, second = holocine([2, 3], texts, sparse=True).segments
-    summaries = (Keys(segment="shot1", frames=1), Keys(segment="shot2", frames=1))
-    assert first.reads == (("shot1", *summaries),)
-    assert second.positions == (2, 3, 4)
-    assert [segment.text for segment in (first, second)] == texts
-    assert holocine([2, 3], texts, sparse=False).segments[0].reads == (("shot1", "shot2"),)
-
-
 def test_lct_leaves_a_gap_before_each_shot_but_the_first() -> None:
     texts = [Text(name="a"), Text(name="b"), Text(name="c")]
     layout = lct([2, 3, 1], texts, gap=4)
@@ -93,17 +83,6 @@ def test_lct_leaves_a_gap_before_each_shot_but_the_first() -> None:
     assert positions(lct([2, 3, 1], texts, gap=0)) == list(range(6))
     with pytest.raises(ValueError, match="must be 0 or more, not -1"):
         lct([1], [Text()], gap=-1)
-
-
-def test_memento_exchanges_through_memory_alone() -> None:
-    subject, memory, video = memento([-56, -3], 3).segments
-    assert "video" not in subject.read_names
-    assert "subject" not in video.read_names
-    assert memory.reads == (("subject", "memory"), ("memory", "video"))
-    assert subject.text == Text(name="subject")
-    without = memento([-3], 3, subject=False)
-    assert [segment.name for segment in without.segments] == ["memory", "video"]
-    assert without.segments[0].reads == (("memory",), ("memory", "video"))
 
 
 def test_faulty_layouts_are_refused() -> None:

@@ -204,32 +204,14 @@ def test_a_pair_of_experts_is_loaded_once_and_freed_for_the_other(tiny_model: Mo
     assert made.experts == 1
 
 
-def test_each_text_is_encoded_once(tiny_model: ModelSettings) -> None:
-    made = Watched(model=tiny_model, sampler=SAMPLER, runtime=CPU)
-    made.prepare(["a", "b", "a"], [None, "fog", None])
-    assert sorted(made._embeds) == ["a", "b", "blurred", "fog"]
-    made.prepare(["b", "a"], ["fog", None])
-    assert made.loads == 1, "known texts load nothing"
-    made.prepare(["c"], [None])
-    assert made.loads == 2
-
-
 def test_the_text_encoder_is_freed(tiny_model: ModelSettings) -> None:
     made = Watched(model=tiny_model, sampler=SAMPLER, runtime=CPU)
     made.prepare(["a"], [None])
     gc.collect()
     assert made.encoder() is None
-    assert not any(embeds.requires_grad for embeds in made._embeds.values())
-
-
-def test_a_texts_embedding_does_not_depend_on_the_others(ready: WanShotGenerator, tiny_model: ModelSettings) -> None:
-    alone = generator(tiny_model)
-    alone.prepare(["a fox"], [None])
-    assert torch.equal(alone._embeds["a fox"], ready._embeds["a fox"])
 
 
 def test_without_guidance_no_negative_prompt_is_encoded(tiny_model: ModelSettings) -> None:
     made = generator(tiny_model, sampler=SamplerSettings(steps=2, guidance=1.0, negative_prompt="blurred"))
     made.prepare(["a fox"], ["fog"])
-    assert list(made._embeds) == ["a fox"]
     assert made.generate(request(negative_prompt="fog")).shape[0] == FRAMES

@@ -421,22 +421,3 @@ def test_it_goes_with_what_makes_forwards_fast(cached: WanMemoryToVideoPipeline,
         memory = images(frames, seed=frames)
         shot = generate(fast, memory=memory, **GUIDED)
         torch.testing.assert_close(shot, generate(cached, memory=memory, **GUIDED), rtol=1e-4, atol=1e-4)
-
-
-def test_compiled_blocks_share_one_graph_for_each_size_of_memory(cached: WanMemoryToVideoPipeline) -> None:
-    graphs = []
-
-    def counting(graph: torch.fx.GraphModule, _inputs: object) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = load_pipeline(cached_model(), runtime=CPU)
-    for expert in compiled.experts.values():
-        for block in expert.blocks:
-            block.forward = torch.compile(block.forward, dynamic=False, backend=counting)
-    for frames, expected in ((0, 1), (2, 2), (3, 3), (2, 3)):
-        memory = images(frames)
-        shot = generate(compiled, memory=memory)
-        torch.testing.assert_close(shot, generate(cached, memory=memory), rtol=1e-4, atol=1e-4)
-        assert len(graphs) == expected

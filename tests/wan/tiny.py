@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ CPU = RuntimeSettings(device="cpu")
 
 def settings(**changes: Any) -> ModelSettings:
     """``configs/model/tiny.yaml`` at 48x32 pixels and 9 frames, with one-layer networks."""
-    values = yaml.safe_load((CONFIGS / "model" / "tiny.yaml").read_text())["model"]
+    values = deepcopy(_tiny())
     values["video"] = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES, "fps": 8}
     values["network"]["transformer"] |= {
         "num_layers": 1,
@@ -38,6 +40,11 @@ def settings(**changes: Any) -> ModelSettings:
     values["network"]["text_encoder"]["num_layers"] = 1
     values["network"]["text_tokens"] = 16
     return build_settings(ModelSettings, values | changes)
+
+
+@cache
+def _tiny() -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / "model" / "tiny.yaml").read_text())["model"]
 
 
 def adapt(pipe: WanMemoryToVideoPipeline, *names: str, seed: int = 0) -> WanMemoryToVideoPipeline:
