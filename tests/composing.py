@@ -11,7 +11,9 @@ from storymem import composition
 from storymem.config import build_settings
 from storymem.film.settings import GenerateSettings
 
-_PATH = re.compile(r"(story|output|films|videos|dataset|stbench\.stories)='?(/[^'\[\]{},=]*)'?")
+_PATH = re.compile(
+    r"(story|output|films|videos|dataset|stbench\.stories)='?(?=[^']*[A-Za-z])(?=[^']*[./])([^'\[\]{},=$]*)'?"
+)
 
 
 def composed(*overrides: str, name: str = "generate") -> dict[str, Any]:
@@ -39,11 +41,12 @@ def generate_settings(*overrides: str, story: str = "story.yaml") -> GenerateSet
     return build_settings(GenerateSettings, composed(f"story={story}", *overrides))
 
 
-SMALL = (
+TINY = (
     *("model=tiny", "runtime=cpu", "sampler.steps=1", "sampler.guidance=1"),
     "model.video={height: 32, width: 48, frames: 9, fps: 8}",
     "model.network.transformer={num_layers: 1, num_attention_heads: 2, attention_head_dim: 12, ffn_dim: 32}",
     *("model.network.vae.dim_mult=[1,1,2,2]", "model.network.text_tokens=16"),
-    *("memory/selector=uniform", "memory.selector.max_keyframes=2"),
 )
+"""The smallest model."""
+SMALL = (*TINY, "memory/selector=uniform", "memory.selector.max_keyframes=2")
 """The smallest film that the command makes, of shots that leave two keyframes each."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 from storymem import load_story
 from storymem.commands.cli import main
 from storymem.story.json_schema import story_schema
+from tests.endpoint import Endpoint, answered
 
 Write = Callable[..., tuple[int, str, str]]
 PROMPT = "Tam #1, a keeper: he says nothing.  He climbs."
@@ -56,47 +55,19 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return write
 
 
-class Server(HTTPServer):
-    """An endpoint that gives prepared replies (status, headers, body) in turn and records what it was asked."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.replies: list[tuple[int, dict[str, str], bytes]] = []
-        self.asked: list[tuple[str, str | None, dict[str, Any]]] = []
-
+class Server(Endpoint):
     @property
     def arguments(self) -> tuple[str, str]:
-        return f"endpoint.url=http://127.0.0.1:{self.server_port}/v1/", "endpoint.model=m"
+        return f"endpoint.url={self.url}/", "endpoint.model=m"
 
-    def say(self, answer: Any, finish: str = "stop") -> None:
-        text = answer if isinstance(answer, str | None) else json.dumps(answer)
-        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish}
-        self.replies.append((200, {}, json.dumps({"choices": [choice]}).encode()))
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((self.path, self.headers["Authorization"], body))
-        status, headers, content = self.server.replies.pop(0)
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+    def say(self, answer: Any) -> None:
+        self.replies.append(answered(answer if isinstance(answer, str) else json.dumps(answer)))
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
+    with Server().serving() as served:
+        yield served
 
 
 def test_without_an_endpoint_the_whole_prompt_is_printed(write: Write, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -23,7 +22,7 @@ from storymem.data.clips import (
     video_times,
 )
 from storymem.data.settings import Bucket, CheckSettings, DataSettings, SplitSettings
-from storymem.media.video import VideoInfo, frames_at, read_video
+from storymem.media.video import VideoInfo, read_video
 from tests.data.drawn_clips import DATA, FRAMES, HEIGHT, WIDTH, counted, number_of, scene, video
 
 needs_scenedetect = pytest.mark.skipif(
@@ -55,21 +54,6 @@ def test_a_clip_far_inside_a_video_is_sought_and_exact(tmp_path: Path) -> None:
     clip = clip_of("a.mp4", 61.25)
     assert np.array_equal(read_clip(path, clip), read_video(path, range(490, 490 + FRAMES)))
     assert np.array_equal(read_clip(path, clip, [0, 4, 8]), read_video(path, [490, 494, 498]))
-
-
-def test_a_varying_frame_rate_is_read_by_time(tmp_path: Path) -> None:
-    stamps = [0, 1, 2, 3, 4, 12, 20, 21, 22, 23]  # in eighths of a second
-    with av.open(str(tmp_path / "a.mkv"), "w") as container:
-        stream = container.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for stamp, frame in zip(stamps, counted(len(stamps)), strict=True):
-            image = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            image.pts, image.time_base = stamp, Fraction(1, 8)
-            container.mux(stream.encode(image))
-        container.mux(stream.encode(None))
-    shown = frames_at(tmp_path / "a.mkv", [stamp / 8 for stamp in (3, 8, 13, 20, 23)])
-    assert shown == [3, 4, 5, 6, 9]
-    assert [number_of(frame) for frame in read_video(tmp_path / "a.mkv", shown)] == shown
 
 
 def test_a_clip_covers_its_bucket_without_being_stretched(tmp_path: Path) -> None:
@@ -146,21 +130,6 @@ def test_broken_videos_are_value_errors(tmp_path: Path) -> None:
             video_times(tmp_path / name)
     with pytest.raises(ValueError, match=r"broken: ends before 7\.62 s"):
         read_clip(tmp_path / "a.mp4", clip_of("a.mp4", 6.625))
-
-
-def test_a_file_that_was_cut_off_is_found_out_where_it_ends(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (40, HEIGHT, WIDTH, 3), dtype=np.uint8)
-    path = tmp_path / "a.mkv"  # unlike mp4, it can be opened without its end
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=8, options={"g": "8", "bf": "0"})
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for frame in noise:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert len(read_clip(tmp_path / "a.mkv", clip_of("a.mkv", 0.0))) == FRAMES
-    with pytest.raises(ValueError, match="broken: "):
-        read_clip(tmp_path / "a.mkv", clip_of("a.mkv", 3.0))
 
 
 def times_of(*times: float, fps: float = 10) -> VideoInfo:

@@ -18,23 +18,12 @@ from storymem.media.video import read_video
 from storymem.methods.independent import IndependentShots
 from storymem.methods.storymem import StoryMem
 from storymem.story import Story, load_story
-from tests.composing import composed
+from tests.composing import TINY, composed
 from tests.evaluation import small
-
-SMALL = (
-    "model=tiny",
-    "runtime=cpu",
-    "model.video={height: 32, width: 48, frames: 9, fps: 8}",
-    "model.network.transformer={num_layers: 1, num_attention_heads: 2, attention_head_dim: 12, ffn_dim: 32}",
-    "model.network.vae.dim_mult=[1,1,2,2]",
-    "model.network.text_tokens=16",
-    "sampler.steps=1",
-    "sampler.guidance=1",
-)
 
 
 def method(name: str, *overrides: str) -> Any:
-    return instantiate(composed(f"method={name}", *SMALL, *overrides, name="eval_stbench")["method"], _convert_="all")
+    return instantiate(composed(f"method={name}", *TINY, *overrides, name="eval_stbench")["method"], _convert_="all")
 
 
 @cache
@@ -113,7 +102,7 @@ def test_what_cannot_be_made_is_reported_first(tmp_path: Path, monkeypatch: pyte
 def test_methods_are_filmed_scored_and_compared(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "a.yaml").write_text(small.TWO_SHOTS)
-    overrides = [f"stbench.stories={tmp_path}/s", f"output={tmp_path}/out", "metrics=[tiny]", *SMALL]
+    overrides = [f"stbench.stories={tmp_path}/s", f"output={tmp_path}/out", "metrics=[tiny]", *TINY]
     run = composed(*overrides, "methods=[storymem,ablation_no_memory]", name="eval_stbench")
     results = evaluate(run, lambda name: compose_with_method(name, overrides))
     assert results is not None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from storymem.methods.storyboards import Camera, Cameras, check_tree
 from storymem.story import Story
 from storymem.story.writing import EndpointError
 from storymem.wan.settings import RuntimeSettings
+from tests.endpoint import Endpoint, Reply, answered
 from tests.evaluation import small
 from tests.evaluation.test_methods import generate, method
 from tests.methods import tiny
@@ -105,62 +104,37 @@ def test_a_camera_tree_has_no_circles() -> None:
             check_tree(Cameras(cameras=cameras), 2)
 
 
-class Endpoint(HTTPServer):
-    """Answers by the kind of question; ``wrong`` are given first."""
+class Model(Endpoint):
+    """Answers by the kind of question."""
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[list[dict[str, str]]] = []
-        self.wrong: list[str] = []
-
-    def answer(self, question: str) -> str:
-        if self.wrong:
-            return self.wrong.pop(0)
+    def reply(self, question: str) -> Reply:
         if question.startswith("Describe the characters"):
             people = [{"name": name, "static_features": f"look of {name}"} for name in ("Ada", "Ben")]
-            return json.dumps({"characters": people})
+            return answered(json.dumps({"characters": people}))
         if question.startswith("Divide"):
-            return json.dumps({"cameras": [{"camera": 1, "shots": [1, 2, 3]}]})
+            return answered(json.dumps({"cameras": [{"camera": 1, "shots": [1, 2, 3]}]}))
         if question.startswith("Describe shot"):
-            return "Yes:\n" + json.dumps({"first_frame": "<Ada> rows", "visible": ["Ada"], "motion": "a boat moves"})
-        return json.dumps({"images": ["portrait_01"], "prompt": "Put the woman of Picture 1 into a boat."})
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Endpoint
-
-    def do_POST(self) -> None:
-        messages = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
-        self.server.asked.append(messages)
-        reply = {"choices": [{"message": {"content": self.server.answer(messages[0]["content"])}}]}
-        body = json.dumps(reply).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+            shot = {"first_frame": "<Ada> rows", "visible": ["Ada"], "motion": "a boat moves"}
+            return answered("Yes:\n" + json.dumps(shot))
+        picture = {"images": ["portrait_01"], "prompt": "Put the woman of Picture 1 into a boat."}
+        return answered(json.dumps(picture))
 
 
 @pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    server = Endpoint()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def endpoint() -> Iterator[Model]:
+    with Model().serving() as served:
+        yield served
 
 
-def test_an_endpoint_is_asked_once_for_each_answer(story: Story, tmp_path: Path, endpoint: Endpoint) -> None:
-    url = f"method.agent.endpoint={{url: 'http://127.0.0.1:{endpoint.server_port}/v1', model: m}}"
+def test_an_endpoint_is_asked_once_for_each_answer(story: Story, tmp_path: Path, endpoint: Model) -> None:
+    url = f"method.agent.endpoint={{url: '{endpoint.url}', model: m}}"
     folder = tmp_path / "film"
-    endpoint.wrong = ["no JSON", '{"characters": [{"name": "Eve", "static_features": "x"}]}']
+    endpoint.replies = [answered("no JSON"), answered('{"characters": [{"name": "Eve", "static_features": "x"}]}')]
     agent = method("agent", url)
     agent.check(story)
     agent.run(story, folder)
     assert len(endpoint.asked) == 2 + 2 + 2 * 3, "two answers were sent back"
-    assert "characters must be exactly Ada, Ben" in endpoint.asked[2][-1]["content"]
+    assert "characters must be exactly Ada, Ben" in endpoint.asked[2][2]["messages"][-1]["content"]
     assert agent.storyteller.texts_of(story, story.shots[0]) == ["a boat moves"]
     assert sorted(path.stem for path in (folder / "keyframe_images").iterdir())[-1] == "portrait_01", "Ben's is unused"
     film = Film.open(folder)
@@ -173,7 +147,7 @@ def test_an_endpoint_is_asked_once_for_each_answer(story: Story, tmp_path: Path,
     shot = Film.open(folder).shots[2]
     assert (read_video(folder / shot.file) == last).all()
 
-    endpoint.wrong = ["{}"] * 3
+    endpoint.replies = [answered("{}")] * 3
     with pytest.raises(EndpointError, match=r"in 3 tries \(characters: Field required\)"):
         method("agent", url).run(story, tmp_path / "other")
     assert not Film.open(tmp_path / "other").takes

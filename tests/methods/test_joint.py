@@ -22,9 +22,8 @@ from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import save_memory_lora
 from storymem.wan.lora_files import AdapterInfo
 from storymem.wan.segments import Text
-from tests.composing import composed, generate_settings
+from tests.composing import TINY, composed, generate_settings
 from tests.evaluation import small
-from tests.evaluation.test_methods import SMALL
 from tests.wan.tiny import CPU, adapt
 
 
@@ -34,7 +33,7 @@ def node_of(name: str, *overrides: str) -> dict[str, Any]:
 
 
 def method_of(name: str, *overrides: str) -> Any:
-    made = instantiate(node_of(name, *SMALL, *overrides), _convert_="all")
+    made = instantiate(node_of(name, *TINY, *overrides), _convert_="all")
     assert isinstance(made, Method)
     return made
 

@@ -22,8 +22,7 @@ from storymem.wan.lora_files import AdapterInfo, write_memory_lora
 from storymem.wan.settings import ModelSettings, RuntimeSettings
 from storymem.wan.spec import experts_of
 from storymem.weights import Weights
-from tests.composing import composed
-from tests.evaluation.test_methods import SMALL
+from tests.composing import TINY, composed
 from tests.stories import content, story
 
 FOUR = """\
@@ -44,8 +43,8 @@ PUBLISHED = MementoModel(weights=Weights(name="w", source="x"))
 
 
 def write_adapter(folder: Path, *, query: bool = True, objective: str = "memento") -> Path:
-    """An adapter in the published layout for the networks of ``SMALL``."""
-    values = composed("method=storymem", *SMALL, name="eval_stbench")["model"]
+    """An adapter in the published layout for the networks of ``TINY``."""
+    values = composed("method=storymem", *TINY, name="eval_stbench")["model"]
     pipe = load_pipeline(build_settings(ModelSettings, values), runtime=RuntimeSettings(device="cpu"))
     states: dict[Any, dict[str, torch.Tensor]] = {}
     for number, (expert, transformer) in enumerate(experts_of(pipe).items()):
@@ -64,7 +63,7 @@ def write_adapter(folder: Path, *, query: bool = True, objective: str = "memento
 
 def method(adapter: Path, *overrides: str) -> Memento:
     models = f"method.models.tiny.weights={{name: tiny, source: {adapter}}}"
-    run = composed("method=memento", *SMALL, models, *overrides, name="eval_stbench")
+    run = composed("method=memento", *TINY, models, *overrides, name="eval_stbench")
     return instantiate(run["method"], _convert_="all")
 
 
@@ -143,10 +142,10 @@ def test_what_does_not_fit_is_reported_first(adapter: Path, tmp_path: Path) -> N
     with pytest.raises(FileNotFoundError, match="does not exist"):
         method(tmp_path / "nothing").check(loaded)
     plain = f"model.adapter={{weights: {{name: x, source: {adapter}}}}}"
-    run = composed("method=storymem", *SMALL, plain, name="eval_stbench")["method"]
+    run = composed("method=storymem", *TINY, plain, name="eval_stbench")["method"]
     with pytest.raises(ValueError, match=r"objective=memento, not\s+memory"):
         instantiate(run, _convert_="all").check(loaded)
-    run = composed("method=memento", *SMALL, "model.name=tony", name="eval_stbench")["method"]
+    run = composed("method=memento", *TINY, "model.name=tony", name="eval_stbench")["method"]
     with pytest.raises(InstantiationException, match=r"no weights for model 'tony'.*did you mean 'toy'"):
         instantiate(run, _convert_="all")
 
@@ -164,7 +163,7 @@ def test_storymem_recalls_by_the_query_of_its_adapter(tmp_path: Path) -> None:
 
     def storymem(adapter: Path) -> Any:
         model = f"model.adapter={{weights: {{name: x, source: {adapter}}}}}"
-        run = composed("method=storymem", *SMALL, model, *learned, name="eval_stbench")["method"]
+        run = composed("method=storymem", *TINY, model, *learned, name="eval_stbench")["method"]
         return instantiate(run, _convert_="all")
 
     with pytest.raises(ValueError, match="holds no KeyframeQuery, with which keyframes are recalled"):

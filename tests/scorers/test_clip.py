@@ -16,7 +16,6 @@ from torchvision.transforms import functional as tv
 from storymem.io import FileError
 from storymem.scorers.clip import VOCABULARY_FILE, ClipScorer, ClipTokenizer
 from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD
-from storymem.weights import MissingWeights
 from tests.scorers.tiny import CLIP_CONFIG, clip, images
 
 MEAN, STD = list(CLIP_MEAN), list(CLIP_STD)
@@ -80,14 +79,6 @@ def test_weights_for_another_activation_are_refused(tmp_path: Path) -> None:
 def test_unknown_names_are_refused(model: str, pretrained: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClipScorer.from_pretrained(model, pretrained)
-
-
-def test_missing_weights_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(MissingWeights) as caught:
-        ClipScorer.from_pretrained()
-    command = "hf download timm/vit_base_patch32_clip_224.openai open_clip_model.safetensors"
-    assert all(part in str(caught.value) for part in ("ViT-B-32-quickgelu", "0.6 GB", command))
 
 
 def write_folder(folder: Path, scorer: ClipScorer, config: dict = CLIP_CONFIG, **changes: torch.Tensor) -> None:

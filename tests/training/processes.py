@@ -24,21 +24,24 @@ from storymem.training.optimization import whole
 from storymem.training.settings import ParallelSettings
 from storymem.training.trainer import StepReport, Trainer
 from tests.forking import fork
-from tests.training.tiny import ADAPTER, BATCH, CPU, OPTIMIZER, MemoryLatents, latents, method, run, trainer
+from tests.training.tiny import (
+    ADAPTER,
+    BATCH,
+    CPU,
+    OPTIMIZER,
+    Broken,
+    Huge,
+    latents,
+    method,
+    run,
+    trainer,
+)
 
 WORLD = 2
 STEPS = 3
 PLAIN = replace(ADAPTER, dropout=0.0)
 AVERAGED = replace(OPTIMIZER, ema_decay=0.5)
 VALIDATION = {"every": STEPS, "samples": 3}
-
-
-class Broken(MemoryLatents):
-    """One clip of the set holds a NaN, so that one process sees it and the other does not."""
-
-    def video(self, index: int) -> Tensor:
-        found = super().video(index)
-        return found * float("nan") if self.clips[index].id == "clip1_0" else found
 
 
 def gradients(parallel: ParallelSettings, accelerator: Accelerator, size: int) -> dict[str, Tensor]:
@@ -82,14 +85,6 @@ def training_of_two(folder: Path, accelerator: Accelerator) -> None:
             base = training.method.experts.transformers["high_noise"].blocks[0].attn1.to_q.base_layer.weight  # type: ignore[attr-defined]
             assert isinstance(base, DTensor)
             assert base.to_local().numel() * WORLD == base.numel()
-
-
-class Huge(MemoryLatents):
-    """One clip of the set has no finite loss."""
-
-    def video(self, index: int) -> Tensor:
-        found = super().video(index)
-        return found * 1e30 if self.clips[index].id == "clip1_0" else found
 
 
 def lost_on_one(folder: Path, accelerator: Accelerator) -> None:

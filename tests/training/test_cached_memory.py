@@ -20,14 +20,14 @@ from storymem.training.run import train
 from storymem.training.settings import TrainSettings
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.loading import load_pipeline
-from storymem.wan.segments import Layout, memory_cached
+from storymem.wan.segments import memory_cached
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings
 from storymem.wan.transformer import SegmentCache
 from storymem.weights import Weights
 from tests import stories
 from tests.data import preparing
 from tests.data.drawn_clips import scene, video
-from tests.training.tiny import ADAPTER, config, expert, run
+from tests.training.tiny import ADAPTER, Recorder, config, expert, run
 from tests.wan import test_ti2v
 
 VIDEO_ALONE = MemoryObjectiveSettings(memory_weight=0.0)
@@ -64,21 +64,11 @@ def trained(seed: int = 0) -> Any:
     return network.train()
 
 
-class Recorder(nn.Module):
-    """A network that notes what it was called with."""
-
-    dtype = torch.float32
-
-    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, return_dict: bool, layout: Layout) -> tuple[Tensor]:
-        self.seen = (x, timestep, layout)
-        return (torch.zeros_like(x[:, :16]),)
-
-
 def test_memory_is_clean_at_timestep_zero_and_without_a_loss() -> None:
     network, of = Recorder(), batch()
     losses = OBJECTIVE(network, "high_noise", of)
     s = noise_level(of.u, expert="high_noise", boundary=0.9, shift=4.0).item()
-    x, timestep, layout = network.seen
+    x, timestep, _, layout = network.seen
     assert layout == memory_cached(FRAMES, SLOTS, 5)
     assert torch.equal(x[:, :16, :FRAMES], of.x0[:, :, :FRAMES])
     torch.testing.assert_close(x[:, :16, FRAMES:], (1 - s) * of.x0[:, :, FRAMES:] + s * of.noise[:, :, FRAMES:])

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor, nn
 
 from storymem.training.objectives.flow import (
     bin_sums,
@@ -21,8 +20,8 @@ from storymem.training.objectives.flow import (
 from storymem.training.objectives.memory import MemoryBatch, MemoryObjective
 from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.wan.conditioning import condition_channels
-from storymem.wan.segments import Layout, memory_cached, memory_joint, with_given
-from tests.training.tiny import expert
+from storymem.wan.segments import memory_cached, memory_joint, with_given
+from tests.training.tiny import Recorder, expert
 
 
 def test_shift_and_noise_are_those_of_diffusers() -> None:
@@ -103,16 +102,6 @@ def batch(memory_frames: int) -> MemoryBatch:
         memory_frames=memory_frames,
         ids=("a", "b"),
     )
-
-
-class Recorder(nn.Module):
-    """A network that notes what it was called with."""
-
-    dtype = torch.float32
-
-    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, return_dict: bool, layout: Layout) -> tuple[Tensor]:
-        self.seen = (x, timestep, text, layout)
-        return (torch.zeros_like(x[:, :16]),)
 
 
 def test_the_network_sees_what_generation_shows_it() -> None:

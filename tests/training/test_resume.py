@@ -24,7 +24,7 @@ from storymem.training.run_log import RunLog
 from storymem.training.session import Run
 from storymem.training.settings import LogSettings, TrainSettings
 from storymem.training.trainer import StepReport, Trainer
-from tests.training.tiny import ADAPTER, BATCH, MemoryLatents, config, latents, read_metrics, run
+from tests.training.tiny import ADAPTER, BATCH, Huge, config, latents, read_metrics, run
 
 CHANGES: dict[str, Any] = {"expert": "high", "optimizer": {"lr": 0.01, "warmup_steps": 0}}
 
@@ -238,19 +238,9 @@ def test_another_training_set_is_reported(begun: Path, tmp_path: Path, capsys: p
 # --- numbers that are lost ------------------------------------------------------------------------------------------
 
 
-class Spoilt(MemoryLatents):
-    """One clip whose loss is not finite, though its latents are."""
-
-    def video(self, index: int) -> torch.Tensor:
-        found = super().video(index)
-        return found * 1e30 if self.clips[index].id == "clip1_0" else found
-
-
 def test_the_advice_after_a_lost_loss_works(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(NotFiniteError) as lost:
-        run(
-            tmp_path, data=Spoilt(latents().clips), **CHANGES, steps=50, checkpoint={"every": 1, "keep": 2}
-        ).trainer.run()
+        run(tmp_path, data=Huge(latents().clips), **CHANGES, steps=50, checkpoint={"every": 1, "keep": 2}).trainer.run()
     lr = float(re.search(r"same command with optimizer\.lr=(\S+) resumes", str(lost.value))[1])  # type: ignore[index]
     finished(tmp_path, steps=12, optimizer=CHANGES["optimizer"] | {"lr": lr})
     assert "resuming after step" in capsys.readouterr().err

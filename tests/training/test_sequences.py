@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
@@ -27,7 +26,7 @@ from storymem.training.objectives.settings import (
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.segments import holocine, scene_and_own_text, single_shot
 from tests import stories
-from tests.training.tiny import BATCH, MemoryLatents, TinyClip, source
+from tests.training.tiny import BATCH, MemoryLatents, Recorder, TinyClip, source
 
 
 class Encoded:
@@ -115,21 +114,11 @@ def film(settings: FilmObjectiveSettings) -> SequenceBatch:
     return collate([samples.read(plan) for plan in samples.plan(0)])  # type: ignore[return-value]
 
 
-class Recorder(torch.nn.Module):
-    """A network that notes what it was called with."""
-
-    dtype = torch.float32
-
-    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, **options: Mapping[str, Any]) -> tuple[Tensor]:
-        self.seen = (x, timestep, text)
-        return (torch.zeros_like(x[:, :16]),)
-
-
 def test_every_shot_of_lct_has_a_noise_level_of_its_own() -> None:
     settings, network = LctObjectiveSettings(), Recorder()
     of = film(settings)
     losses = settings.loss(_Train())(network, "high_noise", of)  # type: ignore[arg-type]
-    x, timestep, text = network.seen
+    x, timestep, text, _ = network.seen
     assert timestep.shape == (2, 2)
     assert len(timestep.unique()) == 4
     for shot in range(2):

@@ -35,6 +35,8 @@ from tests.training.tiny import (
     BATCH,
     CPU,
     OPTIMIZER,
+    Broken,
+    Huge,
     MemoryLatents,
     config,
     expert,
@@ -195,22 +197,6 @@ def test_a_signal_saves_the_last_step_and_ends(tmp_path: Path, number: signal.Si
     assert signal.getsignal(number) == before
 
 
-class Broken(MemoryLatents):
-    """One clip of the set holds a NaN."""
-
-    def video(self, index: int) -> torch.Tensor:
-        found = super().video(index)
-        return found * float("nan") if self.clips[index].id == "clip1_0" else found
-
-
-class Huge(MemoryLatents):
-    """One clip of the set is finite, and the square of its latents is not."""
-
-    def video(self, index: int) -> torch.Tensor:
-        found = super().video(index)
-        return found * 1e30 if self.clips[index].id == "clip1_0" else found
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("broken", "message"),
@@ -348,12 +334,6 @@ def test_a_run_can_begin_from_an_adapter_of_its_own_rank(tmp_path: Path) -> None
     start = replace(ADAPTER, start=str(tmp_path))
     for name, parameter in method("high_noise", adapter=start).parameters.items():
         assert torch.equal(parameter, trained[name])
-
-
-def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, expert="high", steps=1).trainer.run()
-    with pytest.raises(ValueError, match=r"adapter\.rank: 4 before, 8 now"):
-        run(tmp_path, expert="high", steps=1, adapter=vars(replace(ADAPTER, rank=8)))
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path: Path) -> None:

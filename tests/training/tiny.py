@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from storymem.config import build_settings
 from storymem.data.cache import Split
@@ -32,6 +32,7 @@ from storymem.training.settings import (
 )
 from storymem.training.trainer import Trainer
 from storymem.wan.lora import AdapterInfo
+from storymem.wan.segments import Layout
 from storymem.wan.spec import A14B, ModelSpec
 from storymem.wan.transformer import enable_layouts
 from tests import stories
@@ -103,6 +104,32 @@ class MemoryLatents:
     @cached_property
     def by_id(self) -> dict[str, TinyClip]:
         return {clip.id: clip for clip in self.clips}
+
+
+class Broken(MemoryLatents):
+    """One clip of the set holds a NaN."""
+
+    def video(self, index: int) -> Tensor:
+        found = super().video(index)
+        return found * float("nan") if self.clips[index].id == "clip1_0" else found
+
+
+class Huge(MemoryLatents):
+    """One clip of the set is finite, and the square of its latents is not."""
+
+    def video(self, index: int) -> Tensor:
+        found = super().video(index)
+        return found * 1e30 if self.clips[index].id == "clip1_0" else found
+
+
+class Recorder(nn.Module):
+    """A network that notes what it was called with."""
+
+    dtype = torch.float32
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, layout: Layout, **_: object) -> tuple[Tensor]:
+        self.seen = (x, timestep, text, layout)
+        return (torch.zeros_like(x[:, :16]),)
 
 
 def latents(groups: int = 2, size: int = 3, keyframes: int = 2, valid: int = 1) -> MemoryLatents:
