@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from storymem.film.generate import generate_films
-from storymem.story import load_story
+from storymem.story import Story, load_story
 from storymem.story.notes import text_notes
+from storymem.wan.settings import SamplerSettings
 from storymem.wan.texts import KNOWN_WORDS, TextReader
 from tests.composing import composed, generate_settings
 from tests.stories import story
@@ -27,10 +29,19 @@ scenes:
 """
 
 
-def notes(folder: Path, *prompts: str, model: str = "toy", overrides: tuple[str, ...] = ()) -> list[str]:
+@cache
+def reading(model: str, *overrides: str) -> tuple[TextReader | None, SamplerSettings]:
+    """How a model reads texts, and its sampler."""
     settings = generate_settings(f"model={model}", *overrides)
-    loaded = story(folder, TWO_PROMPTS.format(*prompts))
-    return text_notes(loaded, TextReader.of(settings.model), settings.sampler, model=model)
+    return TextReader.of(settings.model), settings.sampler
+
+
+def notes_of(loaded: Story, model: str = "toy", overrides: tuple[str, ...] = ()) -> list[str]:
+    return text_notes(loaded, *reading(model, *overrides), model=model)
+
+
+def notes(folder: Path, *prompts: str, model: str = "toy", overrides: tuple[str, ...] = ()) -> list[str]:
+    return notes_of(story(folder, TWO_PROMPTS.format(*prompts)), model, overrides)
 
 
 def test_prompts_that_are_read_whole_give_no_notes(tmp_path: Path) -> None:
@@ -47,7 +58,7 @@ def test_the_truncated_end_of_a_prompt_is_reported_with_its_shot(tmp_path: Path,
 
 
 def test_the_words_beyond_the_limit_are_truncated(tmp_path: Path) -> None:
-    reader = TextReader.of(generate_settings("model=toy").model)
+    reader, _ = reading("toy")
     assert reader is not None
     words = ["Ada", "waits", "in", "the", "desert", "at", "noon."]
     count = next(n for n in range(1, 200) if reader.read(" ".join(words[k % 7] for k in range(n))).cut)
@@ -57,7 +68,7 @@ def test_the_words_beyond_the_limit_are_truncated(tmp_path: Path) -> None:
 
 
 def test_texts_without_spaces_are_truncated_at_characters() -> None:
-    reader = TextReader.of(generate_settings("model=tiny").model)
+    reader, _ = reading("tiny")
     assert reader is not None
     text = "林黛玉在花园里走路" * 9  # three bytes a character, each a token
     assert reader.read(text).cut == text[-38:]
@@ -77,9 +88,7 @@ def test_negative_prompts_are_checked_if_guidance_is_used(tmp_path: Path) -> Non
         == []
     )
     own = TWO_PROMPTS.replace('"{1}"', f'"Ada.", negative_prompt: "{LONG}"')
-    settings = generate_settings("model=toy", "sampler.negative_prompt=''")
-    loaded = story(tmp_path, own.format("Ada waits."))
-    (cut,) = text_notes(loaded, TextReader.of(settings.model), settings.sampler, model="toy")
+    (cut,) = notes_of(story(tmp_path, own.format("Ada waits.")), overrides=("sampler.negative_prompt=''",))
     assert cut.startswith("shot 2 (scene 1, shot 2): the negative prompt has ")
 
 
@@ -97,9 +106,7 @@ def test_unknown_words_are_reported_with_similar_ones(tmp_path: Path) -> None:
 
 def test_long_lists_of_notes_are_shortened_and_counted(tmp_path: Path) -> None:
     shots = "".join(f'      - {{prompt: "{LONG}"}}\n' for _ in range(30))
-    settings = generate_settings("model=toy")
-    loaded = story(tmp_path, f"title: T\noverview: O\nscenes:\n  - shots:\n{shots}")
-    lines = text_notes(loaded, TextReader.of(settings.model), settings.sampler, model="toy")
+    lines = notes_of(story(tmp_path, f"title: T\noverview: O\nscenes:\n  - shots:\n{shots}"))
     assert (len(lines), lines[-1]) == (21, "10 more texts are truncated")
 
 
@@ -110,8 +117,7 @@ def test_the_known_words_are_those_of_the_training_captions(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_example_is_for_the_embedded_model_or_names_its_model(path: Path) -> None:
-    settings = generate_settings("model=toy")
-    lines = text_notes(load_story(path), TextReader.of(settings.model), settings.sampler, model="toy")
+    lines = notes_of(load_story(path))
     for_another = path.read_text().startswith("# For model=wan2.2-a14b")
     assert bool(lines) == for_another, lines
     (row,) = [line for line in (ROOT / "examples" / "README.md").read_text().splitlines() if f"`{path.name}`" in line]
@@ -120,8 +126,7 @@ def test_an_example_is_for_the_embedded_model_or_names_its_model(path: Path) -> 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "st_bench" / "toy").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_toy_stories_give_no_notes(path: Path) -> None:
-    settings = generate_settings("model=toy")
-    assert text_notes(load_story(path), TextReader.of(settings.model), settings.sampler, model="toy") == []
+    assert notes_of(load_story(path)) == []
 
 
 def test_the_plan_and_the_run_print_notes(

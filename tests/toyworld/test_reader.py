@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from toyworld.attributes import LOOK_PARTS, PLACE_PARTS, UNKNOWN, Look, Seen
-from toyworld.damage import blur, damage
+from toyworld.damage import blur
 from toyworld.reader import read_attributes, read_shot, vote
 from toyworld.world import HELD_OUT, story
 
@@ -88,8 +88,3 @@ def test_whole_shots_are_read_with_their_action() -> None:
 def test_a_vote_ignores_what_is_unknown() -> None:
     assert vote(["red", UNKNOWN, UNKNOWN, "red", "blue"]) == "red"
     assert vote([UNKNOWN]) == UNKNOWN
-
-
-def test_unknown_damage_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="blurred"):
-        damage(np.random.default_rng(0), np.zeros((64, 96, 3), dtype=np.uint8), "bent")
