@@ -29,7 +29,7 @@ def method(name: str, *overrides: str) -> Any:
 @cache
 def generate() -> dict[str, Any]:
     """The settings that a method is given."""
-    return composed("method=storymem", *SMALL, "seed=1", name="eval_stbench")["method"]["generate"]
+    return composed("method=storymem", *TINY, "seed=1", name="eval_stbench")["method"]["generate"]
 
 
 @pytest.fixture
