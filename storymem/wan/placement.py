@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -15,7 +14,7 @@ import torch
 from storymem.devices import resolve_device
 from storymem.wan.estimate import GB, MEMORY_FRAMES, Estimate, estimate_shot
 from storymem.wan.processes import Grid, Launch, divide
-from storymem.wan.settings import ModelSettings, Offload, RuntimeSettings, SamplerSettings
+from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -55,24 +54,16 @@ class Choice:
     reason: str
 
 
-class Way(NamedTuple):
-    """One way to place the weights."""
-
-    offload: Offload
-    tiled: bool = False
-    experts: Literal["together", "in_turn"] = "together"
-
-
-#: Fastest first, and the preset for each.
-_PRESETS: dict[Way, str] = {
-    Way("none"): "",
-    Way("model"): "gpu-80gb",
-    Way("group"): "gpu-32gb",
-    Way("group", True): "",
-    Way("model", False, "in_turn"): "",
-    Way("group", False, "in_turn"): "",
-    Way("group", True, "in_turn"): "gpu-24gb",
-}
+#: Ways to place the weights, fastest first: the preset that does the same, and its settings.
+_WAYS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("", {"offload": "none"}),
+    ("gpu-80gb", {"offload": "model"}),
+    ("gpu-32gb", {"offload": "group"}),
+    ("", {"offload": "group", "vae_tiling": True}),
+    ("", {"offload": "model", "experts": "in_turn"}),
+    ("", {"offload": "group", "experts": "in_turn"}),
+    ("gpu-24gb", {"offload": "group", "vae_tiling": True, "experts": "in_turn"}),
+)
 _DOING = {"texts": "encode texts", "encode": "encode images", "score": "choose keyframes"}
 
 
@@ -136,26 +127,7 @@ def choose_runtime(
         lacking = _lacking(estimate, machine)
         return Choice(runtime=settled, estimate=estimate, fits=not lacking, reason=lacking)
 
-    presets: Iterable[Way] = _PRESETS
-    if machine.vram is None and machine.here:
-        presets = [Way("none"), Way("none", False, "in_turn")]
-    if runtime.spread:
-        presets = [Way("none")]
-    if runtime.offload != "auto":
-        presets = [Way(runtime.offload)]
-    if len(model.spec.experts) < 2 or (model.adapter is not None and model.adapter.query):
-        presets = [way for way in presets if way.experts == "together"]
-    ways = [
-        tried(
-            replace(
-                runtime,
-                offload=way.offload,
-                vae_tiling=runtime.vae_tiling or way.tiled,
-                experts="in_turn" if "in_turn" in (runtime.experts, way.experts) else "together",
-            )
-        )
-        for way in presets
-    ]
+    ways = [tried(way) for way in _ways(model, runtime, machine)]
     if not machine.here:
         needs = "; ".join(f"{_named(way.runtime)} needs {_needs(way.estimate)}" for way in ways)
         return replace(ways[0], fits=True, reason=f"planned for {machine.name}, not for this machine: {needs}")
@@ -176,6 +148,20 @@ def choose_runtime(
     needs = ram if machine.vram is None else _needs(last.estimate)
     advice = f"{fitting} would fit" if fitting else f"use a machine with {needs}, or a smaller model.video"
     return replace(last, reason=f"{machine}: {last.reason}; {advice}")
+
+
+def _ways(model: ModelSettings, runtime: RuntimeSettings, machine: Machine) -> list[RuntimeSettings]:
+    """``runtime`` in every way in which it can place the weights, fastest first."""
+    if runtime.offload != "auto":
+        return [runtime]
+    ways = [changes for _, changes in _WAYS]
+    if runtime.spread:
+        ways = ways[:1]
+    elif machine.vram is None and machine.here:  # there is nothing to move weights to
+        ways = [{"offload": "none"}, {"offload": "none", "experts": "in_turn"}]
+    if len(model.spec.experts) < 2 or (model.adapter is not None and model.adapter.query):
+        ways = [changes for changes in ways if "experts" not in changes]
+    return [replace(runtime, **changes) for changes in ways]
 
 
 def settle(
@@ -224,10 +210,12 @@ def _needed_ram(estimate: Estimate, machine: Machine) -> int:
 
 def _named(runtime: RuntimeSettings) -> str:
     """How the weights are placed, and the preset that does the same."""
-    way = Way(runtime.offload, runtime.vae_tiling, runtime.experts)
-    parts = {f"offload={way.offload}": True, "vae_tiling": way.tiled, "experts=in_turn": way.experts == "in_turn"}
-    preset = _PRESETS.get(way) if runtime.precision == "as_is" else ""
-    return " and ".join(part for part, applies in parts.items() if applies) + (f" (runtime={preset})" * bool(preset))
+    plain = RuntimeSettings()
+    names = [name for name in ("vae_tiling", "experts") if getattr(runtime, name) != getattr(plain, name)]
+    way = {name: getattr(runtime, name) for name in ("offload", *names)}
+    preset = next((name for name, changes in _WAYS if changes == way), "") if runtime.precision == "as_is" else ""
+    text = " and ".join(name if value is True else f"{name}={value}" for name, value in way.items())
+    return f"{text} (runtime={preset})" if preset else text
 
 
 def _needs(estimate: Estimate) -> str:
