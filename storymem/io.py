@@ -453,12 +453,9 @@ class NotFiniteError(ValueError):
 
 
 def check_finite(values: Any, what: str, causes: str = "") -> None:
-    """Raise NotFiniteError if a tensor or array holds NaN or infinity.
+    """Raise NotFiniteError if a torch tensor or numpy array of floating point holds NaN or infinity.
 
-    Args:
-        values: torch tensor or numpy array, of floating point; others pass.
-        what: for the message: what the values are, and of which shot, file or step.
-        causes: likely causes and cures.
+    ``what`` and ``causes`` are for the message: what the values are, of which shot or file; likely causes and cures.
     """
     if hasattr(values, "is_floating_point"):
         if not values.is_floating_point():

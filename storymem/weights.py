@@ -270,13 +270,9 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def check_values(tensors: Iterable[tuple[str, Any]], where: str | Path) -> None:
-    """Raise NotFiniteError if a weight is NaN, infinite or too large to be one.
+    """Raise NotFiniteError if a weight, read from ``where``, is NaN, infinite or too large to be one.
 
-    14 billion weights of 16 bits take about a second.
-
-    Args:
-        tensors: names and torch tensors; those that are not floating point are skipped.
-        where: the file or folder they were read from.
+    Tensors that are not floating point are skipped. 14 billion weights of 16 bits take about a second.
     """
     for name, tensor in tensors:
         if not tensor.is_floating_point() or not tensor.numel():

@@ -191,15 +191,18 @@ def test_a_shot_that_cannot_be_read_is_named_and_the_advice_works(film: Path, da
     resume(film, 2)
 
 
-def test_damage_within_a_shot_is_detected(film: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("part", [0.25, 0.6, 0.9])
+def test_damage_within_a_shot_is_detected(film: Path, caplog: pytest.LogCaptureFixture, part: float) -> None:
     shot = film / "shots" / "01_01" / "take_001.mp4"
     content = bytearray(shot.read_bytes())
-    middle = content.index(b"mdat") + (len(content) - content.index(b"mdat")) // 4
-    content[middle : middle + 40] = bytes(40)
+    place = content.index(b"mdat") + int((len(content) - content.index(b"mdat")) * part)
+    content[place : place + 12] = bytes(12)
     shot.write_bytes(bytes(content))
     try:
         resume(film)
         message = caplog.text
+        frames = sum(shot.frames for shot in Film.open(film).shots)
+        assert len(read_video(film / "film.mp4")) == frames, "it is encoded again, so that all can be decoded"
     except ValueError as error:
         message = str(error)
     assert str(shot) in message
@@ -215,7 +218,8 @@ def test_shots_that_were_swapped_or_shortened_are_named(film: Path, caplog: pyte
         label = f"shot {number} (scene 1, shot {number}), but that of shot {other}"
         assert f"{path} is not the video that was generated for {label}" in caplog.text
     assert [shot.frames for shot in Film.open(film).shots] == [8, 9]
-    np.testing.assert_array_equal(read_video(film / "film.mp4"), np.concatenate([read_video(one), read_video(two)]))
+    joined, parts = read_video(film / "film.mp4"), np.concatenate([read_video(one), read_video(two)])
+    assert np.abs(joined.astype(int) - parts).mean() < 3, "encoded again"
     caplog.clear()
     resume(film)
     assert caplog.text == "", "it is reported once"
@@ -413,9 +417,9 @@ def test_the_page_shows_text_as_text(film: Path) -> None:
         manifest["takes"][0]["script"]["prompt"] = "'><script>1</script>"
 
     changed_manifest(film, write)
-    page = storyboard(Film.open(film))
+    page = storyboard(Film.open(film), film)
     assert "<script>" not in page
-    assert page.count("&lt;script&gt;") == 4
+    assert page.count("&lt;script&gt;") >= 4
 
 
 def test_a_disk_without_room_is_reported_before_anything_is_made(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from storymem.commands.cli import main
 from storymem.config import build_settings
+from storymem.film.differences import differences
 from storymem.film.folder import Film
 from storymem.film.generate import build_storyteller, generate, generate_films, recorded_config
-from storymem.film.resume import differences
 from storymem.film.settings import GIVEN_FRAMES, GenerateSettings, check_lengths, mode_of
 from storymem.story import Character, Scene, Shot, Story, load_story
 from tests.composing import SMALL, composed
@@ -85,7 +85,9 @@ def test_a_film_is_generated_from_python(tmp_path: Path, capsys: pytest.CaptureF
     assert (len(film.shots), film.video) == (2, tmp_path / "film" / "film.mp4")
     again = generate(load_story(text), model="tiny", output=tmp_path / "film", overrides=SMALL[1:], progress=False)
     assert again.shots == film.shots
-    assert capsys.readouterr().out == ""
+    choice = [*SMALL[1:], "shot=1", "take=1"]
+    generate(text, model="tiny", output=tmp_path / "film", overrides=choice, progress=False)
+    assert capsys.readouterr() == ("", "")
     with pytest.raises(ValueError, match=r"sampler\.step: unknown key; did you mean 'steps'"):
         generate(text, overrides=["+sampler.step=3"])
 

@@ -101,7 +101,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_the_table_has_a_line_for_each_shot(tmp_path: Path) -> None:
-    told = {"scenes": [{"number": 2, "shots": [{"prompt": "A dog."}] * 3}]}
+    told = {"title": "A Dog", "scenes": [{"number": 2, "shots": [{"prompt": "A dog."}] * 3}]}
     takes = [record(0), record(1, keyframes=0, memory=0), replace(record(1), take=2, file="b.mp4")]
     film = Film(tmp_path, story=told, config={}, takes=takes)
     film.slots = [replace(slot, take=take) for slot, take in zip(film.slots, (1, 1, None), strict=True)]

@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 
 from storymem.commands.cli import main
-from storymem.film.editing import edited_film
-from storymem.film.folder import Film
+from storymem.film.folder import Film, edited_film
 from storymem.film.generate import generate_films
 from storymem.film.manifest import Take
 from storymem.film.matching import stale

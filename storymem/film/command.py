@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, UserPath, build_settings
+from storymem.film.export import check_export, export
+from storymem.film.folder import Film, edited_film
 from storymem.film.manifest import VIDEO
+from storymem.film.matching import stale
+from storymem.film.tables import counted, film_table, memory_table, takes_table
+from storymem.memory.bank import read_entries
 from storymem.stopping import stopping_on_signals
-
-if TYPE_CHECKING:
-    from storymem.film.folder import Film
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -40,9 +42,6 @@ class FilmSettings:
 def film_command(config: Mapping[str, Any]) -> None:
     """Run ``storymem film`` with a composed configuration."""
     settings = build_settings(FilmSettings, config)
-    from storymem.film.editing import edited_film
-    from storymem.film.folder import Film
-
     if settings.action == "show":
         print(described(Film.open(settings.folder)), flush=True)
         return
@@ -53,10 +52,6 @@ def film_command(config: Mapping[str, Any]) -> None:
 
 def described(film: Film) -> str:
     """The film in text: a line for each shot, each take and each keyframe."""
-    from storymem.film.matching import stale
-    from storymem.film.tables import counted, film_table, memory_table, takes_table
-    from storymem.memory.bank import read_entries
-
     entries = read_entries(film.folder)
     missing = sum(slot.take is None for slot in film.slots)
     parts = [
@@ -80,8 +75,6 @@ def _join(film: Film, settings: FilmSettings) -> str:
 
 
 def _export(film: Film, settings: FilmSettings) -> str:
-    from storymem.film.export import check_export, export
-
     output = Path(settings.output or film.folder / "export")
     check_export(output, settings.codec)
     _check_takes(film)
@@ -97,8 +90,6 @@ def _check_takes(film: Film) -> None:
 
 
 def _clean(film: Film, settings: FilmSettings) -> str:
-    from storymem.film.tables import counted
-
     shown = film.shots
     gone = sorted((take for take in film.takes if take not in shown), key=lambda take: take.file)
     for take in gone:

@@ -14,14 +14,14 @@ one; until then the film is what it was, and a process that is killed loses at m
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -37,66 +37,47 @@ from storymem.film.manifest import (
     KeyframeRecord,
     Manifest,
     Take,
-    config_hash,
     end_names,
-    manifest_json,
+    film_folder,
     new_slots,
     read_manifest,
     scripts,
 )
 from storymem.film.matching import arranged, match
 from storymem.film.settings import END_FRAMES
+from storymem.film.storyboard import storyboard
 from storymem.io import hash_file, naming_full_disk, remove_leftovers, write_json, write_text
 from storymem.media.images import read_image, write_image
 from storymem.media.video import iter_frames, read_video, write_video
-
-if TYPE_CHECKING:
-    from storymem.memory import MemoryBank
-    from storymem.memory.bank import Entry
+from storymem.memory import MemoryBank
+from storymem.memory.bank import Entry, holds_image, keyframe_files, read_entries, write_entries
 
 logger = logging.getLogger(__name__)
 
 _NEXT_MEMORY = ".memory.json.next"  # written before the manifest with its hash, renamed after it
 
 
-class Film:
+class Film(Manifest):
     """A film on disk, finished or not. Warnings are logged.
 
     Args:
         folder: where it lies.
         story: see :func:`storymem.film.resume.story_record`.
         config: the settings that it is made with, plain JSON types.
-        takes: all that were made.
-
-    Attributes:
-        slots: the shots of the story, in order, and which take each shows.
-        edits: see :class:`storymem.film.manifest.Manifest`.
+        more: other fields of :class:`Manifest`.
     """
 
-    def __init__(
-        self, folder: Path, *, story: Mapping[str, Any], config: Mapping[str, Any], takes: Sequence[Take] = ()
-    ) -> None:
+    def __init__(self, folder: Path, *, story: Mapping[str, Any], config: Mapping[str, Any], **more: Any) -> None:
+        super().__init__(story=dict(story), config=dict(config), **{"slots": new_slots(story), **more})
         self.folder = folder
-        self.story = dict(story)
-        self.config = dict(config)
-        self.slots = new_slots(story)
-        self.takes = list(takes)
-        self._configs: dict[str, dict[str, Any]] = {}
-        self._video: Literal["film.mp4"] | None = None
-        self._made: dict[str, str] = {}
-        self._before: dict[str, str] = {}
-        self.edits: list[str] = []
-        self._memory: str | None = None
         self._saved: dict[str, Any] | None = None  # what film.json holds now, perhaps in an older schema
 
     @classmethod
     def open(cls, folder: str | Path) -> Film:
         """Read a film's manifest; nothing in the folder changes. ``FilmError`` as :func:`read_manifest`."""
         manifest, saved = read_manifest(Path(folder))
-        film = cls(Path(folder), story=manifest.story, config=manifest.config, takes=manifest.takes)
-        film.slots, film._configs = list(manifest.shots), manifest.configs
-        film._video, film._made, film._before = manifest.video, manifest.made, manifest.made_before
-        film._memory, film.edits, film._saved = manifest.memory_sha256, list(manifest.edits), saved
+        film = cls(Path(folder), **{**vars(manifest), "writing": []})
+        film._saved = saved
         return film
 
     @staticmethod
@@ -105,37 +86,9 @@ class Film:
         return os.path.lexists(Path(folder) / MANIFEST)
 
     @property
-    def shots(self) -> list[Take]:
-        """The chosen take of every shot that has one, in order."""
-        return [take for index in range(len(self.slots)) if (take := self.take_of(index)) is not None]
-
-    def takes_of(self, index: int) -> list[Take]:
-        """All takes of a shot (index from 0), oldest first."""
-        return sorted((t for t in self.takes if t.folder == self.slots[index].folder), key=lambda take: take.take)
-
-    def take_of(self, index: int) -> Take | None:
-        """The chosen take of a shot (index from 0)."""
-        slot = self.slots[index]
-        return next((t for t in self.takes if (t.folder, t.take) == (slot.folder, slot.take)), None)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every shot has a take."""
-        return all(slot.take is not None for slot in self.slots)
-
-    @property
     def video(self) -> Path | None:
         """The joined film, once there is a take; shots without one are cards in it."""
-        return None if self._video is None else self.folder / self._video
-
-    @property
-    def config_hash(self) -> str:
-        """SHA-256 of the settings, as 16 hexadecimal digits."""
-        return config_hash(self.config)
-
-    def config_of(self, take: Take) -> dict[str, Any] | None:
-        """The settings that a take was made with; None for takes of older versions with settings of their own."""
-        return self.config if take.config_hash == self.config_hash else self._configs.get(take.config_hash)
+        return None if self.joined is None else self.folder / self.joined
 
     @property
     def is_older(self) -> bool:
@@ -151,27 +104,11 @@ class Film:
     def memory_changed(self) -> bool:
         """Whether ``memory.json`` is not as it was written."""
         path = self.folder / MEMORY
-        return self._memory is not None and path.is_file() and hash_file(path) != self._memory
+        return self.memory_sha256 is not None and path.is_file() and hash_file(path) != self.memory_sha256
 
     def save(self) -> None:
         """Write the manifest."""
-        self._write(self._manifest())
-
-    def _manifest(self) -> dict[str, Any]:
-        used = {take.config_hash for take in self.takes}
-        manifest = Manifest(
-            story=self.story,
-            config=self.config,
-            shots=tuple(self.slots),
-            takes=tuple(self.takes),
-            configs={key: config for key, config in self._configs.items() if key in used - {self.config_hash}},
-            video=self._video,
-            made=self._made,
-            made_before=self._before,
-            memory_sha256=self._memory,
-            edits=tuple(self.edits),
-        )
-        return manifest_json(manifest)
+        self._write(self.to_json())
 
     def _write(self, manifest: dict[str, Any]) -> None:
         write_json(self.folder / MANIFEST, manifest)
@@ -192,7 +129,7 @@ class Film:
 
     def use_config(self, config: Mapping[str, Any]) -> None:
         """Use other settings for the takes to come."""
-        self._configs[self.config_hash] = self.config
+        self.configs[self.config_hash] = self.config
         self.config = dict(config)
 
     def show(self, index: int, number: int) -> None:
@@ -201,8 +138,6 @@ class Film:
         Raises:
             FilmError: if there is no such take.
         """
-        from storymem.memory.bank import read_entries, write_entries  # loads torch
-
         takes = [take.take for take in self.takes_of(index)]
         if number not in takes:
             known = f"it has {', '.join(map(str, takes))}" if takes else f"it has none: shot={index + 1} makes one"
@@ -220,21 +155,19 @@ class Film:
 
     def edit_memory(self, entries: Sequence[Entry], edit: str, images: Mapping[str, np.ndarray]) -> None:
         """Save other ``entries`` of the memory, and new images by their (unused) names; ``edit`` is what was done."""
-        from storymem.memory.bank import write_entries  # loads torch
-
         self._write({**(self._saved or {}), "writing": [*images, _NEXT_MEMORY]})
         for name, image in images.items():
             write_image(self.folder / name, image)
         write_entries(self.folder / _NEXT_MEMORY, entries)
-        self._memory = hash_file(self.folder / _NEXT_MEMORY)
+        self.memory_sha256 = hash_file(self.folder / _NEXT_MEMORY)
         self.edits.append(edit)
         self.save()
         self._put_memory()
 
     def _commit(self) -> None:
-        self._video = None
+        self.joined = None
         if (self.folder / _NEXT_MEMORY).is_file():
-            self._memory = hash_file(self.folder / _NEXT_MEMORY)
+            self.memory_sha256 = hash_file(self.folder / _NEXT_MEMORY)
         self.save()
         self._put_memory()
 
@@ -268,7 +201,7 @@ class Film:
         banks = {_NEXT_MEMORY: memory, None: besides}
         images = [one for bank in banks.values() for one in ([] if bank is None else bank.files())]
         writing = [name, *ends, *(one for one in images if not (self.folder / one).exists()), _NEXT_MEMORY]
-        self._write({**(self._manifest() if self._saved is None else self._saved), "writing": writing})
+        self._write({**(self.to_json() if self._saved is None else self._saved), "writing": writing})
         try:
             with naming_full_disk(self.folder / name):
                 (self.folder / ends[0]).parent.mkdir(parents=True, exist_ok=True)
@@ -302,7 +235,7 @@ class Film:
         """
         self.takes.append(replace(take, sha256=self._hashes(take.file)))
         if config is not None and take.config_hash != self.config_hash:
-            self._configs[take.config_hash] = dict(config)
+            self.configs[take.config_hash] = dict(config)
         before = self.take_of(take.index)
         if before is not None and left is not None:
             self.takes[self.takes.index(before)] = replace(before, keyframes=tuple(left))
@@ -347,8 +280,7 @@ class Film:
     def check(self, besides: Sequence[int] = ()) -> None:
         """Compare the videos of chosen takes with the manifest; one that the user changed is accepted with a warning.
 
-        Args:
-            besides: shots (from 0) that are not checked, since they get another take.
+        Shots (from 0) in ``besides`` are not checked, since they get another take.
 
         Raises:
             FilmError: if a video is missing or cannot be decoded.
@@ -376,15 +308,13 @@ class Film:
                 f"its {frames} frames are used instead of {record.frames}"
             )
             self.takes[self.takes.index(record)] = replace(record, frames=frames, sha256={record.file: digest})
-            self._video = None
+            self.joined = None
 
     def clean(self) -> list[Take]:
         """Delete the takes that no shot shows, and what only they added to the memory; returns them.
 
         Files that the user changed stay, and images of keyframes that the page shows.
         """
-        from storymem.memory.bank import holds_image, keyframe_files, read_entries  # loads torch
-
         chosen = self.shots
         gone = [take for take in self.takes if take not in chosen]
         shown = {id for take in chosen for id in (*take.memory, *(k.id for k in take.keyframes))}
@@ -396,7 +326,7 @@ class Film:
             if keyframe.id not in shown and holds_image(self.folder / image, keyframe.sha256):
                 unchanged += [image, tensors]
         self.takes = chosen
-        self._write({**self._manifest(), "writing": unchanged})
+        self._write({**self.to_json(), "writing": unchanged})
         self.remove_unfinished()
         return gone
 
@@ -417,22 +347,17 @@ class Film:
 
     # The film as a whole
 
-    def refresh(self, page: str) -> None:
-        """Join the takes if needed, and write the page.
-
-        Args:
-            page: the text of ``storyboard.html``, where ``film.mp4`` lies beside it.
-        """
+    def refresh(self) -> None:
+        """Join the takes if needed, and write the page."""
         written = {PAGE: self.folder / f".{PAGE}.partial"}
-        write_text(written[PAGE], page)
-        if self.shots and not (self._video and self._has(VIDEO, self._made.get(VIDEO))):
+        write_text(written[PAGE], storyboard(self, self.folder))
+        if self.shots and not (self.joined and self._has(VIDEO, self.made.get(VIDEO))):
             written[VIDEO] = self.folder / f".{VIDEO}.joined.partial"
-            join_film(self, written[VIDEO])
-            self._video = "film.mp4"
+            join_film(self, self.folder, written[VIDEO])
+            self.joined = "film.mp4"
         for name, path in written.items():
             self._announce(name, hash_file(path))
-        now = json.loads(json.dumps(self._manifest()))
-        if {**now, "versions": None} != {**(self._saved or {}), "versions": None}:
+        if {**self.to_json(), "versions": None} != {**(self._saved or {}), "versions": None}:
             self.save()
         for name, path in written.items():
             path.replace(self.folder / name)
@@ -441,15 +366,15 @@ class Film:
         """Note that a file of the film gets other content; one that the user changed gets another name."""
         path = self.folder / name
         if path.is_file() and (old := hash_file(path)) != digest:
-            if old in (self._made.get(name), self._before.get(name)):
-                self._before = {**self._before, name: old}
+            if old in (self.made.get(name), self.made_before.get(name)):
+                self.made_before = {**self.made_before, name: old}
             else:
                 aside = next(p for n in count(1) if not os.path.lexists(p := path.with_stem(f"{path.stem}_{n}")))
                 path.rename(aside)
                 logger.warning(
                     f"{path} was changed since it was written: it is now {aside.name}, and {name} is written again"
                 )
-        self._made = {**self._made, name: digest}
+        self.made = {**self.made, name: digest}
 
     def _has(self, name: str, digest: str | None) -> bool:
         path = self.folder / name
@@ -471,7 +396,7 @@ class Film:
 
     def _put_memory(self) -> None:
         following = self.folder / _NEXT_MEMORY
-        if following.is_file() and hash_file(following) == self._memory:
+        if following.is_file() and hash_file(following) == self.memory_sha256:
             following.replace(self.folder / MEMORY)
         following.unlink(missing_ok=True)
 
@@ -484,6 +409,22 @@ class Film:
         if Path(os.path.realpath(path.parent)) == without_links and (path.is_symlink() or not path.is_dir()):
             path.unlink(missing_ok=True)
             _remove_if_empty(path.parent)
+
+
+@contextmanager
+def edited_film(folder: str | Path) -> Iterator[Film]:
+    """The film in ``folder``, which is locked until the end of the block; ``film.mp4`` and the page then follow it.
+
+    Raises:
+        FilmError: if there is no film, and then nothing is locked; see :func:`read_manifest`.
+        FileError: if another process has locked it.
+    """
+    Film.open(folder)
+    with film_folder(folder):
+        film = Film.open(folder)
+        film.remove_unfinished()
+        yield film
+        film.refresh()
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -7,20 +7,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from storymem.composition import composed
 from storymem.config import build_settings
-from storymem.film.manifest import check_folder
+from storymem.film.folder import Film, edited_film
+from storymem.film.manifest import FilmError, check_folder
+from storymem.film.matching import match, stale
+from storymem.film.progress import Progress
+from storymem.film.resume import story_record
 from storymem.film.settings import GenerateSettings, build_policy, check_lengths, uses_text_to_video, work_of
+from storymem.film.tables import film_table
+from storymem.memory.bank import read_entries
+from storymem.overrides import hydra_arguments
+from storymem.scorers import scorer_bytes, scorer_weights
 from storymem.stopping import stopping_on_signals
 from storymem.story import Story, load_stories, load_story
 from storymem.wan.processes import Launch, find_grid
-from storymem.wan.settings import RuntimeSettings
-from storymem.weights import Weights
+from storymem.wan.settings import RuntimeSettings, VideoSettings
+from storymem.weights import Weights, locate, sample_hash
 
-if TYPE_CHECKING:
-    from storymem.film.folder import Film
-    from storymem.film.progress import Progress
+if TYPE_CHECKING:  # they load torch
     from storymem.film.storyteller import ShotGenerator, Storyteller
-    from storymem.wan.settings import VideoSettings
     from storymem.wan.shots import WanShotGenerator
 
 # What does not influence what the film looks like, and may change when a film is resumed.
@@ -43,7 +49,7 @@ def generate(
         output: the film's folder; films/<title> by default.
         model: "toy" (embedded), "wan2.2-a14b" or another choice of ``configs/model``.
         overrides: more settings, as on the command line: ``["seed=7", "memory.recall.capacity=7"]``.
-        progress: whether to show shots and steps; or what shows them.
+        progress: whether to show notes, shots and steps; or what shows the latter. Warnings are logged in any case.
 
     Returns:
         The film; ``video`` is the path of the joined film.
@@ -51,8 +57,6 @@ def generate(
     Raises:
         ValueError: for a mistake in the story or the settings, before anything is generated.
     """
-    from storymem.film.folder import Film
-
     config = config_of([f"model={model}", *overrides, "dry_run=false"])
     config |= {"story": "." if isinstance(story, Story) else str(story), "output": output and str(output)}
     settings = build_settings(GenerateSettings, config)
@@ -65,9 +69,6 @@ def generate(
 
 def config_of(arguments: Sequence[str]) -> dict[str, Any]:
     """The configuration of ``storymem generate`` with these arguments, as plain containers, without a story."""
-    from storymem.composition import composed
-    from storymem.overrides import hydra_arguments
-
     return composed("generate", hydra_arguments([*arguments, "story=."], None, GenerateSettings))
 
 
@@ -99,16 +100,19 @@ def _generate(
     """Check everything, then make the films; ``stories`` by their films' folders."""
     launch = Launch.of(settings.runtime)
     _check(settings, stories, launch)
-    reports = launch.is_first and launch.team == 0
+    reports = bool(progress) and launch.is_first and launch.team == 0
     if settings.take is not None:
         ((folder, story),) = stories.items()
-        return [_choose(settings, story, folder)] if launch.is_first else []
+        films = [_choose(settings, story, folder)] if launch.is_first else []
+        for film in films if reports else ():
+            _print_film(film)
+        return films
     grid = find_grid(settings.runtime, launch, model=settings.model, sampler=settings.sampler)
     if settings.dry_run:
         if reports:
             _print_plans(settings, stories)
         return []
-    if progress and reports:
+    if reports:
         for folder, story in stories.items():
             print(f"{story.title}: {len(story.shots)} shots with {settings.model.name}, to {folder}", file=sys.stderr)
     from storymem.wan.sources import check_weights
@@ -121,17 +125,16 @@ def _generate(
         for note in notes_on(list(stories.values()), settings.model, settings.sampler, settings.memory.reference_fit):
             print(note, file=sys.stderr)
     from storymem.film.processes import among_processes
-    from storymem.film.progress import Progress
     from storymem.wan.runtime import check_runtime
 
-    films: list[Film] = []
+    films = []
     shown = progress if isinstance(progress, Progress) else Progress(enabled=progress)
     generator = build_generator(settings)
     generator.on_preview = shown.on_preview
     with among_processes(generator, launch, check_runtime(settings.runtime)) as shared:
         if shared is None:
             return films
-        if launch.world > 1:
+        if progress and launch.world > 1:
             print(grid, file=sys.stderr)
         generator.check_machine()
         storyteller = build_storyteller(settings, config, shared)
@@ -169,12 +172,6 @@ def _check(settings: GenerateSettings, stories: Mapping[Path, Story], launch: La
 
 def _choose(settings: GenerateSettings, story: Story, folder: Path) -> Film:
     """Let a shot show another of its takes (``shot=3 take=2``); nothing is generated."""
-    from storymem.film.editing import edited_film
-    from storymem.film.folder import Film
-    from storymem.film.manifest import FilmError
-    from storymem.film.matching import match
-    from storymem.film.resume import story_record
-
     work = work_of(settings, len(story.shots))
     if work.shots is None or len(work.shots) != 1 or settings.take is None:
         raise ValueError(f"take={settings.take} is for one shot, not for shot={settings.shot}")
@@ -187,15 +184,10 @@ def _choose(settings: GenerateSettings, story: Story, folder: Path) -> Film:
             raise FilmError(f"shot {settings.shot} of this story is not in the film yet: leave take out, once")
         film.show(places[0], settings.take)
         film.check()
-    _print_film(film)
     return film
 
 
 def _print_film(film: Film) -> None:
-    from storymem.film.matching import stale
-    from storymem.film.tables import film_table
-    from storymem.memory.bank import read_entries
-
     print(film_table(film, stale(film, read_entries(film.folder))), file=sys.stderr)
     print(film.video, flush=True)
 
@@ -219,7 +211,6 @@ def _folder(story: Story, settings: GenerateSettings) -> Path:
 
 def build_generator(settings: GenerateSettings) -> WanShotGenerator:
     """The shot generator, which loads its networks when they are needed."""
-    from storymem.scorers import scorer_bytes
     from storymem.wan.shots import WanShotGenerator
 
     return WanShotGenerator(
@@ -234,12 +225,7 @@ def build_generator(settings: GenerateSettings) -> WanShotGenerator:
 def build_storyteller(
     settings: GenerateSettings, config: Mapping[str, Any], generator: ShotGenerator | None = None
 ) -> Storyteller:
-    """The shot loop with all its parts.
-
-    Args:
-        settings: of all parts.
-        config: what the film's manifest records as its settings.
-        generator: the shot generator, where it works together with other processes; None: :func:`build_generator`.
+    """The shot loop with all its parts; ``config`` is what the film's manifest records as its settings.
 
     Raises:
         ValueError: for settings that this machine cannot run, or a runtime of several processes without ``generator``.
@@ -285,7 +271,6 @@ def _quality(settings: GenerateSettings, runtime: RuntimeSettings) -> Any:
     """The quality filter; where experts take turns in memory, it takes one too."""
     from hydra.utils import instantiate
 
-    from storymem.scorers import scorer_weights
     from storymem.scorers.on_demand import OnDemand
 
     def build() -> Any:
@@ -300,9 +285,7 @@ def _quality(settings: GenerateSettings, runtime: RuntimeSettings) -> Any:
 def recorded_config(config: Mapping[str, Any], video: VideoSettings | None = None) -> dict[str, Any]:
     """The part of a configuration that a film is made with, and that may not change when it is resumed.
 
-    Args:
-        config: plain containers.
-        video: size and length of the shots, where ``aspect`` or ``size`` may have changed them.
+    ``video`` has the size of the shots where ``aspect`` or ``size`` may have changed it.
     """
     runtime: Mapping[str, Any] = config.get("runtime", {})
     changed = {name: runtime[name] for name in _APPROXIMATE if runtime.get(name) not in (None, "none", "as_is")}
@@ -319,21 +302,16 @@ def _hashes(settings: GenerateSettings) -> dict[str, str]:
 
     Text-to-video is left out: it makes a film's first shot only, and a film that is resumed has that.
     """
-    from storymem.scorers import scorer_weights
     from storymem.wan.sources import required_weights
 
     wanted = required_weights(
         settings.model, text_to_video=False, continuity=settings.continuity, sampler=settings.sampler
     )
-    for scorer in (settings.scorer.clip, settings.scorer.quality):
-        wanted += scorer_weights(scorer)
-    return weight_hashes(wanted)
+    return weight_hashes(wanted + scorer_weights(vars(settings.scorer)))
 
 
 def weight_hashes(weights: Sequence[Weights]) -> dict[str, str]:
     """Name of weights -> hash of a sample of their content, for the record of a film."""
-    from storymem.weights import locate, sample_hash
-
     places: dict[str, list[Path]] = {}
     for one in weights:  # several may have one name, as the two files of a GGUF pair
         places.setdefault(one.name, []).append(locate(one))

@@ -8,58 +8,49 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from storymem.film.manifest import VIDEO, Take, scripts
+from storymem.film.manifest import VIDEO, Manifest, Take, scripts
 from storymem.io import hash_file
 from storymem.media.images import fit_image
-from storymem.media.video import VideoInfo, iter_frames, join_videos, probe, write_video
-
-if TYPE_CHECKING:
-    from storymem.film.folder import Film
+from storymem.media.video import VideoInfo, iter_frames, join_videos, probe
 
 logger = logging.getLogger(__name__)
 
 _CARD_SECONDS = 2.0  # of a shot whose length neither the story nor the settings give
 
 
-def join_film(film: Film, joined: Path) -> None:
-    """Write the film to ``joined``; at least one shot must have a take.
+def join_film(film: Manifest, folder: Path, joined: Path) -> None:
+    """Write the film in ``folder`` to ``joined``; at least one shot must have a take.
 
     Takes of another size or rate, put there by the user, are fitted to the others. A video that is lost is a card too,
     until its shot gets another take.
     """
-    takes = {take.index: take for take in film.shots if _is_playable(film, take)}
+    takes = {take.index: take for take in film.shots if _is_playable(take, folder / take.file)}
     own = [take for take in takes.values() if not take.is_replaced] or [*takes.values()]
-    like = probe(film.folder / own[0].file)
-    temporary: list[Path] = []
-    try:
-        parts = [
-            _part(film, takes[index], like, temporary) if index in takes else _card(film, index, like, temporary)
-            for index in range(len(film.slots))
-        ]
-        for note in join_videos(parts, joined):
-            if not any(str(path) in note for path in temporary):
-                logger.warning(note.replace(joined.name, VIDEO))
-    finally:
-        for path in temporary:
-            path.unlink(missing_ok=True)
+    like = probe(folder / own[0].file)
+    parts = [
+        _card(film, index, like) if (take := takes.get(index)) is None else _part(take, folder / take.file, like)
+        for index in range(len(film.slots))
+    ]
+    for note in join_videos(parts, joined, like.fps):
+        logger.warning(note.replace(joined.name, VIDEO))
 
 
-def _is_playable(film: Film, take: Take) -> bool:
-    path = film.folder / take.file
+def _is_playable(take: Take, path: Path) -> bool:
     try:
         return path.is_file() and (hash_file(path) == take.sha256.get(take.file) or any(1 for _ in iter_frames(path)))
     except ValueError:
         return False
 
 
-def _part(film: Film, take: Take, like: VideoInfo, temporary: list[Path]) -> Path:
-    """A take's video; of one that the user put there or that differs from the others, a copy added to ``temporary``."""
-    path = film.folder / take.file
+def _part(take: Take, path: Path, like: VideoInfo) -> Path | Iterator[np.ndarray]:
+    """A take's video; of one that the user put there or that differs from the others, its frames.
+
+    Even one that fits is encoded again: packets of a damaged file can decode alone and fail after those of another.
+    """
     info = probe(path)
     fits = (info.height, info.width) == (like.height, like.width) and abs(info.fps - like.fps) < 0.01 * like.fps
     if fits and not take.is_replaced:
@@ -67,10 +58,9 @@ def _part(film: Film, take: Take, like: VideoInfo, temporary: list[Path]) -> Pat
     if not fits:
         was, now = (f"{one.width}x{one.height} at {one.fps:g} frames per second" for one in (info, like))
         logger.warning(f"{path} is {was}: fitted to {now} for {VIDEO}")
-    # Even one that fits is encoded again: packets of a damaged file can decode alone and fail after those of another
-    temporary.append(film.folder / f".{take.folder}.{path.name}.partial")
-    write_video(temporary[-1], _fitted(path, info, like), like.fps)
-    return temporary[-1]
+    if info.sound:
+        logger.warning(f"{path} has sound, which is left out of {VIDEO}")
+    return _fitted(path, info, like)
 
 
 def _fitted(path: Path, info: VideoInfo, like: VideoInfo) -> Iterator[np.ndarray]:
@@ -82,15 +72,12 @@ def _fitted(path: Path, info: VideoInfo, like: VideoInfo) -> Iterator[np.ndarray
         yield from repeat(fit_image(frame, like.height, like.width, "contain"), times_shown[number])
 
 
-def _card(film: Film, index: int, like: VideoInfo, temporary: list[Path]) -> Path:
-    """A video of the length of a shot that is not made yet, with its number and text; added to ``temporary``."""
+def _card(film: Manifest, index: int, like: VideoInfo) -> Iterator[np.ndarray]:
+    """Frames for a shot that is not made yet, of its length, with its number and text."""
     content = scripts(film.story)[index].content
     frames = content.get("frames") or film.config.get("model", {}).get("video", {}).get("frames")
     length = frames if isinstance(frames, int) and 0 < frames < 10**4 else round(_CARD_SECONDS * like.fps)
-    temporary.append(film.folder / f".card{index + 1}.partial")
-    card = title_card(f"Shot {index + 1}", content["prompt"], like.height, like.width)
-    write_video(temporary[-1], repeat(card, length), like.fps)
-    return temporary[-1]
+    return repeat(title_card(f"Shot {index + 1}", content["prompt"], like.height, like.width), length)
 
 
 def title_card(title: str, text: str, height: int, width: int) -> np.ndarray:

@@ -10,12 +10,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, field
+from dataclasses import field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NotRequired
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
 from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -24,10 +24,8 @@ from typing_extensions import TypedDict
 from storymem.config import STRICT
 from storymem.film.settings import END_FRAMES, GIVEN_FRAMES, Mode
 from storymem.io import FileError, check_regular, folder_lock, hash_json, parse_json, read_text
-
-if TYPE_CHECKING:
-    from storymem.memory import Keyframe
-    from storymem.memory.bank import Entry
+from storymem.memory import Candidate, Keyframe
+from storymem.memory.bank import Entry
 
 SCHEMA = 3  # 2 had one take of a shot; 1 also counted shots and frames from 0
 MANIFEST = "film.json"
@@ -55,7 +53,6 @@ FileName = Annotated[str, AfterValidator(_inside)]
 Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$", max_length=100)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Place = Annotated[int, Field(ge=1, le=10**9)]
-Verdict = Literal["kept", "low quality", "like the last", "in the memory"]
 
 
 class _Shot(TypedDict):
@@ -126,14 +123,10 @@ class KeyframeRecord:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CandidateRecord:
-    """A frame that was examined as a keyframe; see :class:`storymem.memory.Candidate`. ``frame`` counts from 1."""
+class CandidateRecord(Candidate):
+    """As :class:`storymem.memory.Candidate`, but ``frame`` counts from 1."""
 
     frame: Place
-    verdict: Verdict
-    quality: float | None
-    similarity: float | None
-    threshold: float | None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -277,17 +270,17 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-@dataclass(kw_only=True, config=ConfigDict(extra="ignore"))
+@dataclass(kw_only=True, eq=False, config=ConfigDict(extra="ignore", populate_by_name=True))
 class Manifest:
     """The content of ``film.json``, except what is only for users to read.
 
     Args:
         story: see :func:`storymem.film.resume.story_record`.
         config: the settings that the film is made with, plain JSON types.
-        shots: one for each shot of the story, in order.
+        slots: one for each shot of the story, in order; ``shots`` in the file.
         takes: all that were made, also of shots that the story no longer has.
         configs: other settings that takes were made with: hash -> settings.
-        video: name of the joined film, if it is that of the takes that are chosen.
+        joined: name of the joined film, if it is that of the takes that are chosen; ``video`` in the file.
         made: the joined film and the page as they were last written: name -> sha256.
         made_before: the same of their content before that, which they have until they are renamed.
         memory_sha256: of ``memory.json`` as it was last written.
@@ -297,41 +290,70 @@ class Manifest:
 
     story: Annotated[dict[str, Any], _checked(_Story)]
     config: dict[str, Any]
-    shots: tuple[Slot, ...]
-    takes: tuple[Take, ...] = ()
+    slots: Annotated[list[Slot], Field(alias="shots")]
+    takes: list[Take] = field(default_factory=list)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    video: Literal["film.mp4"] | None = None
+    joined: Annotated[Literal["film.mp4"] | None, Field(alias="video")] = None
     made: dict[FileName, str] = field(default_factory=dict)
     made_before: dict[FileName, str] = field(default_factory=dict)
     memory_sha256: str | None = None
-    edits: tuple[str, ...] = ()
-    writing: tuple[FileName, ...] = ()
+    edits: list[str] = field(default_factory=list)
+    writing: list[FileName] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if len(self.shots) != len(scripts(self.story)):
+        if len(self.slots) != len(scripts(self.story)):
             raise ValueError("there is not one entry of shots for each shot of the story")
-        if len({slot.folder for slot in self.shots}) < len(self.shots):
+        if len({slot.folder for slot in self.slots}) < len(self.slots):
             raise ValueError("two shots have one folder")
         names = {(take.folder, take.take) for take in self.takes}
         if len({take.file for take in self.takes}) < len(self.takes) or len(names) < len(self.takes):
             raise ValueError("two takes have one name or one file")
-        if any(slot.take is not None and (slot.folder, slot.take) not in names for slot in self.shots):
+        if any(slot.take is not None and (slot.folder, slot.take) not in names for slot in self.slots):
             raise ValueError("a take is chosen that does not exist")
+
+    @property
+    def shots(self) -> list[Take]:
+        """The chosen take of every shot that has one, in order."""
+        return [take for index in range(len(self.slots)) if (take := self.take_of(index)) is not None]
+
+    def takes_of(self, index: int) -> list[Take]:
+        """All takes of a shot (index from 0), oldest first."""
+        return sorted((t for t in self.takes if t.folder == self.slots[index].folder), key=lambda take: take.take)
+
+    def take_of(self, index: int) -> Take | None:
+        """The chosen take of a shot (index from 0)."""
+        slot = self.slots[index]
+        return next((t for t in self.takes if (t.folder, t.take) == (slot.folder, slot.take)), None)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every shot has a take."""
+        return all(slot.take is not None for slot in self.slots)
+
+    @property
+    def config_hash(self) -> str:
+        """SHA-256 of the settings, as 16 hexadecimal digits."""
+        return config_hash(self.config)
+
+    def config_of(self, take: Take) -> dict[str, Any] | None:
+        """The settings that a take was made with; None for takes of older versions with settings of their own."""
+        return self.config if take.config_hash == self.config_hash else self.configs.get(take.config_hash)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``film.json``, with what is only for users to read."""
+        used = {take.config_hash for take in self.takes} - {self.config_hash}
+        self.configs = {key: config for key, config in self.configs.items() if key in used}
+        return {
+            "schema": SCHEMA,
+            "title": self.story["title"],
+            "seconds": round(sum(sum(take.seconds.values()) for take in self.takes), 3),
+            "config_hash": self.config_hash,
+            "versions": library_versions(),
+            **_MANIFEST.dump_python(self, by_alias=True, mode="json"),
+        }
 
 
 _MANIFEST = TypeAdapter(Manifest)
-
-
-def manifest_json(manifest: Manifest) -> dict[str, Any]:
-    """The content of ``film.json``: the manifest, and what is only for users to read."""
-    return {
-        "schema": SCHEMA,
-        "title": manifest.story["title"],
-        "seconds": round(sum(sum(take.seconds.values()) for take in manifest.takes), 3),
-        "config_hash": config_hash(manifest.config),
-        "versions": library_versions(),
-        **asdict(manifest),
-    }
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
@@ -353,8 +375,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
             raise FilmError(f"{path}: schema {written['schema']!r:.60} is not known; {known}: update storymem")
         if missing := sorted({"story", "config", "shots", "video"} - written.keys()):
             raise FileError(f"{missing[0]} is missing")
-        content = _counted_from_1(written) if written["schema"] == 1 else written
-        content = _with_takes(content) if written["schema"] < SCHEMA else content
+        content = _converted(written)
         return _MANIFEST.validate_json(json.dumps(content), strict=True), written
     except FilmError:
         raise
@@ -366,64 +387,45 @@ def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
         raise FilmError(f"{path} is damaged ({where}: {problem['msg']}): {_CURE}") from None
 
 
+def _converted(written: dict[str, Any]) -> dict[str, Any]:
+    """The content of an older schema as this one."""
+    try:
+        content = _counted_from_1(written) if written["schema"] == 1 else written
+        return _with_takes(content) if written["schema"] < SCHEMA else content
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise FileError(f"schema {written['schema']} is not read: {error!r:.60}") from None
+
+
 def _counted_from_1(written: dict[str, Any]) -> dict[str, Any]:
-    """Schema 1 as schema 2; what has other types is left to the validation."""
-
-    def is_numbered(item: Any, key: str) -> bool:
-        return isinstance(item, dict) and type(item.get(key)) is int
-
-    def keyframe(entry: Any) -> Any:
-        return {**entry, "frame": entry["frame"] + 1} if is_numbered(entry, "frame") else entry
-
-    def shot(entry: Any) -> Any:
-        if not is_numbered(entry, "index") or not isinstance(entry.get("keyframes"), list):
-            return entry
-        converted = {**entry, "shot": entry["index"] + 1, "keyframes": [keyframe(one) for one in entry["keyframes"]]}
-        del converted["index"]
-        return converted
-
-    shots = written["shots"]
-    return {**written, "shots": [shot(entry) for entry in shots] if isinstance(shots, list) else shots}
+    """Schema 1 as schema 2."""
+    shots = []
+    for shot in written["shots"]:
+        keyframes = [{**keyframe, "frame": keyframe["frame"] + 1} for keyframe in shot["keyframes"]]
+        others = {name: value for name, value in shot.items() if name != "index"}
+        shots.append({**others, "shot": shot["index"] + 1, "keyframes": keyframes})
+    return {**written, "shots": shots}
 
 
 def _with_takes(written: dict[str, Any]) -> dict[str, Any]:
     """Schema 2 as schema 3: its shots are the chosen takes, whose files keep their names."""
-    story = _as_read(_Story, written["story"], "story")
-    now, slots, records = scripts(story), new_slots(story), written["shots"]
-    if not isinstance(records, list) or len(records) > len(slots):
-        raise FileError("shots: there is not at most one for each shot of the story")
+    now, slots = scripts(written["story"]), new_slots(written["story"])
     takes: list[dict[str, Any]] = []
-    for place, record in enumerate(records):
-        if not isinstance(record, dict) or record.get("shot") != place + 1 or not isinstance(record.get("file"), str):
-            raise FileError(f"shots.{place}: it is not the record of shot {place + 1}")
-        of = {name: value for name, value in record.items() if name != "prompt"}
-        number = re.search(r"_take(\d{1,6})\.mp4$", record["file"])
-        take = int(number[1]) if number else 1
-        before: dict[str, Any] = takes[-1] if takes else {"sha256": {}, "file": ""}
-        modes = [mode for mode, given in GIVEN_FRAMES.items() if given]
-        continues = isinstance(before["sha256"], dict) and record.get("mode") in modes
+    for place, record in enumerate(written["shots"]):
+        take = re.search(r"_take(\d{1,6})\.mp4$", record["file"])
+        before = takes[-1] if takes and GIVEN_FRAMES[record["mode"]] else None
         takes.append(
             {
-                **of,
+                **{name: value for name, value in record.items() if name != "prompt"},
+                "shot": place + 1,
                 "folder": slots[place].folder,
-                "take": take,
-                "script": {**now[place].content, "prompt": record.get("prompt")},
-                "follows": before["sha256"].get(before["file"]) if continues else None,
-                "sha256": of.get("sha256", {}),
+                "take": int(take[1]) if take else 1,
+                "script": {**now[place].content, "prompt": record["prompt"]},
+                "follows": None if before is None else before.get("sha256", {}).get(before["file"]),
             }
         )
     chosen = [take["take"] for take in takes] + [None] * (len(slots) - len(takes))
     shots = [{"folder": slot.folder, "take": take} for slot, take in zip(slots, chosen, strict=True)]
-    return {**written, "shots": shots, "takes": takes, "video": written["video"]}
-
-
-def _as_read(kind: Any, content: Any, name: str) -> Any:
-    try:
-        TypeAdapter(kind).validate_python(content, strict=True)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        raise FileError(f"{'.'.join(map(str, (name, *problem['loc'])))}: {problem['msg']}") from None
-    return content
+    return {**written, "shots": shots, "takes": takes}
 
 
 @contextmanager

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from storymem.film.manifest import KeyframeRecord, Script, Slot, Take, scripts, unused_folder
+from storymem.film.manifest import KeyframeRecord, Manifest, Script, Slot, Take, scripts, unused_folder
 from storymem.film.tables import counted
 from storymem.io import hash_json
-
-if TYPE_CHECKING:
-    from storymem.film.folder import Film
-    from storymem.memory import Keyframe
-    from storymem.memory.bank import Entry
+from storymem.memory import Keyframe
+from storymem.memory.bank import Entry, keyframe_files, known_to, with_frames
 
 
 def match(
@@ -73,7 +70,7 @@ def _key(script: Script) -> str:
     return hash_json(script.content)
 
 
-def matches(film: Film, was: Sequence[Slot], before: Mapping[str, Any]) -> Iterator[str]:
+def matches(film: Manifest, was: Sequence[Slot], before: Mapping[str, Any]) -> Iterator[str]:
     """A line for each shot of ``film`` that the story ``before``, with the shots ``was``, has not at its place."""
     old, new = scripts(before), scripts(film.story)
     numbers = {slot.folder: number for number, slot in enumerate(was, start=1)}
@@ -101,7 +98,7 @@ def bank_digest(keyframes: Iterable[Keyframe | Entry]) -> str:
     return hash_json([(k.id, k.sha256, *(["pinned"] if k.pinned else [])) for k in keyframes])[:16]
 
 
-def arranged(film: Film, was: Sequence[Slot], entries: Sequence[Entry]) -> list[Entry]:
+def arranged(film: Manifest, was: Sequence[Slot], entries: Sequence[Entry]) -> list[Entry]:
     """The memory of a film whose story or choice of takes has changed.
 
     The keyframes of takes that are no longer chosen leave it, as the user left them: their takes get them back. Those
@@ -134,8 +131,6 @@ def arranged(film: Film, was: Sequence[Slot], entries: Sequence[Entry]) -> list[
     order = [place[slot.folder] for slot in was if slot.folder in place]
     if order != sorted(order):
         stay = _by_shot(stay)
-    from storymem.memory.bank import with_frames  # loads torch
-
     held = {(slot.folder, slot.take) for slot in was}
     for take in film.shots:
         if (take.folder, take.take) not in held:
@@ -152,20 +147,11 @@ def _by_shot(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _entry(keyframe: KeyframeRecord, shot: int) -> Entry:
-    from storymem.memory.bank import Entry, keyframe_files  # loads torch
-
     return Entry(**vars(keyframe), image=keyframe_files(keyframe.id)[0], shot=shot)
 
 
-def stale(film: Film, entries: Sequence[Entry]) -> dict[int, str]:
-    """Shot (from 1) -> why its chosen take is not what would be made now, for those of which that is known.
-
-    Args:
-        film: with its takes.
-        entries: its memory.
-    """
-    from storymem.memory.bank import known_to  # loads torch
-
+def stale(film: Manifest, entries: Sequence[Entry]) -> dict[int, str]:
+    """Shot (from 1) -> why its chosen take is not what would be made now, with this memory; where that is known."""
     found = {}
     now = scripts(film.story)
     for take in film.shots:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, UserPath, build_settings
+from storymem.film import memory_edits as edits
+from storymem.film.folder import Film, edited_film
+from storymem.film.tables import candidates_table, counted, memory_table, summary
+from storymem.memory.bank import read_entries
 from storymem.stopping import stopping_on_signals
-
-if TYPE_CHECKING:
-    from storymem.film.folder import Film
-    from storymem.film.memory_edits import Edit
 
 _ARGUMENTS = {"show": (), "add": ("picture.png",), "drop": ("3",), "pin": ("3",), "unpin": ("3",)} | {
     "replace": ("3", "picture.png")
@@ -41,9 +42,6 @@ class MemoryEditSettings:
 def memory_command(config: Mapping[str, Any]) -> None:
     """Run ``storymem memory`` with a composed configuration."""
     settings = build_settings(MemoryEditSettings, config)
-    from storymem.film.editing import edited_film
-    from storymem.film.folder import Film
-
     given = (settings.folder,) if isinstance(settings.folder, str) else settings.folder
     folder, arguments = Path(given[0] if given else "FOLDER"), given[1:]
     if len(arguments) != len(_ARGUMENTS[settings.action]) or not given:
@@ -57,50 +55,34 @@ def memory_command(config: Mapping[str, Any]) -> None:
         film = Film.open(folder)
         print(listed(film) if settings.shot is None else explained(film, settings.shot), flush=True)
         return
-    with stopping_on_signals(), edited_film(folder) as film:
-        edit = _action(settings)(film, *arguments)
-    print(edit.command)
-    for shot, reason in edit.stale.items():
-        print(f"shot {shot} is not what would be made now: {reason}")
-
-
-def _action(settings: MemoryEditSettings) -> Callable[..., Edit]:
-    from functools import partial
-
-    from storymem.film import memory_edits as edits
-
-    actions: dict[str, Callable[..., Edit]] = {
+    actions: dict[str, Callable[..., edits.Edit]] = {
         "add": partial(edits.add, character=settings.character, shot=settings.shot),
         "drop": edits.drop,
         "pin": edits.pin,
         "unpin": partial(edits.pin, pinned=False),
         "replace": edits.replace,
     }
-    return actions[settings.action]
+    with stopping_on_signals(), edited_film(folder) as film:
+        edit = actions[settings.action](film, *arguments)
+    print(edit.command)
+    for shot, reason in edit.stale.items():
+        print(f"shot {shot} is not what would be made now: {reason}")
 
 
 def listed(film: Film) -> str:
     """The keyframes in text, what became of the frames of each shot, and the edits that were made."""
-    from storymem.film.memory_edits import command_of
-    from storymem.film.reasons import summary
-    from storymem.film.tables import counted, memory_table
-    from storymem.memory.bank import read_entries
-
     entries = read_entries(film.folder)
     parts = [f"{film.story['title']}: {counted(len(entries), 'keyframe')}"]
     parts += [memory_table(film, entries)] if entries else []
     summaries = [f"shot {take.shot}: {text}" for take in film.shots if (text := summary(take))]
     parts += ["\n".join(summaries)] if summaries else []
     if film.edits:
-        parts.append("\n".join(["edits:", *(f"  {command_of(film.folder, edit)}" for edit in film.edits)]))
+        parts.append("\n".join(["edits:", *(f"  {edits.command_of(film.folder, edit)}" for edit in film.edits)]))
     return "\n\n".join(parts)
 
 
 def explained(film: Film, shot: int) -> str:
     """Why each examined frame of a shot became a keyframe or not, in text."""
-    from storymem.film.reasons import summary
-    from storymem.film.tables import candidates_table
-
     if not 1 <= shot <= len(film.slots):
         raise ValueError(f"shot={shot}: the film has shots 1 to {len(film.slots)}")
     take = film.take_of(shot - 1)

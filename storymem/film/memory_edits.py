@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from storymem.config import nearest
+from storymem.film.differences import flat
 from storymem.film.folder import Film
 from storymem.film.manifest import FilmError
 from storymem.film.matching import stale
-from storymem.film.resume import flat
 from storymem.media.images import fit_image, read_image
 from storymem.memory.bank import IMAGES, Entry, ids_on_disk, keyframe_files, read_entries
 from storymem.memory.keyframes import reference_id, unused_id
@@ -30,12 +30,10 @@ class Edit:
     """What an edit did.
 
     Args:
-        entry: the keyframe as it is now, or that was dropped.
         command: what to type for the same edit.
         stale: shot (from 1) -> why its take is not what would be made now, for shots of which that is new.
     """
 
-    entry: Entry
     command: str
     stale: dict[int, str]
 
@@ -50,7 +48,6 @@ def add(film: Film, picture: str | Path, *, character: str | None = None, shot: 
     """Add an image as the newest keyframe.
 
     Args:
-        film: of the memory.
         picture: an image of any size, fitted as references are.
         character: who is shown, a character of the story.
         shot: the first (from 1) that may recall it; None: every shot.
@@ -59,7 +56,6 @@ def add(film: Film, picture: str | Path, *, character: str | None = None, shot: 
         FilmError: for a character or shot that the story does not have.
         ImageError: for an image that cannot be read.
     """
-    entries = _entries(film)
     names = [one["name"] for one in film.story.get("characters", ())]
     if character is not None and character not in names:
         known = f"its characters are {', '.join(names)}" if names else "it has none"
@@ -68,25 +64,20 @@ def add(film: Film, picture: str | Path, *, character: str | None = None, shot: 
         raise FilmError(f"shot={shot}: the film has shots 1 to {len(film.slots)}")
     image = _fitted(film, picture)
     name = character or re.sub(r"^ref_(.+)_\d+$", r"\1", Path(picture).stem)  # the image of an edit that is repeated
-    id = reference_id(name, _taken(film, entries))
+    id = reference_id(name, _taken(film))
     entry = Entry(id=id, image=keyframe_files(id)[0], shot=shot, character=character)
     options = [f"for={character}"] * (character is not None) + [f"shot={shot}"] * (shot is not None)
-    return _saved(film, entries, [*entries, entry], entry, ["add", entry.image, *options], {entry.image: image})
+    return _saved(film, None, entry, ["add", entry.image, *options], image)
 
 
 def drop(film: Film, which: str) -> Edit:
-    """Remove a keyframe from the memory; its files stay.
-
-    Args:
-        film: of the memory.
-        which: its number in the memory, from 1, or its id.
+    """Remove a keyframe, named by its number in the memory (from 1) or its id; its files stay.
 
     Raises:
         FilmError: if there is no such keyframe.
     """
-    entries = _entries(film)
-    entry = _find(film, entries, which)
-    return _saved(film, entries, [one for one in entries if one != entry], entry, ["drop", entry.id])
+    entry = _find(film, which)
+    return _saved(film, entry, None, ["drop", entry.id])
 
 
 def pin(film: Film, which: str, *, pinned: bool = True) -> Edit:
@@ -95,14 +86,11 @@ def pin(film: Film, which: str, *, pinned: bool = True) -> Edit:
     Raises:
         FilmError: if there is no such keyframe, or more are pinned than a shot recalls.
     """
-    entries = _entries(film)
-    entry = _find(film, entries, which)
+    entry = _find(film, which)
     capacity = flat(film.config).get("memory.recall.capacity")
-    if pinned and not entry.pinned and capacity is not None and sum(one.pinned for one in entries) >= capacity:
+    if pinned and not entry.pinned and capacity is not None and sum(one.pinned for one in _entries(film)) >= capacity:
         raise FilmError(f"{capacity} keyframes are pinned, and a shot recalls no more: unpin one of them")
-    now = changed(entry, pinned=pinned)
-    after = [now if one == entry else one for one in entries]
-    return _saved(film, entries, after, now, ["pin" if pinned else "unpin", entry.id])
+    return _saved(film, entry, changed(entry, pinned=pinned), ["pin" if pinned else "unpin", entry.id])
 
 
 def replace(film: Film, which: str, picture: str | Path) -> Edit:
@@ -112,20 +100,11 @@ def replace(film: Film, which: str, picture: str | Path) -> Edit:
         FilmError: if there is no such keyframe.
         ImageError: for an image that cannot be read.
     """
-    entries = _entries(film)
-    entry = _find(film, entries, which)
+    entry = _find(film, which)
     image = _fitted(film, picture)
-    id = unused_id(entry.id, _taken(film, entries))
-    now = Entry(
-        id=id,
-        image=keyframe_files(id)[0],
-        shot=entry.shot,
-        frame=entry.frame,
-        character=entry.character,
-        pinned=entry.pinned,
-    )
-    after = [now if one == entry else one for one in entries]
-    return _saved(film, entries, after, now, ["replace", entry.id, now.image], {now.image: image})
+    id = unused_id(entry.id, _taken(film))
+    now = changed(entry, id=id, image=keyframe_files(id)[0], sha256=None, source=None, quality=None, similarity=None)
+    return _saved(film, entry, now, ["replace", entry.id, now.image], image)
 
 
 def _entries(film: Film) -> list[Entry]:
@@ -134,7 +113,8 @@ def _entries(film: Film) -> list[Entry]:
     return read_entries(film.folder)
 
 
-def _find(film: Film, entries: Sequence[Entry], which: str) -> Entry:
+def _find(film: Film, which: str) -> Entry:
+    entries = _entries(film)
     if which.isdecimal() and 1 <= int(which) <= len(entries):
         return entries[int(which) - 1]
     ids = {entry.id: entry for entry in entries}
@@ -144,8 +124,8 @@ def _find(film: Film, entries: Sequence[Entry], which: str) -> Entry:
     return ids[which]
 
 
-def _taken(film: Film, entries: Sequence[Entry]) -> set[str]:
-    return ids_on_disk(film.folder) | {entry.id for entry in entries}
+def _taken(film: Film) -> set[str]:
+    return ids_on_disk(film.folder) | {entry.id for entry in _entries(film)}
 
 
 def _fitted(film: Film, picture: str | Path) -> np.ndarray:
@@ -157,16 +137,13 @@ def _fitted(film: Film, picture: str | Path) -> np.ndarray:
 
 
 def _saved(
-    film: Film,
-    before: Sequence[Entry],
-    after: Sequence[Entry],
-    entry: Entry,
-    arguments: Sequence[str],
-    images: dict[str, np.ndarray] | None = None,
+    film: Film, old: Entry | None, new: Entry | None, arguments: Sequence[str], image: np.ndarray | None = None
 ) -> Edit:
-    old = stale(film, before)
-    edit = shlex.join(arguments)
-    film.edit_memory(after, edit, images or {})
-    now = stale(film, after)
-    new = {shot: reason for shot, reason in now.items() if shot not in old}
-    return Edit(entry=entry, command=command_of(film.folder, edit), stale=new)
+    """Put ``new``, with its image, in the place of ``old``; without it, at the end."""
+    before, edit = _entries(film), shlex.join(arguments)
+    now = [] if new is None else [new]
+    after = [*before, *now] if old is None else [one for entry in before for one in (now if entry == old else [entry])]
+    known = stale(film, before)
+    film.edit_memory(after, edit, {} if new is None or image is None else {new.image: image})
+    found = {shot: reason for shot, reason in stale(film, after).items() if shot not in known}
+    return Edit(command=command_of(film.folder, edit), stale=found)

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from storymem.film.differences import flat
 from storymem.film.matching import arranged
-from storymem.film.resume import Reference, Run, encoders, flat, references
+from storymem.film.resume import Reference, Run, encoders, references
 from storymem.media.images import read_image
 from storymem.memory import EmbedFrames, Keyframe, MemoryBank, RecallPolicy, ids_on_disk, reference_id
 from storymem.memory.bank import FitImage, read_entries
@@ -22,12 +23,7 @@ def restored_memory(
 ) -> MemoryBank:
     """The memory with which a run begins; nothing is written.
 
-    Args:
-        run: with the film and what it was before.
-        config: the settings of now.
-        policy: of recall.
-        embed: embeds images that were added or changed.
-        fit: brings them to the size of the shots.
+    ``embed`` embeds images that were added or changed, and ``fit`` brings them to the size of the shots.
     """
     film, was, made_with = run.film, run.was, encoders(run.config)
     if not film.has_memory and film.shots:

@@ -202,11 +202,7 @@ def uses_text_to_video(story: Story, settings: GenerateSettings) -> bool:
 def check_lengths(story: Story, *, frames: int, continuity: Continuity, first_shot: FirstShot) -> None:
     """Raise ``ValueError`` for shots too short for the next one to continue from, or to show anything new.
 
-    Args:
-        story: with its shots.
-        frames: length of shots without one of their own.
-        continuity: see :func:`mode_of`.
-        first_shot: see :func:`mode_of`.
+    ``frames`` is the length of shots without one of their own.
     """
     problems = []
     for shot in story.shots:

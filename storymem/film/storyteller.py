@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from storymem.film.differences import setting_changes
 from storymem.film.folder import Film
 from storymem.film.manifest import CandidateRecord, FilmError, KeyframeRecord, Take, config_hash, film_folder, scripts
 from storymem.film.matching import bank_digest, matches
@@ -28,7 +29,6 @@ from storymem.film.resume import (
     film_changes,
     jobs_of,
     naming_next_command,
-    setting_changes,
     story_record,
 )
 from storymem.film.settings import (
@@ -41,7 +41,6 @@ from storymem.film.settings import (
     mode_of,
     parse_work,
 )
-from storymem.film.storyboard import storyboard
 from storymem.film.timeline import film_frames, film_starts
 from storymem.io import NotFiniteError, check_finite, check_room
 from storymem.media.images import Fit, fit_image
@@ -155,7 +154,7 @@ class Storyteller:
                     self._generate(run, progress)
                 elif run.changed:
                     film.commit(self._restore(run))
-                film.refresh(storyboard(film))
+                film.refresh()
         return film
 
     def mode_of(self, shot: Shot, story: Story) -> Mode:
@@ -273,7 +272,7 @@ class Storyteller:
                 except NotFiniteError as error:
                     raise NotFiniteError(f"{shot.label} was not finished: {error}") from None
                 progress.end_shot(take)
-                film.refresh(storyboard(film))
+                film.refresh()
 
     def _take(self, run: Run, shot: Shot, bank: MemoryBank, progress: Progress, *, fresh: bool, chosen: bool) -> Take:
         """One round of the loop: makes a take and adds it to the film, and what it adds to the memory if ``chosen``."""

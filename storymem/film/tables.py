@@ -1,25 +1,18 @@
-"""Shots, takes and keyframes of a film as tables of text."""
+"""A film in words: tables of shots, takes and keyframes, and why frames became keyframes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from storymem.film.manifest import Take, scripts
-from storymem.film.reasons import origin, reason
-
-if TYPE_CHECKING:
-    from storymem.film.folder import Film
-    from storymem.memory.bank import Entry
+from storymem.film.differences import setting_changes
+from storymem.film.manifest import CandidateRecord, Manifest, Take, scripts
+from storymem.memory.bank import Entry
+from storymem.memory.selection import Verdict
 
 
-def film_table(film: Film, stale: Mapping[int, str] | None = None) -> str:
-    """A line per shot: the take that is chosen, how it was made, frames, seconds, keyframes recalled and added.
-
-    Args:
-        film: with its takes.
-        stale: see :func:`storymem.film.matching.stale`.
-    """
+def film_table(film: Manifest, stale: Mapping[int, str] | None = None) -> str:
+    """A line per shot: the take that is chosen, how it was made, frames, seconds, keyframes recalled and added."""
     heading = ("shot", "scene", "take", "takes", "mode", "seed", "frames", "seconds", "recalled", "added (frames)")
     rows: list[tuple[str, ...]] = [heading if not stale else (*heading, "not what would be made now")]
     for index, script in enumerate(scripts(film.story)):
@@ -38,10 +31,8 @@ def film_table(film: Film, stale: Mapping[int, str] | None = None) -> str:
     return format_table(rows)
 
 
-def takes_table(film: Film) -> str:
+def takes_table(film: Manifest) -> str:
     """A line per take, by shots, and which settings it has other than the film; takes of no shot are the last."""
-    from storymem.film.resume import setting_changes  # which imports this
-
     rows: list[tuple[str, ...]] = [("take of shot", "take", "shown", "seed", "seconds", "settings")]
     slots = {slot.folder: (number, slot.take) for number, slot in enumerate(film.slots, start=1)}
     none = (len(slots) + 1, None)
@@ -57,7 +48,7 @@ def takes_table(film: Film) -> str:
     return format_table(rows)
 
 
-def memory_table(film: Film, entries: Sequence[Entry]) -> str:
+def memory_table(film: Manifest, entries: Sequence[Entry]) -> str:
     """A line per keyframe of the memory, with its number, from 1."""
     heading = ("", "keyframe", "from", "character", "quality", "similarity", "recalled by shots", "")
     rows: list[tuple[str, ...]] = [heading]
@@ -69,7 +60,7 @@ def memory_table(film: Film, entries: Sequence[Entry]) -> str:
     return format_table(rows)
 
 
-def recalled_by(film: Film, id: str) -> list[int]:
+def recalled_by(film: Manifest, id: str) -> list[int]:
     """The shots (from 1) whose takes recalled a keyframe."""
     return [take.shot for take in film.shots if id in take.memory]
 
@@ -81,6 +72,45 @@ def candidates_table(take: Take) -> str:
         values = (one.quality, one.similarity, one.threshold)
         rows.append((str(one.frame), *("" if value is None else f"{value:.3f}" for value in values), reason(one)))
     return format_table(rows)
+
+
+def reason(candidate: CandidateRecord) -> str:
+    """The verdict on a candidate, with the numbers that decided."""
+    limit = "" if candidate.threshold is None else f"{candidate.threshold:.2f}"
+    cosine = "" if candidate.similarity is None else f"{candidate.similarity:.2f}"
+    if candidate.verdict == "low quality":
+        return f"quality {candidate.quality:.2f} is below {limit}"
+    if candidate.verdict == "like the last":
+        return f"like the last one chosen: similarity {cosine}, new below {limit}"
+    if candidate.verdict == "in the memory":
+        return f"in the memory already: similarity {cosine}, above {limit}"
+    return "kept: the memory was empty" if not cosine else f"kept: similarity {cosine} to the memory"
+
+
+def summary(take: Take) -> str | None:
+    """What became of the frames of a take in one line; None where it is not known."""
+    if not take.candidates:
+        return None
+    counts = Counter(one.verdict for one in take.candidates)
+    limits = {one.verdict: one.threshold for one in take.candidates}
+    words: dict[Verdict, str] = {
+        "kept": "kept",
+        "low quality": f"below quality {limits.get('low quality') or 0:.2f}",
+        "like the last": "like the last one chosen",
+        "in the memory": "in the memory already",
+    }
+    parts = [f"{counts[verdict]} {text}" for verdict, text in words.items() if counts[verdict]]
+    none = "" if counts["kept"] else "none kept; "
+    return f"{none}{take.frames} frames, {len(take.candidates)} examined: {', '.join(parts)}"
+
+
+def origin(entry: Entry) -> str:
+    """Where a keyframe is from."""
+    if entry.source is not None:
+        return entry.source
+    if entry.frame is not None:
+        return f"shot {entry.shot}, frame {entry.frame}"
+    return "the user" if entry.shot is None else f"the user, for shots from {entry.shot}"
 
 
 def counted(count: int, name: str) -> str:

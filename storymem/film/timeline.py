@@ -11,10 +11,8 @@ from storymem.memory import Keyframe
 def film_starts(film: Film, lengths: Sequence[int]) -> list[int]:
     """The place of each shot's first frame, with all shots end to end as they were generated.
 
-    Frames that repeat the end of the shot before count, although the film does not show them.
-
-    Args:
-        lengths: of the shots, for those that have no take.
+    Frames that repeat the end of the shot before count, although the film does not show them. ``lengths`` are for
+    shots that have no take.
     """
     starts = [0]
     for index, length in enumerate(lengths):

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from storymem.film.differences import flat, setting_changes
 from storymem.film.folder import Film
 from storymem.film.manifest import FilmError, Take, config_hash, film_folder, scripts
 from storymem.film.progress import Progress
-from storymem.film.resume import Recipe, film_changes, flat, setting_changes, story_record
+from storymem.film.resume import Recipe, film_changes, story_record
 from storymem.film.settings import estimated_bytes
-from storymem.film.storyboard import storyboard
 from storymem.io import check_room
 from storymem.story import Story
 from storymem.wan.settings import VideoSettings
@@ -61,7 +61,7 @@ def make_together(
                 seconds = time.perf_counter() - start
                 _write(film, shots, video.fps, seed, seconds)
                 progress.end(f"{len(shots)} shots together: {seconds:.1f} s", len(shots))
-        film.refresh(storyboard(film))
+        film.refresh()
     return film
 
 

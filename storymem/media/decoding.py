@@ -55,6 +55,7 @@ class VideoInfo:
         stamps: presentation times of the frames in the stream's own unit, ascending; None where frames can only
             be counted.
         interlaced: fields are made into whole frames.
+        sound: there is some, which is not read.
     """
 
     times: np.ndarray
@@ -65,6 +66,7 @@ class VideoInfo:
     notes: tuple[str, ...]
     stamps: list[int] | None = None
     interlaced: bool = False
+    sound: bool = False
 
     @property
     def frames(self) -> int:
@@ -184,6 +186,7 @@ def _probed(absolute: str, path: str | Path, version: tuple[int, ...]) -> VideoI
         missing = max(0, video.stream.frames - len(seen) - video.empty_packets)
         missing += sum(packet.corrupt and (packet.pts or 0) >= (first.pts or 0) for packet in seen)
         base, rate = float(video.stream.time_base or 0), float(video.stream.average_rate or 0)
+        sound = bool(video.container.streams.audio)
         stated_end = _seconds(video.stream.metadata.get("DURATION", ""))  # Matroska and WebM
     notes = list(images.notes)
     if first.interlaced_frame:
@@ -209,6 +212,7 @@ def _probed(absolute: str, path: str | Path, version: tuple[int, ...]) -> VideoI
         notes=tuple(notes),
         stamps=stamps,
         interlaced=first.interlaced_frame,
+        sound=sound,
     )
 
 

@@ -146,8 +146,7 @@ def fit_image(image: np.ndarray, height: int, width: int, how: Fit) -> np.ndarra
 
     Args:
         image: uint8 [H, W, 3].
-        height: of the result, in pixels.
-        width: of the result, in pixels.
+        height, width: of the result, in pixels.
         how: "cover" fills the frame and cuts what protrudes, evenly on both sides; "contain" shows the whole image and
             fills the rest with mid-grey, the value of the blank video; "auto" is "contain" if more than a quarter of
             the image would be cut off, else "cover" aligned to the top, so that no head is cut off.

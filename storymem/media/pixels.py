@@ -62,12 +62,7 @@ class FrameConverter:
     def image(
         self, frame: av.VideoFrame, size: tuple[int, int] | None = None, interpolation: str | None = None
     ) -> np.ndarray:
-        """uint8 [H, W, 3].
-
-        Args:
-            frame: of the stream.
-            size: height and width, if not the attribute.
-            interpolation: of swscale, where images are scaled.
+        """uint8 [H, W, 3] of ``size`` (the attribute by default), scaled with this interpolation of swscale.
 
         Raises:
             ValueError: if the stream has changed its size.

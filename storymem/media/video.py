@@ -177,28 +177,32 @@ def _set_up_encoder(stream: VideoStream, height: int, width: int, crf: int) -> N
     context.colorspace = context.color_primaries = context.color_trc = 6
 
 
-def join_videos(paths: Sequence[str | Path], out: str | Path) -> list[str]:
+def join_videos(
+    parts: Sequence[str | Path | Iterable[np.ndarray]], out: str | Path, fps: float | None = None
+) -> list[str]:
     """Join videos one after the other.
 
     What :func:`write_video` wrote is not encoded again: the result decodes to exactly its frames. What comes from
     another encoder, or was written with other settings, is encoded again. Sound is left out.
 
     Args:
-        paths: videos of equal size and frame rate.
+        parts: videos of equal size and frame rate; or frames, uint8 [H, W, 3], which are encoded.
         out: the joined file, written in one step.
+        fps: frames per second; those of the videos by default.
 
     Returns:
-        a line for each part that was encoded again, and for each whose sound was left out.
+        a line for each video that was encoded again, and for each whose sound was left out.
 
     Raises:
         ValueError: if there are no parts, or one differs from most in size or frame rate.
         VideoError: as :func:`probe`.
     """
-    if not paths:
+    if not parts:
         raise ValueError(f"{out}: there are no videos to join")
-    rate, name = _common_rate(paths), Path(out).name
-    parts = [_part(path) for path in paths]
-    notes = [f"{part.path} has sound, which is left out of {name}" for part in parts if part.sound]
+    paths, name = [Path(part) for part in parts if isinstance(part, str | Path)], Path(out).name
+    common = _common_rate(paths) if paths else Fraction(0)
+    rate = common if fps is None else Fraction(fps).limit_denominator(1001)
+    notes = [f"{path} has sound, which is left out of {name}" for path in paths if probe(path).sound]
     temporary: list[Path] = []
 
     def encoded(frames: Iterable[np.ndarray]) -> _Part:
@@ -208,13 +212,14 @@ def join_videos(paths: Sequence[str | Path], out: str | Path) -> list[str]:
         return _part(temporary[-1])
 
     try:
-        if parts[0].format is None or any(part.format != parts[0].format for part in parts):
-            ours = encoded([next(iter_frames(parts[0].path))]).format
-            for number, part in enumerate(parts):
+        found = [_part(part) if isinstance(part, str | Path) else encoded(part) for part in parts]
+        if found[0].format is None or any(part.format != found[0].format for part in found):
+            ours = encoded([next(iter_frames(found[0].path))]).format
+            for number, part in enumerate(found):
                 if part.format != ours:
-                    parts[number] = encoded(iter_frames(part.path))
+                    found[number] = encoded(iter_frames(part.path))
                     notes.append(f"{part.path} comes from another encoder and is encoded again for {name}")
-        _concatenate(parts, out)
+        _concatenate(found, out)
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
@@ -229,19 +234,17 @@ class _Part:
         path: of the file.
         format: what must be equal for packets to follow each other in one stream; None if they cannot be copied.
         delay: by how many frames decoding must run ahead of display; very short files have no B-frames.
-        sound: there is some.
     """
 
     path: Path
     format: tuple[object, ...] | None
     delay: int
-    sound: bool
 
 
 def _part(path: str | Path) -> _Part:
     info = probe(path)
     with opened(path) as video:
-        stream, sound = video.stream, bool(video.container.streams.audio)
+        stream = video.stream
         as_stored = all(note.startswith("untagged") for note in info.notes)
         ticks = _ticks_per_frame(stream)
         if (
@@ -250,7 +253,7 @@ def _part(path: str | Path) -> _Part:
             or len(info.stamps) != stream.frames
             or any(stamp != round(number * ticks) for number, stamp in enumerate(info.stamps))
         ):
-            return _Part(path=Path(path), format=None, delay=0, sound=sound)
+            return _Part(path=Path(path), format=None, delay=0)
         context = stream.codec_context
         form = (
             *(context.name, context.pix_fmt, stream.width, stream.height),
@@ -258,7 +261,7 @@ def _part(path: str | Path) -> _Part:
         )
         first = next(video.packets())
         assert first.pts is not None and first.dts is not None, path  # noqa: PT018
-        return _Part(path=Path(path), format=form, delay=round((first.pts - first.dts) / ticks), sound=sound)
+        return _Part(path=Path(path), format=form, delay=round((first.pts - first.dts) / ticks))
 
 
 def _common_rate(paths: Sequence[str | Path]) -> Fraction:

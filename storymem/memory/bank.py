@@ -19,24 +19,20 @@ Such images may have any size. A fitted image is saved under an id of its own, a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
-import torch
 from pydantic import Field, StringConstraints
 from pydantic.dataclasses import dataclass as settings
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 
 from storymem.config import STRICT, ConfigError, build_settings
-from storymem.io import FileError, check_finite, check_regular, naming_full_disk, read_json, write_atomically
+from storymem.io import FileError, naming_full_disk, read_json, write_atomically
 from storymem.media.images import encode_png, read_image
 from storymem.memory.keyframes import (
     ID_PATTERN,
@@ -52,8 +48,6 @@ from storymem.memory.recall import ComingShot, RecallPolicy, SinkAndRecent
 SCHEMA = 2  # in schema 1, shot and frame were counted from 0
 MANIFEST = "memory.json"
 IMAGES = "keyframes"
-_NOTE = "storymem"  # metadata of tensors: their sha256, and the bank's `made_with`
-_EMBED_AGAIN = f"delete the sha256 of its entry in {MANIFEST}, and the image is embedded again"
 
 FitImage = Callable[[np.ndarray], np.ndarray]
 """An image, uint8 [H, W, 3] -> the same at the size of the film's shots."""
@@ -158,6 +152,8 @@ class MemoryBank:
             folder: the film's folder.
             manifest: another name for ``memory.json``, which then stays as it is; None: write the other files only.
         """
+        from storymem.memory.tensors import tensors_of  # loads torch
+
         folder = Path(folder)
         with naming_full_disk(folder):
             (folder / IMAGES).mkdir(parents=True, exist_ok=True)
@@ -172,7 +168,7 @@ class MemoryBank:
             image, tensors = (folder / name for name in keyframe_files(keyframe.id))
             if keyframe.id in images:
                 write_atomically(image, encode_png(keyframe.image))
-            _write_if_new(tensors, _tensors(keyframe, self.made_with))
+            _write_if_new(tensors, tensors_of(keyframe, self.made_with))
             self._written[image] = keyframe
         if manifest is not None:
             write_entries(folder / manifest, entries.values())
@@ -206,6 +202,8 @@ class MemoryBank:
         Raises:
             ValueError: naming the file that is missing, damaged or not understood.
         """
+        from storymem.memory.tensors import EMBED_AGAIN  # loads torch
+
         folder = Path(folder)
         if entries is None:
             if not (folder / MANIFEST).exists():
@@ -219,23 +217,13 @@ class MemoryBank:
             if len(keyframe.embedding) != (usual := sizes.most_common(1)[0][0]):
                 raise FileError(
                     f"{folder / keyframe_files(keyframe.id)[1]} holds an embedding of {len(keyframe.embedding)} "
-                    f"numbers, others have {usual}: {_EMBED_AGAIN}"
+                    f"numbers, others have {usual}: {EMBED_AGAIN}"
                 )
         bank.edited = reader.edited
         return bank
 
 
-class Member(Protocol):
-    """A keyframe, or its entry in ``memory.json``."""
-
-    @property
-    def shot(self) -> int | None: ...
-
-    @property
-    def frame(self) -> int | None: ...
-
-
-M = TypeVar("M", bound=Member)
+M = TypeVar("M", bound="Keyframe | Entry")
 
 
 def known_to(shot: int | None, members: Iterable[M]) -> list[M]:
@@ -352,6 +340,8 @@ class _Reader:
     edited: dict[str, str] = field(default_factory=dict)
 
     def keyframe(self, entry: Entry) -> Keyframe:
+        from storymem.memory.tensors import read_tensors  # loads torch
+
         path = self.folder / entry.image
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder)):
             raise FileError(f"{self.folder / MANIFEST}: {path} lies outside the film's folder: copy the image into it")
@@ -363,7 +353,7 @@ class _Reader:
             name: getattr(entry, name) for name in ("shot", "frame", "source", "character", "pinned")
         }
         if entry.sha256 == image_hash(image):
-            tensors = self._tensors(self.folder / keyframe_files(entry.id)[1])
+            tensors = read_tensors(self.folder / keyframe_files(entry.id)[1], self.made_with)
             return Keyframe(
                 id=entry.id,
                 image=image,
@@ -395,29 +385,6 @@ class _Reader:
             )
         return embed_in_batches(image[None], self.embed)[0]
 
-    def _tensors(self, path: Path) -> dict[str, torch.Tensor]:
-        """Embedding and latent; none if other networks made them."""
-        try:
-            with safe_open(check_regular(path), framework="pt") as file:
-                digest, _, made_with = (file.metadata() or {}).get(_NOTE, "").partition(" ")
-                if self.made_with and made_with not in ("", self.made_with):
-                    return {}
-                tensors = {name: file.get_tensor(name) for name in file.keys() if name in ("embedding", "latent")}  # noqa: SIM118
-        except FileNotFoundError:
-            raise FileError(f"{path} is missing: put it back, or {_EMBED_AGAIN}") from None
-        except SafetensorError as error:
-            raise FileError(f"{path} is corrupt ({error}): {_EMBED_AGAIN}") from None
-        if digest not in ("", _tensors_hash(tensors)):
-            raise FileError(f"{path} is damaged: {_EMBED_AGAIN}")
-        embedding, latent = tensors.get("embedding"), tensors.get("latent")
-        if embedding is None or embedding.ndim != 1 or embedding.dtype != torch.float32:
-            raise FileError(f"{path} holds no embedding: {_EMBED_AGAIN}")
-        if latent is not None and (latent.ndim != 4 or not latent.is_floating_point()):
-            raise FileError(f"{path} holds a latent of another shape, {list(latent.shape)}: {_EMBED_AGAIN}")
-        for name, tensor in tensors.items():
-            check_finite(tensor, f"the {name} in {path}", _EMBED_AGAIN)
-        return tensors
-
 
 def write_entries(path: Path, entries: Iterable[Entry]) -> None:
     """Write a ``memory.json`` of ``entries``."""
@@ -444,15 +411,3 @@ def _has_image(folder: Path, entry: Entry, saved: Entry | None) -> bool:
     if saved is not None and (saved.image, saved.sha256) == (entry.image, entry.sha256):
         return path.exists()
     return holds_image(path, entry.sha256)
-
-
-def _tensors(keyframe: Keyframe, made_with: str | None) -> bytes:
-    tensors = {"embedding": torch.from_numpy(keyframe.embedding)}
-    if keyframe.latent is not None:
-        tensors["latent"] = keyframe.latent.detach().cpu().contiguous()
-    return to_safetensors(tensors, {_NOTE: f"{_tensors_hash(tensors)} {made_with or ''}"})
-
-
-def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
-    contents = (tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes() for name in sorted(tensors))
-    return hashlib.sha256(b"".join(contents)).hexdigest()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Protocol, runtime_checkable
@@ -12,7 +13,6 @@ import numpy as np
 from storymem.memory.keyframes import normalised
 
 MOST_KEYFRAMES = 1000  # of one shot
-
 
 Verdict = Literal["kept", "low quality", "like the last", "in the memory"]
 
@@ -84,8 +84,53 @@ class SelectionPolicy(Protocol):
         ...
 
 
+class _Selector(ABC):
+    """What the policies here share; each chooses frames of a shot in :meth:`_choose`."""
+
+    def select(
+        self,
+        embeddings: np.ndarray,
+        *,
+        bank: np.ndarray,
+        quality: Callable[[int], float] | None = None,
+        quality_threshold: float | None = None,
+    ) -> Selection:
+        """See :meth:`SelectionPolicy.select`."""
+        if embeddings.ndim != 2 or len(embeddings) == 0:
+            raise ValueError(f"embeddings must be [N, D] with at least one frame, are {list(embeddings.shape)}")
+        frames, good = normalised(embeddings), _QualityFilter(quality, quality_threshold)
+        selected, rejected = self._choose(frames, good)
+        similarity, limit = _highest_cosines(frames, selected, bank), self._bank_limit
+        kept = [f for f in selected if limit is None or (cosine := similarity[f]) is None or cosine <= limit]
+        outcomes: dict[int, tuple[Verdict, float | None, float | None]] = {}
+        outcomes |= dict.fromkeys(good.scores, ("low quality", None, good.threshold))
+        outcomes |= {frame: ("like the last", *numbers) for frame, numbers in rejected.items()}
+        for frame, cosine in similarity.items():
+            outcomes[frame] = "kept" if frame in kept else "in the memory", cosine, None if cosine is None else limit
+        candidates = (
+            Candidate(frame=frame, verdict=verdict, quality=good.scores.get(frame), similarity=cosine, threshold=limit)
+            for frame, (verdict, cosine, limit) in sorted(outcomes.items())
+        )
+        return Selection(
+            selected=tuple(selected),
+            kept=tuple(kept),
+            quality=good.scores,
+            similarity=similarity,
+            candidates=tuple(candidates),
+        )
+
+    @property
+    def _bank_limit(self) -> float | None:
+        """Cosine above which the bank has a frame; None: it is not compared."""
+        return None
+
+    @abstractmethod
+    def _choose(self, frames: np.ndarray, good: _QualityFilter) -> tuple[list[int], Mapping[int, tuple[float, float]]]:
+        """The chosen of ``frames``, [N, D] of unit length; and those like the last one: frame -> cosine, threshold."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class KeyframeSelector:
+class KeyframeSelector(_Selector):
     """Semantic keyframe selection: a frame becomes a keyframe if it shows something new.
 
     The first keyframe is the first frame whose quality passes. Each later frame is compared with the last keyframe
@@ -121,39 +166,21 @@ class KeyframeSelector:
         _check_count("max_keyframes", self.max_keyframes)
         _check_count("first_scanned_frame", self.first_scanned_frame)
 
-    def select(
-        self,
-        embeddings: np.ndarray,
-        *,
-        bank: np.ndarray,
-        quality: Callable[[int], float] | None = None,
-        quality_threshold: float | None = None,
-    ) -> Selection:
-        """See :meth:`SelectionPolicy.select`."""
-        frames = _frames(embeddings)
-        good = _QualityFilter(quality, quality_threshold)
+    @property
+    def _bank_limit(self) -> float:
+        return self.bank_similarity_threshold
+
+    def _choose(self, frames: np.ndarray, good: _QualityFilter) -> tuple[list[int], Mapping[int, tuple[float, float]]]:
         first = next((frame for frame in range(len(frames)) if good.passes(frame)), None)
-        selected: list[int] = []
-        examined: set[int] = set()
-        cosines: list[list[float]] = []
-        threshold = self.similarity_threshold
-        if first is not None:
-            cosines = np.clip(frames @ frames.T, -1, 1).tolist()
-            selected = self._scan(cosines, first, threshold, good)
-            while len(selected) > self.max_keyframes:
-                examined.update(selected)
-                threshold -= self.threshold_step
-                selected = self._scan(cosines, first, threshold, good)
-        similarity = _highest_cosines(frames, selected, bank)
-        highest = self.bank_similarity_threshold
-        kept = [frame for frame in selected if (cosine := similarity[frame]) is None or cosine <= highest]
-        return Selection(
-            selected=tuple(selected),
-            kept=tuple(kept),
-            quality=good.scores,
-            similarity=similarity,
-            candidates=_candidates(examined, kept, similarity, good, highest, cosines, threshold),
-        )
+        if first is None:
+            return [], {}
+        cosines = np.clip(frames @ frames.T, -1, 1).tolist()
+        threshold, examined = self.similarity_threshold, set[int]()
+        while len(selected := self._scan(cosines, first, threshold, good)) > self.max_keyframes:
+            examined.update(selected)
+            threshold -= self.threshold_step
+        before = {frame: max(one for one in selected if one < frame) for frame in sorted(examined - {*selected})}
+        return selected, {frame: (cosines[last][frame], threshold) for frame, last in before.items()}
 
     def _scan(self, cosines: list[list[float]], first: int, threshold: float, good: _QualityFilter) -> list[int]:
         """One pass over the shot at one threshold; ``cosines`` of all pairs of frames, [N][N]."""
@@ -165,7 +192,7 @@ class KeyframeSelector:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformSelector:
+class UniformSelector(_Selector):
     """Keyframes at even distances: the ablation without semantic selection.
 
     The shot is divided into ``max_keyframes`` parts of equal length, and the first frame of each part whose quality
@@ -179,30 +206,17 @@ class UniformSelector:
     def __post_init__(self) -> None:
         _check_count("max_keyframes", self.max_keyframes)
 
-    def select(
-        self,
-        embeddings: np.ndarray,
-        *,
-        bank: np.ndarray,
-        quality: Callable[[int], float] | None = None,
-        quality_threshold: float | None = None,
-    ) -> Selection:
-        """See :meth:`SelectionPolicy.select`."""
-        frames = _frames(embeddings)
-        good = _QualityFilter(quality, quality_threshold)
+    def _choose(self, frames: np.ndarray, good: _QualityFilter) -> tuple[list[int], Mapping[int, tuple[float, float]]]:
         starts = [number * len(frames) // self.max_keyframes for number in range(self.max_keyframes + 1)]
         found = [next(filter(good.passes, range(start, stop)), None) for start, stop in pairwise(starts)]
-        selected = tuple(frame for frame in found if frame is not None)
-        similarity = _highest_cosines(frames, selected, bank)
-        candidates = _candidates((), selected, similarity, good)
-        return Selection(
-            selected=selected, kept=selected, quality=good.scores, similarity=similarity, candidates=candidates
-        )
+        return [frame for frame in found if frame is not None], {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvenlySpaced:
+class EvenlySpaced(_Selector):
     """Frames at equal distances, the first and the last among them: ``round(i (F - 1) / (n - 1))``, as Memento samples.
+
+    Quality makes no difference.
 
     Args:
         max_keyframes: n; a shot with fewer frames gives each once.
@@ -214,21 +228,9 @@ class EvenlySpaced:
         if self.max_keyframes < 2:
             raise ValueError(f"max_keyframes={self.max_keyframes}: the first and the last frame are 2")
 
-    def select(
-        self,
-        embeddings: np.ndarray,
-        *,
-        bank: np.ndarray,
-        quality: Callable[[int], float] | None = None,
-        quality_threshold: float | None = None,
-    ) -> Selection:
-        """See :meth:`SelectionPolicy.select`; quality makes no difference."""
-        frames = _frames(embeddings)
+    def _choose(self, frames: np.ndarray, good: _QualityFilter) -> tuple[list[int], Mapping[int, tuple[float, float]]]:
         last, steps = len(frames) - 1, self.max_keyframes - 1
-        selected = tuple(sorted({round(number * last / steps) for number in range(self.max_keyframes)}))
-        similarity = _highest_cosines(frames, selected, bank)
-        candidates = _candidates((), selected, similarity, _QualityFilter(None, None))
-        return Selection(selected=selected, kept=selected, quality={}, similarity=similarity, candidates=candidates)
+        return sorted({round(number * last / steps) for number in range(self.max_keyframes)}), {}
 
 
 class _QualityFilter:
@@ -249,52 +251,9 @@ class _QualityFilter:
         return self.scores[frame] >= self.threshold
 
 
-def _candidates(
-    examined: Iterable[int],
-    kept: Sequence[int],
-    similarity: dict[int, float | None],
-    good: _QualityFilter,
-    highest: float | None = None,
-    cosines: Sequence[Sequence[float]] = (),
-    threshold: float | None = None,
-) -> tuple[Candidate, ...]:
-    """What became of each frame that was examined, scored or chosen.
-
-    Args:
-        examined: frames that earlier scans chose.
-        kept: frames that become keyframes.
-        similarity: frame that the last scan chose -> its highest cosine to the bank.
-        good: the quality filter, with its scores.
-        highest: cosine above which the bank has the image; None: it is not compared.
-        cosines: of all pairs of frames.
-        threshold: of the last scan.
-    """
-    found = []
-    for frame in sorted({*examined, *good.scores, *similarity}):
-        outcome: tuple[Verdict, float | None, float | None]
-        if not good.passes(frame):
-            outcome = "low quality", None, good.threshold
-        elif frame in similarity:
-            limit = None if similarity[frame] is None else highest
-            outcome = "kept" if frame in kept else "in the memory", similarity[frame], limit
-        else:
-            last = max(one for one in similarity if one < frame)
-            outcome = "like the last", cosines[last][frame], threshold
-        verdict, cosine, limit = outcome
-        score = good.scores.get(frame)
-        found.append(Candidate(frame=frame, verdict=verdict, quality=score, similarity=cosine, threshold=limit))
-    return tuple(found)
-
-
 def _check_count(name: str, value: int) -> None:
     if not 1 <= value <= MOST_KEYFRAMES:
         raise ValueError(f"{name}={value}: must be at least 1 and at most {MOST_KEYFRAMES}")
-
-
-def _frames(embeddings: np.ndarray) -> np.ndarray:
-    if embeddings.ndim != 2 or len(embeddings) == 0:
-        raise ValueError(f"embeddings must be [N, D] with at least one frame, are {list(embeddings.shape)}")
-    return normalised(embeddings)
 
 
 def _highest_cosines(frames: np.ndarray, selected: Sequence[int], bank: np.ndarray) -> dict[int, float | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from storymem.media.images import Fit, fit_note, read_image_with_notes
 from storymem.story import Story
+from storymem.story.parser import as_written
 from storymem.wan.settings import ModelSettings, SamplerSettings
 from storymem.wan.spec import TRAINED_SIZES
 from storymem.wan.texts import KNOWN_WORDS, TextReader
@@ -42,13 +43,9 @@ def size_notes(model: ModelSettings) -> list[str]:
 
 
 def text_notes(story: Story, reader: TextReader | None, sampler: SamplerSettings, *, model: str) -> list[str]:
-    """A line for each text that is truncated and for words that the model does not know.
+    """A line for each text that is truncated and for words that ``model`` does not know.
 
-    Args:
-        story: with its prompts.
-        reader: of the model; None if its tokenizer is not on this machine.
-        sampler: with its negative prompt.
-        model: its name, for messages.
+    ``reader`` is None if the model's tokenizer is not on this machine.
     """
     notes = list(story.notes)
     if reader is None:
@@ -74,7 +71,7 @@ def image_notes(story: Story, height: int, width: int, fit: Fit) -> list[str]:
         image, of_image = read_image_with_notes(path)
         if (fitted := fit_note(image.shape[0], image.shape[1], height, width, fit)) is not None:
             of_image = (*of_image, f"{fitted} ({width}x{height}, memory.reference_fit={fit})")
-        notes += [f"reference {written} {note}" for note in of_image]
+        notes += [f"reference {as_written(written)} {note}" for note in of_image]
     return _first(notes, "more notes on references")
 
 

@@ -477,7 +477,13 @@ class _Reader(StoryFile):
             file, fault = self._images[path]
             if fault is not None:
                 wrong, cure = fault
-                self.note(item, where, f"reference {as_written(written)} {wrong}", f"an image at {path}", cure)
+                self.note(
+                    item,
+                    where,
+                    f"reference {as_written(written)} {wrong}",
+                    f"an image at {as_written(str(path))}",
+                    cure,
+                )
             elif file != path:
                 note = f"reference {as_written(written)} is read from {as_written(file.name)}"
                 self._notes[f"{self.path}:{item.start_mark.line + 1}: {where}: {note}"] = None

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import math
 import os
 import re
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import field
 from itertools import count
@@ -199,7 +196,6 @@ def read_answer(answer: str, folder: Path, idea: str | None = None) -> tuple[Sto
     """The story in a language model's answer, and a line for everything that was repaired. Prompts stay as they are.
 
     Args:
-        answer: the text.
         folder: where the story will lie; paths of reference images are relative to it.
         idea: in place of a missing overview; by default the title.
 
@@ -330,44 +326,53 @@ def _ask_for_story(prompt: str, settings: WriteSettings) -> tuple[Story, list[st
         raise StoryError(["the second answer is not a story either:", *error.problems, cure]) from None
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would send the key to another host, and turn the question into a GET."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
 def ask(endpoint: EndpointSettings, messages: list[dict[str, str]]) -> str:
     """The endpoint's answer to a chat.
 
     Raises:
         EndpointError: with what went wrong, and never with the key.
     """
-    headers = {"Content-Type": "application/json", "User-Agent": "storymem"}
-    if key := os.environ.get(endpoint.key, "").strip():
-        if not (key.isascii() and key.isprintable()):
-            raise EndpointError(f"the key in {endpoint.key} holds characters that no key has: set it again")
-        headers["Authorization"] = f"Bearer {key}"
-    body = json.dumps({"model": endpoint.model, "messages": messages}).encode()
-    request = urllib.request.Request(endpoint.address, body, headers)
+    import httpx
+
+    key = os.environ.get(endpoint.key, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise EndpointError(f"the key in {endpoint.key} holds characters that no key has: set it again")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    question = {"model": endpoint.model, "messages": messages}
+    content = bytearray()
     try:
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=endpoint.timeout) as response:
-            content = response.read(MAX_ANSWER + 1)
-        if len(content) > MAX_ANSWER:
-            raise EndpointError(f"{endpoint.address} answers with more than {MAX_ANSWER:,} bytes")
-        if response.length:
-            raise http.client.IncompleteRead(content, response.length)
-        choice = json.loads(content)["choices"][0]
+        with httpx.stream("POST", endpoint.address, json=question, headers=headers, timeout=endpoint.timeout) as reply:
+            for part in reply.iter_bytes():
+                content += part
+                if len(content) > MAX_ANSWER:
+                    raise EndpointError(f"{endpoint.address} answers with more than {MAX_ANSWER:,} bytes")
+    except httpx.TimeoutException:
+        reason = f"has not answered in {endpoint.timeout:g} seconds: raise endpoint.timeout"
+    except httpx.HTTPError as error:
+        cure = "check endpoint.url and the network"
+        if isinstance(error, httpx.ConnectError) and "refused" in str(error).lower():
+            cure = "start the server there, or correct endpoint.url"
+        reason = f"cannot be asked ({error}): {cure}"
+    else:
+        text = content.decode(errors="replace")
+        if key and len(key) >= 8:  # shorter ones, as local servers have, may be words in it
+            text = text.replace(key, "***")
+        if reply.is_success:
+            return _answer(text, endpoint)
+        status = f"{reply.status_code} {reply.reason_phrase}"
+        reason = f"answers {status} ({_message(text)}): {_cure(reply.status_code, endpoint, key)}"
+        if reply.has_redirect_location:
+            reason = f"redirects to {reply.headers['Location']}: write the endpoint.url of that place"
+    raise EndpointError(f"{endpoint.address} {reason}")
+
+
+def _answer(text: str, endpoint: EndpointSettings) -> str:
+    """What the model wrote, in the JSON of a reply."""
+    try:
+        choice = json.loads(text)["choices"][0]
         answer, ended = choice["message"]["content"], choice.get("finish_reason")
-    except urllib.error.HTTPError as error:
-        reason = _http_reason(error, endpoint, key)
-    except (OSError, http.client.HTTPException) as error:
-        reason = _connection_reason(error, endpoint)
-    except EndpointError:
-        raise
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        text = shorten(_without(key, content.decode(errors="replace")))
-        reason = f"is not an OpenAI-compatible endpoint: it answers {text!r}"
+        reason = f"is not an OpenAI-compatible endpoint: it answers {shorten(text)!r}"
     else:
         if ended == "length":
             reason = f"stopped at the limit of {endpoint.model}'s answers: write fewer shots, or use another model"
@@ -378,36 +383,20 @@ def ask(endpoint: EndpointSettings, messages: list[dict[str, str]]) -> str:
     raise EndpointError(f"{endpoint.address} {reason}")
 
 
-def _without(key: str, text: str) -> str:
-    """A text of the endpoint for messages; short keys, as local servers have, may be words in it."""
-    return text.replace(key, "***") if len(key) >= 8 else text
-
-
-def _http_reason(error: urllib.error.HTTPError, endpoint: EndpointSettings, key: str) -> str:
-    text = ""
+def _message(text: str) -> str:
+    """The message of an error, of at most 300 characters."""
     try:
-        text = error.read(1 << 16).decode(errors="replace")
-        content = json.loads(text)["error"]
-        text = content["message"] if isinstance(content, dict) else content
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError):
+        error = json.loads(text)["error"]
+        text = error["message"] if isinstance(error, dict) else error
+    except (ValueError, RecursionError, LookupError, TypeError):
         pass  # not in the usual form
-    if 300 <= error.code < 400:
-        return f"redirects to {error.headers.get('Location')}: write the endpoint.url of that place"
-    no_key = f"no key was sent: set {endpoint.key}, or name another with endpoint.key"
-    cures = {
-        **dict.fromkeys((401, 403), f"check the key in {endpoint.key}" if key else no_key),
-        404: "check endpoint.url, which mostly ends in /v1, and endpoint.model",
-        429: "wait, or check the credit of the account",
-    }
-    said = _without(key, " ".join(str(text).split()))[:300]
-    return f"answers {error.code} {error.reason} ({said}): {cures.get(error.code, 'the same command asks again')}"
+    return " ".join(str(text).split())[:300]
 
 
-def _connection_reason(error: Exception, endpoint: EndpointSettings) -> str:
-    cause = getattr(error, "reason", error)
-    if isinstance(cause, TimeoutError):
-        return f"has not answered in {endpoint.timeout:g} seconds: raise endpoint.timeout"
-    if isinstance(cause, ConnectionRefusedError):
-        return "refused the connection: start the server there, or correct endpoint.url"
-    text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-    return f"cannot be asked ({text}): check endpoint.url and the network"
+def _cure(status: int, endpoint: EndpointSettings, key: str) -> str:
+    if status in (401, 403):
+        no_key = f"no key was sent: set {endpoint.key}, or name another with endpoint.key"
+        return f"check the key in {endpoint.key}" if key else no_key
+    cures = {404: "check endpoint.url, which mostly ends in /v1, and endpoint.model"}
+    cures |= {429: "wait, or check the credit of the account"}
+    return cures.get(status, "the same command asks again")

@@ -10,10 +10,11 @@ from typing import Any
 
 from storymem.config import build_settings
 from storymem.film import memory_edits
+from storymem.film.differences import arguments_between
 from storymem.film.editing import edited_film
 from storymem.film.folder import Film
 from storymem.film.generate import config_of, generate, recorded_config
-from storymem.film.resume import arguments_between, story_record
+from storymem.film.resume import story_record
 from storymem.film.settings import GenerateSettings
 from storymem.io import write_text
 from storymem.story import Story, StoryError, load_story

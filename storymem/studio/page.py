@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from storymem.film.storyboard import TEMPLATES
 from storymem.studio.actions import Studio
 from storymem.studio.board import View, board_html, fates_html, memory_html, pair_html, status_html, version
 from storymem.studio.work import outcome
@@ -18,7 +19,7 @@ _PICK = """element.addEventListener('click', event => {
   if (button) trigger('click', {shot: Number(button.dataset.shot)});
 });"""
 
-CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+CSS = "".join(TEMPLATES.get_template(name).render() for name in ("film/board.css", "studio/page.css"))
 
 
 def theme() -> gr.themes.Base:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from storymem.config import build_settings
-from storymem.film.resume import differences
+from storymem.film.differences import differences
 from storymem.io import FileError, read_yaml
 from storymem.training.checkpoints import Checkpoint, Checkpoints
 from storymem.training.settings import OptimizerSettings, TrainSettings
