@@ -103,27 +103,13 @@ def _generate(
     reports = bool(progress) and launch.is_first and launch.team == 0
     if settings.take is not None:
         ((folder, story),) = stories.items()
-        films = [_choose(settings, story, folder)] if launch.is_first else []
-        for film in films if reports else ():
-            _print_film(film)
-        return films
+        return [_choose(settings, story, folder, reports=reports)] if launch.is_first else []
     grid = find_grid(settings.runtime, launch, model=settings.model, sampler=settings.sampler)
     if settings.dry_run:
         if reports:
             _print_plans(settings, stories)
         return []
-    if reports:
-        for folder, story in stories.items():
-            print(f"{story.title}: {len(story.shots)} shots with {settings.model.name}, to {folder}", file=sys.stderr)
-    from storymem.wan.sources import check_weights
-
-    text_to_video = any(uses_text_to_video(story, settings) for story in stories.values())
-    check_weights(settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler)
-    if reports:
-        from storymem.story.notes import notes_on
-
-        for note in notes_on(list(stories.values()), settings.model, settings.sampler, settings.memory.reference_fit):
-            print(note, file=sys.stderr)
+    _check_weights(settings, stories, reports=reports)
     from storymem.film.processes import among_processes
     from storymem.wan.runtime import check_runtime
 
@@ -170,7 +156,21 @@ def _check(settings: GenerateSettings, stories: Mapping[Path, Story], launch: La
         )
 
 
-def _choose(settings: GenerateSettings, story: Story, folder: Path) -> Film:
+def _check_weights(settings: GenerateSettings, stories: Mapping[Path, Story], *, reports: bool) -> None:
+    """Raise ``ValueError`` or ``OSError`` for weights that are missing or do not fit; print notes if ``reports``."""
+    for folder, story in stories.items() if reports else ():
+        print(f"{story.title}: {len(story.shots)} shots with {settings.model.name}, to {folder}", file=sys.stderr)
+    from storymem.story.notes import notes_on  # these load transformers
+    from storymem.wan.sources import check_weights
+
+    text_to_video = any(uses_text_to_video(story, settings) for story in stories.values())
+    check_weights(settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler)
+    if reports:
+        for note in notes_on(list(stories.values()), settings.model, settings.sampler, settings.memory.reference_fit):
+            print(note, file=sys.stderr)
+
+
+def _choose(settings: GenerateSettings, story: Story, folder: Path, *, reports: bool) -> Film:
     """Let a shot show another of its takes (``shot=3 take=2``); nothing is generated."""
     work = work_of(settings, len(story.shots))
     if work.shots is None or len(work.shots) != 1 or settings.take is None:
@@ -184,6 +184,8 @@ def _choose(settings: GenerateSettings, story: Story, folder: Path) -> Film:
             raise FilmError(f"shot {settings.shot} of this story is not in the film yet: leave take out, once")
         film.show(places[0], settings.take)
         film.check()
+    if reports:
+        _print_film(film)
     return film
 
 

@@ -108,8 +108,8 @@ class _Selector(ABC):
         for frame, cosine in similarity.items():
             outcomes[frame] = "kept" if frame in kept else "in the memory", cosine, None if cosine is None else limit
         candidates = (
-            Candidate(frame=frame, verdict=verdict, quality=good.scores.get(frame), similarity=cosine, threshold=limit)
-            for frame, (verdict, cosine, limit) in sorted(outcomes.items())
+            Candidate(frame=frame, verdict=verdict, quality=good.scores.get(frame), similarity=cosine, threshold=bound)
+            for frame, (verdict, cosine, bound) in sorted(outcomes.items())
         )
         return Selection(
             selected=tuple(selected),

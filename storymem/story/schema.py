@@ -177,15 +177,8 @@ class Story:
         } | ({} if self.reconstruct_target is None else {"reconstruct_target": self.reconstruct_target})
 
     def _shot_dict(self, shot: Shot) -> dict[str, Any]:
-        return {
-            "prompt": shot.prompt,
-            "cut": shot.cut,
-            "characters": list(shot.characters),
-            "frames": shot.frames,
-            "seed": shot.seed,
-            "negative_prompt": shot.negative_prompt,
-            "references": self.written(shot.references),
-        }
+        lists = {"characters": list(shot.characters), "references": self.written(shot.references)}
+        return {key: getattr(shot, key) for key in _SHOT_KEYS} | lists
 
     def written(self, paths: Iterable[Path]) -> list[str]:
         """Paths relative to the story's folder where they lie below it, with forward slashes."""

@@ -11,8 +11,7 @@ from typing import Any
 from storymem.config import build_settings
 from storymem.film import memory_edits
 from storymem.film.differences import arguments_between
-from storymem.film.editing import edited_film
-from storymem.film.folder import Film
+from storymem.film.folder import Film, edited_film
 from storymem.film.generate import config_of, generate, recorded_config
 from storymem.film.resume import story_record
 from storymem.film.settings import GenerateSettings
