@@ -113,7 +113,7 @@ def _generate(
     from storymem.film.processes import among_processes
     from storymem.wan.runtime import check_runtime
 
-    films = []
+    films: list[Film] = []
     shown = progress if isinstance(progress, Progress) else Progress(enabled=progress)
     generator = build_generator(settings)
     generator.on_preview = shown.on_preview

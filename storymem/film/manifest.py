@@ -270,7 +270,7 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-@dataclass(kw_only=True, eq=False, config=ConfigDict(extra="ignore", populate_by_name=True))
+@dataclass(kw_only=True, eq=False, repr=False, config=ConfigDict(extra="ignore", populate_by_name=True))
 class Manifest:
     """The content of ``film.json``, except what is only for users to read.
 
