@@ -88,10 +88,15 @@ class Results:
 
     @cached_property
     def comparisons(self) -> dict[tuple[str, str], dict[str, Comparison | None]]:
-        """(first system, second) -> column -> how the second differs from the first; None without common stories."""
+        """(first system, second) -> column -> how the second differs from the first; None without common stories.
+
+        These are the pairs with the first of all systems, and with ``storymem``.
+        """
+        references = {next(iter(self.stories)), "storymem"}
         return {
-            (first, second): {column.name: self._compared(first, second, column.name) for column in self.columns}
-            for first, second in combinations(self.stories, 2)
+            pair: {column.name: self._compared(*pair, column.name) for column in self.columns}
+            for pair in combinations(self.stories, 2)
+            if references.intersection(pair)
         }
 
     @cached_property

@@ -91,6 +91,15 @@ def test_comparisons_are_over_the_stories_that_both_have(two: Results) -> None:
     assert found.relative == pytest.approx(0.10 / 0.42)
 
 
+def test_all_systems_are_compared_with_the_first_and_with_storymem() -> None:
+    found = results(**{name: [result("A", 0.4)] for name in ("base", "other", "storymem", "ablation", "more")})
+    assert [*found.comparisons] == [
+        *(("base", name) for name in ("other", "storymem", "ablation", "more")),
+        ("other", "storymem"),
+        *(("storymem", name) for name in ("ablation", "more")),
+    ]
+
+
 def test_tables(two: Results, tmp_path: Path) -> None:
     text = write_report(two, tmp_path)
     assert text == (tmp_path / "results.md").read_text()
