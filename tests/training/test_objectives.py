@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from storymem.composition import composed
 from storymem.config import CONFIGS, ConfigError, build_settings
 from storymem.training.objectives.settings import OBJECTIVES, MemoryObjectiveSettings
 from storymem.training.settings import TrainSettings
 from storymem.wan.lora_files import AdapterInfo, LoraFile
+from tests.composing import composed
 from tests.training.commands import train
 from tests.training.tiny import config, read_metrics
 
 
 def settings(*overrides: str) -> TrainSettings:
-    return build_settings(TrainSettings, composed("train", ["dataset=x", *overrides]))
+    return build_settings(TrainSettings, composed("dataset=x", *overrides, name="train"))
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml")))
