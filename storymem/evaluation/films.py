@@ -41,15 +41,21 @@ def stories_of(folder: str | Path, only: Sequence[str] = ()) -> list[Story]:
     if not Path(folder).is_dir():
         raise ValueError(f"stbench.stories={folder}: there is no such folder")
     try:
-        stories = load_stories([folder])
+        return only_named(load_stories([folder]), only)
     except StoryError as error:
         raise ValueError(f"stbench.stories={folder}:\n{error}") from None
-    return only_named(stories, only)
 
 
 def only_named(stories: Sequence[Story], only: Sequence[str]) -> list[Story]:
     """The ``stories`` that ``only`` names, all if it is empty. Raises ``ValueError`` as `stories_of`."""
-    chosen = {_story_named(name, stories).title for name in only}
+    chosen = set()
+    for name in only:
+        stem = name.rsplit(".", 1)[0] if name.endswith(STORY_SUFFIXES) else name
+        found = [story for story in stories if {_nfc(stem), _nfc(name)} & set(_names(story))]
+        if len(found) != 1:
+            known = [story.slug for story in found or stories]
+            raise ValueError(f"stbench.only: {name!r} names {len(found)} stories{nearest(name, known)}")
+        chosen.add(found[0].title)
     return [story for story in stories if story.title in chosen or not only]
 
 
@@ -94,15 +100,6 @@ def _as_written(record: Mapping[str, Any]) -> dict[str, Any]:
         for scene in record["scenes"]
     ]
     return content
-
-
-def _story_named(name: str, stories: Sequence[Story]) -> Story:
-    stem = name.rsplit(".", 1)[0] if name.endswith(STORY_SUFFIXES) else name
-    found = [story for story in stories if {_nfc(stem), _nfc(name)} & set(_names(story))]
-    if len(found) != 1:
-        known = [story.slug for story in found or stories]
-        raise ValueError(f"stbench.only: {name!r} names {len(found)} stories{nearest(name, known)}")
-    return found[0]
 
 
 @dataclass(frozen=True, kw_only=True)

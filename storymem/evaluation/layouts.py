@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from storymem.config import first_of
 from storymem.film.folder import Film
@@ -96,21 +98,13 @@ class FilmFiles:
         return {path: hash_file(path) for path in {shot.path for shot in self.shots if shot.path is not None}}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Reading:
-    """Files of one pattern and one way to read their numbers.
-
-    Args:
-        pattern: path without suffix, with a hole for each number.
-        files: numbers -> file.
-        shots: the numbers of each shot of the story.
-        numbering: description of these.
-    """
+class _Reading(NamedTuple):
+    """Files of one pattern (a path without suffix, with a hole for each number) and one way to read their numbers."""
 
     pattern: str
     files: Mapping[Numbers, Path]
-    shots: Sequence[Numbers]
-    numbering: str
+    shots: Sequence[Numbers]  # the numbers of each shot of the story
+    numbering: str  # describes these
 
     def __str__(self) -> str:
         return f"{self.pattern.replace(_HOLE, '#')} ({self.numbering})"
@@ -119,10 +113,10 @@ class _Reading:
         """The file with these numbers, or the name that it would have, padded as the others are."""
         if numbers in self.files:
             return ShotFile(path=self.files[numbers])
-        names = [_NUMBER.findall(str(path.with_suffix("")))[-len(numbers) :] for path in self.files.values()]
-        widths = [min(map(len, column)) for column in zip(*names, strict=True)]
+        shortest = min(self.files.values(), key=lambda path: len(str(path)))
+        widths = map(len, _NUMBER.findall(str(shortest.with_suffix("")))[-len(numbers) :])
         pieces = iter(f"{number:0{width}d}" for number, width in zip(numbers, widths, strict=True))
-        name = re.sub(_HOLE, lambda _: next(pieces), self.pattern) + next(iter(self.files.values())).suffix
+        name = re.sub(_HOLE, lambda _: next(pieces), self.pattern) + shortest.suffix
         return ShotFile(reason=f"there is no file {name}")
 
 
@@ -141,30 +135,23 @@ def find_shots(place: Path, story: Story) -> FilmFiles:
         return _whole_film(place, story)
     if Film.exists(place):
         return _own_film(Film.open(place), story)
-    videos = sorted(videos_below(place))
-    names = {video: video.relative_to(place).as_posix() for video in videos}
+    names = {video: video.relative_to(place).as_posix() for video in sorted(videos_below(place))}
     readings = [
-        _Reading(pattern=pattern, files=files, shots=shots, numbering=numbering)
+        _Reading(pattern, files, shots, numbering)
         for pattern, files in _groups(place, names).items()
         for shots, numbering in _numberings(story, pattern.count(_HOLE)).items()
         if files.keys() <= set(shots)
     ]
-    chosen = _choose(readings, story, place)
-    if chosen is not None:
-        return FilmFiles(
-            folder=place,
-            shots=tuple(map(chosen.shot, chosen.shots)),
-            layout=str(chosen),
-            ignored=tuple(name for video, name in names.items() if video not in chosen.files.values()),
-        )
-    if len(videos) == 1:
-        return _whole_film(videos[0], story)
-    if videos:
-        problem = (
-            f"the numbers in the names of its {len(videos)} videos ({first_of(list(names.values()), _LISTED)}) are not "
-            f"those of the {len(story.shots)} shots of {story.title!r}"
-        )
-        raise _unclear_files(problem, story, place)
+    if (chosen := _choose(readings, story, place)) is not None:
+        ignored = tuple(name for video, name in names.items() if video not in chosen.files.values())
+        shots = tuple(map(chosen.shot, chosen.shots))
+        return FilmFiles(folder=place, shots=shots, layout=str(chosen), ignored=ignored)
+    if len(names) == 1:
+        return _whole_film(*names, story)
+    if names:
+        listed = f"its {len(names)} videos ({first_of(list(names.values()), _LISTED)})"
+        of_shots = f"those of the {len(story.shots)} shots of {story.title!r}"
+        raise _unclear_files(f"the numbers in the names of {listed} are not {of_shots}", story, place)
     missing = tuple(ShotFile(reason=f"there is no file {s.scene:02d}_{s.number:02d}.mp4") for s in story.shots)
     return FilmFiles(folder=place, shots=missing)
 
@@ -234,24 +221,23 @@ def _groups(folder: Path, names: Mapping[Path, str]) -> dict[str, dict[Numbers, 
     groups: dict[str, dict[Numbers, Path]] = {}
     for video, name in names.items():
         stem = name.removesuffix(video.suffix)
-        numbers = tuple(int(number) for number in _NUMBER.findall(stem))
-        files = groups.setdefault(_NUMBER.sub(_HOLE, stem), {})
-        if numbers in files:
-            both = f"{names[files[numbers]]} and {name}"
-            raise ValueError(f"{folder}: {both} have the same numbers: move one of them away")
-        files[numbers] = video
+        numbers = tuple(map(int, _NUMBER.findall(stem)))
+        other = groups.setdefault(_NUMBER.sub(_HOLE, stem), {}).setdefault(numbers, video)
+        if other != video:
+            raise ValueError(f"{folder}: {names[other]} and {name} have the same numbers: move one of them away")
     return groups
 
 
 def _numberings(story: Story, count: int) -> dict[tuple[Numbers, ...], str]:
     """Ways to number the shots with ``count`` numbers: those of each shot -> description."""
-    if count == 1:
-        return {tuple((shot.index + first,) for shot in story.shots): f"shot from {first}" for first in (1, 0)}
     found: dict[tuple[Numbers, ...], str] = {}
     places = {scene.number: place for place, scene in enumerate(story.scenes)}
-    for scene_from, scene in ((1, dict(zip(places, places, strict=True))), (0, places)) if count == 2 else ():
-        for shot_from in (1, 0):
-            numbers = tuple((scene[shot.scene], shot.number - 1 + shot_from) for shot in story.shots)
+    for scene_from, shot_from in product((1, 0), (1, 0)):
+        if count == 1:
+            found[tuple((shot.index + shot_from,) for shot in story.shots)] = f"shot from {shot_from}"
+        elif count == 2:
+            of_scene = {number: number if scene_from else place for number, place in places.items()}
+            numbers = tuple((of_scene[shot.scene], shot.number - 1 + shot_from) for shot in story.shots)
             found.setdefault(numbers, _BY_SCENE.format(scene_from, shot_from))
     return found
 
@@ -261,13 +247,11 @@ def _choose(readings: Sequence[_Reading], story: Story, folder: Path) -> _Readin
     ours = [one for one in readings if one.pattern in _OURS and one.numbering == _BY_SCENE.format(1, 1)]
     complete = [one for one in readings if one.files.keys() == set(one.shots)]
     several = [one for one in readings if len(one.files) > 1]
-    for candidates in ([one for one in complete if one in ours], complete, ours, several):
-        if len(candidates) > 1:
-            problem = f"the files can be read as the shots of {story.title!r} in several ways"
-            raise _unclear_files(f"{problem}: {'; '.join(map(str, candidates))}", story, folder)
-        if candidates:
-            return candidates[0]
-    return None
+    found = [one for one in complete if one in ours] or complete or ours or several
+    if len(found) > 1:
+        problem = f"the files can be read as the shots of {story.title!r} in several ways"
+        raise _unclear_files(f"{problem}: {'; '.join(map(str, found))}", story, folder)
+    return found[0] if found else None
 
 
 def _unclear_files(problem: str, story: Story, folder: Path) -> UnclearError:

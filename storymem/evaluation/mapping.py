@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -105,8 +106,10 @@ def mapped_films(mapping: FilmsMapping, file: Path, folder: Path, stories: Seque
         if mapping.shots is None and story.title not in mapping.stories:
             continue
         try:
-            found[story.title] = _mapped_film(mapping, file.name, folder, story)
-            _check_differ(found[story.title], story)
+            found[story.title] = film = _mapped_film(mapping, file.name, folder, story)
+            starts = [(os.path.realpath(shot.path), shot.frames) for shot in film.shots if shot.path is not None]
+            if twice := [path for (path, _), count in Counter(starts).items() if count > 1]:
+                raise ValueError(f"two shots of {story.title!r} are the same frames of {twice[0]}")
         except (FileError, UnclearError):
             raise
         except ValueError as error:
@@ -174,15 +177,3 @@ def _check_all_used(template: str, folder: Path, entry: str, story: Story, shots
                 "count from 1; write {scene0}, {shot0} or {index0} where files count from 0, or list the paths under "
                 f"stories: {quoted(story.title)}: [...]"
             )
-
-
-def _check_differ(film: FilmFiles, story: Story) -> None:
-    """Raise ValueError if two shots are the same frames."""
-    seen: dict[tuple[str, int], str] = {}
-    for shot, file in zip(story.shots, film.shots, strict=True):
-        if file.path is not None:
-            start = os.path.realpath(file.path), (file.frames or (0, 0))[0]
-            if start in seen:
-                both = f"{seen[start]} and {shot.label} of {story.title!r}"
-                raise ValueError(f"{both} are the same frames of {file.path}")
-            seen[start] = shot.label

@@ -32,7 +32,7 @@ from storymem.io import (
 from storymem.media.video import READER, READING, probe, read_video
 from storymem.story import Shot, Story
 
-FORMAT = 4
+FORMAT = 5
 _DIGITS = 6  # of values in files: more than other batch sizes or processors agree on
 _STRIP_HEIGHT = 96
 
@@ -147,40 +147,58 @@ def result_key(story: Story, film: FilmFiles, measured: Mapping[str, Any], contr
         "shots": [shot.reason if shot.path is None else [film.hashes[shot.path], shot.frames] for shot in film.shots],
         "metrics": measured,
         "reader": [READER, READING],
-        **({} if control is None else {"control": control}),
-        **({"references": [hash_file(path) for path in story.references]} if story.references else {}),
+        "control": control,
+        "references": [hash_file(path) for path in story.references],
     }
     return hash_json(content)
 
 
-def score_story(
-    story: Story,
-    film: FilmFiles,
-    metrics: Mapping[str, Metric],
-    measured: Mapping[str, Any],
-    folder: Path,
-    control: Control | None = None,
-) -> None:
-    """Write ``folder/STORY.json`` and its images ``folder/STORY/SHOT.jpg``, unless the same result is there.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A film to score.
+
+    Args:
+        system: of the film.
+        story, film: what it shows, and its files.
+        folder: of the results of its row.
+        control: how its frames are altered; None for the film itself. Its ``story`` is applied already.
+    """
+
+    system: str
+    story: Story
+    film: FilmFiles
+    folder: Path
+    control: Control | None = None
+
+    @property
+    def row(self) -> tuple[str, str | None]:
+        """Of the tables: the system, and the control if its films were altered."""
+        return self.system, None if self.control is None else self.control.name
+
+    @property
+    def path(self) -> Path:
+        """Of the result."""
+        return self.folder / f"{self.story.slug}.json"
+
+
+def score(job: Job, metrics: Mapping[str, Metric], measured: Mapping[str, Any]) -> None:
+    """Write the result ``job.path`` and its images ``STORY/SHOT.jpg`` beside it, unless the same result is there.
 
     The images are written first and the result last. Of older images, only those that the previous result lists are
     removed.
 
     Args:
-        story: what the film shows.
-        film: its shots.
+        job: what to score.
         metrics: what to measure.
         measured: ``metric_settings(metrics)``.
-        folder: of all results of one system.
-        control: how the film's frames are altered; its ``story`` is applied by the caller.
     """
-    key = result_key(story, film, measured, None if control is None else control.name)
-    path, images = folder / f"{story.slug}.json", folder / story.slug
-    before = read_result(path)
+    story, film, control = job.story, job.film, job.control
+    key = result_key(story, film, measured, job.row[1])
+    before, images = read_result(job.path), job.folder / story.slug
     if before is not None and before.key == key and not before.faults:
         now = replace(before, folder=_folder(film), seconds=film.seconds)
         if now != before:
-            write_json(path, asdict(now))  # the same film elsewhere
+            write_json(job.path, asdict(now))  # the same film elsewhere
         return
     result, strips = score_film(story, film, metrics, key, None if control is None else control.alter)
     for fault in result.faults:
@@ -190,7 +208,7 @@ def score_story(
     remove_leftovers(images)
     for name, strip in strips.items():
         write_atomically(images / name, strip)
-    write_json(path, asdict(replace(result, metrics=dict(measured))))
+    write_json(job.path, asdict(replace(result, metrics=dict(measured))))
     for name in () if before is None else before.images:
         if name not in strips and Path(name).name == name:
             (images / name).unlink(missing_ok=True)
@@ -221,7 +239,7 @@ def score_film(
 
 
 class _UnreadableError(Exception):
-    """A shot cannot be read to its end, or not be altered."""
+    """A shot cannot be read to its end, or its control cannot be made."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(reason)
@@ -233,7 +251,7 @@ def _reading(index: int) -> Iterator[None]:
     """Errors inside the block are those of reading this shot."""
     try:
         yield
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:  # NotFiniteError among them
         raise _UnreadableError(index, str(error)) from None
 
 
@@ -254,7 +272,7 @@ def _score(
         if file.path is not None:
             with _reading(shot.index):
                 frames = read_video(file.path, None if file.frames is None else range(*file.frames))
-            frames = frames if alter is None else _altered(alter, shot, frames, info)
+                frames = frames if alter is None else alter(shot, frames, info)
             strips[f"{shot.index + 1:02d}.jpg"] = _strip(frames)
         for name, metric in metrics.items():
             try:
@@ -277,14 +295,6 @@ def _score(
         images=tuple(strips),
     )
     return result, strips
-
-
-def _altered(alter: Alter, shot: Shot, frames: np.ndarray, info: FilmInfo) -> np.ndarray:
-    """The frames of a control film; without them the shot is missing, as one that cannot be read."""
-    try:
-        return alter(shot, frames, info)
-    except NotFiniteError as error:
-        raise _UnreadableError(shot.index, str(error)) from None
 
 
 def _length(index: int, file: ShotFile) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic.dataclasses import dataclass as settings_class
 
-from storymem.config import STRICT
+from storymem.config import STRICT, check_bounds
 
 
 @settings_class(frozen=True, kw_only=True, config=STRICT)
@@ -26,12 +26,7 @@ class StatisticsSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.resamples < 100:
-            raise ValueError(f"resamples={self.resamples}: must be at least 100")
-        if not 0.5 <= self.level < 1:
-            raise ValueError(f"level={self.level}: must be a share such as 0.95")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: must not be negative")
+        check_bounds(self, resamples=(100, 1e7), level=(0.5, 0.9999), seed=(0, 2**63))
 
 
 @dataclass(frozen=True, kw_only=True)

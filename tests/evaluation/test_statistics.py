@@ -68,7 +68,7 @@ def test_the_papers_relative_gain() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"resamples": 10}, "at least 100"), ({"level": 95}, "a share"), ({"seed": -1}, "negative")],
+    [({"resamples": 10}, "100 or more"), ({"level": 95}, "0.9999 or less"), ({"seed": -1}, "0 or more")],
 )
 def test_faulty_settings(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -143,7 +143,7 @@ def test_workers_are_those_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> N
         ([], "nothing to score"),
         (["films=nowhere"], "films=nowhere: there is no such folder"),
         (["films=one", "+stbench.storys=x"], "stbench.storys: unknown key; did you mean 'stories'"),
-        (["films=one", "statistics.level=95"], "must be a share"),
+        (["films=one", "statistics.level=95"], "level must be 0.9999 or less"),
         (["films={StoryMem: one}", "method=storymem"], "two systems are called StoryMem"),
         (["films={a/b: one}"], "a system cannot be called 'a/b'"),
         (["films={..: one}"], r"a system cannot be called '\.\.'"),
