@@ -148,7 +148,7 @@ def build_viclip(vocabulary: int) -> Viclip:
 def viclip_loss(
     network: Viclip, tokenizer: ClipTokenizer, rng: torch.Generator, size: int = 32
 ) -> tuple[Tensor, dict[str, float]]:
-    """The contrastive loss of shots, of eight frames each, as the profile "vbench" chooses and crops them."""
+    """The contrastive loss of shots, of eight frames each, as the scorer chooses and crops them."""
     shots, frames = draw_shots(rng, size), middle_frames(FRAMES, network.config.num_frames)
     clips = as_images(np.stack([shot.frames[frames] for shot in shots]))
     pixels = normalise(crop_in_bytes(clips.flatten(0, 1), SIDE), CLIP_MEAN, CLIP_STD).to(network.temp.device)

@@ -147,7 +147,7 @@ def find_shots(place: Path, story: Story) -> FilmFiles:
         shots = tuple(map(chosen.shot, chosen.shots))
         return FilmFiles(folder=place, shots=shots, layout=str(chosen), ignored=ignored)
     if len(names) == 1:
-        return _whole_film(*names, story)
+        return _whole_film(next(iter(names)), story)
     if names:
         listed = f"its {len(names)} videos ({first_of(list(names.values()), _LISTED)})"
         of_shots = f"those of the {len(story.shots)} shots of {story.title!r}"

@@ -21,7 +21,7 @@ Value = float | None
 Pair = tuple[int, int, Value]
 """Indices of two shots of a story, from 0, and a value."""
 
-_OF_SCORERS = ("name", "profile", "preprocessing", "dtype", "box_threshold")  # recorded where a scorer has them
+_OF_SCORERS = ("name", "preprocessing", "dtype", "box_threshold")  # recorded where a scorer has them
 
 
 class ImageEmbedder(Protocol):

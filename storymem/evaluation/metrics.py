@@ -78,7 +78,7 @@ class ViclipScores(Metric):
     a common character.
 
     Args:
-        scorer: the paper's is L/14 with VBench's frames.
+        scorer: the paper's is L/14.
         top_pairs: how many pairs of shots count for the top-10 consistency; all if there are fewer.
         top_rule: which pairs: those with the most similar prompts by ViCLIP's text embeddings (``prompts``), or those
             of the most similar shots (``shots``). The paper does not specify it. Ties go to the earlier pair.
@@ -118,8 +118,7 @@ class ViclipScores(Metric):
     @property
     def weights(self) -> Origin:
         """See :attr:`Metric.weights`."""
-        is_papers = self.scorer.config == VICLIP_L_14 and self.scorer.profile == "vbench"
-        return "own" if super().weights == "published" and not is_papers else super().weights
+        return "own" if self.scorer.config != VICLIP_L_14 and super().weights == "published" else super().weights
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> _Clips:
         """Eight frames of the shot, and those of the film's eight that are in it."""
@@ -172,7 +171,7 @@ class ViclipScores(Metric):
     def settings(self) -> dict[str, Any]:
         """See :meth:`Metric.settings`."""
         return super().settings() | {
-            "frames": self.scorer.config.num_frames,
+            "frames": f"{self.scorer.config.num_frames}, as in VBench",
             "context_tokens": self.scorer.config.context_length,
             "top_pairs": self.top_pairs,
             "top_rule": self.top_rule,

@@ -24,7 +24,7 @@ from storymem.io import write_json
 from storymem.media.images import fit_image, read_image
 from storymem.memory.keyframes import image_hash
 from storymem.methods.chat import Chat
-from storymem.methods.image_models import ImageModel, WanImages, to_images
+from storymem.methods.image_models import ImageModel, ImageSettings, WanImages, to_images
 from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, is_embedded
 from storymem.methods.storyboards import Storyboard, by_rule, planned, portrait_name
 from storymem.methods.storymem import StoryMem
@@ -33,31 +33,24 @@ from storymem.story.writing import EndpointSettings
 from storymem.wan.settings import RuntimeSettings, VideoSettings
 from storymem.wan.shots import ShotRequest
 from storymem.wan.texts import known_words
-from storymem.weights import Weights
 
 STORYBOARD, ANSWERS = "agent_storyboard.json", "agent_answers.json"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AgentSettings:
-    """The settings of the method ``agent``.
+class AgentSettings(ImageSettings):
+    """The settings of the method ``agent``; ``weights`` are of Qwen-Image-Edit-2509 or a later one.
 
     Args:
-        weights: of Qwen-Image-Edit-2509 or a later one, in diffusers' layout.
         stub: plan by rule and ask nothing.
         endpoint: of the language model; see ``storymem write``.
         tries: for one answer.
         images: "qwen"; "memory": the video model with the memory adapter, which is given portraits and frames as
             memory; or "auto": memory for models that come with the package, else qwen.
         references: images that a first frame is made from, at most.
-        steps: of the image editor.
-        guidance: of the image editor (``true_cfg_scale``).
-        height: of its images, in pixels; they are cropped to the film's size.
-        width: likewise.
         portrait: the prompt of a portrait, with ``{name}`` and ``{look}``; None: one for the image model.
     """
 
-    weights: Weights
     stub: bool = False
     endpoint: EndpointSettings = field(default_factory=EndpointSettings)
     tries: int = 3
@@ -70,8 +63,8 @@ class AgentSettings:
     portrait: str | None = None
 
     def __post_init__(self) -> None:
-        check_bounds(self, tries=(1, 10), references=(1, 32), steps=(1, 1000), guidance=(1, 100))
-        check_bounds(self, height=(32, 4096), width=(32, 4096))
+        super().__post_init__()
+        check_bounds(self, tries=(1, 10), references=(1, 32))
 
 
 class Agent(KeyframeMethod):

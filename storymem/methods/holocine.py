@@ -220,6 +220,7 @@ class HoloCine(JointMethod):
     ) -> None:
         super().__init__(generate=generate, adapter=adapter, max_shots=max_shots)
         self.sparse, self.is_released = sparse, released is not None and self.settings.model.text_to_video is not None
+        self.options = {"sparse": sparse, "one_video": self.is_released}
         if released is not None and self.is_released:
             published, model = build_settings(Released, released), self.settings.model
             self.sampler, self.is_trained = published.sampler, True
@@ -232,11 +233,6 @@ class HoloCine(JointMethod):
                 adapter=None,
                 adapters=(),
             )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """See :attr:`JointMethod.options`."""
-        return {"sparse": self.sparse, "one_video": self.is_released}
 
     def request(self, story: Story) -> FilmRequest:
         """See :meth:`JointMethod.request`."""

@@ -5,17 +5,45 @@ from __future__ import annotations
 import gc
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic.dataclasses import dataclass
 
+from storymem.config import STRICT, check_bounds
 from storymem.io import check_finite
 from storymem.wan.runtime import check_runtime
 from storymem.wan.settings import RuntimeSettings
 from storymem.wan.shots import WanShotGenerator
 from storymem.wan.sources import check_weights, required_weights
 from storymem.weights import Weights, locate
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImageSettings:
+    """How images are made; methods have keys of their own besides.
+
+    Args:
+        weights: of the image model, in diffusers' layout.
+        steps: of sampling.
+        guidance: classifier-free, or what the model was distilled for.
+        height: of an image (of a panel) in pixels; it is cropped to the film's size.
+        width: likewise.
+    """
+
+    weights: Weights
+    steps: int
+    guidance: float
+    height: int
+    width: int
+    multiple: ClassVar[int] = 16  # of height and width
+
+    def __post_init__(self) -> None:
+        check_bounds(self, steps=(1, 1000), guidance=(1, 100), height=(32, 4096), width=(32, 4096))
+        if self.height % self.multiple or self.width % self.multiple:
+            sides = f"{self.height} and {self.width}"
+            raise ValueError(f"height and width must be multiples of {self.multiple}, not {sides}")
 
 
 class ImageModel(ABC):

@@ -26,7 +26,7 @@ from torch import Tensor
 from storymem.config import STRICT, build_settings, check_bounds
 from storymem.io import check_finite
 from storymem.media.images import fit_image
-from storymem.methods.image_models import ImageModel, WanImages, to_images
+from storymem.methods.image_models import ImageModel, ImageSettings, WanImages, to_images
 from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, is_embedded
 from storymem.story import Story
 from storymem.story.panels import JOINT_TOKENS, PANELS, PanelStyle, panel_prompt
@@ -40,24 +40,18 @@ _SEAM = 4.0  # times the median change from row to row: what a seam between pane
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class InContextSettings:
-    """The settings of the method ``in_context``.
+class InContextSettings(ImageSettings):
+    """The settings of the method ``in_context``; ``weights`` are of FLUX.1-dev.
 
     Args:
-        weights: of FLUX.1-dev, in diffusers' layout.
         lora: the film-storyboard LoRA.
         adapter: with ``images: base``, the LoRA that draws panels (`objective=pictures`); None: the base alone, whose
             panels are one image.
         images: "flux", "base", or "auto": base for models that come with the package, else flux.
         chained: whether the first panel of a window is an earlier keyframe.
-        steps: of FLUX.
-        guidance: of FLUX, which is distilled for it.
-        height: of a panel of FLUX, in pixels.
-        width: likewise.
         trim: of a panel's height, cut off beside a seam.
     """
 
-    weights: Weights
     lora: Weights
     adapter: AdapterSettings | None = None
     images: Literal["auto", "flux", "base"] = "auto"
@@ -69,9 +63,8 @@ class InContextSettings:
     trim: float = 0.02
 
     def __post_init__(self) -> None:
-        check_bounds(self, steps=(1, 1000), guidance=(1, 100), trim=(0, 0.2), height=(32, 1024), width=(32, 2048))
-        if self.height % 16 or self.width % 16:
-            raise ValueError(f"height and width must be multiples of 16, not {self.height} and {self.width}")
+        super().__post_init__()
+        check_bounds(self, trim=(0, 0.2))
 
 
 class Window(NamedTuple):

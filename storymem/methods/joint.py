@@ -34,6 +34,7 @@ class JointMethod(ABC):
         max_shots: of a film; longer stories are refused.
         adapter: a LoRA that was trained for the system's layout, a node as ``model.adapter``; None: none. The memory
             adapter is not used.
+        options: settings of the system itself, for the manifest of its films.
 
     Attributes:
         model: the networks.
@@ -45,24 +46,18 @@ class JointMethod(ABC):
     objective: ClassVar[str]  # of the training of its adapters
 
     def __init__(
-        self, *, generate: Mapping[str, Any], max_shots: int, adapter: Mapping[str, Any] | None = None
+        self, *, generate: Mapping[str, Any], max_shots: int, adapter: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         self.settings = build_settings(GenerateSettings, {**without_memory(generate), "story": "."})
         self.config, self.max_shots = dict(generate), max_shots
         lora = None if adapter is None else build_settings(AdapterSettings, {**adapter, "objective": self.objective})
         self.model = with_adapter(self.settings.model, lora)
         self.sampler: SamplerSettings = self.settings.sampler
-        self.is_trained = adapter is not None
-        self._checked = False
+        self.options, self.is_trained, self._checked = options, adapter is not None, False
 
     @abstractmethod
     def request(self, story: Story) -> FilmRequest:
         """What the film of ``story`` is denoised from. ``ValueError`` if the system cannot make it."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The settings of the method itself, for the manifest of its films."""
-        return {}
 
     @cached_property
     def generator(self) -> WanFilmGenerator:

@@ -28,20 +28,10 @@ class Lct(JointMethod):
     objective: ClassVar[str] = "lct"
 
     def __init__(
-        self,
-        *,
-        generate: Mapping[str, Any],
-        gap: int,
-        max_shots: int,
-        adapter: Mapping[str, Any] | None = None,
+        self, *, generate: Mapping[str, Any], gap: int, max_shots: int, adapter: Mapping[str, Any] | None = None
     ) -> None:
-        super().__init__(generate=generate, adapter=adapter, max_shots=max_shots)
+        super().__init__(generate=generate, adapter=adapter, max_shots=max_shots, gap=gap)
         self.gap = gap
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """See :attr:`JointMethod.options`."""
-        return {"gap": self.gap}
 
     def request(self, story: Story) -> FilmRequest:
         """See :meth:`JointMethod.request`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -44,16 +43,12 @@ class Camera:
         shots: numbers of its shots.
         parent: number of the camera that shows (a part of) what this one sees; None: there is none.
         parent_shot: the shot of that camera.
-        fully_covered: whether the parent shows all of it.
-        missing: what the parent does not show.
     """
 
     camera: int
     shots: tuple[int, ...]
     parent: int | None = None
     parent_shot: int | None = None
-    fully_covered: bool = False
-    missing: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -71,13 +66,11 @@ class Frame:
         first_frame: what it shows, as a text for an image model.
         visible: names of characters in it.
         motion: what happens in the shot, without names: the text for image-to-video.
-        variation: how much the image changes during the shot.
     """
 
     first_frame: str
     visible: tuple[str, ...]
     motion: str
-    variation: Literal["small", "medium", "large"] = "small"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -152,14 +145,13 @@ dynamic_features may (clothes). Keep their names and what the story says about t
 {story}"""
 _CAMERAS = """\
 Divide the shots of this story among cameras. Each shot belongs to one camera; shots of one camera have the same place
-and angle. A camera may have a parent: an earlier camera that shows a wider view of what it sees, with the parent_shot;
-say whether that shot fully covers it, and otherwise what is missing.
+and angle. A camera may have a parent: an earlier camera that shows a wider view of what it sees, in parent_shot.
 
 {story}"""
 _FRAME = """\
 Describe shot {number} of this story. first_frame: the first image of the shot for an image model, with place, light,
 framing, and each character as <Name>. visible: names of the characters in it. motion: what then moves, for a model that
-animates that image, without names. variation: how much the image changes.{words}
+animates that image, without names.{words}
 
 {story}"""
 _SOURCES = """\
@@ -258,20 +250,12 @@ def _few(found: Sources, known: Sequence[str], most: int) -> None:
 
 
 def check_tree(found: Cameras, shots: int) -> None:
-    """Raise ``ValueError`` unless each shot has one camera, and parents exist and form no circle."""
-    by_number = {one.camera: one for one in found.cameras}
-    if len(by_number) < len(found.cameras):
+    """Raise ``ValueError`` unless each shot has one camera, and each parent is an earlier camera with the shot."""
+    shots_of = {one.camera: one.shots for one in found.cameras}
+    if len(shots_of) < len(found.cameras):
         raise ValueError("two cameras have one number")
     if sorted(shot for one in found.cameras for shot in one.shots) != list(range(1, shots + 1)):
         raise ValueError(f"each of the shots 1 to {shots} must belong to exactly one camera")
     for one in found.cameras:
-        if one.parent is None:
-            continue
-        if one.parent not in by_number or one.parent_shot not in by_number[one.parent].shots:
-            raise ValueError(f"camera {one.camera} has no parent {one.parent} with a shot {one.parent_shot}")
-        line, at = {one.camera}, one.parent
-        while at is not None:
-            if at in line:
-                raise ValueError(f"the parents of camera {one.camera} form a circle")
-            line.add(at)
-            at = by_number[at].parent if at in by_number else None  # type: ignore[assignment]
+        if one.parent is not None and (one.parent >= one.camera or one.parent_shot not in shots_of.get(one.parent, ())):
+            raise ValueError(f"camera {one.camera} has no earlier parent {one.parent} with a shot {one.parent_shot}")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from storymem.film.folder import Film
 from storymem.film.parts import Recalled
 from storymem.film.progress import Progress
 from storymem.methods.baseline import Baseline, TextToVideo
-from storymem.methods.image_models import ImageModel, to_images
+from storymem.methods.image_models import ImageModel, ImageSettings, to_images
 from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, is_embedded
 from storymem.methods.long_prompts import encode_long_prompts
 from storymem.methods.sharing import Sharing, SharingSettings, id_shots, sharing_in_unet, sharing_in_video, shots_read
@@ -31,22 +31,16 @@ from storymem.story import Shot, Story
 from storymem.wan.combinations import check_combinations
 from storymem.wan.settings import ModelSettings
 from storymem.wan.shots import OnStep, ShotRequest, WanShotGenerator
-from storymem.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class StoryDiffusionSettings:
-    """The settings of the method ``storydiffusion``.
+class StoryDiffusionSettings(ImageSettings):
+    """The settings of the method ``storydiffusion``; ``weights`` are of Stable Diffusion XL or a fine-tune of it.
 
     Args:
-        weights: of Stable Diffusion XL or a fine-tune of it, in diffusers' layout.
         where: "images", "video", or "auto": video for models that come with the package, else images.
         sharing: of images.
         everywhere: share in all self-attention layers of the UNet, as the first release does; else in ``up_blocks``.
-        steps: of DDIM; the paper has 50.
-        guidance: classifier-free guidance.
-        height: of the images, in pixels; they are cropped to the film's size.
-        width: likewise.
         batch: rows of a batch; a longer story is made as several, each with all id rows.
         template: of a prompt, with ``{prompt}``.
         negative_prompt: of all images.
@@ -55,14 +49,14 @@ class StoryDiffusionSettings:
         video_sharing: of video. Both were chosen on training stories of the toy world, by attributes kept.
     """
 
-    weights: Weights
     where: Literal["auto", "images", "video"] = "auto"
     sharing: SharingSettings = field(default_factory=SharingSettings)
     everywhere: bool = False
-    steps: int = 35
+    steps: int = 35  # the paper has 50
     guidance: float = 5.0
     height: int = 768
     width: int = 1344
+    multiple: ClassVar[int] = 32
     batch: int = 8
     template: str = "{prompt}"
     negative_prompt: str = "blurry, low quality, deformed, extra fingers, text, watermark, frame"
@@ -73,10 +67,8 @@ class StoryDiffusionSettings:
     )
 
     def __post_init__(self) -> None:
-        check_bounds(self, steps=(1, 1000), guidance=(1, 100), batch=(1, 64), video_blocks=(1, 1000))
-        check_bounds(self, height=(32, 2048), width=(32, 2048))
-        if self.height % 32 or self.width % 32:
-            raise ValueError(f"height and width must be multiples of 32, not {self.height} and {self.width}")
+        super().__post_init__()
+        check_bounds(self, batch=(1, 64), video_blocks=(1, 1000))
         if "{prompt}" not in self.template:
             raise ValueError("template must contain {prompt}")
 

@@ -25,11 +25,6 @@ def squash(frames: Tensor, side: int) -> Tensor:
     return tv.resize(frames, [side, side], InterpolationMode.BILINEAR, antialias=False)
 
 
-def squash_in_bytes(frames: Tensor, side: int) -> Tensor:
-    """`squash` of 8-bit frames (InternVid's training)."""
-    return squash(to_bytes(frames), side) / 255.0
-
-
 def crop(frames: Tensor, side: int) -> Tensor:
     """Bicubic of the short side without antialias, then the centre (VBench's aesthetic score).
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Self, Unpack
+from typing import Any, Self, Unpack
 
 from einops import rearrange
 from safetensors.torch import save_file
@@ -16,15 +16,7 @@ from storymem.config import build_settings
 from storymem.io import read_json_object, replacing, write_json
 from storymem.scorers.checkpoint import loaded, read_checkpoint, read_sizes, seeded
 from storymem.scorers.clip import ClipTokenizer
-from storymem.scorers.preprocessing import (
-    CLIP_MEAN,
-    CLIP_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    crop_in_bytes,
-    normalise,
-    squash_in_bytes,
-)
+from storymem.scorers.preprocessing import CLIP_MEAN, CLIP_STD, crop_in_bytes, normalise
 from storymem.scorers.scorer import Placement, Scorer, check_clips, check_texts, unit
 from storymem.scorers.viclip_network import VICLIP_B_16, VICLIP_L_14, Viclip, ViclipConfig
 from storymem.weights import Weights, locate
@@ -38,47 +30,21 @@ def middle_frames(length: int, count: int) -> list[int]:
     """VBench's choice of ``count`` frames out of ``length``: the middle of each of equally long intervals.
 
     Intervals end at floor(i * length / n) with n = min(count, length); if the video is shorter than ``count``, the last
-    frame is repeated.
+    frame is repeated. ``ValueError`` without a frame.
     """
-    _check_length(length, 1)
+    if length < 1:
+        raise ValueError(f"a clip needs at least one frame; got {length}")
     intervals = min(count, length)
     edges = [i * length // intervals for i in range(intervals + 1)]
     middles = [(first + end - 1) // 2 for first, end in pairwise(edges)]
     return middles + [middles[-1]] * (count - intervals)
 
 
-def strided_frames(length: int, count: int) -> list[int]:
-    """InternVid's choice: the first ``count`` frames at stride length // count, of no fewer frames."""
-    _check_length(length, count)
-    return [i * (length // count) for i in range(count)]
-
-
-def _check_length(length: int, least: int) -> None:
-    if length < least:
-        raise ValueError(f"a clip needs at least {least} frames here; got {length}")
-
-
-class FrameProfile(NamedTuple):
-    """How frames are chosen from a clip and turned into the network's pixels."""
-
-    choose: Callable[[int, int], list[int]]
-    preprocess: Callable[[Tensor, int], Tensor]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-PROFILES = {
-    "vbench": FrameProfile(middle_frames, crop_in_bytes, CLIP_MEAN, CLIP_STD),
-    "internvid": FrameProfile(strided_frames, squash_in_bytes, IMAGENET_MEAN, IMAGENET_STD),
-}
-
-
 class ViclipScorer(Scorer[Viclip]):
-    """Clip and text embeddings of ViCLIP.
+    """Clip and text embeddings of ViCLIP, with the frames and the preprocessing of VBench.
 
     Args:
         network: the network.
-        profile: ``"vbench"`` (comparable with published numbers) or ``"internvid"`` (how it was trained).
         tokenizer: CLIP's own by default.
         device, dtype, batch_size: see `Scorer`; ``batch_size``, 8 by default, counts clips and texts.
     """
@@ -87,15 +53,11 @@ class ViclipScorer(Scorer[Viclip]):
         self,
         network: Viclip,
         *,
-        profile: str = "vbench",
         tokenizer: ClipTokenizer | None = None,
         **placement: Unpack[Placement],
     ) -> None:
-        if profile not in PROFILES:
-            raise ValueError(f"unknown profile {profile!r}; write one of {', '.join(PROFILES)}")
         placement.setdefault("batch_size", 8)
         super().__init__(network, **placement)
-        self.profile = profile
         self.config = network.config
         self.dim = network.config.output_dim
         self.tokenizer = tokenizer or ClipTokenizer(network.config.context_length)
@@ -115,22 +77,20 @@ class ViclipScorer(Scorer[Viclip]):
         return [weights]
 
     @classmethod
-    def from_pretrained(
-        cls, size: str = "L-14", source: str | None = None, *, profile: str = "vbench", **placement: Unpack[Placement]
-    ) -> Self:
+    def from_pretrained(cls, size: str = "L-14", source: str | None = None, **placement: Unpack[Placement]) -> Self:
         """Load published weights.
 
         Args:
             size: of the network: ``"L-14"`` or ``"B-16"``.
             source: a hub id, a folder or a file, in either public layout: ``.safetensors`` (flat), or ``.pth`` with the
                 tensors under the key ``model``. By default OpenGVLab's hub repository of that size.
-            profile, placement: see the class.
+            placement: see `Scorer`.
         """
         (weights,) = cls.required_weights(size, source)
-        return cls(_load(_SIZES[size], locate(weights)), profile=profile, **placement).marked("published")
+        return cls(_load(_SIZES[size], locate(weights)), **placement).marked("published")
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, profile: str = "vbench", **placement: Unpack[Placement]) -> Self:
+    def from_folder(cls, folder: str | Path, **placement: Unpack[Placement]) -> Self:
         """Load a network of any size from a folder that `save` wrote, with its own vocabulary if it has one."""
         described, path = (
             locate(Weights(name=f"ViCLIP network in {folder}", source=str(folder), file=file))
@@ -138,7 +98,7 @@ class ViclipScorer(Scorer[Viclip]):
         )
         config = read_sizes(ViclipConfig, read_json_object(described), described)
         tokenizer = ClipTokenizer.from_folder(path.parent, config.context_length, config.vocab_size)
-        return cls(_load(config, path), profile=profile, tokenizer=tokenizer, **placement)
+        return cls(_load(config, path), tokenizer=tokenizer, **placement)
 
     @classmethod
     def from_config(
@@ -146,12 +106,11 @@ class ViclipScorer(Scorer[Viclip]):
         config: ViclipConfig | Mapping[str, Any],
         *,
         seed: int = 0,
-        profile: str = "vbench",
         **placement: Unpack[Placement],
     ) -> Self:
         """An untrained network."""
         sizes = config if isinstance(config, ViclipConfig) else build_settings(ViclipConfig, config)
-        return cls(seeded(seed, lambda: Viclip(sizes)), profile=profile, **placement).marked("untrained")
+        return cls(seeded(seed, lambda: Viclip(sizes)), **placement).marked("untrained")
 
     def save(self, folder: str | Path) -> None:
         """Write sizes and weights to ``folder``, for `from_folder`."""
@@ -163,13 +122,12 @@ class ViclipScorer(Scorer[Viclip]):
 
     def frame_indices(self, length: int) -> list[int]:
         """Which frames of a video of ``length`` frames are used. A clip of only these frames has the same embedding."""
-        return PROFILES[self.profile].choose(length, self.config.num_frames)
+        return middle_frames(length, self.config.num_frames)
 
     def embed_clips(self, clips: Tensor) -> Tensor:
         """Embeddings [B, D] of clips [B, T, 3, H, W] in 0..1, of which `frame_indices` chooses the frames.
 
-        A clip of one frame is that frame repeated, as in VBench. Profile ``internvid`` refuses clips of fewer frames
-        than the network takes.
+        A clip of one frame is that frame repeated, as in VBench.
         """
         clips = check_clips(clips)
         return self._in_batches(clips[:, self.frame_indices(clips.shape[1])], self._encode_clips, self.dim)
@@ -180,9 +138,8 @@ class ViclipScorer(Scorer[Viclip]):
         return self._in_batches(ids, lambda batch: unit(self.network.text_encoder(batch)), self.dim)
 
     def _encode_clips(self, clips: Tensor) -> Tensor:
-        profile = PROFILES[self.profile]
-        pixels = profile.preprocess(clips.flatten(0, 1), self.config.resolution)
-        pixels = normalise(pixels, profile.mean, profile.std).to(self.dtype)
+        pixels = crop_in_bytes(clips.flatten(0, 1), self.config.resolution)
+        pixels = normalise(pixels, CLIP_MEAN, CLIP_STD).to(self.dtype)
         return unit(self.network.vision_encoder(rearrange(pixels, "(b t) c h w -> b t c h w", b=len(clips))))
 
 

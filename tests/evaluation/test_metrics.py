@@ -188,7 +188,7 @@ def test_what_a_story_does_not_have_is_not_missing(tmp_path: Path) -> None:
 def test_settings_name_the_rules_and_the_weights() -> None:
     settings = {name: metric.settings() for name, metric in small.metrics().items()}
     assert settings["viclip"]["top_rule"] == "prompts"
-    assert settings["viclip"]["profile"] == "vbench"
+    assert settings["viclip"]["frames"] == "8, as in VBench"
     assert len({found["weights_sha256"] for found in settings.values()}) == 3
     assert ViclipScores(tiny.viclip(seed=1)).settings() != ViclipScores(viclip()).settings()
     scorer = tiny.aesthetic()

@@ -90,12 +90,12 @@ def test_first_frames_are_edited_from_portraits_and_earlier_frames(
     assert (again != other).any()
 
 
-def test_a_camera_tree_has_no_circles() -> None:
-    one, two = Camera(camera=1, shots=(1,), parent=2, parent_shot=2), Camera(camera=2, shots=(2,))
+def test_parents_of_cameras_come_before_them() -> None:
+    one, two = Camera(camera=1, shots=(1,)), Camera(camera=2, shots=(2,), parent=1, parent_shot=1)
     check_tree(Cameras(cameras=(one, two)), 2)
     wrong = {
-        "camera 1 form a circle": (one, Camera(camera=2, shots=(2,), parent=1, parent_shot=1)),
-        "no parent 2 with a shot 3": (Camera(camera=1, shots=(1,), parent=2, parent_shot=3), two),
+        "no earlier parent 2 with a shot 2": (Camera(camera=1, shots=(1,), parent=2, parent_shot=2), two),
+        "no earlier parent 1 with a shot 3": (one, Camera(camera=2, shots=(2,), parent=1, parent_shot=3)),
         "shots 1 to 2 must belong": (Camera(camera=1, shots=(1,)), Camera(camera=2, shots=(1, 2))),
         "two cameras": (two, two),
     }

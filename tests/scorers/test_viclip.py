@@ -1,4 +1,4 @@
-"""ViCLIP: agreement with open_clip at one frame, time, checkpoints, profiles and truncation."""
+"""ViCLIP: agreement with open_clip at one frame, time, checkpoints and truncation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from storymem.config import ConfigError
 from storymem.io import FileError
 from storymem.scorers import viclip as viclip_module
 from storymem.scorers.checkpoint import loaded
-from storymem.scorers.viclip import ViclipScorer, middle_frames, strided_frames
+from storymem.scorers.viclip import ViclipScorer, middle_frames
 from storymem.scorers.viclip_network import VICLIP_B_16, VICLIP_L_14, Viclip, ViclipConfig
 from storymem.weights import MissingWeights
 from tests.scorers.tiny import VICLIP_CONFIG, images, viclip
@@ -91,17 +91,6 @@ def test_frames_are_the_middles_of_equal_intervals() -> None:
         assert indices == sorted(set(indices))
         assert indices[0] >= 0
         assert indices[-1] < length
-
-
-def test_profiles_differ() -> None:
-    clips = images(1, 16, 3, 40, 56)
-    vbench, internvid = (viclip(profile=name).embed_clips(clips) for name in ("vbench", "internvid"))
-    assert (vbench - internvid).abs().max() > 1e-3
-    assert strided_frames(81, 8) == [0, 10, 20, 30, 40, 50, 60, 70]
-    with pytest.raises(ValueError, match="at least 8 frames here; got 7"):
-        viclip(profile="internvid").embed_clips(clips[:, :7])
-    with pytest.raises(ValueError, match="unknown profile 'internvideo'; write one of vbench, internvid"):
-        viclip(profile="internvideo")
 
 
 # --- checkpoints
