@@ -31,17 +31,19 @@ from storymem.wan.segments import memory_cached, memory_joint
 from storymem.wan.sources import inspect_weights
 from storymem.weights import MissingWeights, locate, size_text
 
-# PFLOP of a shot of Wan2.2-A14B without memory, 480p and 81 frames: 40 steps with guidance, 1.68 a forward.
+# PFLOP of a shot of a 14B expert at 480p, 81 frames, 40 steps with guidance and no memory: 80 forwards of 1.68.
 _SHOT = 80 * 1.68
-#: Card -> PFLOP/s that the denoiser reaches on it, and the source. Nothing here was measured by this project. The
-#: published times are of the official code, of different reports, the first with offloading; by its time the H100
-#: reaches 41 % of its vendor's figure for dense bfloat16.
+_H100, _RTX_4090D = 327.8, 40 * 30.5  # seconds of such a shot
+#: Card -> seconds of such a shot, and the source. None is measured by this project yet. Published are: Wan2.2's table
+#: of efficiency (H100: 327.8 s at 480p, 1,055.9 s at 720p; A100: 2,735.7 s at 720p, as quoted in its issue 284), and
+#: LightX2V's benchmarks of Wan2.1-I2V-14B, which has the same operations a step (official code on an H200: 366 s;
+#: diffusers on an RTX 4090D: 30.5 s a step). Dense bfloat16 TFLOP/s: RTX 4090D 147, RTX 4090 165, RTX 3090 71.
 _CARDS = {
-    "H100 80 GB": (_SHOT / 327.8, "published: 327.8 s for 40 steps with guidance, official code"),
-    "H200 141 GB": (_SHOT / 366, "published: 366 s for 40 steps with guidance, official code"),
-    "A100 80 GB": (0.4 * 0.312, "calculated: 40 % of 312 TFLOP/s"),
-    "RTX 4090 24 GB": (0.4 * 0.165, "calculated: 40 % of 165 TFLOP/s"),
-    "RTX 3090 24 GB": (0.4 * 0.071, "calculated: 40 % of 71 TFLOP/s"),
+    "H100 80 GB": (_H100, "published: 327.8 s a shot, Wan2.2's code"),
+    "H200 141 GB": (366, "published: 366 s a shot, Wan2.1's code"),
+    "A100 80 GB": (_H100 * 2735.7 / 1055.9, "derived: 2.6 times the H100's, as published at 720p"),
+    "RTX 4090 24 GB": (_RTX_4090D * 147 / 165, "derived: RTX 4090D with diffusers, 30.5 s a step; by TFLOP/s"),
+    "RTX 3090 24 GB": (_RTX_4090D * 147 / 71, "derived: RTX 4090D with diffusers, 30.5 s a step; by TFLOP/s"),
 }
 _WHERE = {"device": "on the device", "cpu": "in RAM", "recompute": "nowhere: they are computed again in every step"}
 
@@ -117,8 +119,8 @@ def _size(settings: GenerateSettings) -> Iterator[str]:
 
 def _time(pflop: float) -> Iterator[str]:
     """A line for each card; none for models so small that loading takes longer than work."""
-    for card, (rate, source) in _CARDS.items() if pflop >= 10 else ():
-        seconds = pflop / rate
+    for card, (seconds_of_shot, source) in _CARDS.items() if pflop >= 10 else ():
+        seconds = pflop / _SHOT * seconds_of_shot
         time = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
         yield f"time     {time} on {card} ({source})"
 
