@@ -44,8 +44,8 @@ class TrainedShots(WanShotGenerator):
 
     experts: Experts
 
-    def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
-        pipe = super()._load(text_encoder=text_encoder, experts=False)
+    def _load(self, *, experts: bool = False, **others: bool) -> WanMemoryToVideoPipeline:
+        pipe = super()._load(**others)
         if experts:
             pipe.register_modules(**{COMPONENTS[name]: each for name, each in self.experts.transformers.items()})
         return pipe

@@ -268,8 +268,9 @@ def estimate_shot(
     texts = _text_bytes(model, text_config)
     # Streamed layer by layer; its embeddings are the largest.
     widest = SIZES[model.dtype] * text_config["vocab_size"] * text_config["d_model"]
-    expert, turns = _expert(model, runtime.precision, sampler), runtime.experts == "in_turn"
-    at_once = 1 if turns else len(model.spec.experts)
+    expert, count = _expert(model, runtime.precision, sampler), len(model.spec.experts)
+    turns = runtime.experts == "in_turn" and count > 1
+    at_once = 1 if turns else count
     experts = at_once * expert.total if runtime.offload == "none" else 0
     if runtime.shard_weights:
         experts //= grid.guidance * grid.context
@@ -290,7 +291,7 @@ def estimate_shot(
     stages = (
         Stage(
             name="texts",
-            weights=(widest if runtime.offload == "group" else texts) + always,
+            weights=widest if runtime.offload == "group" else texts,  # the VAE is loaded after this
             activations=_text_activations(model, text_config),
         ),
         Stage(name="encode", weights=experts + vae, activations=encode_bytes(**shape)),
@@ -302,8 +303,8 @@ def estimate_shot(
     stored: Precision = "fp8_storage" if runtime.precision == "fp8_storage" else "as_is"
     read = at_once * _expert(model, stored, sampler).total
     cached = memory_cache_bytes(model, memory_frames) if runtime.memory_cache == "cpu" else 0
-    at_work = max(read, texts, scorers) if turns else max(read, texts) + scorers
-    return Estimate(stages=stages, ram=at_work + vae + cached)
+    ram = max(texts, scorers + vae, read + vae + cached) if turns else max(texts, read + vae + cached) + scorers
+    return Estimate(stages=stages, ram=ram)
 
 
 def _text_bytes(model: ModelSettings, config: Mapping[str, Any]) -> int:

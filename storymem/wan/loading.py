@@ -45,6 +45,7 @@ def load_pipeline(
     continuity: Continuity = "none",
     sampler: SamplerSettings | None = None,
     text_encoder: bool = True,
+    vae: bool = True,
     experts: bool | Collection[Expert] = True,
 ) -> WanMemoryToVideoPipeline:
     """A ready memory-to-video pipeline.
@@ -55,6 +56,7 @@ def load_pipeline(
         continuity: selects the adapter, where there is one for each kind.
         sampler: how shots will be sampled; None: as published.
         text_encoder: whether to load the text encoder; without it, pass ``prompt_embeds``.
+        vae: whether to load the VAE; without it, the pipeline can only encode texts.
         experts: whether to load the transformers and their adapters, or which of the two. With none the pipeline can
             only encode, and with one of two it makes no shot.
 
@@ -77,8 +79,8 @@ def load_pipeline(
         runtime = _settled(model, runtime, sampler)
     elif runtime.offload == "auto":  # text encoder and VAE have room wherever experts could work
         runtime = replace(runtime, offload="none")
-    shared = dict.fromkeys(("tokenizer", "text_encoder"))
-    for name in ["vae", *(shared if text_encoder else [])]:
+    shared = dict.fromkeys(("vae", "tokenizer", "text_encoder"))
+    for name in [*(["vae"] if vae else []), *(["tokenizer", "text_encoder"] if text_encoder else [])]:
         shared[name] = _component(model, name, runtime)
     return _assembled(model, shared, names, runtime, sampler, continuity)
 

@@ -333,7 +333,7 @@ def place(pipe: DiffusionPipeline, runtime: RuntimeSettings, *, device: torch.de
     make_current(device)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
-    if runtime.vae_tiling:
+    if runtime.vae_tiling and pipe.vae is not None:
         pipe.vae.enable_tiling()
     if runtime.offload == "none":
         parallelize(pipe, runtime, device)
@@ -348,9 +348,10 @@ def place(pipe: DiffusionPipeline, runtime: RuntimeSettings, *, device: torch.de
         }
         # Not enable_group_offload of the pipeline: what that excludes is copied to the device as a whole, and the text
         # encoder has no room there.
-        pipe.vae.to(device)
         for name, network in pipe.components.items():
-            if name != "vae" and isinstance(network, ModelMixin):
+            if name == "vae" and network is not None:
+                network.to(device)
+            elif isinstance(network, ModelMixin):
                 network.enable_group_offload(offload_type="block_level", num_blocks_per_group=1, **streaming)
-            elif name != "vae" and isinstance(network, nn.Module):
+            elif isinstance(network, nn.Module):
                 apply_group_offloading(network, offload_type="leaf_level", **streaming)

@@ -115,7 +115,7 @@ class WanShotGenerator:
             return
         if self.settled.offload != "none":  # the experts of a film before are in RAM, which has no room for both
             self._free_experts()
-        pipe = self._load(text_encoder=True, experts=False)
+        pipe = self._load(text_encoder=True, vae=False)
         for text in sorted(texts):
             embeds, _ = pipe.encode_prompt(
                 text,
@@ -187,14 +187,14 @@ class WanShotGenerator:
     def _memory_to_video(self) -> WanMemoryToVideoPipeline:
         if self._pipe is None:
             self._free_experts()
-            self._pipe = self._load(text_encoder=False, experts=True)
+            self._pipe = self._load(experts=True)
             self._pipe.blank_latents = {}
         return self._pipe
 
     def _text_to_video(self) -> WanMemoryToVideoPipeline:
         if self._text_pipe is None:
             self._free_experts()
-            vae = self._load(text_encoder=False, experts=False).vae
+            vae = self._load().vae
             self._text_pipe = load_text_to_video(self.model, vae=vae, runtime=self.settled, sampler=self.sampler)
         return self._text_pipe
 
@@ -211,13 +211,14 @@ class WanShotGenerator:
         """``runtime`` without "auto", settled once, before anything takes room."""
         return settle(self.model, self.runtime, sampler=self.sampler, scorers=self.scorers)
 
-    def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
+    def _load(self, *, text_encoder: bool = False, vae: bool = True, experts: bool = False) -> WanMemoryToVideoPipeline:
         return load_pipeline(
             self.model,
             runtime=self.settled,
             continuity=self.continuity,
             sampler=self.sampler,
             text_encoder=text_encoder,
+            vae=vae,
             experts=experts,
         )
 

@@ -93,8 +93,8 @@ def broken(model: ModelSettings, part: str, weight: str, **changes: Any) -> WanS
     """A generator with infinity in one weight of one of its networks."""
 
     class Broken(WanShotGenerator):
-        def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
-            pipe = super()._load(text_encoder=text_encoder, experts=experts)
+        def _load(self, **parts: bool) -> WanMemoryToVideoPipeline:
+            pipe = super()._load(**parts)
             if (network := getattr(pipe, part)) is not None:
                 network.get_parameter(weight).data.view(-1)[0] = float("inf")
             return pipe
@@ -175,12 +175,13 @@ def test_steps_are_reported(ready: WanShotGenerator) -> None:
 class Watched(WanShotGenerator):
     """Counts what is loaded, and notes the text encoder without keeping it alive."""
 
-    loads = experts = 0
+    loads = experts = vaes = 0
 
-    def _load(self, *, text_encoder: bool, experts: bool) -> WanMemoryToVideoPipeline:
-        self.loads, self.experts = self.loads + 1, self.experts + experts
-        pipe = super()._load(text_encoder=text_encoder, experts=experts)
-        if text_encoder:
+    def _load(self, **parts: bool) -> WanMemoryToVideoPipeline:
+        self.loads, self.experts = self.loads + 1, self.experts + parts.get("experts", False)
+        pipe = super()._load(**parts)
+        self.vaes += pipe.vae is not None
+        if pipe.text_encoder is not None:
             self.encoder = weakref.ref(pipe.text_encoder.shared.weight)
         return pipe
 
@@ -204,11 +205,12 @@ def test_a_pair_of_experts_is_loaded_once_and_freed_for_the_other(tiny_model: Mo
     assert made.experts == 1
 
 
-def test_the_text_encoder_is_freed(tiny_model: ModelSettings) -> None:
+def test_the_text_encoder_is_loaded_alone_and_freed(tiny_model: ModelSettings) -> None:
     made = Watched(model=tiny_model, sampler=SAMPLER, runtime=CPU)
     made.prepare(["a"], [None])
     gc.collect()
     assert made.encoder() is None
+    assert made.vaes == 0
 
 
 def test_without_guidance_no_negative_prompt_is_encoded(tiny_model: ModelSettings) -> None:
