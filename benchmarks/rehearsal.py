@@ -1,21 +1,25 @@
-"""A dress rehearsal: the real command on checkpoints of true layout, names, shapes and sizes that take no disk.
+"""The real command on checkpoints of true layout, names, shapes and sizes that take no disk.
 
     python -m benchmarks.rehearsal model=wan2.2-a14b                       # every form of weights that fits here
     python -m benchmarks.rehearsal model=wan2.2-a14b form=gguf-q4_k        # one of them
+    python -m benchmarks.rehearsal model=wan2.2-a14b form=gguf-q4_k quality=hpsv3
     python -m benchmarks.rehearsal model=wan2.2-ti2v-5b
     python -m benchmarks.rehearsal model=wan2.2-a14b scale=tiny            # small sizes; memory is not compared
 
 Weights are holes in files, which read as zeros (see ``benchmarks.true_size``). A film of two shots of 64x64 pixels, 5
-frames and 2 steps is planned, made on the CPU with no and with three keyframes, and resumed. For each stage the table
-has seconds, and the peak of resident memory (RSS: anonymous pages and pages of mapped files) above that of the process
-before it, beside what the plan calculates. The command fails where the two differ by more than 10 % and 0.5 GB, and
-where the second shot is given no keyframe or a resumed film makes anything again. With ``scale=tiny`` memory is not
-compared: libraries take more than the networks.
+frames and 2 steps is planned, made on the CPU with no keyframes and with those of the first shot, and resumed. Each
+stage is reported with its seconds and its peak of resident memory (RSS: anonymous pages and pages of mapped files)
+above that of the process before it, beside what the plan calculates. The command fails where the two differ by more
+than 10 % and 0.5 GB, where the second shot recalls no keyframe, and where a resumed film makes anything again. A form
+that needs more RAM than is free is refused. ``report=FILE`` writes the results to a Markdown file, in the place of
+earlier ones of the same form. With ``scale=tiny`` memory is not compared: libraries take more than the networks.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,14 +27,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from benchmarks.true_size import FORMS, TINY, on_disk, write_adapters, write_form, write_scorers
+from storymem.composition import composed
+from storymem.config import build_settings
+from storymem.film.settings import GenerateSettings
+from storymem.overrides import hydra_arguments
+from storymem.scorers import scorer_bytes
+from storymem.wan.estimate import Estimate, estimate_shot
+
 _STORY = """\
 title: A rehearsal
 overview: A fox walks.
-first_shot: m2v
 scenes:
   - shots:
       - prompt: A fox walks in the snow.
@@ -44,30 +56,31 @@ _RUNTIME = (
     "runtime.experts=in_turn",
     "model.has_text_to_video=false",
 )
-_TOLERANCE, _FLOOR = 0.1, 0.5e9
+_TOLERANCE, _FLOOR, _SPARE = 0.1, 0.5e9, 3e9
 #: Stage of the table -> of the calculation.
-_STAGES = {"texts": "texts", "denoise": "denoise", "decode": "decode", "select": "score"}
+_STAGES = {"texts": "texts", "encode": "encode", "denoise": "denoise", "decode": "decode", "select": "score"}
+_DEFAULTS = {"model": "wan2.2-a14b", "form": "", "scale": "true", "quality": "laion-v1", "report": ""}
+_TITLE = "# Rehearsals at true size\n\nBy `python -m benchmarks.rehearsal`, which explains the columns.\n"
 
 
 def main() -> None:
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    from benchmarks.true_size import FORMS
-
-    if unknown := given.keys() - {"model", "form", "scale", "json"}:
-        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; known are model, form, scale and json\n{__doc__}")
-    model, scale = given.get("model", "wan2.2-a14b"), given.get("scale", "true")
-    forms = [given["form"]] if "form" in given else list(FORMS)
-    if scale not in ("true", "tiny") or not {*forms} <= {*FORMS}:
-        raise SystemExit(f"scale is true or tiny, form one of {', '.join(FORMS)}")
-    results, failed = [], False
+    given = _DEFAULTS | dict(argument.split("=", 1) for argument in sys.argv[1:])
+    if unknown := given.keys() - _DEFAULTS.keys():
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; known are {', '.join(_DEFAULTS)}\n{__doc__}")
+    forms = [given["form"]] if given["form"] else list(FORMS)
+    choices = {"scale": ("true", "tiny"), "quality": ("laion-v1", "hpsv3"), "form": ("", *FORMS)}
+    for name, known in choices.items():
+        if given[name] not in known:
+            raise SystemExit(f"{name} is one of {', '.join(filter(None, known))}")
+    failed = False
     for form in forms:
-        run = subprocess.run([sys.executable, "-c", _CHILD, model, form, scale], stdout=subprocess.PIPE, text=True)
+        asked = given | {"form": form}
+        run = subprocess.run([sys.executable, "-c", _CHILD, json.dumps(asked)], stdout=subprocess.PIPE, text=True)
         result = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {"failed": run.returncode}
-        results.append({"model": model, "form": form, "scale": scale, **result})
         failed |= run.returncode != 0 or _is_wrong(result)
-        print(_table(results[-1]), flush=True)
-    if "json" in given:
-        Path(given["json"]).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"\n{(section := _section(asked, result))}", flush=True)
+        if given["report"]:
+            _put(Path(given["report"]), section)
     raise SystemExit(int(failed))
 
 
@@ -76,25 +89,41 @@ def _is_wrong(result: dict[str, Any]) -> bool:
     return "stages" in result and (bool(result["differs"]) or not result["resumed"] or not result["recalled"][-1])
 
 
-_CHILD = "import sys; from benchmarks.rehearsal import rehearse; rehearse(*sys.argv[1:])"
-
-
-def _table(result: dict[str, Any]) -> str:
-    title = f"\n{result['model']}, {result['form']}"
-    if "failed" in result:
-        return f"{title}: failed, see above"
-    if "refused" in result:
-        return f"{title}: {result['refused']}"
-    lines = [f"{title}: {result['files_gb']:.1f} GB of files that take {result['disk_gb']:.2f} GB"]
-    lines.append(f"{'stage':10} {'s':>8} {'peak GB':>8} {'anonymous':>10} {'calculated':>11}")
+def _section(asked: dict[str, str], result: dict[str, Any]) -> str:
+    """The result of one form, in Markdown."""
+    arguments = [f"{name}={asked[name]}" for name in ("model", "form", "quality", "scale")]
+    machine = f"{os.cpu_count()} cores, {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.0f} GB of RAM"
+    lines = [
+        f"## {asked['model']}, {asked['form']}, {asked['quality']}\n",
+        f"`python -m benchmarks.rehearsal {' '.join(arguments)}`, {datetime.now(UTC):%Y-%m-%d}, {machine}\n",
+    ]
+    if "stages" not in result:
+        return "\n".join([*lines, result.get("refused", "failed, see above"), ""])
+    lines += [
+        f"{result['files_gb']:.1f} GB of files, which take {result['disk_gb']:.2f} GB of disk\n",
+        "| stage | s | peak GB | of which anonymous | calculated | |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for name, stage in result["stages"].items():
         calculated = "" if stage["calculated_gb"] is None else f"{stage['calculated_gb']:.2f}"
-        marked = "  DIFFERS" if name in result["differs"] else ""
-        numbers = f"{stage['seconds']:8.1f} {stage['peak_gb']:8.2f} {stage['anonymous_gb']:10.2f} {calculated:>11}"
-        lines.append(f"{name:10} {numbers}{marked}")
-    if result["scale"] == "tiny":
-        lines.append("scale=tiny: memory is not compared with the calculation; it is at true size")
-    return "\n".join([*lines, f"resumed: {result['resumed']}; keyframes recalled: {result['recalled']}"])
+        marked = "differs" if name in result["differs"] else ""
+        numbers = f"{stage['seconds']:.1f} | {stage['peak_gb']:.2f} | {stage['anonymous_gb']:.2f} | {calculated}"
+        lines.append(f"| {name} | {numbers} | {marked} |")
+    lines.append(f"\nResumed: {result['resumed']}. Keyframes recalled: {result['recalled']}.")
+    if asked["scale"] == "tiny":
+        lines.append("With scale=tiny memory is not compared with the calculation, which is for true sizes.")
+    return "\n".join([*lines, ""])
+
+
+def _put(report: Path, section: str) -> None:
+    """Write a section to the report, in the place of the one with the same heading."""
+    before = report.read_text(encoding="utf-8") if report.exists() else _TITLE
+    title, *sections = re.split(r"^(?=## )", before, flags=re.MULTILINE)
+    found = {text.splitlines()[0]: text.strip() for text in [*sections, section]}
+    report.write_text("\n\n".join([title.strip(), *found.values()]) + "\n", encoding="utf-8")
+
+
+_CHILD = "import json, sys; from benchmarks.rehearsal import rehearse; rehearse(json.loads(sys.argv[1]))"
 
 
 # In a process of its own for each form
@@ -119,7 +148,8 @@ class Memory:
         finally:
             self._sample()
             self._current.pop()
-            entry["seconds"] += time.perf_counter() - began
+            entry["seconds"] += (seconds := time.perf_counter() - began)
+            print(f"{name}: {seconds:.0f} s, peak so far {entry['peak_gb']:.2f} GB", file=sys.stderr, flush=True)
 
     def timed(self, owner: Any, attribute: str, name: str) -> None:
         """Make the calls of ``owner.attribute`` a stage."""
@@ -152,45 +182,21 @@ def resident() -> dict[str, int]:
     return {name: int(value) * 1024 for name, value in values.items()}
 
 
-def rehearse(name: str, form: str, scale: str) -> None:
+def rehearse(asked: dict[str, str]) -> None:
     """Write one form, make the film, and print the result as a line of JSON; refused where RAM is short."""
-    from benchmarks.true_size import TINY, on_disk, write_adapters, write_form, write_scorers
-    from storymem.composition import composed
-    from storymem.config import build_settings
     from storymem.film.generate import generate_films
-    from storymem.film.settings import GenerateSettings
-    from storymem.overrides import hydra_arguments
-    from storymem.scorers import scorer_bytes
-    from storymem.wan.estimate import estimate_shot
     from storymem.wan.placement import free_and_total_ram
-
-    def settings_of(overrides: list[str]) -> tuple[GenerateSettings, dict[str, Any]]:
-        config = composed("generate", hydra_arguments(overrides, None, GenerateSettings))
-        return build_settings(GenerateSettings, config), config
 
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as place:
         folder = Path(place)
-        (folder / "story.yaml").write_text(_STORY.replace("first_shot: m2v\n", ""))
-        plain = [f"model={name}", *(TINY if scale == "tiny" else ())]
-        command = [f"story={folder / 'story.yaml'}", f"output={folder / 'film'}", *plain, *_SMALL, *_RUNTIME]
-        model = settings_of(command)[0].model
-        command += write_form(form, folder / "weights", model)
-        one = len(model.spec.experts) == 1
-        command += ["sampler.guidance=1"] if one else write_adapters(folder / "adapters", model)
-        if scale == "true":
-            command += write_scorers(folder / "scorers")
-        command += ["sampler.steps=2", "scorer.quality.threshold=-100", "memory.selector.max_keyframes=3"]
-        settings, config = settings_of(command)
-        scorers = scorer_bytes(settings.scorer.clip, settings.scorer.quality)
-        estimate = estimate_shot(
-            settings.model, settings.runtime, sampler=settings.sampler, memory_frames=3, frames=5, scorers=scorers
-        )
+        settings, config = _written(asked, folder)
+        estimate = _estimated(settings)
         files, disk = on_disk(folder)
         needed, free = max(estimate.ram, estimate.peak.total), free_and_total_ram()[0]
         generate_films(config | {"dry_run": True})
-        if needed + 3e9 > free:
-            refused = f"refused: needs {needed / 1e9:.1f} GB of RAM and 3 GB to spare, and {free / 1e9:.1f} GB are free"
-            print(json.dumps({"refused": refused}))
+        if needed + _SPARE > free:
+            gigabytes = f"{needed / 1e9:.1f} GB of RAM and {_SPARE / 1e9:.0f} GB to spare, and {free / 1e9:.1f} GB are"
+            print(json.dumps({"refused": f"refused: needs {gigabytes} free"}))
             return
         memory = watch()
         generate_films(config)
@@ -198,21 +204,52 @@ def rehearse(name: str, form: str, scale: str) -> None:
         with memory.stage("resume"):
             generate_films(config)
         again = json.loads((folder / "film" / "film.json").read_text())
-        calculated = {stage.name: stage.total / 1e9 for stage in estimate.stages}
-        for stage, entry in memory.stages.items():
-            entry["calculated_gb"] = calculated.get(_STAGES.get(stage, ""))  # type: ignore[assignment]
-        print(
-            json.dumps(
-                {
-                    "files_gb": files / 1e9,
-                    "disk_gb": disk / 1e9,
-                    "stages": memory.stages,
-                    "differs": [stage for stage, it in memory.stages.items() if scale == "true" and differs(it)],
-                    "recalled": [len(take["memory"]) for take in made["takes"]],
-                    "resumed": made["takes"] == again["takes"],
-                }
-            )
-        )
+    waiting = scorer_bytes(settings.scorer.clip)  # in RAM from the start; the quality filter only while it scores
+    calculated = {stage.name: (stage.total + waiting) / 1e9 for stage in estimate.stages}
+    calculated["score"] -= waiting / 1e9
+    calculated["load"] = next(stage.weights + waiting for stage in estimate.stages if stage.name == "denoise") / 1e9
+    for stage, entry in memory.stages.items():
+        entry["calculated_gb"] = calculated.get(_STAGES.get(stage, stage))  # type: ignore[assignment]
+    result = {
+        "files_gb": files / 1e9,
+        "disk_gb": disk / 1e9,
+        "stages": memory.stages,
+        "differs": [stage for stage, it in memory.stages.items() if asked["scale"] == "true" and differs(it)],
+        "recalled": [len(take["memory"]) for take in made["takes"]],
+        "resumed": made["takes"] == again["takes"],
+    }
+    print(json.dumps(result))
+
+
+def _written(asked: dict[str, str], folder: Path) -> tuple[GenerateSettings, dict[str, Any]]:
+    """Settings of the film, after its story and the files that they name were written to ``folder``."""
+    (folder / "story.yaml").write_text(_STORY)
+    tiny = asked["scale"] == "tiny"
+    plain = [f"model={asked['model']}", *(TINY if tiny else ())]
+    command = [f"story={folder / 'story.yaml'}", f"output={folder / 'film'}", *plain, *_SMALL, *_RUNTIME]
+    model = _settings_of(command)[0].model
+    command += write_form(asked["form"], folder / "weights", model)
+    one = len(model.spec.experts) == 1
+    command += ["sampler.guidance=1"] if one else write_adapters(folder / "adapters", model)
+    command += [] if tiny else write_scorers(folder / "scorers", asked["quality"])
+    command += ["sampler.steps=2", "scorer.quality.threshold=-100", "memory.selector.max_keyframes=3"]
+    return _settings_of(command)
+
+
+def _settings_of(overrides: list[str]) -> tuple[GenerateSettings, dict[str, Any]]:
+    config = composed("generate", hydra_arguments(overrides, None, GenerateSettings))
+    return build_settings(GenerateSettings, config), config
+
+
+def _estimated(settings: GenerateSettings) -> Estimate:
+    return estimate_shot(
+        settings.model,
+        settings.runtime,
+        sampler=settings.sampler,
+        memory_frames=3,
+        frames=5,
+        scorers=scorer_bytes(settings.scorer.clip, settings.scorer.quality),
+    )
 
 
 def differs(entry: dict[str, Any]) -> bool:
@@ -233,6 +270,8 @@ def watch() -> Memory:
     memory = Memory()
     for owner, attribute, name in (
         (shots.WanShotGenerator, "prepare", "texts"),
+        (shots.WanShotGenerator, "_memory_to_video", "load"),
+        (WanMemoryToVideoPipeline, "take_turn", "load"),
         (WanMemoryToVideoPipeline, "_denoise", "denoise"),
         (WanMemoryToVideoPipeline, "_shot", "encode"),
         (shots, "decode_video", "decode"),

@@ -9,7 +9,7 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,7 +59,8 @@ def _write_file(
     filled: Callable[[str], bool],
     sizes: Mapping[str, int],
 ) -> None:
-    header, end = {}, 0
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
     for name, shape in shapes.items():
         header[name] = {"dtype": dtype_of(name), "shape": list(shape), "data_offsets": [end, end + sizes[name]]}
         end += sizes[name]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import ByT5Tokenizer, UMT5Config
 
 from benchmarks.layouts import original_expert, original_text_encoder, original_vae
 from benchmarks.sparse import Dtype, write_gguf, write_safetensors
+from storymem.scorers.hpsv3_network import PUBLISHED, Hpsv3Network
 from storymem.wan.components import config_of
 from storymem.wan.folders import on_meta
 from storymem.wan.lora_files import ADAPTED_LINEARS, original_name
@@ -33,6 +34,11 @@ TINY = (
     *("scorer/clip=tiny", "scorer/quality=tiny", "memory/selector=uniform"),
 )
 _STEM = "diffusion_pytorch_model.safetensors"
+#: Special tokens of Qwen2-VL in the order of their ids, which end with those of images and videos.
+_QWEN = (
+    *("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end"),
+    *("quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"),
+)
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -117,7 +123,7 @@ def _single_files(folder: Path, model: ModelSettings, networks: dict[str, Shapes
             paths[expert] = folder / f"wan2.2_{expert}_14B_{form.partition('-')[2]}.safetensors"
             _comfyui(paths[expert], shapes, fp8=fp8)
     text = networks["text_encoder"] | {"spiece_model": (8,)}
-    _comfyui(folder / "umt5_xxl.safetensors", text, fp8=fp8)
+    _comfyui(folder / "umt5_xxl.safetensors", text, fp8=not form.endswith("bf16"))  # beside GGUF files as well
     vae = original_vae(networks["vae"])
     write_safetensors(folder / "wan_vae.safetensors", vae, _always("BF16"), lambda _: True)
     files = ", ".join(f"{expert}: {path}" for expert, path in paths.items())
@@ -186,30 +192,52 @@ def write_adapters(folder: Path, model: ModelSettings) -> list[str]:
     ]
 
 
-def write_scorers(folder: Path) -> list[str]:
-    """CLIP ViT-B/32 for the choice of keyframes, CLIP ViT-L/14 and its head as the light quality filter."""
-    for name in ("ViT-B-32-quickgelu", "ViT-L-14-quickgelu"):  # in full: embeddings of zeros are refused
-        config = open_clip.get_model_config(name)
-        with torch.device("meta"):
-            network = open_clip.CLIP(**config)
-        shapes = {key: tuple(it.shape) for key, it in network.state_dict().items() if key != "attn_mask"}
-        write_safetensors(folder / name / "open_clip_model.safetensors", shapes, _always("F32"), lambda _: True)
+def write_scorers(folder: Path, quality: str) -> list[str]:
+    """CLIP ViT-B/32 for the choice of keyframes, and the quality filter: "hpsv3", or "laion-v1" on CLIP ViT-L/14."""
+    clip = f"scorer.clip.source={_clip('ViT-B-32-quickgelu', folder)}"
+    if quality == "hpsv3":
+        return [clip, *_hpsv3(folder)]
     torch.save({"weight": torch.zeros(1, 768), "bias": torch.full((1,), 5.0)}, folder / "head.pth")
-    clips = [folder / name / "open_clip_model.safetensors" for name in ("ViT-B-32-quickgelu", "ViT-L-14-quickgelu")]
     return [
-        f"scorer.clip.source={clips[0]}",
+        clip,
         "scorer/quality=laion-v1",
-        f"scorer.quality.clip_source={clips[1]}",
+        f"scorer.quality.clip_source={_clip('ViT-L-14-quickgelu', folder)}",
         f"scorer.quality.source={folder / 'head.pth'}",
     ]
+
+
+def _clip(name: str, folder: Path) -> Path:
+    with torch.device("meta"):
+        network = open_clip.CLIP(**open_clip.get_model_config(name))
+    shapes = {key: tuple(it.shape) for key, it in network.state_dict().items() if key != "attn_mask"}
+    path = folder / name / "open_clip_model.safetensors"
+    write_safetensors(path, shapes, _always("F32"), lambda _: True)  # in full: embeddings of zeros are refused
+    return path
+
+
+def _hpsv3(folder: Path) -> list[str]:
+    """HPSv3 under its published names, and a tokenizer with the ids of Qwen2-VL's special tokens."""
+    with torch.device("meta"):
+        network = Hpsv3Network(PUBLISHED)
+    shapes: Shapes = {}
+    for key, tensor in network.state_dict().items():
+        visual = key.startswith("model.visual.")
+        shapes[key.removeprefix("model.") if visual else key.replace("language_model.", "")] = tuple(tensor.shape)
+    shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    path = folder / "hpsv3" / "HPSv3.safetensors"
+    write_safetensors(
+        path, shapes, lambda it: "F32" if "rm_head" in it else "BF16", lambda it: "norm" in it or "rm_head" in it
+    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*letters, *(f"unused {n}" for n in range(PUBLISHED.image_token_id + 2 - len(_QWEN) - len(letters)))]
+    tokenizer = Tokenizer(models.BPE(vocab={word: n for n, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.add_special_tokens([f"<|{name}|>" for name in _QWEN])
+    tokenizer.save(str(path.with_name("tokenizer.json")))
+    return ["scorer/quality=hpsv3", f"scorer.quality.source={path}", f"scorer.quality.tokenizer_source={path.parent}"]
 
 
 def on_disk(folder: Path) -> tuple[int, int]:
     """Bytes that the files in a folder seem to have, and that they take."""
     stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
     return sum(it.st_size for it in stats), sum(it.st_blocks * 512 for it in stats)
-
-
-def described(model: ModelSettings) -> dict[str, Any]:
-    """What the weights were written for, for the result file."""
-    return {"name": model.name, "transformer": asdict(model.network)["transformer"]}
