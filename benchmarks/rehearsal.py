@@ -17,6 +17,7 @@ earlier ones of the same form. With ``scale=tiny`` memory is not compared: libra
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -198,6 +199,7 @@ def rehearse(asked: dict[str, str]) -> None:
             gigabytes = f"{needed / 1e9:.1f} GB of RAM and {_SPARE / 1e9:.0f} GB to spare, and {free / 1e9:.1f} GB are"
             print(json.dumps({"refused": f"refused: needs {gigabytes} free"}))
             return
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed after writing the files does not count
         memory = watch()
         generate_films(config)
         made = json.loads((folder / "film" / "film.json").read_text())
