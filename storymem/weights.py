@@ -279,8 +279,9 @@ def check_values(tensors: Iterable[tuple[str, Any]], where: str | Path) -> None:
     for name, tensor in tensors:
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        if tensor.element_size() == 1:  # 8-bit floats have no aminmax; without signs, they are ordered as their bits
-            tensor = (tensor.view(torch.uint8) & 127).amax().view(tensor.dtype).float()
+        if tensor.element_size() == 1:  # 8-bit floats have no aminmax; they are ordered as their bits, without a copy
+            ends = tensor.view(torch.int8).amax().clamp(min=0), tensor.view(torch.uint8).amax()
+            tensor = torch.stack([end.view(tensor.dtype).float() for end in ends])
         low, high = (value.item() for value in tensor.aminmax())  # NaN if any value is
         if not (math.isfinite(low) and math.isfinite(high)):
             problem = f"NaN or infinite values as {str(tensor.dtype).removeprefix('torch.')}"
