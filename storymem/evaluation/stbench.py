@@ -19,6 +19,7 @@ from storymem.evaluation.films import Films, find_films, only_named, stories_of,
 from storymem.evaluation.mapping import MAPPING, MAPPING_SUFFIXES
 from storymem.evaluation.statistics import StatisticsSettings
 from storymem.evaluation.workers import from_first, workers, working_together
+from storymem.film.manifest import FilmError, OtherFilmError
 from storymem.film.settings import FirstShot, MemorySettings
 from storymem.io import FileError, folder_lock, write_text
 from storymem.story import Story
@@ -253,7 +254,7 @@ def make_plan(systems: Sequence[System], stories: Sequence[Story]) -> str:
     for system in systems:
         there = find_films(system.films, stories) if system.films.exists() or system.method is None else None
         found = sum(shot.path is not None for film in (there.films if there else ()) for shot in film.shots)
-        rest = "; the others will be made" if system.method is not None else ""
+        rest = "; the others will be made" if system.method is not None and found < shots else ""
         lines.append(f"{system.name}: {found} of {shots} shots in {system.films}{rest}")
         if there is not None and system.method is None:
             lines += _films_found(there, stories)
@@ -366,11 +367,19 @@ def check_methods(
 
 
 def make_films(system: System, stories: Sequence[Story]) -> None:
-    """The films of a method, whose models are freed at the end."""
+    """The films of a method, whose models are freed at the end.
+
+    Raises:
+        FilmError: if there is a film that was made differently.
+    """
     method = build_method(system)
     for number, story in enumerate(stories, start=1):
         report(f"{system.name}: film {number} of {len(stories)}, {story.title}")
-        method.run(story, system.films / story.slug)
+        try:
+            method.run(story, system.films / story.slug)
+        except OtherFilmError as error:
+            advice = "delete its folder, so that the film is made again, or choose another output"
+            raise FilmError(f"{error.differs}\n{advice}") from None
     del method
     gc.collect()
 

@@ -42,6 +42,19 @@ class FilmError(FileError):
     """A film's folder that cannot be used as asked; the message names what to do instead."""
 
 
+class OtherFilmError(FilmError):
+    """A film's folder that holds another film.
+
+    Args:
+        differs: how it differs, several lines.
+        cures: what to type, several lines.
+    """
+
+    def __init__(self, differs: str, cures: str) -> None:
+        super().__init__(f"{differs}\n{cures}")
+        self.differs = differs
+
+
 def _inside(name: str) -> str:
     path = PurePosixPath(name)
     if not name or len(name) > 200 or not name.isprintable() or path.is_absolute() or ".." in path.parts:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from storymem.film.differences import SIDES, arguments_between, differences, flat, setting_changes
 from storymem.film.folder import Film
-from storymem.film.manifest import FilmError, Slot
+from storymem.film.manifest import FilmError, OtherFilmError, Slot
 from storymem.film.settings import Work
 from storymem.io import hash_json
 from storymem.media.images import read_image
@@ -80,7 +80,7 @@ def _resized(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def check_same(film: Film, before: Recipe, now: Recipe, work: Work) -> None:
-    """Raise FilmError if ``film`` has takes and is not one of ``now``: what differs, what to type.
+    """Raise OtherFilmError if ``film`` has takes and is not one of ``now``: what differs, what to type.
 
     Args:
         film: whose takes were matched with the story of ``now``.
@@ -105,7 +105,8 @@ def check_same(film: Film, before: Recipe, now: Recipe, work: Work) -> None:
         if arguments.startswith("size="):  # another aspect may be in the command
             arguments = f"aspect=null {arguments}"
         cures[arguments] = "resume this film with its own settings"
-    raise FilmError("\n".join([*lines, "add to the command:", *(f"  {key}  to {what}" for key, what in cures.items())]))
+    advice = ["add to the command:", *(f"  {key}  to {what}" for key, what in cures.items())]
+    raise OtherFilmError("\n".join(lines), "\n".join(advice))
 
 
 def _shortened(lines: Sequence[str]) -> list[str]:

@@ -113,3 +113,7 @@ def test_methods_are_filmed_scored_and_compared(tmp_path: Path) -> None:
     found = results.comparisons["storymem", "ablation_no_memory"]["aesthetic_quality"]
     assert found is not None
     assert found.stories == 1
+
+    run = composed(*overrides, "methods=[storymem]", name="eval_stbench")
+    with pytest.raises(ValueError, match=r"seed: .*\n(?s:.*)delete its folder, .* or choose another output$"):
+        evaluate(run, lambda name: compose_with_method(name, [*overrides, "seed=5"]))
