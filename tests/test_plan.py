@@ -206,7 +206,7 @@ def test_vram_is_estimated_for_each_stage(five: Story) -> None:
     plan = planned(five, "model=wan2.2-a14b", "runtime=cpu", "memory.recall.capacity=4")
     (line,) = [line for line in plan.splitlines() if line.startswith("VRAM ")]
     assert "for 4 memory frames" in line
-    for stage in ("texts 12.1 GB", "encode ", "denoise ", "decode ", "score "):
+    for stage in ("texts 11.5 GB", "encode ", "denoise ", "decode ", "score "):
         assert stage in line
     settings = generate_settings("model=wan2.2-a14b", "runtime=cpu")
     scorers = scorer_bytes(settings.scorer.clip, settings.scorer.quality)

@@ -88,7 +88,8 @@ class Video:
         self.empty_packets = 0  # "show the last frame again" in AVI
         if stream.codec_context is None:
             raise VideoError(path, "holds video of a codec that is not known")
-        stream.thread_type = "AUTO"
+        # Not "AUTO": when frames are decoded side by side, FFmpeg flags a damaged one on some runs only.
+        stream.thread_type = "SLICE"
         self._decoder = stream.codec_context
         if stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in ("vp8", "vp9"):
             with suppress(av.FFmpegError, ValueError):  # FFmpeg's own decoders drop the alpha channel
