@@ -279,9 +279,12 @@ def check_values(tensors: Iterable[tuple[str, Any]], where: str | Path) -> None:
     for name, tensor in tensors:
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        if tensor.element_size() == 1:  # 8-bit floats have no aminmax; they are ordered as their bits, without a copy
+        # Floats of 8 bits have no aminmax; these kinds are ordered as their bits, which takes no copy.
+        if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
             ends = tensor.view(torch.int8).amax().clamp(min=0), tensor.view(torch.uint8).amax()
             tensor = torch.stack([end.view(tensor.dtype).float() for end in ends])
+        elif tensor.element_size() == 1:
+            tensor = tensor.float()
         low, high = (value.item() for value in tensor.aminmax())  # NaN if any value is
         if not (math.isfinite(low) and math.isfinite(high)):
             problem = f"NaN or infinite values as {str(tensor.dtype).removeprefix('torch.')}"

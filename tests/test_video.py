@@ -139,6 +139,12 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path, clip: Path) -> None:
         join_videos([clip, tmp_path / "larger.mp4"], tmp_path / "film.mp4")
     with pytest.raises(ValueError, match=r"faster\.mp4 .* frame rate differs"):
         join_videos([clip, tmp_path / "faster.mp4"], tmp_path / "film.mp4")
+    with pytest.raises(ValueError, match=r"size differs"):
+        join_videos([clip, moving(5, height=48)], tmp_path / "film.mp4")
+    with pytest.raises(ValueError, match=r"frame rate differs"):
+        join_videos([clip, moving(5)], tmp_path / "film.mp4", 24)
+    with pytest.raises(ValueError, match="frames have no rate of their own: give fps"):
+        join_videos([moving(5)], tmp_path / "film.mp4")
     with pytest.raises(ValueError, match="no videos to join"):
         join_videos([], tmp_path / "film.mp4")
     assert not list(tmp_path.glob("*film*"))

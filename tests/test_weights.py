@@ -288,6 +288,14 @@ def test_values_that_are_no_weights(dtype: torch.dtype) -> None:
         check_values([("fine", fine), ("broken", broken)], "file")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz])
+def test_nan_is_found_beside_any_other_value_of_8_bits(dtype: torch.dtype) -> None:
+    values = torch.linspace(-200, 200, 255).to(dtype)
+    check_values([("w", values)], "file")
+    with pytest.raises(NotFiniteError, match="w holds NaN or infinite values"):
+        check_values([("w", torch.cat([values.float(), torch.tensor([float("nan")])]).to(dtype))], "file")
+
+
 def test_values_too_large_to_be_weights() -> None:
     with pytest.raises(NotFiniteError, match=r"file: w holds values up to 1e\+10, which no trained network has"):
         check_values([("w", torch.tensor([0.0, -1e10]))], "file")

@@ -189,6 +189,7 @@ def test_words_that_the_toy_does_not_know_are_reported(write: Write, tmp_path: P
         ((200, {}, b"\xff[]"), "is not an OpenAI-compatible endpoint"),
         ((200, {}, b'{"choices": 1' + b"0" * 5000 + b"}"), "is not an OpenAI-compatible endpoint"),
         ((200, {}, b'{"choices": []}'), "is not an OpenAI-compatible endpoint"),
+        ((200, {}, '{"choices": [{"message": {"content": "café"}}]}'.encode("latin-1")), "is not an OpenAI-compatible"),
         ((200, {}, b'{"choices": [{"message": {"content": null}}]}'), "gave an empty answer"),
         ((200, {}, b'{"choices": [{"message": {"content": "{"}, "finish_reason": "length"}]}'), "write fewer shots"),
         ((200, {"Content-Length": "9999"}, b"{"), "cannot be asked (peer closed connection"),
@@ -229,6 +230,20 @@ def test_what_cannot_be_asked_is_reported(write: Write, arguments: list[str], me
     assert (status, printed) == (2, "")
     assert message in notes
     assert "sk-secret" not in notes
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("ALL_PROXY", "socks5://127.0.0.1:9"), ("HTTP_PROXY", "foo://x"), ("SSL_CERT_FILE", "/nonexistent")],
+)
+def test_variables_that_cannot_be_used_are_named(
+    write: Write, server: Server, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    status, _, notes = write("a seal", *server.arguments)
+    assert (status, variable in notes) == (2, True)
 
 
 def test_an_endpoint_that_does_not_answer_is_given_up(write: Write, server: Server) -> None:

@@ -188,20 +188,22 @@ def join_videos(
     Args:
         parts: videos of equal size and frame rate; or frames, uint8 [H, W, 3], which are encoded.
         out: the joined file, written in one step.
-        fps: frames per second; those of the videos by default.
+        fps: frames per second of parts that are frames; those of the videos by default.
 
     Returns:
         a line for each video that was encoded again, and for each whose sound was left out.
 
     Raises:
-        ValueError: if there are no parts, or one differs from most in size or frame rate.
+        ValueError: if there are no parts, or one differs from most in size or frame rate; without ``fps`` and videos.
         VideoError: as :func:`probe`.
     """
     if not parts:
         raise ValueError(f"{out}: there are no videos to join")
     paths, name = [Path(part) for part in parts if isinstance(part, str | Path)], Path(out).name
-    common = _common_rate(paths) if paths else Fraction(0)
+    common = _common_rate(paths) if paths else None
     rate = common if fps is None else Fraction(fps).limit_denominator(1001)
+    if rate is None:
+        raise ValueError(f"{out}: frames have no rate of their own: give fps")
     notes = [f"{path} has sound, which is left out of {name}" for path in paths if probe(path).sound]
     temporary: list[Path] = []
 
@@ -213,6 +215,8 @@ def join_videos(
 
     try:
         found = [_part(part) if isinstance(part, str | Path) else encoded(part) for part in parts]
+        if temporary:
+            _common_rate([part.path for part in found])
         if found[0].format is None or any(part.format != found[0].format for part in found):
             ours = encoded([next(iter_frames(found[0].path))]).format
             for number, part in enumerate(found):

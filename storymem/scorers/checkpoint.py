@@ -8,7 +8,6 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -112,8 +111,11 @@ def load_pretrained(cls: type[Network], sizes: Any, path: Path, described: Path)
     _check_sizes(content, described)
     try:
         config = sizes(**content)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise FileError(f"{described}: {error}") from None
+        with init_empty_weights():
+            cls(config)
+    except Exception as error:  # transformers raises anything
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise FileError(f"{described} does not describe a network that can be built: {problem}") from None
     read_header(path)  # its errors name the cause
     network, report = cls.from_pretrained(  # type: ignore[attr-defined]
         path.parent,

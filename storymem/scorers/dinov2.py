@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Self, Unpack
 
 from torch import Tensor
@@ -57,17 +56,9 @@ class Dinov2Embedder(Scorer[Dinov2Model]):
         return cls(network, resolution=resolution, **placement).marked("published")
 
     @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any] | None = None,
-        *,
-        seed: int = 0,
-        resolution: int = 28,
-        **placement: Unpack[Placement],
-    ) -> Self:
-        """An untrained network of transformers' configuration, by default a small one."""
-        sizes = Dinov2Config(**{**_TINY, **(config or {})})
-        network = seeded(seed, lambda: Dinov2Model(sizes))
+    def from_config(cls, *, seed: int = 0, resolution: int = 28, **placement: Unpack[Placement]) -> Self:
+        """An untrained small network."""
+        network = seeded(seed, lambda: Dinov2Model(Dinov2Config(**_TINY)))
         return cls(network, resolution=resolution, **placement).marked("untrained")
 
     def embed_images(self, frames: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Self, Unpack
 
 import torch
@@ -84,16 +83,9 @@ class GroundingDetector(Scorer[GroundingDinoForObjectDetection]):
         return cls(network, processor, box_threshold=box_threshold, **placement).marked("published")
 
     @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any] | None = None,
-        *,
-        seed: int = 0,
-        box_threshold: float = 0.25,
-        **placement: Unpack[Placement],
-    ) -> Self:
-        """An untrained network of transformers' configuration, by default of the sizes `TINY`, that reads letters."""
-        settings = GroundingDinoConfig(**(config or TINY))
+    def from_config(cls, *, seed: int = 0, box_threshold: float = 0.25, **placement: Unpack[Placement]) -> Self:
+        """An untrained network of the sizes `TINY`, that reads letters."""
+        settings = GroundingDinoConfig(**TINY)
         network = seeded(seed, lambda: GroundingDinoForObjectDetection(settings))
         images = GroundingDinoImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
         processor = GroundingDinoProcessor(images, _letters(settings.text_config.vocab_size))

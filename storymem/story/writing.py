@@ -348,17 +348,20 @@ def ask(endpoint: EndpointSettings, messages: list[dict[str, str]]) -> str:
                     raise EndpointError(f"{endpoint.address} answers with more than {MAX_ANSWER:,} bytes")
     except httpx.TimeoutException:
         reason = f"has not answered in {endpoint.timeout:g} seconds: raise endpoint.timeout"
+    except EndpointError:
+        raise
     except httpx.HTTPError as error:
         cure = "check endpoint.url and the network"
         if isinstance(error, httpx.ConnectError) and "refused" in str(error).lower():
             cure = "start the server there, or correct endpoint.url"
         reason = f"cannot be asked ({error}): {cure}"
+    except (httpx.InvalidURL, OSError, ValueError, ImportError) as error:
+        cure = "check endpoint.url, and HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE if they are set"
+        reason = f"cannot be asked ({error}): {cure}"
     else:
-        text = content.decode(errors="replace")
-        if key and len(key) >= 8:  # shorter ones, as local servers have, may be words in it
-            text = text.replace(key, "***")
         if reply.is_success:
-            return _answer(text, endpoint)
+            return _answer(bytes(content), endpoint, key)
+        text = _without(key, content.decode(errors="replace"))
         status = f"{reply.status_code} {reply.reason_phrase}"
         reason = f"answers {status} ({_message(text)}): {_cure(reply.status_code, endpoint, key)}"
         if reply.has_redirect_location:
@@ -366,13 +369,19 @@ def ask(endpoint: EndpointSettings, messages: list[dict[str, str]]) -> str:
     raise EndpointError(f"{endpoint.address} {reason}")
 
 
-def _answer(text: str, endpoint: EndpointSettings) -> str:
+def _without(key: str, text: str) -> str:
+    """A text of the endpoint for messages; short keys, as local servers have, may be words in it."""
+    return text.replace(key, "***") if len(key) >= 8 else text
+
+
+def _answer(content: bytes, endpoint: EndpointSettings, key: str) -> str:
     """What the model wrote, in the JSON of a reply."""
     try:
-        choice = json.loads(text)["choices"][0]
+        choice = json.loads(content)["choices"][0]
         answer, ended = choice["message"]["content"], choice.get("finish_reason")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        reason = f"is not an OpenAI-compatible endpoint: it answers {shorten(text)!r}"
+        text = shorten(_without(key, content.decode(errors="replace")))
+        reason = f"is not an OpenAI-compatible endpoint: it answers {text!r}"
     else:
         if ended == "length":
             reason = f"stopped at the limit of {endpoint.model}'s answers: write fewer shots, or use another model"

@@ -108,7 +108,7 @@ def _loaded_tokenizer(part: Path, files: tuple[tuple[str, int], ...]) -> Any:
     path = part / "tokenizer_config.json"
     config = read_json_object(path) if path.exists() else {}
     kind = str(config.get("tokenizer_class", "T5Tokenizer"))
-    if not kind.endswith(("Tokenizer", "TokenizerFast")):
+    if not kind.endswith(("Tokenizer", "TokenizerFast", "TokenizersBackend")):
         raise FileError(f"{path}: tokenizer_class is {kind}, which is not a tokenizer")
     if "auto_map" in config:
         raise FileError(f"{path} would run code (auto_map): use that of the published model")

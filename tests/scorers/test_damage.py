@@ -185,6 +185,13 @@ def test_dinov2s_sizes_are_bounded(folder: Path, key: str, value: Any) -> None:
     refused("dinov2", folder, path, key)
 
 
+@pytest.mark.parametrize("change", [{"hidden_size": -32}, {"patch_size": 0}, {"hidden_act": "nope"}, {"dtype": "nope"}])
+def test_a_configuration_of_no_network_is_refused(folder: Path, change: dict[str, Any]) -> None:
+    path = folder / "dino" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    refused("dinov2", folder, path, "does not describe a network that can be built")
+
+
 @pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched"])
 def test_dinov2_is_loaded_strictly(folder: Path, change: str) -> None:
     path = folder / "dino" / "model.safetensors"

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from storymem.film.generate import generate_films as generate
 from storymem.io import NotFiniteError
@@ -210,6 +213,15 @@ def test_a_tokenizer_without_its_vocabulary(base: Path) -> None:
     set_json("model_index.json", tokenizer=["transformers", "T5Tokenizer"])(base)
     with pytest.raises(ValueError, match=r"tokenizer contains no (vocabulary|readable)"):
         check(base)
+
+
+def test_a_tokenizer_as_transformers_5_writes_it(base: Path) -> None:
+    words = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuv"])}
+    shutil.rmtree(base / "tokenizer")
+    model = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=model).save_pretrained(base / "tokenizer")
+    assert json.loads((base / "tokenizer/tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
+    check(base)
 
 
 def test_components_of_different_models(base: Path, tmp_path: Path) -> None:
