@@ -60,6 +60,11 @@ def test_takes_seeds_memory_and_what_is_stale_are_printed(
     assert files(film) == before
 
 
+def test_what_is_not_known_is_named(film: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(film, "cut") == 2
+    assert "cut: write one folder, and join, export or clean" in capsys.readouterr().err
+
+
 def test_a_film_is_joined_again(film: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(film)
     for name in ("film.mp4", "storyboard.html"):

@@ -158,6 +158,7 @@ def test_each_examined_frame_has_a_verdict(tmp_path: Path, memory: Command) -> N
         (["drop", "99"], "there is no keyframe 99: the memory has 1 to"),
         (["drop", "shot01_frame01"], "there is no keyframe shot01_frame01"),
         (["drop"], "write: storymem memory"),
+        (["delete", "3"], "delete: write add, drop, pin, unpin or replace"),
         (["add", "missing.png"], "missing.png"),
         (["add", "x.png", "for=Bo"], "for=Bo: not a character of the film; its characters are Ada"),
         (["add", "x.png", "shot=5"], "shot=5: the film has shots 1 to 4"),

@@ -90,8 +90,9 @@ def test_a_film_of_an_aspect_is_planned_made_and_resumed(tmp_path: Path, capsys:
     assert film.video is not None
     made = [probe(path) for path in (film.video, film.folder / film.shots[1].file)]
     assert {(info.width, info.height) for info in made} == {(32, 48)}
-    with pytest.raises(FilmError, match=r"model\.video\.height: 48 before, 32 now") as error:
-        generate_films(config | {"aspect": None})
+    for dry in (True, False):
+        with pytest.raises(FilmError, match=r"model\.video\.height: 48 before, 32 now") as error:
+            generate_films(config | {"aspect": None, "dry_run": dry})
     advice = str(error.value).partition("add to the command:\n")[2]
     assert re.findall(r"^  (\S+=\S+(?: \S+=\S+)?)  to", advice, re.MULTILINE) == [
         *("resume=from_shot:1", "output=FOLDER", "aspect=null size=32x48")

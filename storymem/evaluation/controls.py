@@ -77,7 +77,7 @@ def _without_characters(metrics: Mapping[str, Metric]) -> Alter:
 STILL = Control(
     name="still",
     title="One still repeated",
-    expected="the highest consistency there is, without motion",
+    expected="the highest consistency there is, without motion, of all that can be read or found in its frame",
     alter=_still,
 )
 SHUFFLED = Control(

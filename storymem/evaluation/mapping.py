@@ -107,8 +107,11 @@ def mapped_films(mapping: FilmsMapping, file: Path, folder: Path, stories: Seque
             continue
         try:
             found[story.title] = film = _mapped_film(mapping, file.name, folder, story)
-            shots = [shot for shot in film.shots if shot.path is not None]
-            starts = [(os.path.realpath(shot.path), (shot.frames or (0, 0))[0]) for shot in shots]
+            starts = [
+                (os.path.realpath(shot.path), (shot.frames or (0, 0))[0])
+                for shot in film.shots
+                if shot.path is not None
+            ]
             if twice := [path for (path, _), count in Counter(starts).items() if count > 1]:
                 raise ValueError(f"two shots of {story.title!r} are the same frames of {twice[0]}")
         except (FileError, UnclearError):

@@ -41,6 +41,8 @@ class FilmSettings:
 
 def film_command(config: Mapping[str, Any]) -> None:
     """Run ``storymem film`` with a composed configuration."""
+    if not isinstance(folder := config.get("folder"), str | None):
+        raise ValueError(f"{folder[-1]}: write one folder, and join, export or clean, or nothing")
     settings = build_settings(FilmSettings, config)
     if settings.action == "show":
         print(described(Film.open(settings.folder)), flush=True)

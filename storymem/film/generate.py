@@ -13,7 +13,7 @@ from storymem.film.folder import Film, edited_film
 from storymem.film.manifest import FilmError, check_folder
 from storymem.film.matching import match, stale
 from storymem.film.progress import Progress
-from storymem.film.resume import story_record
+from storymem.film.resume import Recipe, match_film, story_record
 from storymem.film.settings import GenerateSettings, build_policy, check_lengths, uses_text_to_video, work_of
 from storymem.film.tables import film_table
 from storymem.memory.bank import read_entries
@@ -107,7 +107,7 @@ def _generate(
     grid = find_grid(settings.runtime, launch, model=settings.model, sampler=settings.sampler)
     if settings.dry_run:
         if reports:
-            _print_plans(settings, stories)
+            _print_plans(settings, config, stories)
         return []
     _check_weights(settings, stories, reports=reports)
     from storymem.film.processes import among_processes
@@ -194,14 +194,18 @@ def _print_film(film: Film) -> None:
     print(film.video, flush=True)
 
 
-def _print_plans(settings: GenerateSettings, stories: Mapping[Path, Story]) -> None:
-    """Print the plans. ``ValueError`` if films cannot be made as planned."""
+def _print_plans(settings: GenerateSettings, config: Mapping[str, Any], stories: Mapping[Path, Story]) -> None:
+    """Print the plans. ``ValueError`` if films cannot be made as planned, or folders hold others."""
     from storymem.film.plan import make_plan
 
     plans = [make_plan(story, settings, folder) for folder, story in stories.items()]
     print("\n\n".join(text for text, _ in plans), flush=True)
     if problems := dict.fromkeys(problem for _, found in plans for problem in found):
         raise ValueError(f"not ready: {len(problems)} marked MISSING, UNFIT or TOO SMALL in the plan")
+    for folder, story in stories.items():
+        if Film.exists(folder):
+            now = Recipe(story=story_record(story), config=recorded(settings, config))
+            match_film(Film.open(folder), now, work_of(settings, len(story.shots)))
 
 
 def _folder(story: Story, settings: GenerateSettings) -> Path:
@@ -255,7 +259,7 @@ def build_storyteller(
         reference_fit=settings.memory.reference_fit,
         seed=settings.seed,
         scorer_device=device,
-        config=recorded_config(config, settings.model.video) | {"weights": _hashes(settings)},
+        config=recorded(settings, config),
     )
 
 
@@ -282,6 +286,11 @@ def _quality(settings: GenerateSettings, runtime: RuntimeSettings) -> Any:
         return build()
     # Those that come with the package are small.
     return OnDemand(build) if scorer_weights(settings.scorer.quality) else build()
+
+
+def recorded(settings: GenerateSettings, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a film's manifest records as its settings."""
+    return recorded_config(config, settings.model.video) | {"weights": _hashes(settings)}
 
 
 def recorded_config(config: Mapping[str, Any], video: VideoSettings | None = None) -> dict[str, Any]:

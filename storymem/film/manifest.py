@@ -355,7 +355,6 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The content of ``film.json``, with what is only for users to read."""
         used = {take.config_hash for take in self.takes} - {self.config_hash}
-        self.configs = {key: config for key, config in self.configs.items() if key in used}
         return {
             "schema": SCHEMA,
             "title": self.story["title"],
@@ -363,6 +362,7 @@ class Manifest:
             "config_hash": self.config_hash,
             "versions": library_versions(),
             **_MANIFEST.dump_python(self, by_alias=True, mode="json"),
+            "configs": {key: config for key, config in self.configs.items() if key in used},
         }
 
 

@@ -45,6 +45,8 @@ def memory_command(config: Mapping[str, Any]) -> None:
     given = (settings.folder,) if isinstance(settings.folder, str) else settings.folder
     folder, arguments = Path(given[0] if given else "FOLDER"), given[1:]
     if len(arguments) != len(_ARGUMENTS[settings.action]) or not given:
+        if settings.action == "show" and arguments:
+            raise ValueError(f"{arguments[0]}: write add, drop, pin, unpin or replace, or nothing")
         needed = " ".join([settings.action, *_ARGUMENTS[settings.action]]).removeprefix("show")
         raise ValueError(f"write: storymem memory {folder} {needed}".rstrip())
     if settings.character is not None and settings.action != "add":

@@ -79,8 +79,21 @@ def _resized(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return any(old.get(key) != new.get(key) for key in (*SIDES, "model.video.fps"))
 
 
-def check_same(film: Film, before: Recipe, now: Recipe, work: Work) -> None:
-    """Raise OtherFilmError if ``film`` has takes and is not one of ``now``: what differs, what to type.
+def match_film(film: Film, now: Recipe, work: Work) -> Recipe:
+    """Match the takes of ``film`` with the story of ``now``; returns what the film was made from before.
+
+    Raises:
+        OtherFilmError: if it has takes, and some stay, and it is not a film of ``now``.
+    """
+    before = Recipe(story=film.story, config=film.config)
+    film.use_story(now.story)
+    if film.takes and work.onwards is None:
+        _check_same(film, before, now, work)
+    return before
+
+
+def _check_same(film: Film, before: Recipe, now: Recipe, work: Work) -> None:
+    """Raise OtherFilmError if ``film`` is not one of ``now``: what differs, what to type.
 
     Args:
         film: whose takes were matched with the story of ``now``.

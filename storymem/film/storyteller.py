@@ -24,10 +24,10 @@ from storymem.film.restoring import restored_memory
 from storymem.film.resume import (
     Recipe,
     Run,
-    check_same,
     check_size,
     film_changes,
     jobs_of,
+    match_film,
     naming_next_command,
     story_record,
 )
@@ -218,11 +218,9 @@ class Storyteller:
             return Run(story=story, film=film, jobs=jobs_of(film, work), before=None, was=[], config=now.config)
         film = Film.open(folder)
         film.remove_unfinished()
-        before, was = Recipe(story=film.story, config=film.config), list(film.slots)
+        was = list(film.slots)
+        before = match_film(film, now, work)
         config = now.config if setting_changes(before.config, now.config) else before.config
-        film.use_story(now.story)
-        if film.takes and work.onwards is None:
-            check_same(film, before, now, work)
         if work.shots is None or work.onwards is not None or not film.takes:
             film.use_config(config)
         for line in [*matches(film, was, before.story), *film_changes(before.story, now.story)]:

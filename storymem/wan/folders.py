@@ -35,7 +35,7 @@ CLASSES: dict[str, str] = {
 _DIFFUSERS: dict[str, Any] = {"WanTransformer3DModel": WanTransformer3DModel, "AutoencoderKLWan": AutoencoderKLWan}
 _ENTRIES = {  # of model_index.json: library and class
     **{name: rf"(diffusers|transformers)\.{kind}" for name, kind in CLASSES.items()},
-    "tokenizer": r"transformers\.\w+Tokenizer(Fast)?",
+    "tokenizer": r"transformers\.\w*Tokenizer(Fast|sBackend)?",
     **dict.fromkeys(("scheduler", "image_encoder", "image_processor"), r"(diffusers|transformers|storymem)\.\w+"),
 }
 _MOST = 1 << 20  # of a number in a component's configuration
