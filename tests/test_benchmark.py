@@ -117,4 +117,4 @@ def test_a_sweep_continues_after_a_case_that_fails_and_saves_as_it_goes(
     assert "not measured: precision=fp8_storage: no kernel image is available" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--json", str(path), "--minutes", "0"])
     benchmark.main()
-    assert "guidance_batch=True and what follows: 0 minutes are over" in capsys.readouterr().out
+    assert "memory_attention=cached and what follows: 0 minutes are over" in capsys.readouterr().out

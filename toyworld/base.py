@@ -100,36 +100,38 @@ def _draw_rows(data: LatentStories, rng: torch.Generator, kind: Kind, size: int)
 
 
 def draw_batch(data: LatentStories, embed: TextEmbedder, rng: torch.Generator, kind: Kind, size: int) -> MemoryBatch:
-    """Samples of a kind: shots (or frames of them) with their memory, condition, text and noise."""
+    """Samples of a kind on the device of the latents: shots (or frames of them) with memory, condition, text, noise."""
+    device = data.shots.device
     rows = _draw_rows(data, rng, kind, size)
     chance = torch.rand(2, size, generator=rng)
     if kind.is_frame:
-        which = torch.randint(KEYFRAMES, (size,), generator=rng)
-        x0, people = data.keyframes[rows, which][:, :, None].float(), data.key_people[rows, which][:, None].float()
+        at = rows.to(device), torch.randint(KEYFRAMES, (size,), generator=rng).to(device)
+        x0, people = data.keyframes[at][:, :, None].float(), data.key_people[at][:, None].float()
         video = data.blank[None, :, :1].float().expand_as(x0)
         condition = condition_channels(None, video, 0)
     else:
-        x0, people = data.shots[rows].float(), data.people[rows].float()
-        first = data.first_of[rows]
+        at = rows.to(device)
+        x0, people, first = data.shots[at].float(), data.people[at].float(), data.first_of[at]
         given = first >= 0
         video = torch.where(given[:, None, None, None, None], data.firsts[first].float(), data.blank.float())
         condition = condition_channels(None, video, 0)
         condition[:, :4, 0] = given[:, None, None, None].float()
     if kind.before:
-        shots = rows[:, None] - kind.before + torch.tensor(recalled(kind.before))
+        shots = (rows[:, None] - kind.before + torch.tensor(recalled(kind.before))).to(device)
         memory = data.keyframes[shots, : kind.each].float().flatten(1, 2).transpose(1, 2)
         if kind.each == 1:  # either of the two
-            which = torch.randint(KEYFRAMES, shots.shape, generator=rng)
+            which = torch.randint(KEYFRAMES, shots.shape, generator=rng).to(device)
             memory = data.keyframes[shots, which].float().transpose(1, 2)
         x0 = torch.cat([memory, x0], dim=2)
         condition = torch.cat([condition_channels(memory, memory[:, :, :0], 0), condition], dim=2)
     looks = 0.15 if kind.before else 0.75
     texts = [data.described[i] if c < looks else data.prompts[i] for i, c in zip(rows.tolist(), chance[0], strict=True)]
     texts = ["" if c < NO_TEXT else text for text, c in zip(texts, chance[1], strict=True)]
+    of_noise = torch.Generator(device).manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
     return MemoryBatch(
         x0=x0,
-        noise=torch.randn(x0.shape, generator=rng),
-        u=torch.rand(size, generator=rng),
+        noise=torch.randn(x0.shape, generator=of_noise, device=device),
+        u=torch.rand(size, generator=rng).to(device),
         condition=condition,
         mask=people,
         text=embed(texts),
@@ -145,10 +147,10 @@ def base_loss(
     rng: torch.Generator,
     *,
     scale: float = 1.0,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch drawn at random, `scale` times as large as usual, and figures to log."""
     kind = draw_kind(rng)
-    batch = draw_batch(data, embed, rng, kind, max(1, round(scale * SIZES[kind.is_frame]))).to(network.device)
+    batch = draw_batch(data, embed, rng, kind, max(1, round(scale * SIZES[kind.is_frame])))
     losses = LOSS(network, "low_noise", batch)
     names = ("loss_video", "loss_subject", "memory_frames")
-    return losses.total, {name: float(losses.sums[name][0] / losses.sums[name][1]) for name in names}
+    return losses.total, {name: losses.sums[name][0] / losses.sums[name][1] for name in names}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from storymem.training.checkpoints import Checkpoints
 
 Network = TypeVar("Network", bound=nn.Module)
-Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
+Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, Any]]]
 EVERY = 120.0  # seconds between checkpoints
 WARMUP, COOL = 50, 0.3  # steps of rising learning rate; the share of the time in which it falls to 0
 LOG_EVERY = 20  # steps
@@ -51,7 +51,7 @@ class Fit:
         ]
         if matrices:
             self.optimizers.append(torch.optim.Muon(matrices, rate, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
-        self.average = EMAModel(named.values(), decay=decay, use_ema_warmup=True, inv_gamma=10, power=1)
+        self.average = EMAModel(named.values(), decay=decay, use_ema_warmup=True, inv_gamma=10, power=1, foreach=True)
         self.names = list(named)
         self.step, self.seconds = 0, 0.0
         if checkpoints_of(folder).steps():
@@ -85,6 +85,7 @@ class Fit:
             now = time.monotonic()
             self.seconds, clock = self.seconds + now - clock, now
             if self.step % LOG_EVERY == 0:
+                figures = {name: float(figure) for name, figure in figures.items()}
                 self.log(
                     step=self.step, seconds=round(self.seconds), loss=float(value.detach()), norm=float(norm), **figures
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,11 @@ class LatentStories:
     characters: Tensor
     prompts: list[str]
     described: list[str]
+
+    def to(self, device: torch.device) -> LatentStories:
+        """The same on another device, but for what rows are drawn by."""
+        moved = ("shots", "people", "keyframes", "key_people", "firsts", "first_of", "blank")
+        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
 
 @torch.no_grad()

@@ -60,6 +60,7 @@ class Recipe:
         start: a folder of weights to start from; None: fresh networks.
         weights: the folder that `save` writes.
         shards: of 32 stories each, how many are encoded.
+        batch_scale: how many times as large as on a CPU are the batches of the base on a GPU, which they keep busy.
         quick: tiny batches and no compiling, to see that everything runs.
     """
 
@@ -69,6 +70,7 @@ class Recipe:
     start: Path | None = None
     weights: Path
     shards: int = 60
+    batch_scale: float = 16
     quick: bool = False
 
     def fit(self, stage: str, model: nn.Module, *, rate: float, decay: float = 0.999) -> Fit:
@@ -171,9 +173,11 @@ def base(recipe: Recipe) -> None:
         torch._dynamo.config.recompile_limit = 64
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
     embed = TextEmbedder(load_tokenizer(recipe.tokenizer_folder()), recipe.text_encoder().to(fit.accelerator.device))
-    data, scale = load_cache(recipe.work / "latents" / "train"), 0.1 if recipe.quick else 1
+    on_cpu = fit.accelerator.device.type == "cpu"
+    data = load_cache(recipe.work / "latents" / "train").to(fit.accelerator.device)
+    scale = 0.1 if recipe.quick else 1 if on_cpu else recipe.batch_scale
     # On CPUs the fused attention's backward pass takes ten times as long as the plain one at this size.
-    with sdpa_kernel(SDPBackend.MATH if fit.accelerator.device.type == "cpu" else [*SDPBackend.__members__.values()]):
+    with sdpa_kernel(SDPBackend.MATH if on_cpu else [*SDPBackend.__members__.values()]):
         fit.run(lambda rng: base_loss(model, data, embed, rng, scale=scale), recipe.minutes)
 
 
@@ -262,6 +266,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="a folder of weights to start from")
     parser.add_argument("--weights", type=Path, help="where `save` writes; default: WORK/weights")
     parser.add_argument("--shards", type=int, default=60, help="of 32 training stories each")
+    parser.add_argument("--batch-scale", type=float, default=16, help="of the base on a GPU; 1: batches as on a CPU")
     parser.add_argument("--quick", action="store_true", help="tiny batches, to see that everything runs")
     args = parser.parse_args()
     if unknown := set(args.stages) - set(STAGES):
@@ -277,6 +282,7 @@ def main() -> None:
             start=args.start,
             weights=args.weights or args.work / "weights",
             shards=args.shards,
+            batch_scale=args.batch_scale,
             quick=args.quick,
         )
         stage(recipe)

@@ -144,8 +144,8 @@ def variations(model: ModelSettings, runtime: RuntimeSettings, device: torch.dev
     for change in changes:
         name = " ".join(f"{key}={value}" for key, value in change.items() if key != "cache_threshold")
         cases.append(Case(name=name, model=model, runtime=replace(runtime, **change)))
-    cached = replace(model, memory_attention="cached")
-    return [*cases, Case(name="memory_attention=cached", model=cached, runtime=runtime)]
+    cached = Case(name="memory_attention=cached", model=replace(model, memory_attention="cached"), runtime=runtime)
+    return [cases[0], cached, *cases[1:]]
 
 
 def random_pipeline(model: ModelSettings, runtime: RuntimeSettings) -> Any:
@@ -244,8 +244,7 @@ def _measured(pipe: Any, case: Case, memory: int, ceiling: float, repeats: int, 
     layout, cached = shot_layout(model, memory, runtime)
     prefill_call, forward = forwards(pipe, model, runtime, memory, batch, device)
     prefill = 0.0 if prefill_call is None else timed(prefill_call, device)
-    for _ in range(2):
-        forward()  # what is compiled or traced is so now
+    forward()  # what is compiled or traced is so now
     _reset_peak(device)
     seconds = min(timed(forward, device) for _ in range(repeats))  # other work on the machine can only add
     height, width = model.spec.latent_size(model.video.height, model.video.width)
@@ -434,12 +433,12 @@ def _run(
     print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {choice.reason or 'as set'}")
     print(f"ceiling: {ceiling:.3g} TFLOP/s in matrix products of {model.dtype}", flush=True)
     first, *others = variations(model, runtime, device)
-    measured = partial(measure, memory_sizes=arguments.memory, ceiling=ceiling, repeats=arguments.repeats)
-    rows = list(measured(first))
+    measured = partial(measure, ceiling=ceiling, repeats=arguments.repeats)
+    rows = list(measured(first, memory_sizes=arguments.memory))
     add(_result(first, rows))
     if arguments.shot:
         try:
-            shot = measure_shot(first, memory=max(arguments.memory), steps=arguments.steps)
+            shot = measure_shot(first, memory=arguments.sweep_memory, steps=arguments.steps)
             print(
                 f"a whole shot of {shot.steps} steps at memory {shot.memory}: {shot.seconds:.3g} s, of which "
                 f"{shot.outside:.0%} outside the denoiser",
@@ -453,7 +452,9 @@ def _run(
         if time.perf_counter() - arguments.began > 60 * arguments.minutes:
             print(f"not measured: {case.name} and what follows: {arguments.minutes:g} minutes are over (--minutes)")
             break
-        rows += (found := list(measured(case)))
+        of_memory = case.model.memory_attention != first.model.memory_attention
+        sizes = arguments.memory if of_memory else [arguments.sweep_memory]
+        rows += (found := list(measured(case, memory_sizes=sizes)))
         add(_result(case, found))
     print(table(rows, model))
 
@@ -477,10 +478,11 @@ def main() -> None:
     parser.add_argument("--model", help="a choice of configs/model, or wan-1.3b-shaped")
     parser.add_argument("--runtime", default="auto", help="a choice of configs/runtime")
     parser.add_argument("--memory", type=int, nargs="+", default=[0, 4, 10], help="numbers of memory frames")
+    parser.add_argument("--sweep-memory", type=int, default=4, help="memory frames of a sweep and of a whole shot")
     parser.add_argument("--sweep", action="store_true", help="also with one setting changed at a time")
     parser.add_argument("--shot", action="store_true", help="also a whole shot")
     parser.add_argument("--steps", type=int, default=8, help="of the whole shot")
-    parser.add_argument("--repeats", type=int, default=3, help="forwards measured, after two to warm up")
+    parser.add_argument("--repeats", type=int, default=2, help="forwards measured, after one to warm up")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no further case of a sweep begins")
     parser.add_argument("--layers", type=int, help="keep so many of the model's layers, for small devices")
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where to save")

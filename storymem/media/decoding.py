@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -139,13 +139,17 @@ class Video:
                 yield number, frame
 
 
+#: PyAV 19 reads metadata that is not UTF-8; before it has to be asked to.
+_LENIENT: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+
+
 @contextmanager
 def opened(path: str | Path) -> Iterator[Video]:
     """A file for reading. Raises as :func:`probe`."""
     check_regular(path)
     try:
         # Files that name other files (playlists) may name local ones only.
-        container = av.open(file_url(path), metadata_errors="replace", options={"protocol_whitelist": "file"})
+        container = av.open(file_url(path), options={"protocol_whitelist": "file"}, **_LENIENT)
     except av.FFmpegError as error:
         raise VideoError(path, f"cannot be read as a video: {error.strerror}") from error
     with container:

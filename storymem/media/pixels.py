@@ -127,10 +127,10 @@ def _orientation(frame: av.VideoFrame, notes: list[str]) -> tuple[bool, bool, bo
 
     By the display matrix: x' = a x + c y and y' = b x + d y.
     """
-    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False
-    a, b, _, c, d, *_ = struct.unpack("9i", matrix[:36])
+    a, b, _, c, d, *_ = struct.unpack("9i", bytes(matrix)[:36])
     large, small = (max(a * a, b * b), min(a * a, b * b)) if a or b else (0, 0)
     if not large or small > large * math.tan(math.radians(2)) ** 2 or (abs(b) > abs(a)) != (abs(c) > abs(d)):
         raise ValueError("its display matrix is no quarter turn: rotate it with an editor")
@@ -169,7 +169,7 @@ def _matrix(frame: av.VideoFrame, notes: list[str]) -> tuple[int | None, bool]:
         return 5, int(frame.color_range) != 1
     if stated not in _MATRICES:
         raise ValueError(f"its colour matrix (number {stated} of H.273) is not known: convert it to BT.709")
-    if stated in _UNSTATED and any(data.type.name.startswith("DOVI") for data in frame.side_data):
+    if stated in _UNSTATED and any(frame.side_data.get(name) for name in ("DOVI_RPU_BUFFER", "DOVI_METADATA")):
         raise ValueError("it is Dolby Vision without an HDR10 or HLG base (profile 5): convert it to BT.709")
     if stated in _UNSTATED:
         notes.append("untagged: no colour matrix is stated, read as BT.601")
