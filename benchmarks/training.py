@@ -1,9 +1,14 @@
-"""Where the time of a training step goes, and what a second process brings.
+"""Where the time of a training step goes, and what a second process brings; a step at true size.
 
     python -m benchmarks.training [--quick]
+    python -m benchmarks.training --model wan2.2-a14b --memory 4 10 --steps 3 --json training.json
 
-Trains the toy experiment's adapter on random latents of the toy's size, with a data worker: with one process, and with
-two gloo processes, whole (ddp) and sharded (fsdp). The batch of a step is the same in all.
+The first trains the toy experiment's adapter on random latents of the toy's size, with a data worker: with one process,
+and with two gloo processes, whole (ddp) and sharded (fsdp). The batch of a step is the same in all.
+
+The second trains the adapter of configs/experiment/MODEL_m2v*.yaml on one expert with random weights and on random
+latents, one sample a step, for each size of memory, and for the last with cached memory. The first step is not measured. It downloads
+nothing and needs no PyAV. Each case is saved as soon as it is measured; one that fails is named with the reason.
 """
 
 from __future__ import annotations
@@ -11,12 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +32,7 @@ import torch
 from torch import Tensor
 
 from storymem.composition import composed
-from storymem.wan.spec import A14B
+from storymem.wan.spec import A14B, ModelSpec
 
 SHAPE = (5, 8, 12)  # latent frames, height and width of 17 frames of 96x64 pixels
 TEXT = (80, 128)  # tokens and width
@@ -40,15 +48,20 @@ class DrawnClip:
     mask: bool = False
 
 
+@dataclass(frozen=True)
 class DrawnLatents:
     """A training set of random latents: 64 clips in groups of 8."""
 
-    spec = A14B
+    shape: tuple[int, int, int] = SHAPE
+    text_shape: tuple[int, int] = TEXT
+    spec: ModelSpec = field(default_factory=lambda: A14B)
     clips = tuple(DrawnClip(id=str(number), group=number // 8) for number in range(64))
 
     @cached_property
     def _all(self) -> Tensor:
-        return torch.randn(len(self.clips), 16, *SHAPE, generator=torch.Generator().manual_seed(0))
+        return torch.randn(
+            len(self.clips), self.spec.latent_channels, *self.shape, generator=torch.Generator().manual_seed(0)
+        )
 
     def video(self, index: int) -> Tensor:
         return self._all[index]
@@ -57,16 +70,16 @@ class DrawnLatents:
         return self._all[index, :, :3].movedim(1, 0).unsqueeze(2)
 
     def given(self, index: int, frames: int) -> Tensor:
-        return torch.zeros(16, *SHAPE)
+        return torch.zeros(self.spec.latent_channels, *self.shape)
 
     def mask(self, index: int) -> Tensor:
-        return torch.zeros(SHAPE)
+        return torch.zeros(self.shape)
 
     def text(self, index: int) -> Tensor:
-        return torch.full(TEXT, index / 64)
+        return torch.full(self.text_shape, index / 64)
 
     def empty_text(self) -> Tensor:
-        return torch.zeros(TEXT)
+        return torch.zeros(self.text_shape)
 
     def cure(self, index: int) -> str:
         return ""
@@ -150,12 +163,124 @@ def in_processes(count: int, strategy: str, steps: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# True size
+
+
+def true_size(arguments: argparse.Namespace) -> None:
+    """Measure training steps of a model at its own size, on the accelerator if there is one."""
+    from storymem.commands.benchmark import _random_expert, _reason, matmul_ceiling, save
+    from storymem.config import build_settings
+    from storymem.training.experts import Experts, make_accelerator, prepare_expert
+    from storymem.training.settings import TrainSettings
+    from storymem.wan.runtime import release_memory
+
+    (experiment,) = (Path(__file__).parents[1] / "configs/experiment").glob(f"{arguments.model}_m2v*.yaml")
+    overrides = [f"experiment={experiment.stem}", "dataset=none", "parallel.strategy=ddp", "batch.accumulation=1"]
+    overrides += ["expert=high"] if arguments.model == "wan2.2-a14b" else []
+    overrides += ["validation.every=0", "samples.every=0", f"steps={arguments.steps}", *arguments.overrides]
+    settings = build_settings(TrainSettings, composed("train", overrides))
+    model, (expert,) = replace(settings.model, adapter=None), settings.trained
+    if arguments.layers:
+        network = model.network.transformer | {"num_layers": arguments.layers}
+        model = replace(model, network=replace(model.network, transformer=network))
+    accelerator = make_accelerator(None)
+    device, rows = accelerator.device, []
+    ceiling = matmul_ceiling(device, getattr(torch, model.dtype))
+    transformer = _random_expert(model, device)
+    with device:
+        prepare_expert(transformer, expert, settings.adapter, seed=settings.seed)
+    experts = Experts({expert: transformer}, trained=[expert], accelerator=accelerator, parallel=settings.parallel)
+    cases = [*(("joint", memory) for memory in arguments.memory), ("cached", arguments.memory[-1])]
+    for attention, memory in cases:
+        case = replace(settings, model=replace(model, memory_attention=attention))
+        row = {"benchmark": "training at true size", "model": model.name, "memory_attention": attention}
+        row |= {"layers": model.network.transformer["num_layers"], "memory": memory, "ceiling_tflops": ceiling}
+        try:
+            row |= measure_steps(case, experts, accelerator, memory)
+        except (ValueError, RuntimeError, ImportError, AssertionError) as error:
+            row["refused"] = _reason(error)
+        transformer.zero_grad(set_to_none=True)
+        release_memory()
+        rows.append(row)
+        save(arguments.json, device, rows)
+        print(json.dumps(row), flush=True)
+
+
+def measure_steps(settings: Any, experts: Any, accelerator: Any, memory: int) -> dict[str, Any]:
+    """Seconds and VRAM of steps with ``memory`` keyframes; the first step is not measured."""
+    from storymem.commands.benchmark import _peak_gb, _reset_peak
+    from storymem.training.method import ExpertTraining
+    from storymem.training.objectives.memory import SamplePlan
+    from storymem.training.objectives.samples import Source
+    from storymem.training.trainer import StepReport, Trainer
+    from storymem.wan.estimate import forward_flops
+
+    model, device = settings.model, accelerator.device
+    video, spec, network = model.video, model.spec, model.network
+    size = spec.latent_size(video.height, video.width)
+    text = (network.text_tokens, network.transformer["text_dim"])
+    latents: Any = DrawnLatents((spec.latent_frames(video.frames), *size), text, spec)
+    samples = settings.objective.samples(Source(train=settings, latents=latents, encodings=None, count=1))  # type: ignore[arg-type]
+    keyframes = tuple((1 + number // 3, number % 3) for number in range(memory))
+    batch = samples.read(SamplePlan(clip=0, memory=keyframes, given=0, drop_text=False, seed=0))
+
+    def batches(start: int) -> Iterator[Any]:
+        yield from repeat(batch)
+
+    seconds: list[float] = []
+
+    def note(trainer: Trainer, report: StepReport) -> None:
+        if report.step == 1:
+            _reset_peak(device)
+        else:
+            seconds.append(report.seconds)
+
+    objective, dtype = settings.objective.loss(settings), getattr(torch, model.dtype)
+    trainer = Trainer(
+        ExpertTraining(experts, objective, info=None, dtype=dtype),
+        batches,  # type: ignore[arg-type]
+        accelerator=accelerator,
+        optimizer=settings.optimizer,
+        steps=settings.steps,
+        callbacks=[note],
+    )
+    trainer.run()
+    flops = forward_flops(
+        network.transformer,
+        objective.layout(batch),
+        **{"height": size[0], "width": size[1], "text_tokens": text[0], "in_channels": spec.in_channels},
+    )
+    # Forward and recomputed forward; backward once for frozen linears, which need no gradient of their weights, and
+    # twice for attention. The adapter's own operations (about 3 %) are left out.
+    tflop = (3 * flops.linear + 4 * flops.attention) / 1e12
+    median = statistics.median(seconds)
+    return {
+        "rank": settings.adapter.rank,
+        "trained_parameters": sum(parameter.numel() for parameter in trainer.parameters.values()),
+        "video": [video.frames, video.height, video.width],
+        "tokens": flops.tokens,
+        "seconds": median,
+        "all_seconds": seconds,
+        "tflop": tflop,
+        "tflops": tflop / median,
+        "peak_gb": _peak_gb(device),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="5 steps in place of 16")
     parser.add_argument("--strategy", choices=("ddp", "fsdp"), help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=16, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=16, help="of each run, the first of which is not measured")
+    parser.add_argument("--model", help="measure at true size: wan2.2-a14b or wan2.2-ti2v-5b")
+    parser.add_argument("--memory", type=int, nargs="+", default=[4, 10], help="numbers of keyframes, at true size")
+    parser.add_argument("--layers", type=int, help="keep so many of the model's layers, for small devices")
+    parser.add_argument("--json", type=Path, default=Path("training.json"), help="where figures at true size are saved")
+    parser.add_argument("overrides", nargs="*", help="key=value at true size, as for storymem train")
     arguments = parser.parse_args()
+    if arguments.model:
+        true_size(arguments)
+        return
     if arguments.strategy:
         row = measure(arguments.strategy, arguments.steps)
         if row is not None:
