@@ -7,8 +7,9 @@ The first trains the toy experiment's adapter on random latents of the toy's siz
 and with two gloo processes, whole (ddp) and sharded (fsdp). The batch of a step is the same in all.
 
 The second trains the adapter of configs/experiment/MODEL_m2v*.yaml on one expert with random weights and on random
-latents, one sample a step, for each size of memory, and for the last with cached memory. The first step is not measured. It downloads
-nothing and needs no PyAV. Each case is saved as soon as it is measured; one that fails is named with the reason.
+latents, one sample a step, for each size of memory, and for the last size also with cached memory. The first step is
+not measured. It downloads nothing and needs no PyAV. Each case is saved as soon as it is measured; one that fails is
+named with the reason.
 """
 
 from __future__ import annotations
