@@ -169,11 +169,12 @@ def base(recipe: Recipe) -> None:
     model = recipe.expert()
     enable_layouts(model)
     fit = recipe.fit("base", model, rate=1e-3)
+    on_cpu = fit.accelerator.device.type == "cpu"
     if not recipe.quick:
         torch._dynamo.config.recompile_limit = 64
-        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        # On a GPU few graphs serve all shapes, as compiling takes longer there than what graphs for one shape save.
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False if on_cpu else None)
     embed = TextEmbedder(load_tokenizer(recipe.tokenizer_folder()), recipe.text_encoder().to(fit.accelerator.device))
-    on_cpu = fit.accelerator.device.type == "cpu"
     data = load_cache(recipe.work / "latents" / "train").to(fit.accelerator.device)
     scale = 0.1 if recipe.quick else 1 if on_cpu else recipe.batch_scale
     # On CPUs the fused attention's backward pass takes ten times as long as the plain one at this size.
