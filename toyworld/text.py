@@ -100,13 +100,19 @@ def _look_at_neighbours(encoder: UMT5EncoderModel) -> None:
         bias[:past, 2], bias[past:, 2] = -0.7 * torch.arange(past), -5.0
 
 
-def embed(tokenizer: T5Tokenizer, encoder: UMT5EncoderModel, prompts: Sequence[str]) -> Tensor:
-    """Prompt embeddings [B, 80, 128], zero beyond a prompt's end, as Wan's pipelines give them to the network."""
-    tokens = tokenizer(
+def tokens_of(tokenizer: T5Tokenizer, prompts: Sequence[str]) -> Tensor:
+    """Token ids [B, 80], padded."""
+    return tokenizer(
         list(prompts), padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
-    ).to(encoder.device)
-    hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-    return hidden * tokens.attention_mask[..., None].to(hidden.dtype)
+    ).input_ids
+
+
+def embed_tokens(encoder: UMT5EncoderModel, tokens: Tensor) -> Tensor:
+    """Embeddings [B, 80, 128], zero beyond a prompt's end, as Wan's pipelines give them to the network."""
+    tokens = tokens.to(encoder.device)
+    mask = (tokens != encoder.config.pad_token_id).long()
+    hidden = encoder(tokens, mask).last_hidden_state
+    return hidden * mask[..., None].to(hidden.dtype)
 
 
 def load_tokenizer(folder: Path) -> T5Tokenizer:
@@ -115,12 +121,15 @@ def load_tokenizer(folder: Path) -> T5Tokenizer:
 
 
 class TextEmbedder:
-    """A frozen text encoder with its tokenizer: texts to embeddings [B, 80, 128]."""
+    """A frozen text encoder with its tokenizer: texts to embeddings [B, 80, 128]; each text is tokenised once."""
 
     def __init__(self, tokenizer: T5Tokenizer, encoder: UMT5EncoderModel) -> None:
         self.tokenizer, self.encoder = tokenizer, encoder.eval().requires_grad_(False)
+        self._tokens: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Embed texts on the encoder's device."""
-        return embed(self.tokenizer, self.encoder, texts)
+        if new := list(set(texts) - set(self._tokens)):
+            self._tokens.update(zip(new, tokens_of(self.tokenizer, new), strict=True))
+        return embed_tokens(self.encoder, torch.stack([self._tokens[text] for text in texts]))

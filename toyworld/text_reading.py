@@ -22,7 +22,7 @@ from toyworld.attributes import (
     SIDES,
     TIMES,
 )
-from toyworld.text import embed
+from toyworld.text import embed_tokens, tokens_of
 from toyworld.world import HELD_OUT, ToyShot, story
 
 _LOOK = {"shape": SHAPES, "colour": BODY_COLOURS, "hat": HATS, "eyes": EYES}
@@ -57,7 +57,7 @@ class Reader(nn.Module):
 
     def forward(self, tokenizer: T5Tokenizer, prompts: list[str]) -> list[Tensor]:
         """Logits [B, answers] for every question."""
-        words = embed(tokenizer, self.encoder, prompts)
+        words = embed_tokens(self.encoder, tokens_of(tokenizer, prompts))
         keys, values = (self._split(part) for part in self.keys_and_values(words).chunk(2, dim=-1))
         queries = self._split(self.queries.expand(len(prompts), -1, -1))
         found = scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)

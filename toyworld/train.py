@@ -170,10 +170,9 @@ def base(recipe: Recipe) -> None:
     enable_layouts(model)
     fit = recipe.fit("base", model, rate=1e-3)
     on_cpu = fit.accelerator.device.type == "cpu"
-    if not recipe.quick:
+    if on_cpu and not recipe.quick:  # on a GPU the graphs of all shapes take longer to compile than they save
         torch._dynamo.config.recompile_limit = 64
-        # On a GPU few graphs serve all shapes, as compiling takes longer there than what graphs for one shape save.
-        model.compile_repeated_blocks(fullgraph=True, dynamic=False if on_cpu else None)
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
     embed = TextEmbedder(load_tokenizer(recipe.tokenizer_folder()), recipe.text_encoder().to(fit.accelerator.device))
     data = load_cache(recipe.work / "latents" / "train").to(fit.accelerator.device)
     scale = 0.1 if recipe.quick else 1 if on_cpu else recipe.batch_scale

@@ -24,7 +24,7 @@ from toyworld.contrast import THRESHOLD, draw_images
 from toyworld.damage import DAMAGES, damage
 from toyworld.fitting import Fit, averaged
 from toyworld.latents import LatentStories, encode_stories, load_cache
-from toyworld.text import TEXT_TOKENS, build_text_encoder, embed, load_tokenizer, train_tokenizer
+from toyworld.text import TEXT_TOKENS, TextEmbedder, build_text_encoder, load_tokenizer, train_tokenizer
 from toyworld.text_reading import ABSENT, QUESTIONS, answers
 from toyworld.train import main
 from toyworld.vae import build_vae, reconstruct, to_frames, to_video
@@ -155,7 +155,7 @@ def test_the_tokenizer_reads_every_prompt_whole(tmp_path: Path) -> None:
     for prompt, ids in zip(prompts, tokenizer(prompts).input_ids, strict=True):
         assert len(ids) <= TEXT_TOKENS
         assert tokenizer.decode(ids, skip_special_tokens=True) == prompt
-    hidden = embed(tokenizer, build_text_encoder(len(tokenizer)), ["Ada waits.", ""])
+    hidden = TextEmbedder(tokenizer, build_text_encoder(len(tokenizer)))(["Ada waits.", ""])
     assert hidden.shape == (2, TEXT_TOKENS, 128)
     assert (hidden[1, 1:] == 0).all()
 
