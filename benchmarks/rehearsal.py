@@ -193,7 +193,9 @@ def rehearse(asked: dict[str, str]) -> None:
         settings, config = _written(asked, folder)
         estimate = _estimated(settings)
         files, disk = on_disk(folder)
-        needed, free = max(estimate.ram, estimate.peak.total), free_and_total_ram()[0]
+        # Adapters in float32 are mapped while they are converted: pages that the system may drop.
+        converted = max((path.stat().st_size for path in folder.glob("adapters/memory/*/*")), default=0)
+        needed, free = estimate.shared_ram, free_and_total_ram()[0]
         generate_films(config | {"dry_run": True})
         if needed + _SPARE > free:
             gigabytes = f"{needed / 1e9:.1f} GB of RAM and {_SPARE / 1e9:.0f} GB to spare, and {free / 1e9:.1f} GB are"
@@ -206,10 +208,10 @@ def rehearse(asked: dict[str, str]) -> None:
         with memory.stage("resume"):
             generate_films(config)
         again = json.loads((folder / "film" / "film.json").read_text())
-    waiting = scorer_bytes(settings.scorer.clip)  # in RAM from the start; the quality filter only while it scores
+    (waiting,) = scorer_bytes(settings.scorer.clip)  # in RAM from the start; the quality filter only while it scores
     calculated = {stage.name: (stage.total + waiting) / 1e9 for stage in estimate.stages}
-    calculated["score"] -= waiting / 1e9
-    calculated["load"] = next(stage.weights + waiting for stage in estimate.stages if stage.name == "denoise") / 1e9
+    denoise = next(stage for stage in estimate.stages if stage.name == "denoise")
+    calculated["load"] = (denoise.weights + waiting + converted) / 1e9
     for stage, entry in memory.stages.items():
         entry["calculated_gb"] = calculated.get(_STAGES.get(stage, stage))  # type: ignore[assignment]
     result = {

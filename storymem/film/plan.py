@@ -45,7 +45,7 @@ _CARDS = {
     "RTX 4090 24 GB": (_RTX_4090D * 147 / 165, "derived: RTX 4090D with diffusers, 30.5 s a step; by TFLOP/s"),
     "RTX 3090 24 GB": (_RTX_4090D * 147 / 71, "derived: RTX 4090D with diffusers, 30.5 s a step; by TFLOP/s"),
 }
-_WHERE = {"device": "on the device", "cpu": "in RAM", "recompute": "nowhere: they are computed again in every step"}
+_WHERE = {"device": "on the device", "cpu": "in RAM", "recompute": "not stored: recomputed in every step"}
 
 
 def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[str, list[str]]:
@@ -64,7 +64,7 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[s
         length, new = shot.frames or video.frames, (shot.frames or video.frames) - GIVEN_FRAMES[mode]
         memory = 0 if mode == "t2v" else recalled
         flops, operations = _flops(settings, memory, length, text=mode == "t2v")
-        numbers = (str(new), str(memory), str(flops.tokens), f"{flops.total / 1e15:.3g}", f"{operations / 1e15:.3g}")
+        numbers = (str(new), str(memory), str(flops.tokens), _pflop(flops.total), _pflop(operations))
         rows.append((str(shot.index + 1), f"{shot.scene}.{shot.number}", mode, *numbers))
         total, frames = total + operations, frames + new
         disk += estimated_bytes(length, video.height, video.width)
@@ -81,7 +81,7 @@ def make_plan(story: Story, settings: GenerateSettings, folder: Path) -> tuple[s
         format_table(rows),
         "",
         *_size(settings),
-        f"total    {total / 1e15:.3g} PFLOP in the denoiser, {passes} forwards a shot ({sampler.steps} steps)",
+        f"total    {_pflop(total)} PFLOP in the denoiser, {passes} forwards a shot ({sampler.steps} steps)",
         *_time(total / 1e15),
         *runtime,
         f"disk     at most {max(1, round(disk / 1e6))} MB in {folder}",
@@ -171,15 +171,19 @@ def _runtime(settings: GenerateSettings, *, memory: int, frames: int) -> tuple[l
     scorers = scorer_bytes(settings.scorer.clip, settings.scorer.quality)
     machine = this_machine(device) if here else Machine(name=str(device), vram=None, ram=None, here=False)
     choice = choose_runtime(model, asked, sampler=sampler, scorers=scorers, grid=grid, machine=machine)
-    runtime, shot = choice.runtime, {"memory_frames": memory, "frames": frames, "scorers": scorers}
-    estimate = estimate_shot(model, runtime, sampler=sampler, grid=grid, **shot)
+    runtime = choice.runtime
+    estimate = estimate_shot(
+        model, runtime, sampler=sampler, grid=grid, memory_frames=memory, frames=frames, scorers=scorers
+    )
     stages = ", ".join(
         f"{stage.name} {_gb(stage.total)} ({_gb(stage.weights)} weights)" for stage in estimate.stages if stage.total
     )
+    shared = here and machine.vram is None
+    vram, ram = f"VRAM     {_gb(estimate.peak.total)}", f"RAM      {_gb(estimate.shared_ram)} with idle scorers,"
     lines = [
         f"runtime  {device}, offload {runtime.offload}, {check_machine(model, runtime, here=here)}",
-        f"VRAM     {_gb(estimate.peak.total)} at the peak, calculated for {memory} memory frames: {stages}",
-        f"RAM      {_gb(estimate.ram)}",
+        f"{ram if shared else vram} at the peak, calculated for {memory} memory frames: {stages}",
+        *([] if shared else [f"RAM      {_gb(estimate.ram)}"]),
     ]
     if size := memory_cache_bytes(model, memory):
         lines.append(
@@ -189,6 +193,11 @@ def _runtime(settings: GenerateSettings, *, memory: int, frames: int) -> tuple[l
     if choice.reason:
         lines.append(f"machine  {'' if choice.fits else 'TOO SMALL: '}{choice.reason}")
     return lines, [] if choice.fits or asked.offload != "auto" else [choice.reason]
+
+
+def _pflop(operations: float) -> str:
+    pflop = operations / 1e15
+    return f"{pflop:,.0f}" if pflop >= 100 else f"{pflop:.3g}"
 
 
 def _gb(size: float) -> str:

@@ -113,7 +113,7 @@ class Memento(StoryMem):
             "runtime": of.runtime,
             "continuity": of.continuity,
         }
-        generator = MementoGenerator(**parts, scorers=getattr(base.generator, "scorers", 0))
+        generator = MementoGenerator(**parts, scorers=getattr(base.generator, "scorers", (0, 0)))
         return MementoStoryteller(**{**vars(base), "generator": generator}, own=self.own)
 
 

@@ -66,9 +66,9 @@ def scorer_weights(node: Any) -> list[Weights]:
     return found
 
 
-def scorer_bytes(*scorers: Mapping[str, Any]) -> int:
-    """Total size of the published weights of scorers; those that come with the package count as nothing."""
-    return int(sum(weights.size_gb for scorer in scorers for weights in scorer_weights(scorer)) * 1e9)
+def scorer_bytes(*scorers: Mapping[str, Any]) -> tuple[int, ...]:
+    """The size of the published weights of each scorer; those that come with the package count as nothing."""
+    return tuple(int(sum(weights.size_gb for weights in scorer_weights(scorer)) * 1e9) for scorer in scorers)
 
 
 def with_defaults(node: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -230,10 +230,12 @@ class Estimate:
     Args:
         stages: VRAM, one stage after the other.
         ram: for the weights, which are read to RAM before they are placed, and for scorers that are not at work.
+        shared_ram: the same on a machine without VRAM, where all stages take place in RAM.
     """
 
     stages: tuple[Stage, ...]
     ram: int
+    shared_ram: int
 
     @property
     def peak(self) -> Stage:
@@ -248,7 +250,7 @@ def estimate_shot(
     sampler: SamplerSettings | None = None,
     memory_frames: int = MEMORY_FRAMES,
     frames: int | None = None,
-    scorers: int = 0,
+    scorers: Sequence[int] = (0, 0),
     grid: Grid | None = None,
 ) -> Estimate:
     """What one shot needs on the device, or on each of several, stage by stage.
@@ -258,7 +260,8 @@ def estimate_shot(
         sampler: None: as published.
         memory_frames: M.
         frames: F; None: the model's.
-        scorers: bytes of the weights that choose keyframes.
+        scorers: bytes of the embedder's weights and of the quality filter's, as of
+            :func:`storymem.scorers.scorer_bytes`. They choose keyframes one after the other.
         grid: how several processes share the shot; None: one makes it.
     """
     assert runtime.offload != "auto", "choose_runtime settles it"
@@ -297,14 +300,18 @@ def estimate_shot(
         Stage(name="encode", weights=experts + vae, activations=encode_bytes(**shape)),
         Stage(name="denoise", weights=at_work + vae, activations=denoise),
         Stage(name="decode", weights=left + vae, activations=decode_bytes(**shape)),
-        Stage(name="score", weights=left + always + scorers, activations=int(_SCORING * scorers)),
+        Stage(name="score", weights=left + always + max(scorers), activations=int(_SCORING * max(scorers))),
     )
     # torchao converts weights that were read whole; 8-bit storage is made while they are read.
     stored: Precision = "fp8_storage" if runtime.precision == "fp8_storage" else "as_is"
     read = at_once * _expert(model, stored, sampler).total
     cached = memory_cache_bytes(model, memory_frames) if runtime.memory_cache == "cpu" else 0
-    ram = max(texts, scorers + vae, read + vae + cached) if turns else max(texts, read + vae + cached) + scorers
-    return Estimate(stages=stages, ram=ram)
+    embedder, quality = scorers
+    waiting = embedder if turns else embedder + quality  # the filter takes turns with the experts
+    ram = waiting + max(texts, read + vae + cached, quality + vae if turns else 0)
+    *others, score = stages
+    at_most = max(max(stage.total for stage in others) + waiting, score.total + min(scorers))
+    return Estimate(stages=stages, ram=ram, shared_ram=max(ram, at_most))
 
 
 def _text_bytes(model: ModelSettings, config: Mapping[str, Any]) -> int:
@@ -322,8 +329,7 @@ def _expert(model: ModelSettings, precision: Precision, sampler: SamplerSettings
             precision = "fp8_storage"
         channels = model.spec.in_channels
         return expert_bytes(network, dtype=model.dtype, in_channels=channels, precision=precision, ranks=ranks)
-    # Adapters on quantised linears stay in their files' float32.
-    adapted, plain = (expert_bytes(network, dtype="float32", ranks=each).total for each in (ranks, ()))
+    adapted, plain = (expert_bytes(network, dtype=model.dtype, ranks=each).total for each in (ranks, ()))
     layers = network["num_layers"]
     whole = max(_file_bytes(weights) for weights in model.gguf.all)
     return ExpertBytes(block=(whole + adapted - plain) // layers, layers=layers, rest=0)

@@ -97,10 +97,23 @@ def load_gguf(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
         with torch.device("meta"):
             WanTransformer3DModel(**config).save_config(shape)
         network = WanTransformer3DModel.from_single_file(
-            str(path), config=shape, quantization_config=GGUFQuantizationConfig(compute_dtype=dtype), dtype=dtype
+            _mapped(path), config=shape, quantization_config=GGUFQuantizationConfig(compute_dtype=dtype), dtype=dtype
         )
     check_values(_numbers(network), path)
     return network
+
+
+def _mapped(path: Path) -> dict[str, Any]:
+    """The tensors of a file, mapped from it; diffusers' own reader copies each one, and maps the file as well."""
+    from diffusers.quantizers.gguf.utils import GGUFParameter
+    from gguf import GGUFReader
+
+    tensors = {}
+    for tensor in GGUFReader(path, "c").tensors:  # what is changed in memory is not written to the file
+        numbers = torch.from_numpy(tensor.data)
+        few_bits = _TYPES[int(tensor.tensor_type)][0] not in ("F32", "F16")
+        tensors[tensor.name] = GGUFParameter(numbers, quant_type=tensor.tensor_type) if few_bits else numbers
+    return tensors
 
 
 def _numbers(network: Any) -> Iterator[tuple[str, Any]]:

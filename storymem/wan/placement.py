@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSetting
 logger = logging.getLogger(__name__)
 
 _CONTEXT_BYTES, _GAPS = 1.5e9, 0.1  # driver and workspaces; gaps between tensors, as a share
-_LIGHT_SCORERS = int(2.3e9)  # CLIP and the LAION head
+_LIGHT_FILTER = int(1.7e9)  # CLIP ViT-L/14 with the LAION head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ def choose_runtime(
     *,
     sampler: SamplerSettings | None = None,
     memory_frames: int = MEMORY_FRAMES,
-    scorers: int = 0,
+    scorers: Sequence[int] = (0, 0),
     grid: Grid | None = None,
     machine: Machine | None = None,
 ) -> Choice:
@@ -122,7 +124,7 @@ def choose_runtime(
     """
     machine = machine or this_machine(resolve_device(runtime.device))
 
-    def tried(settled: RuntimeSettings, memory: int = memory_frames, scorers: int = scorers) -> Choice:
+    def tried(settled: RuntimeSettings, memory: int = memory_frames, scorers: Sequence[int] = scorers) -> Choice:
         estimate = estimate_shot(model, settled, sampler=sampler, grid=grid, memory_frames=memory, scorers=scorers)
         lacking = _lacking(estimate, machine)
         return Choice(runtime=settled, estimate=estimate, fits=not lacking, reason=lacking)
@@ -140,11 +142,11 @@ def choose_runtime(
     last = ways[-1]
     options = {
         "runtime.precision=fp8_storage": tried(replace(last.runtime, precision="fp8_storage")),
-        "scorer/quality=laion-v1": tried(last.runtime, scorers=min(scorers, _LIGHT_SCORERS)),
+        "scorer/quality=laion-v1": tried(last.runtime, scorers=(scorers[0], min(scorers[1], _LIGHT_FILTER))),
         "memory.recall.capacity=4": tried(last.runtime, memory=min(memory_frames, 4)),
     }
     fitting = " or ".join(name for name, option in options.items() if option.fits)
-    ram = f"{_needed_ram(last.estimate, machine) / GB:.0f} GB of RAM"
+    ram = f"{_rounded_up(_needed_ram(last.estimate, machine))} of RAM"
     needs = ram if machine.vram is None else _needs(last.estimate)
     advice = f"{fitting} would fit" if fitting else f"use a machine with {needs}, or a smaller model.video"
     return replace(last, reason=f"{machine}: {last.reason}; {advice}")
@@ -165,7 +167,11 @@ def _ways(model: ModelSettings, runtime: RuntimeSettings, machine: Machine) -> l
 
 
 def settle(
-    model: ModelSettings, runtime: RuntimeSettings, *, sampler: SamplerSettings | None = None, scorers: int = 0
+    model: ModelSettings,
+    runtime: RuntimeSettings,
+    *,
+    sampler: SamplerSettings | None = None,
+    scorers: Sequence[int] = (0, 0),
 ) -> RuntimeSettings:
     """``runtime`` without "auto"; logs the choice or warns of an explicit one that is tight, or a ValueError."""
     grid = divide(runtime, Launch.of(runtime).world) if runtime.spread else None
@@ -177,7 +183,7 @@ def settle(
     elif not choice.fits:
         _, total = free_and_total_ram()
         on_cpu = resolve_device(runtime.device).type == "cpu"
-        needed = max(choice.estimate.ram, choice.estimate.peak.total if on_cpu else 0)
+        needed = choice.estimate.shared_ram if on_cpu else choice.estimate.ram
         if needed > total:
             raise ValueError(
                 f"{model.name} with runtime.offload={runtime.offload} needs {needed / GB:.1f} GB of RAM, and this "
@@ -205,7 +211,7 @@ def _lacking(estimate: Estimate, machine: Machine) -> str:
 
 def _needed_ram(estimate: Estimate, machine: Machine) -> int:
     """Without VRAM all stages take place in RAM."""
-    return estimate.ram if machine.vram is not None else max(estimate.ram, estimate.peak.total)
+    return estimate.shared_ram if machine.vram is None else estimate.ram
 
 
 def _named(runtime: RuntimeSettings) -> str:
@@ -219,4 +225,8 @@ def _named(runtime: RuntimeSettings) -> str:
 
 
 def _needs(estimate: Estimate) -> str:
-    return f"{needed_vram(estimate) / GB:.0f} GB of VRAM and {estimate.ram / GB:.0f} GB of RAM"
+    return f"{_rounded_up(needed_vram(estimate))} of VRAM and {_rounded_up(estimate.ram)} of RAM"
+
+
+def _rounded_up(size: int) -> str:
+    return f"{math.ceil(size / GB)} GB"

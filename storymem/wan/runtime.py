@@ -7,6 +7,7 @@ skips is below the hooks that stream weights.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import importlib.util
@@ -14,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,8 +91,10 @@ def make_current(device: torch.device) -> None:
 
 
 def release_memory() -> None:
-    """Give the VRAM of freed networks back to the accelerator."""
+    """Return the VRAM of freed networks to the accelerator, and their RAM to the system."""
     gc.collect()  # hooks and their networks refer to each other
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # of glibc
+        trim(0)  # else the RAM of small tensors, such as those of adapters, stays with the process
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 

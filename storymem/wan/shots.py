@@ -61,7 +61,7 @@ class WanShotGenerator:
 
     Args:
         continuity: selects the adapter, where there is one for each kind.
-        scorers: bytes of the scorers that take turns with the networks, for ``runtime.offload: auto``.
+        scorers: their bytes, as of :func:`storymem.wan.estimate.estimate_shot`, for ``runtime.offload: auto``.
 
     Attributes:
         on_preview: called with previews of a shot while it is denoised, uint8 [h, w, 3]; None: there are none.
@@ -74,7 +74,7 @@ class WanShotGenerator:
         sampler: SamplerSettings,
         runtime: RuntimeSettings,
         continuity: Continuity = "none",
-        scorers: int = 0,
+        scorers: Sequence[int] = (0, 0),
     ) -> None:
         self.model, self.sampler, self.runtime = model, sampler, runtime
         self.continuity, self.scorers = continuity, scorers
