@@ -1,18 +1,22 @@
-"""The real command on checkpoints of true layout, names, shapes and sizes that take no disk.
+"""The real command on checkpoints of the true layout, names, shapes and sizes that take no disk.
 
     python -m benchmarks.rehearsal model=wan2.2-a14b                       # every form of weights that fits here
     python -m benchmarks.rehearsal model=wan2.2-a14b form=gguf-q4_k        # one of them
     python -m benchmarks.rehearsal model=wan2.2-a14b form=gguf-q4_k quality=hpsv3
     python -m benchmarks.rehearsal model=wan2.2-ti2v-5b
-    python -m benchmarks.rehearsal model=wan2.2-a14b scale=tiny            # small sizes; memory is not compared
+    python -m benchmarks.rehearsal model=wan2.2-a14b scale=tiny            # small sizes; RAM is not compared
 
 Weights are holes in files, which read as zeros (see ``benchmarks.true_size``). A film of two shots of 64x64 pixels, 5
-frames and 2 steps is planned, made on the CPU with no keyframes and with those of the first shot, and resumed. Each
-stage is reported with its seconds and its peak of resident memory (RSS: anonymous pages and pages of mapped files)
-above that of the process before it, beside what the plan calculates. The command fails where the two differ by more
-than 10 % and 0.5 GB, where the second shot recalls no keyframe, and where a resumed film makes anything again. A form
-that needs more RAM than is free is refused. ``report=FILE`` writes the results to a Markdown file, in the place of
-earlier ones of the same form. With ``scale=tiny`` memory is not compared: libraries take more than the networks.
+frames and 2 steps is planned, generated on the CPU (the second shot recalls keyframes of the first), and resumed.
+
+Columns of the report: seconds of each stage; the peak of resident memory (RSS: anonymous pages and pages of mapped
+files) above that of the process before the film; of which anonymous pages, which the system cannot drop; what the plan
+calculates. The stage "load" includes an adapter's file, which is mapped while it is converted.
+
+The command fails where peak and calculation differ by more than 10 % and 0.5 GB, where the second shot recalls no
+keyframe, and where a resumed film is generated again. A form that needs more RAM than is free is refused. With
+``report=FILE`` the results are written to a Markdown file and replace earlier ones of the same form. With
+``scale=tiny`` RAM is not compared: libraries take more than the networks.
 """
 
 from __future__ import annotations
@@ -86,7 +90,7 @@ def main() -> None:
 
 
 def _is_wrong(result: dict[str, Any]) -> bool:
-    """Whether a film was made and is not as it should be."""
+    """Whether a film was generated and is not as it should be."""
     return "stages" in result and (bool(result["differs"]) or not result["resumed"] or not result["recalled"][-1])
 
 
@@ -112,7 +116,7 @@ def _section(asked: dict[str, str], result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {numbers} | {marked} |")
     lines.append(f"\nResumed: {result['resumed']}. Keyframes recalled: {result['recalled']}.")
     if asked["scale"] == "tiny":
-        lines.append("With scale=tiny memory is not compared with the calculation, which is for true sizes.")
+        lines.append("With scale=tiny RAM is not compared with the calculation, which is for true sizes.")
     return "\n".join([*lines, ""])
 
 
@@ -184,7 +188,7 @@ def resident() -> dict[str, int]:
 
 
 def rehearse(asked: dict[str, str]) -> None:
-    """Write one form, make the film, and print the result as a line of JSON; refused where RAM is short."""
+    """Write one form, generate the film, and print the result as a line of JSON; refused where RAM is short."""
     from storymem.film.generate import generate_films
     from storymem.wan.placement import free_and_total_ram
 

@@ -63,6 +63,6 @@ def test_a_form_of_weights_makes_a_film(model: str, form: str, tmp_path: Path) -
     assert text.startswith(f"# Rehearsals\n\n## another\n\nIts result.\n\n## {model}, {form}, laion-v1\n")
     assert "Old." not in text
     assert "Resumed: True. Keyframes recalled: [0, 3]." in text
-    assert "memory is not compared with the calculation" in text
+    assert "RAM is not compared with the calculation" in text
     stages = set(re.findall(r"^\| (\w+) \| \d", text, re.MULTILINE))
     assert stages == {"texts", "load", "encode", "denoise", "decode", "select", "save", "resume"}

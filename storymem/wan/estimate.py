@@ -266,52 +266,67 @@ def estimate_shot(
     """
     assert runtime.offload != "auto", "choose_runtime settles it"
     grid, sampler = grid or Grid(), sampler or SamplerSettings()
-    vae_config, text_config = model.network.vae, {**UMT5_XXL, **model.network.text_encoder}
-    vae = SIZES[model.vae_dtype] * _parameters("AutoencoderKLWan", vae_config)
+    frames = frames or model.video.frames
+    in_turn = runtime.experts == "in_turn" and len(model.spec.experts) > 1
+    count = 1 if in_turn else len(model.spec.experts)
+    idle, at_work = _placed(_expert(model, runtime.precision, sampler), count, runtime, grid)
+    left = 0 if in_turn else idle  # one that takes turns is freed after the last step
+    vae = SIZES[model.vae_dtype] * _parameters("AutoencoderKLWan", model.network.vae)
+    stays = 0 if runtime.offload == "model" else vae
+    text_config = {**UMT5_XXL, **model.network.text_encoder}
     texts = _text_bytes(model, text_config)
     # Streamed layer by layer; its embeddings are the largest.
     widest = SIZES[model.dtype] * text_config["vocab_size"] * text_config["d_model"]
-    expert, count = _expert(model, runtime.precision, sampler), len(model.spec.experts)
-    turns = runtime.experts == "in_turn" and count > 1
-    at_once = 1 if turns else count
-    experts = at_once * expert.total if runtime.offload == "none" else 0
-    if runtime.shard_weights:
-        experts //= grid.guidance * grid.context
-    at_work = {"none": experts, "model": expert.total, "group": expert.streamed}[runtime.offload]
-    if runtime.shard_weights:
-        at_work += 2 * expert.block  # gathered for the moment
-    left = 0 if turns else experts  # one that takes turns is freed after the last step
-    always = 0 if runtime.offload == "model" else vae  # with "group" the VAE stays on the device
-    shape: dict[str, Any] = {
-        "frames": frames or model.video.frames,
-        "height": model.video.height,
-        "width": model.video.width,
-        # Channels for each pixel: a VAE of patches works at a lower resolution.
-        "base_dim": vae_config.get("base_dim", 96) / (vae_config.get("patch_size") or 1) ** 2,
-        "tiled": runtime.vae_tiling,
-    }
-    denoise = _denoise_bytes(model, runtime, sampler, memory_frames, shape["frames"], grid.context)
+    shape = _vae_shape(model, runtime, frames)
     stages = (
         Stage(
             name="texts",
             weights=widest if runtime.offload == "group" else texts,  # the VAE is loaded after this
             activations=_text_activations(model, text_config),
         ),
-        Stage(name="encode", weights=experts + vae, activations=encode_bytes(**shape)),
-        Stage(name="denoise", weights=at_work + vae, activations=denoise),
+        Stage(name="encode", weights=idle + vae, activations=encode_bytes(**shape)),
+        Stage(
+            name="denoise",
+            weights=at_work + vae,
+            activations=_denoise_bytes(model, runtime, sampler, memory_frames, frames, grid.context),
+        ),
         Stage(name="decode", weights=left + vae, activations=decode_bytes(**shape)),
-        Stage(name="score", weights=left + always + max(scorers), activations=int(_SCORING * max(scorers))),
+        Stage(name="score", weights=left + stays + max(scorers), activations=int(_SCORING * max(scorers))),
     )
     # torchao converts weights that were read whole; 8-bit storage is made while they are read.
     stored: Precision = "fp8_storage" if runtime.precision == "fp8_storage" else "as_is"
-    read = at_once * _expert(model, stored, sampler).total
+    read = count * _expert(model, stored, sampler).total + vae
     cached = memory_cache_bytes(model, memory_frames) if runtime.memory_cache == "cpu" else 0
     embedder, quality = scorers
-    waiting = embedder if turns else embedder + quality  # the filter takes turns with the experts
-    ram = waiting + max(texts, read + vae + cached, quality + vae if turns else 0)
+    waiting = embedder if in_turn else embedder + quality  # the filter takes turns with the experts
+    ram = waiting + max(texts, read + cached, quality + vae if in_turn else 0)
     *others, score = stages
     at_most = max(max(stage.total for stage in others) + waiting, score.total + min(scorers))
     return Estimate(stages=stages, ram=ram, shared_ram=max(ram, at_most))
+
+
+def _placed(expert: ExpertBytes, count: int, runtime: RuntimeSettings, grid: Grid) -> tuple[int, int]:
+    """Bytes of ``count`` experts on the device, between forwards and during one."""
+    idle = count * expert.total if runtime.offload == "none" else 0
+    if runtime.shard_weights:
+        idle //= grid.guidance * grid.context
+    at_work = {"none": idle, "model": expert.total, "group": expert.streamed}[runtime.offload]
+    if runtime.shard_weights:
+        at_work += 2 * expert.block  # gathered for the moment
+    return idle, at_work
+
+
+def _vae_shape(model: ModelSettings, runtime: RuntimeSettings, frames: int) -> dict[str, Any]:
+    """Arguments of :func:`encode_bytes` and :func:`decode_bytes`."""
+    vae = model.network.vae
+    return {
+        "frames": frames,
+        "height": model.video.height,
+        "width": model.video.width,
+        # Channels for each pixel: a VAE of patches works at a lower resolution.
+        "base_dim": vae.get("base_dim", 96) / (vae.get("patch_size") or 1) ** 2,
+        "tiled": runtime.vae_tiling,
+    }
 
 
 def _text_bytes(model: ModelSettings, config: Mapping[str, Any]) -> int:
