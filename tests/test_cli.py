@@ -216,9 +216,11 @@ def test_main_is_given_the_composed_configuration(script: Callable[..., tuple[in
         (["a.yaml", "sampler.stepps=3"], "sampler.stepps: unknown key; did you mean 'steps'?"),
         (["a.yaml", "steps=3"], "steps: unknown key; did you mean 'sampler.steps'?"),
         (["a.yaml", "model=tiny", "model.weights.source=x"], "model.weights.source: unknown key"),
+        (["a.yaml", "model.heigth=3"], "model.heigth: unknown key; did you mean 'model.video.height'?"),
+        (["stories/x=1.yaml"], "stories/x=...: no such group (--help lists them), and no such file"),
         (
-            ["stories/x=1.yaml"],
-            "stories/x=...: no such group (--help lists them), and no such file",
+            ["a.yaml", "memory/recal=relevant"],
+            "memory/recal=...: no such group (--help lists them), and no such file; did you mean memory/recall=...?",
         ),
     ],
 )
@@ -241,6 +243,15 @@ def test_an_unknown_choice_is_reported_with_those_there_are(
 ) -> None:
     status, error = script(choice, name=command)
     assert (status, error.startswith(f"Could not find {message}")) == (2, True)
+    assert error.endswith("did you mean 'tiny'?") == ("ti" in choice)
+
+
+def test_a_key_of_the_same_name_elsewhere_is_suggested_only_if_it_is_the_only_one(
+    script: Callable[..., tuple[int, str]],
+) -> None:
+    for key in ("optimizer.name", "optimizer.nam"):
+        status, error = script(f"{key}=adam", name="train")
+        assert (status, error.startswith(f"{key}: unknown key; known are: betas, ema_decay, lr")) == (2, True)
 
 
 def test_a_missing_idea_is_asked_for_in_words(script: Callable[..., tuple[int, str]]) -> None:

@@ -60,6 +60,22 @@ def test_takes_seeds_memory_and_what_is_stale_are_printed(
     assert files(film) == before
 
 
+def test_a_video_of_the_user_is_listed(film: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (2, 3):
+        write_video(film / "shots" / "01_02" / f"take_00{number}.mp4", np.full((9, 32, 48, 3), 90, np.uint8), 8)
+    before = files(film)
+    assert command(film) == 0
+    _, shots, takes, *_ = capsys.readouterr().out.split("\n\n")
+    assert [line.count("replaced by the user, not yet in film.mp4") for line in shots.splitlines()[2:]] == [0, 1, 0, 0]
+    assert takes.count("replaced by the user") == 2
+    assert files(film) == before
+    assert command(film, "join") == 0
+    assert (film / "storyboard.html").read_text().count("video replaced by the user") == 1
+    capsys.readouterr()
+    assert command(film) == 0
+    assert capsys.readouterr().out.count("not yet in film.mp4") == 1, "take 3 is not shown"
+
+
 def test_what_is_not_known_is_named(film: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(film, "cut") == 2
     assert "cut: write one folder, and join, export or clean" in capsys.readouterr().err
@@ -138,6 +154,7 @@ def test_takes_that_are_not_shown_are_deleted_after_asking(
     assert "no takes but those" in capsys.readouterr().out
     again = storyteller().tell(story(film.parent, FOUR_SHOTS), film, shot="2")
     assert [take.take for take in again.takes_of(1)] == [2, 3]
+    assert [take.seed for take in again.takes_of(1)] == [10_001, 30_001], "not that of a take that was rejected"
 
 
 def test_what_holds_no_film_is_refused(tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:

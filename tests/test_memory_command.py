@@ -14,7 +14,7 @@ import pytest
 from storymem.commands.cli import main
 from storymem.film.folder import Film
 from storymem.media.images import read_image
-from storymem.memory import KeyframeSelector
+from storymem.memory import KeyframeSelector, SinkAndRecent
 from storymem.memory.bank import read_entries
 from tests.stories import FOUR_SHOTS, files, plain_image, story, storyteller
 
@@ -68,6 +68,8 @@ def test_keyframes_are_listed_with_their_origin_and_who_recalled_them(film: Path
         assert line.rstrip().endswith(users)
     assert len(fates.splitlines()) == 4
     assert files(film) == before
+    shutil.copyfile(film / takes[1].file, film / takes[0].file)
+    assert "shot 1: video replaced by the user, not yet in film.mp4: its keyframes are" in memory(film)
 
 
 def test_an_added_picture_is_fitted_and_seen_by_the_next_take(film: Path, memory: Command, tmp_path: Path) -> None:
@@ -81,6 +83,25 @@ def test_an_added_picture_is_fitted_and_seen_by_the_next_take(film: Path, memory
     assert "ref_ada_1" in take.memory
     entry = next(entry for entry in read_entries(film) if entry.id == "ref_ada_1")
     assert (entry.character, entry.shot, entry.sha256 is None) == ("Ada", None, False)
+
+
+def test_an_added_image_is_reported_once_a_shot_may_recall_it_and_does_not(
+    film: Path, memory: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teller = storyteller(recall=SinkAndRecent(capacity=2, sink=2))
+    loaded = story(film.parent, WITH_ADA)
+    memory(film, "add", image(tmp_path / "new.png", (9, 9, 9)), "shot=4")
+    teller.tell(loaded, film, shot="3")
+    assert caplog.messages == [], "it is for shot 4"
+    teller.tell(loaded, film, shot="4")
+    (printed,) = caplog.messages
+    assert "ref_new_1, added or replaced by the user, not recalled for shot 4 (scene 2, shot 2): Sink" in printed
+    command = printed.partition("to have it recalled: storymem memory ")[2]
+    memory(*shlex.split(command))
+    take = teller.tell(loaded, film, shot="4").take_of(3)
+    assert take is not None
+    assert "ref_new_1" in take.memory
+    assert len(caplog.messages) == 1
 
 
 def test_a_dropped_keyframe_is_not_recalled_and_its_files_stay(film: Path, memory: Command) -> None:

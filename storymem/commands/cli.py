@@ -238,13 +238,17 @@ def _describe_composition(error: Exception, name: str, command: Command) -> str:
             choices = cause.options or [path.stem for path in (CONFIGS / group).glob("*.yaml")]
             if group == "experiment":
                 choices = [choice for choice in choices if choice.startswith(_EVALUATED) != (name == "train")]
-            return f"Could not find {cause.missing_cfg_file!r}; choices of {group}: {', '.join(sorted(choices))}"
+            close = closest(cause.missing_cfg_file.rpartition("/")[2], choices)
+            hint = f"; did you mean {close!r}?" if close else ""
+            return f"Could not find {cause.missing_cfg_file!r}; choices of {group}: {', '.join(sorted(choices))}{hint}"
         if isinstance(cause, MissingMandatoryValue):
             whole = command.example and command.positional in (key, None)
             argument = command.example if whole else f"{key}=..."
             return f"{key} is missing; write: storymem {name} {argument}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "/" in key:
-            return f"{key}=...: no such group (--help lists them), and no such file"
+            close = closest(key, _groups())
+            hint = f"; did you mean {close}=...?" if close else ""
+            return f"{key}=...: no such group (--help lists them), and no such file{hint}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and key:
             return f"{key}: unknown key{_nearest_key(key, cause.parent_node)}"
         if isinstance(cause, InstantiationException) and cause.__cause__ is not None:
@@ -255,19 +259,25 @@ def _describe_composition(error: Exception, name: str, command: Command) -> str:
     return str(error)
 
 
+def _groups() -> list[str]:
+    """The groups of choices: folders of configuration files, such as ``memory/recall``."""
+    folders = {path.parent.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")}
+    return sorted(name for name in folders if name not in (".", "experiment") and not name.startswith("hydra"))
+
+
 def _nearest_key(wrong: str, parent: Any) -> str:
-    """The known key most like ``wrong``: beside it, else anywhere in the configuration."""
+    """The known key most like ``wrong``: one beside it, or one elsewhere if there is only one of that name."""
     from omegaconf import OmegaConf
 
-    name = wrong.rpartition(".")[2]
-    hint = nearest(name, [] if parent is None else map(str, parent))
     if parent is None:
-        return hint
-    elsewhere = {key.rpartition(".")[2]: key for key in _dotted_keys(OmegaConf.to_container(parent._get_root()))}
-    if "did you mean" in hint and name not in elsewhere:
-        return hint
-    close = closest(name, elsewhere, cutoff=0.75)
-    return f"; did you mean {elsewhere[close]!r}?" if close else hint
+        return ""
+    name, beside = wrong.rpartition(".")[2], {str(key) for key in parent} - {"hydra"}
+    places: dict[str, list[str]] = {}
+    for key in _dotted_keys(OmegaConf.to_container(parent._get_root())):
+        places.setdefault(key.rpartition(".")[2], []).append(key)
+    elsewhere = {one: keys[0] for one, keys in places.items() if len(keys) == 1}
+    close = closest(name, beside | elsewhere.keys(), cutoff=0.75)
+    return nearest(name, beside) if close is None or close in beside else f"; did you mean {elsewhere[close]!r}?"
 
 
 def _dotted_keys(node: Any, path: str = "") -> Iterator[str]:

@@ -54,14 +54,14 @@ def film_command(config: Mapping[str, Any]) -> None:
 
 def described(film: Film) -> str:
     """The film in text: a line for each shot, each take and each keyframe."""
-    entries = read_entries(film.folder)
+    entries, videos = read_entries(film.folder), film.other_videos()
     missing = sum(slot.take is None for slot in film.slots)
     parts = [
         f"{film.story['title']}: {counted(len(film.slots), 'shot')}, {missing} without a take",
-        film_table(film, stale(film, entries)),
+        film_table(film, stale(film, entries), videos),
     ]
     if len(film.takes) > len(film.shots):
-        parts.append(takes_table(film))
+        parts.append(takes_table(film, videos))
     if entries:
         parts.append(memory_table(film, entries))
     again = [str(number) for number, slot in enumerate(film.slots, start=1) if slot.again]

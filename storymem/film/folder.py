@@ -310,6 +310,18 @@ class Film(Manifest):
             self.takes[self.takes.index(record)] = replace(record, frames=frames, sha256={record.file: digest})
             self.joined = None
 
+    def other_videos(self) -> dict[str, str]:
+        """File of a take -> what it is, for those that are not the videos that were generated. Nothing changes."""
+        found = {}
+        for take in self.takes:
+            if not (self.folder / take.file).is_file():
+                found[take.file] = "missing"
+            elif not self._has(take.file, take.sha256.get(take.file)):
+                found[take.file] = "replaced by the user, not yet in film.mp4"
+            elif take.is_replaced:
+                found[take.file] = take.about_video
+        return found
+
     def clean(self) -> list[Take]:
         """Delete the takes that no shot shows, and what only they added to the memory; returns them.
 
@@ -325,6 +337,8 @@ class Film(Manifest):
             image, tensors = keyframe_files(keyframe.id)
             if keyframe.id not in shown and holds_image(self.folder / image, keyframe.sha256):
                 unchanged += [image, tensors]
+        for take in gone:
+            self.deleted_seeds[take.folder] = sorted({*self.deleted_seeds.get(take.folder, ()), take.seed})
         self.takes = chosen
         self._write({**self.to_json(), "writing": unchanged})
         self.remove_unfinished()

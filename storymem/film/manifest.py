@@ -204,6 +204,11 @@ class Take:
         return self.sha256.keys() == {self.file}
 
     @property
+    def about_video(self) -> str:
+        """Whose video it is, where it is not the one that was generated."""
+        return "replaced by the user" if self.is_replaced else ""
+
+    @property
     def label(self) -> str:
         """As in :attr:`storymem.story.Shot.label`."""
         return f"shot {self.shot} (scene {self.scene}, shot {self.number})"
@@ -297,6 +302,7 @@ class Manifest:
         made: the joined film and the page as they were last written: name -> sha256.
         made_before: the same of their content before that, which they have until they are renamed.
         memory_sha256: of ``memory.json`` as it was last written.
+        deleted_seeds: of takes that were deleted, by the folder of their shot.
         edits: of the memory by ``storymem memory``, as the arguments after the folder; oldest first.
         writing: files that are being written or deleted; the next process deletes them.
     """
@@ -310,6 +316,7 @@ class Manifest:
     made: dict[FileName, str] = field(default_factory=dict)
     made_before: dict[FileName, str] = field(default_factory=dict)
     memory_sha256: str | None = None
+    deleted_seeds: dict[Name, list[int]] = field(default_factory=dict)
     edits: list[str] = field(default_factory=list)
     writing: list[FileName] = field(default_factory=list)
 
@@ -332,6 +339,10 @@ class Manifest:
     def takes_of(self, index: int) -> list[Take]:
         """All takes of a shot (index from 0), oldest first."""
         return sorted((t for t in self.takes if t.folder == self.slots[index].folder), key=lambda take: take.take)
+
+    def seeds_of(self, index: int) -> set[int]:
+        """The seeds of all takes that a shot (index from 0) has or had."""
+        return {take.seed for take in self.takes_of(index)} | {*self.deleted_seeds.get(self.slots[index].folder, ())}
 
     def take_of(self, index: int) -> Take | None:
         """The chosen take of a shot (index from 0)."""

@@ -76,8 +76,12 @@ def listed(film: Film) -> str:
     entries = read_entries(film.folder)
     parts = [f"{film.story['title']}: {counted(len(entries), 'keyframe')}"]
     parts += [memory_table(film, entries)] if entries else []
-    summaries = [f"shot {take.shot}: {text}" for take in film.shots if (text := summary(take))]
-    parts += ["\n".join(summaries)] if summaries else []
+    notes, videos = [], film.other_videos()
+    for take in film.shots:
+        video = videos.get(take.file)
+        other = None if video is None else f"video {video}: its keyframes are frames of the generated one"
+        notes += [f"shot {take.shot}: {text}" for text in (summary(take), other) if text]
+    parts += ["\n".join(notes)] if notes else []
     if film.edits:
         parts.append("\n".join(["edits:", *(f"  {edits.command_of(film.folder, edit)}" for edit in film.edits)]))
     return "\n\n".join(parts)

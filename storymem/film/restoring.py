@@ -13,7 +13,7 @@ from storymem.film.matching import arranged
 from storymem.film.resume import Reference, Run, encoders, references
 from storymem.media.images import read_image
 from storymem.memory import EmbedFrames, Keyframe, MemoryBank, RecallPolicy, ids_on_disk, reference_id
-from storymem.memory.bank import FitImage, read_entries
+from storymem.memory.bank import FitImage, keyframe_files, read_entries
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,10 @@ def restored_memory(
     saved = MemoryBank.load(film.folder, entries=entries, embed=embed, fit=fit, made_with=made_with)
     if film.memory_changed:
         logger.warning(f"memory: {film.folder / 'memory.json'} was changed since it was written; it is used as it is")
+    added = {entry.id for entry in entries if entry.sha256 is None and entry.image == keyframe_files(entry.id)[0]}
     for id, done in saved.edited.items():
-        logger.warning(f"memory: {done}; it becomes keyframe {id}")
+        if id not in added:  # by `storymem memory`, which has printed it
+            logger.warning(f"memory: {done}; it becomes keyframe {id}")
     taken = ids_on_disk(film.folder) | {keyframe.id for keyframe in saved}
 
     def read(path: Path, reference: Reference, shot: int | None) -> Keyframe:
@@ -45,7 +47,9 @@ def restored_memory(
         return Keyframe(id=id, image=image, embedding=embed(image[None])[0], **origin)  # type: ignore[arg-type]
 
     bank = MemoryBank(_with_references(run, config, list(saved), read), policy=policy, made_with=made_with)
-    bank.edited = {id: done for id, done in saved.edited.items() if id in bank}
+    recalled = {id for take in film.takes for id in take.memory}
+    waiting = {keyframe.id: "" for keyframe in bank if keyframe.is_users and keyframe.id not in recalled}
+    bank.edited = waiting | {id: done for id, done in saved.edited.items() if id in bank}
     return bank
 
 

@@ -57,7 +57,8 @@ class Card:
             return ""
         number = f"take {take.take}" + (f" ({self.takes} takes)" if self.takes > 1 else "")
         seconds = f"{sum(take.seconds.values()):.1f} s"
-        return " · ".join([number, _MODES[take.mode], f"{take.frames} frames", f"seed {take.seed}", seconds])
+        video = [f"video {take.about_video}"] if take.is_replaced else []
+        return " · ".join([number, _MODES[take.mode], f"{take.frames} frames", f"seed {take.seed}", seconds, *video])
 
     @property
     def summary(self) -> str | None:

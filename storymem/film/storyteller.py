@@ -324,23 +324,35 @@ class Storyteller:
         return take
 
     def _seed(self, shot: Shot, film: Film, *, fresh: bool) -> int:
-        """The seed that the story gives, or that of the shot's place; if ``fresh``, one that no take of it has."""
+        """The seed that the story gives, or that of the shot's place; if ``fresh``, one that no take of it had."""
         seed = self.seed + shot.index if shot.seed is None else shot.seed
-        used = {take.seed for take in film.takes_of(shot.index)} if fresh else set()
+        used = film.seeds_of(shot.index) if fresh else set()
         return next(one for n in count() if (one := (seed + n * _OTHER_NOISE) % (MAX_SEED + 1)) not in used)
 
     def _recall(self, story: Story, shot: Shot, film: Film, bank: MemoryBank) -> Recalled:
         """See :meth:`recall_for`; keyframes that had no latents are encoded now."""
         recalled = self.recall_for(story, shot, film, bank)
-        ids = {keyframe.id for keyframe in recalled.keyframes}
-        if missed := [id for id in bank.edited if id not in ids]:
-            rule = f"{self.recall} recalls {len(ids)} of {len(bank)}" if ids else "it is made from text alone"
-            logger.warning(
-                f"memory: {', '.join(missed)}, added or replaced by the user, not recalled for {shot.label}: {rule}"
-            )
-        bank.edited = {}
+        self._report_missed(story, shot, film, bank, recalled)
         by_expert = {expert: self.encoded(bank, own) for expert, own in recalled.by_expert.items()}
         return Recalled(keyframes=self.encoded(bank, recalled.keyframes), by_expert=by_expert)
+
+    def _report_missed(self, story: Story, shot: Shot, film: Film, bank: MemoryBank, recalled: Recalled) -> None:
+        """Log which of the user's new images ``shot`` does not recall although it may; each is reported once."""
+        known = {keyframe.id for keyframe in bank.known_to(shot.index + 1)}
+        ids = {keyframe.id for keyframe in recalled.keyframes}
+        missed = [id for id in bank.edited if id in known - ids]
+        bank.edited = {id: done for id, done in bank.edited.items() if id not in known}
+        if not missed:
+            return
+        if self.mode_of(shot, story) == "t2v":
+            rule = "it is made from text alone; first_shot=m2v makes it from memory"
+        else:
+            rule = f"{self.recall} recalls {len(ids)} of the {len(known)} keyframes before it"
+            if ids and not recalled.by_expert:
+                rule += f"; to have it recalled: storymem memory {film.folder} pin {missed[0]}"
+        logger.warning(
+            f"memory: {', '.join(missed)}, added or replaced by the user, not recalled for {shot.label}: {rule}"
+        )
 
     def encoded(self, bank: MemoryBank, keyframes: Sequence[Keyframe]) -> list[Keyframe]:
         """``keyframes`` of the bank with latents; those that had none are encoded now."""

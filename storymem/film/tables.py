@@ -11,15 +11,19 @@ from storymem.memory.bank import Entry
 from storymem.memory.selection import Verdict
 
 
-def film_table(film: Manifest, stale: Mapping[int, str] | None = None) -> str:
-    """A line per shot: the take that is chosen, how it was made, frames, seconds, keyframes recalled and added."""
+def film_table(film: Manifest, stale: Mapping[int, str] | None = None, videos: Mapping[str, str] | None = None) -> str:
+    """A line per shot: the take that is chosen, how it was made, frames, seconds, keyframes recalled and added.
+
+    ``stale`` is of :func:`storymem.film.matching.stale`, and ``videos`` of
+    :meth:`storymem.film.folder.Film.other_videos`, by default the replaced ones that the film records.
+    """
     heading = ("shot", "scene", "take", "takes", "mode", "seed", "frames", "seconds", "recalled", "added (frames)")
-    rows: list[tuple[str, ...]] = [heading if not stale else (*heading, "not what would be made now")]
+    rows: list[tuple[str, ...]] = [(*heading, "video", "not what would be made now")]
     for index, script in enumerate(scripts(film.story)):
         take, count = film.take_of(index), len(film.takes_of(index))
         place = (str(index + 1), f"{script.scene}.{script.number}")
         if take is None:
-            row = (*place, "none", str(count), *[""] * 6)
+            row, video = (*place, "none", str(count), *[""] * 6), ""
         else:
             added = ", ".join(str(keyframe.frame) for keyframe in take.keyframes)
             row = (
@@ -27,13 +31,14 @@ def film_table(film: Manifest, stale: Mapping[int, str] | None = None) -> str:
                 *(str(take.frames), f"{sum(take.seconds.values()):.1f}", str(len(take.memory))),
                 f"{len(take.keyframes)} ({added})" if added else "0",
             )
-        rows.append(row if not stale else (*row, stale.get(index + 1, "")))
-    return format_table(rows)
+            video = take.about_video if videos is None else videos.get(take.file, "")
+        rows.append((*row, video, (stale or {}).get(index + 1, "")))
+    return format_table(rows, optional=2)
 
 
-def takes_table(film: Manifest) -> str:
+def takes_table(film: Manifest, videos: Mapping[str, str]) -> str:
     """A line per take, by shots, and which settings it has other than the film; takes of no shot are the last."""
-    rows: list[tuple[str, ...]] = [("take of shot", "take", "shown", "seed", "seconds", "settings")]
+    rows: list[tuple[str, ...]] = [("take of shot", "take", "shown", "seed", "seconds", "settings", "video")]
     slots = {slot.folder: (number, slot.take) for number, slot in enumerate(film.slots, start=1)}
     none = (len(slots) + 1, None)
     for take in sorted(film.takes, key=lambda take: (slots.get(take.folder, none)[0], take.folder, take.take)):
@@ -43,9 +48,9 @@ def takes_table(film: Manifest) -> str:
         changed = ", ".join(line.partition(" before,")[0] for line in others[:3]) + (", ..." if len(others) > 3 else "")
         shot = str(number) if number <= len(slots) else f"none ({take.prompt[:30]})"
         shown = "yes" if take.take == chosen else ""
-        settings = "not known" if config is None else changed
-        rows.append((shot, str(take.take), shown, str(take.seed), f"{sum(take.seconds.values()):.1f}", settings))
-    return format_table(rows)
+        about = ("not known" if config is None else changed, videos.get(take.file, ""))
+        rows.append((shot, str(take.take), shown, str(take.seed), f"{sum(take.seconds.values()):.1f}", *about))
+    return format_table(rows, optional=1)
 
 
 def memory_table(film: Manifest, entries: Sequence[Entry]) -> str:
@@ -118,8 +123,13 @@ def counted(count: int, name: str) -> str:
     return f"{count} {name}{'' if count == 1 else 's'}"
 
 
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equal length as right-aligned columns, the first row as heading."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+def format_table(rows: Sequence[Sequence[str]], *, optional: int = 0) -> str:
+    """Rows of equal length as right-aligned columns, the first row as heading.
+
+    Of the last columns, as many as are ``optional`` are left out if they are empty.
+    """
+    columns = [*zip(*rows, strict=True)]
+    columns = [one for place, one in enumerate(columns) if place < len(columns) - optional or any(one[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in zip(*columns, strict=True)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -65,7 +65,8 @@ class MemoryBank:
         made_with: identifies the networks behind embeddings and latents; saved with them.
 
     Attributes:
-        edited: of a bank that was loaded, keyframes that the user has added or replaced: id -> what was done.
+        edited: of a bank that was loaded, keyframes that the user has added or replaced: id -> what was done. The shot
+            loop also lists here images of the user that no take has recalled.
     """
 
     def __init__(
