@@ -18,7 +18,7 @@ CONFIG, CHECKPOINTS, SAMPLES, MODEL = "config.yaml", "checkpoints", "samples", "
 ENCODINGS = "encodings-"  # beginning of files that are written first, see training/objectives/encodings.py
 #: What may change when a run resumes: where it runs, how long, and what is done besides training.
 _FREE = (
-    *("output", "resume", "steps", "runtime", "export", "dataset"),
+    *("output", "resume", "steps", "runtime", "export", "dataset", "dry_run"),
     *("parallel", "checkpoint", "validation", "samples", "log", "scorer", "memory", "sampler"),
 )
 _FREE_OF_BATCH = ("size", "accumulation", "workers")  # the samples of a step are compared instead

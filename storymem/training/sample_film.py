@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from storymem.film.folder import Film
 from storymem.film.generate import build_storyteller
 from storymem.film.progress import Progress
-from storymem.film.settings import GenerateSettings
+from storymem.film.settings import GenerateSettings, build_policy
 from storymem.film.storyteller import Storyteller
 from storymem.media.images import write_image
 from storymem.media.video import probe, read_video
+from storymem.scorers import scorer_weights
 from storymem.scorers.scorer import as_images
 from storymem.story import Story, load_story
 from storymem.training.experts import Experts
@@ -30,6 +31,7 @@ from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import RuntimeSettings
 from storymem.wan.shots import WanShotGenerator
 from storymem.wan.spec import COMPONENTS, Expert
+from storymem.weights import locate
 
 if TYPE_CHECKING:
     from storymem.training.run_log import RunLog
@@ -75,33 +77,21 @@ class SampleFilm:
         cls, settings: TrainSettings, config: Mapping[str, Any], log: RunLog | None, *, device: torch.device
     ) -> SampleFilm:
         """With the story's texts encoded, so that the text encoder is never loaded together with the experts."""
-        samples = settings.samples
-        assert samples.story is not None
-        generate = GenerateSettings(
-            story=samples.story,
-            model=replace(settings.model, adapter=None),
-            sampler=settings.sampler,
-            memory=settings.memory,
-            scorer=settings.scorer,
-            runtime=RuntimeSettings(device=str(device)),
-            continuity=CONTINUITY[settings.conditioning],
-            first_shot="m2v",
-            seed=samples.seed,
-        )
+        generate = generate_settings(settings, str(device))
         generator = TrainedShots(
             model=generate.model,
             sampler=generate.sampler,
             runtime=generate.runtime,
             continuity=generate.continuity,
         )
-        story = load_story(samples.story)
+        story = load_story(settings.samples.story or "")
         generator.prepare([story.prompt_of(s) for s in story.shots], [s.negative_prompt for s in story.shots])
         return cls(
             story=story,
             storyteller=replace(build_storyteller(generate, config), generator=generator),
             generator=generator,
             folder=Path(settings.output) / SAMPLES,
-            settings=samples,
+            settings=settings.samples,
             log=log,
         )
 
@@ -123,6 +113,32 @@ class SampleFilm:
                 self.log.row(report.step, {"cross_shot": score})
                 self.log.image(report.step, "samples", sheet)
         self.generator.release()
+
+
+def generate_settings(settings: TrainSettings, device: str) -> GenerateSettings:
+    """The settings of the sample film. ``ValueError`` for those that do not go together."""
+    samples = settings.samples
+    assert samples.story is not None
+    return GenerateSettings(
+        story=samples.story,
+        model=replace(settings.model, adapter=None),
+        sampler=settings.sampler,
+        memory=settings.memory,
+        scorer=settings.scorer,
+        runtime=RuntimeSettings(device=device),
+        continuity=CONTINUITY[settings.conditioning],
+        first_shot="m2v",
+        seed=samples.seed,
+    )
+
+
+def check_sample_film(settings: TrainSettings) -> None:
+    """Raise ``ValueError`` or ``MissingWeights`` if the sample film cannot be made with these settings."""
+    memory = generate_settings(settings, settings.runtime.device).memory
+    build_policy(memory.recall, "memory.recall", ("capacity", "recall"))
+    build_policy(memory.selector, "memory.selector", ("max_keyframes", "select"))
+    for weights in scorer_weights(vars(settings.scorer)):
+        locate(weights)
 
 
 class _Stoppable(Progress):

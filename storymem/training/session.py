@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from storymem.data.cache import LatentCache, cache_fingerprint
@@ -33,6 +32,7 @@ from storymem.training.experts import (
 from storymem.training.method import ExpertTraining
 from storymem.training.objectives.encodings import Encodings, encode
 from storymem.training.objectives.samples import Source
+from storymem.training.plan import disk_bytes
 from storymem.training.resume import CHECKPOINTS, CONFIG, MODEL, changes_of_later_steps, check_same_run
 from storymem.training.run_log import RunLog
 from storymem.training.settings import AdapterTrainingSettings, TrainSettings
@@ -65,9 +65,10 @@ def open_cache(settings: TrainSettings) -> LatentCache:
     return cache
 
 
-def _check_machine(settings: TrainSettings, accelerator: Accelerator) -> None:
-    """Raise ``ValueError`` for settings that these processes or the installed packages cannot serve."""
-    if settings.parallel.strategy == "fsdp" and accelerator.num_processes == 1:
+def check_machine(settings: TrainSettings, processes: int) -> None:
+    """Raise ``ValueError`` for settings that so many processes, this machine or its packages cannot serve."""
+    resolve_device(settings.runtime.device)
+    if settings.parallel.strategy == "fsdp" and processes == 1:
         raise ValueError(
             "parallel.strategy=fsdp shards the experts over several processes and there is one: start it with "
             "torchrun --nproc-per-node=N -m storymem train ..., or use parallel.strategy=ddp"
@@ -86,7 +87,7 @@ class Run:
         self.settings, self.folder = settings, Path(settings.output)
         device = None if settings.runtime.device == "auto" else resolve_device(settings.runtime.device)
         self.accelerator = accelerator = make_accelerator(device)
-        _check_machine(settings, accelerator)
+        check_machine(settings, accelerator.num_processes)
         world, batch = accelerator.num_processes, settings.batch
         source = Source(
             train=settings,
@@ -182,10 +183,8 @@ class Run:
     def _begin(self, log: RunLog, checkpoints: Checkpoints) -> None:
         """Report what is resumed, and write the run's settings and the beginning of its log."""
         settings, step = self.settings, self.trainer.step
-        one = sum(4 * parameter.numel() for parameter in self.trainer.parameters.values())
-        checkpoint = one * (3 if settings.optimizer.ema_decay is None else 4)  # value, two moments, average
-        more = max(1, settings.checkpoint.keep + 1 - len(checkpoints.steps()))
-        check_room(self.folder, checkpoint * more + one * len(settings.export), "this run")
+        trained = sum(parameter.numel() for parameter in self.trainer.parameters.values())
+        check_room(self.folder, disk_bytes(settings, trained, checkpoints=len(checkpoints.steps())), "this run")
         if self.resumed is not None:
             changes = changes_of_later_steps(self.resumed, checkpoints.about, settings)
             lines = "".join(f"\n  {line}" for line in changes)

@@ -224,6 +224,7 @@ class TrainSettings:
             base is written instead, as a folder ``model`` that ``model.weights.source`` loads.
         adapter: null: no adapter; all parameters of the experts train.
         sampler: of the sample film, as ``memory``, ``scorer``.
+        dry_run: check everything and print the plan.
     """
 
     dataset: UserPath
@@ -248,6 +249,7 @@ class TrainSettings:
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     samples: SampleSettings = field(default_factory=SampleSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         check_bounds(self, steps=(1, MAX_STEPS), seed=(0, MAX_SEED))

@@ -26,6 +26,7 @@ from storymem.training.checkpoints import Checkpoints
 from storymem.training.experts import make_accelerator, prepare_expert
 from storymem.training.optimization import MovingAverage
 from storymem.training.resume import check_run_folder
+from storymem.training.run import train
 from storymem.training.session import open_cache
 from storymem.training.settings import ParallelSettings, TrainSettings
 from storymem.training.trainer import StepReport, Trainer
@@ -398,6 +399,51 @@ def test_masks_with_a_weight_must_exist(tmp_path: Path, opened: Callable[[Memory
     open_cache(build_settings(TrainSettings, config(tmp_path)))
     opened(latents())
     open_cache(settings)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    tmp_path: Path, opened: Callable[[MemoryLatents], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    values = config(folder, dry_run=True)
+    opened(latents())
+    assert train(values) == folder
+    trains, data, steps, vram, disk, *writes = capsys.readouterr().out.splitlines()
+    real = run(tmp_path / "real").trainer.parameters
+    count = sum(parameter.numel() for parameter in real.values())
+    trained = f"trains   an adapter of rank 4 ({count:,} parameters) of test, high_noise and low_noise, for memory"
+    assert trains == trained
+    assert data == "data     6 clips in 2 groups, 9x32x48 (frames x height x width), in in memory"
+    assert steps == "steps    6, each of 2 samples (batch.size=2 x batch.accumulation=1 x 1 process)"
+    assert vram.startswith("VRAM     0.0")
+    assert disk.endswith(f" in {folder}")
+    names = ("config.yaml", "metrics.jsonl", "checkpoints", "storymem")
+    assert [line.split()[1] for line in writes] == [str(folder / name) for name in names]
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parallel": {"strategy": "fsdp"}}, "torchrun"),
+        ({"runtime": {"device": "cuda:77"}}, "runtime.device=cuda:77 cannot be used here"),
+        ({"memory": {"recall": {"_target_": "builtins.dict"}, "selector": {}}}, "memory.selector names no class"),
+        (
+            {"memory": {"recall": {"_target_": "builtins.dict"}, "selector": {"_target_": "builtins.dict"}}},
+            "memory.recall: builtins.dict has no capacity and no recall",
+        ),
+    ],
+)
+def test_a_dry_run_reports_mistakes_that_a_run_finds_later(
+    tmp_path: Path, opened: Callable[[MemoryLatents], None], change: dict[str, Any], message: str
+) -> None:
+    story = stories.story(tmp_path, stories.TWO_SHOTS)
+    samples = {"every": 3, "story": str(tmp_path / "story.yaml")}
+    opened(latents())
+    assert story.shots
+    with pytest.raises(ValueError, match=message):
+        train(config(tmp_path / "run", dry_run=True, samples=samples, **change))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_run_here_is_refused(tmp_path: Path) -> None:
