@@ -65,7 +65,12 @@ _TOLERANCE, _FLOOR, _SPARE = 0.1, 0.5e9, 3e9
 #: Stage of the table -> of the calculation.
 _STAGES = {"texts": "texts", "encode": "encode", "denoise": "denoise", "decode": "decode", "select": "score"}
 _DEFAULTS = {"model": "wan2.2-a14b", "form": "", "scale": "true", "quality": "laion-v1", "report": ""}
-_TITLE = "# Rehearsals at true size\n\nBy `python -m benchmarks.rehearsal`, which explains the columns.\n"
+_TITLE = """\
+# Rehearsals at true size
+
+By `python -m benchmarks.rehearsal`, which explains the columns. RAM is that of the process; seconds include other work that
+the machine did at the same time.
+"""
 
 
 def main() -> None:
