@@ -68,8 +68,8 @@ _DEFAULTS = {"model": "wan2.2-a14b", "form": "", "scale": "true", "quality": "la
 _TITLE = """\
 # Rehearsals at true size
 
-By `python -m benchmarks.rehearsal`, which explains the columns. RAM is that of the process; seconds include other work that
-the machine did at the same time.
+By `python -m benchmarks.rehearsal`, which explains the columns. RAM is that of the process; seconds include other
+work of the machine.
 """
 
 
