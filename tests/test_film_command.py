@@ -61,19 +61,22 @@ def test_takes_seeds_memory_and_what_is_stale_are_printed(
 
 
 def test_a_video_of_the_user_is_listed(film: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    for number in (2, 3):
-        write_video(film / "shots" / "01_02" / f"take_00{number}.mp4", np.full((9, 32, 48, 3), 90, np.uint8), 8)
+    for name in ("01_02/take_003.mp4", "02_01/take_001.mp4"):
+        write_video(film / "shots" / name, np.full((9, 32, 48, 3), 90, np.uint8), 8)
     before = files(film)
     assert command(film) == 0
     _, shots, takes, *_ = capsys.readouterr().out.split("\n\n")
-    assert [line.count("replaced by the user, not yet in film.mp4") for line in shots.splitlines()[2:]] == [0, 1, 0, 0]
+    assert [line.count("replaced by the user, not yet in film.mp4") for line in shots.splitlines()[2:]] == [0, 0, 1, 0]
     assert takes.count("replaced by the user") == 2
     assert files(film) == before
     assert command(film, "join") == 0
     assert (film / "storyboard.html").read_text().count("video replaced by the user") == 1
     capsys.readouterr()
     assert command(film) == 0
-    assert capsys.readouterr().out.count("not yet in film.mp4") == 1, "take 3 is not shown"
+    _, shots, takes, *_ = capsys.readouterr().out.split("\n\n")
+    assert "not yet in film.mp4" not in shots
+    assert "continues another video" in shots.splitlines()[5]
+    assert takes.count("not yet in film.mp4") == 1, "take 3 is not shown"
 
 
 def test_what_is_not_known_is_named(film: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:

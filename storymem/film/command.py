@@ -92,8 +92,7 @@ def _check_takes(film: Film) -> None:
 
 
 def _clean(film: Film, settings: FilmSettings) -> str:
-    shown = film.shots
-    gone = sorted((take for take in film.takes if take not in shown), key=lambda take: take.file)
+    gone = sorted(film.not_shown, key=lambda take: take.file)
     for take in gone:
         print(f"{take.file}  seed {take.seed}  {take.prompt[:60]}")
     if not gone:

@@ -40,10 +40,10 @@ from storymem.film.manifest import (
     end_names,
     film_folder,
     new_slots,
-    read_manifest,
     scripts,
 )
 from storymem.film.matching import arranged, match
+from storymem.film.reading import read_manifest
 from storymem.film.settings import END_FRAMES
 from storymem.film.storyboard import storyboard
 from storymem.io import hash_file, naming_full_disk, remove_leftovers, write_json, write_text
@@ -327,8 +327,7 @@ class Film(Manifest):
 
         Files that the user changed stay, and images of keyframes that the page shows.
         """
-        chosen = self.shots
-        gone = [take for take in self.takes if take not in chosen]
+        chosen, gone = self.shots, self.not_shown
         shown = {id for take in chosen for id in (*take.memory, *(k.id for k in take.keyframes))}
         shown |= {entry.id for entry in read_entries(self.folder)}
         files = {name: digest for take in gone for name, digest in take.sha256.items() if not take.is_replaced}

@@ -26,7 +26,8 @@ from storymem.wan.settings import RuntimeSettings, VideoSettings
 from storymem.weights import Weights, locate, sample_hash
 
 if TYPE_CHECKING:  # they load torch
-    from storymem.film.storyteller import ShotGenerator, Storyteller
+    from storymem.film.parts import ShotGenerator
+    from storymem.film.storyteller import Storyteller
     from storymem.wan.shots import WanShotGenerator
 
 # What does not influence what the film looks like, and may change when a film is resumed.

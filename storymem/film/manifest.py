@@ -1,13 +1,11 @@
-"""The content of ``film.json``, checked when it is read, and which folder may hold a film. Loads no torch.
+"""The content of ``film.json``, and which folder may hold a film. Loads no torch.
 
 Shots, scenes, takes and frames are counted from 1.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
@@ -17,13 +15,13 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, TypeAdapter
 from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
 from storymem.config import STRICT
-from storymem.film.settings import END_FRAMES, GIVEN_FRAMES, Mode
-from storymem.io import FileError, check_regular, folder_lock, hash_json, parse_json, read_text
+from storymem.film.settings import END_FRAMES, Mode
+from storymem.io import FileError, folder_lock, hash_json
 from storymem.memory import Candidate, Keyframe
 from storymem.memory.bank import Entry
 
@@ -35,7 +33,6 @@ MEMORY = "memory.json"
 IMAGES = "keyframe_images"  # that the shots of some methods begin with; `keyframes` are the memory's
 FOLDERS = ("shots", "keyframes", IMAGES)
 _LIBRARIES = ("storymem", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "av")
-_CURE = "put it back from a copy, or choose another output"
 
 
 class FilmError(FileError):
@@ -336,6 +333,12 @@ class Manifest:
         """The chosen take of every shot that has one, in order."""
         return [take for index in range(len(self.slots)) if (take := self.take_of(index)) is not None]
 
+    @property
+    def not_shown(self) -> list[Take]:
+        """The takes that no shot shows."""
+        shown = self.shots
+        return [take for take in self.takes if take not in shown]
+
     def takes_of(self, index: int) -> list[Take]:
         """All takes of a shot (index from 0), oldest first."""
         return sorted((t for t in self.takes if t.folder == self.slots[index].folder), key=lambda take: take.take)
@@ -372,84 +375,12 @@ class Manifest:
             "seconds": round(sum(sum(take.seconds.values()) for take in self.takes), 3),
             "config_hash": self.config_hash,
             "versions": library_versions(),
-            **_MANIFEST.dump_python(self, by_alias=True, mode="json"),
+            **MANIFEST_TYPE.dump_python(self, by_alias=True, mode="json"),
             "configs": {key: config for key, config in self.configs.items() if key in used},
         }
 
 
-_MANIFEST = TypeAdapter(Manifest)
-
-
-def read_manifest(folder: Path) -> tuple[Manifest, dict[str, Any]]:
-    """The manifest of the film in ``folder``, and the JSON object that it was read from.
-
-    Raises:
-        FilmError: if there is none, or it is not understood.
-    """
-    path = folder / MANIFEST
-    if not os.path.lexists(path):
-        raise FilmError(f"{folder} holds no film: there is no {MANIFEST}")
-    check_regular(path)
-    try:
-        written = parse_json(read_text(path), MANIFEST)
-        if not isinstance(written, dict) or "schema" not in written:
-            raise FileError("it is not the manifest of a film")
-        if written["schema"] not in range(1, SCHEMA + 1) or isinstance(written["schema"], bool):
-            known = f"this version reads 1 to {SCHEMA}"
-            raise FilmError(f"{path}: schema {written['schema']!r:.60} is not known; {known}: update storymem")
-        if missing := sorted({"story", "config", "shots", "video"} - written.keys()):
-            raise FileError(f"{missing[0]} is missing")
-        content = _converted(written)
-        return _MANIFEST.validate_json(json.dumps(content), strict=True), written
-    except FilmError:
-        raise
-    except FileError as error:
-        raise FilmError(f"{path} is damaged ({error}): {_CURE}") from None
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise FilmError(f"{path} is damaged ({where}: {problem['msg']}): {_CURE}") from None
-
-
-def _converted(written: dict[str, Any]) -> dict[str, Any]:
-    """The content of an older schema as this one."""
-    try:
-        content = _counted_from_1(written) if written["schema"] == 1 else written
-        return _with_takes(content) if written["schema"] < SCHEMA else content
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise FileError(f"schema {written['schema']} is not read: {error!r:.60}") from None
-
-
-def _counted_from_1(written: dict[str, Any]) -> dict[str, Any]:
-    """Schema 1 as schema 2."""
-    shots = []
-    for shot in written["shots"]:
-        keyframes = [{**keyframe, "frame": keyframe["frame"] + 1} for keyframe in shot["keyframes"]]
-        others = {name: value for name, value in shot.items() if name != "index"}
-        shots.append({**others, "shot": shot["index"] + 1, "keyframes": keyframes})
-    return {**written, "shots": shots}
-
-
-def _with_takes(written: dict[str, Any]) -> dict[str, Any]:
-    """Schema 2 as schema 3: its shots are the chosen takes, whose files keep their names."""
-    now, slots = scripts(written["story"]), new_slots(written["story"])
-    takes: list[dict[str, Any]] = []
-    for place, record in enumerate(written["shots"]):
-        take = re.search(r"_take(\d{1,6})\.mp4$", record["file"])
-        before = takes[-1] if takes and GIVEN_FRAMES[record["mode"]] else None
-        takes.append(
-            {
-                **{name: value for name, value in record.items() if name != "prompt"},
-                "shot": place + 1,
-                "folder": slots[place].folder,
-                "take": int(take[1]) if take else 1,
-                "script": {**now[place].content, "prompt": record["prompt"]},
-                "follows": None if before is None else before.get("sha256", {}).get(before["file"]),
-            }
-        )
-    chosen = [take["take"] for take in takes] + [None] * (len(slots) - len(takes))
-    shots = [{"folder": slot.folder, "take": take} for slot, take in zip(slots, chosen, strict=True)]
-    return {**written, "shots": shots, "takes": takes}
+MANIFEST_TYPE = TypeAdapter(Manifest)
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def stale(film: Manifest, entries: Sequence[Entry]) -> dict[int, str]:
         if take.script != now[take.index].content:
             found[take.shot] = "made from another text"
         elif take.follows is not None and (before is None or take.follows != before.sha256.get(before.file)):
-            found[take.shot] = "continues another take"
+            found[take.shot] = f"continues another {'video' if before is not None and before.is_replaced else 'take'}"
         elif gone:
             found[take.shot] = f"recalled {', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}, now gone"
         elif take.shot == 1 and take.mode == "t2v" and not any(entry.source for entry in seen):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,15 +17,13 @@ import torch.distributed as dist
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
+from storymem.film.parts import ShotGenerator
 from storymem.wan.parallel import join, leave, take_accelerator
 from storymem.wan.processes import Launch
 from storymem.wan.recall import Candidates
 from storymem.wan.settings import VideoSettings
 from storymem.wan.shots import OnStep, ShotRequest
 from storymem.wan.spec import Expert
-
-if TYPE_CHECKING:
-    from storymem.film.storyteller import ShotGenerator
 
 _PATIENCE = timedelta(days=1)  # for which the others wait while the first scores frames and writes files
 

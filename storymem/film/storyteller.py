@@ -345,7 +345,7 @@ class Storyteller:
         if not missed:
             return
         if self.mode_of(shot, story) == "t2v":
-            rule = "it is made from text alone; first_shot=m2v makes it from memory"
+            rule = "it is made from text alone, as first_shot sets it"
         else:
             rule = f"{self.recall} recalls {len(ids)} of the {len(known)} keyframes before it"
             if ids and not recalled.by_expert:
