@@ -33,7 +33,10 @@ class ScaledLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         # The factor before the product: 8-bit weights reach 448, with which sums overflow float16.
-        weight = self.weight.view(self.kind).to(input.dtype).mul_(self.factor.unsqueeze(-1))
+        factor = self.factor.unsqueeze(-1)
+        if factor.numel() == 1 and factor.device.type == "cpu":
+            factor = factor[0, 0]  # without dimensions: else torch copies the weight to float32 twice, for the same
+        weight = self.weight.view(self.kind).to(input.dtype).mul_(factor)
         return F.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
 
 

@@ -340,14 +340,18 @@ def _text_bytes(model: ModelSettings, config: Mapping[str, Any]) -> int:
 def _expert(model: ModelSettings, precision: Precision, sampler: SamplerSettings) -> ExpertBytes:
     network, ranks = model.network.transformer, _ranks(model, sampler)
     if model.gguf is None or not stays_in_few_bits(model.gguf):
-        if precision == "as_is" and model.gguf is not None and in_8_bits(*model.gguf.all):
-            precision = "fp8_storage"
-        channels = model.spec.in_channels
+        channels, precision = model.spec.in_channels, _stored(model, precision)
         return expert_bytes(network, dtype=model.dtype, in_channels=channels, precision=precision, ranks=ranks)
     adapted, plain = (expert_bytes(network, dtype=model.dtype, ranks=each).total for each in (ranks, ()))
     layers = network["num_layers"]
     whole = max(_file_bytes(weights) for weights in model.gguf.all)
     return ExpertBytes(block=(whole + adapted - plain) // layers, layers=layers, rest=0)
+
+
+def _stored(model: ModelSettings, precision: Precision) -> Precision:
+    """``runtime.precision``, or "fp8_storage" for files whose weights stay in few bits until they compute."""
+    widened = model.gguf is not None and (stays_in_few_bits(model.gguf) or in_8_bits(*model.gguf.all))
+    return "fp8_storage" if precision == "as_is" and widened else precision
 
 
 def _file_bytes(weights: Weights) -> int:
@@ -376,7 +380,7 @@ def _denoise_bytes(
         network,
         tokens=math.ceil(batch * tokens / context),
         dtype=model.dtype,
-        precision=runtime.precision,
+        precision=_stored(model, runtime.precision),
         adapted=bool(_ranks(model, sampler)),
     )
     return activations + cached // context
