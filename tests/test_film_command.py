@@ -61,6 +61,7 @@ def test_takes_seeds_memory_and_what_is_stale_are_printed(
 
 
 def test_a_video_of_the_user_is_listed(film: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    generated, shown = (film / "shots" / "02_01" / "take_001.mp4").read_bytes(), content(film)
     for name in ("01_02/take_003.mp4", "02_01/take_001.mp4"):
         write_video(film / "shots" / name, np.full((9, 32, 48, 3), 90, np.uint8), 8)
     before = files(film)
@@ -77,6 +78,9 @@ def test_a_video_of_the_user_is_listed(film: Path, command: Command, capsys: pyt
     assert "not yet in film.mp4" not in shots
     assert "continues another video" in shots.splitlines()[5]
     assert takes.count("not yet in film.mp4") == 1, "take 3 is not shown"
+    (film / "shots" / "02_01" / "take_001.mp4").write_bytes(generated)
+    assert command(film, "join") == 0
+    assert content(film) == shown, "the generated video is back"
 
 
 def test_what_is_not_known_is_named(film: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -302,12 +302,18 @@ class Film(Manifest):
                 raise FilmError(f"{error}: {cure}") from None
             if not frames:
                 raise FilmError(f"{path} holds no frames: {cure}")
-            other = f", but that of {known[digest].label}" if digest in known else ""
-            logger.warning(
-                f"{path} is not the video that was generated for {record.label}{other}: "
-                f"its {frames} frames are used instead of {record.frames}"
-            )
-            self.takes[self.takes.index(record)] = replace(record, frames=frames, sha256={record.file: digest})
+            hashes, generated = {record.file: digest}, record.generated_sha256 or record.sha256.get(record.file)
+            if digest == record.generated_sha256:
+                hashes, generated = self._hashes(record.file), None
+                logger.warning(f"{path} is the video again that was generated for {record.label}")
+            else:
+                other = f", but that of {known[digest].label}" if digest in known else ""
+                logger.warning(
+                    f"{path} is not the video that was generated for {record.label}{other}: "
+                    f"its {frames} frames are used instead of {record.frames}"
+                )
+            changed = replace(record, frames=frames, sha256=hashes, generated_sha256=generated)
+            self.takes[self.takes.index(record)] = changed
             self.joined = None
 
     def other_videos(self) -> dict[str, str]:

@@ -162,6 +162,7 @@ class Take:
         candidates: frames that were examined as keyframes, and why they were kept or not; None: not known.
         seconds: wall time of each stage.
         sha256: of its files: the video, and its last frames unless the user replaced the video.
+        generated_sha256: of the generated video, if the user replaced it.
     """
 
     shot: Place
@@ -184,6 +185,7 @@ class Take:
     candidates: tuple[CandidateRecord, ...] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     sha256: dict[FileName, str] = field(default_factory=dict)
+    generated_sha256: str | None = None
 
     @property
     def index(self) -> int:
