@@ -34,13 +34,13 @@ from storymem.weights import MissingWeights, locate, size_text
 # PFLOP of a shot of a 14B expert at 480p, 81 frames, 40 steps with guidance and no memory: 80 forwards of 1.68.
 _SHOT = 80 * 1.68
 _H100, _RTX_4090D = 327.8, 40 * 30.5  # seconds of such a shot
-#: Card -> seconds of such a shot, and the source. None is measured by this project yet. Published are: Wan2.2's table
-#: of efficiency (H100: 327.8 s at 480p, 1,055.9 s at 720p; A100: 2,735.7 s at 720p, as quoted in its issue 284), and
-#: LightX2V's benchmarks of Wan2.1-I2V-14B, which has the same operations a step (official code on an H200: 366 s;
-#: diffusers on an RTX 4090D: 30.5 s a step). Dense bfloat16 TFLOP/s: RTX 4090D 147, RTX 4090 165, RTX 3090 71.
+#: Card -> seconds of such a shot, and the source. The H200 is measured (benchmarks/results/h200.md). Published are:
+#: Wan2.2's table of efficiency (H100: 327.8 s at 480p, 1,055.9 s at 720p; A100: 2,735.7 s at 720p, as quoted in its
+#: issue 284), and LightX2V's benchmarks of Wan2.1-I2V-14B, which has the same operations a step (diffusers on an
+#: RTX 4090D: 30.5 s a step). Dense bfloat16 TFLOP/s: RTX 4090D 147, RTX 4090 165, RTX 3090 71.
 _CARDS = {
     "H100 80 GB": (_H100, "published: 327.8 s a shot, Wan2.2's code"),
-    "H200 141 GB": (366, "published: 366 s a shot, Wan2.1's code"),
+    "H200 141 GB": (80 * 3.49, "measured: 3.49 s a forward without memory, not compiled"),
     "A100 80 GB": (_H100 * 2735.7 / 1055.9, "derived: 2.6 times the H100's, as published at 720p"),
     "RTX 4090 24 GB": (_RTX_4090D * 147 / 165, "derived: RTX 4090D with diffusers, 30.5 s a step; by TFLOP/s"),
     "RTX 3090 24 GB": (_RTX_4090D * 147 / 71, "derived: RTX 4090D with diffusers, 30.5 s a step; by TFLOP/s"),

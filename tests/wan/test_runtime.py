@@ -360,6 +360,7 @@ def test_compiled_blocks_make_the_same_shot(plain: WanMemoryToVideoPipeline) -> 
 
 def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ValueError, match=r"runtime\.compile=blocks needs a C\+\+ compiler"):
         check_machine(deep(), COMPILED)
 
