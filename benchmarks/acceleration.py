@@ -141,7 +141,6 @@ def compare(
 def runtimes() -> dict[str, dict[str, Any]]:
     """Every change of ``runtime`` that is compared, by its name in the table."""
     return {
-        "guidance in one batch": {"guidance_batch": True},
         "cache first_block at 0.05": {"cache": "first_block", "cache_threshold": 0.05},
         "cache first_block at 0.1": {"cache": "first_block", "cache_threshold": 0.1},
         "cache taylor, every 2nd step": {"cache": "taylor", "cache_threshold": 1},

@@ -86,7 +86,6 @@ class Case:
 CASES = {
     "ulysses": Case(runtime=_ULYSSES),
     "ulysses_sharded": Case(runtime=replace(_ULYSSES, shard_weights=True)),
-    "ulysses_batch": Case(runtime=replace(_ULYSSES, guidance_batch=True)),
     "ulysses_taylor": Case(runtime=replace(_ULYSSES, cache="taylor", cache_threshold=1)),
     "ulysses_cached": Case(runtime=_ULYSSES, memory="cached"),
     "ulysses_unseen": Case(runtime=_ULYSSES, negative_sees_memory=False),

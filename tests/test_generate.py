@@ -146,7 +146,7 @@ def test_where_a_film_is_computed_is_not_recorded() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["runtime.precision=int8", "runtime.cache=taylor", "runtime.attention=sage", "sampler.steps=3"]
+    "override", ["runtime.precision=fp8_storage", "runtime.cache=taylor", "runtime.attention=sage", "sampler.steps=3"]
 )
 def test_runtime_settings_that_change_the_film_are_recorded(override: str) -> None:
     assert recorded(override) != recorded()

@@ -83,7 +83,7 @@ class Row:
     Args:
         case: its name.
         memory: M.
-        tokens: of one forward, all passes in its batch.
+        tokens: of one forward.
         tflop: of one forward.
         seconds: of one forward, the fastest.
         ceiling: TFLOP/s of matrix products on this device.
@@ -134,12 +134,11 @@ class ShotRow:
 
 def variations(model: ModelSettings, runtime: RuntimeSettings, device: torch.device) -> list[Case]:
     """``runtime`` unchanged, then with one setting changed at a time."""
-    changes: list[dict[str, Any]] = [{"guidance_batch": True}, {"precision": "fp8_storage"}]
+    changes: list[dict[str, Any]] = [{"precision": "fp8_storage"}]
     if device.type != "cpu":
         changes += [{"attention": name} for name in ("native", "flash2", "flash3", "cudnn", "sage")]
         changes += [{"cache": name, "cache_threshold": 0.0} for name in ("first_block", "taylor")]
-        changes += [{"compile": "blocks"}, {"precision": "fp8"}, {"precision": "int8"}]
-        changes += [{"precision": name, "compile": "blocks"} for name in ("fp8", "int8")]
+        changes += [{"compile": "blocks"}]
     cases = [Case(name="plain", model=model, runtime=runtime)]
     for change in changes:
         name = " ".join(f"{key}={value}" for key, value in change.items() if key != "cache_threshold")
@@ -171,7 +170,7 @@ def random_pipeline(model: ModelSettings, runtime: RuntimeSettings) -> Any:
         rope_stride=model.rope_stride,
         memory_attention=model.memory_attention,
     )
-    accelerate(pipe, model, replace(runtime, guidance_batch=False))  # forwards are measured with both passes in them
+    accelerate(pipe, model, runtime)
     place(pipe, runtime)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -240,9 +239,8 @@ def _reason(error: Exception) -> str:
 @torch.no_grad()
 def _measured(pipe: Any, case: Case, memory: int, ceiling: float, repeats: int, device: torch.device) -> Row:
     model, runtime = case.model, case.runtime
-    batch = 2 if runtime.guidance_batch else 1
     layout, cached = shot_layout(model, memory, runtime)
-    prefill_call, forward = forwards(pipe, model, runtime, memory, batch, device)
+    prefill_call, forward = forwards(pipe, model, runtime, memory, device)
     prefill = 0.0 if prefill_call is None else timed(prefill_call, device)
     forward()  # what is compiled or traced is so now
     _reset_peak(device)
@@ -254,11 +252,11 @@ def _measured(pipe: Any, case: Case, memory: int, ceiling: float, repeats: int, 
     return Row(
         case=case.name,
         memory=memory,
-        tokens=batch * flops.tokens,
-        tflop=batch * flops.total / 1e12,
+        tokens=flops.tokens,
+        tflop=flops.total / 1e12,
         seconds=seconds,
         ceiling=ceiling,
-        forwards=2 * PUBLISHED.steps / batch,
+        forwards=2 * PUBLISHED.steps,
         prefill=prefill,
         calculated_gb=next(stage.total for stage in stages if stage.name == "denoise") / GB,
         measured_gb=_peak_gb(device),
@@ -273,7 +271,7 @@ def shot_layout(model: ModelSettings, memory: int, runtime: RuntimeSettings) -> 
 
 
 def forwards(
-    pipe: Any, model: ModelSettings, runtime: RuntimeSettings, memory: int, batch: int, device: torch.device
+    pipe: Any, model: ModelSettings, runtime: RuntimeSettings, memory: int, device: torch.device
 ) -> tuple[Callable[[], Any] | None, Callable[[], Any]]:
     """Forwards of the high-noise expert as the denoising loop calls them: of memory that is cached, and of a step."""
     expert, dtype = pipe.transformer, getattr(torch, model.dtype)
@@ -281,16 +279,16 @@ def forwards(
     layout, cached = shot_layout(model, memory, runtime)
     cache = SegmentCache(on_cpu=runtime.memory_cache == "cpu") if cached else None
     draw = partial(torch.randn, device=device, dtype=dtype)
-    text = draw(batch, model.network.text_tokens, model.network.transformer["text_dim"])
+    text = draw(1, model.network.text_tokens, model.network.transformer["text_dim"])
 
-    def forward(layout: Layout, frames: int, count: int, context: str) -> Any:
-        latents, timestep = draw(count, model.spec.in_channels, frames, *size), torch.full((count,), 950.0)
+    def forward(layout: Layout, frames: int, context: str) -> Any:
+        latents, timestep = draw(1, model.spec.in_channels, frames, *size), torch.full((1,), 950.0, device=device)
         with torch.no_grad(), expert.cache_context(context):
-            return expert(latents, timestep.to(device), text[:count], layout=layout, cache=cache, return_dict=False)
+            return expert(latents, timestep, text, layout=layout, cache=cache, return_dict=False)
 
     clear_step_caches(pipe.experts)  # of another size of memory
-    prefill = partial(forward, layout.only(cached), memory, 1, "memory") if cached else None
-    return prefill, partial(forward, layout, layout.frames - (memory if cached else 0), batch, "cond")
+    prefill = partial(forward, layout.only(cached), memory, "memory") if cached else None
+    return prefill, partial(forward, layout, layout.frames - (memory if cached else 0), "cond")
 
 
 def measure_shot(case: Case, *, memory: int, steps: int) -> ShotRow:

@@ -74,9 +74,7 @@ class JointMethod(ABC):
             )
         check_weights(self.model, text_to_video=False, sampler=self.sampler)
         self.generator.check_machine()
-        request = self.request(story)
-        if self.settings.runtime.guidance_batch and request.layout != request.negative_layout:
-            raise ValueError(f"runtime.guidance_batch needs equal passes, which {self.name} has not: set it to false")
+        self.request(story)
         if not self.is_trained and self.settings.model.text_to_video is not None:
             raise ValueError(
                 f"the networks of {self.model.name} were not trained for the layout of {self.name}, so its films "

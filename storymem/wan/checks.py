@@ -116,7 +116,6 @@ def check_sampling(
             scale <= 1 and halves
         ),
         f"{unseen} needs guidance: guidance_scale must be above 1": hidden and scale <= 1,
-        f"{unseen}: guidance_batch runs both passes as one batch, of one memory": hidden and pipe.guidance_batch,
         f"{unseen}: in joint it needs both passes in one process, not guidance_parallel": (
             hidden and halves and pipe.config.memory_attention == "joint"
         ),

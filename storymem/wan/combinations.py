@@ -34,18 +34,9 @@ def check_combinations(
         shares_attention: whether shots of a batch read each other, in other layers at each step, as in StoryDiffusion.
     """
     blocks, cached = model.network.transformer["num_layers"], model.memory_attention == "cached"
-    batch, halves, cache = runtime.guidance_batch, runtime.guidance_parallel, runtime.cache
+    halves, cache = runtime.guidance_parallel, runtime.cache
     hidden = "sampler.negative_sees_memory=false hides the memory from one pass of guidance, and"
     rules = {
-        f"runtime.guidance_batch does not combine with runtime.cache={cache}, which skips steps for each of the two "
-        "passes alone: use one of them": batch and cache != "none",
-        "runtime.guidance_batch runs both passes of guidance on one device, runtime.guidance_parallel each on its own: "
-        "use one of them": batch and halves,
-        "runtime.guidance_batch batches the two passes of guidance; sampler.guidance=1 has only one": batch
-        and sampler.guidance == 1,
-        f"{hidden} runtime.guidance_batch gives both the same tokens: set it to false": (
-            batch and not sampler.negative_sees_memory
-        ),
         f"{hidden} with memory_attention=joint that pass needs what the other predicts, which "
         "runtime.guidance_parallel computes elsewhere: set it to false": (
             halves and not sampler.negative_sees_memory and not cached
@@ -60,16 +51,13 @@ def check_combinations(
         "step-distilled sampler do not: use runtime.cache=none": cache != "none" and bool(sampler.adapter),
         f"runtime.memory_cache={runtime.memory_cache} is for model.memory_attention=cached: with joint nothing of the "
         "memory is cached": runtime.memory_cache != "device" and not cached,
-        "runtime.precision=fp8_storage is not compiled: use runtime.precision=fp8 or int8, or runtime.compile=none": (
+        "runtime.precision=fp8_storage is not compiled: use runtime.precision=as_is or runtime.compile=none": (
             runtime.precision == "fp8_storage" and runtime.compile != "none"
         ),
         "runtime.experts=in_turn loads an expert twice a shot, and runtime.compile=blocks would compile it each time: "
         "use one of them": runtime.experts == "in_turn" and runtime.compile != "none",
         "runtime.experts=in_turn loads one expert at a time, and a learned recall reads both: use another memory, or "
         "runtime.experts=together": runtime.experts == "in_turn" and bool(model.adapter and model.adapter.query),
-        f"runtime.precision={runtime.precision} needs model.dtype=bfloat16 for the rest, not {model.dtype}": (
-            runtime.precision in ("fp8", "int8") and model.dtype != "bfloat16"
-        ),
         "storydiffusion changes attention between steps: write runtime.compile=none": (
             shares_attention and runtime.compile != "none"
         ),

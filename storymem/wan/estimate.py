@@ -34,9 +34,6 @@ MEMORY_RANK, OTHER_RANK = 128, 64
 _DECODER_TENSORS, _ENCODER_TENSORS = 12.1, 9.0
 _TILE, _TILE_STRIDE = 256, 192  # pixels, diffusers' own
 _SCORING = 0.1  # activations of the scorers, as a share of their weights
-# Bytes for each hidden channel of the feed-forward network in 8 bits, from the source of torchao: inputs, and for int8
-# sums in 32 bits and their scaled copy.
-_QUANTISED_SCRATCH: dict[Precision, int] = {"fp8": 7, "int8": 10}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +171,7 @@ def forward_bytes(
     # The stream before and after attention, attention's output, input and output of the last linears; then float32
     # copies (unless all is float32) and two terms of the sum.
     residual = 5 * size * dim + (4 * (size < 4) + 8) * dim
-    feed_forward = 4 * size * dim + max((3 if adapted else 2) * size, _QUANTISED_SCRATCH.get(precision, 0)) * ffn
+    feed_forward = 4 * size * dim + (3 if adapted else 2) * size * ffn
     rotary = 4 * 4 * transformer["attention_head_dim"]  # cosines and sines, and their parts
     one_linear = dim * ffn * size if precision == "fp8_storage" else 0
     return tokens * (max(residual, feed_forward) + rotary) + one_linear
@@ -293,9 +290,7 @@ def estimate_shot(
         Stage(name="decode", weights=left + vae, activations=decode_bytes(**shape)),
         Stage(name="score", weights=left + stays + max(scorers), activations=int(_SCORING * max(scorers))),
     )
-    # torchao converts weights that were read whole; 8-bit storage is made while they are read.
-    stored: Precision = "fp8_storage" if runtime.precision == "fp8_storage" else "as_is"
-    read = count * _expert(model, stored, sampler).total + vae
+    read = count * _expert(model, runtime.precision, sampler).total + vae
     cached = memory_cache_bytes(model, memory_frames) if runtime.memory_cache == "cpu" else 0
     embedder, quality = scorers
     waiting = embedder if in_turn else embedder + quality  # the filter takes turns with the experts
@@ -375,10 +370,9 @@ def _denoise_bytes(
         cached = memory_cache_bytes(model, memory) // (1 if runtime.memory_cache == "device" else network["num_layers"])
     if runtime.cache == "first_block":  # two residuals for each pass
         cached += 2 * (2 if guided else 1) * tokens * _dim(network) * size
-    batch = 2 if runtime.guidance_batch and guided else 1
     activations = forward_bytes(
         network,
-        tokens=math.ceil(batch * tokens / context),
+        tokens=math.ceil(tokens / context),
         dtype=model.dtype,
         precision=_stored(model, runtime.precision),
         adapted=bool(_ranks(model, sampler)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,12 +77,9 @@ class Inputs:
         return torch.cat([self.memory.to(seen).expand(seen.shape[0], -1, -1, -1, -1), seen], dim=2)
 
 
-def batched(passes: Sequence[Texts], batch: int, like: Tensor) -> dict[str, Tensor]:
-    """The texts of passes for ``batch`` videos each, [passes B, L, D], with the device and the type of ``like``."""
-    return {
-        name: torch.cat([_repeated(texts[name], batch) for texts in passes]).to(like.device, like.dtype)
-        for name in passes[0]
-    }
+def batched(texts: Texts, batch: int, like: Tensor) -> dict[str, Tensor]:
+    """Texts for ``batch`` videos, each [B, L, D], with the device and the type of ``like``."""
+    return {name: _repeated(embeds, batch).to(like.device, like.dtype) for name, embeds in texts.items()}
 
 
 def _repeated(embeds: Tensor, batch: int) -> Tensor:

@@ -154,7 +154,7 @@ def _settled(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSet
 # Networks
 
 
-_EIGHT_BITS: dict[Precision, bool | None] = {"as_is": None, "fp8_storage": True, "fp8": False, "int8": False}
+_EIGHT_BITS: dict[Precision, bool | None] = {"as_is": None, "fp8_storage": True}
 
 
 def _component(model: ModelSettings, name: str, runtime: RuntimeSettings, *, by_text: bool = False) -> Any:

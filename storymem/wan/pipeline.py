@@ -72,7 +72,6 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         memory_cache: where ``cached`` keeps keys and values: "device", "cpu", or "recompute" for nowhere.
         blank_latents: for callers that never change the VAE: a dictionary, empty at first, for the latents of blank
             videos by (frames, height, width). None: they are computed in every call.
-        guidance_batch: run both passes of guidance as one batch of two.
         guidance_halves: run each pass on one half of the processes.
         turns: for experts that take turns; None: both are loaded.
 
@@ -117,7 +116,6 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         self.register_to_config(rope_stride=rope_stride, memory_attention=memory_attention)
         self.memory_cache = "device"
         self.blank_latents: dict[tuple[int, int, int], Tensor] | None = None
-        self.guidance_batch = False
         self.guidance_halves: GuidanceHalves | None = None
         self.turns: Turns | None = None
         for name, expert in self.experts.items():
@@ -127,7 +125,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "WanMemoryToVideoPipeline":
         """As in diffusers; how ``pipeline`` runs (see the attributes) stays, if it is one of these."""
         pipe = super().from_pipe(pipeline, **kwargs)
-        for name in ("memory_cache", "guidance_batch", "guidance_halves", "turns"):
+        for name in ("memory_cache", "guidance_halves", "turns"):
             if hasattr(pipeline, name):
                 setattr(pipe, name, getattr(pipeline, name))
         return pipe
@@ -289,9 +287,6 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         """
         names = self.experts if self.turns is None else COMPONENTS.values()
         by_expert = dict.fromkeys(names, inputs) if isinstance(inputs, Inputs) else dict(inputs)
-        for each in by_expert.values():
-            if self.guidance_batch and each.negative is not None and each.layout != each.negative_layout:
-                raise ValueError("runtime.guidance_batch needs both passes to have the same layout: set it to false")
         self._guidance_scale, self._guidance_scale_2 = guidance_scale, guidance_scale_2
         self._attention_kwargs, self._interrupt = attention_kwargs, False
         noise = noise.to(self._execution_device, torch.float32)
@@ -360,9 +355,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         if not self.do_classifier_free_guidance:
             return predict("cond", shot.text)
         assert shot.negative is not None
-        if self.guidance_batch:
-            with_prompt, without = predict("cond", shot.text, shot.negative).chunk(2)
-        elif self.guidance_halves is not None:
+        if self.guidance_halves is not None:
             own = self.guidance_halves.own
             prediction = predict(own, shot.text if own == "cond" else shot.negative)
             with_prompt, without = self.guidance_halves.exchange(prediction)
@@ -382,16 +375,15 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         shot: Inputs,
         cache: SegmentCache | None,
         name: Pass,
-        *texts: Texts,
+        text: Texts,
     ) -> Tensor:
-        """What an expert predicts for those of the denoised ``frames`` that a pass sees; [2 B, ...] for two texts."""
+        """What an expert predicts for those of the denoised ``frames`` that a pass sees."""
         layout = shot.layout if name == "cond" else shot.negative_layout
-        batch = seen if len(texts) == 1 else seen.repeat(len(texts), 1, 1, 1, 1)
         with expert.cache_context(name):
             (prediction,) = expert(
-                hidden_states=batch[:, :, -layout.frames :],
-                timestep=t.expand(batch.shape[0]),
-                encoder_hidden_states=batched(texts, seen.shape[0], seen),
+                hidden_states=seen[:, :, -layout.frames :],
+                timestep=t.expand(seen.shape[0]),
+                encoder_hidden_states=batched(text, seen.shape[0], seen),
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
                 layout=layout,

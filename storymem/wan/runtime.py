@@ -1,6 +1,6 @@
 """How the networks run: device, precision, attention kernel, compiled blocks, step caches, placement.
 
-Each is one call into diffusers, torch or torchao. :func:`check_machine` checks before anything is loaded that this
+Each is one call into diffusers or torch. :func:`check_machine` checks before anything is loaded that this
 machine can run the settings; :func:`accelerate`, then :func:`place` apply them to a pipeline, so that what a cache
 skips is below the hooks that stream weights.
 """
@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from storymem.devices import resolve_device
-from storymem.wan.eight_bits import is_linear_of_a_block, store_in_8_bits
+from storymem.wan.eight_bits import store_in_8_bits
 from storymem.wan.gguf import check_gguf
 from storymem.wan.parallel import can_share_tokens, parallelize
 from storymem.wan.settings import Attention, ContextParallel, ModelSettings, RuntimeSettings
@@ -46,11 +46,10 @@ _BACKENDS: dict[Attention, str] = {
 }
 _EXACT: tuple[Attention, ...] = ("flash3", "cudnn", "flash2", "native")  # fastest first
 _TOLERANCE = 0.1  # of a small attention in 16 bits or, by Sage, in 8; a kernel that fails is off by about 1
-_CAPABILITIES = {"fp8": (8, 9), "int8": (8, 0)}  # Ada and Hopper; Ampere
 _THRESHOLDS = {"first_block": 0.05, "taylor": 2.0}  # where ``runtime.cache_threshold`` is None
 _COMPILER = "inductor"
-#: A story has up to 11 sizes of memory, once with one and once with two passes in a batch, and a first shot without
-#: adapters; further shapes run uncompiled, with a warning from torch.
+#: A story has up to 11 sizes of memory, which one pass may not see, and a first shot without adapters; further shapes
+#: run uncompiled, with a warning from torch.
 _RECOMPILE_LIMIT = 32
 
 
@@ -128,8 +127,6 @@ def check_machine(model: ModelSettings, runtime: RuntimeSettings, *, here: bool 
         parts.append("compiled blocks")
     if runtime.cache != "none":
         parts.append(f"cache {runtime.cache} at {_threshold(runtime):g}")
-    if runtime.guidance_batch:
-        parts.append("guidance in one batch")
     return ", ".join(parts)
 
 
@@ -137,24 +134,6 @@ def _check_precision(runtime: RuntimeSettings, device: torch.device) -> None:
     precision = runtime.precision
     if precision == "fp8_storage" and device.type == "mps":
         raise ValueError("runtime.precision=fp8_storage: mps devices have no 8-bit floats; use precision=as_is")
-    if precision not in ("fp8", "int8"):
-        return
-    if device.type == "cuda" and torch.version.hip is None:
-        needed, found = _CAPABILITIES[precision], torch.cuda.get_device_capability(device)
-        if found < needed:
-            raise ValueError(
-                f"runtime.precision={precision} needs compute capability {needed[0]}.{needed[1]}, and "
-                f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}: use runtime.precision=fp8_storage"
-            )
-    elif not (precision == "int8" and device.type == "cpu"):
-        raise ValueError(
-            f"runtime.precision={precision} computes in 8 bits on CUDA devices, and the device is {device.type}: use "
-            "runtime.precision=fp8_storage or as_is"
-        )
-    if importlib.util.find_spec("torchao") is None:
-        raise ValueError(
-            f"runtime.precision={precision} needs torchao: pip install 'torchao>=0.15'; fp8_storage needs nothing"
-        )
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -230,31 +209,18 @@ def _fault(
 
 def accelerate(pipe: Any, model: ModelSettings, runtime: RuntimeSettings) -> None:
     """Apply ``runtime`` to the experts of a pipeline whose adapters are loaded, before they are placed."""
-    pipe.guidance_batch, pipe.memory_cache = runtime.guidance_batch, runtime.memory_cache
+    pipe.memory_cache = runtime.memory_cache
     name, reason = choose_attention(model, runtime, resolve_device(runtime.device))
     logger.info("attention: %s, %s", name, reason)
     for expert in pipe.experts.values():
-        _lower_precision(expert, runtime)
+        if runtime.precision == "fp8_storage":
+            store_in_8_bits(expert)  # nothing is left to do for weights from files
         if name != "native" or runtime.attention == "native":
             set_attention(expert, _BACKENDS[name])
         if runtime.compile == "blocks":
             _compile(expert)
         if runtime.cache != "none":
             expert.enable_cache(_cache_config(runtime))
-
-
-def _lower_precision(expert: Any, runtime: RuntimeSettings) -> None:
-    """Bring the linears of the blocks, 98 % of an expert, to ``runtime.precision``; all else, LoRAs too, stays."""
-    if runtime.precision == "fp8_storage":
-        store_in_8_bits(expert)  # nothing is left to do for weights from files
-    elif runtime.precision != "as_is":
-        from torchao import quantization as q
-
-        configs = {
-            "fp8": lambda: q.Float8DynamicActivationFloat8WeightConfig(granularity=q.PerRow()),
-            "int8": q.Int8DynamicActivationInt8WeightConfig,
-        }
-        q.quantize_(expert, configs[runtime.precision](), filter_fn=is_linear_of_a_block)
 
 
 def compiled_graphs() -> int:

@@ -22,7 +22,7 @@ MemoryMode = Literal["joint", "cached"]
 BaseName = Literal["wan2.2-a14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b"]
 MemoryCache = Literal["device", "cpu", "recompute"]
 Offload = Literal["none", "model", "group", "auto"]
-Precision = Literal["as_is", "fp8_storage", "fp8", "int8"]
+Precision = Literal["as_is", "fp8_storage"]
 
 #: Positions on the temporal axis that a network knows, where its configuration does not state it.
 POSITIONS = 1024
@@ -325,8 +325,7 @@ class RuntimeSettings:
         offload: "none": all networks stay on the device; "model": whole networks are moved there one at a time;
             "group": the blocks of the transformers are streamed. "auto": the fastest of these that fits.
         precision: of the weights of the transformers' blocks. "as_is": ``model.dtype``, or the 8 bits or fewer of their
-            files. "fp8_storage": stored as 8-bit floats, on any device. "fp8" and "int8": computed in 8 bits by
-            torchao. Adapters stay as they are.
+            files. "fp8_storage": stored as 8-bit floats, on any device. Adapters stay as they are.
         experts: "together": both of a model's two are loaded. "in_turn": one at a time, read from disk again at each
             change, twice a shot; the quality filter is then loaded for each shot, too.
         vae_tiling: encode and decode in tiles: less VRAM, slower, and faint differences where tiles overlap.
@@ -343,7 +342,6 @@ class RuntimeSettings:
             "taylor" in all but every n-th step, by extrapolation.
         cache_threshold: 0 skips nothing. first_block: relative change of the first block's residual; taylor: steps
             extrapolated after each computed one. None: 0.05 and 2.
-        guidance_batch: run both passes of guidance as one batch of two.
         memory_cache: where ``memory_attention: cached`` keeps keys and values (12.8 GB an expert for 10 frames at
             480p): on the "device"; in RAM ("cpu"), copied back block by block; "recompute": nowhere.
     """
@@ -362,7 +360,6 @@ class RuntimeSettings:
     compile: Literal["none", "blocks"] = "none"
     cache: StepCache = "none"
     cache_threshold: float | None = None
-    guidance_batch: bool = False
     memory_cache: MemoryCache = "device"
 
     def __post_init__(self) -> None:

@@ -61,10 +61,8 @@ FILMS: dict[str, tuple[str, ...]] = {
     "cached on the device": TOY,
     "cached on the CPU": (*TOY, "runtime.memory_cache=cpu"),
     "cached, recomputed": (*TOY, "runtime.memory_cache=recompute", "sampler.negative_sees_memory=true"),
-    "cached, one batch": (*TOY, "runtime.guidance_batch=true", "sampler.negative_sees_memory=true"),
     "joint": (*TINY, "continuity=mm2v"),
     "joint, hidden": (*TINY, "sampler.negative_sees_memory=false", "runtime.vae_tiling=true"),
-    "joint, one batch": (*TINY, "runtime.guidance_batch=true", "model.has_text_to_video=false"),
     "joint, in turn": (*TINY, "runtime.experts=in_turn", "scorer/quality=tiny"),
     "joint, 8 bits": (*TINY, "runtime.precision=fp8_storage", "runtime.cache=first_block"),
 }

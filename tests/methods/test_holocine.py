@@ -244,9 +244,6 @@ def test_the_published_networks_make_a_film_in_one_denoising(story: Story, tmp_p
     few = method_of(folder, tmp_path / "others", "model.network.text_tokens=40")
     with pytest.raises(ValueError, match=r"40 tokens hold the captions of \d of 2 shots: shorten the prompts"):
         few.check(story)
-    batch = method_of(folder, tmp_path / "others", roomy, "runtime.guidance_batch=true")
-    with pytest.raises(ValueError, match=r"runtime.guidance_batch needs equal passes"):
-        batch.check(story)
 
 
 def test_networks_that_are_missing_or_do_not_fit_are_named(

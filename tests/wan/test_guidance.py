@@ -12,9 +12,8 @@ from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.segments import memory_cached, memory_joint
 from storymem.wan.settings import MemoryMode, ModelSettings, RuntimeSettings, SamplerSettings
-from tests.wan.tiny import CPU, SLOTS, STEPS, counting, generate, images, settings, shot_by_text
+from tests.wan.tiny import CPU, SLOTS, STEPS, counting, generate, images, settings
 
-ONE_BATCH = RuntimeSettings(device="cpu", guidance_batch=True)
 SCALE = 3.0
 GUIDED: dict[str, Any] = {"negative_prompt": "fog", "guidance_scale": SCALE}
 UNSEEN: dict[str, Any] = GUIDED | {"negative_sees_memory": False}
@@ -31,69 +30,36 @@ def guided(request: pytest.FixtureRequest) -> WanMemoryToVideoPipeline:
     return load_pipeline(model(request.param), runtime=CPU)
 
 
-@pytest.fixture(scope="module")
-def batched() -> WanMemoryToVideoPipeline:
-    return load_pipeline(settings(), runtime=ONE_BATCH)
-
-
 def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-# One batch
+# Both passes
 
 
-@pytest.mark.parametrize("memory", [0, 3, 10])
-def test_one_batch_makes_the_same_shot(
-    pipe: WanMemoryToVideoPipeline, batched: WanMemoryToVideoPipeline, memory: int
-) -> None:
-    given = {**GUIDED, "guidance_scale_2": 2.0, "memory": images(memory)}
-    with counting(batched.transformer.blocks[0]) as calls:
-        ours = generate(batched, **given)
-    close(ours, generate(pipe, **given))
-    assert calls == {"WanTransformerBlock": STEPS // 2}, "one forward a step"
+def test_without_guidance_there_is_one_forward_a_step(pipe: WanMemoryToVideoPipeline) -> None:
+    with counting(pipe.transformer.blocks[0]) as calls:
+        generate(pipe, guidance_scale=1.0)
+    assert calls == {"WanTransformerBlock": STEPS // 2}
 
 
-def test_without_guidance_nothing_is_computed_twice(
-    pipe: WanMemoryToVideoPipeline, batched: WanMemoryToVideoPipeline
-) -> None:
-    tokens: list[int] = []
-    hook = batched.transformer.register_forward_pre_hook(
-        lambda _m, _a, given: tokens.append(len(given["hidden_states"])), with_kwargs=True
-    )
-    ours = generate(batched, guidance_scale=1.0)
-    hook.remove()
-    assert tokens == [1] * (STEPS // 2)
-    close(ours, generate(pipe, guidance_scale=1.0))
-
-
-def test_a_callback_may_change_the_negative_prompt(
-    pipe: WanMemoryToVideoPipeline, batched: WanMemoryToVideoPipeline
-) -> None:
+def test_a_callback_may_change_the_negative_prompt(pipe: WanMemoryToVideoPipeline) -> None:
     def change(_pipe: Any, step: int, _t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"negative_prompt_embeds": tensors["negative_prompt_embeds"] * (1 if step else 2)}
 
-    given = {
-        **GUIDED,
+    watched = {
         "callback_on_step_end": change,
         "callback_on_step_end_tensor_inputs": ["latents", "negative_prompt_embeds"],
     }
-    close(generate(batched, **given), generate(pipe, **given))
+    assert not torch.equal(generate(pipe, **GUIDED, **watched), generate(pipe, **GUIDED))
 
 
-def test_a_first_shot_by_text_to_video(pipe: WanMemoryToVideoPipeline) -> None:
-    def shot(runtime: RuntimeSettings) -> Tensor:
-        return shot_by_text(settings(), pipe.vae, runtime=runtime)
-
-    close(shot(ONE_BATCH), shot(CPU))
-
-
-@pytest.mark.parametrize("cache", ["device", "cpu", "recompute"])
+@pytest.mark.parametrize("cache", ["cpu", "recompute"])
 def test_cached_memory_serves_both_passes(cache: Any) -> None:
     made = settings(memory_attention="cached")
     given = {**GUIDED, "memory": images(3)}
-    runtimes = [RuntimeSettings(device="cpu", guidance_batch=batch, memory_cache=cache) for batch in (True, False)]
-    close(*(generate(load_pipeline(made, runtime=runtime), **given) for runtime in runtimes))
+    elsewhere = RuntimeSettings(device="cpu", memory_cache=cache)
+    close(*(generate(load_pipeline(made, runtime=runtime), **given) for runtime in (elsewhere, CPU)))
 
 
 # A negative pass without memory
@@ -194,10 +160,3 @@ def test_without_guidance_it_is_refused(guided: WanMemoryToVideoPipeline) -> Non
         generate(guided, memory=images(1), **UNSEEN | {"guidance_scale": 1.0})
     with pytest.raises(ValueError, match="negative_sees_memory=false needs guidance above 1"):
         SamplerSettings(guidance=1.0, negative_sees_memory=False)
-
-
-def test_one_batch_for_guidance_refuses_passes_that_differ(guided: WanMemoryToVideoPipeline) -> None:
-    made = model(guided.config.memory_attention)
-    batched = load_pipeline(made, runtime=ONE_BATCH)
-    with pytest.raises(ValueError, match="as one batch, of one memory"):
-        generate(batched, memory=images(1), **UNSEEN)

@@ -146,9 +146,9 @@ def test_it_is_made_from_a_stock_pipeline_and_back(pipe: WanMemoryToVideoPipelin
     ours = WanMemoryToVideoPipeline.from_pipe(stock(pipe))
     ours.set_progress_bar_config(disable=True)
     assert torch.equal(generate(ours, memory=images(2)), generate(pipe, memory=images(2)))
-    ours.memory_cache, ours.guidance_batch = "cpu", True
+    ours.memory_cache = "cpu"
     again = WanMemoryToVideoPipeline.from_pipe(ours)
-    assert (again.memory_cache, again.guidance_batch) == ("cpu", True)
+    assert again.memory_cache == "cpu"
     theirs = WanImageToVideoPipeline.from_pipe(pipe)
     theirs.set_progress_bar_config(disable=True)
     torch.testing.assert_close(stock_latents(theirs, frame), generate(pipe, first_frame=frame), rtol=1e-5, atol=1e-5)
@@ -391,10 +391,8 @@ def test_callbacks_can_change_the_latents(pipe: WanMemoryToVideoPipeline) -> Non
     assert not generate(pipe, memory=images(1), callback_on_step_end=clear).any()
 
 
-@pytest.mark.parametrize("batched", [False, True])
-def test_one_embedding_serves_all_videos_of_its_prompt(tiny_model: ModelSettings, batched: bool) -> None:
+def test_one_embedding_serves_all_videos_of_its_prompt(tiny_model: ModelSettings) -> None:
     pipe = load_pipeline(tiny_model, runtime=CPU)
-    pipe.guidance_batch = batched
     embeds = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(2))
     given = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds * 0, "guidance_scale": 3.0}
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
@@ -412,15 +410,11 @@ def test_a_missing_expert_is_reported_before_anything_is_computed(tiny_model: Mo
     assert not any(calls.values())
 
 
-@pytest.mark.parametrize("guidance_batch", [False, True])
-def test_a_callback_can_change_the_condition_of_several_videos(
-    pipe: WanMemoryToVideoPipeline, guidance_batch: bool
-) -> None:
+def test_a_callback_can_change_the_condition_of_several_videos(pipe: WanMemoryToVideoPipeline) -> None:
     def blank(_pipe: object, _step: int, _timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
         assert tensors["condition"].shape[0] == 2
         return {"condition": torch.zeros_like(tensors["condition"])}
 
-    pipe.guidance_batch = guidance_batch
     given = {"first_frame": FRAME, "num_videos_per_prompt": 2, "generator": torch.Generator().manual_seed(1)}
     watched = {"callback_on_step_end": blank, "callback_on_step_end_tensor_inputs": ["condition"]}
     shots = generate(pipe, guidance_scale=3.0, **watched, **given)

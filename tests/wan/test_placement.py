@@ -221,7 +221,7 @@ def test_a_learned_recall_needs_both_experts() -> None:
             "runtime=gpu-24gb",
             "not for this machine: offload=group and vae_tiling and experts=in_turn (runtime=gpu-24gb) needs 23 ",
         ),
-        ("runtime=gpu-80gb runtime.precision=fp8", "offload=model needs 27 GB of VRAM"),
+        ("runtime=gpu-80gb runtime.precision=fp8_storage", "offload=model needs 27 GB of VRAM"),
         ("runtime=gpu-12gb", "vae_tiling and experts=in_turn needs 11 GB of VRAM and 17 GB of RAM"),
         ("runtime.device=cuda", "offload=model (runtime=gpu-80gb) needs 42 GB of VRAM and 78 GB of RAM"),
         ("runtime.device=cuda:1 runtime.attention=flash3", "planned for cuda:1, not for this machine"),

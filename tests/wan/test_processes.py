@@ -122,7 +122,6 @@ def test_a_grid_is_described() -> None:
         (2, {"context_parallel": "ulysses", "attention": "flash3"}, "attention=flash3 is not among the kernels"),
         (2, {"context_parallel": "ulysses", "shard_weights": True, "compile": "blocks"}, "compile=blocks does not"),
         (2, {"context_parallel": "ulysses", "cache": "first_block"}, "would skip different steps"),
-        (2, {"guidance_parallel": True, "guidance_batch": True}, "use one of them"),
     ],
 )
 def test_what_processes_cannot_do_is_refused_with_what_to_write(
@@ -151,14 +150,10 @@ FEW_STEPS = SamplerSettings(adapter=StepAdapterSettings(weights=Weights(name="fe
 @pytest.mark.parametrize(
     ("of", "sampler", "runtime", "message"),
     [
-        (model(), GUIDED, {"cache": "taylor", "guidance_batch": True}, "guidance_batch does not combine with .*taylor"),
-        (model(), SamplerSettings(guidance=1), {"guidance_batch": True}, r"sampler\.guidance=1 has only one"),
         (model(), FEW_STEPS, {"cache": "first_block"}, r"the 4 steps of a step-distilled sampler do not"),
         (model(layers=1), GUIDED, {"cache": "first_block"}, "skips all blocks but the first.* have only one"),
         (model(), GUIDED, {"memory_cache": "cpu"}, r"memory_cache=cpu is for model\.memory_attention=cached"),
-        (model(), GUIDED, {"precision": "fp8_storage", "compile": "blocks"}, "use runtime.precision=fp8 or int8"),
-        (model(), GUIDED, {"precision": "int8"}, "needs model.dtype=bfloat16 for the rest, not float32"),
-        (model(), UNSEEN, {"guidance_batch": True}, r"runtime\.guidance_batch gives both the same tokens"),
+        (model(), GUIDED, {"precision": "fp8_storage", "compile": "blocks"}, "use runtime.precision=as_is or"),
         (model(), UNSEEN, {"guidance_parallel": True}, "needs what the other predicts"),
     ],
 )

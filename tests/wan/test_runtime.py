@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
 from collections.abc import Iterator
@@ -33,7 +32,6 @@ from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSetting
 from tests.wan.tiny import CPU, adapt, counting, generate, images, settings
 
 HAS_ACCELERATOR = torch.accelerator.is_available()
-HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 STEPS = 6  # two of the high-noise expert, four of the other
 SAMPLER = SamplerSettings(steps=STEPS)
 GUIDED: dict[str, Any] = {"num_inference_steps": STEPS, "negative_prompt": "fog", "guidance_scale": 3.0}
@@ -95,7 +93,6 @@ def test_an_absent_device_is_refused_in_one_line(device: str) -> None:
     ("runtime", "message"),
     [
         ({"offload": "group"}, r"runtime.offload=group.*use runtime.offload=none"),
-        ({"precision": "fp8"}, r"fp8 computes in 8 bits on CUDA devices, and the device is cpu"),
         ({"attention": "flash2"}, r"runtime.attention=flash2 cannot be used here: it runs on CUDA devices"),
     ],
 )
@@ -172,24 +169,6 @@ def test_adapters_keep_their_precision() -> None:
     assert 0 < relative(forward(stored), forward(whole)) < 0.1
     stored.set_adapters(["memory"], [0.0])
     assert relative(forward(stored), forward(whole)) > 0.1, "the adapter has an effect on 8-bit weights"
-
-
-@pytest.mark.skipif(HAS_TORCHAO, reason="torchao is installed")
-def test_torchao_is_asked_for_with_its_command() -> None:
-    with pytest.raises(ValueError, match=r"precision=int8 needs torchao: pip install 'torchao>=0.15'"):
-        check_machine(settings(dtype="bfloat16"), RuntimeSettings(device="cpu", precision="int8"))
-
-
-@pytest.mark.skipif(not HAS_TORCHAO, reason="needs torchao")
-def test_8_bit_integers_by_torchao() -> None:
-    whole, rounded = (
-        adapted(RuntimeSettings(device="cpu", precision=precision), dtype="bfloat16") for precision in ("as_is", "int8")
-    )
-    kinds = {name: type(module.weight.data).__name__ for name, module in linears(rounded).items()}
-    assert {name for name, kind in kinds.items() if kind != "Tensor"} == {
-        name for name in kinds if "base_layer" in name
-    }
-    assert 0 < relative(forward(rounded), forward(whole)) < 0.1
 
 
 # Attention
@@ -366,10 +345,8 @@ def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_choices_are_described() -> None:
-    described = check_machine(deep(), RuntimeSettings(device="cpu", cache="taylor", guidance_batch=True))
-    assert described == (
-        "attention native (torch's own, because the device is cpu), cache taylor at 2, guidance in one batch"
-    )
+    described = check_machine(deep(), RuntimeSettings(device="cpu", cache="taylor"))
+    assert described == ("attention native (torch's own, because the device is cpu), cache taylor at 2")
 
 
 # Placement

@@ -407,7 +407,6 @@ def test_a_saved_pipeline_keeps_its_mode(cached: WanMemoryToVideoPipeline, tmp_p
 @pytest.mark.parametrize(
     "changes",
     [
-        {"guidance_batch": True},
         {"cache": "first_block", "cache_threshold": 0.0},
         {"cache": "taylor", "cache_threshold": 0.0},
         {"attention": "native"},
