@@ -103,14 +103,13 @@ def draw_batch(data: LatentStories, embed: TextEmbedder, rng: torch.Generator, k
     """Samples of a kind on the device of the latents: shots (or frames of them) with memory, condition, text, noise."""
     device = data.shots.device
     rows = _draw_rows(data, rng, kind, size)
-    chance = torch.rand(2, size, generator=rng)
+    chance, at = torch.rand(2, size, generator=rng), rows.to(device)
     if kind.is_frame:
-        at = rows.to(device), torch.randint(KEYFRAMES, (size,), generator=rng).to(device)
-        x0, people = data.keyframes[at][:, :, None].float(), data.key_people[at][:, None].float()
+        which = torch.randint(KEYFRAMES, (size,), generator=rng).to(device)
+        x0, people = data.keyframes[at, which][:, :, None].float(), data.key_people[at, which][:, None].float()
         video = data.blank[None, :, :1].float().expand_as(x0)
         condition = condition_channels(None, video, 0)
     else:
-        at = rows.to(device)
         x0, people, first = data.shots[at].float(), data.people[at].float(), data.first_of[at]
         given = first >= 0
         video = torch.where(given[:, None, None, None, None], data.firsts[first].float(), data.blank.float())
