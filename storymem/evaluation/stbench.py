@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import field
+from inspect import Parameter, signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT, StoryPath, UserPath, build_settings, first_of
+from storymem.config import STRICT, StoryPath, UserPath, build_settings, first_of, nearest
 from storymem.evaluation.films import Films, find_films, only_named, stories_of, stories_of_films
 from storymem.evaluation.mapping import MAPPING, MAPPING_SUFFIXES
 from storymem.evaluation.statistics import StatisticsSettings
@@ -123,11 +125,13 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
         the results; None in a dry run and in all processes but the first.
     """
     settings = build_settings(EvaluateSettings, config)
+    check_metrics(settings.metrics)
     systems = find_systems(settings, compose)
     where, stories = find_stories(settings, systems)
     plan, missing = make_plan(systems, stories), missing_weights(settings.metrics)
     if settings.dry_run:
-        print("\n".join([plan, *(f"metrics need what is not on this machine: {one}" for one in missing)]))
+        needs = ["metrics need what is not on this machine:"] if missing else []
+        print("\n".join([plan, *needs, *map(str, missing), *what_methods_lack(systems, stories)]))
         return None
     if missing:
         raise MissingWeights("\n".join([*map(str, missing), _WITHOUT_WEIGHTS]))
@@ -290,6 +294,19 @@ def missing_weights(nodes: Mapping[str, Any]) -> list[MissingWeights]:
     return missing
 
 
+def check_metrics(nodes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ``ValueError`` for a setting that a metric does not have; nothing is built."""
+    for metric, node in nodes.items():
+        try:
+            known = signature(resolve_name(str(node.get("_target_")))).parameters
+        except (ImportError, AttributeError, ValueError):
+            continue  # reported with its cause where metrics are built
+        if any(one.kind is Parameter.VAR_KEYWORD for one in known.values()):
+            continue
+        if unknown := next((key for key in node if key not in known and not key.startswith("_")), None):
+            raise ValueError(f"unknown key metrics.{metric}.{unknown}{nearest(unknown, known)}")
+
+
 def build_metrics(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
     """The metrics by name.
 
@@ -364,6 +381,19 @@ def check_methods(
 
         for note in notes_on(stories, settings.model, settings.sampler, settings.memory.reference_fit):
             report(note)
+
+
+def what_methods_lack(systems: Sequence[System], stories: Sequence[Story]) -> list[str]:
+    """Why methods cannot make films here, each reason with the methods that it holds for."""
+    found: dict[str, list[str]] = {}
+    for system in systems:
+        try:
+            check = build_method(system).check if system.method is not None else lambda _: None
+            for story in stories:
+                check(story)
+        except (ValueError, OSError, ImportError) as error:
+            found.setdefault(str(error), []).append(system.name)
+    return [f"{', '.join(names)} cannot make films here: {reason}" for reason, names in found.items()]
 
 
 def make_films(system: System, stories: Sequence[Story]) -> None:

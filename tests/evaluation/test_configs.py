@@ -146,7 +146,7 @@ def test_variants_of_storymem_are_compared_after_equal_training(run: str) -> Non
     plain = flat(of_model("toy"))
     composed_film = composed("story=s.yaml", f"+experiment=ablation_{run.replace('m2v', 'joint')}")
     adapter = {
-        "model.adapter.weights.name": f"adapter of {run}",
+        "model.adapter.weights.name": f"the adapter that `storymem train experiment={run}` makes",
         "model.adapter.weights.source": f"runs/{run}/storymem",
     }
     unlike = {key: value for key, value in flat(composed_film).items() if plain.get(key, ...) != value}

@@ -160,7 +160,8 @@ def test_a_dry_run_prints_what_is_missing(folder: Path, capsys: pytest.CaptureFi
     (folder / "one" / "the_red_boat" / "01_02.mp4").unlink()
     viclip = full_config(folder, "metrics=[stbench]")["metrics"]["viclip"]
     viclip["scorer"]["source"] = str(folder / "nowhere")
-    run = full_config(folder, f"films={folder}/one", "method=storymem") | {"metrics": {"viclip": viclip}}
+    weights = f"model.adapter={{weights: {{name: mine, source: {folder}/mine}}}}"
+    run = full_config(folder, f"films={folder}/one", "method=storymem", weights) | {"metrics": {"viclip": viclip}}
     assert evaluate(run | {"dry_run": True, "label": "storymem"}) is None
     printed = capsys.readouterr().out
     for line in (
@@ -170,6 +171,7 @@ def test_a_dry_run_prints_what_is_missing(folder: Path, capsys: pytest.CaptureFi
         "  The Red Boat: there is no file 01_02.mp4",
         "storymem: 0 of 5 shots",
         f"ViCLIP-L-14: {folder}/nowhere does not exist",
+        f"storymem cannot make films here: mine: {folder}/mine does not exist",
     ):
         assert line in printed
     with pytest.raises(MissingWeights, match=r"ViCLIP-L-14"):
@@ -195,6 +197,13 @@ def test_metrics_that_do_not_go_together() -> None:
         build_metrics({})
     with pytest.raises(ValueError, match=r"metrics\.mine: its class must be a subclass"):
         build_metrics({"mine": {"_target_": "builtins.dict"}})
+
+
+def test_a_setting_that_a_metric_lacks_is_reported_before_films_are_sought() -> None:
+    nodes = full_config(Path("x"))
+    nodes["metrics"]["viclip"]["top_pair"] = 3
+    with pytest.raises(ValueError, match=r"unknown key metrics\.viclip\.top_pair; did you mean 'top_pairs'\?"):
+        evaluate(nodes)
 
 
 def test_scorers_report_the_origin_of_their_weights() -> None:
