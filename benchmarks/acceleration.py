@@ -191,7 +191,7 @@ def main() -> None:
     overrides = [f"story={arguments.story}", f"model={arguments.model}", f"sampler.steps={steps}"]
     settings = build_settings(GenerateSettings, composed("generate", [*overrides, *arguments.overrides]))
     torch.set_num_threads(1)
-    published = replace(settings.sampler, negative_sees_memory=True)  # both passes alike, so that they can be one batch
+    published = replace(settings.sampler, negative_sees_memory=True)
     settings = replace(settings, runtime=CPU, sampler=published)
     rows = compare_all(settings, memory=arguments.memory, repeats=repeats)
     result = {"model": settings.model.name, "steps": steps, "rows": [asdict(row) for row in rows]}

@@ -87,7 +87,6 @@ class Row:
         tflop: of one forward.
         seconds: of one forward, the fastest.
         ceiling: TFLOP/s of matrix products on this device.
-        forwards: of one shot.
         prefill: seconds to compute cached memory, once a shot and expert.
         calculated_gb: peak VRAM while denoising, as estimated.
         measured_gb: the same as torch measures it; None on the CPU.
@@ -100,7 +99,6 @@ class Row:
     tflop: float = 0.0
     seconds: float = 0.0
     ceiling: float = 0.0
-    forwards: float = 0.0
     prefill: float = 0.0
     calculated_gb: float = 0.0
     measured_gb: float | None = None
@@ -114,7 +112,7 @@ class Row:
     @property
     def shot(self) -> float:
         """Seconds of a shot's denoising, calculated."""
-        return self.forwards * self.seconds + 2 * self.prefill
+        return 2 * PUBLISHED.steps * self.seconds + 2 * self.prefill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +254,6 @@ def _measured(pipe: Any, case: Case, memory: int, ceiling: float, repeats: int, 
         tflop=flops.total / 1e12,
         seconds=seconds,
         ceiling=ceiling,
-        forwards=2 * PUBLISHED.steps,
         prefill=prefill,
         calculated_gb=next(stage.total for stage in stages if stage.name == "denoise") / GB,
         measured_gb=_peak_gb(device),

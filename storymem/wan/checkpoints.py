@@ -227,14 +227,14 @@ def _check_dtypes(checkpoint: Checkpoint) -> None:
 
 
 def load_network(
-    build: Callable[[], nn.Module], checkpoint: Checkpoint, dtype: torch.dtype, *, eight_bits: bool | None = None
+    build: Callable[[], nn.Module], checkpoint: Checkpoint, dtype: torch.dtype, *, eight_bits: bool = False
 ) -> Any:
     """A network with the weights of a checkpoint that :func:`names_in` accepts.
 
     Args:
         build: makes the network, from its configuration.
         dtype: of its weights; what diffusers keeps in float32 stays in it.
-        eight_bits: whether the linears of blocks are stored in 8 bits. None: those that are so in the checkpoint.
+        eight_bits: store all linears of blocks in 8 bits, not only those that are so in the checkpoint.
 
     Raises:
         NotFiniteError: for weights that are NaN, infinite or too large.
@@ -256,7 +256,7 @@ def load_network(
             check_values(
                 [(original, tensor), *([] if factor is None else [(factors[original], factor)])], checkpoint.path
             )
-            narrow = eight_bits if eight_bits is not None else tensor.element_size() == 1
+            narrow = eight_bits or tensor.element_size() == 1
             if narrow and attribute == "weight" and is_linear_of_a_block(module, owner):
                 small[owner] = in_8_bits(tensor, factor)
                 continue

@@ -121,7 +121,7 @@ def expert_on_meta(model: ModelSettings, expert: Expert) -> Any:
     return check_component(component_path(model, name), name, model, model.spec, "model.weights")
 
 
-def load_component(model: ModelSettings, name: str, *, by_text: bool = False, eight_bits: bool | None = None) -> Any:
+def load_component(model: ModelSettings, name: str, *, by_text: bool = False, eight_bits: bool = False) -> Any:
     """One network of ``model``, or its tokenizer, on the CPU; its files were checked.
 
     Args:
@@ -139,5 +139,5 @@ def load_component(model: ModelSettings, name: str, *, by_text: bool = False, ei
     dtype = getattr(torch, model.vae_dtype if name == "vae" else model.dtype)
     if file.suffix == ".gguf":
         return load_gguf(file, config, dtype)
-    narrow = eight_bits if name in _EXPERTS else None
+    narrow = eight_bits and name in _EXPERTS
     return load_network(lambda: build(CLASSES[name], config), Checkpoint.open(file), dtype, eight_bits=narrow)

@@ -266,7 +266,8 @@ def estimate_shot(
     frames = frames or model.video.frames
     in_turn = runtime.experts == "in_turn" and len(model.spec.experts) > 1
     count = 1 if in_turn else len(model.spec.experts)
-    idle, at_work = _placed(_expert(model, runtime.precision, sampler), count, runtime, grid)
+    expert = _expert(model, runtime.precision, sampler)
+    idle, at_work = _placed(expert, count, runtime, grid)
     left = 0 if in_turn else idle  # one that takes turns is freed after the last step
     vae = SIZES[model.vae_dtype] * _parameters("AutoencoderKLWan", model.network.vae)
     stays = 0 if runtime.offload == "model" else vae
@@ -290,7 +291,7 @@ def estimate_shot(
         Stage(name="decode", weights=left + vae, activations=decode_bytes(**shape)),
         Stage(name="score", weights=left + stays + max(scorers), activations=int(_SCORING * max(scorers))),
     )
-    read = count * _expert(model, runtime.precision, sampler).total + vae
+    read = count * expert.total + vae
     cached = memory_cache_bytes(model, memory_frames) if runtime.memory_cache == "cpu" else 0
     embedder, quality = scorers
     waiting = embedder if in_turn else embedder + quality  # the filter takes turns with the experts

@@ -24,7 +24,6 @@ from storymem.wan.schedule import wan_scheduler
 from storymem.wan.settings import (
     Continuity,
     ModelSettings,
-    Precision,
     RuntimeSettings,
     SamplerSettings,
 )
@@ -154,13 +153,10 @@ def _settled(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSet
 # Networks
 
 
-_EIGHT_BITS: dict[Precision, bool | None] = {"as_is": None, "fp8_storage": True}
-
-
 def _component(model: ModelSettings, name: str, runtime: RuntimeSettings, *, by_text: bool = False) -> Any:
     """A network or the tokenizer, from its files or with random weights from its own seed."""
     if model.weights is not None:
-        return load_component(model, name, by_text=by_text, eight_bits=_EIGHT_BITS[runtime.precision])
+        return load_component(model, name, by_text=by_text, eight_bits=runtime.precision == "fp8_storage")
     if name == "tokenizer":
         return _bytes_tokenizer()
     config = config_of(model, name, model.text_spec if by_text else model.spec)

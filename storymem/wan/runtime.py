@@ -131,8 +131,7 @@ def check_machine(model: ModelSettings, runtime: RuntimeSettings, *, here: bool 
 
 
 def _check_precision(runtime: RuntimeSettings, device: torch.device) -> None:
-    precision = runtime.precision
-    if precision == "fp8_storage" and device.type == "mps":
+    if runtime.precision == "fp8_storage" and device.type == "mps":
         raise ValueError("runtime.precision=fp8_storage: mps devices have no 8-bit floats; use precision=as_is")
 
 

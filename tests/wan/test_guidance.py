@@ -1,4 +1,4 @@
-"""Guidance: both passes of a step in turn or as one batch, and a negative pass that sees no memory."""
+"""Guidance: both passes of a step, and a negative pass that sees no memory."""
 
 from __future__ import annotations
 

@@ -137,25 +137,24 @@ def test_sums_of_8_bit_weights_do_not_overflow_float16() -> None:
     torch.testing.assert_close(stored(inputs.half()).float(), linear(inputs), rtol=0.01, atol=0.1)
 
 
-def adapted(runtime: RuntimeSettings, **changes: Any) -> Any:
+def adapted(runtime: RuntimeSettings) -> Any:
     """An expert with an adapter that has an effect, in ``runtime.precision``."""
-    model = settings(**changes)
+    model = settings()
     pipe = load_pipeline(model, runtime=CPU, text_encoder=False)
     torch.manual_seed(0)
     pipe.transformer.add_adapter(memory_lora_config(rank=4), adapter_name="memory")
     for name, weight in pipe.transformer.named_parameters():
         if "lora_" in name:
-            weight.data = torch.randn(weight.shape).mul(0.1).to(getattr(torch, model.dtype))
+            weight.data = torch.randn(weight.shape).mul(0.1)
     runtimes.accelerate(pipe, model, runtime)
     return pipe.transformer.eval()
 
 
 def forward(expert: Any) -> torch.Tensor:
-    dtype = expert.dtype
     generator = torch.Generator().manual_seed(1)
     latents, text = torch.randn(1, 36, 3, 4, 6, generator=generator), torch.randn(1, 16, 32, generator=generator)
     with torch.no_grad():
-        return expert(latents.to(dtype), torch.tensor([500.0]), text.to(dtype)).sample.float()
+        return expert(latents, torch.tensor([500.0]), text).sample
 
 
 def test_adapters_keep_their_precision() -> None:
@@ -346,7 +345,7 @@ def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_choices_are_described() -> None:
     described = check_machine(deep(), RuntimeSettings(device="cpu", cache="taylor"))
-    assert described == ("attention native (torch's own, because the device is cpu), cache taylor at 2")
+    assert described == "attention native (torch's own, because the device is cpu), cache taylor at 2"
 
 
 # Placement

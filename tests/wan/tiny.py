@@ -101,9 +101,9 @@ def counting(*modules: nn.Module) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-def shot_by_text(model: ModelSettings, vae: Any, *, runtime: RuntimeSettings = CPU, **changes: Any) -> Tensor:
+def shot_by_text(model: ModelSettings, vae: Any, **changes: Any) -> Tensor:
     """Latents of a first shot by the text-to-video networks."""
-    pipe = load_text_to_video(model, vae=vae, runtime=runtime, **changes)
+    pipe = load_text_to_video(model, vae=vae, runtime=CPU, **changes)
     pipe.set_progress_bar_config(disable=True)
     return pipe(
         prompt_embeds=torch.ones(1, 16, 32),
