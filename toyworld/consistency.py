@@ -16,7 +16,7 @@ import numpy as np
 from storymem.evaluation.entities import GAPS
 from storymem.evaluation.metric import Column, FilmInfo, Metric, Pair, Scores, Value, mean
 from storymem.story import Shot, Story
-from toyworld.attributes import LOOK_PARTS, LOOKS, PROP_COLOURS, SIDES, UNKNOWN, Scenery
+from toyworld.attributes import HEIGHT, LOOK_PARTS, LOOKS, PROP_COLOURS, SIDES, UNKNOWN, WIDTH, Scenery
 from toyworld.places import draw_place
 from toyworld.reader import ShotSeen, fit_backdrop, planar, read_shot
 from toyworld.words import Asked, left_to_right, read_prompt
@@ -134,6 +134,11 @@ class ToyConsistency(Metric):
             ValueError: for frames or a prompt that are not of the toy world.
         """
         _asked(shot)
+        if frames.shape[1:] != (HEIGHT, WIDTH, 3):
+            raise ValueError(
+                f"{film.story.title}, {shot.label}: metrics=[toy] reads films of {WIDTH}x{HEIGHT}, and this one is "
+                f"{frames.shape[2]}x{frames.shape[1]}: leave its story out with stbench.only, or use other metrics"
+            )
         return read_shot(frames, self.every)
 
     def compute(self, measured: Sequence[ShotSeen | None], film: FilmInfo) -> Scores:

@@ -26,10 +26,10 @@ def _prepare(config: Mapping[str, Any]) -> None:
 
 
 def _evaluate(config: Mapping[str, Any]) -> None:
-    from storymem.evaluation.choosing import chosen_name, with_method
+    from storymem.evaluation.choosing import of_command, with_method
     from storymem.evaluation.stbench import evaluate
 
-    evaluate({**config, "label": config.get("label") or chosen_name()}, with_method)
+    evaluate(of_command(config), with_method)
 
 
 class Command(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -12,6 +12,13 @@ from storymem.config import CONFIGS, nearest
 
 _PRIMARY = "eval_stbench"
 _BENCHMARK = "stbench"  # these experiments specify what is compared; all others, how films are made
+
+
+def of_command(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of this run, with the name of its method; ``method=NAME`` replaces an experiment's methods."""
+    given = {_key(text) for text in HydraConfig.get().overrides.task}
+    methods = () if "method" in given and "methods" not in given else config["methods"]
+    return {**config, "methods": methods, "label": config.get("label") or chosen_name()}
 
 
 def chosen_name() -> str | None:

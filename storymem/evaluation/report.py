@@ -1,12 +1,12 @@
-"""Results as files: JSON and CSV for programs, tables in Markdown and LaTeX, and a page that is one file."""
+"""Results as files: JSON and CSV for programs, tables in Markdown and LaTeX, and a page."""
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -81,7 +81,7 @@ def _of_page(results: Results, folder: Path) -> dict[str, Any]:
         "means_plot": means_plot(results),
         "gaps_plot": gaps_plot(results),
         "story_plots": plots,
-        "images": lambda system, story: _images(folder / system / story.slug, story),
+        "images": lambda system, story: _images(folder / system / story.slug, story, folder.parent),
         "matrix": lambda story: _matrix(story, *bounds),
         "versions": library_versions(),
         "reader": READER,
@@ -123,11 +123,18 @@ def _tables(results: Results) -> list[Table]:
     comparisons = [
         Table(
             f"{second} compared with {first}, paired by story",
-            [["", *COMPARED], *([column.title, *_comparison(columns[column.name])] for column in results.shown)],
+            _filled([["", *COMPARED], *([one.title, *_comparison(columns[one.name])] for one in results.shown)]),
         )
         for (first, second), columns in results.comparisons.items()
     ]
     return [_means(results), *others, *_controls(results), *_agreement(results), *comparisons]
+
+
+def _filled(rows: list[list[str]]) -> list[list[str]]:
+    """``rows`` without the columns that are empty below their heading; the first stays."""
+    known = [any(row[place] not in ("", ABSENT) for row in rows[1:]) for place in range(len(rows[0]))]
+    places = [place for place, is_known in enumerate(known) if is_known or place == 0]
+    return [[row[place] for place in places] for row in rows]
 
 
 def _means(results: Results) -> Table:
@@ -140,13 +147,16 @@ def _means(results: Results) -> Table:
     for name, known in results.published.items():
         plain = [number(known.get(column.name)) for column in results.shown]
         rows.append([f"{name} †", *plain, *([ABSENT] if costs else [])])
-    statistics, texts = results.statistics, results.texts
+    statistics, texts, count = results.statistics, results.texts, len(results.benchmark["titles"])
+    intervals = (
+        f", with {100 * statistics.level:g} % bootstrap intervals ({statistics.resamples} resamples of the stories, "
+        f"seed {statistics.seed})"
+    )
     notes = [
         *_footnotes(rows, symbols),
         f"{'† ' if results.published else 'Note: '}{results.published_note}.",
-        f"Means over {counted_stories(len(results.benchmark['titles']))}, with {100 * statistics.level:g} % bootstrap "
-        f"intervals ({statistics.resamples} resamples of the stories, seed {statistics.seed}). Where a story has no "
-        "value there is no mean; the mean over the other stories stands in parentheses.",
+        f"Means over {counted_stories(count)}{intervals if count > 1 else ''}. Where a story has no value there is no "
+        "mean; the mean over the other stories stands in parentheses.",
     ]
     if texts["read"]:
         cut = f"{texts['truncated']} of {texts['read']} texts"
@@ -195,7 +205,8 @@ def _agreement(results: Results) -> list[Table]:
         rows = rows or [["", *(titles[truth] for truth in row)]]
         rows.append([titles[one]])
         for of in row.values():
-            rows[-1].append(ABSENT if of is None else f"{number(of.rho, 2)} {interval(of.interval, 2)} ({of.films})")
+            bounds = "" if of is None or of.interval is None else f" {interval(of.interval, 2)}"
+            rows[-1].append(ABSENT if of is None else f"{number(of.rho, 2)}{bounds} ({of.films})")
     note = (
         "Spearman's rank correlation over films, its bootstrap interval over stories, and the number of films. What is "
         "drawn is known exactly, so a learned metric that does not follow it is no evidence on such films."
@@ -239,7 +250,7 @@ def counted_stories(count: int) -> str:
 
 
 def _comparison(found: Comparison | None) -> list[str]:
-    """Cells under `COMPARED`."""
+    """Cells under `COMPARED`; a single story has neither an interval nor a test."""
     if found is None:
         return [ABSENT] * len(COMPARED)
     return [
@@ -247,8 +258,7 @@ def _comparison(found: Comparison | None) -> list[str]:
         interval(found.interval),
         ABSENT if found.relative is None else f"{100 * found.relative:+.1f} %",
         f"{found.wins} / {found.losses} of {found.stories}",
-        f"{found.sign_p:.4f}",
-        f"{found.permutation_p:.4f}",
+        *([""] * 2 if found.stories < 2 else [f"{found.sign_p:.4f}", f"{found.permutation_p:.4f}"]),
     ]
 
 
@@ -291,13 +301,13 @@ def _reasons(story: StoryResult, results: Results) -> dict[str, list[Column]]:
     return found
 
 
-def _images(folder: Path, story: StoryResult) -> dict[int, str | None]:
-    """Number of each shot -> its image as a ``data:`` URI."""
+def _images(folder: Path, story: StoryResult, page: Path) -> dict[int, str | None]:
+    """Number of each shot -> the URL of its image, relative to the folder ``page``."""
     found: dict[int, str | None] = {}
     for shot in story.shots:
         path = folder / f"{shot.number:02d}.jpg"
         shown = path.name in story.images and path.is_file()
-        found[shot.number] = f"data:image/jpeg;base64,{base64.b64encode(path.read_bytes()).decode()}" if shown else None
+        found[shot.number] = quote(path.relative_to(page).as_posix()) if shown else None
     return found
 
 

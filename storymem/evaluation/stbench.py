@@ -373,9 +373,7 @@ def check_methods(
 ) -> None:
     """Check every story with every method, before the first film is made."""
     for system in systems:
-        method = build_method(system)
-        for story in stories:
-            method.check(story)
+        check_method(system, stories)
     if launch.team == 0:
         from storymem.story.notes import notes_on
 
@@ -383,14 +381,35 @@ def check_methods(
             report(note)
 
 
+def check_method(system: System, stories: Sequence[Story]) -> None:
+    """Raise what keeps a method from making its films: their stories, missing weights, other films in their folders."""
+    from storymem.methods import ChecksFilms
+
+    method = build_method(system)
+    for story in stories:
+        method.check(story)
+        if isinstance(method, ChecksFilms):
+            with _advice_on_other_films():
+                method.check_film(story, system.films / story.slug)
+
+
+@contextmanager
+def _advice_on_other_films() -> Iterator[None]:
+    """Add to the error that names another film what to do here."""
+    try:
+        yield
+    except OtherFilmError as error:
+        advice = "delete its folder, so that the film is made again, or choose another output"
+        raise FilmError(f"{error.differs}\n{advice}") from None
+
+
 def what_methods_lack(systems: Sequence[System], stories: Sequence[Story]) -> list[str]:
     """Why methods cannot make films here, each reason with the methods that it holds for."""
     found: dict[str, list[str]] = {}
     for system in systems:
         try:
-            check = build_method(system).check if system.method is not None else lambda _: None
-            for story in stories:
-                check(story)
+            if system.method is not None:
+                check_method(system, stories)
         except (ValueError, OSError, ImportError) as error:
             found.setdefault(str(error), []).append(system.name)
     return [f"{', '.join(names)} cannot make films here: {reason}" for reason, names in found.items()]
@@ -405,11 +424,8 @@ def make_films(system: System, stories: Sequence[Story]) -> None:
     method = build_method(system)
     for number, story in enumerate(stories, start=1):
         report(f"{system.name}: film {number} of {len(stories)}, {story.title}")
-        try:
+        with _advice_on_other_films():
             method.run(story, system.films / story.slug)
-        except OtherFilmError as error:
-            advice = "delete its folder, so that the film is made again, or choose another output"
-            raise FilmError(f"{error.differs}\n{advice}") from None
     del method
     gc.collect()
 

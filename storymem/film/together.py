@@ -70,14 +70,19 @@ def _opened(folder: Path, recipe: Recipe) -> Film:
     if not Film.exists(folder):
         return Film(folder, story=recipe.story, config=recipe.config)
     film = Film.open(folder)
+    check_same(film, recipe)
     film.remove_unfinished()
+    return film
+
+
+def check_same(film: Film, recipe: Recipe) -> None:
+    """Raise ``FilmError`` if ``film`` is not of this recipe: what differs; nothing is changed."""
     changes = [*film_changes(film.story, recipe.story), *setting_changes(film.config, recipe.config)]
     if flat(film.story["scenes"]) != flat(recipe.story["scenes"]):
         changes.append("its shots are not those of the story")
     if changes:
         lines = [f"{film.folder} holds another film:", *(f"  {line}" for line in changes)]
         raise FilmError("\n".join([*lines, "choose another output: its shots are generated together"]))
-    return film
 
 
 def _write(film: Film, shots: Sequence[np.ndarray], fps: int, seed: int, seconds: float) -> None:

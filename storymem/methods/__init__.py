@@ -21,7 +21,7 @@ from typing import Protocol, runtime_checkable
 
 from storymem.story import Story
 
-__all__ = ["Method"]
+__all__ = ["ChecksFilms", "Method"]
 
 
 @runtime_checkable
@@ -41,4 +41,13 @@ class Method(Protocol):
         Afterwards ``folder`` holds a film of StoryMem (``film.json``), or a video for each shot under a name with its
         scene and its number in the scene (``01_02.mp4``). Raises ``ValueError`` if it holds another film.
         """
+        ...
+
+
+@runtime_checkable
+class ChecksFilms(Protocol):
+    """A method that knows, before it runs, whether it can resume what a folder holds."""
+
+    def check_film(self, story: Story, folder: Path) -> None:
+        """Raise ``ValueError`` if ``folder`` holds another film than :meth:`Method.run` makes; nothing is changed."""
         ...

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from storymem.config import build_settings
+from storymem.film.folder import Film
 from storymem.film.generate import check_one_process, recorded_config, weight_hashes
 from storymem.film.progress import Progress
+from storymem.film.resume import Recipe, story_record
 from storymem.film.settings import GenerateSettings
-from storymem.film.together import make_together
+from storymem.film.together import check_same, make_together
 from storymem.methods.baseline import ignored_recall, without_memory
 from storymem.story import Story
 from storymem.wan.films import FilmRequest, WanFilmGenerator
@@ -91,6 +93,11 @@ class JointMethod(ABC):
                 )
         for line in notes:
             logger.warning(line)
+
+    def check_film(self, story: Story, folder: Path) -> None:
+        """See :meth:`storymem.methods.ChecksFilms.check_film`."""
+        if Film.exists(folder):
+            check_same(Film.open(folder), Recipe(story_record(story), self.recorded_config))
 
     def run(self, story: Story, folder: Path) -> None:
         """See :meth:`storymem.methods.Method.run`."""

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from storymem.config import build_settings
+from storymem.film.folder import Film
 from storymem.film.generate import build_generator, build_storyteller
 from storymem.film.progress import Progress
-from storymem.film.settings import GenerateSettings, uses_text_to_video
+from storymem.film.resume import Recipe, match_film, story_record
+from storymem.film.settings import GenerateSettings, Work, uses_text_to_video
 from storymem.film.storyteller import Storyteller
 from storymem.story import Story
 from storymem.wan.sources import check_weights
@@ -47,6 +49,11 @@ class StoryMem:
         )
         build_generator(settings).check_machine()
         self.storyteller.check_lengths(story)
+
+    def check_film(self, story: Story, folder: Path) -> None:
+        """See :meth:`storymem.methods.ChecksFilms.check_film`."""
+        if Film.exists(folder):
+            match_film(Film.open(folder), Recipe(story_record(story), dict(self.storyteller.config)), Work())
 
     def run(self, story: Story, folder: Path) -> None:
         """See :meth:`storymem.methods.Method.run`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,10 @@ def test_independent_shots_do_not_depend_on_each_other_and_can_be_resumed(story:
     assert (tmp_path / "film" / film.shots[0].file).stat().st_mtime_ns == first
     after = [read_video(tmp_path / "film" / shot.file) for shot in Film.open(tmp_path / "film").shots]
     assert all((a == b).all() for a, b in zip(whole, after, strict=True))
-    with pytest.raises(ValueError, match=r"other settings:\n  seed: 0 before, 5 now"):
-        method("independent", "seed=5").run(story, tmp_path / "film")
+    for act in (method("independent", "seed=5").run, method("independent", "seed=5").check_film):
+        with pytest.raises(ValueError, match=r"other settings:\n  seed: 0 before, 5 now"):
+            act(story, tmp_path / "film")
+    independent.check_film(story, tmp_path / "film")
 
 
 def test_storymem_is_the_loop_under_the_commands_settings(tmp_path: Path) -> None:
@@ -99,7 +102,7 @@ def test_what_cannot_be_made_is_reported_first(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_methods_are_filmed_scored_and_compared(tmp_path: Path) -> None:
+def test_methods_are_filmed_scored_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "a.yaml").write_text(small.TWO_SHOTS)
     overrides = [f"stbench.stories={tmp_path}/s", f"output={tmp_path}/out", "metrics=[tiny]", *TINY]
@@ -115,5 +118,9 @@ def test_methods_are_filmed_scored_and_compared(tmp_path: Path) -> None:
     assert found.stories == 1
 
     run = composed(*overrides, "methods=[storymem]", name="eval_stbench")
-    with pytest.raises(ValueError, match=r"seed: .*\n(?s:.*)delete its folder, .* or choose another output$"):
+    other = r"seed: .*\n(?s:.*)delete its folder, .* or choose another output$"
+    with pytest.raises(ValueError, match=other):
         evaluate(run, lambda name: compose_with_method(name, [*overrides, "seed=5"]))
+    capsys.readouterr()
+    evaluate({**run, "dry_run": True}, lambda name: compose_with_method(name, [*overrides, "seed=5"]))
+    assert re.search(f"storymem cannot make films here: (?s:.*){other}", capsys.readouterr().out.strip())

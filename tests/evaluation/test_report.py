@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -120,6 +121,12 @@ def test_tables(two: Results, tmp_path: Path) -> None:
     assert latex.count("{") == latex.count("}")
 
 
+def test_a_single_story_has_neither_intervals_nor_tests(tmp_path: Path) -> None:
+    text = write_report(results("own", one=[result("A", 0.4)], two=[result("A", 0.5)]), tmp_path)
+    assert "|  | difference | relative | higher / lower |" in text
+    assert not re.search("bootstrap|interval", text)
+
+
 @pytest.mark.parametrize("weights", ["own", "untrained"])
 def test_published_rows_stand_only_beside_the_papers_scorers(weights: str, tmp_path: Path) -> None:
     write_report(results(weights, one=[result("A", 0.4)]), tmp_path)
@@ -212,12 +219,14 @@ def plots_of(page: Path) -> list[str]:
     return [base64.b64decode(content).decode() for content in found]
 
 
-def test_the_page_is_complete_and_refers_to_nothing_outside(page: Path) -> None:
+def test_the_page_is_complete_and_refers_to_nothing_outside_its_folder(page: Path) -> None:
     text, tags = page.read_text(), _Tags()
     tags.feed(text)
     assert tags.open == []
     assert tags.links
-    assert all(link.startswith("data:image/") for link in tags.links)
+    shots = [link for link in tags.links if not link.startswith("data:image/svg")]
+    assert len(set(shots)) == 9, "5 shots of one system, 4 of the other"
+    assert all((page.parent / unquote(link)).is_file() for link in shots)
     assert not re.search(r"<script|url\(|@import|https?://", text)
     shown = json.loads((page.parent / "results.json").read_text())["systems"]["one"]["columns"].values()
     assert len(plots_of(page)) == 2 + sum(one["expected"] > 0 for one in shown), "means, gaps, and stories by column"
@@ -242,9 +251,7 @@ def test_a_browser_opens_it_from_disk(page: Path, tmp_path: Path) -> None:
     flags += "--disable-component-update --disable-sync --hide-scrollbars --force-color-profile=srgb"
     image = tmp_path / "page.png"
     command = [chromium, *flags.split(), f"--user-data-dir={tmp_path}/profile", f"--screenshot={image}"]
-    copy = tmp_path / "elsewhere" / "sent.html"
-    copy.parent.mkdir()
-    shutil.copy(page, copy)
+    copy = shutil.copytree(page.parent, tmp_path / "elsewhere") / page.name
     subprocess.run([*command, "--window-size=1300,3000", copy.as_uri()], check=True, capture_output=True, timeout=120)
     shown = np.asarray(Image.open(image).convert("RGB")).astype(int)
     for colour in COLOURS:

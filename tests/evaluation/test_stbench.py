@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import resource
 import runpy
 import sys
@@ -177,6 +178,13 @@ def test_a_dry_run_prints_what_is_missing(folder: Path, capsys: pytest.CaptureFi
     with pytest.raises(MissingWeights, match=r"ViCLIP-L-14"):
         evaluate(run)
     assert not (folder / "out").exists()
+
+
+def test_a_method_replaces_those_of_an_experiment(run: Run) -> None:
+    quick = ("experiment=stbench_toy_quick", "stbench.only=[]", "model=tiny", "runtime=cpu", "dry_run=true")
+    status, plan, errors = run(*quick, "method=storymem")
+    assert status == 0, errors
+    assert re.findall("^([a-z_]+): ", plan, re.MULTILINE) == ["one", "storymem"]
 
 
 def test_without_weights_nothing_is_scored(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
