@@ -169,7 +169,7 @@ def in_processes(count: int, strategy: str, steps: int) -> dict[str, Any]:
 
 def true_size(arguments: argparse.Namespace) -> None:
     """Measure training steps of a model at its own size, on the accelerator if there is one."""
-    from storymem.commands.benchmark import _random_expert, _reason, matmul_ceiling, save
+    from storymem.commands.benchmark import matmul_ceiling, random_expert, reason_of, save
     from storymem.config import build_settings
     from storymem.training.experts import Experts, make_accelerator, prepare_expert
     from storymem.training.settings import TrainSettings
@@ -187,7 +187,7 @@ def true_size(arguments: argparse.Namespace) -> None:
     accelerator = make_accelerator(None)
     device, rows = accelerator.device, []
     ceiling = matmul_ceiling(device, getattr(torch, model.dtype))
-    transformer = _random_expert(model, device)
+    transformer = random_expert(model, device)
     with device:
         prepare_expert(transformer, expert, settings.adapter, seed=settings.seed)
     experts = Experts({expert: transformer}, trained=[expert], accelerator=accelerator, parallel=settings.parallel)
@@ -199,7 +199,7 @@ def true_size(arguments: argparse.Namespace) -> None:
         try:
             row |= measure_steps(case, experts, accelerator, memory)
         except (ValueError, RuntimeError, ImportError, AssertionError) as error:
-            row["refused"] = _reason(error)
+            row["refused"] = reason_of(error)
         transformer.zero_grad(set_to_none=True)
         release_memory()
         rows.append(row)
@@ -209,7 +209,7 @@ def true_size(arguments: argparse.Namespace) -> None:
 
 def measure_steps(settings: Any, experts: Any, accelerator: Any, memory: int) -> dict[str, Any]:
     """Seconds and VRAM of steps with ``memory`` keyframes; the first step is not measured."""
-    from storymem.commands.benchmark import _peak_gb, _reset_peak
+    from storymem.commands.benchmark import peak_gb, reset_peak
     from storymem.training.method import ExpertTraining
     from storymem.training.objectives.memory import SamplePlan
     from storymem.training.objectives.samples import Source
@@ -232,7 +232,7 @@ def measure_steps(settings: Any, experts: Any, accelerator: Any, memory: int) ->
 
     def note(trainer: Trainer, report: StepReport) -> None:
         if report.step == 1:
-            _reset_peak(device)
+            reset_peak(device)
         else:
             seconds.append(report.seconds)
 
@@ -264,7 +264,7 @@ def measure_steps(settings: Any, experts: Any, accelerator: Any, memory: int) ->
         "all_seconds": seconds,
         "tflop": tflop,
         "tflops": tflop / median,
-        "peak_gb": _peak_gb(device),
+        "peak_gb": peak_gb(device),
     }
 
 

@@ -87,13 +87,18 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return by_lower[found[0]] if found else None
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"``, or nothing if nothing is like ``name``."""
+    close = closest(name, known)
+    return f"; did you mean {close!r}?" if close else ""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"``, or what is known if nothing is like ``name``; empty if nothing is known."""
     names = sorted(known)
     if not names:
         return ""
-    close = closest(name, names)
-    return f"; did you mean {close!r}?" if close else f"; known are: {first_of(names, _LISTED)}"
+    return did_you_mean(name, names) or f"; known are: {first_of(names, _LISTED)}"
 
 
 def first_of(names: Sequence[str], count: int) -> str:

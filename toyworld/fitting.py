@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from storymem.training.checkpoints import Checkpoints
 
 Network = TypeVar("Network", bound=nn.Module)
-Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, Any]]]
+Loss = Callable[[torch.Generator], tuple[Tensor, Mapping[str, float | Tensor]]]
 EVERY = 120.0  # seconds between checkpoints
 WARMUP, COOL = 50, 0.3  # steps of rising learning rate; the share of the time in which it falls to 0
 LOG_EVERY = 20  # steps
@@ -85,9 +85,9 @@ class Fit:
             now = time.monotonic()
             self.seconds, clock = self.seconds + now - clock, now
             if self.step % LOG_EVERY == 0:
-                figures = {name: float(figure) for name, figure in figures.items()}
+                logged = {"loss": value.detach(), "norm": norm, **figures}
                 self.log(
-                    step=self.step, seconds=round(self.seconds), loss=float(value.detach()), norm=float(norm), **figures
+                    step=self.step, seconds=round(self.seconds), **{name: float(one) for name, one in logged.items()}
                 )
             if now - saved > EVERY:
                 self.save()

@@ -53,7 +53,7 @@ class LatentStories:
     described: list[str]
 
     def to(self, device: torch.device) -> LatentStories:
-        """The same on another device, but for what rows are drawn by."""
+        """The same with its latents on another device; what rows are drawn by stays on the CPU."""
         moved = ("shots", "people", "keyframes", "key_people", "firsts", "first_of", "blank")
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 

@@ -60,7 +60,7 @@ class Recipe:
         start: a folder of weights to start from; None: fresh networks.
         weights: the folder that `save` writes.
         shards: of 32 stories each, how many are encoded.
-        batch_scale: how many times as large as on a CPU are the batches of the base on a GPU, which they keep busy.
+        batch_scale: of the base on a GPU: how many times the samples of a batch on a CPU.
         quick: tiny batches and no compiling, to see that everything runs.
     """
 

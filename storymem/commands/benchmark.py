@@ -137,12 +137,14 @@ def variations(model: ModelSettings, runtime: RuntimeSettings, device: torch.dev
         changes += [{"attention": name} for name in ("native", "flash2", "flash3", "cudnn", "sage")]
         changes += [{"cache": name, "cache_threshold": 0.0} for name in ("first_block", "taylor")]
         changes += [{"compile": "blocks"}]
-    cases = [Case(name="plain", model=model, runtime=runtime)]
+    cases = [
+        Case(name="plain", model=model, runtime=runtime),
+        Case(name="memory_attention=cached", model=replace(model, memory_attention="cached"), runtime=runtime),
+    ]
     for change in changes:
-        name = " ".join(f"{key}={value}" for key, value in change.items() if key != "cache_threshold")
-        cases.append(Case(name=name, model=model, runtime=replace(runtime, **change)))
-    cached = Case(name="memory_attention=cached", model=replace(model, memory_attention="cached"), runtime=runtime)
-    return [cases[0], cached, *cases[1:]]
+        ((key, value), *_) = change.items()
+        cases.append(Case(name=f"{key}={value}", model=model, runtime=replace(runtime, **change)))
+    return cases
 
 
 def random_pipeline(model: ModelSettings, runtime: RuntimeSettings) -> Any:
@@ -162,8 +164,8 @@ def random_pipeline(model: ModelSettings, runtime: RuntimeSettings) -> Any:
         text_encoder=None,
         vae=vae,
         scheduler=wan_scheduler(PUBLISHED.shift),
-        transformer=_random_expert(model, home),
-        transformer_2=_random_expert(model, home),
+        transformer=random_expert(model, home),
+        transformer_2=random_expert(model, home),
         boundary_ratio=model.boundary,
         rope_stride=model.rope_stride,
         memory_attention=model.memory_attention,
@@ -175,7 +177,8 @@ def random_pipeline(model: ModelSettings, runtime: RuntimeSettings) -> Any:
 
 
 @torch.no_grad()
-def _random_expert(model: ModelSettings, device: torch.device) -> Any:
+def random_expert(model: ModelSettings, device: torch.device) -> Any:
+    """An expert of ``model`` with random weights, and its memory adapter if it has one."""
     with torch.device("meta"):
         expert = WanTransformer3DModel(**model.network.transformer, in_channels=model.spec.in_channels).eval()
         if model.adapter is not None:
@@ -225,12 +228,13 @@ def measure(case: Case, *, memory_sizes: Sequence[int], ceiling: float, repeats:
         for memory in memory_sizes:
             yield _measured(pipe, case, memory, ceiling, repeats, device)
     except (ValueError, RuntimeError, ImportError, AssertionError) as error:  # kernels and compilers raise any of these
-        yield Row(case=case.name, memory=max(memory_sizes), refused=_reason(error))
+        yield Row(case=case.name, memory=max(memory_sizes), refused=reason_of(error))
     pipe = None
     release_memory()
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """The first line of an error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -241,7 +245,7 @@ def _measured(pipe: Any, case: Case, memory: int, ceiling: float, repeats: int, 
     prefill_call, forward = forwards(pipe, model, runtime, memory, device)
     prefill = 0.0 if prefill_call is None else timed(prefill_call, device)
     forward()  # what is compiled or traced is so now
-    _reset_peak(device)
+    reset_peak(device)
     seconds = min(timed(forward, device) for _ in range(repeats))  # other work on the machine can only add
     height, width = model.spec.latent_size(model.video.height, model.video.width)
     text_tokens, network = model.network.text_tokens, model.network.transformer
@@ -256,7 +260,7 @@ def _measured(pipe: Any, case: Case, memory: int, ceiling: float, repeats: int, 
         ceiling=ceiling,
         prefill=prefill,
         calculated_gb=next(stage.total for stage in stages if stage.name == "denoise") / GB,
-        measured_gb=_peak_gb(device),
+        measured_gb=peak_gb(device),
     )
 
 
@@ -309,10 +313,10 @@ def measure_shot(case: Case, *, memory: int, steps: int) -> ShotRow:
         )
 
     shot(2)
-    _reset_peak(device)
+    reset_peak(device)
     with seconds_of_forwards(pipe, device) as spent:
         seconds = timed(lambda: shot(steps), device)
-    peak = _peak_gb(device)
+    peak = peak_gb(device)
     pipe = None
     release_memory()
     outside = 1 - sum(spent) / seconds
@@ -340,13 +344,15 @@ def seconds_of_forwards(pipe: Any, device: torch.device) -> Iterator[list[float]
         yield spent
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """Count the peak of VRAM from here on."""
     if device.type != "cpu":
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats(device)
 
 
-def _peak_gb(device: torch.device) -> float | None:
+def peak_gb(device: torch.device) -> float | None:
+    """The peak of VRAM in GB; None on the CPU."""
     return None if device.type == "cpu" else torch.accelerator.max_memory_allocated(device) / GB
 
 
@@ -441,7 +447,7 @@ def _run(
             )
             add(_result(first, [shot]))
         except (ValueError, RuntimeError) as error:
-            print(f"not measured: a whole shot: {_reason(error)}", flush=True)
+            print(f"not measured: a whole shot: {reason_of(error)}", flush=True)
             release_memory()
     for case in others if arguments.sweep else []:
         if time.perf_counter() - arguments.began > 60 * arguments.minutes:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from storymem import __version__, io
 from storymem.composition import SETTINGS, reference, register_defaults
-from storymem.config import CONFIGS, closest, nearest
+from storymem.config import CONFIGS, closest, did_you_mean, nearest
 from storymem.overrides import hydra_arguments
 
 
@@ -238,8 +238,7 @@ def _describe_composition(error: Exception, name: str, command: Command) -> str:
             choices = cause.options or [path.stem for path in (CONFIGS / group).glob("*.yaml")]
             if group == "experiment":
                 choices = [choice for choice in choices if choice.startswith(_EVALUATED) != (name == "train")]
-            close = closest(cause.missing_cfg_file.rpartition("/")[2], choices)
-            hint = f"; did you mean {close!r}?" if close else ""
+            hint = did_you_mean(cause.missing_cfg_file.rpartition("/")[2], choices)
             return f"Could not find {cause.missing_cfg_file!r}; choices of {group}: {', '.join(sorted(choices))}{hint}"
         if isinstance(cause, MissingMandatoryValue):
             whole = command.example and command.positional in (key, None)

@@ -24,6 +24,8 @@ from av.video.stream import VideoStream
 from storymem.io import FileError, check_regular
 from storymem.media.pixels import FrameConverter
 
+#: For metadata that is not UTF-8, which PyAV 19 reads without being asked to.
+_LENIENT: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 # Each packet of these is one frame; of others (VP8 has invisible frames) frames are counted by decoding.
 _FRAME_PER_PACKET = {
     *("h264", "hevc", "libdav1d", "av1", "vp9", "mpeg1video", "mpeg2video", "mpeg4", "h263"),
@@ -137,10 +139,6 @@ class Video:
             number = bisect_left(info.stamps, frame.pts or 0)
             if number < len(info.stamps) and info.stamps[number] == frame.pts:
                 yield number, frame
-
-
-#: PyAV 19 reads metadata that is not UTF-8; before it has to be asked to.
-_LENIENT: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class JointMethod(ABC):
             )
         check_weights(self.model, text_to_video=False, sampler=self.sampler)
         self.generator.check_machine()
-        self.request(story)
+        self.request(story)  # ValueError if the story does not fit
         if not self.is_trained and self.settings.model.text_to_video is not None:
             raise ValueError(
                 f"the networks of {self.model.name} were not trained for the layout of {self.name}, so its films "

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass as settings
 
-from storymem.config import STRICT, build_settings, check_bounds, closest
+from storymem.config import STRICT, build_settings, check_bounds, did_you_mean
 from storymem.film.folder import Film
 from storymem.film.manifest import Take
 from storymem.film.parts import Recalled
@@ -70,8 +70,8 @@ class Memento(StoryMem):
     ) -> None:
         model = generate["model"]
         if (name := model["name"]) not in models:
-            near = f"; did you mean {found!r}?" if (found := closest(name, models)) else ""
-            raise ValueError(f"method.models has no weights for model {name!r}: add method.models.{name}.weights{near}")
+            advice = f"add method.models.{name}.weights{did_you_mean(name, models)}"
+            raise ValueError(f"method.models has no weights for model {name!r}: {advice}")
         self.own = build_settings(MementoModel, models[name])
         adapter = None
         if self.own.weights is not None:

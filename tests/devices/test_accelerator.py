@@ -146,7 +146,9 @@ def test_the_pipeline_alone_takes_texts_and_gives_frames(offload: Offload) -> No
     given = {"memory": tiny.images(2), "motion_frames": tiny.images(5), "output_type": "np"}
     expected = tiny.generate(load_pipeline(tiny.settings(), runtime=tiny.CPU), **given)
     found = tiny.generate(load_pipeline(tiny.settings(), runtime=RuntimeSettings(offload=offload)), **given)
-    np.testing.assert_allclose(found, expected, atol=1e-2)  # convolutions compute in TF32 on CUDA
+    assert ACCELERATOR is not None
+    tolerance = 1e-2 if ACCELERATOR.type == "cuda" else 1e-3  # convolutions compute in TF32 on CUDA
+    np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("offload", PLACEMENTS)

@@ -196,6 +196,6 @@ def test_motion_comes_with_consistency_and_only_then() -> None:
 
 def test_one_story_is_not_several(folder: Path) -> None:
     evaluate(config(folder) | {"stbench": {"stories": str(folder / "stories"), "only": ["a_cat"]}})
-    assert "Means over 1 story, with" in (folder / "out" / "results.md").read_text()
+    assert "Means over 1 story. " in (folder / "out" / "results.md").read_text()
     assert json.loads((folder / "out" / "results.json").read_text())["benchmark"]["titles"] == ["A Cat"]
     assert written(folder)["controls"]["rows"] == {}
