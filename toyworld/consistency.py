@@ -69,7 +69,7 @@ def things_of(story: Story) -> list[Thing]:
         shots = tuple(index for index, cast in enumerate(casts) if character.name in cast)
         stands = tuple((casts[index].index(character.name), len(casts[index])) for index in shots)
         found.append(Thing(name=character.name, parts=LOOK_PARTS, shots=shots, stands=stands))
-    places = [_asked(shot).place for shot in story.shots]
+    places = [_asked(shot, story).place for shot in story.shots]
     for place in dict.fromkeys(places):
         shots = tuple(index for index, name in enumerate(places) if name == place)
         found.append(Thing(name=place, parts=SCENERY_PARTS, shots=shots))
@@ -133,7 +133,7 @@ class ToyConsistency(Metric):
         Raises:
             ValueError: for frames or a prompt that are not of the toy world.
         """
-        _asked(shot)
+        _asked(shot, film.story)
         if frames.shape[1:] != (HEIGHT, WIDTH, 3):
             raise ValueError(
                 f"{film.story.title}, {shot.label}: metrics=[toy] reads films of {WIDTH}x{HEIGHT}, and this one is "
@@ -150,7 +150,8 @@ class ToyConsistency(Metric):
         of_characters = [one for one in compared if one.of_character]
         alone, apart = len(characters) == 1, _apart(characters, measured)
         asked = tuple(
-            None if shown is None else _as_asked(shown, shot) for shown, shot in zip(measured, story.shots, strict=True)
+            None if shown is None else _as_asked(shown, shot, story)
+            for shown, shot in zip(measured, story.shots, strict=True)
         )
         present = tuple(
             None if shown is None else float(len(shown.seen.looks) == len(shot.characters))
@@ -300,11 +301,12 @@ def _same(thing: Thing, seen: Sequence[ShotSeen | None]) -> Iterator[tuple[int, 
             yield thing.shots[a], thing.shots[b], [float(x == y != UNKNOWN) for x, y in zip(one, other, strict=True)]
 
 
-def _asked(shot: Shot) -> Asked:
+def _asked(shot: Shot, story: Story) -> Asked:
     try:
         return read_prompt(shot.prompt)
     except ValueError as error:
-        raise ValueError(f"{shot.label}: {error}. metrics=[toy] is for stories like those in st_bench/toy") from None
+        advice = "metrics=[toy] is for stories like those in st_bench/toy"
+        raise ValueError(f"{story.title}, {shot.label}: {error}. {advice}") from None
 
 
 def _plain(shown: ShotSeen) -> dict[str, Any]:
@@ -312,9 +314,9 @@ def _plain(shown: ShotSeen) -> dict[str, Any]:
     return {**vars(shown.seen), "looks": [dict(vars(look)) for look in shown.seen.looks], "action": shown.action}
 
 
-def _as_asked(shown: ShotSeen, shot: Shot) -> float:
+def _as_asked(shown: ShotSeen, shot: Shot, story: Story) -> float:
     """Share of place, time, framing and action that are read as in the prompt."""
-    asked, read = _asked(shot), {**vars(shown.seen), "action": shown.action}
+    asked, read = _asked(shot, story), {**vars(shown.seen), "action": shown.action}
     return float(np.mean([read[name] == getattr(asked, name) for name in ASKED]))
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import field
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from pkgutil import resolve_name
@@ -372,8 +373,9 @@ def check_methods(
     systems: Sequence[System], stories: Sequence[Story], settings: EvaluateSettings, launch: Launch
 ) -> None:
     """Check every story with every method, before the first film is made."""
-    for system in systems:
-        check_method(system, stories)
+    from storymem.methods import check_all
+
+    check_all(*(partial(check_method, system, stories) for system in systems))
     if launch.team == 0:
         from storymem.story.notes import notes_on
 
@@ -383,14 +385,17 @@ def check_methods(
 
 def check_method(system: System, stories: Sequence[Story]) -> None:
     """Raise what keeps a method from making its films: their stories, missing weights, other films in their folders."""
-    from storymem.methods import ChecksFilms
+    from storymem.methods import ChecksFilms, check_all
 
     method = build_method(system)
-    for story in stories:
+
+    def check(story: Story) -> None:
         method.check(story)
         if isinstance(method, ChecksFilms):
             with _advice_on_other_films():
                 method.check_film(story, system.films / story.slug)
+
+    check_all(*(partial(check, story) for story in stories))
 
 
 @contextmanager
@@ -405,13 +410,16 @@ def _advice_on_other_films() -> Iterator[None]:
 
 def what_methods_lack(systems: Sequence[System], stories: Sequence[Story]) -> list[str]:
     """Why methods cannot make films here, each reason with the methods that it holds for."""
+    from storymem.methods import causes_of
+
     found: dict[str, list[str]] = {}
     for system in systems:
         try:
             if system.method is not None:
                 check_method(system, stories)
         except (ValueError, OSError, ImportError) as error:
-            found.setdefault(str(error), []).append(system.name)
+            for cause in causes_of(error):
+                found.setdefault(str(cause), []).append(system.name)
     return [f"{', '.join(names)} cannot make films here: {reason}" for reason, names in found.items()]
 
 

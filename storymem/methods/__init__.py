@@ -16,12 +16,13 @@ A file ``configs/method/memento.yaml`` with the same keys makes it ``method=meme
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from storymem.story import Story
 
-__all__ = ["ChecksFilms", "Method"]
+__all__ = ["ChecksFilms", "Method", "causes_of", "check_all"]
 
 
 @runtime_checkable
@@ -29,7 +30,7 @@ class Method(Protocol):
     """Makes films of stories."""
 
     def check(self, story: Story) -> None:
-        """Raise ``ValueError`` or ``FileNotFoundError`` if the film of ``story`` cannot be made.
+        """Raise ``ValueError`` or ``FileNotFoundError`` if the film of ``story`` cannot be made; see :func:`check_all`.
 
         All stories are checked before the first film is made.
         """
@@ -51,3 +52,31 @@ class ChecksFilms(Protocol):
     def check_film(self, story: Story, folder: Path) -> None:
         """Raise ``ValueError`` if ``folder`` holds another film than :meth:`Method.run` makes; nothing is changed."""
         ...
+
+
+class SeveralErrors(ValueError, FileNotFoundError):
+    """What several checks raised: ``causes``, of either type."""
+
+    def __init__(self, causes: list[Exception]) -> None:
+        super().__init__("\n".join(map(str, causes)))
+        self.causes = causes
+
+
+def causes_of(error: Exception) -> list[Exception]:
+    """The causes of an error of :func:`check_all`; of any other error itself."""
+    return error.causes if isinstance(error, SeveralErrors) else [error]
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Run all checks and raise what they raise: a single error as it is, of several with equal messages the first."""
+    causes: dict[str, Exception] = {}
+    for check in checks:
+        try:
+            check()
+        except (ValueError, OSError, ImportError) as error:
+            for cause in causes_of(error):
+                causes.setdefault(str(cause), cause)
+    if len(causes) > 1:
+        raise SeveralErrors(list(causes.values()))
+    for cause in causes.values():
+        raise cause

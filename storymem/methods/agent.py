@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from storymem.config import STRICT, build_settings, check_bounds
 from storymem.io import write_json
 from storymem.media.images import fit_image, read_image
 from storymem.memory.keyframes import image_hash
+from storymem.methods import check_all
 from storymem.methods.chat import Chat
 from storymem.methods.image_models import ImageModel, ImageSettings, WanImages, to_images
 from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, is_embedded
@@ -97,12 +98,14 @@ class Agent(KeyframeMethod):
 
     def check(self, story: Story) -> None:
         """An endpoint is given unless planning is by rule, and the weights are here."""
+        check_all(self._check_endpoint, partial(super().check, story))
+
+    def _check_endpoint(self) -> None:
         if not self.agent.stub and self.agent.endpoint.url is None:
             raise ValueError(
                 "method=agent asks a language model: write method.agent.endpoint.url=http://HOST/v1 and "
                 "method.agent.endpoint.model=NAME; method=agent_stub plans by rule"
             )
-        super().check(story)
 
     def plan(self, story: Story, folder: Path) -> list[ImageGroup]:
         """Portraits of the characters that first frames are made from, then the first frames in order."""

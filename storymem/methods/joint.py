@@ -7,7 +7,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from storymem.film.progress import Progress
 from storymem.film.resume import Recipe, story_record
 from storymem.film.settings import GenerateSettings
 from storymem.film.together import check_same, make_together
+from storymem.methods import check_all
 from storymem.methods.baseline import ignored_recall, without_memory
 from storymem.story import Story
 from storymem.wan.films import FilmRequest, WanFilmGenerator
@@ -68,20 +69,14 @@ class JointMethod(ABC):
 
     def check(self, story: Story) -> None:
         """See :meth:`storymem.methods.Method.check`."""
-        check_one_process(self.settings.runtime)
-        if len(story.shots) > self.max_shots:
-            raise ValueError(
-                f"{story.title}: {len(story.shots)} shots, and {self.name} makes films of {self.max_shots} at most "
-                "(method.max_shots): shorten the story, or leave it out with stbench.only"
-            )
-        check_weights(self.model, text_to_video=False, sampler=self.sampler)
-        self.generator.check_machine()
+        check_all(
+            partial(check_one_process, self.settings.runtime),
+            partial(self._check_count, story),
+            self._check_trained,
+            partial(check_weights, self.model, text_to_video=False, sampler=self.sampler),
+            self.generator.check_machine,
+        )
         self.request(story)  # ValueError if the story does not fit
-        if not self.is_trained and self.settings.model.text_to_video is not None:
-            raise ValueError(
-                f"the networks of {self.model.name} were not trained for the layout of {self.name}, so its films "
-                "would mean nothing: name an adapter that was (method.adapter), or use model=toy"
-            )
         notes = [f"{story.title}: {line}" for line in ignored(story)]
         if not self._checked:  # once for all stories
             self._checked = True
@@ -93,6 +88,20 @@ class JointMethod(ABC):
                 )
         for line in notes:
             logger.warning(line)
+
+    def _check_count(self, story: Story) -> None:
+        if len(story.shots) > self.max_shots:
+            raise ValueError(
+                f"{story.title}: {len(story.shots)} shots, and {self.name} makes films of {self.max_shots} at most "
+                "(method.max_shots): shorten the story, or leave it out with stbench.only"
+            )
+
+    def _check_trained(self) -> None:
+        if not self.is_trained and self.settings.model.text_to_video is not None:
+            raise ValueError(
+                f"the networks of {self.model.name} were not trained for the layout of {self.name}, so its films "
+                "would mean nothing: name an adapter that was (method.adapter), or use model=toy"
+            )
 
     def check_film(self, story: Story, folder: Path) -> None:
         """See :meth:`storymem.methods.ChecksFilms.check_film`."""

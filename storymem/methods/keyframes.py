@@ -11,7 +11,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from storymem.film.settings import Mode
 from storymem.io import hash_json, replacing
 from storymem.media.images import fit_image, read_image
 from storymem.memory.keyframes import image_hash
+from storymem.methods import check_all
 from storymem.methods.baseline import IMAGE_TO_VIDEO_SHIFT, Baseline, WithoutMemory
 from storymem.methods.image_models import ImageModel, WanImages
 from storymem.story import Shot, Story
@@ -137,8 +138,7 @@ class KeyframeMethod(Baseline):
 
     def check(self, story: Story) -> None:
         """See :meth:`storymem.methods.Method.check`."""
-        super().check(story)
-        self.painter.check()
+        check_all(partial(super().check, story), self.painter.check)
 
 
 def make_images(

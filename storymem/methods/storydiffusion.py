@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +22,7 @@ from storymem.config import STRICT, build_settings, check_bounds
 from storymem.film.folder import Film
 from storymem.film.parts import Recalled
 from storymem.film.progress import Progress
+from storymem.methods import check_all
 from storymem.methods.baseline import Baseline, TextToVideo
 from storymem.methods.image_models import ImageModel, ImageSettings, to_images
 from storymem.methods.keyframes import ImageGroup, KeyframeMethod, image_names, is_embedded
@@ -105,6 +106,9 @@ class StoryDiffusionImages(KeyframeMethod):
 
     def check(self, story: Story) -> None:
         """The weights are here, and the id rows of a story leave room for others."""
+        check_all(partial(self._check_batch, story), partial(super().check, story))
+
+    def _check_batch(self, story: Story) -> None:
         settings = self.storydiffusion
         ids = {one for shots in id_shots(story, settings.sharing).values() for one in shots}
         if settings.batch <= len(ids) < len(story.shots):
@@ -112,7 +116,6 @@ class StoryDiffusionImages(KeyframeMethod):
                 f"{story.title} has {len(ids)} id images, which every batch contains: raise "
                 f"method.storydiffusion.batch above {settings.batch}, or lower sharing.id_images"
             )
-        super().check(story)
 
     def plan(self, story: Story, folder: Path) -> list[ImageGroup]:
         """All id rows and some others in each group; only the first group returns the id rows."""

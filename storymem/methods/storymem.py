@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,13 @@ from storymem.film.folder import Film
 from storymem.film.generate import build_generator, build_storyteller
 from storymem.film.progress import Progress
 from storymem.film.resume import Recipe, match_film, story_record
-from storymem.film.settings import GenerateSettings, Work, uses_text_to_video
+from storymem.film.settings import GenerateSettings, Work, check_lengths, uses_text_to_video
 from storymem.film.storyteller import Storyteller
+from storymem.methods import check_all
+from storymem.scorers import scorer_weights
 from storymem.story import Story
 from storymem.wan.sources import check_weights
+from storymem.weights import locate
 
 
 class StoryMem:
@@ -40,15 +43,21 @@ class StoryMem:
 
     def check(self, story: Story) -> None:
         """See :meth:`storymem.methods.Method.check`."""
-        settings = self.settings
-        check_weights(
-            settings.model,
-            text_to_video=self.uses_text_to_video(story),
-            continuity=settings.continuity,
-            sampler=settings.sampler,
+        settings, continuity = self.settings, self.settings.continuity
+        check_all(
+            lambda: check_weights(
+                settings.model,
+                text_to_video=self.uses_text_to_video(story),
+                continuity=continuity,
+                sampler=settings.sampler,
+            ),
+            *(partial(locate, weights) for weights in scorer_weights(vars(settings.scorer))),
+            lambda: build_generator(settings).check_machine(),
+            lambda: check_lengths(
+                story, frames=settings.model.video.frames, continuity=continuity, first_shot=settings.first_shot
+            ),
         )
-        build_generator(settings).check_machine()
-        self.storyteller.check_lengths(story)
+        _ = self.storyteller  # ValueError for parts that cannot be built
 
     def check_film(self, story: Story, folder: Path) -> None:
         """See :meth:`storymem.methods.ChecksFilms.check_film`."""

@@ -83,7 +83,9 @@ def test_storymem_is_the_loop_under_the_commands_settings(tmp_path: Path) -> Non
     assert len(film.shots[1].memory) == 3, "the keyframes of the shot before"
 
 
-def test_what_cannot_be_made_is_reported_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_made_is_reported_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "a.yaml").write_text(small.TWO_SHOTS)
@@ -98,6 +100,11 @@ def test_what_cannot_be_made_is_reported_first(tmp_path: Path, monkeypatch: pyte
     )
     with pytest.raises(FileNotFoundError, match="T2V-A14B"):
         evaluate(run)
+    agent = compose_with_method("agent", [f"stbench.stories={tmp_path}/s", "model=wan2.2-a14b", "runtime=cpu"])
+    evaluate({**run, "dry_run": True, "method": agent["method"], "label": "agent"})
+    printed = capsys.readouterr().out
+    for cause in ("method=agent asks a language model", ".*I2V-A14B", "Qwen-Image-Edit"):
+        assert len(re.findall(f"^agent cannot make films here: {cause}", printed, re.MULTILINE)) == 1, printed
     assert not (tmp_path / "out").exists()
 
 
