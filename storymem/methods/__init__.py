@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from storymem.story import Story
+from storymem.weights import MissingWeights
 
 __all__ = ["ChecksFilms", "Method", "causes_of", "check_all"]
 
@@ -54,7 +55,7 @@ class ChecksFilms(Protocol):
         ...
 
 
-class SeveralErrors(ValueError, FileNotFoundError):
+class SeveralErrors(ValueError, MissingWeights):
     """What several checks raised: ``causes``, of either type."""
 
     def __init__(self, causes: list[Exception]) -> None:
