@@ -21,20 +21,12 @@ from storymem.wan.pipeline import Turns, WanMemoryToVideoPipeline
 from storymem.wan.placement import settle
 from storymem.wan.runtime import accelerate, check_machine, place
 from storymem.wan.schedule import wan_scheduler
-from storymem.wan.settings import (
-    Continuity,
-    ModelSettings,
-    RuntimeSettings,
-    SamplerSettings,
-)
-from storymem.wan.sources import adapter_weights, check_text_weights, check_weights, step_weights_for_text
+from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings
+from storymem.wan.sources import Adapter, adapters_of, check_text_weights, check_weights
 from storymem.wan.spec import COMPONENTS, Expert
 from storymem.weights import locate
 
 logger = logging.getLogger(__name__)
-
-#: The name of a step-distilled adapter beside that of the memory adapter, "memory".
-STEP_ADAPTER = "steps"
 
 
 def load_pipeline(
@@ -123,7 +115,8 @@ def _assembled(
 
     def prepare(pipe: Any) -> None:
         if pipe.experts:
-            _load_adapters(pipe, model, sampler, continuity=continuity)
+            for adapter in adapters_of(model, sampler, continuity):
+                _load_adapter(pipe, adapter)
             accelerate(pipe, model, runtime)
         place(pipe, runtime)
 
@@ -177,31 +170,10 @@ def _bytes_tokenizer() -> ByT5Tokenizer:
     return ByT5Tokenizer()
 
 
-def _load_adapters(
-    pipe: WanMemoryToVideoPipeline, model: ModelSettings, sampler: SamplerSettings, *, continuity: Continuity | None
-) -> None:
-    """Load the memory adapter and those beside it.
-
-    Args:
-        continuity: selects the memory adapter; None: the pipeline is text-to-video, which has none.
-    """
-    if continuity is not None and (memory := model.adapter) is not None:
-        folder = locate(adapter_weights(memory, continuity))
-        info = load_memory_lora(pipe, folder, alpha=memory.alpha, use_rslora=memory.use_rslora, weight=memory.weight)
-        if info.rope_stride != model.rope_stride:
-            message = "the adapter in %s was trained with RoPE stride %d and is used with %d (model.rope_stride)"
-            logger.warning(message, folder, info.rope_stride, model.rope_stride)
-    for number, extra in enumerate(model.adapters, start=1):
-        load_memory_lora(
-            pipe,
-            locate(extra.weights),
-            adapter_name=f"extra_{number}",
-            weight=extra.weight,
-            strict=False,
-            experts=None if extra.expert == "both" else [extra.expert],
-        )
-    if (steps := sampler.adapter) is not None:
-        weights = step_weights_for_text(sampler) if continuity is None else steps.weights
-        low = steps.weight if steps.weight_low is None else steps.weight_low
-        strength: dict[Expert, float] = {"high_noise": steps.weight, "low_noise": low}
-        load_memory_lora(pipe, locate(weights), adapter_name=STEP_ADAPTER, weight=strength, strict=False)
+def _load_adapter(pipe: WanMemoryToVideoPipeline, adapter: Adapter) -> None:
+    folder = locate(adapter.weights)
+    options = {"adapter_name": adapter.name, "weight": adapter.weight, "experts": adapter.experts, **adapter.reading}
+    info, stride = load_memory_lora(pipe, folder, **options), pipe.config.rope_stride
+    if adapter.memory is not None and info.rope_stride != stride:
+        message = "the adapter in %s was trained with RoPE stride %d and is used with %d (model.rope_stride)"
+        logger.warning(message, folder, info.rope_stride, stride)

@@ -5,7 +5,7 @@ Imports no torch until there is a file to compare with a network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from storymem.weights import MissingWeights, Weights, locate
 if TYPE_CHECKING:
     from storymem.wan.lora import ExpertAdapter
 
+#: The name of a step-distilled adapter beside that of the memory adapter, "memory".
+STEP_ADAPTER = "steps"
 _DOWNLOAD = (
     "All at once, with the weights of the scorers: storymem download with the same model=... lists them with their "
     "sizes and licences, and with --yes fetches them."
@@ -76,7 +78,8 @@ def inspect_weights(model: ModelSettings, **needs: Unpack[Needs]) -> list[Source
     Adapters of a base that is missing or does not fit are only searched for. ``ValueError`` if a setting that names
     weights is missing.
     """
-    return [_inspect(*needed) for needed in _Inspection(model, **needs).required()]
+    found = [_inspect(*needed) for needed in _Inspection(model, **needs).required()]
+    return list(dict.fromkeys(found))  # an adapter may be both for the model and for text-to-video
 
 
 def check_weights(model: ModelSettings, **needs: Unpack[Needs]) -> None:
@@ -91,7 +94,7 @@ def check_weights(model: ModelSettings, **needs: Unpack[Needs]) -> None:
 
 def check_text_weights(model: ModelSettings) -> None:
     """As :func:`check_weights`, for the transformers that generate a first shot from text alone."""
-    _raise_for([_inspect(*needed) for needed in _Inspection(model, text_to_video=True).text_experts()])
+    _raise_for([_inspect(*needed) for needed in _Inspection(model, text_to_video=True).networks_of(by_text=True)])
 
 
 def _raise_for(found: list[Source]) -> None:
@@ -155,64 +158,37 @@ def _inspect(weights: Weights, check: Check) -> Source:
 class _Inspection:
     """The weights of one model, each with its check; those of networks give what adapters are compared with."""
 
-    def __init__(
-        self,
-        model: ModelSettings,
-        *,
-        text_to_video: bool,
-        continuity: Continuity = "none",
-        sampler: SamplerSettings | None = None,
-        text_encoder: bool = True,
-        experts: Collection[Expert] = tuple(COMPONENTS),
-    ) -> None:
-        self.model, self.sampler, self.continuity = model, sampler, continuity
-        self.by_text = text_to_video and model.has_text_to_video
-        self.texts = ["text_encoder", "tokenizer"] if text_encoder else []
-        self.experts = [expert for expert in model.spec.experts if expert in experts]
+    def __init__(self, model: ModelSettings, **needs: Unpack[Needs]) -> None:
+        self.model, self.sampler = model, needs.get("sampler")
+        self.continuity: Continuity = needs.get("continuity", "none")
+        self.tasks = [False, True] if needs["text_to_video"] and model.has_text_to_video else [False]
+        self.experts = [expert for expert in model.spec.experts if expert in needs.get("experts", COMPONENTS)]
+        texts = ["text_encoder", "tokenizer"] if needs.get("text_encoder", True) else []
+        self.components = ["vae", *texts, *(COMPONENTS[expert] for expert in self.experts)]
         # On the meta device: those of the model, and of the text-to-video model.
         self.networks: dict[bool, dict[Expert, Any]] = {False: {}, True: {}}
 
     def required(self) -> Iterator[tuple[Weights, Check]]:
         """All weights, adapters after the networks that they are compared with."""
-        model = self.model
-        if (folder := model.folder_of(*self.components)) is not None:
-            yield folder, self.folder
-        for name in self.components:
-            if (weights := model.file_of(name)) is not None:
-                yield weights, partial(self.single_file, name=name)
-        if self.by_text:
-            yield from self.text_experts()
-        if not self.experts:
-            return
-        if model.adapter is not None:
-            yield adapter_weights(model.adapter, self.continuity), self.memory_adapter
-        for extra in model.adapters:
-            chosen = [expert for expert in COMPONENTS if extra.expert in ("both", expert)]
-            yield extra.weights, partial(self.adapter, experts=chosen)
-        if self.sampler is not None and self.sampler.adapter is not None:
-            yield self.sampler.adapter.weights, self.adapter
-            if self.by_text:
-                yield step_weights_for_text(self.sampler), partial(self.adapter, by_text=True)
+        for by_text in self.tasks:
+            yield from self.networks_of(by_text)
+        for by_text in self.tasks if self.experts else []:
+            for adapter in adapters_of(self.model, self.sampler, None if by_text else self.continuity):
+                yield adapter.weights, partial(self.adapter, adapter=adapter, by_text=by_text)
 
-    @property
-    def components(self) -> list[str]:
-        """Those that are loaded, as ``model_index.json`` names them."""
-        return ["vae", *self.texts, *(COMPONENTS[expert] for expert in self.experts)]
+    def networks_of(self, by_text: bool) -> Iterator[tuple[Weights, Check]]:
+        """The weights of the model's networks; ``by_text``: of the transformers of the text-to-video model."""
+        names = list(COMPONENTS.values()) if by_text else self.components
+        files = {name: file for name in names if (file := self.model.file_of(name, by_text=by_text)) is not None}
+        if (folder := self.model.folder_of(*names, by_text=by_text)) is not None:
+            yield folder, partial(self.folder, names=[name for name in names if name not in files], by_text=by_text)
+        for name, weights in files.items():
+            yield weights, partial(self.single_file, name=name, by_text=by_text)
 
-    def text_experts(self) -> Iterator[tuple[Weights, Check]]:
-        """The transformers of the text-to-video model."""
-        if self.model.text_to_video_gguf is not None:
-            for name, weights in zip(COMPONENTS.values(), self.model.text_to_video_gguf.all, strict=False):
-                yield weights, partial(self.single_file, name=name, by_text=True)
-        elif (folder := self.model.folder_of(*COMPONENTS.values(), by_text=True)) is not None:
-            yield folder, partial(self.folder, by_text=True)
-
-    def folder(self, path: Path, by_text: bool = False) -> list[str]:
+    def folder(self, path: Path, names: list[str], by_text: bool) -> list[str]:
         from storymem.wan.components import check_folder, load_component
 
-        model, names = self.model, list(COMPONENTS.values())
-        if not by_text:
-            names = [name for name in self.components if model.file_of(name) is None]
+        model = self.model
         if names == ["tokenizer"]:
             load_component(model, "tokenizer")
             return []
@@ -221,7 +197,7 @@ class _Inspection:
         self.networks[by_text] |= {expert: built[name] for expert, name in COMPONENTS.items() if name in built}
         return []
 
-    def single_file(self, path: Path, name: str, by_text: bool = False) -> list[str]:
+    def single_file(self, path: Path, name: str, by_text: bool) -> list[str]:
         from storymem.wan.components import check_component
         from storymem.wan.lora_files import expert_named
 
@@ -235,25 +211,31 @@ class _Inspection:
         swapped = named not in (None, expert)
         return [f"its name is that of the {named} expert, and it is used as {expert}"] if swapped else []
 
-    def memory_adapter(self, path: Path) -> list[str]:
-        model = self.model
-        assert model.adapter is not None
-        own = {"alpha": model.adapter.alpha, "use_rslora": model.adapter.use_rslora}
-        adapters = _adapters(path, self.adapted(), strict=True, **own)
-        if not adapters:
+    def adapter(self, path: Path, adapter: Adapter, by_text: bool) -> list[str]:
+        from storymem.wan.lora import read_memory_lora
+
+        networks = {name: network for name, network in self.adapted(by_text).items() if name in adapter.experts}
+        if not networks:  # those of the base did not fit
             return []
-        info = adapters[0].info
-        if info.objective != model.adapter.objective:
+        found = list(read_memory_lora(networks, path, **adapter.reading).values())
+        if adapter.memory is not None:
+            return self.memory_notes(path, adapter.memory, found)
+        return [one.report for one in found]
+
+    def memory_notes(self, path: Path, settings: AdapterSettings, found: Sequence[ExpertAdapter]) -> list[str]:
+        """What is unusual about the memory adapter; ``FileError`` if it is for other settings."""
+        model, info = self.model, found[0].info
+        if info.objective != settings.objective:
             raise FileError(
                 f"the adapter in {path} was trained for another system, objective={info.objective}, not "
-                f"{model.adapter.objective}: use it with method={info.objective}, or use another adapter"
+                f"{settings.objective}: use it with method={info.objective}, or use another adapter"
             )
-        if model.adapter.query and (without := [one.file.path for one in adapters if not one.file.query]):
+        if settings.query and (without := [one.file.path for one in found if not one.file.query]):
             raise FileError(
                 f"{without[0]} holds no KeyframeQuery, with which keyframes are recalled: use an adapter that was "
                 "trained with objective=memento, or another memory"
             )
-        notes = [adapter.report for adapter in adapters if not adapter.as_usual]
+        notes = [adapter.report for adapter in found if not adapter.as_usual]
         if info.objective != "memory":  # the others have layouts of their own
             return notes
         if info.memory_attention != model.memory_attention:
@@ -265,11 +247,7 @@ class _Inspection:
             notes.append(f"trained with RoPE stride {info.rope_stride}, used with {stride} (model.rope_stride)")
         return notes
 
-    def adapter(self, path: Path, experts: Collection[Expert] = tuple(COMPONENTS), by_text: bool = False) -> list[str]:
-        networks = {expert: network for expert, network in self.adapted(by_text).items() if expert in experts}
-        return [adapter.report for adapter in _adapters(path, networks, strict=False)]
-
-    def adapted(self, by_text: bool = False) -> dict[Expert, Any]:
+    def adapted(self, by_text: bool) -> dict[Expert, Any]:
         """The transformers that adapters are for; none where they did not fit."""
         if self.model.weights is not None:
             return self.networks[by_text]
@@ -282,11 +260,56 @@ class _Inspection:
         return dict.fromkeys(spec.experts if by_text else self.experts, network)
 
 
-def _adapters(path: Path, networks: dict[Expert, Any], **options: Any) -> list[ExpertAdapter]:
-    """An adapter of each network; none where the networks themselves did not fit."""
-    from storymem.wan.lora import read_memory_lora
+# Adapters
 
-    return list(read_memory_lora(networks, path, **options).values()) if networks else []
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter of a pipeline.
+
+    Args:
+        name: in the networks.
+        weights: its files.
+        weight: strength in each expert that it is for; 1.0 as trained.
+        memory: settings of the memory adapter; None: it is another, which may cover any part of the networks.
+    """
+
+    name: str
+    weights: Weights
+    weight: Mapping[Expert, float]
+    memory: AdapterSettings | None = None
+
+    @property
+    def experts(self) -> Collection[Expert]:
+        """Those that it is for."""
+        return self.weight.keys()
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How it is read: options of :func:`storymem.wan.lora.read_memory_lora`."""
+        if self.memory is None:
+            return {"strict": False}
+        return {"strict": True, "alpha": self.memory.alpha, "use_rslora": self.memory.use_rslora}
+
+
+def adapters_of(
+    model: ModelSettings, sampler: SamplerSettings | None, continuity: Continuity | None
+) -> Iterator[Adapter]:
+    """All adapters of a pipeline, in the order in which they are loaded.
+
+    Args:
+        continuity: selects the memory adapter; None: the pipeline is text-to-video, which has none.
+    """
+    if (memory := model.adapter) is not None and continuity is not None:
+        weights, strength = adapter_weights(memory, continuity), dict.fromkeys(COMPONENTS, memory.weight)
+        yield Adapter(name="memory", weights=weights, weight=strength, memory=memory)
+    for number, extra in enumerate(model.adapters, start=1):
+        experts = [expert for expert in COMPONENTS if extra.expert in ("both", expert)]
+        yield Adapter(name=f"extra_{number}", weights=extra.weights, weight=dict.fromkeys(experts, extra.weight))
+    if sampler is not None and (steps := sampler.adapter) is not None:
+        weights = steps.weights if continuity is not None else step_weights_for_text(sampler)
+        low = steps.weight if steps.weight_low is None else steps.weight_low
+        yield Adapter(name=STEP_ADAPTER, weights=weights, weight={"high_noise": steps.weight, "low_noise": low})
 
 
 def step_weights_for_text(sampler: SamplerSettings) -> Weights:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from storymem.io import NotFiniteError
-from storymem.wan.loading import STEP_ADAPTER, load_pipeline
+from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import load_memory_lora, read_memory_lora
 from storymem.wan.settings import SamplerSettings, StepAdapterSettings
-from storymem.wan.sources import check_weights, inspect_weights
+from storymem.wan.sources import STEP_ADAPTER, check_weights, inspect_weights
 from storymem.weights import MissingWeights
 from tests.wan.adapters import (
     ORIGINAL,

@@ -15,11 +15,11 @@ from torch import Tensor
 from storymem.config import build_settings
 from storymem.film.plan import make_plan
 from storymem.wan import transformer
-from storymem.wan.loading import STEP_ADAPTER, load_pipeline
+from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import save_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings, SamplerSettings, StepAdapterSettings
-from storymem.wan.sources import check_weights
+from storymem.wan.sources import STEP_ADAPTER, check_weights
 from storymem.weights import MissingWeights
 from tests.composing import generate_settings
 from tests.stories import MODEL, TWO_SHOTS, story, storyteller
