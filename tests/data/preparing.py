@@ -12,6 +12,7 @@ import torch
 from storymem.data.cache import LatentCache
 from storymem.training.batches import train_batches
 from storymem.training.objectives.memory import MemorySamples
+from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.training.settings import BatchSettings
 from tests.composing import composed
 from tests.data.drawn_clips import FRAMES, HEIGHT, WIDTH
@@ -67,7 +68,8 @@ def train_on(folder: Path) -> None:
     """Open a set as a training does and read the batches of three steps."""
     cache = LatentCache.open(folder)
     batch = BatchSettings(size=2, max_memory=1, workers=0)
-    samples = MemorySamples(source(cache, batch=batch, conditioning="mi2v", count=batch.size))  # type: ignore[arg-type]
+    drawn_from = source(cache, batch=batch, conditioning="mi2v", count=batch.size)  # type: ignore[arg-type]
+    samples = MemorySamples(MemoryObjectiveSettings(), drawn_from)
     batches = train_batches(samples, size=batch.size)
     for _ in range(3):
         assert next(batches).x0.isfinite().all()

@@ -12,6 +12,7 @@ import torch
 
 from storymem.training.batches import train_batches
 from storymem.training.objectives.memory import MemorySamples
+from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.training.settings import BatchSettings
 from tests.training.tiny import MemoryLatents, TinyClip, latents, source
 
@@ -21,7 +22,9 @@ EIGHT = 8
 def planner(data: MemoryLatents | None = None, **changes: Any) -> MemorySamples:
     changes = {"max_memory": 3, "text_dropout": 0.0} | changes
     batch = {name: changes.pop(name) for name in list(changes) if name in BatchSettings.__dataclass_fields__}
-    return MemorySamples(source(data or latents(groups=3), batch=BatchSettings(**batch), **changes))
+    return MemorySamples(
+        MemoryObjectiveSettings(), source(data or latents(groups=3), batch=BatchSettings(**batch), **changes)
+    )
 
 
 def mixed() -> MemoryLatents:

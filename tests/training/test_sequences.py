@@ -16,7 +16,7 @@ from storymem.training.batches import collate
 from storymem.training.objectives.films import FilmSamples
 from storymem.training.objectives.flow import noise_level
 from storymem.training.objectives.pictures import PictureSamples
-from storymem.training.objectives.sequence import SequenceBatch
+from storymem.training.objectives.sequence import SequenceBatch, SequenceObjective
 from storymem.training.objectives.settings import (
     FilmObjectiveSettings,
     HolocineObjectiveSettings,
@@ -117,7 +117,7 @@ def film(settings: FilmObjectiveSettings) -> SequenceBatch:
 def test_every_shot_of_lct_has_a_noise_level_of_its_own() -> None:
     settings, network = LctObjectiveSettings(), Recorder()
     of = film(settings)
-    losses = settings.loss(_Train())(network, "high_noise", of)  # type: ignore[arg-type]
+    losses = SequenceObjective(settings=settings, boundary=0.9)(network, "high_noise", of)
     x, timestep, text, _ = network.seen
     assert timestep.shape == (2, 2)
     assert len(timestep.unique()) == 4
@@ -132,20 +132,13 @@ def test_every_shot_of_lct_has_a_noise_level_of_its_own() -> None:
 def test_the_subject_of_a_film_has_more_weight() -> None:
     settings, network = HolocineObjectiveSettings(mask_weight=3.0), Recorder()
     of = film(settings)
-    losses = settings.loss(_Train())(network, "low_noise", of)  # type: ignore[arg-type]
+    losses = SequenceObjective(settings=settings, boundary=0.9)(network, "low_noise", of)
     errors = (of.noise - of.x0).square().mean(dim=1)
     weights = 1 + 2 * of.mask
     expected = (errors * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))
     assert losses.total.item() == pytest.approx(expected.mean().item(), rel=1e-5)
     total, count = losses.sums["loss_video"]
     assert (total / count).item() == pytest.approx(errors.mean().item(), rel=1e-5)
-
-
-class _Train:
-    """The part of the settings of a run that a loss reads."""
-
-    class model:  # noqa: N801
-        boundary = 0.9
 
 
 def test_logit_normal_levels_lie_in_the_experts_range_and_share_out_the_whole() -> None:

@@ -193,7 +193,7 @@ def trainer(
     data = data or latents()
     world, rank = accelerator.num_processes, accelerator.process_index
     count = batch.size * batch.accumulation * world
-    samples = MemorySamples(source(data, batch=batch, count=count))
+    samples = MemorySamples(MemoryObjectiveSettings(), source(data, batch=batch, count=count))
     arguments: dict[str, Any] = {"optimizer": OPTIMIZER, "steps": 3, "accumulation": batch.accumulation}
     return Trainer(
         of,

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from storymem.training.objectives.settings import ObjectiveSettings
 from storymem.wan.schedule import shifted, unshifted
-from storymem.wan.segments import Layout
-from storymem.wan.spec import Expert
+from storymem.wan.segments import DEFAULT_STRIDE, Layout
+from storymem.wan.settings import MemoryMode
+from storymem.wan.spec import A14B, Expert, ModelSpec
 
 TIMESTEPS = 1000
 
@@ -114,18 +115,25 @@ class FlowLoss(ABC, Generic[S]):
     Args:
         settings: noise levels and weights.
         boundary: between the experts' noise levels; None: there is one expert.
+        rope_stride: S, the distance between memory frames on the temporal axis.
+        memory_attention: "joint": memory is denoised with the video; "cached": it is clean, at timestep 0.
+        spec: the base model.
     """
 
     settings: S
     boundary: float | None
+    rope_stride: int = DEFAULT_STRIDE
+    memory_attention: MemoryMode = "joint"
+    spec: ModelSpec = A14B
 
     @abstractmethod
     def __call__(self, network: nn.Module, expert: Expert, batch: Any) -> Losses:
         """The loss of ``network``, a Wan transformer (wrapped or not), on a batch that lies on its device."""
 
-    def level(self, u: Tensor, expert: Expert, *, normal: tuple[float, float] | None = None) -> Tensor:
+    def level(self, u: Tensor, expert: Expert) -> Tensor:
         """The noise level s of each u, see :func:`noise_level`."""
-        return noise_level(u, expert, boundary=self.boundary, shift=self.settings.shift, normal=normal)
+        settings = self.settings
+        return noise_level(u, expert, boundary=self.boundary, shift=settings.shift, normal=settings.normal)
 
     def weighted(self, errors: Tensor, mask: Tensor) -> Tensor:
         """Errors [B, T, h, w] of a video, where its mask is white with more weight."""

@@ -22,8 +22,7 @@ from storymem.training.objectives.settings import MementoObjectiveSettings
 from storymem.wan.conditioning import condition_channels, model_input
 from storymem.wan.keyframe_query import embedded, film_positions, mean_scores, straight_through
 from storymem.wan.segments import Layout, memento, memory_positions
-from storymem.wan.settings import MemoryMode
-from storymem.wan.spec import Expert, ModelSpec
+from storymem.wan.spec import Expert
 
 Frame = tuple[int, int]
 """A keyframe of the cache: clip, keyframe."""
@@ -197,16 +196,7 @@ class MementoObjective(FlowLoss[MementoObjectiveSettings]):
     Memory is denoised with the video and has no loss. With ``memory_attention: cached`` it is clean, as in StoryMem's
     cached layout and at its positions: then subject and video share nothing but the memory that they read, so films
     need no subject.
-
-    Args:
-        rope_stride: S, the distance between cached memory frames on the temporal axis.
-        memory_attention: the mode.
-        spec: the base model.
     """
-
-    rope_stride: int
-    memory_attention: MemoryMode
-    spec: ModelSpec
 
     def __call__(self, network: nn.Module, expert: Expert, batch: MementoBatch) -> Losses:
         s = self.level(batch.u, expert)

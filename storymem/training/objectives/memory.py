@@ -14,7 +14,6 @@ from storymem.training.objectives.samples import Samples, Source, clips_alike, d
 from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.wan.conditioning import condition_channels, model_input
 from storymem.wan.segments import Layout, memory_cached, memory_joint, with_given
-from storymem.wan.settings import MemoryMode
 from storymem.wan.spec import Expert
 
 
@@ -56,7 +55,7 @@ class MemorySamples(Samples):
         ValueError: if the split is empty, or no group can give ``batch.max_memory`` frames.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, settings: MemoryObjectiveSettings, source: Source) -> None:
         super().__init__(source)
         self._most = source.train.batch.max_memory
         alike = clips_alike(self.latents, self.split)
@@ -132,14 +131,7 @@ class MemoryObjective(FlowLoss[MemoryObjectiveSettings]):
 
     In ``joint`` memory is denoised as well; in ``cached`` it is clean, at timestep 0, and has no loss: gradients reach
     it through the video frames that read it.
-
-    Args:
-        rope_stride: S, the distance between memory slots on the temporal axis.
-        memory_attention: the mode.
     """
-
-    rope_stride: int
-    memory_attention: MemoryMode = "joint"
 
     def __call__(self, network: nn.Module, expert: Expert, batch: MemoryBatch) -> Losses:
         s, layout, M = self.level(batch.u, expert), self.layout(batch), batch.memory_frames  # noqa: N806

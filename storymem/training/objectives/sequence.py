@@ -31,16 +31,10 @@ class SequenceBatch(Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceObjective(FlowLoss[ObjectiveSettings]):
-    """The mean error over all frames.
-
-    Args:
-        normal: of the noise levels, see :func:`storymem.training.objectives.flow.noise_level`.
-    """
-
-    normal: tuple[float, float] | None = None
+    """The mean error over all frames."""
 
     def __call__(self, network: nn.Module, expert: Expert, batch: SequenceBatch) -> Losses:
-        s = self.level(batch.u, expert, normal=self.normal)  # [B, 1 or segments]
+        s = self.level(batch.u, expert)  # [B, 1 or segments]
         frames = torch.tensor([part.frames for part in batch.layout.segments], device=s.device)
         of_frame = s.expand(-1, len(frames)).repeat_interleave(frames, dim=1)
         x = model_input(noised(batch.x0, batch.noise, of_frame), batch.condition)

@@ -42,11 +42,15 @@ class ObjectiveSettings(ABC):
 
     Attributes:
         system: the name of the system that is trained, which adapters record.
+        samples_class: a subclass of :class:`storymem.training.objectives.samples.Samples`, "module:name".
+        loss_class: a subclass of :class:`storymem.training.objectives.flow.FlowLoss`, likewise.
         sampled: whether a film can be sampled with the networks while they train.
         conditioned: whether samples may be given first frames of their target.
     """
 
     system: ClassVar[str]
+    samples_class: ClassVar[str]
+    loss_class: ClassVar[str]
     sampled: ClassVar[bool] = False
     conditioned: ClassVar[bool] = False
 
@@ -95,13 +99,25 @@ class ObjectiveSettings(ABC):
         """What must be encoded beside what the training set holds; None: nothing."""
         return None
 
-    @abstractmethod
+    @property
+    def normal(self) -> tuple[float, float] | None:
+        """Mean and deviation of the logits of the noise levels before the shift; None: the levels are uniform."""
+        return None
+
     def samples(self, source: Source) -> Samples:
         """The samples of a training set."""
+        return resolve_name(self.samples_class)(self, source)
 
-    @abstractmethod
     def loss(self, train: TrainSettings) -> FlowLoss[Any]:
         """The loss of a network on a batch of these samples."""
+        model = train.model
+        return resolve_name(self.loss_class)(
+            settings=self,
+            boundary=model.boundary,
+            rope_stride=model.rope_stride,
+            memory_attention=model.memory_attention,
+            spec=model.spec,
+        )
 
 
 def used_splits(train: TrainSettings) -> tuple[Split, ...]:
@@ -119,6 +135,8 @@ class MemoryObjectiveSettings(ObjectiveSettings):
     """
 
     system: ClassVar[str] = "memory"
+    samples_class: ClassVar[str] = "storymem.training.objectives.memory:MemorySamples"
+    loss_class: ClassVar[str] = "storymem.training.objectives.memory:MemoryObjective"
     sampled: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True
 
@@ -135,22 +153,6 @@ class MemoryObjectiveSettings(ObjectiveSettings):
                 "model.memory_attention=cached gives the network clean memory, on which there is nothing to predict: "
                 f"objective.memory_weight must be 0, not {self.memory_weight:g}"
             )
-
-    def samples(self, source: Source) -> Samples:
-        from storymem.training.objectives.memory import MemorySamples
-
-        return MemorySamples(source)
-
-    def loss(self, train: TrainSettings) -> FlowLoss[Any]:
-        from storymem.training.objectives.memory import MemoryObjective
-
-        model = train.model
-        return MemoryObjective(
-            settings=self,
-            boundary=model.boundary,
-            rope_stride=model.rope_stride,
-            memory_attention=model.memory_attention,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -171,6 +173,8 @@ class MementoObjectiveSettings(ObjectiveSettings):
     """
 
     system: ClassVar[str] = "memento"
+    samples_class: ClassVar[str] = "storymem.training.objectives.memento:MementoSamples"
+    loss_class: ClassVar[str] = "storymem.training.objectives.memento:MementoObjective"
     conditioned: ClassVar[bool] = True
 
     subject_weight: float = 1.0
@@ -225,23 +229,6 @@ class MementoObjectiveSettings(ObjectiveSettings):
 
             add_query(transformer, seed=seed)
 
-    def samples(self, source: Source) -> Samples:
-        from storymem.training.objectives.memento import MementoSamples
-
-        return MementoSamples(self, source)
-
-    def loss(self, train: TrainSettings) -> FlowLoss[Any]:
-        from storymem.training.objectives.memento import MementoObjective
-
-        model = train.model
-        return MementoObjective(
-            settings=self,
-            boundary=model.boundary,
-            rope_stride=model.rope_stride,
-            memory_attention=model.memory_attention,
-            spec=model.spec,
-        )
-
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FilmObjectiveSettings(ObjectiveSettings):
@@ -257,6 +244,8 @@ class FilmObjectiveSettings(ObjectiveSettings):
         levels: whether a film has one noise level, or every shot its own.
     """
 
+    samples_class: ClassVar[str] = "storymem.training.objectives.films:FilmSamples"
+    loss_class: ClassVar[str] = "storymem.training.objectives.sequence:SequenceObjective"
     levels: ClassVar[Literal["film", "shot"]] = "film"
 
     scenes: UserPath | None = None
@@ -297,11 +286,6 @@ class FilmObjectiveSettings(ObjectiveSettings):
     def layout(self, frames: Sequence[int], texts: Sequence[Text]) -> Layout:
         """The layout of a film, from the latent frames and the text of each shot."""
 
-    def samples(self, source: Source) -> Samples:
-        from storymem.training.objectives.films import FilmSamples
-
-        return FilmSamples(self, source)
-
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class HolocineObjectiveSettings(FilmObjectiveSettings):
@@ -317,11 +301,6 @@ class HolocineObjectiveSettings(FilmObjectiveSettings):
 
     def layout(self, frames: Sequence[int], texts: Sequence[Text]) -> Layout:
         return holocine(frames, texts, sparse=self.sparse)
-
-    def loss(self, train: TrainSettings) -> FlowLoss[Any]:
-        from storymem.training.objectives.sequence import SequenceObjective
-
-        return SequenceObjective(settings=self, boundary=train.model.boundary)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -348,11 +327,9 @@ class LctObjectiveSettings(FilmObjectiveSettings):
     def layout(self, frames: Sequence[int], texts: Sequence[Text]) -> Layout:
         return lct(frames, texts, gap=self.gap)
 
-    def loss(self, train: TrainSettings) -> FlowLoss[Any]:
-        from storymem.training.objectives.sequence import SequenceObjective
-
-        normal = (self.mean, self.deviation)
-        return SequenceObjective(settings=self, boundary=train.model.boundary, normal=normal)
+    @property
+    def normal(self) -> tuple[float, float]:
+        return self.mean, self.deviation
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -366,6 +343,8 @@ class PicturesObjectiveSettings(ObjectiveSettings):
     """
 
     system: ClassVar[str] = "pictures"
+    samples_class: ClassVar[str] = "storymem.training.objectives.pictures:PictureSamples"
+    loss_class: ClassVar[str] = "storymem.training.objectives.sequence:SequenceObjective"
 
     panels: float = 0.75
     style: PanelStyle = "plain"
@@ -394,16 +373,6 @@ class PicturesObjectiveSettings(ObjectiveSettings):
 
         captions = joint_captions(latents, self.style, used_splits(train)) if self.panels else []
         return Needs(texts=dict.fromkeys(captions, self.text_tokens), blanks=blank_sizes(latents))
-
-    def samples(self, source: Source) -> Samples:
-        from storymem.training.objectives.pictures import PictureSamples
-
-        return PictureSamples(self, source)
-
-    def loss(self, train: TrainSettings) -> FlowLoss[Any]:
-        from storymem.training.objectives.sequence import SequenceObjective
-
-        return SequenceObjective(settings=self, boundary=train.model.boundary)
 
 
 AnyObjective = (
