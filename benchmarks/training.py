@@ -189,7 +189,7 @@ def true_size(arguments: argparse.Namespace) -> None:
     ceiling = matmul_ceiling(device, getattr(torch, model.dtype))
     transformer = random_expert(model, device)
     with device:
-        prepare_expert(transformer, expert, settings.adapter, seed=settings.seed)
+        prepare_expert(transformer, settings.adapter, seed=settings.seed)
     experts = Experts({expert: transformer}, trained=[expert], accelerator=accelerator, parallel=settings.parallel)
     cases = [*(("joint", memory) for memory in arguments.memory), ("cached", arguments.memory[-1])]
     for attention, memory in cases:

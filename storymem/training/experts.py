@@ -12,20 +12,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from diffusers.training_utils import cast_training_params
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from storymem.devices import resolve_device
-from storymem.io import read_json_object, replacing
+from storymem.io import read_json_object
 from storymem.training.optimization import assign
 from storymem.training.settings import AdapterTrainingSettings, ParallelSettings
 from storymem.wan.components import expert_on_meta
 from storymem.wan.keyframe_query import KeyframeQuery
 from storymem.wan.loading import load_pipeline
-from storymem.wan.lora import AdapterInfo, Layout, memory_lora_config, read_memory_lora, write_memory_lora
+from storymem.wan.lora import memory_lora_config, read_memory_lora
 from storymem.wan.lora_files import QUERY_PREFIX
 from storymem.wan.processes import Launch
 from storymem.wan.runtime import make_current, set_attention
@@ -37,8 +36,8 @@ from storymem.weights import locate
 ADAPTER = "memory"
 
 
-def prepare_expert(transformer: Any, expert: Expert, settings: AdapterTrainingSettings | None, *, seed: int) -> None:
-    """Make an expert trainable: freeze it and add a memory adapter, B = 0 and A from ``seed`` or both from ``start``.
+def prepare_expert(transformer: Any, settings: AdapterTrainingSettings | None, *, seed: int) -> None:
+    """Make an expert trainable: freeze it and add a memory adapter, B = 0 and A from ``seed``.
 
     What trains is in float32 in any case. Without adapter settings all parameters train.
     """
@@ -51,17 +50,15 @@ def prepare_expert(transformer: Any, expert: Expert, settings: AdapterTrainingSe
         torch.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=ADAPTER)
     cast_training_params(transformer, torch.float32)
-    if settings.start is not None:
-        tensors = read_memory_lora({expert: transformer}, settings.start)[expert].tensors(torch.float32)
-        for name, parameter in trained_parameters(transformer).items():
-            assign(parameter, tensors[name])
 
 
-def load_query(transformer: Any, expert: Expert, start: str) -> None:
-    """Give an expert that trains a KeyframeQuery that of the adapter in ``start``, if it has one."""
+def load_start(transformer: Any, expert: Expert, start: str) -> None:
+    """Give the adapter of a prepared expert, and its KeyframeQuery, the weights of the adapter in ``start``."""
+    adapter, trained = read_memory_lora({expert: transformer}, start)[expert], trained_parameters(transformer)
+    for name, tensor in adapter.tensors(torch.float32).items():
+        assign(trained[name], tensor)
     if not hasattr(transformer, "keyframe_query"):
         return
-    adapter = read_memory_lora({expert: transformer}, start)[expert]
     if adapter.file.query:
         where = f"adapter.start={start}"
         transformer.keyframe_query = KeyframeQuery.from_tensors(adapter.query(), transformer, where=where)
@@ -226,30 +223,13 @@ def make_accelerator(device: torch.device | None) -> Accelerator:
     return Accelerator(**options) if several else _OnDevice(device, **options)
 
 
-def save_parameters(
-    tensors: Mapping[str, Tensor], folder: Path, *, info: AdapterInfo | None, layout: Layout = "storymem"
-) -> None:
-    """Write whole tensors under the names of :attr:`Experts.parameters` into ``folder``, a file per expert.
-
-    ``info`` and ``layout`` are of an adapter; None: the tensors are those of whole experts.
-    """
+def by_expert(tensors: Mapping[str, Tensor]) -> dict[Expert, dict[str, Tensor]]:
+    """Tensors under the names of :attr:`Experts.parameters`, by expert."""
     states: dict[Any, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         expert, _, name = key.partition("/")
         states.setdefault(expert, {})[name] = tensor.contiguous()
-    if info is not None:
-        write_memory_lora(states, folder, info=info, layout=layout)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for expert, state in states.items():
-        with replacing(folder / f"{expert}.safetensors") as partial:
-            save_file(state, partial)
-
-
-def load_parameters(folder: Path, experts: Sequence[Expert]) -> dict[str, Tensor]:
-    """The inverse of :func:`save_parameters` in the ``storymem`` layout."""
-    files = {expert: load_file(folder / f"{expert}.safetensors") for expert in experts}
-    return {f"{expert}/{name}": tensor for expert, state in files.items() for name, tensor in state.items()}
+    return states
 
 
 def save_model(tensors: Mapping[str, Tensor], folder: Path, model: ModelSettings) -> None:
@@ -259,14 +239,13 @@ def save_model(tensors: Mapping[str, Tensor], folder: Path, model: ModelSettings
     """
     whole = model.weights is None or not (locate(model.weights) / "model_index.json").exists()
     pipe = load_pipeline(model, runtime=RuntimeSettings(device="cpu"), text_encoder=whole)
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            expert, _, name = key.partition("/")
-            getattr(pipe, COMPONENTS[expert]).get_parameter(name).copy_(tensor)  # type: ignore[index]
+    trained = {COMPONENTS[expert]: state for expert, state in by_expert(tensors).items()}
+    for name, state in trained.items():
+        getattr(pipe, name).load_state_dict(state)
     if whole or model.weights is None:
         pipe.save_pretrained(folder)
         return
-    source, trained = locate(model.weights), {COMPONENTS[key.partition("/")[0]] for key in tensors}  # type: ignore[index]
+    source = locate(model.weights)
     for name in ("model_index.json", *read_json_object(source / "model_index.json")):
         if name in trained:
             getattr(pipe, name).save_pretrained(folder / name)

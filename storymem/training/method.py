@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from storymem.io import replacing
 from storymem.training.batches import Batch
-from storymem.training.experts import Experts, load_parameters, save_parameters
+from storymem.training.experts import Experts, by_expert
 from storymem.training.objectives.flow import FlowLoss, Losses
-from storymem.wan.lora import AdapterInfo
+from storymem.wan.lora import AdapterInfo, Layout, write_memory_lora
 from storymem.wan.spec import Expert
 
 
@@ -62,13 +64,20 @@ class ExpertTraining:
         self.experts.networks[expert].eval()
         return self._loss(expert, batch)
 
-    def save(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """Write parameters (whole tensors, by name); an adapter can be used as it is."""
-        save_parameters(tensors, folder, info=self.info)
+    def save(self, tensors: Mapping[str, Tensor], folder: Path, *, layout: Layout = "storymem") -> None:
+        """Write parameters (whole tensors, by name), a file per expert; an adapter can be used as it is."""
+        if self.info is not None:
+            write_memory_lora(by_expert(tensors), folder, info=self.info, layout=layout)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for expert, state in by_expert(tensors).items():
+            with replacing(folder / f"{expert}.safetensors") as partial:
+                save_file(state, partial)
 
     def load(self, folder: Path) -> dict[str, Tensor]:
-        """Read what :meth:`save` wrote."""
-        return load_parameters(folder, list(self.experts.networks))
+        """Read what :meth:`save` wrote, adapters in the layout ``storymem``."""
+        files = {expert: load_file(folder / f"{expert}.safetensors") for expert in self.experts.networks}
+        return {f"{expert}/{name}": tensor for expert, state in files.items() for name, tensor in state.items()}
 
     def _loss(self, expert: Expert, batch: Batch) -> Losses:
         batch = batch.to(self.experts.device)

@@ -21,14 +21,7 @@ from storymem.io import FileError, check_room, replacing_folder, write_text
 from storymem.training.batches import train_batches, training_set_digest
 from storymem.training.callbacks import LogMetrics, Validation
 from storymem.training.checkpoints import Checkpoint, Checkpoints
-from storymem.training.experts import (
-    Experts,
-    load_query,
-    make_accelerator,
-    prepare_expert,
-    save_model,
-    save_parameters,
-)
+from storymem.training.experts import Experts, load_start, make_accelerator, prepare_expert, save_model
 from storymem.training.method import ExpertTraining
 from storymem.training.objectives.encodings import Encodings, encode
 from storymem.training.objectives.samples import Source
@@ -152,7 +145,7 @@ class Run:
                     if self.method.info is None:
                         save_model(tensors, partial, replace(self.settings.model, adapter=None))
                     else:
-                        save_parameters(tensors, partial, info=self.method.info, layout=name)  # type: ignore[arg-type]
+                        self.method.save(tensors, partial, layout=name)  # type: ignore[arg-type]
                 print(self.folder / name)
         if self.log is not None:
             self.log.close()
@@ -219,10 +212,10 @@ class Run:
             transformer.requires_grad_(False)
             if name in settings.trained:
                 number = settings.trained.index(name)
-                prepare_expert(transformer, name, own, seed=settings.seed + number)
+                prepare_expert(transformer, own, seed=settings.seed + number)
                 settings.objective.prepare(transformer, seed=settings.seed + number)
                 if own is not None and own.start is not None:
-                    load_query(transformer, name, own.start)
+                    load_start(transformer, name, own.start)
         experts = Experts(
             transformers,
             trained=settings.trained,

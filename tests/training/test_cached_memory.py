@@ -56,7 +56,7 @@ def batch(memory_frames: int = FRAMES, x0: Tensor | None = None) -> MemoryBatch:
 def trained(seed: int = 0) -> Any:
     """An expert with an adapter that is not zero any more, ready for a step."""
     network = expert()
-    prepare_expert(network, "high_noise", replace(ADAPTER, dropout=0.0), seed=seed)
+    prepare_expert(network, replace(ADAPTER, dropout=0.0), seed=seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for parameter in trained_parameters(network).values():

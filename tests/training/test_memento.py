@@ -46,7 +46,7 @@ def objective(settings: MementoObjectiveSettings = SETTINGS, mode: Any = "joint"
 def network(settings: MementoObjectiveSettings = SETTINGS) -> Any:
     """An expert with an adapter that is not zero, and a query, if the settings have one."""
     made = expert()
-    prepare_expert(made, "high_noise", replace(ADAPTER, dropout=0.0), seed=0)
+    prepare_expert(made, replace(ADAPTER, dropout=0.0), seed=0)
     settings.prepare(made, seed=0)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -321,7 +321,7 @@ def test_each_run_of_a_process_has_its_own_device() -> None:
 
 def test_the_adapter_is_float32_on_a_bfloat16_base() -> None:
     transformer = expert().to(torch.bfloat16)
-    prepare_expert(transformer, "high_noise", ADAPTER, seed=0)
+    prepare_expert(transformer, ADAPTER, seed=0)
     dtypes = {name: p.dtype for name, p in transformer.named_parameters() if p.requires_grad}
     assert set(dtypes.values()) == {torch.float32}
     assert transformer.dtype == torch.bfloat16

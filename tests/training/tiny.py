@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from storymem.config import build_settings
 from storymem.data.cache import Split
 from storymem.training.batches import train_batches
-from storymem.training.experts import Experts, make_accelerator, prepare_expert
+from storymem.training.experts import Experts, load_start, make_accelerator, prepare_expert
 from storymem.training.method import ExpertTraining
 from storymem.training.objectives.memory import MemoryObjective, MemorySamples
 from storymem.training.objectives.samples import Source
@@ -163,7 +163,9 @@ def method(
     parallel = parallel or ParallelSettings()
     transformers = {name: expert(number, width) for number, name in enumerate(names)}
     for number, (name, transformer) in enumerate(transformers.items()):
-        prepare_expert(transformer, name, adapter, seed=number)
+        prepare_expert(transformer, adapter, seed=number)
+        if adapter.start is not None:
+            load_start(transformer, name, adapter.start)
     experts = Experts(transformers, trained=names, accelerator=accelerator or make_accelerator(CPU), parallel=parallel)
     objective = MemoryObjective(settings=MemoryObjectiveSettings(), boundary=0.9, rope_stride=5)
     numbers = {"rank": adapter.rank, "alpha": adapter.alpha, "use_rslora": adapter.use_rslora}
