@@ -4,7 +4,7 @@ A file is compared with the network by its header: every weight must be there, a
 tensor by tensor, each once, and keeps no second copy: a tensor that needs no conversion stays mapped from its file.
 A file that is too short is refused before it is mapped; one that is truncated later, while it is in use, ends the
 process (SIGBUS), as RAM that fails would. Only a copy of it could prevent that, and mapping saves that copy.
-GGUF is read by diffusers; see :mod:`storymem.wan.gguf`.
+GGUF is checked likewise and read by diffusers; see :mod:`storymem.wan.gguf`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from storymem.io import FileError
 from storymem.wan.eight_bits import ScaledLinear, in_8_bits, is_linear_of_a_block, replace_module
+from storymem.wan.gguf import check_gguf_types, read_gguf_header
 from storymem.wan.spec import SPECS
 from storymem.weights import Header, check_tensors, check_values, read_header, read_index, read_pickle
 
@@ -67,7 +68,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Read the headers of ``path``: .safetensors, .pth, or an index of .safetensors files.
+        """Read the headers of ``path``: .safetensors, .pth, .gguf, or an index of .safetensors files.
 
         Raises:
             FileNotFoundError, FileError: if there is no such file, or it is damaged, incomplete or of another format.
@@ -83,7 +84,7 @@ class Checkpoint:
                 header.shapes.update(part.shapes)
                 header.dtypes.update(part.dtypes)
             return cls(path, header, {name: path.with_name(file) for name, file in files.items()})
-        header = _pickle_header(path) if path.suffix in (".pth", ".pt") else read_header(path)
+        header = _READERS.get(path.suffix, read_header)(path)
         return cls(path, header, dict.fromkeys(header.shapes, path))
 
     @property
@@ -130,6 +131,12 @@ def _pickle_header(path: Path) -> Header:
     return Header({name: tuple(tensor.shape) for name, tensor in state.items()}, dtypes, metadata)
 
 
+_READERS: dict[str, Callable[[Path], Header]] = {
+    **dict.fromkeys((".pth", ".pt"), _pickle_header),
+    ".gguf": read_gguf_header,
+}
+
+
 # Names
 
 
@@ -142,12 +149,9 @@ def names_in(checkpoint: Checkpoint, network: nn.Module) -> dict[str, str]:
     Raises:
         FileError: listing what is missing, unexpected or misshapen, or weights in a form that is not understood.
     """
-    _check_dtypes(checkpoint)
-    return match_names(checkpoint.numbers, network, str(checkpoint.path))
-
-
-def match_names(shapes: Mapping[str, tuple[int, ...]], network: nn.Module, where: str) -> dict[str, str]:
-    """As :func:`names_in`, for a header of any format."""
+    path, header, shapes = checkpoint.path, checkpoint.header, checkpoint.numbers
+    if path.suffix != ".gguf":
+        _check_dtypes(checkpoint)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     ignored = "|".join(getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ["$^"])
     plain = {_PREFIXES.sub("", name): name for name in shapes if not re.search(ignored, name)}
@@ -155,11 +159,15 @@ def match_names(shapes: Mapping[str, tuple[int, ...]], network: nn.Module, where
     if (tied := next((names[name] for name in _TIED if name in names), None)) and expected.keys() >= set(_TIED):
         names |= dict.fromkeys(_TIED, tied)
     about = _about(shapes, names, type(network).__name__)
+    kind = header.metadata.get("general.architecture", "wan")  # of GGUF
+    where = str(path) if kind == "wan" else f"{path} (architecture {kind!r})"
     check_tensors(
         {name: shapes[original] for name, original in names.items()},
         expected,
         where=f"{where} does not contain the weights of {about}:",
     )
+    if path.suffix == ".gguf":
+        check_gguf_types(path, header, names, network)
     return names
 
 

@@ -14,7 +14,7 @@ import torch
 from storymem.io import FileError
 from storymem.wan.checkpoints import Checkpoint, load_network, names_in
 from storymem.wan.folders import CLASSES, build, check_index, load_tokenizer, on_meta, read_config, weights_file
-from storymem.wan.gguf import check_gguf_file, load_gguf
+from storymem.wan.gguf import load_gguf
 from storymem.wan.settings import ModelSettings
 from storymem.wan.sources import ORIGINAL_FILES, component_path, original_parts
 from storymem.wan.spec import COMPONENTS, SPECS, UMT5_XXL, Expert, ModelSpec
@@ -51,10 +51,6 @@ def check_component(path: Path, name: str, model: ModelSettings, spec: ModelSpec
     """
     config, file = _config_and_file(path, name, model, spec)
     where = str(path / "config.json") if path.is_dir() else f"model.network of {name}"
-    if file.suffix == ".gguf":
-        network = on_meta(CLASSES[name], config, where)
-        check_gguf_file(file, network)
-        return network
     checkpoint = Checkpoint.open(file)
     network = on_meta(CLASSES[name], config, where, tensors=len(checkpoint.files))
     if name in _EXPERTS and (found := network.config.in_channels) != spec.in_channels:

@@ -68,14 +68,9 @@ def check_gguf(files: GgufSettings, runtime: RuntimeSettings) -> None:
         raise ValueError("model.gguf needs the reader of these files: pip install 'gguf>=0.10'")
 
 
-def check_gguf_file(path: Path, network: Any) -> None:
-    """Raise ``FileError`` unless a GGUF file has exactly the weights of a transformer, by its header."""
-    from storymem.wan.checkpoints import match_names
-
-    header = read_gguf_header(path)
-    kind = header.metadata.get("general.architecture")
-    about = f" (architecture {kind!r})" if kind not in (None, "wan") else ""
-    for name, original in match_names(header.shapes, network, f"{path}{about}").items():
+def check_gguf_types(path: Path, header: Header, names: Mapping[str, str], network: Any) -> None:
+    """Raise ``FileError`` for a weight in few bits that is not of a linear; ``names`` are those in the file."""
+    for name, original in names.items():
         module, _, attribute = name.rpartition(".")
         linear = attribute == "weight" and hasattr(network.get_submodule(module), "in_features")
         widened, dtype = set(name.split(".")) & set(network._keep_in_fp32_modules), header.dtypes[original]
@@ -84,7 +79,7 @@ def check_gguf_file(path: Path, network: Any) -> None:
 
 
 def load_gguf(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """The transformer in a GGUF file that :func:`check_gguf_file` accepts; NotFiniteError for NaN.
+    """The transformer in a GGUF file that was checked; NotFiniteError for NaN.
 
     Args:
         config: arguments of ``WanTransformer3DModel``.
