@@ -139,7 +139,9 @@ class Experts:
             if self.device.type == "cpu":
                 # The backward pass of the fused attention takes several times as long as that of the plain one.
                 set_attention(transformer, "_native_math")
-            _keep_time_embedding_exact(transformer, self.device)
+            # Generation computes the time embedding in float32 as well.
+            embedder = transformer.condition_embedder.time_embedder
+            embedder.forward = torch.autocast(self.device.type, enabled=False)(embedder.forward)
             network = self._placed(transformer, name in trained, accelerator)
             if name in trained:
                 self.networks[name] = network
@@ -264,9 +266,3 @@ def _move_frozen(transformer: nn.Module, device: torch.device) -> None:
                 setattr(module, name, nn.Parameter(moved, requires_grad=False))
         for name, table in module.named_buffers(recurse=False):
             setattr(module, name, table.to(device))
-
-
-def _keep_time_embedding_exact(transformer: Any, device: torch.device) -> None:
-    """Exclude the float32 time embedding from autocast; generation computes it in float32 as well."""
-    embedder = transformer.condition_embedder.time_embedder
-    embedder.forward = torch.autocast(device.type, enabled=False)(embedder.forward)

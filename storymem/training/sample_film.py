@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from storymem.training.settings import CONTINUITY, SampleSettings, TrainSettings
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import RuntimeSettings
 from storymem.wan.shots import WanShotGenerator
-from storymem.wan.spec import COMPONENTS, Expert
+from storymem.wan.spec import COMPONENTS
 from storymem.weights import locate
 
 if TYPE_CHECKING:
@@ -177,9 +176,5 @@ def _on_demand(experts: Experts) -> Iterator[None]:
     with ExitStack() as hooks:
         for name, transformer in experts.transformers.items():
             transformer.eval()
-            hooks.enter_context(transformer.register_forward_pre_hook(partial(_activate, experts, name)))
+            hooks.enter_context(transformer.register_forward_pre_hook(lambda *_, name=name: experts.activate(name)))
         yield
-
-
-def _activate(experts: Experts, name: Expert, *_: object) -> None:
-    experts.activate(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -209,7 +210,9 @@ class Trainer:
     def _train_step(self, batches: Iterator[Any]) -> StepReport:
         began, waited = time.perf_counter(), 0.0
         network = self.method.network(self.step)
-        _seed_dropout(self._seed, self.step, self.accelerator.process_index)
+        # For dropout; odd multipliers keep seed, step and process apart.
+        place = (self._seed * 1_000_003 + self.step) * 65_537 + self.accelerator.process_index
+        torch.manual_seed(place % 2**63)
         sums: Sums = {}
         ids: list[str] = []
         loss = torch.zeros((), device=self.accelerator.device)
@@ -272,11 +275,8 @@ class Trainer:
 
     def _clip(self) -> Tensor:
         """Clip the gradients and return their norm before it, over all processes."""
-        trained = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
-        if self._max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, norm)
-        return whole(norm)
+        most = math.inf if self._max_grad_norm is None else self._max_grad_norm
+        return whole(nn.utils.clip_grad_norm_(self.parameters.values(), most))
 
     def _check_loss(self, loss: Tensor, norm: Tensor, ids: list[str]) -> None:
         """Raise ``NotFiniteError`` with the clips at all processes if one has NaN or infinity."""
@@ -326,8 +326,3 @@ def add_sums(sums: Sums, more: Sums) -> None:
     """Add ``more`` to ``sums`` in place."""
     for name, total in more.items():
         sums[name] = sums[name] + total if name in sums else total
-
-
-def _seed_dropout(seed: int, step: int, process: int) -> None:
-    # Odd multipliers keep the three apart.
-    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + process) % 2**63)

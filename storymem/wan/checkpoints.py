@@ -270,17 +270,11 @@ def load_network(
                 continue
             if original not in parameters:
                 target = torch.float32 if kept & set(name.split(".")) else dtype
-                parameters[original] = nn.Parameter(_widened(tensor, factor).to(target))
+                if factor is not None:  # one for all rows, or one for each
+                    tensor = tensor.float() * factor.float().view(-1, *[1] * (tensor.ndim - 1))
+                parameters[original] = nn.Parameter(tensor.to(target))
             module.register_parameter(attribute, parameters[original])
     for owner, (weight, factor) in small.items():
         bias = network.get_submodule(owner)._parameters["bias"]
         replace_module(network, owner, ScaledLinear(weight, factor, bias))
     return network
-
-
-def _widened(tensor: Tensor, factor: Tensor | None) -> Tensor:
-    if factor is None:
-        return tensor
-    return tensor.float() * (
-        factor.float().view(-1, *[1] * (tensor.ndim - 1)) if factor.numel() > 1 else factor.float()
-    )

@@ -79,12 +79,11 @@ class Inputs:
 
 def batched(texts: Texts, batch: int, like: Tensor) -> dict[str, Tensor]:
     """Texts for ``batch`` videos, each [B, L, D], with the device and the type of ``like``."""
-    return {name: _repeated(embeds, batch).to(like.device, like.dtype) for name, embeds in texts.items()}
-
-
-def _repeated(embeds: Tensor, batch: int) -> Tensor:
-    if batch == embeds.shape[0]:
-        return embeds
-    if batch % embeds.shape[0]:
-        raise ValueError(f"{embeds.shape[0]} text embeddings for {batch} videos: give one for each prompt")
-    return embeds.repeat_interleave(batch // embeds.shape[0], dim=0)
+    found = {}
+    for name, embeds in texts.items():
+        times, rest = divmod(batch, len(embeds))
+        if rest:
+            raise ValueError(f"{len(embeds)} text embeddings for {batch} videos: give one for each prompt")
+        repeated = embeds if times == 1 else embeds.repeat_interleave(times, dim=0)
+        found[name] = repeated.to(like.device, like.dtype)
+    return found

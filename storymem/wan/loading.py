@@ -27,6 +27,8 @@ from storymem.wan.spec import COMPONENTS, Expert
 from storymem.weights import locate
 
 logger = logging.getLogger(__name__)
+#: The one tokenizer that needs no vocabulary file; making it takes a third of loading the smallest model.
+_bytes_tokenizer = cache(ByT5Tokenizer)
 
 
 def load_pipeline(
@@ -162,12 +164,6 @@ def _component(model: ModelSettings, name: str, runtime: RuntimeSettings, *, by_
         if not kept & set(key.split(".")):
             weight.data = weight.data.to(dtype)
     return network
-
-
-@cache
-def _bytes_tokenizer() -> ByT5Tokenizer:
-    """The one tokenizer that needs no vocabulary file; making it takes a third of loading the smallest model."""
-    return ByT5Tokenizer()
 
 
 def _load_adapter(pipe: WanMemoryToVideoPipeline, adapter: Adapter) -> None:

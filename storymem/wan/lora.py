@@ -52,6 +52,7 @@ _RELEASED_LICENCE = "CC BY-NC 4.0 (not for commercial use)"
 _OTHER_KINDS = re.compile(r"dora_scale|lora_magnitude_vector|hada_w|hada_t|lokr_|oft_|glora|vera_|boft|set_weight")
 
 logger = logging.getLogger(__name__)
+_warn_once = cache(logger.warning)
 
 
 def memory_lora_config(
@@ -389,11 +390,6 @@ def _add(transformer: nn.Module, differences: Mapping[str, Tensor], weight: floa
             raise ValueError(f"the adapter changes {name}, which is quantised here: use networks in 16 or 32 bits")
         value = parameter.data.float() + weight * difference.to(parameter.device)
         parameter.data.copy_(value.to(parameter.dtype))
-
-
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def save_memory_lora(

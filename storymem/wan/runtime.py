@@ -113,7 +113,8 @@ def check_machine(model: ModelSettings, runtime: RuntimeSettings, *, here: bool 
     parts = [f"attention {runtime.attention} (not tried here)"]
     if here:
         device = resolve_device(runtime.device)
-        _check_precision(runtime, device)
+        if runtime.precision == "fp8_storage" and device.type == "mps":
+            raise ValueError("runtime.precision=fp8_storage: mps devices have no 8-bit floats; use precision=as_is")
         name, reason = choose_attention(model, runtime, device)
         parts = [f"attention {name} ({reason})"]
         if runtime.compile == "blocks":
@@ -128,11 +129,6 @@ def check_machine(model: ModelSettings, runtime: RuntimeSettings, *, here: bool 
     if runtime.cache != "none":
         parts.append(f"cache {runtime.cache} at {_threshold(runtime):g}")
     return ", ".join(parts)
-
-
-def _check_precision(runtime: RuntimeSettings, device: torch.device) -> None:
-    if runtime.precision == "fp8_storage" and device.type == "mps":
-        raise ValueError("runtime.precision=fp8_storage: mps devices have no 8-bit floats; use precision=as_is")
 
 
 def _check_compiler(device: torch.device) -> None:

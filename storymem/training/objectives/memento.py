@@ -177,19 +177,6 @@ class MementoSamples(Samples):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recalled:
-    """What was recalled for the samples of a batch.
-
-    Args:
-        latents: [B, z, K, h, w], oldest first, with a gradient to the query.
-        positions: of each sample.
-    """
-
-    latents: Tensor
-    positions: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class MementoObjective(FlowLoss[MementoObjectiveSettings]):
     """The loss of the video, and ``subject_weight`` times that of the subject.
 
@@ -200,26 +187,30 @@ class MementoObjective(FlowLoss[MementoObjectiveSettings]):
 
     def __call__(self, network: nn.Module, expert: Expert, batch: MementoBatch) -> Losses:
         s = self.level(batch.u, expert)
-        recalled = self.recall(getattr(network, "module", network), batch)
+        memory, positions = self.recall(getattr(network, "module", network), batch)
         subject = [] if batch.subject is None else [batch.subject]
         cached = self.memory_attention == "cached"
-        parts = [recalled.latents, *subject, batch.x0] if cached else [*subject, recalled.latents, batch.x0]
+        parts = [memory, *subject, batch.x0] if cached else [*subject, memory, batch.x0]
         x0 = torch.cat(parts, dim=2)
-        layouts = [self.layout(positions, batch) for positions in recalled.positions]
+        layouts = [self.layout(of_sample, batch) for of_sample in positions]
         levels = s[:, None] * noisy_frames(layouts[0]).to(s.device)
-        seen = model_input(noised(x0, batch.noise, levels), self.condition(recalled.latents, batch))
+        seen = model_input(noised(x0, batch.noise, levels), self.condition(memory, batch))
         prediction = _predict_each(network, seen, s, batch, layouts)
         errors = (prediction - (batch.noise - x0.detach())).square().mean(dim=1)  # [B, N, h, w]
         video = errors[:, layouts[0].span("video")]
         losses = self.weighted(video, batch.mask).mean(dim=(1, 2, 3))
-        more = {"memory_frames": torch.full_like(losses, recalled.latents.shape[2])}
+        more = {"memory_frames": torch.full_like(losses, memory.shape[2])}
         if subject:
             more["loss_reconstruction"] = errors[:, layouts[0].span("subject")].mean(dim=(1, 2, 3))
             losses = losses + self.settings.subject_weight * more["loss_reconstruction"]
         return self.losses(expert, losses, video, batch.mask, (losses, s), **more)
 
-    def recall(self, transformer: Any, batch: MementoBatch) -> Recalled:
-        """What the expert's query chooses for each sample; without a query the newest candidates."""
+    def recall(self, transformer: Any, batch: MementoBatch) -> tuple[Tensor, list[tuple[int, ...]]]:
+        """What the expert's query chooses for each sample; without a query the newest candidates.
+
+        Returns:
+            latents [B, z, K, h, w], oldest first, with a gradient to the query; and the positions of each sample.
+        """
         local, whole = self.settings.local, self.settings.whole
         query, latents, positions = getattr(transformer, "keyframe_query", None), [], []
         texts = zip(batch.text, batch.caption, strict=True)
@@ -237,7 +228,7 @@ class MementoObjective(FlowLoss[MementoObjectiveSettings]):
                     latents.append(torch.einsum("kp,cphw->ckhw", rows, pool) + 0.0 * scores.sum())
                 index = rows.detach().argmax(dim=1).tolist()
             positions.append(tuple(min(place, -1) for place in film_positions([frames[n] for n in index], 0)))
-        return Recalled(latents=torch.stack(latents), positions=tuple(positions))
+        return torch.stack(latents), positions
 
     def layout(self, positions: Sequence[int], batch: MementoBatch) -> Layout:
         """The layout of a sample."""
