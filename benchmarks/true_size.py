@@ -61,7 +61,7 @@ def _experts(model: ModelSettings) -> dict[Expert, str]:
 
 def _shapes(name: str, model: ModelSettings) -> Shapes:
     kind = {"vae": "AutoencoderKLWan", "text_encoder": "UMT5EncoderModel"}.get(name, "WanTransformer3DModel")
-    network = on_meta(kind, config_of(model, name, model.spec), "rehearsal")
+    network = on_meta(kind, config_of(model, name), "rehearsal")
     return {key: tuple(it.shape) for key, it in network.state_dict().items() if "embed_tokens" not in key}
 
 
@@ -78,7 +78,7 @@ def _diffusers(folder: Path, model: ModelSettings, networks: dict[str, Shapes], 
     """Experts in float32, as published."""
     index: dict[str, Any] = {"_class_name": "WanImageToVideoPipeline", "tokenizer": ["transformers", "ByT5Tokenizer"]}
     for name, shapes in networks.items():
-        config, texts = config_of(model, name, model.spec), name == "text_encoder"
+        config, texts = config_of(model, name), name == "text_encoder"
         kind = ("transformers", "UMT5EncoderModel") if texts else ("diffusers", "AutoencoderKLWan")
         index[name] = kind if name in ("vae", "text_encoder") else ("diffusers", "WanTransformer3DModel")
         stem, dtype = ("model.safetensors", "BF16") if texts else (_STEM, "F32")

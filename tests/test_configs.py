@@ -80,7 +80,7 @@ def test_the_networks_of_a_model_can_be_built(name: str) -> None:
     model = generate_settings(f"model={name}").model
     network = model.network
     with torch.device("meta"):
-        for spec in (model.spec, model.text_spec):
+        for spec in (model.spec, model.text_model.spec):
             transformer = WanTransformer3DModel(**network.transformer, in_channels=spec.in_channels)
             assert transformer.config.out_channels == spec.latent_channels
         if network.vae:

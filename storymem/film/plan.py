@@ -153,7 +153,7 @@ def _flops(settings: GenerateSettings, memory: int, frames: int, *, text: bool) 
             height=height,
             width=width,
             text_tokens=model.network.text_tokens,
-            in_channels=(model.text_spec if text else model.spec).in_channels,
+            in_channels=(model.text_model if text else model).spec.in_channels,
             cached=cached,
         )
 

@@ -17,28 +17,28 @@ from storymem.wan.folders import CLASSES, build, check_index, load_tokenizer, on
 from storymem.wan.gguf import load_gguf
 from storymem.wan.settings import ModelSettings
 from storymem.wan.sources import ORIGINAL_FILES, component_path, original_parts
-from storymem.wan.spec import COMPONENTS, SPECS, UMT5_XXL, Expert, ModelSpec
+from storymem.wan.spec import COMPONENTS, SPECS, UMT5_XXL, Expert
 
 _EXPERTS = tuple(COMPONENTS.values())
 
 
-def config_of(model: ModelSettings, name: str, spec: ModelSpec) -> dict[str, Any]:
+def config_of(model: ModelSettings, name: str) -> dict[str, Any]:
     """The arguments of a network whose weights come without a configuration."""
     if name in _EXPERTS:
-        return {**model.network.transformer, "in_channels": spec.in_channels}
+        return {**model.network.transformer, "in_channels": model.spec.in_channels}
     if name == "text_encoder":
         return {**UMT5_XXL, **model.network.text_encoder}
     return dict(model.network.vae)
 
 
-def _config_and_file(path: Path, name: str, model: ModelSettings, spec: ModelSpec) -> tuple[dict[str, Any], Path]:
+def _config_and_file(path: Path, name: str, model: ModelSettings) -> tuple[dict[str, Any], Path]:
     """The configuration of a component in ``path``, a folder or a file, and the file or index of its weights."""
     if path.is_dir():
         return read_config(path, CLASSES[name]), weights_file(path)
-    return config_of(model, name, spec), path
+    return config_of(model, name), path
 
 
-def check_component(path: Path, name: str, model: ModelSettings, spec: ModelSpec, setting: str = "") -> Any:
+def check_component(path: Path, name: str, model: ModelSettings, setting: str = "") -> Any:
     """A network on the meta device, after its files were compared with it.
 
     Args:
@@ -49,7 +49,7 @@ def check_component(path: Path, name: str, model: ModelSettings, spec: ModelSpec
     Raises:
         FileNotFoundError, FileError: naming the file and the tensor.
     """
-    config, file = _config_and_file(path, name, model, spec)
+    (config, file), spec = _config_and_file(path, name, model), model.spec
     where = str(path / "config.json") if path.is_dir() else f"model.network of {name}"
     checkpoint = Checkpoint.open(file)
     network = on_meta(CLASSES[name], config, where, tensors=len(checkpoint.files))
@@ -63,9 +63,7 @@ def check_component(path: Path, name: str, model: ModelSettings, spec: ModelSpec
     return network
 
 
-def check_folder(
-    folder: Path, names: Collection[str], model: ModelSettings, spec: ModelSpec, setting: str
-) -> dict[str, Any]:
+def check_folder(folder: Path, names: Collection[str], model: ModelSettings, setting: str) -> dict[str, Any]:
     """The networks ``names`` of a model folder on the meta device, after a check that all are there and fit together.
 
     Args:
@@ -73,14 +71,14 @@ def check_folder(
         names: also "tokenizer".
         setting: that names the folder, for messages.
     """
-    original = original_parts(folder)
+    original, repository = original_parts(folder), model.spec.repository
     if not original and not set(names) <= set(_EXPERTS):
-        check_index(folder, names, repository=spec.repository, setting=setting)
+        check_index(folder, names, repository=repository, setting=setting)
     parts = original or {name: folder / name for name in names}
     if absent := [name for name in names if name not in parts or not parts[name].exists()]:
         lacking = ", ".join(ORIGINAL_FILES[name] if original else f"{name}/*" for name in absent)
-        raise FileError(f"{folder} lacks {lacking}: the download is incomplete; fetch it, or use {spec.repository}")
-    built = {name: check_component(parts[name], name, model, spec, setting) for name in names if name != "tokenizer"}
+        raise FileError(f"{folder} lacks {lacking}: the download is incomplete; fetch it, or use {repository}")
+    built = {name: check_component(parts[name], name, model, setting) for name in names if name != "tokenizer"}
     _check_together(folder, built)
     if "tokenizer" in names:
         tokens = len(load_tokenizer(parts["tokenizer"]))
@@ -109,29 +107,33 @@ def _check_together(folder: Path, built: Mapping[str, Any]) -> None:
             raise FileError(f"{where}: latents_mean and latents_std must be z_dim numbers, the latter above 0")
 
 
+def random_on_meta(model: ModelSettings, name: str) -> Any:
+    """A transformer of a model whose weights are random, on the meta device."""
+    return on_meta(CLASSES[name], config_of(model, name), "model.network.transformer")
+
+
 def expert_on_meta(model: ModelSettings, expert: Expert) -> Any:
     """The transformer that the weights of ``model`` are for, on the meta device, after a check by header."""
     name = COMPONENTS[expert]
     if model.weights is None:
-        return on_meta(CLASSES[name], config_of(model, name, model.spec), "model.network.transformer")
-    return check_component(component_path(model, name), name, model, model.spec, "model.weights")
+        return random_on_meta(model, name)
+    return check_component(component_path(model, name), name, model, "model.weights")
 
 
-def load_component(model: ModelSettings, name: str, *, by_text: bool = False, eight_bits: bool = False) -> Any:
+def load_component(model: ModelSettings, name: str, *, eight_bits: bool = False) -> Any:
     """One network of ``model``, or its tokenizer, on the CPU; its files were checked.
 
     Args:
         name: as ``model_index.json`` names it.
-        by_text: of the text-to-video model.
         eight_bits: see :func:`storymem.wan.checkpoints.load_network`; for transformers.
 
     Raises:
         NotFiniteError: for weights that are NaN, infinite or too large.
     """
-    path = component_path(model, name, by_text=by_text)
+    path = component_path(model, name)
     if name == "tokenizer":
         return load_tokenizer(path)
-    config, file = _config_and_file(path, name, model, model.text_spec if by_text else model.spec)
+    config, file = _config_and_file(path, name, model)
     dtype = getattr(torch, model.vae_dtype if name == "vae" else model.dtype)
     if file.suffix == ".gguf":
         return load_gguf(file, config, dtype)

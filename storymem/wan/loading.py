@@ -86,11 +86,11 @@ def load_text_to_video(
     sampler: SamplerSettings | None = None,
 ) -> WanMemoryToVideoPipeline:
     """The text-to-video pipeline of the first shot, without a text encoder; it shares ``vae``."""
-    sampler = sampler or SamplerSettings()
-    runtime = _settled(model, runtime or RuntimeSettings(), sampler)
+    own, sampler = model.text_model, (sampler or SamplerSettings()).text_sampler
+    runtime = _settled(own, runtime or RuntimeSettings(), sampler)
     check_text_weights(model)
     shared = {"tokenizer": None, "text_encoder": None, "vae": vae}
-    return _assembled(model, shared, list(COMPONENTS.values()), runtime, sampler, None)
+    return _assembled(own, shared, list(COMPONENTS.values()), runtime, sampler, "none")
 
 
 def _assembled(
@@ -99,21 +99,19 @@ def _assembled(
     names: Sequence[str],
     runtime: RuntimeSettings,
     sampler: SamplerSettings,
-    continuity: Continuity | None,
+    continuity: Continuity,
 ) -> WanMemoryToVideoPipeline:
     """A pipeline with its experts adapted, accelerated and placed; where they take turns, each when it is needed.
 
     Args:
         shared: the other networks, and the tokenizer.
         names: of the experts.
-        continuity: selects the memory adapter; None: the pipeline is text-to-video, which has none.
+        continuity: selects the memory adapter.
     """
-    by_text = continuity is None
-    spec = model.text_spec if by_text else model.spec
     turns = runtime.experts == "in_turn" and len(names) > 1
 
     def load(name: str) -> Any:
-        return _component(model, name, runtime, by_text=by_text)
+        return _component(model, name, runtime)
 
     def prepare(pipe: Any) -> None:
         if pipe.experts:
@@ -125,14 +123,14 @@ def _assembled(
     pipe = WanMemoryToVideoPipeline(
         **shared,
         **{name: load(name) if name in names and not turns else None for name in COMPONENTS.values()},
-        scheduler=wan_scheduler(sampler.text_to_video_shift if by_text else sampler.shift, sampler.scheduler),
-        boundary_ratio=model.text_to_video_boundary if by_text else model.boundary,
-        expand_timesteps=spec.clean_frames,  # by which the stock pipelines know this kind of base
+        scheduler=wan_scheduler(sampler.shift, sampler.scheduler),
+        boundary_ratio=model.boundary,
+        expand_timesteps=model.spec.clean_frames,  # by which the stock pipelines know this kind of base
         rope_stride=model.rope_stride,
         memory_attention=model.memory_attention,
     )
     if turns:
-        pipe.turns = Turns(load=load, prepare=prepare, spec=spec)
+        pipe.turns = Turns(load=load, prepare=prepare, spec=model.spec)
     prepare(pipe)
     return pipe
 
@@ -148,15 +146,15 @@ def _settled(model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSet
 # Networks
 
 
-def _component(model: ModelSettings, name: str, runtime: RuntimeSettings, *, by_text: bool = False) -> Any:
+def _component(model: ModelSettings, name: str, runtime: RuntimeSettings) -> Any:
     """A network or the tokenizer, from its files or with random weights from its own seed."""
     if model.weights is not None:
-        return load_component(model, name, by_text=by_text, eight_bits=runtime.precision == "fp8_storage")
+        return load_component(model, name, eight_bits=runtime.precision == "fp8_storage")
     if name == "tokenizer":
         return _bytes_tokenizer()
-    config = config_of(model, name, model.text_spec if by_text else model.spec)
+    config = config_of(model, name)
     with torch.random.fork_rng():
-        torch.manual_seed(model.seed + list(CLASSES).index(name) + (10 if by_text else 0))
+        torch.manual_seed(model.seed + list(CLASSES).index(name))
         network = build(CLASSES[name], config).eval()
     kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())  # by diffusers, when it loads a network
     dtype = getattr(torch, model.vae_dtype if name == "vae" else model.dtype)

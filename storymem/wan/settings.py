@@ -207,25 +207,33 @@ class ModelSettings:
         return {"wan2.2-a14b": A14B, "wan2.2-t2v-a14b": T2V_A14B, "wan2.2-ti2v-5b": TI2V_5B}[self.base]
 
     @property
-    def text_spec(self) -> ModelSpec:
-        """The base model of the networks that generate a first shot from text alone."""
-        return T2V_A14B if self.has_text_to_video else self.spec
+    def text_model(self) -> ModelSettings:
+        """The model whose transformers generate a first shot from text alone, by its own settings; or this one."""
+        if not self.has_text_to_video:
+            return self
+        return replace(
+            self,
+            base="wan2.2-t2v-a14b",
+            weights=self.text_to_video or self.weights,
+            gguf=self.text_to_video_gguf,
+            text_to_video=None,
+            text_to_video_gguf=None,
+            has_text_to_video=False,
+            adapter=None,
+            boundary=self.text_to_video_boundary,
+            seed=(self.seed + 10) % MAX_SEED,
+        )
 
-    def file_of(self, name: str, *, by_text: bool = False) -> Weights | None:
-        """The single file of a component (as ``model_index.json`` names it); None if it is in a folder.
-
-        Args:
-            by_text: of the text-to-video model.
-        """
-        pair = self.text_to_video_gguf if by_text else self.gguf
+    def file_of(self, name: str) -> Weights | None:
+        """The single file of a component (as ``model_index.json`` names it); None if it is in a folder."""
         if name in COMPONENTS.values():
+            pair = self.gguf
             return None if pair is None else pair.high_noise if name == "transformer" else pair.low_noise
         return {"vae": self.vae, "text_encoder": self.text_encoder}.get(name)
 
-    def folder_of(self, *names: str, by_text: bool = False) -> Weights | None:
+    def folder_of(self, *names: str) -> Weights | None:
         """Where those of the components ``names`` are that are not single files; None if nowhere."""
-        names = tuple(name for name in names if self.file_of(name, by_text=by_text) is None)
-        weights = self.text_to_video if by_text else self.weights
+        names, weights = tuple(name for name in names if self.file_of(name) is None), self.weights
         if weights is None or not names:
             return None
         if weights.is_local and weights.file and (weights.path / "high_noise_model").is_dir():
@@ -304,6 +312,20 @@ class SamplerSettings:
     shift: float = 4.0
     text_to_video_shift: float = 12.0
     negative_prompt: str = ""
+
+    @property
+    def text_sampler(self) -> SamplerSettings:
+        """For a first shot by text-to-video; ``ValueError`` if there is a step-distilled adapter, but none for that."""
+        adapter = self.adapter
+        if adapter is not None:
+            if adapter.text_to_video is None:
+                raise ValueError(
+                    f"sampler.adapter names no weights for text-to-video, which needs more than {self.steps} steps "
+                    "without them: set sampler.adapter.text_to_video, or generate the first shot from reference images "
+                    "(first_shot=m2v)"
+                )
+            adapter = replace(adapter, weights=adapter.text_to_video)
+        return replace(self, adapter=adapter, shift=self.text_to_video_shift)
 
     def __post_init__(self) -> None:
         check_bounds(self, steps=(1, 1000), shift=(0.01, 100), text_to_video_shift=(0.01, 100))

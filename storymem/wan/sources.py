@@ -69,7 +69,7 @@ class Needs(TypedDict, total=False):
 
 def required_weights(model: ModelSettings, **needs: Unpack[Needs]) -> list[Weights]:
     """All weights that are loaded; networks with random weights need none."""
-    return [weights for weights, _ in _Inspection(model, **needs).required()]
+    return [weights for weights, _ in _required(model, **needs)]
 
 
 def inspect_weights(model: ModelSettings, **needs: Unpack[Needs]) -> list[Source]:
@@ -78,7 +78,7 @@ def inspect_weights(model: ModelSettings, **needs: Unpack[Needs]) -> list[Source
     Adapters of a base that is missing or does not fit are only searched for. ``ValueError`` if a setting that names
     weights is missing.
     """
-    found = [_inspect(*needed) for needed in _Inspection(model, **needs).required()]
+    found = [_inspect(*needed) for needed in _required(model, **needs)]
     return list(dict.fromkeys(found))  # an adapter may be both for the model and for text-to-video
 
 
@@ -94,7 +94,27 @@ def check_weights(model: ModelSettings, **needs: Unpack[Needs]) -> None:
 
 def check_text_weights(model: ModelSettings) -> None:
     """As :func:`check_weights`, for the transformers that generate a first shot from text alone."""
-    _raise_for([_inspect(*needed) for needed in _Inspection(model, text_to_video=True).networks_of(by_text=True)])
+    _raise_for([_inspect(*needed) for needed in _text_inspection(model).required()])
+
+
+def _required(model: ModelSettings, **needs: Unpack[Needs]) -> Iterator[tuple[Weights, Check]]:
+    """All weights, each with its check; adapters after the networks that they are compared with."""
+    experts = [COMPONENTS[expert] for expert in model.spec.experts if expert in needs.get("experts", COMPONENTS)]
+    texts = ["text_encoder", "tokenizer"] if needs.get("text_encoder", True) else []
+    sampler, continuity = needs.get("sampler"), needs.get("continuity", "none")
+    inspections = [_Inspection(model, ["vae", *texts, *experts], "model.weights")]
+    adapters = [adapters_of(model, sampler, continuity)] if experts else []
+    if needs["text_to_video"] and model.has_text_to_video:
+        inspections.append(_text_inspection(model))
+        adapters.append(adapters_of(model.text_model, sampler and sampler.text_sampler, continuity))
+    for inspection in inspections:
+        yield from inspection.required()
+    for inspection, own in zip(inspections, adapters, strict=False):
+        yield from ((adapter.weights, partial(inspection.adapter, adapter=adapter)) for adapter in own)
+
+
+def _text_inspection(model: ModelSettings) -> _Inspection:
+    return _Inspection(model.text_model, list(COMPONENTS.values()), "model.text_to_video")
 
 
 def _raise_for(found: list[Source]) -> None:
@@ -129,13 +149,13 @@ def original_parts(folder: Path) -> dict[str, Path]:
     return {name: paths[0] for name, paths in found.items() if paths}
 
 
-def component_path(model: ModelSettings, name: str, *, by_text: bool = False) -> Path:
+def component_path(model: ModelSettings, name: str) -> Path:
     """The file, index or folder of one component (as ``model_index.json`` names it); MissingWeights if not here."""
-    if (weights := model.file_of(name, by_text=by_text)) is not None:
+    if (weights := model.file_of(name)) is not None:
         return locate(weights)
     experts = [COMPONENTS[expert] for expert in model.spec.experts]
     names = ["vae", "text_encoder", name, *experts] if name == "tokenizer" else [name]
-    folder = model.folder_of(*names, by_text=by_text)
+    folder = model.folder_of(*names)
     assert folder is not None, f"{model.name} has no weights of {name}"
     found = locate(folder)
     return original_parts(found).get(name) or (found if found.name == "tokenizer" else found / name)
@@ -156,65 +176,49 @@ def _inspect(weights: Weights, check: Check) -> Source:
 
 
 class _Inspection:
-    """The weights of one model, each with its check; those of networks give what adapters are compared with."""
+    """The weights of components of a model, each with its check, which gives what adapters are compared with.
 
-    def __init__(self, model: ModelSettings, **needs: Unpack[Needs]) -> None:
-        self.model, self.sampler = model, needs.get("sampler")
-        self.continuity: Continuity = needs.get("continuity", "none")
-        self.tasks = [False, True] if needs["text_to_video"] and model.has_text_to_video else [False]
-        self.experts = [expert for expert in model.spec.experts if expert in needs.get("experts", COMPONENTS)]
-        texts = ["text_encoder", "tokenizer"] if needs.get("text_encoder", True) else []
-        self.components = ["vae", *texts, *(COMPONENTS[expert] for expert in self.experts)]
-        # On the meta device: those of the model, and of the text-to-video model.
-        self.networks: dict[bool, dict[Expert, Any]] = {False: {}, True: {}}
+    Args:
+        components: as ``model_index.json`` names them.
+        setting: that names the folder with most of them, for messages.
+    """
+
+    def __init__(self, model: ModelSettings, components: Sequence[str], setting: str) -> None:
+        self.model, self.components, self.setting = model, components, setting
+        self.networks: dict[str, Any] = {}  # on the meta device
 
     def required(self) -> Iterator[tuple[Weights, Check]]:
-        """All weights, adapters after the networks that they are compared with."""
-        for by_text in self.tasks:
-            yield from self.networks_of(by_text)
-        for by_text in self.tasks if self.experts else []:
-            for adapter in adapters_of(self.model, self.sampler, None if by_text else self.continuity):
-                yield adapter.weights, partial(self.adapter, adapter=adapter, by_text=by_text)
-
-    def networks_of(self, by_text: bool) -> Iterator[tuple[Weights, Check]]:
-        """The weights of the model's networks; ``by_text``: of the transformers of the text-to-video model."""
-        names = list(COMPONENTS.values()) if by_text else self.components
-        files = {name: file for name in names if (file := self.model.file_of(name, by_text=by_text)) is not None}
-        if (folder := self.model.folder_of(*names, by_text=by_text)) is not None:
-            yield folder, partial(self.folder, names=[name for name in names if name not in files], by_text=by_text)
+        """The folder, and single files."""
+        files = {name: file for name in self.components if (file := self.model.file_of(name)) is not None}
+        if (folder := self.model.folder_of(*self.components)) is not None:
+            yield folder, partial(self.folder, names=[name for name in self.components if name not in files])
         for name, weights in files.items():
-            yield weights, partial(self.single_file, name=name, by_text=by_text)
+            yield weights, partial(self.single_file, name=name)
 
-    def folder(self, path: Path, names: list[str], by_text: bool) -> list[str]:
+    def folder(self, path: Path, names: list[str]) -> list[str]:
         from storymem.wan.components import check_folder, load_component
 
-        model = self.model
         if names == ["tokenizer"]:
-            load_component(model, "tokenizer")
-            return []
-        spec, setting = (model.text_spec, "model.text_to_video") if by_text else (model.spec, "model.weights")
-        built = check_folder(path, names, model, spec, setting)
-        self.networks[by_text] |= {expert: built[name] for expert, name in COMPONENTS.items() if name in built}
+            load_component(self.model, "tokenizer")
+        else:
+            self.networks |= check_folder(path, names, self.model, self.setting)
         return []
 
-    def single_file(self, path: Path, name: str, by_text: bool) -> list[str]:
+    def single_file(self, path: Path, name: str) -> list[str]:
         from storymem.wan.components import check_component
         from storymem.wan.lora_files import expert_named
 
-        spec = self.model.text_spec if by_text else self.model.spec
-        network = check_component(check_regular(path), name, self.model, spec)
-        expert = next((it for it, component in COMPONENTS.items() if component == name), None)
-        if expert is None:
-            return []
-        self.networks[by_text][expert] = network
+        self.networks[name] = check_component(check_regular(path), name, self.model)
         named = expert_named(path.stem)
-        swapped = named not in (None, expert)
-        return [f"its name is that of the {named} expert, and it is used as {expert}"] if swapped else []
+        if name not in COMPONENTS.values() or named is None or COMPONENTS[named] == name:
+            return []
+        expert = next(expert for expert, component in COMPONENTS.items() if component == name)
+        return [f"its name is that of the {named} expert, and it is used as {expert}"]
 
-    def adapter(self, path: Path, adapter: Adapter, by_text: bool) -> list[str]:
+    def adapter(self, path: Path, adapter: Adapter) -> list[str]:
         from storymem.wan.lora import read_memory_lora
 
-        networks = {name: network for name, network in self.adapted(by_text).items() if name in adapter.experts}
+        networks = {expert: network for expert, network in self.adapted().items() if expert in adapter.experts}
         if not networks:  # those of the base did not fit
             return []
         found = list(read_memory_lora(networks, path, **adapter.reading).values())
@@ -247,17 +251,14 @@ class _Inspection:
             notes.append(f"trained with RoPE stride {info.rope_stride}, used with {stride} (model.rope_stride)")
         return notes
 
-    def adapted(self, by_text: bool) -> dict[Expert, Any]:
+    def adapted(self) -> dict[Expert, Any]:
         """The transformers that adapters are for; none where they did not fit."""
-        if self.model.weights is not None:
-            return self.networks[by_text]
-        from storymem.wan.components import config_of
-        from storymem.wan.folders import on_meta
+        from storymem.wan.components import random_on_meta
 
-        spec = self.model.text_spec if by_text else self.model.spec
-        config = config_of(self.model, "transformer", spec)
-        network = on_meta("WanTransformer3DModel", config, "model.network.transformer")
-        return dict.fromkeys(spec.experts if by_text else self.experts, network)
+        names = {expert: name for expert, name in COMPONENTS.items() if name in self.components}
+        if self.model.weights is None:
+            return {expert: random_on_meta(self.model, name) for expert, name in names.items()}
+        return {expert: self.networks[name] for expert, name in names.items() if name in self.networks}
 
 
 # Adapters
@@ -292,35 +293,18 @@ class Adapter:
         return {"strict": True, "alpha": self.memory.alpha, "use_rslora": self.memory.use_rslora}
 
 
-def adapters_of(
-    model: ModelSettings, sampler: SamplerSettings | None, continuity: Continuity | None
-) -> Iterator[Adapter]:
-    """All adapters of a pipeline, in the order in which they are loaded.
-
-    Args:
-        continuity: selects the memory adapter; None: the pipeline is text-to-video, which has none.
-    """
-    if (memory := model.adapter) is not None and continuity is not None:
+def adapters_of(model: ModelSettings, sampler: SamplerSettings | None, continuity: Continuity) -> Iterator[Adapter]:
+    """All adapters of a pipeline, in the order in which they are loaded; ``continuity`` selects the memory adapter."""
+    if (memory := model.adapter) is not None:
         weights, strength = adapter_weights(memory, continuity), dict.fromkeys(COMPONENTS, memory.weight)
         yield Adapter(name="memory", weights=weights, weight=strength, memory=memory)
     for number, extra in enumerate(model.adapters, start=1):
         experts = [expert for expert in COMPONENTS if extra.expert in ("both", expert)]
         yield Adapter(name=f"extra_{number}", weights=extra.weights, weight=dict.fromkeys(experts, extra.weight))
     if sampler is not None and (steps := sampler.adapter) is not None:
-        weights = steps.weights if continuity is not None else step_weights_for_text(sampler)
         low = steps.weight if steps.weight_low is None else steps.weight_low
-        yield Adapter(name=STEP_ADAPTER, weights=weights, weight={"high_noise": steps.weight, "low_noise": low})
-
-
-def step_weights_for_text(sampler: SamplerSettings) -> Weights:
-    """The step-distilled adapter of a first shot by text-to-video; a ``ValueError`` if the sampler names none."""
-    assert sampler.adapter is not None
-    if sampler.adapter.text_to_video is None:
-        raise ValueError(
-            f"sampler.adapter names no weights for text-to-video, which needs more than {sampler.steps} steps without "
-            "them: set sampler.adapter.text_to_video, or generate the first shot from reference images (first_shot=m2v)"
-        )
-    return sampler.adapter.text_to_video
+        strength = {"high_noise": steps.weight, "low_noise": low}
+        yield Adapter(name=STEP_ADAPTER, weights=steps.weights, weight=strength)
 
 
 def adapter_weights(adapter: AdapterSettings, continuity: Continuity) -> Weights:
