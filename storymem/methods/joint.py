@@ -113,7 +113,7 @@ class JointMethod(ABC):
         request = self.request(story)
 
         def generate(on_step: Callable[[int, int], None]) -> Sequence[Any]:
-            self.generator.prepare(request.texts, [request.negative_prompt])
+            self.generator.prepare(request.texts, [None])
             return self.generator.film(request, on_step)
 
         make_together(

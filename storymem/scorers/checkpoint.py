@@ -61,24 +61,16 @@ def read_checkpoint(path: Path, *, inside: str | None = None) -> dict[str, Tenso
 
 
 def loaded(build: Callable[[], Network], tensors: Mapping[str, Tensor], source: Path | str) -> Network:
-    """The network that ``build`` makes, without RAM for its own parameters, with ``tensors``; see `load_strictly`."""
-    with init_empty_weights(include_buffers=False):
-        network = build()
-    load_strictly(network, tensors, source)
-    return network
-
-
-def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """Make ``tensors`` the parameters of ``network``, every one of them and no other.
+    """The network that ``build`` makes, without RAM for its own parameters, with ``tensors`` by the names in it.
 
     Args:
-        network: on any device, meta included.
-        tensors: by the network's own names.
-        source: where they came from, for the message.
+        source: where the tensors came from, for the message.
 
     Raises:
         FileError: if names, shapes or kinds of numbers differ; all differences are listed.
     """
+    with init_empty_weights(include_buffers=False):
+        network = build()
     wanted = network.state_dict()
     check_tensors(
         {name: tensor.shape for name, tensor in tensors.items()},
@@ -90,6 +82,7 @@ def load_strictly(network: nn.Module, tensors: Mapping[str, Tensor], source: Pat
         if wanted[name].is_floating_point() and not (tensor.is_floating_point() and tensor.element_size() > 1):
             raise FileError(f"{source}: {name} is {tensor.dtype}, not a float of 16 bits or more")
     network.load_state_dict(dict(tensors), strict=True, assign=True)
+    return network
 
 
 def load_pretrained(cls: type[Network], sizes: Any, path: Path, described: Path) -> Network:

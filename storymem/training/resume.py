@@ -23,9 +23,6 @@ _FREE = (
 )
 _FREE_OF_BATCH = ("size", "accumulation", "workers")  # the samples of a step are compared instead
 
-#: Runs of before there were several objectives do not name theirs.
-_FIRST_OBJECTIVE = "storymem.training.objectives.settings.MemoryObjectiveSettings"
-
 
 def check_run_folder(folder: Path, settings: TrainSettings, config: Mapping[str, Any]) -> bool:
     """Whether ``folder`` holds a checkpoint of this run; ``ValueError`` if it holds another run, or anything else."""
@@ -102,7 +99,6 @@ def _essential_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 
     def essence(config: Mapping[str, Any]) -> dict[str, Any]:
         config = json.loads(json.dumps(config))
-        config = {**config, "objective": {"_target_": _FIRST_OBJECTIVE, **(config.get("objective") or {})}}
         optimizer, batch = config.get("optimizer") or {}, config.get("batch") or {}
         average = "none" if optimizer.get("ema_decay") is None else "set"
         return {key: value for key, value in config.items() if key not in _FREE} | {
@@ -130,8 +126,7 @@ def changes_of_later_steps(checkpoint: Checkpoint, about: Mapping[str, Any], set
 
     def reported(config: Mapping[str, Any]) -> dict[str, Any]:
         turns = (config.get("parallel") or {}).get("alternate_every")
-        optimizer = {key: value for key, value in (config.get("optimizer") or {}).items() if key != "name"}
-        return {"optimizer": optimizer, "parallel": {"alternate_every": turns}}
+        return {"optimizer": config.get("optimizer") or {}, "parallel": {"alternate_every": turns}}
 
     lines = differences(reported(before), reported(now))
     if checkpoint.about["clips"] != about["clips"]:

@@ -28,7 +28,6 @@ class FilmRequest:
         negative_layout: of the pass with the negative prompt.
         texts: encoded one by one, each padded to the L tokens of the network; "prompt" is all of them in this order.
             They must be among those given to :meth:`WanFilmGenerator.prepare`.
-        negative_prompt: it takes the place of each of ``texts``; None: the sampler's.
         videos: frames, 4n + 1, of each video that the VAE encodes and decodes by itself.
         shots: frames of each shot; the videos, one after the other, are cut there.
         seed: of the noise.
@@ -37,7 +36,6 @@ class FilmRequest:
     layout: Layout
     negative_layout: Layout
     texts: tuple[str, ...]
-    negative_prompt: str | None = None
     videos: tuple[int, ...]
     shots: tuple[int, ...]
     seed: int
@@ -53,14 +51,9 @@ class WanFilmGenerator(WanShotGenerator):
         """The frames of each shot, uint8 [F, H, W, 3]; NotFiniteError for NaN, with likely causes."""
         pipe, video = self._memory_to_video(), self.video
         device = pipe._execution_device  # not where offloaded weights are
-        negative = self.sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
-        inputs = film_inputs(
-            request,
-            [self._embeds[text].to(device) for text in request.texts],
-            self._embeds[negative].to(device) if self._uses_guidance else None,
-            blank_condition(request, pipe, video.height, video.width),
-        )
-        noise = film_noise(request, pipe, video.height, video.width)
+        texts = [self._embeds[text].to(device) for text in request.texts]
+        negative = self._embeds[self.sampler.negative_prompt].to(device) if self._uses_guidance else None
+        noise, inputs = film_inputs(request, pipe, texts, negative, video.height, video.width)
 
         def sample(stepped: StepCallback) -> Sequence[Tensor]:
             latents = self._denoised(pipe, noise, inputs, stepped)
@@ -70,32 +63,30 @@ class WanFilmGenerator(WanShotGenerator):
         return np.split(np.concatenate(videos), np.cumsum(request.shots)[:-1])
 
 
-def film_noise(request: FilmRequest, pipe: WanMemoryToVideoPipeline, height: int, width: int) -> Tensor:
-    """The noise [1, z, N, h, w] of a film, float32: from the CPU's generator, so the same on every device."""
-    frames = sum(pipe.spec.latent_frames(frames) for frames in request.videos)
-    shape = (1, pipe.spec.latent_channels, frames, *pipe.spec.latent_size(height, width))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
-
-
-def blank_condition(request: FilmRequest, pipe: WanMemoryToVideoPipeline, height: int, width: int) -> Tensor | None:
-    """The condition [1, C, N, h, w] of a film of which no frame is given; None if the base model has none."""
-    if not pipe.spec.condition_channels:
-        return None
-    blank = {frames: pipe.encode_given([], frames, height, width) for frames in set(request.videos)}
-    return torch.cat([condition_channels(None, blank[frames], 0, pipe.spec) for frames in request.videos], dim=2)
-
-
 def film_inputs(
-    request: FilmRequest, texts: Sequence[Tensor], negative: Tensor | None, condition: Tensor | None
-) -> Inputs:
-    """What the denoising loop is given.
+    request: FilmRequest,
+    pipe: WanMemoryToVideoPipeline,
+    texts: Sequence[Tensor],
+    negative: Tensor | None,
+    height: int,
+    width: int,
+) -> tuple[Tensor, Inputs]:
+    """The noise [1, z, N, h, w] of a film, float32, and what else the denoising loop is given.
 
     Args:
         texts: embeddings [1, L, D] of ``request.texts``.
         negative: embeddings [1, L, D] of the negative prompt; None: without guidance.
-        condition: see :func:`blank_condition`.
+        height, width: of the frames.
     """
-    return Inputs(
+    spec, condition = pipe.spec, None
+    latent_frames = sum(spec.latent_frames(frames) for frames in request.videos)
+    shape = (1, spec.latent_channels, latent_frames, *spec.latent_size(height, width))
+    # From the CPU's generator, so the same on every device.
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
+    if spec.condition_channels:  # no frame is given
+        blank = {frames: pipe.encode_given([], frames, height, width) for frames in set(request.videos)}
+        condition = torch.cat([condition_channels(None, blank[frames], 0, spec) for frames in request.videos], dim=2)
+    return noise, Inputs(
         layout=request.layout,
         negative_layout=request.negative_layout,
         text={"prompt": torch.cat(list(texts), dim=1)},

@@ -166,8 +166,8 @@ def _component(model: ModelSettings, name: str, runtime: RuntimeSettings) -> Any
 
 def _load_adapter(pipe: WanMemoryToVideoPipeline, adapter: Adapter) -> None:
     folder = locate(adapter.weights)
-    options = {"adapter_name": adapter.name, "weight": adapter.weight, "experts": adapter.experts, **adapter.reading}
-    info, stride = load_memory_lora(pipe, folder, **options), pipe.config.rope_stride
+    info = load_memory_lora(pipe, folder, adapter_name=adapter.name, weight=adapter.weight, **adapter.reading)
+    stride = pipe.config.rope_stride
     if adapter.memory is not None and info.rope_stride != stride:
         message = "the adapter in %s was trained with RoPE stride %d and is used with %d (model.rope_stride)"
         logger.warning(message, folder, info.rope_stride, stride)

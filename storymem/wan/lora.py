@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -292,7 +292,6 @@ def load_memory_lora(
     alpha: float | None = None,
     use_rslora: bool | None = None,
     strict: bool = True,
-    experts: Collection[Expert] | None = None,
 ) -> AdapterInfo:
     """Load an adapter into the experts of a Wan pipeline, active beside the adapters that already are.
 
@@ -305,13 +304,13 @@ def load_memory_lora(
             whose files were downloaded before (``Kevin-thu/StoryMem``).
         subfolder: a folder inside it (``Wan2.2-MI2V-A14B``, ``Wan2.2-MM2V-A14B``).
         adapter_name: for ``pipe.set_adapters`` and the like.
-        weight: strength, a factor on top of the scale the adapter was trained at; one for both experts, or one each.
+        weight: strength, a factor on top of the scale the adapter was trained at; one for both experts, or one for each
+            that gets the adapter.
         alpha: for files that do not state it; None: the published 128 in the released layout, else the rank.
         use_rslora: likewise; None: the published ``True`` in the released layout, else ``False``.
         strict: whether it is a memory adapter, which must fit exactly. Other adapters may cover any part of the
             networks; keys that are not used are logged. Their differences of the networks' own parameters (``.diff``,
             ``.diff_b``, ``.diff_m``) are added permanently: ``set_adapters`` does not change them.
-        experts: those that get it; None: all that the pipeline has.
 
     Returns:
         The adapter's description; of the high-noise expert where the two differ in rank or scale.
@@ -322,13 +321,14 @@ def load_memory_lora(
         ValueError: for a file that does not fit or contradicts ``alpha`` or ``use_rslora``; if ``adapter_name`` is
             taken, or other adapters are fused.
     """
-    transformers = {name: it for name, it in experts_of(pipe).items() if experts is None or name in experts}
+    strength = weight if isinstance(weight, Mapping) else dict.fromkeys(COMPONENTS, weight)
+    transformers = {name: it for name, it in experts_of(pipe).items() if name in strength}
     for expert, transformer in transformers.items():
         _check_can_load(transformer, COMPONENTS[expert], adapter_name)
     named = transformers
     if getattr(pipe, "turns", None) is not None:  # one is loaded, and files are matched with both
         (network,) = experts_of(pipe).values()
-        named = {expert: network for expert in COMPONENTS if experts is None or expert in experts}
+        named = dict.fromkeys(strength, network)
     read = read_memory_lora(
         named, folder_or_repo, subfolder=subfolder, alpha=alpha, use_rslora=use_rslora, strict=strict
     )
@@ -338,10 +338,9 @@ def load_memory_lora(
     for expert, adapter in adapters.items():
         if not adapter.as_usual:
             _warn_once(adapter.report)
-        strength = weight[expert] if isinstance(weight, Mapping) else weight
         if matrices[expert]:
-            _inject(pipe, transformers[expert], matrices[expert], adapter.config, adapter_name, strength)
-        _add(transformers[expert], differences[expert], strength)
+            _inject(pipe, transformers[expert], matrices[expert], adapter.config, adapter_name, strength[expert])
+        _add(transformers[expert], differences[expert], strength[expert])
     return next(iter(read.values())).info
 
 

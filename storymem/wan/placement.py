@@ -112,7 +112,6 @@ def choose_runtime(
     runtime: RuntimeSettings,
     *,
     sampler: SamplerSettings | None = None,
-    memory_frames: int = MEMORY_FRAMES,
     scorers: Sequence[int] = (0, 0),
     grid: Grid | None = None,
     machine: Machine | None = None,
@@ -124,7 +123,7 @@ def choose_runtime(
     """
     machine = machine or this_machine(resolve_device(runtime.device))
 
-    def tried(settled: RuntimeSettings, memory: int = memory_frames, scorers: Sequence[int] = scorers) -> Choice:
+    def tried(settled: RuntimeSettings, memory: int = MEMORY_FRAMES, scorers: Sequence[int] = scorers) -> Choice:
         estimate = estimate_shot(model, settled, sampler=sampler, grid=grid, memory_frames=memory, scorers=scorers)
         lacking = _lacking(estimate, machine)
         return Choice(runtime=settled, estimate=estimate, fits=not lacking, reason=lacking)
@@ -143,7 +142,7 @@ def choose_runtime(
     options = {
         "runtime.precision=fp8_storage": tried(replace(last.runtime, precision="fp8_storage")),
         "scorer/quality=laion-v1": tried(last.runtime, scorers=(scorers[0], min(scorers[1], _LIGHT_FILTER))),
-        "memory.recall.capacity=4": tried(last.runtime, memory=min(memory_frames, 4)),
+        "memory.recall.capacity=4": tried(last.runtime, memory=4),
     }
     fitting = " or ".join(name for name, option in options.items() if option.fits)
     ram = f"{_rounded_up(_needed_ram(last.estimate, machine))} of RAM"

@@ -218,7 +218,7 @@ class _Inspection:
     def adapter(self, path: Path, adapter: Adapter) -> list[str]:
         from storymem.wan.lora import read_memory_lora
 
-        networks = {expert: network for expert, network in self.adapted().items() if expert in adapter.experts}
+        networks = {expert: network for expert, network in self.adapted().items() if expert in adapter.weight}
         if not networks:  # those of the base did not fit
             return []
         found = list(read_memory_lora(networks, path, **adapter.reading).values())
@@ -279,11 +279,6 @@ class Adapter:
     weights: Weights
     weight: Mapping[Expert, float]
     memory: AdapterSettings | None = None
-
-    @property
-    def experts(self) -> Collection[Expert]:
-        """Those that it is for."""
-        return self.weight.keys()
 
     @property
     def reading(self) -> dict[str, Any]:

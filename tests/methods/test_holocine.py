@@ -31,7 +31,7 @@ from storymem.methods.holocine import (
     window_texts,
 )
 from storymem.story import Story, load_story
-from storymem.wan.films import FilmRequest, blank_condition, film_inputs, film_noise
+from storymem.wan.films import FilmRequest, film_inputs
 from storymem.wan.loading import load_pipeline
 from storymem.wan.segments import Keys, Layout, Text, holocine
 from storymem.weights import MissingWeights
@@ -163,14 +163,13 @@ def test_a_whole_sampling_agrees(folder: Path, sparse: bool, tmp_path: Path) -> 
     for name, expert in zip(("high", "low"), pipe.experts.values(), strict=True):
         expert.register_forward_pre_hook(lambda *_, name=name: used.append(name))
     request = request_of(folder, sparse=sparse)
-    noise = film_noise(request, pipe, case["height"], case["width"])
+    text, negative = (given[name][None] for name in ("prompt_embeds", "negative_prompt_embeds"))
+    noise, inputs = film_inputs(request, pipe, [text], negative, case["height"], case["width"])
     assert torch.equal(noise[0], given["noise"])
-    texts = [given[name][None] for name in ("prompt_embeds", "negative_prompt_embeds")]
-    condition = blank_condition(request, pipe, case["height"], case["width"])
     pipe.set_progress_bar_config(disable=True)
     latents = pipe.denoise(
         noise,
-        film_inputs(request, texts[:1], texts[1], condition),
+        inputs,
         num_inference_steps=method.sampler.steps,
         guidance_scale=method.sampler.guidance,
     )
