@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import Qwen2VLConfig
 
 from storymem.memory import KeyframeSelector, Selection
-from storymem.scorers.checkpoint import load_strictly
+from storymem.scorers.checkpoint import loaded
 from storymem.scorers.clip import ClipTokenizer
 from storymem.scorers.hpsv3 import assemble_prompt, patches_of, resized_size
 from storymem.scorers.hpsv3_network import Hpsv3Network, load_network
@@ -239,9 +239,7 @@ def viclip(weights: Path) -> Viclip:
         context_length=text["context_length"],
         vocab_size=text["vocab_stored"],
     )
-    network = Viclip(config)
-    load_strictly(network, load_file(weights), weights)
-    return network.eval().requires_grad_(False)
+    return loaded(lambda: Viclip(config), load_file(weights), weights).eval().requires_grad_(False)
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
