@@ -35,7 +35,6 @@ bench: $(VENV)/.ready  ## measure every figure of speed in the docs
 	$(RUN) -m benchmarks.grouping $(ARGS)
 	$(RUN) -m benchmarks.training $(ARGS)
 	$(RUN) -m benchmarks.scoring $(ARGS)
-	$(RUN) -m benchmarks.shot $(ARGS)
 	$(RUN) -m benchmarks.acceleration $(ARGS)
 	$(VENV)/bin/storymem benchmark
 
