@@ -47,9 +47,9 @@ class CutAccuracy(Metric):
 
     version = 2
     columns = (
-        Column(name="cut_accuracy", title="Shot-cut accuracy", heading="Cuts"),
-        Column(name="cut_sca", title="Shot-cut accuracy as HoloCine's SCA", heading="SCA"),
-        Column(name="cut_deviation", title="Deviation of cuts (frames)", heading="Cut dev."),
+        Column("cut_accuracy", "Shot-cut accuracy", "Cuts"),
+        Column("cut_sca", "Shot-cut accuracy as HoloCine's SCA", "SCA"),
+        Column("cut_deviation", "Deviation of cuts (frames)", "Cut dev."),
     )
 
     def __init__(self, *, threshold: float = 0.5, tolerance: int = 2, device: str = "auto") -> None:
@@ -70,7 +70,6 @@ class CutAccuracy(Metric):
         return (torch.cat(small).clamp(0, 1) * 255).round().byte().movedim(1, -1).numpy()
 
     def compute(self, measured: Sequence[np.ndarray | None], film: FilmInfo) -> Scores:
-        """See :meth:`Metric.compute`."""
         none: dict[str, Value] = dict.fromkeys(column.name for column in self.columns)
         if len(film.lengths) < 2 or film.missing is not None:
             single = dict.fromkeys(none, "the story has a single shot") if len(film.lengths) < 2 else {}
@@ -79,7 +78,6 @@ class CutAccuracy(Metric):
         return judge_cuts(found, film, self.tolerance)
 
     def settings(self) -> dict[str, Any]:
-        """See :meth:`Metric.settings`."""
         return {
             "detector": "TransNetV2",
             "frames": "all",

@@ -101,14 +101,14 @@ class Entities(InnerFramesMetric):
 
     version = 2
     columns = (
-        Column(name="entity_presence", title="Characters present", heading="Present"),
-        Column(name="entity_same", title="Looks of characters, where present", heading="Same", consistency=True),
-        Column(name="entity_strict", title="Looks of characters, absent as 0", heading="Strict", consistency=True),
-        Column(name="entity_gap_1", title="Looks, neighbouring shots", heading="Gap 1", consistency=True),
-        Column(name="entity_gap_2", title="Looks, two shots apart", heading="Gap 2", consistency=True),
-        Column(name="entity_gap_3_4", title="Looks, three or four shots apart", heading="Gap 3-4", consistency=True),
-        Column(name="entity_gap_5", title="Looks, five or more shots apart", heading="Gap 5+", consistency=True),
-        Column(name="entity_contrast", title="Same minus different characters", heading="Contrast"),
+        Column("entity_presence", "Characters present", "Present"),
+        Column("entity_same", "Looks of characters, where present", "Same", consistency=True),
+        Column("entity_strict", "Looks of characters, absent as 0", "Strict", consistency=True),
+        Column("entity_gap_1", "Looks, neighbouring shots", "Gap 1", consistency=True),
+        Column("entity_gap_2", "Looks, two shots apart", "Gap 2", consistency=True),
+        Column("entity_gap_3_4", "Looks, three or four shots apart", "Gap 3-4", consistency=True),
+        Column("entity_gap_5", "Looks, five or more shots apart", "Gap 5+", consistency=True),
+        Column("entity_contrast", "Same minus different characters", "Contrast"),
     )
 
     def __init__(
@@ -124,6 +124,12 @@ class Entities(InnerFramesMetric):
         super().__init__(frames, detector, clip, embedder)
         self.detector, self.clip, self.embedder, self.gate = detector, clip, embedder, gate
         self.descriptions = {} if descriptions is None else _read_descriptions(descriptions)
+        self.rules = {
+            **self.rules,
+            "definition": "arXiv 2605.15199, without its judge",
+            "gate": gate,
+            "descriptions": hash_json(self.descriptions) if self.descriptions else "of the stories",
+        }
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> dict[str, Sighting]:
         """Each listed character with a description."""
@@ -147,7 +153,6 @@ class Entities(InnerFramesMetric):
         return sightings
 
     def compute(self, measured: Sequence[dict[str, Sighting] | None], film: FilmInfo) -> Scores:
-        """See :meth:`Metric.compute`."""
         story, described, incomplete = film.story, list(self._described(film.story)), unmeasured(measured, film)
         presence = tuple(_share_present(seen.values()) if seen else None for seen in measured)
         listed = [presence[shot.index] for shot in story.shots if set(shot.characters) & set(described)]
@@ -208,14 +213,6 @@ class Entities(InnerFramesMetric):
         return np.stack(
             [erased(f, [box for box, _ in found[at].values()]) for f, at in zip(frames, nearest, strict=True)]
         )
-
-    def settings(self) -> dict[str, Any]:
-        """See :meth:`Metric.settings`."""
-        return super().settings() | {
-            "definition": "arXiv 2605.15199, without its judge",
-            "gate": self.gate,
-            "descriptions": hash_json(self.descriptions) if self.descriptions else "of the stories",
-        }
 
     def _described(self, story: Story) -> dict[str, str]:
         """Character -> description, for those that have one."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
@@ -39,14 +38,20 @@ class Faces(InnerFramesMetric):
     """
 
     columns = (
-        Column(name="face_presence", title="Shots of characters that show a face", heading="Faces"),
-        Column(name="face_similarity", title="Similarity of faces across shots", heading="Face sim.", consistency=True),
-        Column(name="face_same", title="Pairs of shots with the same face", heading="Same face", consistency=True),
+        Column("face_presence", "Shots of characters that show a face", "Faces"),
+        Column("face_similarity", "Similarity of faces across shots", "Face sim.", consistency=True),
+        Column("face_same", "Pairs of shots with the same face", "Same face", consistency=True),
     )
 
     def __init__(self, scorer: FaceScorer, *, frames: int = 5, same: float = SAME_PERSON) -> None:
         super().__init__(frames, scorer)
         self.scorer, self.same = scorer, same
+        self.rules = {
+            **self.rules,
+            "same_from": same,
+            "score": getattr(scorer, "score", None),
+            "weights_sha256": getattr(scorer, "sha256", None),
+        }
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
         """Embeddings [K, D] of the shot's faces; K is 0 if it lists no character or shows no face."""
@@ -57,7 +62,6 @@ class Faces(InnerFramesMetric):
         return max(found, key=lambda one: one[:2])[2] if found else np.zeros((0, 1))
 
     def compute(self, measured: Sequence[np.ndarray | None], film: FilmInfo) -> Scores:
-        """See :meth:`Metric.compute`."""
         listing = [shot.index for shot in film.story.shots if shot.characters]
         shown = tuple(
             None if faces is None or not shot.characters else float(len(faces) > 0)
@@ -86,11 +90,3 @@ class Faces(InnerFramesMetric):
             pairs={"face_similarity": tuple(pairs)},
             details={"frames_of_shots": self.chosen_of_film(film)},
         )
-
-    def settings(self) -> dict[str, Any]:
-        """See :meth:`Metric.settings`."""
-        return super().settings() | {
-            "same_from": self.same,
-            "score": getattr(self.scorer, "score", None),
-            "weights_sha256": getattr(self.scorer, "sha256", None),
-        }

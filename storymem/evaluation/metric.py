@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from itertools import accumulate, combinations
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ class ImageEmbedder(Protocol):
     def embed_images(self, frames: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Column:
     """A column of the tables: ``name`` in files, ``title`` on the page, ``heading`` in narrow tables.
 
@@ -44,6 +44,7 @@ class Column:
     name: str
     title: str
     heading: str
+    _: KW_ONLY
     consistency: bool = False
     exact: bool = False
 
@@ -126,11 +127,13 @@ class Metric(ABC):
         columns: what it measures; names must be unique among the metrics of a run.
         version: increase it when values change; results of another version are recomputed.
         scorers: the networks that it measures with.
+        rules: what else decides the values, except the films, in plain JSON types.
     """
 
     columns: Sequence[Column]
     version: int = 1
     scorers: tuple[Any, ...] = ()
+    rules: Mapping[str, Any] = {}
 
     @property
     def weights(self) -> Origin:
@@ -162,10 +165,7 @@ class Metric(ABC):
         return frames
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the values except the films (rules, names, hashes of weights), in plain JSON types.
-
-        Here, those of the scorers; subclasses add their rules.
-        """
+        """All that decides the values except the films: of the scorers names and hashes of weights, then `rules`."""
         found: dict[str, Any] = (
             {"scorers": ", ".join(type(one).__name__ for one in self.scorers)} if self.scorers else {}
         )
@@ -174,7 +174,7 @@ class Metric(ABC):
             found |= {key: ", ".join(values)} if values else {}
         if networks := [one.network for one in self.scorers if hasattr(one, "network")]:
             found["weights_sha256"] = weights_sha256(*networks)
-        return found
+        return found | dict(self.rules)
 
 
 class InnerFramesMetric(Metric):
@@ -189,6 +189,7 @@ class InnerFramesMetric(Metric):
         if frames < 1:
             raise ValueError(f"frames={frames}: must be at least 1")
         self.frames, self.scorers = frames, scorers
+        self.rules = {"frames": f"{frames} of each shot, evenly spaced, not the first or last"}
 
     def chosen(self, length: int) -> list[int]:
         """Indices of the frames of a shot with ``length`` frames; fewer of a short shot."""
@@ -197,10 +198,6 @@ class InnerFramesMetric(Metric):
     def chosen_of_film(self, film: FilmInfo) -> list[list[int] | None]:
         """Those of each shot, for the details; None for a missing shot."""
         return [None if length is None else self.chosen(length) for length in film.lengths]
-
-    def settings(self) -> dict[str, Any]:
-        """See :meth:`Metric.settings`."""
-        return super().settings() | {"frames": f"{self.frames} of each shot, evenly spaced, not the first or last"}
 
 
 def appearances(story: Story, names: Sequence[str] | None = None) -> dict[str, list[int]]:

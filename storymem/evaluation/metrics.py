@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -40,7 +40,8 @@ class AestheticQuality(Metric):
     """
 
     version = 2
-    columns = (Column(name="aesthetic_quality", title="Aesthetic quality", heading="Aesthetic"),)
+    columns = (Column("aesthetic_quality", "Aesthetic quality", "Aesthetic"),)
+    rules: Mapping[str, Any] = {"frames": "all"}
 
     def __init__(self, scorer: AestheticScorer) -> None:
         self.scorer, self.scorers = scorer, (scorer,)
@@ -55,13 +56,8 @@ class AestheticQuality(Metric):
         return float(in_batches(frames, self.scorer.clip.batch_size, self.scorer.score).mean()) / 10
 
     def compute(self, measured: Sequence[float | None], film: FilmInfo) -> Scores:
-        """See :meth:`Metric.compute`."""
         column = {"aesthetic_quality": tuple(measured)}
         return Scores.of({name: mean(values) for name, values in column.items()}, film.missing, shots=column)
-
-    def settings(self) -> dict[str, Any]:
-        """See :meth:`Metric.settings`."""
-        return super().settings() | {"frames": "all"}
 
 
 class _Clips(NamedTuple):
@@ -85,24 +81,12 @@ class ViclipScores(Metric):
     """
 
     columns = (
-        Column(name="prompt_following_global", title="Prompt following, global", heading="Prompt, global"),
-        Column(name="prompt_following_shot", title="Prompt following, single shot", heading="Prompt, shot"),
+        Column("prompt_following_global", "Prompt following, global", "Prompt, global"),
+        Column("prompt_following_shot", "Prompt following, single shot", "Prompt, shot"),
+        Column("consistency_overall", "Cross-shot consistency, overall", "Consist., overall", consistency=True),
+        Column("consistency_top10", "Cross-shot consistency, top-10 pairs", "Consist., top-10", consistency=True),
         Column(
-            name="consistency_overall",
-            title="Cross-shot consistency, overall",
-            heading="Consist., overall",
-            consistency=True,
-        ),
-        Column(
-            name="consistency_top10",
-            title="Cross-shot consistency, top-10 pairs",
-            heading="Consist., top-10",
-            consistency=True,
-        ),
-        Column(
-            name="consistency_same_character",
-            title="Cross-shot consistency, same character",
-            heading="Consist., same char.",
+            *("consistency_same_character", "Cross-shot consistency, same character", "Consist., same char."),
             consistency=True,
         ),
     )
@@ -114,10 +98,15 @@ class ViclipScores(Metric):
             raise ValueError(f"top_rule={top_rule}: write prompts or shots")
         self.scorer, self.top_pairs, self.top_rule = scorer, top_pairs, top_rule
         self.scorers = (scorer,)
+        self.rules = {
+            "frames": f"{scorer.config.num_frames}, as in VBench",
+            "context_tokens": scorer.config.context_length,
+            "top_pairs": top_pairs,
+            "top_rule": top_rule,
+        }
 
     @property
     def weights(self) -> Origin:
-        """See :attr:`Metric.weights`."""
         return "own" if self.scorer.config != VICLIP_L_14 and super().weights == "published" else super().weights
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> _Clips:
@@ -128,7 +117,6 @@ class ViclipScores(Metric):
         return _Clips(shot=frames[self.scorer.frame_indices(len(frames))], film=frames[inside])
 
     def compute(self, measured: Sequence[_Clips | None], film: FilmInfo) -> Scores:
-        """See :meth:`Metric.compute`."""
         texts = [film.story.overview, *(shot.prompt for shot in film.story.shots)]
         embedded = self.scorer.embed_texts(texts)
         check_finite(embedded, "embeddings of texts")  # they also decide which pairs count
@@ -168,15 +156,6 @@ class ViclipScores(Metric):
             },
         )
 
-    def settings(self) -> dict[str, Any]:
-        """See :meth:`Metric.settings`."""
-        return super().settings() | {
-            "frames": f"{self.scorer.config.num_frames}, as in VBench",
-            "context_tokens": self.scorer.config.context_length,
-            "top_pairs": self.top_pairs,
-            "top_rule": self.top_rule,
-        }
-
     def _embed(self, measured: Sequence[_Clips | None]) -> tuple[list[np.ndarray | None], np.ndarray | None]:
         """Embeddings of all shots and of the film, in batches of clips of one size."""
         clips: dict[int, np.ndarray] = {index: clips.shot for index, clips in enumerate(measured) if clips is not None}
@@ -215,21 +194,20 @@ class Appearance(Metric):
     """
 
     columns = (
-        Column(name="identity_consistency", title="Identity consistency", heading="Identity", consistency=True),
-        Column(name="intra_shot_consistency", title="Intra-shot consistency", heading="Intra-shot", consistency=True),
+        Column("identity_consistency", "Identity consistency", "Identity", consistency=True),
+        Column("intra_shot_consistency", "Intra-shot consistency", "Intra-shot", consistency=True),
     )
 
     def __init__(self, embedder: ImageEmbedder, *, frames: int = 8) -> None:
         if frames < 2:
             raise ValueError(f"frames={frames}: must be at least 2")
-        self.embedder, self.frames, self.scorers = embedder, frames, (embedder,)
+        self.embedder, self.frames, self.scorers, self.rules = embedder, frames, (embedder,), {"frames": frames}
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
         """Embeddings [N, D] of the chosen frames."""
         return in_batches(frames[self._chosen(len(frames))], self.embedder.batch_size, self.embedder.embed_images)
 
     def compute(self, measured: Sequence[np.ndarray | None], film: FilmInfo) -> Scores:
-        """See :meth:`Metric.compute`."""
         within = tuple(None if frames is None else _mean_cosine_within(frames) for frames in measured)
         # The mean of all cosines between two sets is the product of the sets' means.
         means = [None if frames is None else frames.mean(axis=0) for frames in measured]
@@ -247,10 +225,6 @@ class Appearance(Metric):
                 "frames_of_shots": [None if length is None else self._chosen(length) for length in film.lengths],
             },
         )
-
-    def settings(self) -> dict[str, Any]:
-        """See :meth:`Metric.settings`."""
-        return super().settings() | {"frames": self.frames}
 
     def _chosen(self, length: int) -> list[int]:
         return sorted(set(middle_frames(length, self.frames)))  # fewer of a short shot

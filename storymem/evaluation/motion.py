@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +25,8 @@ class Motion(Metric):
     not part of the paper.
     """
 
-    columns = (Column(name="motion", title="Motion (mean change of a pixel per second)", heading="Motion"),)
+    columns = (Column("motion", "Motion (mean change of a pixel per second)", "Motion"),)
+    rules: Mapping[str, Any] = {"frames": "all", "nearly_still_below": NEARLY_STILL}
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> float:
         """Motion of a shot; 0 for a single frame."""
@@ -34,12 +35,7 @@ class Motion(Metric):
         return float(np.mean(changes)) / 255 * rate if changes else 0.0
 
     def compute(self, measured: Sequence[float | None], film: FilmInfo) -> Scores:
-        """See :meth:`Metric.compute`."""
         return Scores.of({"motion": mean(measured)}, film.missing, shots={"motion": tuple(measured)})
-
-    def settings(self) -> dict[str, Any]:
-        """See :meth:`Metric.settings`."""
-        return {"frames": "all", "nearly_still_below": NEARLY_STILL}
 
 
 class Joins(Metric):
@@ -51,19 +47,17 @@ class Joins(Metric):
         embedder: of frames.
     """
 
-    columns = (
-        Column(name="join_similarity", title="Similarity where a shot continues", heading="Joins", consistency=True),
-    )
+    columns = (Column("join_similarity", "Similarity where a shot continues", "Joins", consistency=True),)
 
     def __init__(self, embedder: ImageEmbedder) -> None:
         self.embedder, self.scorers = embedder, (embedder,)
+        self.rules = {"frames": "the last before and the first after"}
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> np.ndarray:
         """Embeddings [2, D] of the first and the last frame."""
         return self.embedder.embed_images(as_images(frames[[0, -1]])).double().numpy()
 
     def compute(self, measured: Sequence[np.ndarray | None], film: FilmInfo) -> Scores:
-        """See :meth:`Metric.compute`."""
         joins = [shot.index for shot in film.story.shots if not shot.cut]
         values: list[Value] = [None] * len(measured)
         for index in joins:
@@ -75,7 +69,3 @@ class Joins(Metric):
             {} if joins else {"join_similarity": "no shot continues the one before"},
             shots={"join_similarity": tuple(values)},
         )
-
-    def settings(self) -> dict[str, Any]:
-        """See :meth:`Metric.settings`."""
-        return super().settings() | {"frames": "the last before and the first after"}

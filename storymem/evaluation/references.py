@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -49,18 +48,15 @@ class References(InnerFramesMetric):
     """
 
     columns = (
-        Column(
-            name="reference_similarity", title="Likeness to reference images", heading="References", consistency=True
-        ),
-        Column(name="reference_count", title="As many characters as listed (0 to 100)", heading="Count"),
-        Column(
-            name="reference_copy_margin", title="Likeness to the first reference minus others", heading="Copy margin"
-        ),
+        Column("reference_similarity", "Likeness to reference images", "References", consistency=True),
+        Column("reference_count", "As many characters as listed (0 to 100)", "Count"),
+        Column("reference_copy_margin", "Likeness to the first reference minus others", "Copy margin"),
     )
 
     def __init__(self, detector: GroundingDetector, embedder: ImageEmbedder, *, frames: int = 5) -> None:
         super().__init__(frames, detector, embedder)
         self.detector, self.embedder = detector, embedder
+        self.rules = {**self.rules, "definition": "arXiv 2505.24862", "query": _QUERY}
         self._images: dict[Path, np.ndarray] = {}  # reference -> its embedding [D]
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> _Compared | None:
@@ -93,7 +89,6 @@ class References(InnerFramesMetric):
         )
 
     def compute(self, measured: Sequence[_Compared | None], film: FilmInfo) -> Scores:
-        """See :meth:`Metric.compute`."""
         story = film.story
         listing = [shot.index for shot in story.shots if _known(story) & set(shot.characters)]
         only = [index for index in listing if set(story.shots[index].characters) <= _known(story)]
@@ -121,10 +116,6 @@ class References(InnerFramesMetric):
             shots={"reference_similarity": similarity, "reference_count": counts},
             details={"frames_of_shots": self.chosen_of_film(film)},
         )
-
-    def settings(self) -> dict[str, Any]:
-        """See :meth:`Metric.settings`."""
-        return super().settings() | {"definition": "arXiv 2505.24862", "query": _QUERY}
 
     def _embedded(self, path: Path) -> np.ndarray:
         """Embedding [D] of the most certain box of a reference image; of the whole image if none is found."""

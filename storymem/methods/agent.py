@@ -90,7 +90,6 @@ class Agent(KeyframeMethod):
 
     @cached_property
     def painter(self) -> QwenEditor | MemoryEditor:
-        """See :attr:`KeyframeMethod.painter`."""
         whole, own = self.whole, self.agent
         if own.images == "memory" or (own.images == "auto" and is_embedded(whole.model)):
             return MemoryEditor(model=whole.model, sampler=whole.sampler, runtime=whole.runtime)
@@ -191,7 +190,6 @@ class QwenEditor(ImageModel):
         self.settings, self.video = settings, video
 
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
-        """See :meth:`ImageModel.load`."""
         from diffusers import QwenImageEditPlusPipeline
 
         return QwenImageEditPlusPipeline.from_pretrained(folder, torch_dtype=dtype)

@@ -72,7 +72,6 @@ class Baseline(StoryMem):
         self._notes = ignored_recall(generate, type(self).__name__)
 
     def check(self, story: Story) -> None:
-        """See :meth:`storymem.methods.Method.check`."""
         super().check(story)
         while self._notes:  # once for all stories
             logger.warning(self._notes.pop())
@@ -81,7 +80,6 @@ class Baseline(StoryMem):
 
     @cached_property
     def storyteller(self) -> Storyteller:
-        """See :attr:`StoryMem.storyteller`."""
         loop = vars(super().storyteller)
         return self.loop(**{**loop, **self.parts(loop["config"])})
 

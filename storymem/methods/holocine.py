@@ -235,7 +235,6 @@ class HoloCine(JointMethod):
             )
 
     def request(self, story: Story) -> FilmRequest:
-        """See :meth:`JointMethod.request`."""
         layout = partial(holocine, sparse=self.sparse)
         if not self.is_released:
             return self.shots_apart(story, layout)

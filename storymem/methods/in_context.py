@@ -122,7 +122,6 @@ class InContext(KeyframeMethod):
 
     @cached_property
     def painter(self) -> FluxPanels | BasePanels:
-        """See :attr:`KeyframeMethod.painter`."""
         settings, own = self.settings, self.in_context
         if own.images == "base" or (own.images == "auto" and is_embedded(settings.model)):
             model = panel_model(settings.model, own.adapter)
@@ -180,7 +179,6 @@ class FluxPanels(ImageModel):
         self.settings = settings
 
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
-        """See :meth:`ImageModel.load`."""
         from diffusers import FluxPipeline
 
         pipe = FluxPipeline.from_pretrained(folder, torch_dtype=dtype)

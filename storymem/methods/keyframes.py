@@ -74,7 +74,6 @@ class ImageToVideo(WithoutMemory):
         return "i2v"
 
     def texts_of(self, story: Story, shot: Shot) -> list[str]:
-        """See :meth:`KeyframeMethod.motion_of`."""
         return [self.method.motion_of(story, shot)]
 
     def before_shots(self, story: Story, film: Film, shots: Sequence[Shot], progress: Progress) -> None:
@@ -137,7 +136,6 @@ class KeyframeMethod(Baseline):
         return False
 
     def check(self, story: Story) -> None:
-        """See :meth:`storymem.methods.Method.check`."""
         check_all(partial(super().check, story), self.painter.check)
 
 

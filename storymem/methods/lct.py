@@ -34,5 +34,4 @@ class Lct(JointMethod):
         self.gap = gap
 
     def request(self, story: Story) -> FilmRequest:
-        """See :meth:`JointMethod.request`."""
         return self.shots_apart(story, partial(lct, gap=self.gap))

@@ -105,7 +105,6 @@ class Memento(StoryMem):
 
     @cached_property
     def storyteller(self) -> Storyteller:
-        """See :attr:`storymem.methods.storymem.StoryMem.storyteller`."""
         base, of = super().storyteller, self.settings
         parts: dict[str, Any] = {
             "model": of.model,
@@ -175,7 +174,6 @@ class MementoStoryteller(Storyteller):
         return "t2v" if shot.index == 0 else super().mode_of(shot, story)
 
     def texts_of(self, story: Story, shot: Shot) -> list[str]:
-        """See :meth:`storymem.film.storyteller.Storyteller.texts_of`."""
         texts = captions_of(story, shot, self.own)
         return [texts.prompt, texts.whole, *(() if texts.subject is None else (texts.subject, ""))]
 
@@ -193,7 +191,6 @@ class MementoStoryteller(Storyteller):
         return Recalled(keyframes=[keyframe for keyframe in known if keyframe.id in ids], by_expert=by_expert)
 
     def request(self, story: Story, shot: Shot, film: Film, recalled: Recalled, seed: int) -> ShotRequest:
-        """See :meth:`storymem.film.storyteller.Storyteller.request`."""
         plain = super().request(story, shot, film, recalled, seed)
         starts = film_starts(film, [self.frames_of(one) for one in story.shots])
         memories = {

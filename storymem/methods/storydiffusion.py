@@ -101,7 +101,6 @@ class StoryDiffusionImages(KeyframeMethod):
 
     @cached_property
     def painter(self) -> ImageModel:
-        """See :attr:`KeyframeMethod.painter`."""
         return StableDiffusion(self.settings.runtime, self.storydiffusion.weights)
 
     def check(self, story: Story) -> None:
@@ -190,7 +189,6 @@ class StableDiffusion(ImageModel):
     dtype = torch.float16
 
     def load(self, folder: Path, dtype: torch.dtype) -> Any:
-        """See :meth:`ImageModel.load`."""
         from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
         half = any((folder / "unet").glob("*.fp16.safetensors"))
@@ -272,7 +270,6 @@ class StoryDiffusionVideo(Baseline):
         return True
 
     def check(self, story: Story) -> None:
-        """See :meth:`storymem.methods.Method.check`."""
         super().check(story)
         lengths = sorted({self.storyteller.frames_of(shot) for shot in story.shots})
         if len(lengths) > 1:
@@ -284,6 +281,5 @@ class StoryDiffusionVideo(Baseline):
         check_combinations(settings.model, settings.sampler, runtime, shares_attention=True)
 
     def parts(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """See :meth:`Baseline.parts`."""
         parts = {name: getattr(self.settings, name) for name in ("model", "sampler", "runtime")}
         return {"generator": SharedShots(self.storydiffusion, **parts)}
