@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,18 +35,6 @@ from storymem.wan.settings import MemoryMode, RuntimeSettings, SamplerSettings, 
 STORY = Path(__file__).parents[1] / "examples" / "ada_and_the_tent.yaml"
 CPU = RuntimeSettings(device="cpu", threads=1)
 MEMORY_SIZES = (0, 4, 10)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One change against the published way: seconds of both, and how far their latents are apart."""
-
-    what: str
-    memory: int
-    plain_seconds: float
-    seconds: float
-    faster: float
-    change: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +104,7 @@ def evenly(frames: Sequence[Image.Image], count: int) -> list[Image.Image]:
 
 def compare(
     what: str, shot: Shot, plain: WanMemoryToVideoPipeline, other: WanMemoryToVideoPipeline, memory: int, repeats: int
-) -> Row:
+) -> dict[str, Any]:
     """Both in turn, after a first time that is not counted, which compiles what is to be compiled."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(repeats + 1):
@@ -126,16 +114,16 @@ def compare(
             seconds[1].append(took_other)
     before, after = (statistics.median(times) for times in seconds)
     change = ((latents - expected).norm() / expected.norm()).item()
-    row = Row(
-        what=what,
-        memory=memory,
-        plain_seconds=round(before, 4),
-        seconds=round(after, 4),
-        faster=round(before / after, 2),
-        change=float(f"{change:.2g}"),
-    )
-    print(f"{what:36} {memory:6} {before:9.3f} {after:9.3f} {row.faster:7.2f}x {row.change:9.2g}", flush=True)
-    return row
+    faster = f"{before:.3f} s, {after:.3f} s: {before / after:.2f} times as fast"
+    print(f"{what}, {memory} keyframes: {faster}, latents change by {change:.2g}", flush=True)
+    return {
+        "what": what,
+        "memory": memory,
+        "plain_seconds": round(before, 4),
+        "seconds": round(after, 4),
+        "faster": round(before / after, 2),
+        "change": float(f"{change:.2g}"),
+    }
 
 
 def runtimes() -> dict[str, dict[str, Any]]:
@@ -158,12 +146,11 @@ def loaded(settings: GenerateSettings, **changes: Any) -> WanMemoryToVideoPipeli
     return pipe
 
 
-def compare_all(settings: GenerateSettings, *, memory: int, repeats: int) -> list[Row]:
-    """The table, printed as it grows."""
+def compare_all(settings: GenerateSettings, *, memory: int, repeats: int) -> list[dict[str, Any]]:
+    """A row for each change, printed as they are measured."""
     plain = loaded(settings)
     shot = prepare(settings, plain, max(memory, *MEMORY_SIZES))
     print(f"{settings.model.name}, {settings.sampler.steps} steps, guidance {settings.sampler.guidance}, one thread\n")
-    print(f"{'':36} {'memory':>6} {'before':>9} {'after':>9} {'faster':>8} {'change':>9}")
     # Without an adapter, which is for one of the modes: it is the speed that is compared.
     joint, cached = (
         loaded(replace(settings, model=replace(settings.model, memory_attention=mode, adapter=None)))
@@ -194,7 +181,7 @@ def main() -> None:
     published = replace(settings.sampler, negative_sees_memory=True)
     settings = replace(settings, runtime=CPU, sampler=published)
     rows = compare_all(settings, memory=arguments.memory, repeats=repeats)
-    result = {"model": settings.model.name, "steps": steps, "rows": [asdict(row) for row in rows]}
+    result = {"model": settings.model.name, "steps": steps, "rows": rows}
     if arguments.json is not None:
         benchmark.save(arguments.json, torch.device("cpu"), [result])
     else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import tempfile
 import time
 from collections import defaultdict
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import show
 from storymem.composition import composed
 
 STORY = Path(__file__).parents[1] / "examples" / "the_keeper.yaml"
@@ -70,7 +70,6 @@ def main() -> None:
         whole = time.perf_counter() - started
     stages = {name: sum(shot.seconds[name] for shot in film.shots) for name in film.shots[0].seconds}
     row = {
-        "benchmark": "film",
         "shots": len(film.shots),
         "steps": settings.sampler.steps,
         "threads": torch.get_num_threads(),
@@ -80,10 +79,8 @@ def main() -> None:
         "overhead": round(1 - sum(timer.seconds.values()) / whole, 3),
         "stages": {name: round(seconds, 2) for name, seconds in stages.items()},
     }
-    print(f"film of {row['shots']} shots, {row['steps']} steps, {row['threads']} threads: {whole:.1f} s")
-    for name, target in (("denoising", ""), ("decoding", ""), ("overhead", "  (target: at most 15 %)")):
-        print(f"  {name:10} {100 * row[name]:5.1f} %{target}")
-    print(json.dumps(row))
+    print("seconds, and shares of them (target of the overhead: at most 0.15)")
+    show("film", [row])
 
 
 if __name__ == "__main__":

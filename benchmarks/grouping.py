@@ -11,12 +11,10 @@ less.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import tempfile
 import time
-from dataclasses import asdict, dataclass
 from math import log
 from pathlib import Path
 from typing import Any
@@ -25,28 +23,12 @@ import numpy as np
 import psutil
 import torch
 
+from benchmarks.tables import show
 from storymem.data.grouping import group_clips
 from storymem.data.settings import GroupSettings
 from storymem.memory.keyframes import normalised
 
 DIMENSIONS, CLUSTER = 512, 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """One size. ``found``: share of clips in a group with at least half of their cluster."""
-
-    clips: int
-    device: str
-    seconds: float
-    cpu_seconds: float
-    megabytes: float
-    embeddings_megabytes: float
-    groups: int
-    grouped: float
-    duplicates: int
-    found: float
-    threads: int
 
 
 def draw(count: int, folder: Path) -> None:
@@ -62,8 +44,11 @@ def draw(count: int, folder: Path) -> None:
     np.save(folder / "cluster.npy", cluster)
 
 
-def measure(folder: Path, threads: int | None, device: str) -> Result:
-    """Group the clips of the embeddings and clusters in ``folder``, in this process."""
+def measure(folder: Path, threads: int | None, device: str) -> dict[str, Any]:
+    """Group the clips of the embeddings and clusters in ``folder``, in this process.
+
+    ``found`` is the share of clips in a group with at least half of their cluster.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     embeddings, cluster = np.load(folder / "embeddings.npy"), np.load(folder / "cluster.npy")
@@ -75,19 +60,19 @@ def measure(folder: Path, threads: int | None, device: str) -> Result:
     start, cpu_start = time.perf_counter(), time.process_time()
     grouping = group_clips(ids, embeddings, settings, device=device)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    return Result(
-        clips=count,
-        device=device,
-        seconds=round(seconds, 3),
-        cpu_seconds=round(cpu_seconds, 3),
-        megabytes=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - before, 1),
-        embeddings_megabytes=round(embeddings.nbytes / 1e6, 1),
-        groups=len(grouping.split),
-        grouped=round(len(grouping.group) / count, 4),
-        duplicates=len(grouping.duplicates),
-        found=round(_found(grouping.group, dict(zip(ids, cluster.tolist(), strict=True))), 4),
-        threads=torch.get_num_threads(),
-    )
+    return {
+        "clips": count,
+        "device": device,
+        "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu_seconds, 3),
+        "megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - before, 1),
+        "embeddings_megabytes": round(embeddings.nbytes / 1e6, 1),
+        "groups": len(grouping.split),
+        "grouped": round(len(grouping.group) / count, 4),
+        "duplicates": len(grouping.duplicates),
+        "found": round(_found(grouping.group, dict(zip(ids, cluster.tolist(), strict=True))), 4),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _found(group: dict[str, int], cluster: dict[str, int]) -> float:
@@ -99,7 +84,7 @@ def _found(group: dict[str, int], cluster: dict[str, int]) -> float:
     return sum(together.get((group.get(id, -1), cluster[id]), 0) >= CLUSTER // 2 for id in cluster) / len(cluster)
 
 
-def in_own_process(count: int, *arguments: Any) -> Result:
+def in_own_process(count: int, *arguments: Any) -> dict[str, Any]:
     """Draw and measure, each in a fresh process: a child begins with its parent's peak memory."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
@@ -116,19 +101,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where similarities are computed")
     arguments = parser.parse_args()
     sizes = [1_000, 10_000] if arguments.quick else [1_000, 10_000, 100_000]
-    print("  clips   seconds  CPU sec.  growth  peak MB  embeddings MB  grouped  found")
-    results: list[Result] = []
+    results: list[dict[str, Any]] = []
     for count in sizes:
         result = in_own_process(count, arguments.threads, arguments.device)
-        growth = f"N^{log(result.cpu_seconds / results[-1].cpu_seconds, 10):.2f}" if results else ""
-        print(
-            f"{count:>7} {result.seconds:>9.2f} {result.cpu_seconds:>9.2f}  {growth:<6} {result.megabytes:>8.0f} "
-            f"{result.embeddings_megabytes:>14.0f}  {result.grouped:>7.1%}  {result.found:.1%}",
-            flush=True,
-        )
+        if results:
+            result["growth"] = f"N^{log(result['cpu_seconds'] / results[-1]['cpu_seconds'], 10):.2f}"
+        print(f"{count} clips: {result['seconds']:.2f} s", flush=True)
         results.append(result)
-    for result in results:
-        print(json.dumps({"benchmark": "grouping", **asdict(result)}))
+    show("grouping", results)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,16 @@ thresholds of the second shot are placed between the cosines measured, such that
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 
+from benchmarks.tables import show
 from storymem.memory import EmbedFrames, KeyframeSelector, embed_in_batches
 from storymem.scorers.clip import ClipScorer
 from storymem.scorers.scorer import as_images
@@ -30,23 +29,6 @@ from storymem.scorers.scorer import as_images
 NO_BANK = np.zeros((0, 0), dtype=np.float32)
 FALLS = 10
 REPEATS = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """Seconds of both sides in one run, and how often each ran the encoder."""
-
-    shot: str
-    frames: int
-    threshold_falls: int
-    keyframes: int
-    published_seconds: float
-    published_encoded: int
-    ours_seconds: float
-    ours_encoded: int
-    ratio: float
-    target: float
-    threads: int
 
 
 class CountedEncoder:
@@ -119,7 +101,7 @@ def falling_selector(embeddings: np.ndarray) -> KeyframeSelector:
     return KeyframeSelector(similarity_threshold=start, threshold_step=float(step))
 
 
-def measure(name: str, frames: np.ndarray, selector: KeyframeSelector, target: float) -> Result:
+def measure(name: str, frames: np.ndarray, selector: KeyframeSelector, target: float) -> dict[str, Any]:
     """Run ours, the published procedure, and ours again; ours is the median of its runs."""
     encoder = CountedEncoder()
     encoder(frames[:1])
@@ -137,19 +119,19 @@ def measure(name: str, frames: np.ndarray, selector: KeyframeSelector, target: f
     if any(chosen != published for _, chosen in before + after):
         raise SystemExit(f"{name}: the two sides disagree: {before[0][1]} and {published}")
     ours_seconds = statistics.median(seconds for seconds, _ in before + after)
-    return Result(
-        shot=name,
-        frames=len(frames),
-        threshold_falls=falls,
-        keyframes=len(published),
-        published_seconds=round(published_seconds, 3),
-        published_encoded=published_encoded,
-        ours_seconds=round(ours_seconds, 3),
-        ours_encoded=ours_encoded,
-        ratio=round(published_seconds / ours_seconds, 2),
-        target=target,
-        threads=torch.get_num_threads(),
-    )
+    return {
+        "shot": name,
+        "frames": len(frames),
+        "threshold_falls": falls,
+        "keyframes": len(published),
+        "published_seconds": round(published_seconds, 3),
+        "published_encoded": published_encoded,
+        "ours_seconds": round(ours_seconds, 3),
+        "ours_encoded": ours_encoded,
+        "ratio": round(published_seconds / ours_seconds, 2),
+        "target": target,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -172,17 +154,8 @@ def main() -> None:
         measure("static", static_shot(count), KeyframeSelector(), target=2.0),
         measure("changing", changing, falling, target=15.0),
     ]
-    print("shot      falls  published          ours             ratio  target")
-    for result in results:
-        published = f"{result.published_seconds:.2f} s / {result.published_encoded}"
-        ours = f"{result.ours_seconds:.2f} s / {result.ours_encoded}"
-        print(
-            f"{result.shot:<9} {result.threshold_falls:>5}  {published:<17}  {ours:<15}  {result.ratio:>5.1f}"
-            f"  >= {result.target:g}"
-        )
-    print("seconds / images encoded; 832x480, ViT-B/32 with random weights, same keyframes on both sides")
-    for result in results:
-        print(json.dumps({"benchmark": "keyframes", **asdict(result)}))
+    print("seconds, and images encoded; 832x480, ViT-B/32 with random weights, same keyframes on both sides")
+    show("keyframes", results)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,33 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 import psutil
+from matplotlib.figure import Figure
+
+from benchmarks.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 _SMALL = ("model=toy", "runtime=cpu", "sampler.steps=1", "sampler.guidance=1", "sampler.negative_sees_memory=true")
 _MEMORY = ("scorer.quality.threshold=-100", "memory.selector.bank_similarity_threshold=1")  # the memory fills
 _SIZE = ("model.video.height=32", "model.video.width=48", "model.video.frames=5", "continuity=none")
 _PARTS = 12
+_HEADS = (
+    "up to shot",
+    "CPU s a shot",
+    "keyframes",
+    "RAM MB",
+    "open files",
+    "film.json kB",
+    "memory.json kB",
+    "page kB",
+)
 
 
 class Row(NamedTuple):
@@ -48,7 +62,7 @@ def story(shots: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(shots: int, folder: Path) -> tuple[list[Row], float]:
+def measure(shots: int, folder: Path) -> tuple[pd.DataFrame, float]:
     """Generate the film and measure after each shot; also CPU seconds of resuming the finished film."""
     from storymem.film.generate import generate
     from storymem.film.progress import Progress
@@ -73,46 +87,26 @@ def measure(shots: int, folder: Path) -> tuple[list[Row], float]:
     generate(folder / "story.yaml", **settings, progress=Watching(enabled=False))
     began = time.process_time()
     generate(folder / "story.yaml", **settings)
-    return rows, time.process_time() - began
+    return pd.DataFrame(rows), time.process_time() - began
 
 
-def parts(rows: list[Row]) -> list[Row]:
-    """Medians of equal parts of the film, without the first shot, which loads the networks."""
-    size = max(1, len(rows) // _PARTS)
-    groups = [rows[start : start + size] for start in range(1, len(rows), size)]
-    return [
-        Row(group[-1].shot, *(statistics.median(column) for column in list(zip(*group, strict=True))[1:]))
-        for group in groups
+def table(rows: pd.DataFrame) -> str:
+    """A Markdown table of medians of equal parts of the film, without the first shot, which loads the networks."""
+    later = rows.iloc[1:]
+    parts = later.groupby(np.arange(len(later)) // max(1, len(rows) // _PARTS))
+    medians = parts.median().assign(shot=parts["shot"].last())
+    cells = [
+        [f"{value:.{2 if name == 'seconds' else 0}f}" for name, value in row.items()] for _, row in medians.iterrows()
     ]
+    return markdown(list(_HEADS), cells)
 
 
-def table(rows: list[Row]) -> str:
-    """A Markdown table of :func:`parts`."""
-    lines = [
-        "| up to shot | CPU s a shot | keyframes | RAM MB | open files | film.json kB | memory.json kB | page kB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in parts(rows):
-        numbers = f"{row.seconds:.2f} | {row.recalled:.0f} | {row.ram_mb:.0f} | {row.files:.0f}"
-        lines.append(f"| {row.shot} | {numbers} | {row.film_kb:.0f} | {row.memory_kb:.0f} | {row.page_kb:.0f} |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: pd.DataFrame, path: Path) -> None:
     """Seconds, RAM and open files by shot."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3), layout="constrained")
-    shots = [row.shot for row in rows[1:]]
-    for axis, name, title in zip(
-        axes, ("seconds", "ram_mb", "files"), ("CPU seconds a shot", "RAM, MB", "open files"), strict=True
-    ):
-        values = [getattr(row, name) for row in rows[1:]]
-        axis.plot(shots, values)
-        axis.set(title=title, xlabel="shot", ylim=(0, 1.1 * max(values)))
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 3), ("seconds", "ram_mb", "files"), strict=True):
+        axis.plot(rows["shot"][1:], rows[name][1:])
+        axis.set(title=_HEADS[rows.columns.get_loc(name)], xlabel="shot", ylim=(0, 1.1 * rows[name][1:].max()))
     figure.savefig(path, dpi=80)
 
 
@@ -123,7 +117,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows, resumed = measure(arguments.shots, Path(folder))
     command = f"python -m benchmarks.long_film --shots {arguments.shots}"
-    text = f"A film of {arguments.shots} shots, on a CPU: `{command}`.\n\n{table(rows)}"
+    text = f"A film of {arguments.shots} shots, on a CPU: `{command}`.\n\n{table(rows)}\n"
     text += f"\nThe same command again, with nothing left to generate: {resumed:.1f} s of CPU.\n"
     print(text)
     (RESULTS / "long_film.md").write_text(text, encoding="utf-8")

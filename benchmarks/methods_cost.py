@@ -18,7 +18,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import yaml
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from benchmarks.tables import markdown
 from storymem.config import build_settings
 from storymem.wan.estimate import forward_flops
 from storymem.wan.inputs import Inputs
@@ -138,13 +139,17 @@ def _denoise(system: System, shots: int, pipe: WanMemoryToVideoPipeline, model: 
 # Tables and plot
 
 
-def rows(values: Mapping[str, Sequence[float]], sizes: Sequence[int], unit: str, form: str) -> Iterator[str]:
+def table(values: Mapping[str, Sequence[float]], sizes: Sequence[int], unit: str, form: str) -> str:
     """A Markdown table with a row for each system; growth is the exponent between the two longest films."""
-    yield "| " + " | ".join([unit, *(f"{size} shots" for size in sizes), "growth"]) + " |"
-    yield "| --- " * (len(sizes) + 2) + "|"
-    for name, found in values.items():
-        growth = math.log(found[-1] / found[-2]) / math.log(sizes[-1] / sizes[-2])
-        yield "| " + " | ".join([name, *(format(value, form) for value in found), f"N^{growth:.2f}"]) + " |"
+    cells = [
+        [
+            name,
+            *(format(value, form) for value in found),
+            f"N^{math.log(found[-1] / found[-2], sizes[-1] / sizes[-2]):.2f}",
+        ]
+        for name, found in values.items()
+    ]
+    return markdown([unit, *(f"{size} shots" for size in sizes), "growth"], cells)
 
 
 def plot(panels: Mapping[str, Mapping[str, Sequence[float]]], sizes: Sequence[int], path: Path) -> None:
@@ -191,11 +196,11 @@ def main() -> None:
         [
             f"`python -m benchmarks.methods_cost`: operations at true size ({STEPS} guided steps, calculated); CPU",
             f"seconds and peak RAM above the weights of {steps} guided steps on a small network (measured).\n",
-            *rows(calculated, sizes, "PFLOP", ",.0f"),
+            table(calculated, sizes, "PFLOP", ",.0f"),
             "",
-            *rows(seconds, sizes, "CPU seconds", ".1f"),
+            table(seconds, sizes, "CPU seconds", ".1f"),
             "",
-            *rows(peaks, sizes, "MB", ".0f"),
+            table(peaks, sizes, "MB", ".0f"),
         ]
     )
     print(text)

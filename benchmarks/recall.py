@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.tables import markdown
 from storymem.evaluation.choosing import compose_with_method
 from storymem.evaluation.films import stories_of
 from storymem.evaluation.results import Results
@@ -38,16 +39,15 @@ def main() -> None:
     if results is None:  # in all processes but the first
         return
     stories = stories_of(config["stbench"]["stories"], config["stbench"]["only"])
-    table = "\n".join(rows(results, {story.slug: len(story.characters) for story in stories}))
+    heads = ("characters", "column", "method", "mean", "difference from storymem", "higher, lower", "p")
+    table = markdown(heads, rows(results, {story.slug: len(story.characters) for story in stories}))
     print(table)
     if not quick:
         FILE.write_text(f"`{' '.join(['python -m benchmarks.recall', *given])}`\n\n{table}\n", encoding="utf-8")
 
 
-def rows(results: Results, casts: dict[str, int]) -> Iterator[str]:
-    """A Markdown table; ``casts``: slug of a story -> number of its characters."""
-    yield "| characters | column | method | mean | difference from storymem | higher, lower | p |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+def rows(results: Results, casts: dict[str, int]) -> Iterator[list[object]]:
+    """Cells of the table; ``casts``: slug of a story -> number of its characters."""
     for cast in sorted(set(casts.values())):
         for column in COLUMNS:
             of = {
@@ -62,7 +62,7 @@ def rows(results: Results, casts: dict[str, int]) -> Iterator[str]:
                 if method != METHODS[0] and found is not None:
                     difference = _percent(found.difference, found.interval, "+")
                     cells = [difference, f"{found.wins}, {found.losses}", f"{found.permutation_p:.3f}"]
-                yield f"| {cast} | {column} | {method} | {mean} | {' | '.join(cells)} |"
+                yield [cast, column, method, mean, *cells]
 
 
 def _percent(value: float, interval: tuple[float, float] | None, sign: str = "") -> str:

@@ -37,6 +37,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import markdown
 from benchmarks.true_size import FORMS, TINY, on_disk, write_adapters, write_form, write_scorers
 from storymem.composition import composed
 from storymem.config import build_settings
@@ -109,16 +110,13 @@ def _section(asked: dict[str, str], result: dict[str, Any]) -> str:
     ]
     if "stages" not in result:
         return "\n".join([*lines, result.get("refused", "failed, see above"), ""])
-    lines += [
-        f"{result['files_gb']:.1f} GB of files, which take {result['disk_gb']:.2f} GB of disk\n",
-        "| stage | s | peak GB | of which anonymous | calculated | |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines.append(f"{result['files_gb']:.1f} GB of files, which take {result['disk_gb']:.2f} GB of disk\n")
+    rows = []
     for name, stage in result["stages"].items():
-        calculated = "" if stage["calculated_gb"] is None else f"{stage['calculated_gb']:.2f}"
-        marked = "differs" if name in result["differs"] else ""
-        numbers = f"{stage['seconds']:.1f} | {stage['peak_gb']:.2f} | {stage['anonymous_gb']:.2f} | {calculated}"
-        lines.append(f"| {name} | {numbers} | {marked} |")
+        peaks = [stage[f"{kind}_gb"] for kind in ("peak", "anonymous", "calculated")]
+        numbers = ["" if number is None else f"{number:.2f}" for number in peaks]
+        rows.append([name, f"{stage['seconds']:.1f}", *numbers, "differs" if name in result["differs"] else ""])
+    lines.append(markdown(["stage", "s", "peak GB", "of which anonymous", "calculated", ""], rows))
     lines.append(f"\nResumed: {result['resumed']}. Keyframes recalled: {result['recalled']}.")
     if asked["scale"] == "tiny":
         lines.append("With scale=tiny RAM is not compared with the calculation, which is for true sizes.")

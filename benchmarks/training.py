@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.tables import show
 from storymem.composition import composed
 from storymem.wan.spec import A14B, ModelSpec
 
@@ -134,7 +135,6 @@ def measure(strategy: str, steps: int) -> dict[str, Any] | None:
             return None
         wall = watch.ended - watch.began
         row = {
-            "benchmark": "training",
             "processes": world,
             "strategy": strategy if world > 1 else "one process",
             "batch": settings.batch.size * world,
@@ -288,15 +288,10 @@ def main() -> None:
             print(json.dumps(row))
         return
     steps = 5 if arguments.quick else arguments.steps
-    print("processes  strategy      steps/s  outside forward, backward, optimizer  memory a process")
-    for count, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
-        row = in_processes(count, strategy, steps)
-        target = "  (target: at most 5 %)" if count == 1 else ""
-        print(
-            f"{count:9}  {row['strategy']:12}  {row['steps_per_second']:7.3f}  {100 * row['outside']:5.1f} %"
-            f"{target:27}  {row['peak_gb_per_process']:.2f} GB"
-        )
-        print(json.dumps(row))
+    print("outside: share of the time outside forward, backward and optimizer (target for one process: at most 0.05)")
+    show(
+        "training", [in_processes(count, strategy, steps) for count, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp"))]
+    )
 
 
 if __name__ == "__main__":
