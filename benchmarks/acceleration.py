@@ -10,7 +10,6 @@ latents over the norm of those as published.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from storymem.commands import benchmark
+from benchmarks.tables import show
 from storymem.composition import composed
 from storymem.config import build_settings
 from storymem.film.settings import GenerateSettings
@@ -114,8 +113,7 @@ def compare(
             seconds[1].append(took_other)
     before, after = (statistics.median(times) for times in seconds)
     change = ((latents - expected).norm() / expected.norm()).item()
-    faster = f"{before:.3f} s, {after:.3f} s: {before / after:.2f} times as fast"
-    print(f"{what}, {memory} keyframes: {faster}, latents change by {change:.2g}", flush=True)
+    print(f"{what}, {memory} keyframes: {before / after:.2f} times as fast", flush=True)
     return {
         "what": what,
         "memory": memory,
@@ -150,7 +148,6 @@ def compare_all(settings: GenerateSettings, *, memory: int, repeats: int) -> lis
     """A row for each change, printed as they are measured."""
     plain = loaded(settings)
     shot = prepare(settings, plain, max(memory, *MEMORY_SIZES))
-    print(f"{settings.model.name}, {settings.sampler.steps} steps, guidance {settings.sampler.guidance}, one thread\n")
     # Without an adapter, which is for one of the modes: it is the speed that is compared.
     joint, cached = (
         loaded(replace(settings, model=replace(settings.model, memory_attention=mode, adapter=None)))
@@ -171,7 +168,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="15 steps, each shot once")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, with versions and date")
     parser.add_argument("overrides", nargs="*", help="settings as scripts/generate.py takes them")
     arguments = parser.parse_args()
     steps, repeats = (15, 1) if arguments.quick else (arguments.steps, arguments.repeats)
@@ -181,11 +177,7 @@ def main() -> None:
     published = replace(settings.sampler, negative_sees_memory=True)
     settings = replace(settings, runtime=CPU, sampler=published)
     rows = compare_all(settings, memory=arguments.memory, repeats=repeats)
-    result = {"model": settings.model.name, "steps": steps, "rows": rows}
-    if arguments.json is not None:
-        benchmark.save(arguments.json, torch.device("cpu"), [result])
-    else:
-        print(json.dumps({"benchmark": "acceleration", **result}))
+    show("acceleration", [{"model": settings.model.name, "steps": steps, **row} for row in rows])
 
 
 if __name__ == "__main__":

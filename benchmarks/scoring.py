@@ -25,7 +25,7 @@ import open_clip
 import torch
 from torch import Tensor
 
-from storymem.commands import benchmark
+from benchmarks.tables import show
 from storymem.devices import resolve_device
 from storymem.evaluation.films import find_films
 from storymem.evaluation.metric import Metric
@@ -135,7 +135,6 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=10)
     parser.add_argument("--frames", type=int, default=81, help="of each shot")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.shots, arguments.frames = 3, 9
@@ -153,21 +152,17 @@ def main() -> None:
         scene = replace(story.scenes[0], shots=story.shots[:1])
         score_film(replace(story, scenes=(scene,)), one, metrics, "warm")  # once to warm up
         (result, _), ours = timed(lambda: score_film(story, film, metrics, "bench"))
-        print(f"ours: {ours:.2f} s a story", flush=True)
         direct = direct_seconds(Direct(story, files, aesthetic, viclip), result)
-    _report(arguments, size, ours, direct)
-
-
-def _report(arguments: argparse.Namespace, size: tuple[int, int], ours: float, direct: dict[str, float]) -> None:
-    print(f"{arguments.shots} shots of {arguments.frames} frames, {size[1]}x{size[0]}, random weights,", end=" ")
-    print(f"{resolve_device(arguments.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     total = sum(direct.values())
-    parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in direct.items())
-    print(f"ours {ours:.2f} s a story; direct {total:.2f} s ({parts}): {total / ours:.2f} times as fast")
-    if arguments.json:
-        figures = {"seconds": ours, "direct_seconds": direct, "times_as_fast": total / ours}
-        result = {"shots": arguments.shots, "frames": arguments.frames, **figures}
-        benchmark.save(arguments.json, resolve_device(arguments.device), [result])
+    row = {
+        "shots": arguments.shots,
+        "frames": arguments.frames,
+        "size": f"{size[1]}x{size[0]}",
+        "seconds": round(ours, 2),
+    }
+    row |= {f"direct_{name}": round(seconds, 2) for name, seconds in direct.items()}
+    row |= {"times_as_fast": round(total / ours, 2), "device": str(resolve_device(arguments.device))}
+    show("scoring", [row | {"threads": torch.get_num_threads(), "torch": torch.__version__}])
 
 
 if __name__ == "__main__":

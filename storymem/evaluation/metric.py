@@ -128,12 +128,14 @@ class Metric(ABC):
         version: increase it when values change; results of another version are recomputed.
         scorers: the networks that it measures with.
         rules: what else decides the values, except the films, in plain JSON types.
+        is_papers: whether its scorers' published weights are those of the paper; others count as "own".
     """
 
     columns: Sequence[Column]
     version: int = 1
     scorers: tuple[Any, ...] = ()
     rules: Mapping[str, Any] = {}
+    is_papers: bool = True
 
     @property
     def weights(self) -> Origin:
@@ -142,8 +144,9 @@ class Metric(ABC):
         Values by "untrained" weights mean nothing and are marked everywhere; only values by "published" ones stand
         beside those of the paper.
         """
-        origins = {getattr(scorer, "origin", "own") for scorer in self.scorers} or {"own"}
-        return next((origin for origin in ("untrained", "own") if origin in origins), "published")
+        origins: set[Origin] = {getattr(scorer, "origin", "own") for scorer in self.scorers} or {"own"}
+        least = min(origins, key=("untrained", "own", "published").index)
+        return "own" if least == "published" and not self.is_papers else least
 
     @abstractmethod
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> Any:

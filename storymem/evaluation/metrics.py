@@ -24,7 +24,7 @@ from storymem.evaluation.metric import (
 )
 from storymem.io import check_finite
 from storymem.scorers.aesthetic import AestheticScorer
-from storymem.scorers.scorer import Origin, as_images
+from storymem.scorers.scorer import as_images
 from storymem.scorers.viclip import ViclipScorer, middle_frames
 from storymem.scorers.viclip_network import VICLIP_L_14
 from storymem.story import Shot
@@ -45,11 +45,7 @@ class AestheticQuality(Metric):
 
     def __init__(self, scorer: AestheticScorer) -> None:
         self.scorer, self.scorers = scorer, (scorer,)
-
-    @property
-    def weights(self) -> Origin:
-        """See :attr:`Metric.weights`; V2 is published too, but is not the paper's."""
-        return "own" if self.scorer.name != "laion-v1" and super().weights == "published" else super().weights
+        self.is_papers = scorer.name == "laion-v1"
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> float:
         """Mean score of a shot, divided by 10."""
@@ -97,17 +93,13 @@ class ViclipScores(Metric):
         if top_rule not in ("prompts", "shots"):
             raise ValueError(f"top_rule={top_rule}: write prompts or shots")
         self.scorer, self.top_pairs, self.top_rule = scorer, top_pairs, top_rule
-        self.scorers = (scorer,)
+        self.scorers, self.is_papers = (scorer,), scorer.config == VICLIP_L_14
         self.rules = {
             "frames": f"{scorer.config.num_frames}, as in VBench",
             "context_tokens": scorer.config.context_length,
             "top_pairs": top_pairs,
             "top_rule": top_rule,
         }
-
-    @property
-    def weights(self) -> Origin:
-        return "own" if self.scorer.config != VICLIP_L_14 and super().weights == "published" else super().weights
 
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> _Clips:
         """Eight frames of the shot, and those of the film's eight that are in it."""

@@ -40,6 +40,7 @@ _SYSTEM = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}")  # a name that a 
 _MARK = ".eval_stbench"  # a file that identifies a folder of results
 _LISTED = 8  # names in a line before the rest is only counted
 _WAIT_S = 60  # for another job that writes its tables into the same folder
+_writing_tables = partial(folder_lock, doing="writing tables to", wait=_WAIT_S)  # a lock on the files directly in it
 _WITHOUT_WEIGHTS = (
     "Without these weights: metrics=[toy] scores films of the toy world (st_bench/toy); metrics=[tiny] tries the "
     "command on untrained scorers, and its numbers mean nothing."
@@ -478,13 +479,6 @@ def owned_output(output: Path, systems: Sequence[System], launch: Launch) -> Ite
             problem = str(error)
         if (problem := from_first(problem)) is not None:
             raise FileError(problem)
-        yield
-
-
-@contextmanager
-def _writing_tables(output: Path) -> Iterator[None]:
-    """A lock on the files directly in ``output``."""
-    with folder_lock(output, "writing tables to", wait=_WAIT_S):
         yield
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any, ClassVar
 
 from storymem.film.manifest import CandidateRecord
@@ -60,7 +59,6 @@ class Baseline(StoryMem):
             ``text_to_video_shift``.
     """
 
-    loop: type[Storyteller]  # which makes the shots
     reads_references: ClassVar[bool] = False  # whether reference images of a story have an effect
 
     def __init__(self, *, generate: Mapping[str, Any], shift: float | None = None) -> None:
@@ -77,15 +75,6 @@ class Baseline(StoryMem):
             logger.warning(self._notes.pop())
         if story.all_references and not self.reads_references:
             logger.warning(f"{story.title}: reference images have no effect: {type(self).__name__} has no memory")
-
-    @cached_property
-    def storyteller(self) -> Storyteller:
-        loop = vars(super().storyteller)
-        return self.loop(**{**loop, **self.parts(loop["config"])})
-
-    def parts(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of :attr:`loop` besides those of :class:`StoryMem`'s, or in their place; ``config`` is recorded."""
-        return {}
 
 
 class WithoutMemory(Storyteller):

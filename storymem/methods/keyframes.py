@@ -126,10 +126,10 @@ class KeyframeMethod(Baseline):
         """The text that a shot is made from, beside its image."""
         return story.prompt_of(shot)
 
-    def parts(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """See :meth:`Baseline.parts`; the weights of the image model are recorded too."""
-        weights = config["weights"] | weight_hashes(self.painter.weights)
-        return {"method": self, "config": {**config, "weights": weights}}
+    def parts(self, plain: Mapping[str, Any]) -> dict[str, Any]:
+        """The weights of the image model are recorded too."""
+        weights = plain["config"]["weights"] | weight_hashes(self.painter.weights)
+        return {"method": self, "config": {**plain["config"], "weights": weights}}
 
     def uses_text_to_video(self, story: Story) -> bool:
         """Never: each shot has an image."""

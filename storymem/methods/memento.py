@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass as settings
@@ -49,71 +48,6 @@ class MementoModel:
 
     def __post_init__(self) -> None:
         check_bounds(self, guidance_after_cut=(1, 100), local=(1, 512), whole=(1, 512))
-
-
-class Memento(StoryMem):
-    """See :class:`storymem.methods.Method`.
-
-    The first shot is text-to-video. Each expert has a pool of keyframes: those that it recalled for the shot before,
-    and eight of that shot. Of more than it may recall its KeyframeQuery chooses, and the rest is forgotten.
-
-    Args:
-        generate: as of :class:`storymem.methods.storymem.StoryMem`; adapter, memory, scorer of quality, first shot and
-            what the negative prompt sees are replaced.
-        models: for each model, by name, a :class:`MementoModel`.
-        shift: of the noise levels.
-        samples: frames of a shot that join the pools.
-    """
-
-    def __init__(
-        self, *, generate: Mapping[str, Any], models: Mapping[str, Any], shift: float = 5.0, samples: int = 8
-    ) -> None:
-        model = generate["model"]
-        if (name := model["name"]) not in models:
-            advice = f"add method.models.{name}.weights{did_you_mean(name, models)}"
-            raise ValueError(f"method.models has no weights for model {name!r}: {advice}")
-        self.own = build_settings(MementoModel, models[name])
-        adapter = None
-        if self.own.weights is not None:
-            adapter = {"weights": dict(models[name]["weights"]), "objective": "memento", "query": True}
-        elif model.get("weights") is not None:
-            raise ValueError(f"method.models.{name}.weights is null, which is for models with random weights alone")
-        changed = {
-            "memory": {
-                "selector": {"_target_": "storymem.memory.EvenlySpaced", "max_keyframes": samples},
-                "recall": {
-                    "_target_": "storymem.memory.Learned",
-                    "capacity": self.own.local + self.own.whole,
-                    "whole": self.own.whole,
-                },
-                "reference_fit": generate["memory"]["reference_fit"],
-            },
-            "model": {**model, "adapter": adapter, "memory_attention": "joint"},
-            "scorer": {**generate["scorer"], "quality": {"_target_": "storymem.scorers.scorer.NoQuality"}},
-            "sampler": {**generate["sampler"], "shift": shift, "negative_sees_memory": True},
-            "first_shot": "t2v",
-        }
-        super().__init__(generate={**generate, **changed})
-        if not self.settings.model.spec.condition_channels:
-            raise ValueError(f"Memento gives memory in condition channels, which {self.settings.model.spec.name} lacks")
-        # What a film records, beside the settings of `generate`.
-        self.config["memento"] = {
-            "guidance_after_cut": self.own.guidance_after_cut,
-            "persons": self.own.persons,
-            "subject": self.own.subject,
-        }
-
-    @cached_property
-    def storyteller(self) -> Storyteller:
-        base, of = super().storyteller, self.settings
-        parts: dict[str, Any] = {
-            "model": of.model,
-            "sampler": of.sampler,
-            "runtime": of.runtime,
-            "continuity": of.continuity,
-        }
-        generator = MementoGenerator(**parts, scorers=getattr(base.generator, "scorers", (0, 0)))
-        return MementoStoryteller(**{**vars(base), "generator": generator}, own=self.own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,3 +147,62 @@ def _pool(known: Sequence[Keyframe], earlier: set[str], before: Take | None, exp
     """What an expert chooses from: what it recalled for the shot before, what is new since, and the user's images."""
     kept = earlier if before is None or expert not in before.memory_of else set(before.memory_of[expert])
     return [k for k in known if k.id in kept or k.id not in earlier or k.is_users or k.pinned]
+
+
+class Memento(StoryMem):
+    """See :class:`storymem.methods.Method`.
+
+    The first shot is text-to-video. Each expert has a pool of keyframes: those that it recalled for the shot before,
+    and eight of that shot. Of more than it may recall its KeyframeQuery chooses, and the rest is forgotten.
+
+    Args:
+        generate: as of :class:`storymem.methods.storymem.StoryMem`; adapter, memory, scorer of quality, first shot and
+            what the negative prompt sees are replaced.
+        models: for each model, by name, a :class:`MementoModel`.
+        shift: of the noise levels.
+        samples: frames of a shot that join the pools.
+    """
+
+    loop = MementoStoryteller
+
+    def __init__(
+        self, *, generate: Mapping[str, Any], models: Mapping[str, Any], shift: float = 5.0, samples: int = 8
+    ) -> None:
+        model = generate["model"]
+        if (name := model["name"]) not in models:
+            advice = f"add method.models.{name}.weights{did_you_mean(name, models)}"
+            raise ValueError(f"method.models has no weights for model {name!r}: {advice}")
+        self.own = build_settings(MementoModel, models[name])
+        adapter = None
+        if self.own.weights is not None:
+            adapter = {"weights": dict(models[name]["weights"]), "objective": "memento", "query": True}
+        elif model.get("weights") is not None:
+            raise ValueError(f"method.models.{name}.weights is null, which is for models with random weights alone")
+        changed = {
+            "memory": {
+                "selector": {"_target_": "storymem.memory.EvenlySpaced", "max_keyframes": samples},
+                "recall": {
+                    "_target_": "storymem.memory.Learned",
+                    "capacity": self.own.local + self.own.whole,
+                    "whole": self.own.whole,
+                },
+                "reference_fit": generate["memory"]["reference_fit"],
+            },
+            "model": {**model, "adapter": adapter, "memory_attention": "joint"},
+            "scorer": {**generate["scorer"], "quality": {"_target_": "storymem.scorers.scorer.NoQuality"}},
+            "sampler": {**generate["sampler"], "shift": shift, "negative_sees_memory": True},
+            "first_shot": "t2v",
+        }
+        super().__init__(generate={**generate, **changed})
+        if not self.settings.model.spec.condition_channels:
+            raise ValueError(f"Memento gives memory in condition channels, which {self.settings.model.spec.name} lacks")
+        # What a film records, beside the settings of `generate`.
+        self.config["memento"] = {
+            "guidance_after_cut": self.own.guidance_after_cut,
+            "persons": self.own.persons,
+            "subject": self.own.subject,
+        }
+
+    def parts(self, plain: Mapping[str, Any]) -> dict[str, Any]:
+        parts = {name: getattr(self.settings, name) for name in ("model", "sampler", "runtime", "continuity")}
+        return {"generator": MementoGenerator(**parts, scorers=plain["generator"].scorers), "own": self.own}

@@ -280,6 +280,6 @@ class StoryDiffusionVideo(Baseline):
         runtime = generator.settled if isinstance(generator, SharedShots) else settings.runtime
         check_combinations(settings.model, settings.sampler, runtime, shares_attention=True)
 
-    def parts(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def parts(self, plain: Mapping[str, Any]) -> dict[str, Any]:
         parts = {name: getattr(self.settings, name) for name in ("model", "sampler", "runtime")}
         return {"generator": SharedShots(self.storydiffusion, **parts)}

@@ -28,6 +28,8 @@ class StoryMem:
         generate: the settings of ``generate.yaml`` that decide what a film looks like, and ``runtime``.
     """
 
+    loop: type[Storyteller] = Storyteller  # which makes the shots
+
     def __init__(self, *, generate: Mapping[str, Any]) -> None:
         self.config = dict(generate)
         self.settings = build_settings(GenerateSettings, {**generate, "story": "."})  # the story is given to `run`
@@ -35,7 +37,12 @@ class StoryMem:
     @cached_property
     def storyteller(self) -> Storyteller:
         """The shot loop; its models are loaded on first use."""
-        return build_storyteller(self.settings, self.config)
+        plain = vars(build_storyteller(self.settings, self.config))
+        return self.loop(**{**plain, **self.parts(plain)})
+
+    def parts(self, plain: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of :attr:`loop` besides those of the ``plain`` one, or in their place."""
+        return {}
 
     def uses_text_to_video(self, story: Story) -> bool:
         """Whether the film of ``story`` needs the text-to-video model."""
