@@ -88,7 +88,7 @@ def check_start(
         if adapter.config["rank_pattern"] or adapter.config["alpha_pattern"]:
             raise ValueError(f"{where}: modules of {adapter.file.path} have several ranks or scales; training has one")
         if adapter.file.info is not None and (system := adapter.info.objective) != objective:
-            print(f"{where} was trained with objective={system}, and goes on with {objective}", file=sys.stderr)
+            print(f"{where} was trained with objective={system}, now objective={objective}", file=sys.stderr)
         if not adapter.as_usual:
             print(f"{where}: {adapter.report}", file=sys.stderr)
 

@@ -90,7 +90,7 @@ def test_a_run_resumes_exactly_and_encodes_its_texts_once(training_set: Path, tm
     start = f"adapter.start={tmp_path / 'whole' / 'storymem'}"
     status, printed = train(start, f"dataset={training_set}", "steps=1", f"output={tmp_path / 'm'}", folder=tmp_path)
     assert status == 0, printed
-    assert "was trained with objective=lct, and goes on with memory" in printed
+    assert "was trained with objective=lct, now objective=memory" in printed
 
 
 def described(run: Path) -> AdapterInfo:
