@@ -259,8 +259,14 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
 
     def encode_given(self, images: Sequence[Image.Image], frames: int, height: int, width: int) -> Tensor:
         """Normalised latents [1, z, T, h, w] of the video that conditions a shot: ``images`` first, mid-grey after."""
-        pixels = rearrange(self._pixels(images), "n c h w -> c n h w") if images else None
-        return self._video_latents(pixels, frames, height, width).to(self._execution_device)
+        key, cached = (frames, height, width), None if images else self.blank_latents
+        if cached is None or key not in cached:
+            pixels = rearrange(self._pixels(images), "n c h w -> c n h w") if images else None
+            latents = encode_video(self.vae, blank_padded(pixels, frames, height, width))
+            if cached is None:
+                return latents.to(self._execution_device)
+            cached[key] = latents.cpu()
+        return cached[key].to(self._execution_device)
 
     # The denoising loop
 
@@ -461,16 +467,6 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
         else:
             latents = memory if isinstance(memory, Tensor) else torch.stack(list(memory))  # type: ignore[arg-type]
         return rearrange(latents, "m c 1 h w -> 1 c m h w").to(self._execution_device)
-
-    def _video_latents(self, given: Tensor | None, frames: int, height: int, width: int) -> Tensor:
-        """Latents [1, z, T, h, w] of the conditioning video."""
-        key, cached = (frames, height, width), self.blank_latents if given is None else None
-        if cached is not None and key in cached:
-            return cached[key]
-        latents = encode_video(self.vae, blank_padded(given, frames, height, width))
-        if cached is not None:
-            cached[key] = latents.cpu()
-        return latents
 
     def spec_of(self, expert: Any) -> ModelSpec:
         """The base model that a transformer belongs to."""

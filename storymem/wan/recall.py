@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storymem.wan.keyframe_query import KeyframeQuery, choose, embedded, film_positions, mean_scores
+from storymem.wan.keyframe_query import KeyframeQuery
 from storymem.wan.lora import read_memory_lora
 from storymem.wan.settings import Continuity, ModelSettings
 from storymem.wan.sources import adapter_weights
@@ -52,34 +52,3 @@ def load_queries(
         expert: KeyframeQuery.from_tensors(adapter.query(), experts[expert], where=str(adapter.file.path))
         for expert, adapter in adapters.items()
     }
-
-
-@torch.no_grad()
-def choose_candidates(
-    candidates: Candidates,
-    queries: Mapping[Expert, KeyframeQuery],
-    experts: Mapping[Expert, Any],
-    prompt: Tensor,
-    caption: Tensor,
-    *,
-    local: int,
-    whole: int,
-    device: torch.device,
-) -> list[int]:
-    """Indices of the chosen candidates, ascending, by the mean scores of the queries given.
-
-    Args:
-        queries: on the CPU; on ``device`` while they compute.
-        experts: their transformers, for the text embedding.
-        prompt, caption: text embeddings [L, D], padded with zeros.
-        local, whole: how many frames the two groups of queries choose.
-    """
-    scores = []
-    for expert, query in queries.items():
-        latents = torch.cat(list(candidates.latents), dim=1).to(device, torch.float32)
-        texts = [embedded(experts[expert], text).to(device) for text in (prompt, caption)]
-        found = query.to(device)(latents, film_positions(candidates.frames, candidates.start), *texts)
-        scores.append(torch.stack(mean_scores(found, len(query.queries))).cpu())
-        query.to("cpu")
-    by_local, by_global = torch.stack(scores).mean(dim=0)
-    return sorted(choose(by_local, by_global, local=local, whole=whole).tolist())

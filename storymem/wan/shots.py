@@ -16,12 +16,12 @@ from torch import Tensor
 from storymem.io import check_finite
 from storymem.wan.conditioning import decode_video
 from storymem.wan.inputs import Inputs
-from storymem.wan.keyframe_query import KeyframeQuery
+from storymem.wan.keyframe_query import KeyframeQuery, choose, embedded, film_positions, mean_scores
 from storymem.wan.loading import load_pipeline, load_text_to_video
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.placement import settle
 from storymem.wan.preview import Preview
-from storymem.wan.recall import Candidates, choose_candidates, load_queries
+from storymem.wan.recall import Candidates, load_queries
 from storymem.wan.runtime import check_machine, check_runtime, compiled_graphs, release_memory
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
 from storymem.wan.spec import Expert, experts_of
@@ -159,6 +159,7 @@ class WanShotGenerator:
         check_finite(latents, "the latents of a keyframe", "check the VAE's weights, or use model.vae_dtype=float32")
         return list(latents)
 
+    @torch.no_grad()
     def choose(self, candidates: Candidates, local: int, whole: int, expert: Expert | None = None) -> list[int]:
         """Indices of the candidates that the adapter's learned recall chooses, ascending.
 
@@ -175,10 +176,17 @@ class WanShotGenerator:
         experts = experts_of(pipe)
         if self._queries is None:
             self._queries = load_queries(self.model, experts, continuity=self.continuity)
-        queries = self._queries if expert is None else {expert: self._queries[expert]}
-        texts = (self._embeds[text][0] for text in (candidates.prompt, candidates.caption))
-        device = pipe._execution_device
-        return choose_candidates(candidates, queries, experts, *texts, local=local, whole=whole, device=device)
+        device, scores = pipe._execution_device, []
+        latents = torch.cat(list(candidates.latents), dim=1).to(device, torch.float32)
+        positions = film_positions(candidates.frames, candidates.start)
+        for name in self._queries if expert is None else (expert,):
+            texts = (self._embeds[text][0] for text in (candidates.prompt, candidates.caption))
+            query = self._queries[name].to(device)  # on the CPU when it is not at work
+            found = query(latents, positions, *(embedded(experts[name], text).to(device) for text in texts))
+            scores.append(torch.stack(mean_scores(found, len(query.queries))).cpu())
+            query.to("cpu")
+        by_local, by_global = torch.stack(scores).mean(dim=0)
+        return sorted(choose(by_local, by_global, local=local, whole=whole).tolist())
 
     @property
     def _uses_guidance(self) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from storymem.config import closest
 from storymem.io import read_text, text_lines
 from storymem.wan.settings import ModelSettings
 from storymem.wan.sources import component_path
@@ -84,9 +84,8 @@ class TextReader:
 
     def nearest(self, word: str) -> str | None:
         """The known word most like ``word``."""
-        alike = {known: form for known, form in self._forms.items() if known[0] == word[0].lower()}
-        close = difflib.get_close_matches(word.lower(), alike, n=1, cutoff=0.7)
-        return alike[close[0]] if close else None
+        alike = [form for known, form in self._forms.items() if known[0] == word[0].lower()]
+        return closest(word, alike, cutoff=0.7)
 
     @cached_property
     def _forms(self) -> dict[str, str]:

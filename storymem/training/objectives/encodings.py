@@ -108,7 +108,7 @@ def _encode_share(
             tensors[text_key(text)] = encoded["embeds"].contiguous()
             too_long += tokens > length
         for frames, height, width in blanks:
-            blank = pipe._video_latents(None, frames, height, width)
+            blank = pipe.encode_given([], frames, height, width)
             tensors[blank_key((frames, height, width))] = blank[0].cpu().contiguous()
     del pipe
     release_memory()
