@@ -253,16 +253,6 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_bounds(self, steps=(1, MAX_STEPS), seed=(0, MAX_SEED))
-        self._validate()
-
-    @property
-    def trained(self) -> tuple[Expert, ...]:
-        """The experts of the base that train."""
-        named: dict[str, tuple[Expert, ...]] = {"high": ("high_noise",), "low": ("low_noise",)}
-        return named.get(self.expert, self.model.spec.experts)
-
-    def _validate(self) -> None:
-        """Every rule about more than one setting."""
         if not set(self.trained) <= set(self.model.spec.experts):
             raise ValueError(f"expert={self.expert}: {self.model.spec.name} has one expert; write expert=both")
         if self.model.dtype == "float16":
@@ -274,3 +264,9 @@ class TrainSettings:
         if not self.export or len(set(self.export)) < len(self.export):
             raise ValueError("export must name one or more of storymem, released, diffusers, comfyui, each once")
         self.objective.check(self)
+
+    @property
+    def trained(self) -> tuple[Expert, ...]:
+        """The experts of the base that train."""
+        named: dict[str, tuple[Expert, ...]] = {"high": ("high_noise",), "low": ("low_noise",)}
+        return named.get(self.expert, self.model.spec.experts)

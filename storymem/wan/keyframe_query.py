@@ -147,16 +147,14 @@ class KeyframeQuery(nn.Module):
             patch=tuple(config.patch_size),
         )
 
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], transformer: Any, *, where: str) -> Self:
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor], transformer: Any, *, where: str) -> KeyframeQuery:
         """The network of ``tensors`` (names without ``keyframe_query.``) for an expert; float32.
 
         The number of queries is that of the tensors. ``FileError``, which begins with ``where``, if anything is
         missing, unexpected or of another shape.
         """
-        check_query(query_shapes(tensors), transformer, where=where)
-        with torch.device("meta"):
-            network = cls.of(transformer, local=len(tensors["queries"]), whole=len(tensors["queries_global"]))
+        network = check_query({name: tensor.shape for name, tensor in tensors.items()}, transformer, where=where)
         network.rope = SegmentRope(network.rope.attention_head_dim, network.rope.patch_size, 2 * _FARTHEST)
         network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return network
@@ -201,14 +199,10 @@ def embedded(transformer: Any, text: Tensor) -> Tensor:
     return embedder(text.to(weight.device, weight.dtype)).float()
 
 
-def query_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def check_query(shapes: Mapping[str, Sequence[int]], transformer: Any, *, where: str) -> None:
-    """Raise ``FileError``, which begins with ``where``, unless a network for ``transformer`` has these shapes."""
+def check_query(shapes: Mapping[str, Sequence[int]], transformer: Any, *, where: str) -> KeyframeQuery:
+    """The network for ``transformer`` with these shapes, on the meta device; or ``FileError``, with ``where`` first."""
     counts = [(list(shapes.get(name, [])) or [1])[0] for name in ("queries", "queries_global")]
     with torch.device("meta"):
         network = KeyframeQuery.of(transformer, local=counts[0], whole=counts[1])
-    check_tensors(shapes, query_shapes(network.state_dict()), where=where)
+    check_tensors(shapes, {name: tensor.shape for name, tensor in network.state_dict().items()}, where=where)
+    return network
