@@ -177,23 +177,18 @@ def forward_bytes(
     return tokens * (max(residual, feed_forward) + rotary) + one_linear
 
 
-def decode_bytes(*, frames: int, height: int, width: int, base_dim: float = 96, tiled: bool = False) -> int:
-    """Peak of the activations when the VAE decodes F frames, in float32 (its norms use it for any dtype)."""
+def vae_bytes(*, frames: int, height: int, width: int, base_dim: float = 96, tiled: bool = False) -> tuple[int, int]:
+    """Peaks of the activations when the VAE encodes F frames, and when it decodes them, in float32 for any dtype.
+
+    Args:
+        base_dim: channels at full resolution.
+    """
     tiled = tiled and max(height, width) > _TILE
+    limit, video = _TILE if tiled else max(height, width), 12 * frames * height * width
+    latent_frame = 16 * base_dim * min(height, limit) * min(width, limit)  # a tensor at full resolution
     # A growing video is copied frame by frame; tiles are stored with overlaps, then joined in rows and as a whole.
     copies = (_TILE / _TILE_STRIDE) ** 2 + 2 if tiled else 2
-    return int(_DECODER_TENSORS * _four_frames(height, width, base_dim, tiled) + copies * 12 * frames * height * width)
-
-
-def encode_bytes(*, frames: int, height: int, width: int, base_dim: float = 96, tiled: bool = False) -> int:
-    """Peak of the activations when the VAE encodes F frames, in float32."""
-    return int(_ENCODER_TENSORS * _four_frames(height, width, base_dim, tiled) + 12 * frames * height * width)
-
-
-def _four_frames(height: int, width: int, base_dim: float, tiled: bool) -> float:
-    """Bytes of one latent frame's tensor at full resolution."""
-    limit = _TILE if tiled else max(height, width)
-    return 16 * base_dim * min(height, limit) * min(width, limit)
+    return int(_ENCODER_TENSORS * latent_frame + video), int(_DECODER_TENSORS * latent_frame + copies * video)
 
 
 def memory_cache_bytes(model: ModelSettings, memory_frames: int) -> int:
@@ -275,20 +270,28 @@ def estimate_shot(
     texts = _text_bytes(model, text_config)
     # Streamed layer by layer; its embeddings are the largest.
     widest = SIZES[model.dtype] * text_config["vocab_size"] * text_config["d_model"]
-    shape = _vae_shape(model, runtime, frames)
+    vae_network = model.network.vae
+    encode, decode = vae_bytes(
+        frames=frames,
+        height=model.video.height,
+        width=model.video.width,
+        # Channels for each pixel: a VAE of patches works at a lower resolution.
+        base_dim=vae_network.get("base_dim", 96) / (vae_network.get("patch_size") or 1) ** 2,
+        tiled=runtime.vae_tiling,
+    )
     stages = (
         Stage(
             name="texts",
             weights=widest if runtime.offload == "group" else texts,  # the VAE is loaded after this
             activations=_text_activations(model, text_config),
         ),
-        Stage(name="encode", weights=idle + vae, activations=encode_bytes(**shape)),
+        Stage(name="encode", weights=idle + vae, activations=encode),
         Stage(
             name="denoise",
             weights=at_work + vae,
             activations=_denoise_bytes(model, runtime, sampler, memory_frames, frames, grid.context),
         ),
-        Stage(name="decode", weights=left + vae, activations=decode_bytes(**shape)),
+        Stage(name="decode", weights=left + vae, activations=decode),
         Stage(name="score", weights=left + stays + max(scorers), activations=int(_SCORING * max(scorers))),
     )
     read = count * expert.total + vae
@@ -310,19 +313,6 @@ def _placed(expert: ExpertBytes, count: int, runtime: RuntimeSettings, grid: Gri
     if runtime.shard_weights:
         at_work += 2 * expert.block  # gathered for the moment
     return idle, at_work
-
-
-def _vae_shape(model: ModelSettings, runtime: RuntimeSettings, frames: int) -> dict[str, Any]:
-    """Arguments of :func:`encode_bytes` and :func:`decode_bytes`."""
-    vae = model.network.vae
-    return {
-        "frames": frames,
-        "height": model.video.height,
-        "width": model.video.width,
-        # Channels for each pixel: a VAE of patches works at a lower resolution.
-        "base_dim": vae.get("base_dim", 96) / (vae.get("patch_size") or 1) ** 2,
-        "tiled": runtime.vae_tiling,
-    }
 
 
 def _text_bytes(model: ModelSettings, config: Mapping[str, Any]) -> int:
