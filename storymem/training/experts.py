@@ -25,7 +25,6 @@ from storymem.wan.components import expert_on_meta
 from storymem.wan.keyframe_query import KeyframeQuery
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config, read_memory_lora
-from storymem.wan.lora_files import QUERY_PREFIX
 from storymem.wan.processes import Launch
 from storymem.wan.runtime import make_current, set_attention
 from storymem.wan.settings import ModelSettings, RuntimeSettings
@@ -110,7 +109,6 @@ class Experts:
 
     Args:
         transformers: one or both; those of ``trained`` come from :func:`prepare_expert`.
-        full: all parameters train, and not an adapter.
 
     Attributes:
         transformers: as given, in place; what a pipeline takes.
@@ -125,14 +123,11 @@ class Experts:
         trained: Sequence[Expert],
         accelerator: Accelerator,
         parallel: ParallelSettings,
-        full: bool = False,
     ) -> None:
         self.transformers, self.device = dict(transformers), accelerator.device
         self._sharded = parallel.strategy == "fsdp"
         self.networks: dict[Expert, nn.Module] = {}
         for name, transformer in self.transformers.items():
-            trains = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-            assert full or all(f".{ADAPTER}." in name or name.startswith(QUERY_PREFIX) for name in trains)
             enable_layouts(transformer)
             if parallel.gradient_checkpointing:
                 transformer.enable_gradient_checkpointing()

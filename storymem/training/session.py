@@ -205,29 +205,20 @@ class Run:
         )
         transformers = experts_of(pipe)
         del pipe
-        own = adapter
-        if own is not None and self.resumed is not None:
-            own = replace(own, start=None)  # a checkpoint has the whole adapter
-        for name, transformer in transformers.items():
+        for transformer in transformers.values():
             transformer.requires_grad_(False)
-            if name in settings.trained:
-                number = settings.trained.index(name)
-                prepare_expert(transformer, own, seed=settings.seed + number)
-                settings.objective.prepare(transformer, seed=settings.seed + number)
-                if own is not None and own.start is not None:
-                    load_start(transformer, name, own.start)
-        experts = Experts(
-            transformers,
-            trained=settings.trained,
-            accelerator=self.accelerator,
-            parallel=settings.parallel,
-            full=adapter is None,
-        )
+        for seed, name in enumerate(settings.trained, start=settings.seed):
+            prepare_expert(transformers[name], adapter, seed=seed)
+            settings.objective.prepare(transformers[name], seed=seed)
+            # A checkpoint has the whole adapter.
+            if adapter is not None and adapter.start is not None and self.resumed is None:
+                load_start(transformers[name], name, adapter.start)
+        parallel, accelerator = settings.parallel, self.accelerator
         return ExpertTraining(
-            experts,
+            Experts(transformers, trained=settings.trained, accelerator=accelerator, parallel=parallel),
             settings.objective.loss(settings),
             info=None if adapter is None else self._adapter_info(adapter, samples_per_step),
-            alternate_every=settings.parallel.alternate_every,
+            alternate_every=parallel.alternate_every,
             dtype=getattr(torch, model.dtype),
         )
 
