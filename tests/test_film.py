@@ -268,7 +268,7 @@ def test_last_frames_that_cannot_be_read_are_reported_before_anything_is_made(fi
 
 def test_only_files_that_were_being_written_are_removed(film: Path) -> None:
     whole, made = files(film), Film.open(film)
-    made.write_take(1, np.zeros((9, 32, 48, 3), np.uint8), repeated=1, fps=8)
+    made.write_take(1, np.zeros((9, 32, 48, 3), np.uint8), mode="mi2v", seed=0, fps=8)
     (film / "shots" / "01_02" / ".take_002.mp4.partial").write_bytes(b"half")
     mine = {"notes.txt", "keyframes/a.png", "shots/01_02 copy.mp4", "shots/02_01_end/9.png"}
     for name in mine:

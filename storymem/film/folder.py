@@ -37,6 +37,7 @@ from storymem.film.manifest import (
     KeyframeRecord,
     Manifest,
     Take,
+    config_hash,
     end_names,
     film_folder,
     new_slots,
@@ -44,7 +45,7 @@ from storymem.film.manifest import (
 )
 from storymem.film.matching import arranged, match
 from storymem.film.reading import read_manifest
-from storymem.film.settings import END_FRAMES
+from storymem.film.settings import END_FRAMES, GIVEN_FRAMES, Mode
 from storymem.film.storyboard import storyboard
 from storymem.io import hash_file, naming_full_disk, remove_leftovers, write_json, write_text
 from storymem.media.images import read_image, write_image
@@ -65,7 +66,12 @@ class Film(Manifest):
         story: see :func:`storymem.film.resume.story_record`.
         config: the settings that it is made with, plain JSON types.
         more: other fields of :class:`Manifest`.
+
+    Attributes:
+        before: the manifest that was opened, None for a new film; changes of story and settings are made beside it.
     """
+
+    before: Manifest | None = None
 
     def __init__(self, folder: Path, *, story: Mapping[str, Any], config: Mapping[str, Any], **more: Any) -> None:
         super().__init__(story=dict(story), config=dict(config), **{"slots": new_slots(story), **more})
@@ -77,7 +83,7 @@ class Film(Manifest):
         """Read a film's manifest; nothing in the folder changes. ``FilmError`` as :func:`read_manifest`."""
         manifest, saved = read_manifest(Path(folder))
         film = cls(Path(folder), **{**vars(manifest), "writing": []})
-        film._saved = saved
+        film.before, film._saved = manifest, saved
         return film
 
     @staticmethod
@@ -114,7 +120,7 @@ class Film(Manifest):
         write_json(self.folder / MANIFEST, manifest)
         self._saved = manifest
 
-    # Changes. On disk the story and settings are those of before until `add` or `commit`
+    # Changes. On disk the story and settings are those of `before` until `add` or `commit`
 
     def use_story(self, story: Mapping[str, Any]) -> None:
         """Use another version of the story; its shots keep the takes that they have, see :func:`match`."""
@@ -178,25 +184,30 @@ class Film(Manifest):
         index: int,
         frames: np.ndarray,
         *,
-        repeated: int,
+        mode: Mode,
+        seed: int,
         fps: int,
+        config: Mapping[str, Any] | None = None,
         memory: MemoryBank | None = None,
         besides: MemoryBank | None = None,
-    ) -> tuple[int, str]:
+    ) -> Take:
         """Write a take's video, its last frames, and keyframes; they take effect with :meth:`add`.
 
         Args:
             index: of the shot, from 0.
-            frames: uint8 [F, H, W, 3], all that were generated.
-            repeated: how many at the beginning repeat the previous shot; the video leaves them out.
+            frames: uint8 [F, H, W, 3], all that were generated. Those that repeat the previous shot are left out of the
+                video.
+            mode, seed: see :class:`Take`.
             fps: frames per second.
+            config: its settings, if they are not those of the film.
             memory: the memory of the film with this take, if its shot shows it.
             besides: other keyframes that are written.
 
         Returns:
-            The take's number, and the video's name in the film's folder.
+            Its record, still without what it has to do with the memory.
         """
         number, name = self._free_name(index)
+        repeated = GIVEN_FRAMES[mode]
         ends = end_names(name)[-len(frames) :]
         banks = {_NEXT_MEMORY: memory, None: besides}
         images = [one for bank in banks.values() for one in ([] if bank is None else bank.files())]
@@ -215,27 +226,36 @@ class Film(Manifest):
             for one in writing:
                 self._remove(one)
             raise
-        return number, name
+        script, slot = scripts(self.story)[index], self.slots[index]
+        before = self.take_of(index - 1) if repeated else None
+        made_with = self.config if config is None else dict(config)
+        self.configs[config_hash(made_with)] = made_with
+        return Take(
+            shot=index + 1,
+            scene=script.scene,
+            number=script.number,
+            folder=slot.folder,
+            take=number,
+            script=script.content,
+            mode=mode,
+            seed=seed,
+            frames=len(frames) - repeated,
+            repeated=repeated,
+            file=name,
+            config_hash=config_hash(made_with),
+            follows=None if before is None else before.sha256.get(before.file),
+            sha256=self._hashes(name),
+        )
 
-    def add(
-        self,
-        take: Take,
-        *,
-        config: Mapping[str, Any] | None = None,
-        chosen: bool = True,
-        left: Sequence[KeyframeRecord] | None = None,
-    ) -> None:
-        """Add a take, whose files are on disk.
+    def add(self, take: Take, *, chosen: bool = True, left: Sequence[KeyframeRecord] | None = None) -> None:
+        """Add a take that :meth:`write_take` wrote.
 
         Args:
-            take: without its ``sha256``.
-            config: its settings, if they are not those of the film.
+            take: with what it recalled and what it adds to the memory.
             chosen: whether its shot shows it from now on.
             left: what the take that the shot showed before had in the memory.
         """
-        self.takes.append(replace(take, sha256=self._hashes(take.file)))
-        if config is not None and take.config_hash != self.config_hash:
-            self.configs[take.config_hash] = dict(config)
+        self.takes.append(take)
         before = self.take_of(take.index)
         if before is not None and left is not None:
             self.takes[self.takes.index(before)] = replace(before, keyframes=tuple(left))

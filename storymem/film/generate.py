@@ -13,7 +13,7 @@ from storymem.film.folder import Film, edited_film
 from storymem.film.manifest import FilmError, check_folder
 from storymem.film.matching import match, stale
 from storymem.film.progress import Progress
-from storymem.film.resume import Recipe, match_film, story_record
+from storymem.film.resume import match_film, story_record
 from storymem.film.settings import GenerateSettings, build_policy, check_lengths, uses_text_to_video, work_of
 from storymem.film.tables import film_table
 from storymem.memory.bank import read_entries
@@ -205,8 +205,8 @@ def _print_plans(settings: GenerateSettings, config: Mapping[str, Any], stories:
         raise ValueError(f"not ready: {len(problems)} marked MISSING, UNFIT or TOO SMALL in the plan")
     for folder, story in stories.items():
         if Film.exists(folder):
-            now = Recipe(story=story_record(story), config=recorded(settings, config))
-            match_film(Film.open(folder), now, work_of(settings, len(story.shots)))
+            work = work_of(settings, len(story.shots))
+            match_film(Film.open(folder), story_record(story), recorded(settings, config), work)
 
 
 def _folder(story: Story, settings: GenerateSettings) -> Path:

@@ -153,10 +153,10 @@ class Take:
         frames: in its file, without those it repeated.
         repeated: frames at its beginning that repeated the end of the previous shot and were cut.
         file: its video, relative to the film's folder.
+        config_hash: of the settings it was made with.
         memory: ids of the keyframes that were recalled for it, oldest first.
         memory_of: of a method whose experts recall on their own, the ids that each recalled, by its name.
         keyframes: what it adds to the memory where it is chosen, as the user left them.
-        config_hash: of the settings it was made with.
         bank: digest of the memory before it, when it was made; None: not known.
         follows: sha256 of the video that it continues; None if it is a cut.
         candidates: frames that were examined as keyframes, and why they were kept or not; None: not known.
@@ -176,9 +176,9 @@ class Take:
     frames: Place
     repeated: Count
     file: FileName
-    memory: tuple[Name, ...]
-    keyframes: tuple[KeyframeRecord, ...]
     config_hash: str
+    memory: tuple[Name, ...] = ()
+    keyframes: tuple[KeyframeRecord, ...] = ()
     memory_of: dict[Name, tuple[Name, ...]] = field(default_factory=dict)
     bank: str | None = None
     follows: str | None = None

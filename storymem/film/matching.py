@@ -70,10 +70,10 @@ def _key(script: Script) -> str:
     return hash_json(script.content)
 
 
-def matches(film: Manifest, was: Sequence[Slot], before: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each shot of ``film`` that the story ``before``, with the shots ``was``, has not at its place."""
-    old, new = scripts(before), scripts(film.story)
-    numbers = {slot.folder: number for number, slot in enumerate(was, start=1)}
+def matches(film: Manifest, before: Manifest) -> Iterator[str]:
+    """A line for each shot of ``film`` that the film ``before`` its story was edited has not at its place."""
+    old, new = scripts(before.story), scripts(film.story)
+    numbers = {slot.folder: number for number, slot in enumerate(before.slots, start=1)}
     for number, (slot, script) in enumerate(zip(film.slots, new, strict=True), start=1):
         label = f"shot {number} (scene {script.scene}, shot {script.number})"
         count = len(film.takes_of(number - 1))
@@ -87,7 +87,7 @@ def matches(film: Manifest, was: Sequence[Slot], before: Mapping[str, Any]) -> I
                 yield f"{label} was edited" + (f"; its takes from the former text stay: {count}" if count else "")
         elif numbers[slot.folder] != number and slot.take:
             yield f"{label} was shot {numbers[slot.folder]}: it {kept}"
-    for slot, number in ((slot, numbers[slot.folder]) for slot in was):
+    for number, slot in enumerate(before.slots, start=1):
         if slot.folder not in {slot.folder for slot in film.slots}:
             count = sum(1 for take in film.takes if take.folder == slot.folder)
             yield f"shot {number} of before is no longer in the story" + (f"; its takes stay: {count}" if count else "")

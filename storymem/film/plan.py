@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storymem.film.folder import Film
-from storymem.film.matching import matches
-from storymem.film.resume import film_changes, jobs_of, story_record
+from storymem.film.resume import changes, jobs_of, story_record
 from storymem.film.settings import (
     GIVEN_FRAMES,
     GenerateSettings,
@@ -98,13 +97,12 @@ def _existing(story: Story, settings: GenerateSettings, folder: Path) -> Iterato
     if not Film.exists(folder):
         return
     film = Film.open(folder)
-    before, was = film.story, list(film.slots)
     film.use_story(story_record(story))
     jobs = [] if settings.take is not None else jobs_of(film, work_of(settings, len(story.shots)))
     making = ", ".join(f"{job.index + 1}{f' ({job.takes} takes)' if job.takes > 1 else ''}" for job in jobs)
     what = "shot" if len(jobs) == 1 else "shots"
     yield f"film     holds {counted(len(film.takes), 'take')}; to make: {f'{what} {making}' if jobs else 'nothing'}"
-    yield from (f"film     {line}" for line in [*matches(film, was, before), *film_changes(before, film.story)])
+    yield from (f"film     {line}" for line in changes(film))
 
 
 def _size(settings: GenerateSettings) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ from storymem.memory.bank import FitImage, keyframe_files, read_entries
 logger = logging.getLogger(__name__)
 
 
-def restored_memory(
-    run: Run, *, config: Mapping[str, Any], policy: RecallPolicy, embed: EmbedFrames, fit: FitImage
-) -> MemoryBank:
+def restored_memory(run: Run, *, policy: RecallPolicy, embed: EmbedFrames, fit: FitImage) -> MemoryBank:
     """The memory with which a run begins; nothing is written.
 
     ``embed`` embeds images that were added or changed, and ``fit`` brings them to the size of the shots.
     """
-    film, was, made_with = run.film, run.was, encoders(run.config)
+    film, made_with = run.film, encoders(run.config)
+    was = [] if film.before is None else film.before.slots
     if not film.has_memory and film.shots:
         logger.warning(f"memory: {film.folder / 'memory.json'} is missing: it is written again from the takes")
         was = []
@@ -46,25 +45,25 @@ def restored_memory(
         origin = {"shot": shot, "source": reference.source, "character": reference.character}
         return Keyframe(id=id, image=image, embedding=embed(image[None])[0], **origin)  # type: ignore[arg-type]
 
-    bank = MemoryBank(_with_references(run, config, list(saved), read), policy=policy, made_with=made_with)
+    bank = MemoryBank(_with_references(run, list(saved), read), policy=policy, made_with=made_with)
     recalled = {id for take in film.takes for id in take.memory}
     waiting = {keyframe.id: "" for keyframe in bank if keyframe.is_users and keyframe.id not in recalled}
     bank.edited = waiting | {id: done for id, done in saved.edited.items() if id in bank}
     return bank
 
 
-def _with_references(run: Run, config: Mapping[str, Any], keyframes: list[Keyframe], read: Any) -> list[Keyframe]:
+def _with_references(run: Run, keyframes: list[Keyframe], read: Any) -> list[Keyframe]:
     """``keyframes`` with the references of the story's characters and shots.
 
     Those that the story no longer names leave; those whose image, size or fit has changed are read again; new ones
     follow the last, or come before the frames of their shot. Those that the user deleted from the memory stay away.
     """
-    film, before = run.film, run.before
+    film, before = run.film, run.film.before
     size, old_size = (
         [flat(one).get(key) for key in ("model.video.height", "model.video.width", "memory.reference_fit")]
-        for one in (config, {} if before is None else before.config)
+        for one in (run.config, {} if before is None else before.config)
     )
-    old = set() if before is None or not film.has_memory else set(references(before.story, run.was))
+    old = set() if before is None or not film.has_memory else set(references(before.story, before.slots))
     if film.is_older:  # which did not add the references of a shot before that was made
         old = {one for one in old if one.folder is None or any(take.folder == one.folder for take in film.takes)}
     paths = dict(zip(references(film.story, film.slots), run.story.all_references, strict=True))

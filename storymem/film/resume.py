@@ -11,19 +11,13 @@ from typing import Any, NamedTuple
 from storymem.film.differences import SIDES, arguments_between, differences, flat, setting_changes
 from storymem.film.folder import Film
 from storymem.film.manifest import FilmError, OtherFilmError, Slot
+from storymem.film.matching import matches
 from storymem.film.settings import Work
 from storymem.io import hash_json
 from storymem.media.images import read_image
 from storymem.story import Story
 
 _MOST = 12  # lines of a list
-
-
-class Recipe(NamedTuple):
-    """What a film is made from, as its manifest holds it."""
-
-    story: dict[str, Any]
-    config: dict[str, Any]
 
 
 class Reference(NamedTuple):
@@ -66,10 +60,11 @@ def encoders(config: Mapping[str, Any]) -> str:
     return hash_json({key: config.get(key) for key in ("model", "scorer", "weights", "runtime")})[:16]
 
 
-def check_size(film: Film, before: Mapping[str, Any], config: Mapping[str, Any], jobs: Sequence[Job]) -> None:
-    """Raise FilmError if takes made with ``config`` do not fit those of ``film`` that stay, made with ``before``."""
+def check_size(film: Film, config: Mapping[str, Any], jobs: Sequence[Job]) -> None:
+    """Raise FilmError if takes made with ``config`` do not fit those of ``film`` that stay."""
     made = {job.index for job in jobs}
-    if any(take.index not in made for take in film.shots) and _resized(before, config):
+    stays = any(take.index not in made for take in film.shots)
+    if stays and film.before is not None and _resized(film.before.config, config):
         raise FilmError("size or rate of the shots have changed: use resume=from_shot:1 or another output")
 
 
@@ -79,42 +74,34 @@ def _resized(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return any(old.get(key) != new.get(key) for key in (*SIDES, "model.video.fps"))
 
 
-def match_film(film: Film, now: Recipe, work: Work) -> Recipe:
-    """Match the takes of ``film`` with the story of ``now``; returns what the film was made from before.
+def match_film(film: Film, story: Mapping[str, Any], config: Mapping[str, Any], work: Work) -> None:
+    """Match the takes of ``film`` with ``story`` (its record).
+
+    Shots that were edited, added, moved or removed make no difference, if others stay. A take of a single shot may have
+    settings of its own.
 
     Raises:
-        OtherFilmError: if it has takes, and some stay, and it is not a film of ``now``.
+        OtherFilmError: if it has takes, and some stay, and it is not a film of this story and these settings: what
+            differs, what to type.
     """
-    before = Recipe(story=film.story, config=film.config)
-    film.use_story(now.story)
-    if film.takes and work.onwards is None:
-        _check_same(film, before, now, work)
-    return before
-
-
-def _check_same(film: Film, before: Recipe, now: Recipe, work: Work) -> None:
-    """Raise OtherFilmError if ``film`` is not one of ``now``: what differs, what to type.
-
-    Args:
-        film: whose takes were matched with the story of ``now``.
-        before: what it was made from.
-        now: what is to be made. Shots that were edited, added, moved or removed make no difference, if others stay.
-        work: a take of a single shot may have settings of its own.
-    """
-    settings = [] if work.shots is not None else setting_changes(before.config, now.config)
+    film.use_story(story)
+    before = film.before
+    if before is None or not film.takes or work.onwards is not None:
+        return
+    settings = [] if work.shots is not None else setting_changes(before.config, config)
     if film.shots and not settings:
         return
-    changes = [*film_changes(before.story, now.story), *settings]
+    changes = [*film_changes(before.story, story), *settings]
     kind = "with other settings" if film.shots else "of another story: none of its shots is in this one"
     lines = [f"{film.folder} holds a film {kind}:", *_shortened(changes)]
     cures = {"resume=from_shot:1": "regenerate all shots" if film.shots else "make the film of this story here"}
-    if film.shots and not _resized(before.config, now.config):
+    if film.shots and not _resized(before.config, config):
         cures = {
             "shot=N": "make a take of shot N with these settings",
             "resume=from_shot:N": "regenerate shots N and later",
         }
     cures["output=FOLDER"] = "make another film"
-    if film.shots and (arguments := arguments_between(before.config, now.config)):
+    if film.shots and (arguments := arguments_between(before.config, config)):
         if arguments.startswith("size="):  # another aspect may be in the command
             arguments = f"aspect=null {arguments}"
         cures[arguments] = "resume this film with its own settings"
@@ -134,6 +121,13 @@ def film_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
     changed = [source for source in images if images[source] != now.get(source, images[source])]
     yield from differences(*besides)
     yield from (f"the image {source} has changed" for source in changed)
+
+
+def changes(film: Film) -> Iterator[str]:
+    """A line for each change of the story since ``film`` was opened."""
+    if film.before is not None:
+        yield from matches(film, film.before)
+        yield from film_changes(film.before.story, film.story)
 
 
 @dataclass(frozen=True)
@@ -173,22 +167,19 @@ class Run:
         story: of now.
         film: with this story, and the takes that its shots have.
         jobs: the takes to make.
-        before: what the film was made from; None if it is new.
-        was: its shots then.
         config: the settings of the takes to make.
     """
 
     story: Story
     film: Film
     jobs: list[Job]
-    before: Recipe | None
-    was: list[Slot]
     config: dict[str, Any]
 
     @property
     def changed(self) -> bool:
         """Whether the story is another than the film's on disk."""
-        return self.before is not None and (self.before.story != self.film.story or self.was != self.film.slots)
+        film, before = self.film, self.film.before
+        return before is not None and (before.story != film.story or before.slots != film.slots)
 
 
 @contextmanager

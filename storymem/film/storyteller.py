@@ -16,16 +16,15 @@ import torch
 
 from storymem.film.differences import setting_changes
 from storymem.film.folder import Film
-from storymem.film.manifest import CandidateRecord, FilmError, KeyframeRecord, Take, config_hash, film_folder, scripts
-from storymem.film.matching import bank_digest, matches
+from storymem.film.manifest import CandidateRecord, FilmError, KeyframeRecord, Take, film_folder
+from storymem.film.matching import bank_digest
 from storymem.film.parts import Embedder, Recalled, ShotGenerator
 from storymem.film.progress import Progress
 from storymem.film.restoring import restored_memory
 from storymem.film.resume import (
-    Recipe,
     Run,
+    changes,
     check_size,
-    film_changes,
     jobs_of,
     match_film,
     naming_next_command,
@@ -210,36 +209,36 @@ class Storyteller:
 
     def _open(self, story: Story, folder: Path, work: Work, progress: Progress) -> Run:
         """The film in ``folder``, its takes matched with the story, and what to make; on disk it stays as it is."""
-        now = Recipe(story=story_record(story), config=dict(self.config))
+        record, config = story_record(story), dict(self.config)
         if not Film.exists(folder):
             if work.onwards:
                 raise FilmError(f"{work.words}: {folder} holds no film yet; leave that out")
-            film = Film(folder, story=now.story, config=now.config)
-            return Run(story=story, film=film, jobs=jobs_of(film, work), before=None, was=[], config=now.config)
+            film = Film(folder, story=record, config=config)
+            return Run(story=story, film=film, jobs=jobs_of(film, work), config=config)
         film = Film.open(folder)
         film.remove_unfinished()
-        was = list(film.slots)
-        before = match_film(film, now, work)
-        config = now.config if setting_changes(before.config, now.config) else before.config
+        match_film(film, record, config, work)
+        before = film.config
+        differs = setting_changes(before, config)
+        config = config if differs else before
         if work.shots is None or work.onwards is not None or not film.takes:
             film.use_config(config)
-        for line in [*matches(film, was, before.story), *film_changes(before.story, now.story)]:
+        lines = [*changes(film)]
+        if config != film.config:
+            lines += ["other settings than those of the film:", *(f"  {line}" for line in differs)]
+        for line in lines:
             progress.print(line)
-        if film.takes and config != film.config:
-            progress.print("other settings than those of the film:")
-            for line in setting_changes(before.config, config):
-                progress.print(f"  {line}")
         jobs = jobs_of(film, work)
-        check_size(film, before.config, config, jobs)
+        check_size(film, config, jobs)
         own = [
             story.shots[job.index].label for job in jobs if story.shots[job.index].seed is not None and not job.fresh
         ]
-        if work.words and own and before.config.get("seed") != self.config.get("seed"):
+        if work.words and own and before.get("seed") != self.config.get("seed"):
             logger.warning(f"seed={self.seed} does not change {', '.join(own[:5])}: the story gives their seeds")
-        return Run(story=story, film=film, jobs=jobs, before=before, was=was, config=config)
+        return Run(story=story, film=film, jobs=jobs, config=config)
 
     def _restore(self, run: Run) -> MemoryBank:
-        return restored_memory(run, config=self.config, policy=self.recall, embed=self._embed, fit=self._fit)
+        return restored_memory(run, policy=self.recall, embed=self._embed, fit=self._fit)
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         video = self.generator.video
@@ -278,49 +277,37 @@ class Storyteller:
         story, film = run.story, run.film
         taken = ids_on_disk(film.folder) | {keyframe.id for keyframe in bank}
         mode = self.mode_of(shot, story)
-        repeated = GIVEN_FRAMES[mode]
         recalled = self._recall(story, shot, film, bank)
         request = self.request(story, shot, film, recalled, self._seed(shot, film, fresh=fresh))
         clock.lap("recall")
         frames = (self.generator.first if mode == "t2v" else self.generator.generate)(request, progress.step)
         clock.lap("generate")
-        keyframes, candidates = self.select(shot, frames[repeated:], bank, taken)
+        keyframes, candidates = self.select(shot, frames[GIVEN_FRAMES[mode] :], bank, taken)
         digest = bank_digest(bank.known_to(shot.index + 1))
         besides = bank.put_frames(shot.index + 1, keyframes) if chosen else keyframes
         clock.lap("select")
-        number, file = film.write_take(
+        take = film.write_take(
             shot.index,
             frames,
-            repeated=repeated,
+            mode=mode,
+            seed=request.seed,
             fps=self.generator.video.fps,
+            config=run.config,
             memory=bank if chosen else None,
             besides=MemoryBank(besides, made_with=bank.made_with),
         )
         clock.lap("save")
-        before = film.take_of(shot.index - 1) if repeated else None
-        take = Take(
-            shot=shot.index + 1,
-            scene=shot.scene,
-            number=shot.number,
-            folder=film.slots[shot.index].folder,
-            take=number,
-            script=scripts(film.story)[shot.index].content,
-            mode=mode,
-            seed=request.seed,
-            frames=len(frames) - repeated,
-            repeated=repeated,
-            file=file,
+        take = replace(
+            take,
             memory=tuple(keyframe.id for keyframe in recalled.keyframes),
             memory_of=recalled.ids,
             keyframes=tuple(map(KeyframeRecord.of, keyframes)),
-            config_hash=config_hash(run.config),
             bank=digest,
-            follows=None if before is None else before.sha256.get(before.file),
             candidates=candidates,
             seconds=clock.seconds,
         )
         left = [KeyframeRecord.of(keyframe) for keyframe in besides] if chosen else None
-        film.add(take, config=run.config, chosen=chosen, left=left)
+        film.add(take, chosen=chosen, left=left)
         return take
 
     def _seed(self, shot: Shot, film: Film, *, fresh: bool) -> int:

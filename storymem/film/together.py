@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import numpy as np
 
 from storymem.film.differences import flat, setting_changes
 from storymem.film.folder import Film
-from storymem.film.manifest import FilmError, Take, config_hash, film_folder, scripts
+from storymem.film.manifest import FilmError, film_folder
 from storymem.film.progress import Progress
-from storymem.film.resume import Recipe, film_changes, story_record
+from storymem.film.resume import film_changes, story_record
 from storymem.film.settings import estimated_bytes
 from storymem.io import check_room
 from storymem.story import Story
@@ -49,7 +50,7 @@ def make_together(
     """
     progress = progress or Progress(enabled=False)
     with film_folder(folder) as folder:
-        film = _opened(folder, Recipe(story=story_record(story), config=dict(config)))
+        film = _opened(folder, story_record(story), config)
         if film.is_complete:
             film.check()
         else:
@@ -65,20 +66,20 @@ def make_together(
     return film
 
 
-def _opened(folder: Path, recipe: Recipe) -> Film:
-    """The film in a folder, if it is of this recipe, or a new one."""
+def _opened(folder: Path, story: Mapping[str, Any], config: Mapping[str, Any]) -> Film:
+    """The film in a folder, if it is of this story and these settings, or a new one."""
     if not Film.exists(folder):
-        return Film(folder, story=recipe.story, config=recipe.config)
+        return Film(folder, story=story, config=config)
     film = Film.open(folder)
-    check_same(film, recipe)
+    check_same(film, story, config)
     film.remove_unfinished()
     return film
 
 
-def check_same(film: Film, recipe: Recipe) -> None:
-    """Raise ``FilmError`` if ``film`` is not of this recipe: what differs; nothing is changed."""
-    changes = [*film_changes(film.story, recipe.story), *setting_changes(film.config, recipe.config)]
-    if flat(film.story["scenes"]) != flat(recipe.story["scenes"]):
+def check_same(film: Film, story: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise ``FilmError`` if ``film`` is not of this story (its record) and these settings: what differs."""
+    changes = [*film_changes(film.story, story), *setting_changes(film.config, config)]
+    if flat(film.story["scenes"]) != flat(story["scenes"]):
         changes.append("its shots are not those of the story")
     if changes:
         lines = [f"{film.folder} holds another film:", *(f"  {line}" for line in changes)]
@@ -88,26 +89,8 @@ def check_same(film: Film, recipe: Recipe) -> None:
 def _write(film: Film, shots: Sequence[np.ndarray], fps: int, seed: int, seconds: float) -> None:
     """Write a take of every shot; those of an attempt that was not finished are deleted after it."""
     again = bool(film.takes)
-    for index, (frames, script) in enumerate(zip(shots, scripts(film.story), strict=True)):
-        number, file = film.write_take(index, frames, repeated=0, fps=fps)
-        take = Take(
-            shot=index + 1,
-            scene=script.scene,
-            number=script.number,
-            folder=film.slots[index].folder,
-            take=number,
-            script=script.content,
-            mode="t2v",
-            seed=seed,
-            frames=len(frames),
-            repeated=0,
-            file=file,
-            memory=(),
-            keyframes=(),
-            config_hash=config_hash(film.config),
-            candidates=(),
-            seconds={"generate": round(seconds / len(shots), 4)},
-        )
-        film.add(take)
+    for index, frames in enumerate(shots):
+        take = film.write_take(index, frames, mode="t2v", seed=seed, fps=fps)
+        film.add(replace(take, candidates=(), seconds={"generate": round(seconds / len(shots), 4)}))
     if again:
         film.clean()

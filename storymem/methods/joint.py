@@ -15,7 +15,7 @@ from storymem.config import build_settings
 from storymem.film.folder import Film
 from storymem.film.generate import check_one_process, recorded_config, weight_hashes
 from storymem.film.progress import Progress
-from storymem.film.resume import Recipe, story_record
+from storymem.film.resume import story_record
 from storymem.film.settings import GenerateSettings
 from storymem.film.together import check_same, make_together
 from storymem.methods import check_all
@@ -106,7 +106,7 @@ class JointMethod(ABC):
     def check_film(self, story: Story, folder: Path) -> None:
         """See :meth:`storymem.methods.ChecksFilms.check_film`."""
         if Film.exists(folder):
-            check_same(Film.open(folder), Recipe(story_record(story), self.recorded_config))
+            check_same(Film.open(folder), story_record(story), self.recorded_config)
 
     def run(self, story: Story, folder: Path) -> None:
         """See :meth:`storymem.methods.Method.run`."""

@@ -11,7 +11,7 @@ from storymem.config import build_settings
 from storymem.film.folder import Film
 from storymem.film.generate import build_generator, build_storyteller
 from storymem.film.progress import Progress
-from storymem.film.resume import Recipe, match_film, story_record
+from storymem.film.resume import match_film, story_record
 from storymem.film.settings import GenerateSettings, Work, check_lengths, uses_text_to_video
 from storymem.film.storyteller import Storyteller
 from storymem.methods import check_all
@@ -69,7 +69,7 @@ class StoryMem:
     def check_film(self, story: Story, folder: Path) -> None:
         """See :meth:`storymem.methods.ChecksFilms.check_film`."""
         if Film.exists(folder):
-            match_film(Film.open(folder), Recipe(story_record(story), dict(self.storyteller.config)), Work())
+            match_film(Film.open(folder), story_record(story), self.storyteller.config, Work())
 
     def run(self, story: Story, folder: Path) -> None:
         """See :meth:`storymem.methods.Method.run`."""

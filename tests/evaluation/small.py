@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from storymem.evaluation.layouts import FilmFiles
 from storymem.evaluation.metric import Column, FilmInfo, Metric, Scores, mean
 from storymem.evaluation.metrics import AestheticQuality, Appearance, ViclipScores
 from storymem.film.folder import Film
-from storymem.film.manifest import Take, scripts
 from storymem.media.video import write_video
 from storymem.story import Shot, Story, load_story
 from tests.composing import composed
@@ -78,13 +78,9 @@ def own_film(
     record = story.to_dict()
     record["scenes"][0]["shots"][0]["prompt"] = prompt or story.shots[0].prompt
     film = Film(folder, story=record, config={})
-    script = scripts(film.story)
     for shot in story.shots[:shots]:
-        number, file = film.write_take(shot.index, np.zeros((5, 32, 48, 3), np.uint8), repeated=0, fps=8)
-        place = {"shot": shot.index + 1, "scene": shot.scene, "number": shot.number, "take": number, "file": file}
-        made = {"folder": film.slots[shot.index].folder, "script": script[shot.index].content, "seconds": seconds or {}}
-        rest = {"mode": "m2v", "seed": 0, "frames": 5, "repeated": 0, "memory": (), "keyframes": (), "config_hash": ""}
-        film.add(Take(**place, **made, **rest))  # type: ignore[arg-type]
+        take = film.write_take(shot.index, np.zeros((5, 32, 48, 3), np.uint8), mode="m2v", seed=0, fps=8)
+        film.add(replace(take, seconds=seconds or {}))
 
 
 @cache  # a metric keeps nothing from one film to the next
