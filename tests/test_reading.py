@@ -416,13 +416,3 @@ def test_a_turned_part_is_joined_upright(tmp_path: Path) -> None:
     before = read_video(turned(files[1], 0, 1, -1, 0))
     assert len(join_videos(files, tmp_path / "film.mp4")) == 1
     assert np.abs(read_video(tmp_path / "film.mp4")[9:18].astype(int) - before).mean() < 4
-
-
-def test_the_odd_part_is_the_one_that_is_named(tmp_path: Path) -> None:
-    files = parts(tmp_path)
-    write_video(files[0], scene(0, 9), 8)
-    with pytest.raises(
-        ValueError, match=r"0\.mp4 cannot be joined .* size differs \('48x32', not '96x64'\); export it"
-    ):
-        join_videos(files, tmp_path / "film.mp4")
-    assert not (tmp_path / "film.mp4").exists()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storymem.film.folder import Film
-from storymem.film.resume import changes, jobs_of, story_record
+from storymem.film.resume import jobs_of, story_changes, story_record
 from storymem.film.settings import (
     GIVEN_FRAMES,
     GenerateSettings,
@@ -102,7 +102,7 @@ def _existing(story: Story, settings: GenerateSettings, folder: Path) -> Iterato
     making = ", ".join(f"{job.index + 1}{f' ({job.takes} takes)' if job.takes > 1 else ''}" for job in jobs)
     what = "shot" if len(jobs) == 1 else "shots"
     yield f"film     holds {counted(len(film.takes), 'take')}; to make: {f'{what} {making}' if jobs else 'nothing'}"
-    yield from (f"film     {line}" for line in changes(film))
+    yield from (f"film     {line}" for line in story_changes(film))
 
 
 def _size(settings: GenerateSettings) -> Iterator[str]:

@@ -93,7 +93,8 @@ def match_film(film: Film, story: Mapping[str, Any], config: Mapping[str, Any], 
         return
     changes = [*film_changes(before.story, story), *settings]
     kind = "with other settings" if film.shots else "of another story: none of its shots is in this one"
-    lines = [f"{film.folder} holds a film {kind}:", *_shortened(changes)]
+    more = [f"and {len(changes) - _MOST} more"] if len(changes) > _MOST else []
+    lines = [f"{film.folder} holds a film {kind}:", *(f"  {line}" for line in [*changes[:_MOST], *more])]
     cures = {"resume=from_shot:1": "regenerate all shots" if film.shots else "make the film of this story here"}
     if film.shots and not _resized(before.config, config):
         cures = {
@@ -109,11 +110,6 @@ def match_film(film: Film, story: Mapping[str, Any], config: Mapping[str, Any], 
     raise OtherFilmError("\n".join(lines), "\n".join(advice))
 
 
-def _shortened(lines: Sequence[str]) -> list[str]:
-    more = [f"  and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
-    return [*(f"  {line}" for line in lines[:_MOST]), *more]
-
-
 def film_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """A line for each change of a story outside its shots."""
     besides = [{k: v for k, v in story.items() if k not in ("scenes", "reference_sha256")} for story in (old, new)]
@@ -123,7 +119,7 @@ def film_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
     yield from (f"the image {source} has changed" for source in changed)
 
 
-def changes(film: Film) -> Iterator[str]:
+def story_changes(film: Film) -> Iterator[str]:
     """A line for each change of the story since ``film`` was opened."""
     if film.before is not None:
         yield from matches(film, film.before)

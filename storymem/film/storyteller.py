@@ -23,11 +23,11 @@ from storymem.film.progress import Progress
 from storymem.film.restoring import restored_memory
 from storymem.film.resume import (
     Run,
-    changes,
     check_size,
     jobs_of,
     match_film,
     naming_next_command,
+    story_changes,
     story_record,
 )
 from storymem.film.settings import (
@@ -223,7 +223,7 @@ class Storyteller:
         config = config if differs else before
         if work.shots is None or work.onwards is not None or not film.takes:
             film.use_config(config)
-        lines = [*changes(film)]
+        lines = [*story_changes(film)]
         if config != film.config:
             lines += ["other settings than those of the film:", *(f"  {line}" for line in differs)]
         for line in lines:

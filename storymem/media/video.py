@@ -6,7 +6,6 @@ the first that can be decoded. decord, which other code of this field uses, deco
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -188,21 +187,20 @@ def join_videos(
     Args:
         parts: videos of equal size and frame rate; or frames, uint8 [H, W, 3], which are encoded.
         out: the joined file, written in one step.
-        fps: frames per second of parts that are frames; those of the videos by default.
+        fps: frames per second of parts that are frames; that of the first video by default.
 
     Returns:
         a line for each video that was encoded again, and for each whose sound was left out.
 
     Raises:
-        ValueError: if there are no parts, or one differs from most in size or frame rate; without ``fps`` and videos.
+        ValueError: if there are no parts, or parts differ in size or frame rate; without ``fps`` and videos.
         VideoError: as :func:`probe`.
     """
     if not parts:
         raise ValueError(f"{out}: there are no videos to join")
     paths, name = [Path(part) for part in parts if isinstance(part, str | Path)], Path(out).name
-    common = _common_rate(paths) if paths else None
-    rate = common if fps is None else Fraction(fps).limit_denominator(1001)
-    if rate is None:
+    rate = fps or (probe(paths[0]).fps if paths else 0)
+    if not rate:
         raise ValueError(f"{out}: frames have no rate of their own: give fps")
     notes = [f"{path} has sound, which is left out of {name}" for path in paths if probe(path).sound]
     temporary: list[Path] = []
@@ -215,8 +213,11 @@ def join_videos(
 
     try:
         found = [_part(part) if isinstance(part, str | Path) else encoded(part) for part in parts]
-        if temporary:
-            _common_rate([part.path for part in found])
+        first = probe(found[0].path)
+        for path in (part.path for part in found):
+            info = probe(path)
+            if (info.height, info.width) != (first.height, first.width) or abs(info.fps - rate) > 0.01 * rate:
+                raise ValueError(f"{path} cannot be joined to {found[0].path}: its size or rate differs; fit it first")
         if found[0].format is None or any(part.format != found[0].format for part in found):
             ours = encoded([next(iter_frames(found[0].path))]).format
             for number, part in enumerate(found):
@@ -266,23 +267,6 @@ def _part(path: str | Path) -> _Part:
         first = next(video.packets())
         assert first.pts is not None and first.dts is not None, path  # noqa: PT018
         return _Part(path=Path(path), format=form, delay=round((first.pts - first.dts) / ticks))
-
-
-def _common_rate(paths: Sequence[str | Path]) -> Fraction:
-    """The frame rate of the parts; ``ValueError`` for a part that differs from most in rate or size."""
-    infos = [probe(path) for path in paths]
-    shapes = [(f"{info.width}x{info.height}", round(info.fps, 3)) for info in infos]
-    most = shapes.index(Counter(shapes).most_common(1)[0][0])
-    size, fps = shapes[most]
-    for path, shape in zip(paths, shapes, strict=True):
-        if shape[0] != size:
-            differs = f"the size differs ({shape[0]!r}, not {size!r})"
-        elif abs(shape[1] - fps) > 0.01 * fps:
-            differs = f"the frame rate differs ({shape[1]:g}, not {fps:g})"
-        else:
-            continue
-        raise ValueError(f"{path} cannot be joined to {paths[most]}: {differs}; export it with {size}, {fps:g} fps")
-    return Fraction(infos[most].fps).limit_denominator(1001)
 
 
 def _concatenate(parts: Sequence[_Part], out: str | Path) -> None:
