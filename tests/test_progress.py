@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from storymem.film.folder import Film
-from storymem.film.manifest import KeyframeRecord, Take
+from storymem.film.manifest import Take
 from storymem.film.progress import Progress, duration
 from storymem.film.tables import film_table, format_table
+from storymem.memory.bank import KeyframeRecord
 from storymem.story import Shot
 
 
@@ -105,7 +106,7 @@ def test_the_table_has_a_line_for_each_shot(tmp_path: Path) -> None:
     takes = [record(0), record(1, keyframes=0, memory=0), replace(record(1), take=2, file="b.mp4")]
     film = Film(tmp_path, story=told, config={}, takes=takes)
     film.slots = [replace(slot, take=take) for slot, take in zip(film.slots, (1, 1, None), strict=True)]
-    heading, rule, first, second, third = film_table(film, {2: "continues another take"}).splitlines()
+    heading, rule, first, second, third = film_table(film, {2: "continues another take"}, {}).splitlines()
     assert heading.split()[:8] == ["shot", "scene", "take", "takes", "mode", "seed", "frames", "seconds"]
     assert set(rule) == {"-"}
     assert first.split() == ["1", "2.1", "1", "1", "mi2v", "0", "16", "12.5", "3", "2", "(0,", "4)"]

@@ -1,6 +1,6 @@
 """Measure a model at true size with random weights: seconds a forward and a shot, TFLOP/s, VRAM.
 
-storymem benchmark                   # what this machine can run: the large model on a GPU, small ones on a CPU
+storymem benchmark                   # what this machine can run: the large model on a GPU, a tiny one on a CPU
 storymem benchmark --sweep --shot    # every attention kernel, cache and precision; a whole shot
 storymem benchmark --model wan2.2-a14b --runtime gpu-24gb --memory 0 10
 storymem benchmark runtime.attention=cudnn runtime.compile=blocks model.video.frames=41
@@ -44,25 +44,9 @@ from storymem.wan.placement import choose_runtime
 from storymem.wan.runtime import accelerate, check_machine, clear_step_caches, place, release_memory
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.segments import Layout, memory_cached, memory_joint
-from storymem.wan.settings import (
-    ModelSettings,
-    NetworkSettings,
-    RuntimeSettings,
-    SamplerSettings,
-    VideoSettings,
-)
+from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
 from storymem.wan.transformer import SegmentCache
 
-#: The shape of Wan2.1's small model with few layers, and a small video, for machines too small for the large one.
-WAN_1_3B = {
-    **{"num_layers": 2, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960},
-    **{"text_dim": 4096, "freq_dim": 256, "out_channels": 16},
-}
-_SMALL = ModelSettings(
-    name="wan-1.3b-shaped",
-    video=VideoSettings(height=96, width=160, frames=9, fps=8),
-    network=NetworkSettings(transformer=WAN_1_3B),
-)
 #: A shot is that of the published sampler, however few steps a small model takes.
 PUBLISHED = SamplerSettings()
 
@@ -404,30 +388,17 @@ def save(path: Path, device: torch.device, results: Sequence[dict[str, Any]]) ->
     write_json(path, content, indent=2)
 
 
-def _planned(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[ModelSettings, RuntimeSettings]]:
-    """The models to measure, and how they run."""
-    large = device.type != "cpu"
-    for name in [arguments.model] if arguments.model else ["wan2.2-a14b"] if large else ["tiny", "wan-1.3b-shaped"]:
-        small = name == _SMALL.name
-        overrides = [f"model={'tiny' if small else name}", f"runtime={arguments.runtime}", "story=none"]
-        made = build_settings(GenerateSettings, composed("generate", [*overrides, *arguments.overrides]))
-        model = replace(_SMALL, dtype="bfloat16" if large else "float32") if small else made.model
-        if arguments.layers:
-            network = model.network.transformer | {"num_layers": arguments.layers}
-            model = replace(model, network=replace(model.network, transformer=network))
-        yield model, made.runtime
-
-
-def _run(
-    model: ModelSettings,
-    runtime: RuntimeSettings,
-    arguments: argparse.Namespace,
-    add: Callable[[dict[str, Any]], None],
-) -> None:
-    """Measure one model and print the table; each result is given to ``add`` as soon as it is there.
+def _run(arguments: argparse.Namespace, add: Callable[[dict[str, Any]], None]) -> None:
+    """Measure and print the table; each result is given to ``add`` as soon as it is there.
 
     The whole shot comes before the variations, so that it is measured even if time runs out.
     """
+    overrides = [f"model={arguments.model}", f"runtime={arguments.runtime}", "story=none", *arguments.overrides]
+    settings = build_settings(GenerateSettings, composed("generate", overrides))
+    model, runtime = settings.model, settings.runtime
+    if arguments.layers:
+        network = model.network.transformer | {"num_layers": arguments.layers}
+        model = replace(model, network=replace(model.network, transformer=network))
     choice = choose_runtime(model, runtime, sampler=PUBLISHED)
     runtime, device = choice.runtime, resolve_device(runtime.device)
     ceiling = matmul_ceiling(device, getattr(torch, model.dtype))
@@ -476,7 +447,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="storymem benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="a choice of configs/model, or wan-1.3b-shaped")
+    parser.add_argument("--model", help="a choice of configs/model")
     parser.add_argument("--runtime", default="auto", help="a choice of configs/runtime")
     parser.add_argument("--memory", type=int, nargs="+", default=[0, 4, 10], help="numbers of memory frames")
     parser.add_argument("--sweep-memory", type=int, default=4, help="memory frames of a sweep and of a whole shot")
@@ -491,13 +462,13 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.began = time.perf_counter()
     device, results = resolve_device("cpu" if arguments.runtime == "cpu" else "auto"), []
+    arguments.model = arguments.model or ("tiny" if device.type == "cpu" else "wan2.2-a14b")
 
     def add(result: dict[str, Any]) -> None:
         results.append(result)
         save(arguments.json, device, results)
 
-    for planned in _planned(arguments, device):
-        _run(*planned, arguments, add)
+    _run(arguments, add)
     if device.type == "cpu":
         print("\nThere is no accelerator here: these figures do not show how fast or how large the true model is.")
     print(f"\nsaved to {arguments.json}")

@@ -31,10 +31,10 @@ from storymem.film.manifest import (
     MANIFEST,
     MEMORY,
     PAGE,
+    REPLACED,
     SCHEMA,
     VIDEO,
     FilmError,
-    KeyframeRecord,
     Manifest,
     Take,
     config_hash,
@@ -51,7 +51,7 @@ from storymem.io import hash_file, naming_full_disk, remove_leftovers, write_jso
 from storymem.media.images import read_image, write_image
 from storymem.media.video import iter_frames, read_video, write_video
 from storymem.memory import MemoryBank
-from storymem.memory.bank import Entry, holds_image, keyframe_files, read_entries, write_entries
+from storymem.memory.bank import Entry, KeyframeRecord, holds_image, keyframe_files, read_entries, write_entries
 
 logger = logging.getLogger(__name__)
 
@@ -345,7 +345,7 @@ class Film(Manifest):
             elif not self._has(take.file, take.sha256.get(take.file)):
                 found[take.file] = "replaced by the user, not yet in film.mp4"
             elif take.is_replaced:
-                found[take.file] = take.about_video
+                found[take.file] = REPLACED
         return found
 
     def clean(self) -> list[Take]:

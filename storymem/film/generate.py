@@ -191,7 +191,7 @@ def _choose(settings: GenerateSettings, story: Story, folder: Path, *, reports: 
 
 
 def _print_film(film: Film) -> None:
-    print(film_table(film, stale(film, read_entries(film.folder))), file=sys.stderr)
+    print(film_table(film, stale(film, read_entries(film.folder)), film.other_videos()), file=sys.stderr)
     print(film.video, flush=True)
 
 

@@ -22,8 +22,8 @@ from typing_extensions import TypedDict
 from storymem.config import STRICT
 from storymem.film.settings import END_FRAMES, Mode
 from storymem.io import FileError, folder_lock, hash_json
-from storymem.memory import Candidate, Keyframe
-from storymem.memory.bank import Entry
+from storymem.memory import Candidate
+from storymem.memory.bank import KeyframeRecord
 
 SCHEMA = 3  # 2 had one take of a shot; 1 also counted shots and frames from 0
 MANIFEST = "film.json"
@@ -31,6 +31,7 @@ VIDEO = "film.mp4"
 PAGE = "storyboard.html"
 MEMORY = "memory.json"
 IMAGES = "keyframe_images"  # that the shots of some methods begin with; `keyframes` are the memory's
+REPLACED = "replaced by the user"  # a take's video
 FOLDERS = ("shots", "keyframes", IMAGES)
 _LIBRARIES = ("storymem", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "av")
 
@@ -106,33 +107,6 @@ def _checked(kind: Any) -> AfterValidator:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class KeyframeRecord:
-    """A keyframe that a take adds to the memory.
-
-    Args:
-        id: in the memory.
-        frame: its place in the shot, from 1.
-        quality: its score, if it was scored.
-        similarity: highest cosine to the memory before.
-        sha256: of its image; see :func:`storymem.memory.keyframes.image_hash`.
-        character, pinned: see :class:`storymem.memory.Keyframe`.
-    """
-
-    id: Name
-    frame: Count | None
-    quality: float | None
-    similarity: float | None
-    sha256: str | None = None
-    character: str | None = None
-    pinned: bool = False
-
-    @classmethod
-    def of(cls, keyframe: Keyframe | Entry) -> KeyframeRecord:
-        """The record of a keyframe, or of its entry in ``memory.json``."""
-        return cls(**{name: getattr(keyframe, name) for name in cls.__dataclass_fields__})
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class CandidateRecord(Candidate):
     """As :class:`storymem.memory.Candidate`, but ``frame`` counts from 1."""
 
@@ -201,11 +175,6 @@ class Take:
     def is_replaced(self) -> bool:
         """Whether the user replaced the video that was made."""
         return self.sha256.keys() == {self.file}
-
-    @property
-    def about_video(self) -> str:
-        """Whose video it is, where it is not the one that was generated."""
-        return "replaced by the user" if self.is_replaced else ""
 
     @property
     def label(self) -> str:

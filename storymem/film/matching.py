@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from storymem.film.manifest import KeyframeRecord, Manifest, Script, Slot, Take, scripts, unused_folder
+from storymem.film.manifest import Manifest, Script, Slot, Take, scripts, unused_folder
 from storymem.film.tables import counted
 from storymem.io import hash_json
 from storymem.memory import Keyframe
-from storymem.memory.bank import Entry, keyframe_files, known_to, with_frames
+from storymem.memory.bank import Entry, KeyframeRecord, known_to, with_frames
 
 
 def match(
@@ -134,7 +134,7 @@ def arranged(film: Manifest, was: Sequence[Slot], entries: Sequence[Entry]) -> l
     held = {(slot.folder, slot.take) for slot in was}
     for take in film.shots:
         if (take.folder, take.take) not in held:
-            stay = with_frames(stay, take.shot, [_entry(keyframe, take.shot) for keyframe in take.keyframes])
+            stay = with_frames(stay, take.shot, [Entry(**vars(one), shot=take.shot) for one in take.keyframes])
     return stay
 
 
@@ -144,10 +144,6 @@ def _by_shot(entries: Sequence[Entry]) -> list[Entry]:
     for entry in entries:
         shots.append(entry.shot if entry.shot is not None else shots[-1] if shots else 0)
     return [entry for _, entry in sorted(zip(shots, entries, strict=True), key=lambda pair: pair[0])]
-
-
-def _entry(keyframe: KeyframeRecord, shot: int) -> Entry:
-    return Entry(**vars(keyframe), image=keyframe_files(keyframe.id)[0], shot=shot)
 
 
 def stale(film: Manifest, entries: Sequence[Entry]) -> dict[int, str]:

@@ -65,7 +65,7 @@ def add(film: Film, picture: str | Path, *, character: str | None = None, shot: 
     image = _fitted(film, picture)
     name = character or re.sub(r"^ref_(.+)_\d+$", r"\1", Path(picture).stem)  # the image of an edit that is repeated
     id = reference_id(name, _taken(film))
-    entry = Entry(id=id, image=keyframe_files(id)[0], shot=shot, character=character)
+    entry = Entry(id=id, shot=shot, character=character)
     options = [f"for={character}"] * (character is not None) + [f"shot={shot}"] * (shot is not None)
     return _saved(film, None, entry, ["add", entry.image, *options], image)
 

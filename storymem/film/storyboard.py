@@ -9,10 +9,10 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from storymem.film.manifest import MEMORY, VIDEO, KeyframeRecord, Manifest, Script, Take, scripts
+from storymem.film.manifest import MEMORY, REPLACED, VIDEO, Manifest, Script, Take, scripts
 from storymem.film.matching import stale
 from storymem.film.tables import origin, recalled_by, summary
-from storymem.memory.bank import Entry, keyframe_files, read_entries
+from storymem.memory.bank import Entry, KeyframeRecord, keyframe_files, read_entries
 
 #: Templates of the page and of the studio.
 TEMPLATES = Environment(
@@ -57,7 +57,7 @@ class Card:
             return ""
         number = f"take {take.take}" + (f" ({self.takes} takes)" if self.takes > 1 else "")
         seconds = f"{sum(take.seconds.values()):.1f} s"
-        video = [f"video {take.about_video}"] if take.is_replaced else []
+        video = [f"video {REPLACED}"] if take.is_replaced else []
         return " · ".join([number, _MODES[take.mode], f"{take.frames} frames", f"seed {take.seed}", seconds, *video])
 
     @property

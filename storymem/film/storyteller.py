@@ -16,7 +16,7 @@ import torch
 
 from storymem.film.differences import setting_changes
 from storymem.film.folder import Film
-from storymem.film.manifest import CandidateRecord, FilmError, KeyframeRecord, Take, film_folder
+from storymem.film.manifest import CandidateRecord, FilmError, Take, film_folder
 from storymem.film.matching import bank_digest
 from storymem.film.parts import Embedder, Recalled, ShotGenerator
 from storymem.film.progress import Progress
@@ -55,6 +55,7 @@ from storymem.memory import (
     frame_id,
     ids_on_disk,
 )
+from storymem.memory.bank import KeyframeRecord
 from storymem.scorers import QualityScorer
 from storymem.scorers.on_demand import OnDemand
 from storymem.scorers.scorer import NoQuality, as_images

@@ -11,11 +11,10 @@ from storymem.memory.bank import Entry
 from storymem.memory.selection import Verdict
 
 
-def film_table(film: Manifest, stale: Mapping[int, str] | None = None, videos: Mapping[str, str] | None = None) -> str:
+def film_table(film: Manifest, stale: Mapping[int, str], videos: Mapping[str, str]) -> str:
     """A line per shot: the take that is chosen, how it was made, frames, seconds, keyframes recalled and added.
 
-    ``stale`` is of :func:`storymem.film.matching.stale`, and ``videos`` of
-    :meth:`storymem.film.folder.Film.other_videos`, by default the replaced ones that the film records.
+    ``stale`` is of :func:`storymem.film.matching.stale`, ``videos`` of :meth:`storymem.film.folder.Film.other_videos`.
     """
     heading = ("shot", "scene", "take", "takes", "mode", "seed", "frames", "seconds", "recalled", "added (frames)")
     rows: list[tuple[str, ...]] = [(*heading, "video", "not what would be made now")]
@@ -23,16 +22,15 @@ def film_table(film: Manifest, stale: Mapping[int, str] | None = None, videos: M
         take, count = film.take_of(index), len(film.takes_of(index))
         place = (str(index + 1), f"{script.scene}.{script.number}")
         if take is None:
-            row, video = (*place, "none", str(count), *[""] * 6), ""
+            row = (*place, "none", str(count), *[""] * 7)
         else:
             added = ", ".join(str(keyframe.frame) for keyframe in take.keyframes)
             row = (
                 *(*place, str(take.take), str(count), take.mode, str(take.seed)),
                 *(str(take.frames), f"{sum(take.seconds.values()):.1f}", str(len(take.memory))),
-                f"{len(take.keyframes)} ({added})" if added else "0",
+                *(f"{len(take.keyframes)} ({added})" if added else "0", videos.get(take.file, "")),
             )
-            video = take.about_video if videos is None else videos.get(take.file, "")
-        rows.append((*row, video, (stale or {}).get(index + 1, "")))
+        rows.append((*row, stale.get(index + 1, "")))
     return format_table(rows, optional=2)
 
 

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import numpy as np
 from pydantic import Field, StringConstraints
@@ -261,29 +261,42 @@ Place = Annotated[int, Field(ge=0, le=10**6)]
 
 
 @settings(frozen=True, kw_only=True, config=STRICT)
-class Entry:
-    """A keyframe in ``memory.json``; see the head of this file."""
+class KeyframeRecord:
+    """A keyframe that a take adds to the memory; see :class:`Keyframe`.
+
+    Args:
+        sha256: of its image; see :func:`storymem.memory.keyframes.image_hash`.
+    """
 
     id: Annotated[str, StringConstraints(pattern=f"^{ID_PATTERN}$", max_length=100)]
-    image: Text
     sha256: Text | None = None
-    shot: Place | None = None
     frame: Place | None = None
-    source: Text | None = None
     character: Text | None = None
     quality: float | None = None
     similarity: float | None = None
     pinned: bool = False
 
+    @classmethod
+    def of(cls, keyframe: Keyframe | Entry) -> Self:
+        """The record of a keyframe, under its own name."""
+        return cls(**{name: getattr(keyframe, name) for name in cls.__dataclass_fields__ if name != "image"})
+
+
+@settings(frozen=True, kw_only=True, config=STRICT)
+class Entry(KeyframeRecord):
+    """A keyframe in ``memory.json``; see the head of this file. By default its image has its own name."""
+
+    image: Text = ""
+    shot: Place | None = None
+    source: Text | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image", self.image or keyframe_files(self.id)[0])
+
     @property
     def is_frame(self) -> bool:
         """Whether it is a frame of a shot, under its own name."""
         return self.frame is not None and self.image == keyframe_files(self.id)[0]
-
-    @classmethod
-    def of(cls, keyframe: Keyframe) -> Entry:
-        known = {name: getattr(keyframe, name) for name in cls.__dataclass_fields__ if name != "image"}
-        return cls(**known, image=keyframe_files(keyframe.id)[0])
 
 
 def read_entries(folder: Path) -> list[Entry]:
@@ -318,7 +331,6 @@ def _entry(raw: Any, where: str, taken: set[str], *, counts_from: int) -> Entry:
         raise FileError(f"{where}: must be an object with at least an id or an image, is {repr(raw)[:60]}")
     if "id" not in given:
         given["id"] = reference_id(Path(given["image"]).stem, taken)
-    given.setdefault("image", keyframe_files(given["id"])[0])
     try:
         entry = build_settings(Entry, given)
     except ConfigError as error:
@@ -350,24 +362,17 @@ class _Reader:
             image = read_image(path)
         except FileNotFoundError:
             raise FileError(f"{path} is missing: put it back, or delete its entry in {MANIFEST}") from None
-        origin: dict[str, Any] = {
-            name: getattr(entry, name) for name in ("shot", "frame", "source", "character", "pinned")
-        }
+        tensors: dict[str, Any] = {}
         if entry.sha256 == image_hash(image):
             tensors = read_tensors(self.folder / keyframe_files(entry.id)[1], self.made_with)
-            return Keyframe(
-                id=entry.id,
-                image=image,
-                embedding=tensors["embedding"].numpy() if tensors else self._embedding(path, image),
-                latent=tensors.get("latent"),
-                quality=entry.quality,
-                similarity=entry.similarity,
-                **origin,
-            )
-        return self._edited(entry, path, image, origin | {"source": None})
+        else:
+            entry, image = self._edited(entry, path, image)
+        about = {name: value for name, value in vars(entry).items() if name not in ("image", "sha256")}
+        embedding = tensors["embedding"].numpy() if tensors else self._embedding(path, image)
+        return Keyframe(**about, image=image, embedding=embedding, latent=tensors.get("latent"))
 
-    def _edited(self, entry: Entry, path: Path, image: np.ndarray, origin: dict[str, Any]) -> Keyframe:
-        """A keyframe whose image the user added or replaced."""
+    def _edited(self, entry: Entry, path: Path, image: np.ndarray) -> tuple[Entry, np.ndarray]:
+        """The entry and the fitted image of a keyframe that the user added or whose image the user replaced."""
         done = f"is not the image that {MANIFEST} was written with" if entry.sha256 else f"was added to {MANIFEST}"
         id, fitted = entry.id, image if self.fit is None else self.fit(image)
         if fitted.shape != image.shape:
@@ -376,7 +381,7 @@ class _Reader:
                 id = unused_id(id, self.taken)
         self.taken.add(id)
         self.edited[id] = f"{entry.image} {done}"
-        return Keyframe(id=id, image=fitted, embedding=self._embedding(path, fitted), **origin)
+        return replace(entry, id=id, source=None, quality=None, similarity=None), fitted
 
     def _embedding(self, path: Path, image: np.ndarray) -> np.ndarray:
         if self.embed is None:
