@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from storymem.config import first_of
 from storymem.media.images import Fit, fit_note, read_image_with_notes
 from storymem.story import Story
 from storymem.story.parser import as_written
@@ -91,11 +92,11 @@ def _texts(story: Story, sampler: SamplerSettings) -> Iterable[tuple[str, str]]:
 def _unknown(found: dict[str, list[str]], reader: TextReader, model: str) -> list[str]:
     if not found:
         return []
-    shown = [f"{word} ({near}?)" if (near := reader.nearest(word)) else word for word in list(found)[:_MOST]]
-    more = f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
+    words = list(found)
+    for place, word in enumerate(words[:_MOST]):
+        words[place] += f" ({near}?)" if (near := reader.nearest(word)) else ""
     places = list(dict.fromkeys(name.split(":")[0] for names in found.values() for name in names))
-    where = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
-    line = f"words that {model} does not know: {', '.join(shown)}{more}; in {where}"
+    line = f"words that {model} does not know: {first_of(words, _MOST)}; in {first_of(places, 3)}"
     if reader.words is None:
         return [line]
     listed = Path(reader.tokenizer.name_or_path, KNOWN_WORDS)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from storymem.config import closest
+from storymem.config import closest, first_of
 from storymem.io import FileError, check_regular, folded, folded_siblings, read_bytes
 
 STORY_SUFFIXES = (".yaml", ".yml", ".json")
@@ -278,9 +278,8 @@ def image_fault(path: Path) -> tuple[str, str] | None:
     return None
 
 
-def listing(words: Collection[str]) -> str:
-    shown = list(words)[:20]
-    return ", ".join(shown) + (f" and {len(words) - len(shown)} more" if len(words) > len(shown) else "")
+def listing(words: Sequence[str]) -> str:
+    return first_of(words, 20)
 
 
 def shorten(text: str) -> str:
