@@ -9,30 +9,26 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from storymem.config import closest, first_of
 from storymem.io import FileError, check_regular, folded, folded_siblings, read_bytes
+from storymem.story.json_schema import BENCH_STORY, STORY
 
 STORY_SUFFIXES = (".yaml", ".yml", ".json")
 MAX_BYTES = 8 << 20
 MAX_VALUES = 100_000  # in lists and mappings; those of an alias count at every use
-MAX_TEXT = 20_000  # characters of one text
 MAX_PROBLEMS = 100
 _OF_THE_COMMAND = ("aspect", "size", "model", "seed")  # what is not in a story, and authors may look for
 # YAML 1.1 also breaks lines where editors show none.
 _LINE_BREAKS = {ord(sign): " " for sign in "\x85\u2028\u2029"}
 
-_KINDS = {
-    "int": "a number",
-    "float": "a number",
-    "bool": "true or false",
-    "timestamp": "a date",
-    "null": "empty",
-}
+_KINDS = {"int": "a number", "float": "a number", "bool": "true or false", "timestamp": "a date", "null": "empty"}
 
 # Likely causes of syntax errors: a part of the parser's message, what is expected, what to do.
 _QUOTE = "put the whole text in double quotes"
@@ -67,6 +63,10 @@ class StoryFile:
         path: the file.
         text: its text, if that is not what the file holds.
 
+    Attributes:
+        root: the whole content.
+        is_bench: whether it has the form of ST-Bench.
+
     Raises:
         StoryError: if the file cannot be read, or its syntax is invalid.
     """
@@ -76,16 +76,17 @@ class StoryFile:
         self.problems: list[tuple[int, str]] = []
         self._values = 0
         text = (_read_text(path) if text is None else text).translate(_LINE_BREAKS)
-        self._text = _blank_comments(text) if path.suffix.lower() == ".json" else text
-        root = _compose(path, self._text)
+        self.text = _blank_comments(text) if path.suffix.lower() == ".json" else text
+        root = _compose(path, self.text)
         if root is None:
             raise _refusal(path, 1, "the file is empty", "a story", "write at least title, overview and scenes")
-        self.root: yaml.Node = root
+        is_mapping = isinstance(root, yaml.MappingNode)
+        self.is_bench = is_mapping and any(key.value in ("story_name", "story_overview") for key, _ in root.value)
+        self.root = Value(self, root, BENCH_STORY if self.is_bench else STORY)
 
-    def note(self, node: yaml.Node, where: str, wrong: str, expected: str, cure: str) -> None:
-        """Record a problem of ``where``, such as "shot 3 (scene 2, shot 1)", at the line of ``node``."""
-        line = node.start_mark.line + 1
-        self.problems.append((line, f"{self.path}:{line}: {where}: {wrong}; expected {expected}; {cure}"))
+    def add_problem(self, line: int, problem: str) -> None:
+        """Record a problem at a line of the file."""
+        self.problems.append((line, f"{self.path}:{line}: {problem}"))
         if len(self.problems) == MAX_PROBLEMS:
             self.raise_if_faulty(f"{self.path}: reading stopped here, at {MAX_PROBLEMS} problems")
 
@@ -94,160 +95,173 @@ class StoryFile:
         if self.problems:
             raise StoryError([*(text for _, text in sorted(self.problems, key=lambda found: found[0])), *more])
 
-    def refuse(self, node: yaml.Node, wrong: str, expected: str, cure: str) -> StoryError:
-        """The error to raise where reading cannot continue."""
-        return _refusal(self.path, node.start_mark.line + 1, wrong, expected, cure)
-
-    def _count(self, node: yaml.CollectionNode) -> None:
-        self._values += len(node.value)
+    def count(self, collection: Value) -> None:
+        """Add the values of a list or a mapping to those read so far; ``StoryError`` if they are too many."""
+        self._values += len(collection.node.value)
         if self._values > MAX_VALUES:
             wrong = f"the story has more than {MAX_VALUES:,} values (those of an alias *name count at every use)"
-            raise self.refuse(node, wrong, "a smaller story", "divide it into several")
+            raise collection.refusal(wrong, "a smaller story", "divide it into several")
 
-    def mapping(
-        self,
-        node: yaml.Node,
-        where: str,
-        keys: tuple[str, ...],
-        required: tuple[str, ...],
-        example: str,
-    ) -> dict[str, yaml.Node]:
-        """The entries of a mapping by key; problems are recorded, and a misspelt key does not count as missing."""
-        if not isinstance(node, yaml.MappingNode):
-            self.note(node, where, f"found {self.excerpt(node)}", f"a mapping of {listing(keys)}", f"write {example}")
-            return {}
-        self._count(node)
-        entries: dict[str, yaml.Node] = {}
+
+@dataclass(frozen=True)
+class Value:
+    """A value in a story file, or the place for one. What is wrong with it is recorded in its file.
+
+    Args:
+        file: the file.
+        node: of YAML; None if it is not given.
+        schema: what it may be, from :mod:`storymem.story.json_schema`.
+        where: what it belongs to, for messages, such as "shot 3 (scene 2, shot 1)".
+        key: its key, or that of the list that it is in.
+        is_item: whether it is in a list.
+    """
+
+    file: StoryFile
+    node: Any
+    schema: Mapping[str, Any] = field(default_factory=dict)
+    where: str = "story"
+    key: str = ""
+    is_item: bool = False
+
+    def at(self, where: str) -> Value:
+        """The same value, of ``where``."""
+        return replace(self, where=where)
+
+    @property
+    def line(self) -> int:
+        """Where it begins in the file, from 1."""
+        return self.node.start_mark.line + 1
+
+    @property
+    def kind(self) -> str:
+        """The short name of its YAML type: str, int, bool, null, mapping, list, ..."""
+        if isinstance(self.node, yaml.ScalarNode):
+            return str(self.node.tag).rsplit(":", 1)[-1]
+        return "mapping" if isinstance(self.node, yaml.MappingNode) else "list"
+
+    @property
+    def excerpt(self) -> str:
+        """The beginning of its text in the file, for messages."""
+        begin, end = self.node.start_mark.index, self.node.end_mark.index
+        return shorten(" ".join(self.file.text[begin : min(end, begin + 1000)].split())) or "empty"
+
+    def note(self, wrong: str, expected: str, cure: str) -> None:
+        """Record that it is wrong."""
+        self.file.add_problem(self.line, f"{self.where}: {wrong}; expected {expected}; {cure}")
+
+    def refusal(self, wrong: str, expected: str, cure: str) -> StoryError:
+        """The error to raise where reading cannot continue."""
+        return _refusal(self.file.path, self.line, wrong, expected, cure)
+
+    def mapping(self, where: str, example: str = "") -> dict[str, Value]:
+        """The entries of a mapping, which is ``where``, by all its keys. A misspelt key does not count as missing."""
+        keys, required, whole = [*self.schema["properties"]], self.schema["required"], self.at(where)
+        entries = {key: Value(self.file, None, schema, where, key) for key, schema in self.schema["properties"].items()}
+        if not isinstance(self.node, yaml.MappingNode):
+            text = quoted(self.node.value) if isinstance(self.node, yaml.ScalarNode) else '"..."'
+            example = example or f"- {{{required[0]}: {text}}}"
+            whole.note(f"found {self.excerpt}", f"a mapping of {listing(keys)}", f"write {example}")
+            return entries
+        self.file.count(self)
         lines: dict[str, int] = {}
         misspelt = set()
-        for key_node, value in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else self.excerpt(key_node)
+        for key_node, node in self.node.value:
+            name, value = (replace(whole, node=one) for one in (key_node, node))
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else name.excerpt
             if key in lines:
                 wrong = f"{shorten(key)} is repeated, first on line {lines[key]}"
-                self.note(key_node, where, wrong, "each key once", "remove one of the two")
+                name.note(wrong, "each key once", "remove one of the two")
             elif key in keys:
-                entries[key] = value
+                entries[key] = replace(entries[key], node=node)
             else:
                 near = None if key in _OF_THE_COMMAND else closest(key, keys)
                 misspelt.add(near)
                 cure = f"write {near} instead" if near else "remove it"
                 if key in _OF_THE_COMMAND:
-                    cure = f"remove it, and add {key}={self.excerpt(value)} to the command"
-                if kind(value) == "null" and node.flow_style and not near:
+                    cure = f"remove it, and add {key}={value.excerpt} to the command"
+                if value.kind == "null" and self.node.flow_style and not near:
                     cure = "put text that contains a comma in double quotes"
-                self.note(key_node, where, f"unknown key {shorten(key)}", listing(keys), cure)
-            lines.setdefault(key, key_node.start_mark.line + 1)
+                name.note(f"unknown key {shorten(key)}", listing(keys), cure)
+            lines.setdefault(key, name.line)
         for key in required:
-            if key not in entries and key not in misspelt:
-                self.note(node, where, f"{key} is missing", listing(required), f"write {key}: ...")
+            if entries[key].node is None and key not in misspelt:
+                whole.note(f"{key} is missing", listing(required), f"write {key}: ...")
         return entries
 
-    def items(self, node: yaml.Node | None, where: str, key: str, at_least: int = 0) -> list[yaml.Node]:
-        """The items of a list; an absent key is an empty list."""
-        if node is None:
+    def items(self) -> list[Value]:
+        """The items of a list; of an absent one none."""
+        if self.node is None:
             return []
-        if not isinstance(node, yaml.SequenceNode):
-            cure = f"write {key}: [...] instead"
-            if kind(node) == "str":
-                cure = f"write {key}: [{self.excerpt(node)}] instead"
-            elif kind(node) == "null" and not at_least:
+        if not isinstance(self.node, yaml.SequenceNode):
+            cure = f"write {self.key}: [...] instead"
+            if self.kind == "str":
+                cure = f"write {self.key}: [{self.excerpt}] instead"
+            elif self.kind == "null" and "minItems" not in self.schema:
                 cure = "leave the key out"
-            self.note(node, where, f"{key} is {self.excerpt(node)}", "a list", cure)
+            self.note(f"{self.key} is {self.excerpt}", "a list", cure)
             return []
-        self._count(node)
-        if len(node.value) < at_least:
-            self.note(node, where, f"{key} is empty", "at least one", f"write {key}: [...]")
-        return list(node.value)
+        self.file.count(self)
+        if len(self.node.value) < self.schema.get("minItems", 0):
+            self.note(f"{self.key} is empty", "at least one", f"write {self.key}: [...]")
+        return [replace(self, node=node, schema=self.schema["items"], is_item=True) for node in self.node.value]
 
-    def string(
-        self,
-        node: yaml.Node | None,
-        where: str,
-        key: str,
-        *,
-        item: bool = False,
-        empty: bool = False,
-        verbatim: bool = False,
-        at_most: int = MAX_TEXT,
-    ) -> str | None:
-        """The text of a node; None if absent or invalid.
-
-        Args:
-            node: the text.
-            where: for messages, see :meth:`note`.
-            key: its key in the story.
-            item: whether it is an item of the list ``key``.
-            empty: whether it may be empty.
-            verbatim: whether white space is preserved, as in paths; otherwise it is collapsed.
-            at_most: how many characters it may have.
-        """
-        if node is None:
+    def string(self, *, verbatim: bool = False) -> str | None:
+        """The text; None if absent or invalid. White space is collapsed, or preserved if ``verbatim``, as in paths."""
+        if self.node is None:
             return None
-        prefix = "write " if item else f"write {key}: "
-        found = kind(node)
-        if comment := self._comment_after(node):
-            whole = self._text[node.start_mark.index : node.end_mark.index] + comment
+        key, prefix = self.key, "write " if self.is_item else f"write {self.key}: "
+        if comment := self._comment():
+            whole = self.file.text[self.node.start_mark.index : self.node.end_mark.index] + comment
             self.note(
-                node,
-                where,
                 f"{key} ends before #, which begins a comment: {shorten(comment.strip())} would not be read",
                 "quotes around text that contains #",
                 f"{prefix}{quoted(' '.join(whole.split()))} instead, or the comment on a line of its own",
             )
             return None
-        if found != "str":
-            meant = '"..."' if found == "null" else quoted(self.excerpt(node).strip("\"'"))
-            wrong = f"{key} is read as {_KINDS.get(found, f'a {found}')}"
-            self.note(node, where, wrong, "text", f"{prefix}{meant} instead")
+        if self.kind != "str":
+            meant = '"..."' if self.kind == "null" else quoted(self.excerpt.strip("\"'"))
+            wrong = f"{key} is read as {_KINDS.get(self.kind, f'a {self.kind}')}"
+            self.note(wrong, "text", f"{prefix}{meant} instead")
             return None
         try:  # PyYAML leaves the two halves of JSON's escaped surrogate pairs apart.
-            text = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+            text = self.node.value.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:
-            self.note(node, where, f"{key} contains half of a character (\\ud800 to \\udfff)", "text", "remove it")
+            self.note(f"{key} contains half of a character (\\ud800 to \\udfff)", "text", "remove it")
             return None
         text = text if verbatim else " ".join(text.split())
-        if not text.strip() and not empty:
-            self.note(node, where, f"{key} is empty", "text", f'{prefix}"..."')
-            return None
-        if len(text) > at_most:
-            self.note(node, where, f"{key} has {len(text):,} characters", f"at most {at_most:,}", "shorten it")
-            return None
         shown = text.replace("\t", " ")  # which file names may contain
-        if (control := next((sign for sign in shown if unicodedata.category(sign) == "Cc"), None)) is not None:
-            self.note(node, where, f"{key} contains the control character {control!a}", "plain text", "remove it")
-            return None
-        return text
-
-    def _comment_after(self, node: yaml.Node) -> str:
-        """What YAML reads as a comment after a text without quotes; empty if there is none."""
-        if not isinstance(node, yaml.ScalarNode) or node.style:
-            return ""
-        end = self._text.find("\n", node.end_mark.index)
-        rest = self._text[node.end_mark.index : None if end < 0 else end]
-        return rest.rstrip() if re.match(r"[ \t]+#", rest) else ""
-
-    def integer(self, node: yaml.Node | None, where: str, key: str) -> int | None:
-        """A whole number from 0, in plain decimal digits; None if absent or invalid."""
-        if node is None:
-            return None
-        if kind(node) == "int" and re.fullmatch(r"0|[1-9][0-9]{0,17}", node.value):
-            return int(node.value)
-        digits = re.search(r"(?<![0-9-])[0-9]+", node.value) if isinstance(node, yaml.ScalarNode) else None
-        cure = f"write {key}: {int(digits[0][:18])} instead" if digits else f"write a number or leave {key} out"
-        self.note(node, where, f"{key} is {self.excerpt(node)}", "a whole number from 0", cure)
+        control = next((sign for sign in shown if unicodedata.category(sign) == "Cc"), None)
+        if not text.strip() and "pattern" in self.schema:
+            self.note(f"{key} is empty", "text", f'{prefix}"..."')
+        elif len(text) > (at_most := self.schema["maxLength"]):
+            self.note(f"{key} has {len(text):,} characters", f"at most {at_most:,}", "shorten it")
+        elif control is not None:
+            self.note(f"{key} contains the control character {control!a}", "plain text", "remove it")
+        else:
+            return text
         return None
 
-    def excerpt(self, node: yaml.Node) -> str:
-        """The beginning of a node's text in the file, for messages."""
-        raw = self._text[node.start_mark.index : min(node.end_mark.index, node.start_mark.index + 1000)]
-        return shorten(" ".join(raw.split())) or "empty"
+    def _comment(self) -> str:
+        """What YAML reads as a comment after a text without quotes; empty if there is none."""
+        if not isinstance(self.node, yaml.ScalarNode) or self.node.style:
+            return ""
+        text = self.file.text
+        end = text.find("\n", self.node.end_mark.index)
+        rest = text[self.node.end_mark.index : None if end < 0 else end]
+        return rest.rstrip() if re.match(r"[ \t]+#", rest) else ""
 
-
-def kind(node: yaml.Node) -> str:
-    """The short name of a node's YAML type: str, int, bool, null, mapping, list, ..."""
-    if isinstance(node, yaml.ScalarNode):
-        return str(node.tag).rsplit(":", 1)[-1]
-    return "mapping" if isinstance(node, yaml.MappingNode) else "list"
+    def integer(self) -> int | None:
+        """A whole number from 0, in plain decimal digits; None if absent or invalid."""
+        if self.node is None:
+            return None
+        if self.kind == "int" and re.fullmatch(r"0|[1-9][0-9]{0,17}", self.node.value):
+            return int(self.node.value)
+        digits = re.search(r"(?<![0-9-])[0-9]+", self.node.value) if isinstance(self.node, yaml.ScalarNode) else None
+        cure = (
+            f"write {self.key}: {int(digits[0][:18])} instead" if digits else f"write a number or leave {self.key} out"
+        )
+        self.note(f"{self.key} is {self.excerpt}", "a whole number from 0", cure)
+        return None
 
 
 def nearest_file(path: Path, suffixes: Collection[str]) -> Path | None:

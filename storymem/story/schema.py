@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,15 @@ import yaml
 
 from storymem.config import closest
 from storymem.io import find_sibling, folded
+from storymem.story.json_schema import MAX_FRAMES, SHOT, STORY
 from storymem.story.parser import (
     STORY_SUFFIXES,
     StoryError,
     StoryFile,
+    Value,
     as_written,
     image_fault,
-    kind,
     listing,
-    quoted,
     shorten,
 )
 
@@ -36,15 +36,6 @@ logger = logging.getLogger(__name__)
 
 MAX_SHOTS = 5000
 MAX_CHARACTERS = 1000
-MAX_FRAMES = 4093  # of one shot: 1023 latent frames after the first, the limit of the networks' positions
-MAX_NAME = 300  # characters of a title, a style or a name
-MAX_PATH = 4096
-_STORY_KEYS = ("title", "overview", "style", "genre", "characters", "scenes", "reconstruct_target")
-_CHARACTER_KEYS = ("name", "references", "description")
-_SCENE_KEYS = ("shots",)
-_SHOT_KEYS = ("prompt", "cut", "characters", "frames", "seed", "negative_prompt", "references")
-_BENCH_STORY_KEYS = ("story_name", "story_overview", "scenes", "reconstruct_target")
-_BENCH_SCENE_KEYS = ("scene_num", "video_prompts", "first_frame_prompt", "cut")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +169,7 @@ class Story:
 
     def _shot_dict(self, shot: Shot) -> dict[str, Any]:
         lists = {"characters": list(shot.characters), "references": self.written(shot.references)}
-        return {key: getattr(shot, key) for key in _SHOT_KEYS} | lists
+        return {key: getattr(shot, key) for key in SHOT["properties"]} | lists
 
     def written(self, paths: Iterable[Path]) -> list[str]:
         """Paths relative to the story's folder where they lie below it, with forward slashes."""
@@ -261,7 +252,7 @@ def _stories_below(folder: Path) -> list[Path]:
 
 
 class _Reader(StoryFile):
-    """Converts nodes to records. An invalid value is recorded as a problem and replaced by a default."""
+    """Converts values to records. An invalid one is recorded as a problem and replaced by a default."""
 
     def __init__(self, path: Path, text: str | None = None) -> None:
         super().__init__(path, text)
@@ -271,50 +262,45 @@ class _Reader(StoryFile):
         self._shots = 0  # read so far
 
     def read(self) -> Story:
-        keys = _BENCH_STORY_KEYS if self._is_bench() else _STORY_KEYS
-        title, overview = keys[:2]
-        entries = self.mapping(self.root, "story", keys, required=(title, overview, "scenes"), example=f"{title}: ...")
-        characters = self.characters(entries.get("characters"))
+        title, overview = ("story_name", "story_overview") if self.is_bench else ("title", "overview")
+        entries = {key: Value(self, None) for key in STORY["properties"]}  # of which ST-Bench has not all
+        entries |= self.root.mapping("story", example=f"{title}: ...")
+        characters = self.characters(entries["characters"])
         return Story(
-            title=self.string(entries.get(title), "story", title, at_most=MAX_NAME) or "",
-            overview=self.string(entries.get(overview), "story", overview) or "",
+            title=entries[title].string() or "",
+            overview=entries[overview].string() or "",
             characters=characters,
-            scenes=self.scenes(entries.get("scenes")),
-            style=self.string(entries.get("style"), "story", "style", at_most=MAX_NAME),
-            genre=self.string(entries.get("genre"), "story", "genre", at_most=MAX_NAME),
-            reconstruct_target=self.lines(entries.get("reconstruct_target"), "story", "reconstruct_target"),
+            scenes=self.scenes(entries["scenes"]),
+            style=entries["style"].string(),
+            genre=entries["genre"].string(),
+            reconstruct_target=self.lines(entries["reconstruct_target"]),
             source=self.path.absolute(),
             notes=tuple(self._notes),
         )
 
-    def lines(self, node: yaml.Node | None, where: str, key: str) -> str | None:
-        """As :meth:`string`, for a text of several lines; empty ones are left out."""
+    def lines(self, value: Value) -> str | None:
+        """As :meth:`Value.string`, for a text of several lines; empty ones are left out."""
+        node = value.node
         written = node.value.splitlines() if isinstance(node, yaml.ScalarNode) else []
-        if not isinstance(node, yaml.ScalarNode) or len(written) < 2:
-            return self.string(node, where, key)
+        if node is None or len(written) < 2:
+            return value.string()
         nodes = [yaml.ScalarNode(node.tag, line, node.start_mark, node.end_mark) for line in written if line.strip()]
-        return "\n".join(self.string(line, where, key) or "" for line in nodes) or self.string(node, where, key)
+        return "\n".join(replace(value, node=line).string() or "" for line in nodes) or value.string()
 
-    def _is_bench(self) -> bool:
-        pairs = self.root.value if isinstance(self.root, yaml.MappingNode) else []
-        return any(key.value in ("story_name", "story_overview") for key, _ in pairs)
-
-    def characters(self, node: yaml.Node | None) -> tuple[Character, ...]:
+    def characters(self, value: Value) -> tuple[Character, ...]:
         found: list[Character] = []
         taken: set[str] = set()
-        listed = self.items(node, "story", "characters")
+        listed = value.items()
         if len(listed) > MAX_CHARACTERS:
-            raise self.refuse(listed[0], f"{len(listed):,} characters", f"at most {MAX_CHARACTERS:,}", "list fewer")
-        for place, item in enumerate(listed):
-            where = f"character {place + 1}"
-            entries = self.mapping(item, where, _CHARACTER_KEYS, required=("name",), example=_example(item, "name"))
-            name = self.string(entries.get("name"), where, "name", at_most=MAX_NAME) or ""
+            raise listed[0].refusal(f"{len(listed):,} characters", f"at most {MAX_CHARACTERS:,}", "list fewer")
+        for place, item in enumerate(listed, start=1):
+            entries = item.mapping(f"character {place}")
+            name = entries["name"].string() or ""
             if name and folded(name).lower() in taken:
                 wrong = f"the name {name} is used twice"
-                self.note(entries["name"], where, wrong, "a different name for each", "write another name")
+                entries["name"].note(wrong, "a different name for each", "write another name")
             taken.add(folded(name).lower())
-            look = self.string(entries.get("description"), where, "description")
-            references = self.references(entries.get("references"), where)
+            look, references = entries["description"].string(), self.references(entries["references"])
             found.append(Character(name=name, description=look, references=references))
         names = {character.name for character in found}
         # If the list could not be read, the names in the shots cannot be checked.
@@ -322,60 +308,53 @@ class _Reader(StoryFile):
         self._names = None if faulty else names
         return tuple(found)
 
-    def scenes(self, node: yaml.Node | None) -> tuple[Scene, ...]:
-        read_scene = self.bench_scene if self._is_bench() else self.scene
+    def scenes(self, value: Value) -> tuple[Scene, ...]:
+        read_scene = self.bench_scene if self.is_bench else self.scene
         found: list[Scene] = []
-        for item in self.items(node, "story", "scenes", at_least=1):
+        for item in value.items():
             found.append(read_scene(item, found))
         return tuple(found)
 
-    def scene(self, node: yaml.Node, before: list[Scene]) -> Scene:
+    def scene(self, item: Value, before: list[Scene]) -> Scene:
         number, start = len(before) + 1, self._shots
-        where = f"scene {number}"
-        example = 'shots: [{prompt: "..."}]'
-        entries = self.mapping(node, where, _SCENE_KEYS, required=("shots",), example=example)
-        nodes = self.shot_nodes(entries.get("shots"), where, "shots")
-        shots = (self.shot(shot, number, place, start + place) for place, shot in enumerate(nodes))
+        entries = item.mapping(f"scene {number}", example='shots: [{prompt: "..."}]')
+        listed = self.listed_shots(entries["shots"])
+        shots = (self.shot(shot, number, place, start + place) for place, shot in enumerate(listed))
         return Scene(number=number, shots=tuple(shots))
 
-    def shot(self, node: yaml.Node, scene: int, place: int, index: int) -> Shot:
-        where = _label(index, scene, place + 1)
-        entries = self.mapping(node, where, _SHOT_KEYS, required=("prompt",), example=_example(node, "prompt"))
+    def shot(self, item: Value, scene: int, place: int, index: int) -> Shot:
+        entries = item.mapping(_label(index, scene, place + 1))
         return Shot(
-            prompt=self.string(entries.get("prompt"), where, "prompt") or "",
-            cut=self.cut(entries.get("cut"), where, index),
+            prompt=entries["prompt"].string() or "",
+            cut=self.cut(entries["cut"], index),
             scene=scene,
             number=place + 1,
-            characters=self.cast(entries.get("characters"), where),
-            frames=self.frames(entries.get("frames"), where),
-            seed=self.integer(entries.get("seed"), where, "seed"),
-            negative_prompt=self.string(entries.get("negative_prompt"), where, "negative_prompt", empty=True),
-            references=self.references(entries.get("references"), where),
+            characters=self.cast(entries["characters"]),
+            frames=self.frames(entries["frames"]),
+            seed=entries["seed"].integer(),
+            negative_prompt=entries["negative_prompt"].string(),
+            references=self.references(entries["references"]),
             index=index,
         )
 
-    def bench_scene(self, node: yaml.Node, before: list[Scene]) -> Scene:
-        number, start = len(before) + 1, self._shots
-        entries = self.mapping(
-            node,
-            f"scene {number}",
-            _BENCH_SCENE_KEYS,
-            required=("video_prompts",),
-            example="video_prompts: [...]",
-        )
-        number = self.scene_number(entries.get("scene_num"), before)
+    def bench_scene(self, item: Value, before: list[Scene]) -> Scene:
+        where, start = f"scene {len(before) + 1}", self._shots
+        entries = item.mapping(where, example="video_prompts: [...]")
+        number = self.scene_number(entries["scene_num"], before)
         where = f"scene {number}"
-        prompts = self.shot_nodes(entries.get("video_prompts"), where, "video_prompts")
-        cuts = self.items(entries.get("cut"), where, "cut")
+        prompts = self.listed_shots(entries["video_prompts"].at(where))
+        cuts = entries["cut"].at(where).items()
         if cuts and prompts and len(cuts) != len(prompts):
             wrong = f"cut has {len(cuts)} entries and video_prompts has {len(prompts)}"
-            self.note(entries["cut"], where, wrong, "equal numbers of both", "write one true or false for each prompt")
+            cure = "write one true or false for each prompt"
+            entries["cut"].at(where).note(wrong, "equal numbers of both", cure)
         shots = []
         for place, prompt in enumerate(prompts):
             label = _label(start + place, number, place + 1)
+            cut = cuts[place] if place < len(cuts) else replace(entries["cut"], node=None)
             shot = Shot(
-                prompt=self.string(prompt, label, "video_prompts", item=True) or "",
-                cut=self.cut(cuts[place] if place < len(cuts) else None, label, start + place, strings=True),
+                prompt=prompt.at(label).string() or "",
+                cut=self.cut(cut.at(label), start + place),
                 scene=number,
                 number=place + 1,
                 index=start + place,
@@ -383,58 +362,56 @@ class _Reader(StoryFile):
             shots.append(shot)
         return Scene(number=number, shots=tuple(shots))
 
-    def shot_nodes(self, node: yaml.Node | None, where: str, key: str) -> list[yaml.Node]:
-        nodes = self.items(node, where, key, at_least=1)
-        self._shots += len(nodes)
-        if nodes and self._shots > MAX_SHOTS:
-            raise self.refuse(nodes[0], f"more than {MAX_SHOTS:,} shots", "a shorter story", "divide it into several")
-        return nodes
+    def listed_shots(self, value: Value) -> list[Value]:
+        items = value.items()
+        self._shots += len(items)
+        if items and self._shots > MAX_SHOTS:
+            raise items[0].refusal(f"more than {MAX_SHOTS:,} shots", "a shorter story", "divide it into several")
+        return items
 
-    def scene_number(self, node: yaml.Node | None, before: list[Scene]) -> int:
+    def scene_number(self, value: Value, before: list[Scene]) -> int:
         """``scene_num`` as written (other tools name files after it); without it, scenes are counted."""
         following = before[-1].number + 1 if before else 1
-        where = f"scene {len(before) + 1}"
-        number = self.integer(node, where, "scene_num")
-        if node is None or number is None:
+        number = value.integer()
+        if number is None:
             return following
         if before and number < following:
             wrong = f"scene_num {number} comes after scene_num {following - 1}"
-            self.note(node, where, wrong, "increasing numbers", f"write scene_num: {following} instead")
+            value.note(wrong, "increasing numbers", f"write scene_num: {following} instead")
             return following
         return number
 
     # The values of a shot
 
-    def cut(self, node: yaml.Node | None, where: str, index: int, strings: bool = False) -> bool:
-        if node is None:
+    def cut(self, value: Value, index: int) -> bool:
+        """In ST-Bench's lists it may be a text."""
+        if value.node is None:
             return True
-        found, value = kind(node), str(node.value).lower()
-        if found == "bool" or (strings and found == "str" and value in ("true", "false")):
-            cut = value in ("true", "yes", "on")
+        written, prefix = str(value.node.value).lower(), "write " if value.is_item else "write cut: "
+        if value.kind == "bool" or (value.is_item and value.kind == "str" and written in ("true", "false")):
+            cut = written in ("true", "yes", "on")
         else:
-            meant = "false" if value in ("false", "no", "off", "0", "n", "f") else "true"
-            cure = f"write {meant} instead" if strings else f"write cut: {meant} instead"
-            self.note(node, where, f"cut is {self.excerpt(node)}", "true or false without quotes", cure)
+            meant = "false" if written in ("false", "no", "off", "0", "n", "f") else "true"
+            value.note(f"cut is {value.excerpt}", "true or false without quotes", f"{prefix}{meant} instead")
             return True
         if index == 0 and not cut:
-            wrong = "the first shot of a film has nothing to continue"
-            self.note(node, where, wrong, "a cut", "write true instead" if strings else "write cut: true instead")
+            value.note("the first shot of a film has nothing to continue", "a cut", f"{prefix}true instead")
         return cut
 
-    def cast(self, node: yaml.Node | None, where: str) -> tuple[str, ...]:
+    def cast(self, value: Value) -> tuple[str, ...]:
         found: list[str] = []
-        for item in self.items(node, where, "characters"):
-            name = self.string(item, where, "characters", item=True, at_most=MAX_NAME)
+        for item in value.items():
+            name = item.string()
             if name is None:
                 continue
             name = self.known_name(name)
             if name in found:
-                self.note(item, where, f"{name} is listed twice", "each character once", "remove one of the two")
+                item.note(f"{name} is listed twice", "each character once", "remove one of the two")
             elif self._names is not None and name not in self._names:
                 near = closest(name, self._names)
                 cure = f"write {near} instead" if near else f"add - {{name: {name}}} to the story's characters"
                 known = listing(sorted(self._names)) or "none, because the story lists no characters"
-                self.note(item, where, f"{name} is not a character of this story", known, cure)
+                item.note(f"{name} is not a character of this story", known, cure)
             found.append(name)
         return tuple(found)
 
@@ -445,22 +422,22 @@ class _Reader(StoryFile):
         same = [one for one in self._names if folded(one) == folded(name)]
         return same[0] if len(same) == 1 else name
 
-    def frames(self, node: yaml.Node | None, where: str) -> int | None:
-        frames = self.integer(node, where, "frames")
-        if node is not None and frames is not None and frames > MAX_FRAMES:
-            self.note(node, where, f"frames is {frames}", f"at most {MAX_FRAMES}", f"write frames: {MAX_FRAMES}")
-            return None
-        if node is None or frames is None or (frames >= 5 and frames % 4 == 1):
+    def frames(self, value: Value) -> int | None:
+        frames = value.integer()
+        if frames is None or (5 <= frames <= MAX_FRAMES and frames % 4 == 1):
             return frames
+        if frames > MAX_FRAMES:
+            value.note(f"frames is {frames}", f"at most {MAX_FRAMES}", f"write frames: {MAX_FRAMES}")
+            return None
         below = (frames - 1) // 4 * 4 + 1
         cure = f"write frames: {below} or {below + 4} instead" if below >= 5 else "write frames: 5 or more"
-        self.note(node, where, f"frames is {frames}", "4n + 1, from 5", cure)
+        value.note(f"frames is {frames}", "4n + 1, from 5", cure)
         return None
 
-    def references(self, node: yaml.Node | None, where: str) -> tuple[Path, ...]:
+    def references(self, value: Value) -> tuple[Path, ...]:
         found = []
-        for item in self.items(node, where, "references"):
-            written = self.string(item, where, "references", item=True, verbatim=True, at_most=MAX_PATH)
+        for item in value.items():
+            written = item.string(verbatim=True)
             if written is None:
                 continue
             path = self.path.absolute().parent / os.path.expanduser(written)
@@ -470,24 +447,13 @@ class _Reader(StoryFile):
             file, fault = self._images[path]
             if fault is not None:
                 wrong, cure = fault
-                self.note(
-                    item,
-                    where,
-                    f"reference {as_written(written)} {wrong}",
-                    f"an image at {as_written(str(path))}",
-                    cure,
-                )
+                item.note(f"reference {as_written(written)} {wrong}", f"an image at {as_written(str(path))}", cure)
             elif file != path:
                 note = f"reference {as_written(written)} is read from {as_written(file.name)}"
-                self._notes[f"{self.path}:{item.start_mark.line + 1}: {where}: {note}"] = None
+                self._notes[f"{self.path}:{item.line}: {item.where}: {note}"] = None
             found.append(file)
         return tuple(found)
 
 
 def _label(index: int, scene: int, number: int) -> str:
     return f"shot {index + 1} (scene {scene}, shot {number})"
-
-
-def _example(node: yaml.Node, key: str) -> str:
-    """The list item to write, where there is text instead of a mapping."""
-    return f"- {{{key}: {quoted(node.value)}}}" if isinstance(node, yaml.ScalarNode) else f'- {{{key}: "..."}}'
