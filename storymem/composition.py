@@ -82,13 +82,7 @@ def _default(field: dataclasses.Field[Any], annotation: Any) -> Any:
     else:
         is_class = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
         return defaults_of(annotation) if is_class else _MISSING
-    return _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: _plain(entry) for name, entry in vars(value).items()}
-    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def reference(settings: type) -> str:
@@ -118,7 +112,7 @@ def _described(settings: type, defaults: dict[str, Any], path: str) -> Iterator[
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return "[" + ", ".join(map(_shown, value)) + "]" if isinstance(value, list) else str(value)
+    return "[" + ", ".join(map(_shown, value)) + "]" if isinstance(value, list | tuple) else str(value)
 
 
 def arguments_of(cls: type) -> dict[str, str]:

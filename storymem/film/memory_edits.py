@@ -2,6 +2,8 @@
 
 Each function takes a film whose folder is locked (:func:`storymem.film.manifest.film_folder`), and saves the edit with
 it. No network is loaded: the next run embeds and encodes new images. Takes stay as they are; see :attr:`Edit.stale`.
+What the film does not have (a keyframe, a character, a shot) raises ``FilmError``, and an image that cannot be read
+``ImageError``.
 """
 
 from __future__ import annotations
@@ -51,10 +53,6 @@ def add(film: Film, picture: str | Path, *, character: str | None = None, shot: 
         picture: an image of any size, fitted as references are.
         character: who is shown, a character of the story.
         shot: the first (from 1) that may recall it; None: every shot.
-
-    Raises:
-        FilmError: for a character or shot that the story does not have.
-        ImageError: for an image that cannot be read.
     """
     names = [one["name"] for one in film.story.get("characters", ())]
     if character is not None and character not in names:
@@ -71,11 +69,7 @@ def add(film: Film, picture: str | Path, *, character: str | None = None, shot: 
 
 
 def drop(film: Film, which: str) -> Edit:
-    """Remove a keyframe, named by its number in the memory (from 1) or its id; its files stay.
-
-    Raises:
-        FilmError: if there is no such keyframe.
-    """
+    """Remove a keyframe, named by its number in the memory (from 1) or its id; its files stay."""
     entry = _find(film, which)
     return _saved(film, entry, None, ["drop", entry.id])
 
@@ -83,8 +77,7 @@ def drop(film: Film, which: str) -> Edit:
 def pin(film: Film, which: str, *, pinned: bool = True) -> Edit:
     """Have every shot that knows a keyframe recall it, before all others; ``pinned=False`` ends that.
 
-    Raises:
-        FilmError: if there is no such keyframe, or more are pinned than a shot recalls.
+    ``FilmError`` if more are pinned than a shot recalls.
     """
     entry = _find(film, which)
     capacity = flat(film.config).get("memory.recall.capacity")
@@ -94,12 +87,7 @@ def pin(film: Film, which: str, *, pinned: bool = True) -> Edit:
 
 
 def replace(film: Film, which: str, picture: str | Path) -> Edit:
-    """Have an image, under an id of its own, in the place of a keyframe, whose files stay.
-
-    Raises:
-        FilmError: if there is no such keyframe.
-        ImageError: for an image that cannot be read.
-    """
+    """Have an image, under an id of its own, in the place of a keyframe, whose files stay."""
     entry = _find(film, which)
     image = _fitted(film, picture)
     id = unused_id(entry.id, _taken(film))

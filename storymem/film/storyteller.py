@@ -145,7 +145,9 @@ class Storyteller:
             run = self._open(story, folder, work, progress)
             film, jobs = run.film, run.jobs
             shots = [story.shots[job.index] for job in jobs for _ in range(job.takes)]
-            check_room(folder, self.needed_bytes(shots), "the film")
+            video = self.generator.video
+            needed = sum(estimated_bytes(self.frames_of(shot), video.height, video.width) for shot in shots)
+            check_room(folder, needed, "the film")
             film.check(besides=[job.index for job in jobs])
             making, finished = sum(job.takes for job in jobs), 0 if work.shots else len(story.shots) - len(jobs)
             shown = progress.film(total=len(story.shots), finished=finished, making=making)
@@ -195,11 +197,6 @@ class Storyteller:
     def frames_of(self, shot: Shot) -> int:
         """F of a shot: its own, or the model's."""
         return shot.frames or self.generator.video.frames
-
-    def needed_bytes(self, shots: Sequence[Shot]) -> int:
-        """Upper estimate of the disk space that ``shots`` need."""
-        video = self.generator.video
-        return sum(estimated_bytes(self.frames_of(shot), video.height, video.width) for shot in shots)
 
     def check_lengths(self, story: Story) -> None:
         """Raise ``ValueError`` for shots too short; see :func:`storymem.film.settings.check_lengths`."""

@@ -10,9 +10,10 @@ import logging
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -260,11 +261,12 @@ class _Reader(StoryFile):
         self._images: dict[Path, tuple[Path, tuple[str, str] | None]] = {}
         self._notes: dict[str, None] = {}
         self._shots = 0  # read so far
+        # Keys that ST-Bench does not have
+        self._absent = {key: Value(self, None) for key in (*STORY["properties"], *SHOT["properties"])}
 
     def read(self) -> Story:
         title, overview = ("story_name", "story_overview") if self.is_bench else ("title", "overview")
-        entries = {key: Value(self, None) for key in STORY["properties"]}  # of which ST-Bench has not all
-        entries |= self.root.mapping("story", example=f"{title}: ...")
+        entries = self._absent | self.root.mapping("story", example=f"{title}: ...")
         characters = self.characters(entries["characters"])
         return Story(
             title=entries[title].string() or "",
@@ -316,19 +318,42 @@ class _Reader(StoryFile):
         return tuple(found)
 
     def scene(self, item: Value, before: list[Scene]) -> Scene:
-        number, start = len(before) + 1, self._shots
+        number = len(before) + 1
         entries = item.mapping(f"scene {number}", example='shots: [{prompt: "..."}]')
-        listed = self.listed_shots(entries["shots"])
-        shots = (self.shot(shot, number, place, start + place) for place, shot in enumerate(listed))
+        listed = enumerate(entries["shots"].items(), start=1)
+        shots = [self.shot(one.mapping(self.label(one, number, place)), number, place) for place, one in listed]
         return Scene(number=number, shots=tuple(shots))
 
-    def shot(self, item: Value, scene: int, place: int, index: int) -> Shot:
-        entries = item.mapping(_label(index, scene, place + 1))
+    def bench_scene(self, item: Value, before: list[Scene]) -> Scene:
+        entries = item.mapping(f"scene {len(before) + 1}", example="video_prompts: [...]")
+        number = self.scene_number(entries["scene_num"], before)
+        where = f"scene {number}"
+        prompts, cuts = (entries[key].at(where).items() for key in ("video_prompts", "cut"))
+        if cuts and prompts and len(cuts) != len(prompts):
+            wrong = f"cut has {len(cuts)} entries and video_prompts has {len(prompts)}"
+            cure = "write one true or false for each prompt"
+            entries["cut"].at(where).note(wrong, "equal numbers of both", cure)
+        shots = []
+        for place, (prompt, cut) in enumerate(zip_longest(prompts, cuts[: len(prompts)]), start=1):
+            label = self.label(prompt, number, place)
+            given = {"prompt": prompt.at(label), "cut": (cut or self._absent["cut"]).at(label)}
+            shots.append(self.shot(self._absent | given, number, place))
+        return Scene(number=number, shots=tuple(shots))
+
+    def label(self, item: Value, scene: int, number: int) -> str:
+        """The name of the next shot, which is counted."""
+        self._shots += 1
+        if self._shots > MAX_SHOTS:
+            raise item.refusal(f"more than {MAX_SHOTS:,} shots", "a shorter story", "divide it into several")
+        return _label(self._shots - 1, scene, number)
+
+    def shot(self, entries: Mapping[str, Value], scene: int, number: int) -> Shot:
+        index = self._shots - 1
         return Shot(
             prompt=entries["prompt"].string() or "",
             cut=self.cut(entries["cut"], index),
             scene=scene,
-            number=place + 1,
+            number=number,
             characters=self.cast(entries["characters"]),
             frames=self.frames(entries["frames"]),
             seed=entries["seed"].integer(),
@@ -336,38 +361,6 @@ class _Reader(StoryFile):
             references=self.references(entries["references"]),
             index=index,
         )
-
-    def bench_scene(self, item: Value, before: list[Scene]) -> Scene:
-        where, start = f"scene {len(before) + 1}", self._shots
-        entries = item.mapping(where, example="video_prompts: [...]")
-        number = self.scene_number(entries["scene_num"], before)
-        where = f"scene {number}"
-        prompts = self.listed_shots(entries["video_prompts"].at(where))
-        cuts = entries["cut"].at(where).items()
-        if cuts and prompts and len(cuts) != len(prompts):
-            wrong = f"cut has {len(cuts)} entries and video_prompts has {len(prompts)}"
-            cure = "write one true or false for each prompt"
-            entries["cut"].at(where).note(wrong, "equal numbers of both", cure)
-        shots = []
-        for place, prompt in enumerate(prompts):
-            label = _label(start + place, number, place + 1)
-            cut = cuts[place] if place < len(cuts) else replace(entries["cut"], node=None)
-            shot = Shot(
-                prompt=prompt.at(label).string() or "",
-                cut=self.cut(cut.at(label), start + place),
-                scene=number,
-                number=place + 1,
-                index=start + place,
-            )
-            shots.append(shot)
-        return Scene(number=number, shots=tuple(shots))
-
-    def listed_shots(self, value: Value) -> list[Value]:
-        items = value.items()
-        self._shots += len(items)
-        if items and self._shots > MAX_SHOTS:
-            raise items[0].refusal(f"more than {MAX_SHOTS:,} shots", "a shorter story", "divide it into several")
-        return items
 
     def scene_number(self, value: Value, before: list[Scene]) -> int:
         """``scene_num`` as written (other tools name files after it); without it, scenes are counted."""

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from storymem.film.folder import Film
-from storymem.film.manifest import MANIFEST, Take
+from storymem.film.manifest import MANIFEST
 from storymem.film.memory_edits import command_of
 from storymem.film.resume import story_record
 from storymem.film.storyboard import TEMPLATES, cards, thumbnails
@@ -39,14 +39,6 @@ class View:
         self.film.use_story(record)
         self.entries = read_entries(studio.folder)
 
-    def takes_of(self, shot: int) -> list[Take]:
-        """All takes of ``shot`` (from 1)."""
-        return self.film.takes_of(shot - 1)
-
-    def take_of(self, shot: int) -> Take | None:
-        """The take that the film shows of ``shot``."""
-        return self.film.take_of(shot - 1)
-
 
 def version(studio: Studio) -> str:
     """Another text once the film has changed."""
@@ -73,8 +65,8 @@ def board_html(view: View, picked: int) -> str:
 
 def pair_html(view: View, shot: int, numbers: Sequence[int]) -> str:
     """Takes of a shot, side by side."""
-    takes = {take.take: take for take in view.takes_of(shot)}
-    chosen = view.take_of(shot)
+    takes = {take.take: take for take in view.film.takes_of(shot - 1)}
+    chosen = view.film.take_of(shot - 1)
     shown = [takes[number] for number in dict.fromkeys(numbers) if number in takes]
     return _html("pair", view, shown, chosen and chosen.take)
 
@@ -86,7 +78,7 @@ def memory_html(view: View) -> str:
 
 def fates_html(view: View, shot: int) -> str:
     """Why frames of a shot (from 1) became keyframes or not."""
-    take = view.take_of(shot)
+    take = view.film.take_of(shot - 1)
     rows = [] if take is None else [(one, reason(one)) for one in take.candidates or ()]
     line = None if take is None else summary(take)
     return _html("fates", view, shot, take, line, rows, command_of(view.studio.folder, f"shot={shot}"))

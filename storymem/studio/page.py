@@ -259,8 +259,8 @@ class Page:
     @staticmethod
     def _film(view: View, shot: int, keyframe: str | None) -> list[Any]:
         """Values of ``_of_film``."""
-        takes = [take.take for take in view.takes_of(shot)]
-        chosen = take.take if (take := view.take_of(shot)) else None
+        takes = [take.take for take in view.film.takes_of(shot - 1)]
+        chosen = take.take if (take := view.film.take_of(shot - 1)) else None
         shown = chosen or (takes[-1] if takes else None)
         other = next((take for take in reversed(takes) if take != shown), None)
         ids = [(f"{number}: {entry.id}", entry.id) for number, entry in enumerate(view.entries, start=1)]

@@ -9,9 +9,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 
 import numpy as np
 from PIL import Image
@@ -98,9 +98,7 @@ class Worker:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self._adding = threading.Lock()
-        self._waiting: SimpleQueue[Job | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="studio-worker")
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio-worker")
 
     @property
     def busy(self) -> bool:
@@ -112,7 +110,7 @@ class Worker:
         with self._adding:
             over = [one for one in self.jobs if one.is_over]
             self.jobs = [*over[-_SHOWN:], *(one for one in self.jobs if one not in over), job]
-            self._waiting.put(job)
+            self._thread.submit(_work, job)
 
     def stop(self) -> None:
         """Stop the job that runs at its next step, and drop those that wait."""
@@ -122,17 +120,16 @@ class Worker:
     def close(self) -> None:
         """Stop all jobs and end the thread."""
         self.stop()
-        self._waiting.put(None)
-        self._thread.join()
+        self._thread.shutdown()
 
-    def _work(self) -> None:
-        while (job := self._waiting.get()) is not None:
-            if job.progress.stopping.is_set():
-                job.state = "stopped before it began"
-                continue
-            job.state = "running"
-            with _noting(job.warnings):
-                job.state = outcome(lambda job=job: job.run(job.progress))  # type: ignore[misc]
+
+def _work(job: Job) -> None:
+    if job.progress.stopping.is_set():
+        job.state = "stopped before it began"
+        return
+    job.state = "running"
+    with _noting(job.warnings):
+        job.state = outcome(lambda: job.run(job.progress))
 
 
 @contextmanager
