@@ -149,6 +149,8 @@ class MemoryBank:
     def save(self, folder: str | Path, *, manifest: str | None = MANIFEST) -> None:
         """Write the bank into a film's folder. Files that are there already are not written again; none is deleted.
 
+        Another image has another id in the same folder, so ``memory.json`` never names a file while that changes.
+
         Args:
             folder: the film's folder.
             manifest: another name for ``memory.json``, which then stays as it is; None: write the other files only.
@@ -158,25 +160,16 @@ class MemoryBank:
         folder = Path(folder)
         with naming_full_disk(folder):
             (folder / IMAGES).mkdir(parents=True, exist_ok=True)
-        saved = {entry.id: entry for entry in read_entries(folder)}
-        entries = {keyframe.id: Entry.of(keyframe) for keyframe in self}
-        changed = [keyframe for keyframe in self if not self._is_written(folder, keyframe)]
-        images = {k.id for k in changed if not _has_image(folder, entries[k.id], saved.get(k.id))}
-        changing = [id for id in images & saved.keys() if saved[id].image == entries[id].image]
-        if changing:  # memory.json never names a file while that changes
-            write_entries(folder / MANIFEST, [entry for entry in saved.values() if entry.id not in changing])
-        for keyframe in changed:
+        for keyframe in self:
             image, tensors = (folder / name for name in keyframe_files(keyframe.id))
-            if keyframe.id in images:
+            if self._written.get(image) is keyframe and image.exists() and tensors.exists():
+                continue
+            if not holds_image(image, keyframe.sha256):
                 write_atomically(image, encode_png(keyframe.image))
             _write_if_new(tensors, tensors_of(keyframe, self.made_with))
             self._written[image] = keyframe
         if manifest is not None:
-            write_entries(folder / manifest, entries.values())
-
-    def _is_written(self, folder: Path, keyframe: Keyframe) -> bool:
-        image, tensors = (folder / name for name in keyframe_files(keyframe.id))
-        return self._written.get(image) is keyframe and image.exists() and tensors.exists()
+            write_entries(folder / manifest, map(Entry.of, self))
 
     @classmethod
     def load(
@@ -409,11 +402,3 @@ def holds_image(path: Path, digest: str | None) -> bool:
         return image_hash(read_image(path)) == digest
     except (ValueError, FileNotFoundError):
         return False
-
-
-def _has_image(folder: Path, entry: Entry, saved: Entry | None) -> bool:
-    """Whether the entry's PNG is on disk; if ``memory.json`` says so the file is not read."""
-    path = folder / entry.image
-    if saved is not None and (saved.image, saved.sha256) == (entry.image, entry.sha256):
-        return path.exists()
-    return holds_image(path, entry.sha256)
