@@ -5,16 +5,16 @@ from __future__ import annotations
 import codecs
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pkgutil import resolve_name
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from storymem import __version__, io
 from storymem.composition import SETTINGS, reference, register_defaults
-from storymem.config import CONFIGS, closest, did_you_mean, nearest
+from storymem.config import CONFIGS, annotation_at, closest, did_you_mean, nearest
 from storymem.overrides import hydra_arguments
 
 
@@ -42,11 +42,12 @@ class Command(NamedTuple):
     example: str = ""  # of such an argument; without a positional key, of what must be given
     flags: Mapping[str, str] = MappingProxyType({})  # shorthands for overrides, or with = for their beginning
 
-    def expanded(self, argument: str) -> str:
-        """``argument``, or what it is the shorthand of."""
+    def expanded(self, argument: str, actions: Collection[str]) -> str:
+        """``argument``, or what it is the shorthand of; one of the ``actions`` of its settings stands for itself."""
         key, sign, value = argument.partition("=")
-        begins = self.flags.get(key + sign) if sign else None
-        return self.flags.get(argument, argument) if begins is None else begins + value
+        if argument in actions:
+            return f"action={argument}"
+        return self.flags.get(key + sign, key + sign) + value
 
 
 #: Beginnings of the names of experiments that are not for training.
@@ -62,14 +63,12 @@ COMMANDS = {
     "film": Command(
         *("show a film's takes; join, export or clean it", "storymem.film.command:film_command", "film", "folder"),
         example="films/TITLE",
-        flags={action: f"action={action}" for action in ("show", "join", "export", "clean")},
     ),
     "studio": Command("see and edit a film in the browser", "storymem.studio.serve:main"),
     "memory": Command(
         *("show a film's memory; add, drop, pin or replace keyframes", "storymem.film.memory_command:memory_command"),
         *("memory", "folder", "films/TITLE"),
-        flags={action: f"action={action}" for action in ("show", "add", "drop", "pin", "unpin", "replace")}
-        | {"for=": "character="},
+        flags={"for=": "character="},
     ),
     "prepare": Command("turn captioned videos into a training set", _prepare, "prepare_data"),
     "train": Command(
@@ -150,8 +149,9 @@ def run_command(name: str, command: Command) -> None:
             return run()
         import hydra
 
-        arguments = [command.expanded(argument) for argument in sys.argv[1:]]
         settings = resolve_name(SETTINGS[command.config])
+        actions = get_args(annotation_at(settings, ["action"]))
+        arguments = [command.expanded(argument, actions) for argument in sys.argv[1:]]
         sys.argv[1:] = hydra_arguments(arguments, command.positional, settings)
         register_defaults(command.config)
         try:

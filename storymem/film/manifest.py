@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
@@ -24,6 +23,7 @@ from storymem.film.settings import END_FRAMES, Mode
 from storymem.io import FileError, folder_lock, hash_json
 from storymem.memory import Candidate
 from storymem.memory.bank import KeyframeRecord
+from storymem.memory.keyframes import unused_id
 
 SCHEMA = 3  # 2 had one take of a shot; 1 also counted shots and frames from 0
 MANIFEST = "film.json"
@@ -222,8 +222,7 @@ def scripts(story: Mapping[str, Any]) -> list[Script]:
 
 def unused_folder(scene: int, number: int, taken: Sequence[str] | set[str]) -> str:
     """A name for the takes of a shot: ``01_02``, or the first of ``01_02_2``, ... that is not taken."""
-    name = f"{scene:02d}_{number:02d}"
-    return next(one for n in count(1) if (one := name if n == 1 else f"{name}_{n}") not in taken)
+    return unused_id(f"{scene:02d}_{number:02d}", taken)
 
 
 def new_slots(story: Mapping[str, Any]) -> list[Slot]:
