@@ -154,8 +154,6 @@ class Run:
     def _encodings(self, latents: LatentCache) -> Encodings:
         """What the objective needs beside the training set."""
         needs = self.settings.objective.needs(self.settings, latents)
-        if needs is None:
-            return Encodings(None, latents)
         return encode(needs, self.folder, replace(self.settings.model, adapter=None), latents, self.accelerator)
 
     def _newest(self, checkpoints: Checkpoints) -> Checkpoint | None:

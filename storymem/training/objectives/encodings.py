@@ -36,7 +36,7 @@ class Needs:
     """What an objective needs beside what a training set holds.
 
     Args:
-        texts: to be encoded, each with the tokens that are read of it.
+        texts: to be encoded, each with the tokens that are read of it; the training set holds the empty text.
         blanks: sizes of blank videos to be encoded.
     """
 
@@ -45,14 +45,10 @@ class Needs:
 
 
 class Encodings:
-    """The embeddings and latents of a run beside those of its training set; read by several threads.
+    """The embeddings and latents in a run's folder beside those of its training set; read by several threads."""
 
-    Args:
-        folder: of the run; None: nothing is needed.
-    """
-
-    def __init__(self, folder: Path | None, latents: LatentCache) -> None:
-        self._latents, self._files = latents, {} if folder is None else _found(folder, latents)
+    def __init__(self, folder: Path, latents: LatentCache) -> None:
+        self._latents, self._files = latents, _found(folder, latents)
 
     def text(self, text: str, length: int) -> Tensor:
         """Prompt embeds [length, D], zeros after the text's end."""

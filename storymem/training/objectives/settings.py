@@ -95,9 +95,11 @@ class ObjectiveSettings(ABC):
     def prepare(self, transformer: Any, *, seed: int) -> None:  # noqa: B027 (most add nothing)
         """Add what is trained besides the adapter to an expert that :func:`prepare_expert` has prepared."""
 
-    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs | None:
-        """What must be encoded beside what the training set holds; None: nothing."""
-        return None
+    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs:
+        """What must be encoded beside what the training set holds."""
+        from storymem.training.objectives.encodings import Needs
+
+        return Needs()
 
     @property
     def normal(self) -> tuple[float, float] | None:
@@ -208,16 +210,13 @@ class MementoObjectiveSettings(ObjectiveSettings):
     def encodes(self) -> bool:
         return self.query
 
-    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs | None:
+    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs:
         from storymem.story.captions import global_caption
         from storymem.training.objectives.encodings import Needs
 
-        if not self.query:
-            return None
-        splits = used_splits(train)
+        splits = used_splits(train) if self.query else ()
         written = {global_caption(clip.caption) for clip in latents.clips if clip.split in splits}
-        texts = {caption: train.model.network.text_tokens for caption in written if caption is not None}
-        return Needs(texts=texts) if texts else None
+        return Needs(texts=dict.fromkeys(filter(None, written), train.model.network.text_tokens))
 
     def made_for(self, train: TrainSettings) -> str:
         """StoryMem with cached memory, whose layout and positions are then trained; Memento with joint memory."""
@@ -273,12 +272,10 @@ class FilmObjectiveSettings(ObjectiveSettings):
         for split in used_splits(train):
             neighbours(latents, (self.min_shots, self.max_shots), split)
 
-    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs | None:
+    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs:
         from storymem.training.objectives.encodings import Needs
         from storymem.training.objectives.films import scene_texts
 
-        if self.scenes is None:
-            return None
         texts = scene_texts(latents.clips, self.scenes).values()
         return Needs(texts=dict.fromkeys(texts, train.model.network.text_tokens))
 
@@ -367,7 +364,7 @@ class PicturesObjectiveSettings(ObjectiveSettings):
             for number in numbers_of_panels(self.panels):
                 neighbours(latents, (number, number), split)
 
-    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs | None:
+    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs:
         from storymem.training.objectives.encodings import Needs
         from storymem.training.objectives.pictures import blank_sizes, joint_captions
 
