@@ -138,14 +138,14 @@ class Storyteller:
             ValueError: before anything is generated, if a shot is too short or an argument is not understood.
             FilmError: also before anything is generated, if the folder cannot be used for this.
         """
-        self.check_lengths(story)
+        video = self.generator.video
+        check_lengths(story, frames=video.frames, continuity=self.continuity, first_shot=self.first_shot)
         work = parse_work(len(story.shots), resume=resume, shot=shot, following=following, takes=takes)
         progress = progress or Progress(enabled=False)
         with film_folder(folder) as folder:
             run = self._open(story, folder, work, progress)
             film, jobs = run.film, run.jobs
             shots = [story.shots[job.index] for job in jobs for _ in range(job.takes)]
-            video = self.generator.video
             needed = sum(estimated_bytes(self.frames_of(shot), video.height, video.width) for shot in shots)
             check_room(folder, needed, "the film")
             film.check(besides=[job.index for job in jobs])
@@ -197,11 +197,6 @@ class Storyteller:
     def frames_of(self, shot: Shot) -> int:
         """F of a shot: its own, or the model's."""
         return shot.frames or self.generator.video.frames
-
-    def check_lengths(self, story: Story) -> None:
-        """Raise ``ValueError`` for shots too short; see :func:`storymem.film.settings.check_lengths`."""
-        frames = self.generator.video.frames
-        check_lengths(story, frames=frames, continuity=self.continuity, first_shot=self.first_shot)
 
     # Resuming
 
