@@ -10,7 +10,7 @@ import sys
 from functools import partialmethod
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from docs import hooks
 from storymem import WanMemoryToVideoPipeline, load_story
 from storymem.commands.cli import COMMANDS
 from storymem.composition import SETTINGS
+from storymem.config import annotation_at
 from storymem.overrides import hydra_arguments
 from storymem.story import StoryError
 from storymem.wan.loading import load_pipeline
@@ -65,9 +66,11 @@ def test_a_command_composes(line: str) -> None:
     name = found[1] or NAMES[found[3]]
     command = COMMANDS[name]
     assert command.config is not None
-    words = [command.expanded(word) for word in shlex.split(found[2] or found[4] or "", comments=True)]
+    settings = resolve_name(SETTINGS[command.config])
+    actions = get_args(annotation_at(settings, ["action"]))
+    words = [command.expanded(word, actions) for word in shlex.split(found[2] or found[4] or "", comments=True)]
     arguments = [word for word in words if not word.startswith("-") and word != "..."]
-    overrides = hydra_arguments(arguments, command.positional, resolve_name(SETTINGS[command.config]))
+    overrides = hydra_arguments(arguments, command.positional, settings)
     needed = {"train": ["dataset=x"], "generate": ["story=x"], "prepare": ["videos=x", "output=x"]}.get(name, [])
     given = {override.split("=")[0] for override in overrides}
     composed(*[one for one in needed if one.split("=")[0] not in given], *overrides, name=command.config)
