@@ -12,18 +12,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from benchmarks.tables import show
 from storymem.composition import composed
 from storymem.config import build_settings
+from storymem.data.clips import spread
 from storymem.film.settings import GenerateSettings
 from storymem.story import load_story
 from storymem.wan.loading import load_pipeline
@@ -93,12 +92,8 @@ def prepare(settings: GenerateSettings, pipe: WanMemoryToVideoPipeline, memory: 
         output_type="pil",
         return_dict=False,
     )[0]
-    latents = pipe.encode_memory(evenly(frames, memory))
+    latents = pipe.encode_memory([frames[place] for place in spread(memory, len(frames))])
     return Shot(prompt=second, negative=negative, memory=latents, video=model.video, sampler=sampler)
-
-
-def evenly(frames: Sequence[Image.Image], count: int) -> list[Image.Image]:
-    return [frames[round(k * (len(frames) - 1) / max(count - 1, 1))] for k in range(count)]
 
 
 def compare(

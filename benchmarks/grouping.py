@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import torch
 
@@ -70,18 +71,15 @@ def measure(folder: Path, threads: int | None, device: str) -> dict[str, Any]:
         "groups": len(grouping.split),
         "grouped": round(len(grouping.group) / count, 4),
         "duplicates": len(grouping.duplicates),
-        "found": round(_found(grouping.group, dict(zip(ids, cluster.tolist(), strict=True))), 4),
+        "found": round(_found(pd.Series(ids).map(grouping.group), cluster), 4),
         "threads": torch.get_num_threads(),
     }
 
 
-def _found(group: dict[str, int], cluster: dict[str, int]) -> float:
-    """Share of all clips in a group with at least half of their cluster."""
-    together: dict[tuple[int, int], int] = {}
-    for id, number in group.items():
-        key = number, cluster[id]
-        together[key] = together.get(key, 0) + 1
-    return sum(together.get((group.get(id, -1), cluster[id]), 0) >= CLUSTER // 2 for id in cluster) / len(cluster)
+def _found(group: pd.Series, cluster: np.ndarray) -> float:
+    """Share of all clips in a group with at least half of their cluster; NaN is no group."""
+    together = group.groupby([group, cluster]).transform("size")
+    return float((together >= CLUSTER // 2).mean())
 
 
 def in_own_process(count: int, *arguments: Any) -> dict[str, Any]:
