@@ -21,11 +21,14 @@ from torch import Tensor
 
 from storymem.film.folder import Film
 from storymem.film.manifest import FilmError
+from storymem.film.matching import stale
+from storymem.film.memory_command import listed
 from storymem.film.storyteller import Storyteller
 from storymem.io import FileError, NotFiniteError
 from storymem.media.images import read_image
 from storymem.media.video import read_video
 from storymem.memory import MemoryBank, SinkAndRecent
+from storymem.memory.bank import read_entries
 from storymem.scorers.scorer import NoQuality
 from storymem.stopping import Stopped
 from storymem.story import Story
@@ -396,13 +399,17 @@ def test_an_entry_that_cannot_be_used_is_reported_and_changes_nothing(made: Path
 def test_the_advice_for_a_damaged_memory_works(made: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = made / "film" / "memory.json"
     before = [(k.shot, k.frame, k.sha256, k.character) for k in MemoryBank.load(made / "film")]
-    path.write_text("{")
-    damaged = files(made / "film")
-    with pytest.raises(ValueError, match=r"or delete it: it is written again from the takes, without your changes"):
-        regenerate(made)
-    assert files(made / "film") == damaged
+    for damage in ("{", "[]"):
+        path.write_text(damage)
+        damaged = files(made / "film")
+        with pytest.raises(ValueError, match=r"or delete it: storymem generate writes it from the takes, without your"):
+            regenerate(made)
+        assert files(made / "film") == damaged
     path.unlink()
-    regenerate(made, resume="from_shot:3", teller=storyteller())
+    film = Film.open(made / "film")
+    assert "memory.json is missing" in listed(film)
+    assert stale(film, read_entries(film.folder)) == {}
+    regenerate(made, resume="auto", teller=storyteller())
     assert "memory.json is missing: it is written again from the takes" in caplog.text
     assert [(k.shot, k.frame, k.sha256, k.character) for k in MemoryBank.load(made / "film")] == before
 

@@ -14,7 +14,7 @@ from storymem.film.export import check_export, export
 from storymem.film.folder import Film, edited_film
 from storymem.film.manifest import VIDEO
 from storymem.film.matching import stale
-from storymem.film.tables import counted, film_table, memory_table, takes_table
+from storymem.film.tables import NO_MEMORY, counted, film_table, memory_table, takes_table
 from storymem.memory.bank import read_entries
 from storymem.stopping import stopping_on_signals
 
@@ -64,6 +64,8 @@ def described(film: Film) -> str:
         parts.append(takes_table(film, videos))
     if entries:
         parts.append(memory_table(film, entries))
+    if film.lacks_memory:
+        parts.append(NO_MEMORY)
     again = [str(number) for number, slot in enumerate(film.slots, start=1) if slot.again]
     if again:
         shots = f"shot{'' if len(again) == 1 else 's'} {', '.join(again)}"

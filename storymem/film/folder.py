@@ -107,6 +107,11 @@ class Film(Manifest):
         return os.path.lexists(self.folder / MEMORY)
 
     @property
+    def lacks_memory(self) -> bool:
+        """Whether ``memory.json`` is missing. Films whose shots were generated together need none."""
+        return not self.has_memory and any(take.candidates != () for take in self.shots)
+
+    @property
     def memory_changed(self) -> bool:
         """Whether ``memory.json`` is not as it was written."""
         path = self.folder / MEMORY
@@ -150,8 +155,8 @@ class Film(Manifest):
             raise FilmError(f"shot {index + 1} has no take {number}; {known}")
         was = list(self.slots)
         self.slots[index] = replace(self.slots[index], take=number, again=False)
-        if self.has_memory:
-            write_entries(self.folder / _NEXT_MEMORY, arranged(self, was, read_entries(self.folder)))
+        if (entries := read_entries(self.folder)) is not None:
+            write_entries(self.folder / _NEXT_MEMORY, arranged(self, was, entries))
         self._commit()
 
     def commit(self, memory: MemoryBank) -> None:
@@ -355,7 +360,7 @@ class Film(Manifest):
         """
         chosen, gone = self.shots, self.not_shown
         shown = {id for take in chosen for id in (*take.memory, *(k.id for k in take.keyframes))}
-        shown |= {entry.id for entry in read_entries(self.folder)}
+        shown |= {entry.id for entry in read_entries(self.folder) or ()}
         files = {name: digest for take in gone for name, digest in take.sha256.items() if not take.is_replaced}
         unchanged = [name for name, digest in files.items() if self._has(name, digest)]
         for keyframe in (keyframe for take in gone for keyframe in take.keyframes):

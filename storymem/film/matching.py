@@ -146,18 +146,23 @@ def _by_shot(entries: Sequence[Entry]) -> list[Entry]:
     return [entry for _, entry in sorted(zip(shots, entries, strict=True), key=lambda pair: pair[0])]
 
 
-def stale(film: Manifest, entries: Sequence[Entry]) -> dict[int, str]:
-    """Shot (from 1) -> why its chosen take is not what would be made now, with this memory; where that is known."""
+def stale(film: Manifest, entries: Sequence[Entry] | None) -> dict[int, str]:
+    """Shot (from 1) -> why its chosen take is not what would be made now, with this memory; where that is known.
+
+    ``entries`` are None if ``memory.json`` is missing: then memory is no reason.
+    """
     found = {}
     now = scripts(film.story)
     for take in film.shots:
-        seen = known_to(take.shot, entries)
+        seen = known_to(take.shot, entries or ())
         gone = [id for id in take.memory if id not in {entry.id for entry in seen}]
         before = film.take_of(take.index - 1) if take.index else None
         if take.script != now[take.index].content:
             found[take.shot] = "made from another text"
         elif take.follows is not None and (before is None or take.follows != before.sha256.get(before.file)):
             found[take.shot] = f"continues another {'video' if before is not None and before.is_replaced else 'take'}"
+        elif entries is None:
+            continue
         elif gone:
             found[take.shot] = f"recalled {', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}, now gone"
         elif take.shot == 1 and take.mode == "t2v" and not any(entry.source for entry in seen):

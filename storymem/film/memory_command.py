@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from storymem.config import STRICT, UserPath, build_settings
 from storymem.film import memory_edits as edits
 from storymem.film.folder import Film, edited_film
-from storymem.film.tables import candidates_table, counted, memory_table, summary
+from storymem.film.tables import NO_MEMORY, candidates_table, counted, memory_table, summary
 from storymem.memory.bank import read_entries
 from storymem.stopping import stopping_on_signals
 
@@ -73,8 +73,8 @@ def memory_command(config: Mapping[str, Any]) -> None:
 
 def listed(film: Film) -> str:
     """The keyframes in text, what became of the frames of each shot, and the edits that were made."""
-    entries = read_entries(film.folder)
-    parts = [f"{film.story['title']}: {counted(len(entries), 'keyframe')}"]
+    entries = read_entries(film.folder) or []
+    parts = [f"{film.story['title']}: {NO_MEMORY if film.lacks_memory else counted(len(entries), 'keyframe')}"]
     parts += [memory_table(film, entries)] if entries else []
     notes, videos = [], film.other_videos()
     for take in film.shots:

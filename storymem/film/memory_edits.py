@@ -98,7 +98,7 @@ def replace(film: Film, which: str, picture: str | Path) -> Edit:
 def _entries(film: Film) -> list[Entry]:
     if not film.has_memory or (film.is_older and not film.is_complete):
         raise FilmError(f"{film.folder} has no memory to edit yet: storymem generate makes or converts it")
-    return read_entries(film.folder)
+    return read_entries(film.folder) or []
 
 
 def _find(film: Film, which: str) -> Entry:

@@ -25,10 +25,10 @@ def restored_memory(run: Run, *, policy: RecallPolicy, embed: EmbedFrames, fit: 
     """
     film, made_with = run.film, encoders(run.config)
     was = [] if film.before is None else film.before.slots
-    if not film.has_memory and film.shots:
+    if film.lacks_memory:
         logger.warning(f"memory: {film.folder / 'memory.json'} is missing: it is written again from the takes")
         was = []
-    entries = arranged(film, was, read_entries(film.folder))
+    entries = arranged(film, was, read_entries(film.folder) or ())
     saved = MemoryBank.load(film.folder, entries=entries, embed=embed, fit=fit, made_with=made_with)
     if film.memory_changed:
         logger.warning(f"memory: {film.folder / 'memory.json'} was changed since it was written; it is used as it is")

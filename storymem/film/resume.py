@@ -173,9 +173,9 @@ class Run:
 
     @property
     def changed(self) -> bool:
-        """Whether the story is another than the film's on disk."""
+        """Whether the story is another than the film's on disk, or its memory is missing."""
         film, before = self.film, self.film.before
-        return before is not None and (before.story != film.story or before.slots != film.slots)
+        return film.lacks_memory or (before is not None and (before.story != film.story or before.slots != film.slots))
 
 
 @contextmanager

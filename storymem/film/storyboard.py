@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from storymem.film.manifest import MEMORY, REPLACED, VIDEO, Manifest, Script, Take, scripts
+from storymem.film.manifest import REPLACED, VIDEO, Manifest, Script, Take, scripts
 from storymem.film.matching import stale
 from storymem.film.tables import origin, recalled_by, summary
 from storymem.memory.bank import Entry, KeyframeRecord, keyframe_files, read_entries
@@ -71,8 +71,8 @@ def storyboard(film: Manifest, folder: Path) -> str:
     entries = read_entries(folder)
     return TEMPLATES.get_template("film/storyboard.html.j2").render(
         story=film.story,
-        cards=cards(film, entries if (folder / MEMORY).is_file() else None),
-        memory=thumbnails(film, entries),
+        cards=cards(film, entries),
+        memory=thumbnails(film, entries or ()),
         video=VIDEO if film.shots else None,
         url=quote,
     )
@@ -81,7 +81,7 @@ def storyboard(film: Manifest, folder: Path) -> str:
 def cards(film: Manifest, entries: Sequence[Entry] | None) -> list[Card]:
     """All shots; ``entries`` are the memory, None if there is none."""
     known = {entry.id: entry for entry in entries or ()}
-    old = {} if entries is None else stale(film, entries)
+    old = stale(film, entries)
     prompts = _prompts(film)
     found = []
     for number, script in enumerate(scripts(film.story), start=1):

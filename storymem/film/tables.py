@@ -10,6 +10,8 @@ from storymem.film.manifest import CandidateRecord, Manifest, Take, scripts
 from storymem.memory.bank import Entry
 from storymem.memory.selection import Verdict
 
+NO_MEMORY = "memory.json is missing: storymem generate writes it again from the takes"
+
 
 def film_table(film: Manifest, stale: Mapping[int, str], videos: Mapping[str, str]) -> str:
     """A line per shot: the take that is chosen, how it was made, frames, seconds, keyframes recalled and added.

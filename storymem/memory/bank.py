@@ -199,10 +199,8 @@ class MemoryBank:
         from storymem.memory.tensors import EMBED_AGAIN  # loads torch
 
         folder = Path(folder)
-        if entries is None:
-            if not (folder / MANIFEST).exists():
-                raise FileError(f"{folder / MANIFEST} does not exist: there is no saved memory in this folder")
-            entries = read_entries(folder)
+        if entries is None and (entries := read_entries(folder)) is None:
+            raise FileError(f"{folder / MANIFEST} does not exist: there is no saved memory in this folder")
         taken = {entry.id for entry in entries} | ids_on_disk(folder)
         reader = _Reader(folder=folder, embed=embed, fit=fit, made_with=made_with, taken=taken)
         bank = cls([reader.keyframe(entry) for entry in entries], policy=policy, made_with=made_with)
@@ -292,18 +290,18 @@ class Entry(KeyframeRecord):
         return self.frame is not None and self.image == keyframe_files(self.id)[0]
 
 
-def read_entries(folder: Path) -> list[Entry]:
-    """Entries of ``memory.json``, oldest first; none if there is no such file. ``FileError`` for what is not valid."""
+def read_entries(folder: Path) -> list[Entry] | None:
+    """Entries of ``memory.json``, oldest first; None if there is no such file. ``FileError`` for what is not valid."""
     path = folder / MANIFEST
     if not os.path.lexists(path):
-        return []
+        return None
     try:
         manifest = read_json(path)
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("keyframes"), list):
+            raise FileError(f'{path} must hold {{"schema": {SCHEMA}, "keyframes": [...]}}')
     except FileError as error:
-        cure = "put it back from a copy, or delete it: it is written again from the takes, without your changes"
+        cure = "put it back from a copy, or delete it: storymem generate writes it from the takes, without your changes"
         raise FileError(f"{error}; {cure}") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("keyframes"), list):
-        raise FileError(f'{path} must hold {{"schema": {SCHEMA}, "keyframes": [...]}}')
     if manifest.get("schema") not in (1, SCHEMA):
         schema = repr(manifest.get("schema"))[:60]
         raise FileError(f"{path} has schema {schema}, this version reads 1 and {SCHEMA}: update storymem")

@@ -28,7 +28,7 @@ class View:
         version: of the film, before it was read.
         story: whose film it is.
         film: with this story, whose shots have the takes that they would keep.
-        entries: the memory, oldest first.
+        entries: the memory, oldest first; None if there is none.
     """
 
     def __init__(self, studio: Studio) -> None:
@@ -59,7 +59,7 @@ def _url(folder: Path, name: str) -> str:
 def board_html(view: View, picked: int) -> str:
     """The storyboard, on which the shot ``picked`` (from 1) is chosen."""
     where = f"{view.studio.story_file}, in {view.studio.folder}"
-    shown = cards(view.film, view.entries or None)
+    shown = cards(view.film, view.entries)
     return _html("board", view, view.story.title, where, view.film.joined, shown, picked)
 
 
@@ -73,7 +73,7 @@ def pair_html(view: View, shot: int, numbers: Sequence[int]) -> str:
 
 def memory_html(view: View) -> str:
     """The memory."""
-    return _html("keyframes", view, "Keyframes of the film, oldest first", thumbnails(view.film, view.entries))
+    return _html("keyframes", view, "Keyframes of the film, oldest first", thumbnails(view.film, view.entries or ()))
 
 
 def fates_html(view: View, shot: int) -> str:

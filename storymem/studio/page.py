@@ -263,7 +263,7 @@ class Page:
         chosen = take.take if (take := view.film.take_of(shot - 1)) else None
         shown = chosen or (takes[-1] if takes else None)
         other = next((take for take in reversed(takes) if take != shown), None)
-        ids = [(f"{number}: {entry.id}", entry.id) for number, entry in enumerate(view.entries, start=1)]
+        ids = [(f"{number}: {entry.id}", entry.id) for number, entry in enumerate(view.entries or (), start=1)]
         named = [(f"take {take}{' (shown)' if take == chosen else ''}", take) for take in takes]
         return [
             view.version,  # so that a tick does not undo what is chosen after an action
