@@ -120,7 +120,10 @@ def test_a_pinned_keyframe_is_always_recalled_and_first(film: Path, memory: Comm
     recall = storyteller().recall
     small = type(recall)(capacity=1, sink=0)
     third = read_entries(film)[2]
+    assert memory(film, "unpin", 3) == "nothing changed: keyframe 3 is not pinned\n"
     assert "shot 4 is not what would be made now" in memory(film, "pin", 3)
+    assert memory(film, "pin", 3) == "nothing changed: keyframe 3 is pinned\n"
+    assert Film.open(film).edits == [f"pin {third.id}"]
     assert memory(film).splitlines()[6].endswith("pinned")
     made = storyteller(recall=small).tell(story(film.parent, WITH_ADA), film, shot="4").take_of(3)
     assert made is not None

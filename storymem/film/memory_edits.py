@@ -32,11 +32,11 @@ class Edit:
     """What an edit did.
 
     Args:
-        command: what to type for the same edit.
+        command: what to type for the same edit; None: the memory was so already, and nothing is recorded.
         stale: shot (from 1) -> why its take is not what would be made now, for shots of which that is new.
     """
 
-    command: str
+    command: str | None
     stale: dict[int, str]
 
 
@@ -131,6 +131,8 @@ def _saved(
     before, edit = _entries(film), shlex.join(arguments)
     now = [] if new is None else [new]
     after = [*before, *now] if old is None else [one for entry in before for one in (now if entry == old else [entry])]
+    if after == before:
+        return Edit(command=None, stale={})
     known = stale(film, before)
     film.edit_memory(after, edit, {} if new is None or image is None else {new.image: image})
     found = {shot: reason for shot, reason in stale(film, after).items() if shot not in known}

@@ -136,7 +136,7 @@ class Studio:
         with edited_film(self.folder) as film:
             done = edit(film)
         notes = [f"Shot {shot} is not what would be made now: {reason}." for shot, reason in done.stale.items()]
-        return "\n# ".join([done.command, *notes])
+        return "\n# ".join([done.command or "# nothing changed", *notes])
 
     # The story
 
