@@ -164,10 +164,17 @@ def test_another_story_and_other_settings_are_refused_with_what_changed_and_what
         storyteller().tell(story(tmp_path, FOUR_SHOTS.replace("overview:", "style: Oil\noverview:")), tmp_path / "film")
     assert str(refused.value).splitlines() == [
         f"{tmp_path}/film holds a film of another story: none of its shots is in this one:",
-        "  style: None before, 'Oil' now",
+        "  style: nothing before, 'Oil' now",
         "add to the command:",
         "  resume=from_shot:1  to make the film of this story here",
         "  output=FOLDER  to make another film",
+    ]
+    other = FOUR_SHOTS.replace('{prompt: "', '{prompt: "Once: ') + "characters: [{name: Ada}]\n"
+    with pytest.raises(FilmError) as refused:
+        storyteller().tell(story(tmp_path, other), tmp_path / "film")
+    assert str(refused.value).splitlines()[1:3] == [
+        "  character Ada is new",
+        "  prompt has changed in shots 1, 2, 3, 4",
     ]
     with pytest.raises(FilmError) as refused:
         storyteller(seed=5).tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")

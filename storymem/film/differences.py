@@ -25,8 +25,9 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """A line for each value that differs: ``sampler.steps: 8 before, 40 now``."""
     old, new = flat(before), flat(after)
+    words = [{key: repr(value) for key, value in side.items()} for side in (old, new)]
     return [
-        f"{key}: {old.get(key, 'nothing')!r} before, {new.get(key, 'nothing')!r} now"
+        f"{key}: {words[0].get(key, 'nothing')} before, {words[1].get(key, 'nothing')} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key, ...) != new.get(key, ...)
     ]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from storymem.film.differences import SIDES, arguments_between, differences, flat, setting_changes
 from storymem.film.folder import Film
-from storymem.film.manifest import FilmError, OtherFilmError, Slot
+from storymem.film.manifest import FilmError, OtherFilmError, Slot, scripts
 from storymem.film.matching import matches
 from storymem.film.settings import Work
 from storymem.io import hash_json
@@ -92,6 +92,8 @@ def match_film(film: Film, story: Mapping[str, Any], config: Mapping[str, Any], 
     if film.shots and not settings:
         return
     changes = [*film_changes(before.story, story), *settings]
+    if not film.shots:
+        changes += _shot_changes(before.story, story)
     kind = "with other settings" if film.shots else "of another story: none of its shots is in this one"
     more = [f"and {len(changes) - _MOST} more"] if len(changes) > _MOST else []
     lines = [f"{film.folder} holds a film {kind}:", *(f"  {line}" for line in [*changes[:_MOST], *more])]
@@ -112,11 +114,34 @@ def match_film(film: Film, story: Mapping[str, Any], config: Mapping[str, Any], 
 
 def film_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """A line for each change of a story outside its shots."""
-    besides = [{k: v for k, v in story.items() if k not in ("scenes", "reference_sha256")} for story in (old, new)]
+    without = ("scenes", "characters", "reference_sha256")
+    yield from differences(*({k: v for k, v in _given(story).items() if k not in without} for story in (old, new)))
+    known, cast = ({one["name"]: _given(one) for one in story.get("characters", ())} for story in (old, new))
+    yield from (f"character {name} is no longer in the story" for name in known if name not in cast)
+    for name, character in cast.items():
+        if name in known:
+            yield from (f"character {name}: {line}" for line in differences(known[name], character))
+        else:
+            yield f"character {name} is new"
     images, now = (story.get("reference_sha256", {}) for story in (old, new))
     changed = [source for source in images if images[source] != now.get(source, images[source])]
-    yield from differences(*besides)
     yield from (f"the image {source} has changed" for source in changed)
+
+
+def _given(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without what was left out."""
+    return {key: value for key, value in record.items() if value not in (None, [], {})}
+
+
+def _shot_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each key that differs between the shots at equal places; style and looks belong to the story."""
+    places: dict[str, list[int]] = {}
+    for number, (script, now) in enumerate(zip(scripts(old), scripts(new), strict=False), start=1):
+        for key in (script.content.keys() | now.content.keys()) - {"style", "looks"}:
+            if script.content.get(key) != now.content.get(key):
+                places.setdefault(key, []).append(number)
+    for key, numbers in sorted(places.items()):
+        yield f"{key} has changed in shot{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def story_changes(film: Film) -> Iterator[str]:

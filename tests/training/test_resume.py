@@ -161,7 +161,7 @@ def test_changed_optimizer_settings_are_reported(begun: Path, tmp_path: Path, ca
     printed = capsys.readouterr().err
     assert "resuming after step 6, with changes:" in printed
     assert "optimizer.lr: 0.01 before, 0.001 now" in printed
-    assert "optimizer.max_grad_norm: 'nothing' before, 0.5 now" in printed
+    assert "optimizer.max_grad_norm: nothing before, 0.5 now" in printed
     assert (
         "the learning rate of step 7 is 0.001, and would have been 0.01; to keep the old rate, write optimizer.lr=0.01"
         in printed
