@@ -174,7 +174,7 @@ def test_another_story_and_other_settings_are_refused_with_what_changed_and_what
         storyteller().tell(story(tmp_path, other), tmp_path / "film")
     assert str(refused.value).splitlines()[1:3] == [
         "  character Ada is new",
-        "  prompt has changed in shots 1, 2, 3, 4",
+        "  shots 1, 2, 3, 4: prompt changed",
     ]
     with pytest.raises(FilmError) as refused:
         storyteller(seed=5).tell(story(tmp_path, FOUR_SHOTS), tmp_path / "film")

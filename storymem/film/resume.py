@@ -141,7 +141,7 @@ def _shot_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[st
             if script.content.get(key) != now.content.get(key):
                 places.setdefault(key, []).append(number)
     for key, numbers in sorted(places.items()):
-        yield f"{key} has changed in shot{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+        yield f"shot{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}: {key} changed"
 
 
 def story_changes(film: Film) -> Iterator[str]:
