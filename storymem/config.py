@@ -77,7 +77,14 @@ def build_settings(cls: type[T], values: Mapping[str, Any]) -> T:
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
-        raise ConfigError([line for problem in error.errors() for line in _describe(cls, problem)]) from None
+        raise ConfigError([line for problem in _informative(error) for line in _describe(cls, problem)]) from None
+
+
+def _informative(error: ValidationError) -> list[Any]:
+    """The problems; where a value has the type of one member of a union, without those of the other members."""
+    problems = [(_path(problem), problem) for problem in error.errors()]
+    checked = [path for path, problem in problems if problem["type"] == "value_error"]
+    return [problem for path, problem in problems if path not in checked or problem["type"] == "value_error"]
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -123,9 +130,13 @@ def _describe(cls: type, problem: Any) -> list[str]:
     return [_described(cls, problem)]
 
 
-def _described(cls: type, problem: Any) -> str:
+def _path(problem: Any) -> list[str]:
     # "[key]" marks that the fault is in a dictionary's key, which stands before it; "dict[str,str]" a union's member.
-    path = [str(part) for part in problem["loc"] if "[" not in str(part)]
+    return [str(part) for part in problem["loc"] if "[" not in str(part)]
+
+
+def _described(cls: type, problem: Any) -> str:
+    path = _path(problem)
     where = ".".join(path) or "(top level)"
     if problem["type"] == "unexpected_keyword_argument":
         return f"{where}: unknown key{nearest(path[-1], _fields_at(cls, path[:-1]))}"

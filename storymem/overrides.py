@@ -37,7 +37,8 @@ def hydra_arguments(arguments: Sequence[str], positional: str | None, settings: 
     An override that sets a ``_target_`` replaces the whole node, with all arguments of the old target.
 
     Raises:
-        ValueError: for a setting that is written as an option, such as ``--seed=3``.
+        ValueError: for a setting that is written as an option, such as ``--seed=3``, or with several values, such as
+            ``seed=1,2``, where there is no ``-m``.
     """
     sweep = any(argument in ("-m", "--multirun") for argument in arguments)
     flags, overrides, found = [], [], []
@@ -84,6 +85,13 @@ def _with_text_quoted(override: str, settings: type | None, *, sweep: bool) -> s
     return f"{sign}{key}={','.join(_as_value(choice, annotation, key, settings) for choice in choices)}"
 
 
+def _refuse_several(key: str, value: str, *, is_list: bool) -> None:
+    first, *others = _split(value)
+    if others:  # else a function, such as choice(a,b)
+        advice = f"a list in brackets, {key}=[{value}]" if is_list else f"one value, such as {key}={first.strip()}"
+        raise ValueError(f"{key}={value}: write {advice}")
+
+
 def _as_value(text: str, annotation: Any, key: str, settings: type | None) -> str:
     """``text`` in Hydra's grammar, for the setting ``key`` with this annotation."""
     kinds = kinds_of(annotation)
@@ -97,6 +105,8 @@ def _as_value(text: str, annotation: Any, key: str, settings: type | None) -> st
         return "[" + ",".join(_as_value(item, inner, "", settings) for item in items) + "]"
     if str not in kinds:
         several = _is_sweep(text)
+        if several and annotation is not None:
+            _refuse_several(key, text, is_list=not kinds.isdisjoint({tuple, dict}))  # dict: a group, such as metrics
         # An unknown key is reported by the composition, before the grammar of its value.
         return _quoted(text) if several is None or (several and annotation is None) else text
     if not text or _is_quoted(text) or (None in kinds and text.lower() == "null"):

@@ -76,6 +76,10 @@ def test_an_unknown_key_is_reported_with_its_path_and_nearest_neighbour(path: st
     assert complaints(**{path: 1}) == [line]
 
 
+def test_a_wrong_value_is_reported_only_for_the_member_of_a_union_that_has_its_type() -> None:
+    assert complaints(story="") == ["story: is empty; write a path"]
+
+
 def test_unknown_keys_are_found_below_optional_settings() -> None:
     weights = {"name": "a", "source": "b", "sizegb": 1}
     assert complaints(model__weights=weights, model__has_text_to_video=False) == [

@@ -71,13 +71,14 @@ def check_folder(folder: Path, names: Collection[str], model: ModelSettings, set
         names: also "tokenizer".
         setting: that names the folder, for messages.
     """
-    original, repository = original_parts(folder), model.spec.repository
+    original = original_parts(folder)
     if not original and not set(names) <= set(_EXPERTS):
-        check_index(folder, names, repository=repository, setting=setting)
+        check_index(folder, names, advice=model.own_weights(setting))
     parts = original or {name: folder / name for name in names}
     if absent := [name for name in names if name not in parts or not parts[name].exists()]:
         lacking = ", ".join(ORIGINAL_FILES[name] if original else f"{name}/*" for name in absent)
-        raise FileError(f"{folder} lacks {lacking}: the download is incomplete; fetch it, or use {repository}")
+        advice = f"fetch it, or {model.own_weights(setting)}"
+        raise FileError(f"{folder} lacks {lacking}: the download is incomplete; {advice}")
     built = {name: check_component(parts[name], name, model, setting) for name in names if name != "tokenizer"}
     _check_together(folder, built)
     if "tokenizer" in names:

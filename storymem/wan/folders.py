@@ -47,11 +47,11 @@ _UNBUILDABLE = (
 )
 
 
-def check_index(folder: Path, names: Collection[str], *, repository: str, setting: str) -> None:
+def check_index(folder: Path, names: Collection[str], *, advice: str) -> None:
     """Raise ``FileError`` unless ``model_index.json`` is of a Wan pipeline with the components ``names``."""
     index = folder / "model_index.json"
     if not index.exists():
-        raise FileError(_other_layout(folder, repository, setting))
+        raise FileError(f"{_other_layout(folder)}; {advice}")
     entries = read_json_object(index)
     if not str(kind := entries.get("_class_name")).startswith("Wan"):
         raise FileError(f"{index}: _class_name is {kind}, which is not a Wan pipeline")
@@ -59,9 +59,9 @@ def check_index(folder: Path, names: Collection[str], *, repository: str, settin
         if name in names or (isinstance(entry, list) and entry != [None, None]):
             found = ".".join(map(str, entry)) if isinstance(entry, list) else str(entry)
             if not re.fullmatch(_ENTRIES.get(name, "$^"), found):
-                raise FileError(f"{index}: {name} is {found}, which no Wan2.2 model has: use {repository}")
+                raise FileError(f"{index}: {name} is {found}, which no Wan2.2 model has: {advice}")
     if absent := sorted(set(names) - entries.keys()):
-        raise FileError(f"{index} names no {', '.join(absent)}, which a Wan2.2 model has: use {repository}")
+        raise FileError(f"{index} names no {', '.join(absent)}, which a Wan2.2 model has: {advice}")
 
 
 def read_config(part: Path, class_name: str) -> dict[str, Any]:
@@ -200,11 +200,10 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _other_layout(folder: Path, repository: str, setting: str) -> str:
-    """Why a place without ``model_index.json`` is refused, and what to use."""
-    what = f"{folder} contains no model_index.json, and is not in Wan's original layout: it is incomplete"
-    if not folder.is_dir():
-        if folder.suffix == ".safetensors":
-            read_header(folder)  # for its errors
-        what = f"{folder} is a single file: experts are named by model.gguf, others by model.vae, model.text_encoder"
-    return f"{what}. Or use the whole model: hf download {repository}, and {setting}.source={repository}"
+def _other_layout(folder: Path) -> str:
+    """Why a place without ``model_index.json`` is refused."""
+    if folder.is_dir():
+        return f"{folder} is not a model folder: it contains no model_index.json, and is not in Wan's original layout"
+    if folder.suffix == ".safetensors":
+        read_header(folder)  # for its errors
+    return f"{folder} is a single file: experts are named by model.gguf, others by model.vae, model.text_encoder"

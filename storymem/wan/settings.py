@@ -224,6 +224,12 @@ class ModelSettings:
             seed=(self.seed + 10) % MAX_SEED,
         )
 
+    def own_weights(self, setting: str) -> str:
+        """What to do if the weights in ``setting`` do not fit; the base is published in its own shape only."""
+        if self.network.vae or self.network.text_encoder:
+            return f"leave {setting}.source out, to use the weights of {self.name}"
+        return f"hf download {self.spec.repository}, and {setting}.source={self.spec.repository}"
+
     def file_of(self, name: str) -> Weights | None:
         """The single file of a component (as ``model_index.json`` names it); None if it is in a folder."""
         if name in COMPONENTS.values():

@@ -17,10 +17,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from storymem.config import build_settings
 from storymem.film.generate import generate_films as generate
 from storymem.io import NotFiniteError
 from storymem.wan.loading import load_pipeline, load_text_to_video
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
+from storymem.wan.settings import ModelSettings
 from storymem.wan.sources import check_weights, inspect_weights
 from storymem.weights import MissingWeights
 from tests.composing import composed
@@ -239,8 +241,13 @@ def test_components_of_different_models(base: Path, tmp_path: Path) -> None:
 def test_another_layout_is_refused_with_the_right_repository(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").touch()
     advice = r"hf download Wan-AI/Wan2\.2-I2V-A14B-Diffusers, and model\.weights\.source=Wan-AI/Wan2\.2-I2V-A14B-Diff"
-    with pytest.raises(ValueError, match=f"not in Wan's original layout.*{advice}"):
-        check(tmp_path)
+    for model, message in (
+        ("wan2.2-a14b", f"not in Wan's original layout; {advice}"),
+        ("toy", r"is not a model folder.*; leave model\.weights\.source out, to use the weights of toy$"),
+    ):
+        chosen = composed("story=x", f"model={model}", f"model.weights.source={tmp_path}")["model"]
+        with pytest.raises((ValueError, MissingWeights), match=message):
+            check_weights(build_settings(ModelSettings, chosen), text_to_video=False)
     save_file({"a": torch.ones(1)}, tmp_path / "wan.safetensors")
     with pytest.raises(ValueError, match=r"wan\.safetensors is a single file: experts are named by model\.gguf"):
         check(tmp_path / "wan.safetensors")
@@ -319,5 +326,5 @@ def test_the_plan_lists_what_is_missing_and_what_does_not_fit(
     with pytest.raises(ValueError, match="not ready: 2 marked MISSING"):
         generate(composed(*film, "dry_run=true", "model.weights.source=.", "model.adapter.weights.source=./gone"))
     plan = capsys.readouterr().out
-    assert "weights  toy models: .\n  UNFIT: . contains no model_index.json, and is not in Wan's original" in plan
+    assert "weights  toy models: .\n  UNFIT: . is not a model folder: it contains no model_index.json" in plan
     assert "weights  MISSING toy memory adapter: ./gone does not exist" in plan
