@@ -80,6 +80,19 @@ def test_a_wrong_value_is_reported_only_for_the_member_of_a_union_that_has_its_t
     assert complaints(story="") == ["story: is empty; write a path"]
 
 
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"capacity": -1}, "memory.recall.capacity=-1, sink=3: neither may be negative"),
+        ({"capacity": "x"}, "memory.recall.capacity: input should be a valid integer, not 'x'"),
+        ({"sinkk": 1}, "memory.recall.sinkk: unknown key; did you mean 'sink'?"),
+    ],
+)
+def test_a_policys_arguments_are_checked_with_the_other_settings(values: dict[str, Any], line: str) -> None:
+    recall = {"_target_": "storymem.memory.SinkAndRecent", **values}
+    assert complaints(memory__recall=recall, sed=1) == [line, "sed: unknown key; did you mean 'seed'?"]
+
+
 def test_unknown_keys_are_found_below_optional_settings() -> None:
     weights = {"name": "a", "source": "b", "sizegb": 1}
     assert complaints(model__weights=weights, model__has_text_to_video=False) == [

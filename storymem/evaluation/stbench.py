@@ -137,6 +137,7 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
         return None
     if missing:
         raise MissingWeights("\n".join([*map(str, missing), _WITHOUT_WEIGHTS]))
+    check_films(systems, stories)
     check_output(Path(settings.output))
     from storymem.evaluation.controls import controls_for
     from storymem.evaluation.jobs import find_jobs, score_jobs
@@ -265,6 +266,18 @@ def make_plan(systems: Sequence[System], stories: Sequence[Story]) -> str:
         if there is not None and system.method is None:
             lines += _films_found(there, stories)
     return "\n".join(lines)
+
+
+def check_films(systems: Sequence[System], stories: Sequence[Story]) -> None:
+    """Raise ``ValueError`` for a folder of films without a shot of any of the stories."""
+    for system in systems:
+        if system.method is None:
+            films = find_films(system.films, stories).films
+            if not any(shot.path is not None for film in films for shot in film.shots):
+                raise ValueError(
+                    f"films={system.films} holds no film of the stories: a folder such as {stories[0].slug}/ is "
+                    "expected; dry_run=true lists what is missing"
+                )
 
 
 def _films_found(there: Films, stories: Sequence[Story]) -> Iterator[str]:

@@ -14,7 +14,14 @@ from storymem.film.manifest import FilmError, check_folder
 from storymem.film.matching import match, stale
 from storymem.film.progress import Progress
 from storymem.film.resume import match_film, story_record
-from storymem.film.settings import GenerateSettings, build_policy, check_lengths, uses_text_to_video, work_of
+from storymem.film.settings import (
+    GenerateSettings,
+    build_part,
+    build_policy,
+    check_lengths,
+    uses_text_to_video,
+    work_of,
+)
 from storymem.film.tables import film_table
 from storymem.memory.bank import read_entries
 from storymem.overrides import hydra_arguments
@@ -237,8 +244,6 @@ def build_storyteller(
     Raises:
         ValueError: for settings that this machine cannot run, or a runtime of several processes without ``generator``.
     """
-    from hydra.utils import instantiate
-
     from storymem.film.storyteller import Storyteller
     from storymem.wan.runtime import check_machine, check_runtime
     from storymem.wan.shots import WanShotGenerator
@@ -251,7 +256,7 @@ def build_storyteller(
     runtime = generator.settled if isinstance(generator, WanShotGenerator) else settings.runtime
     return Storyteller(
         generator=generator,
-        embedder=instantiate(_on_cpu(settings.scorer.clip)),
+        embedder=build_part(_on_cpu(settings.scorer.clip), "scorer.clip"),
         quality=_quality(settings, runtime),
         selector=build_policy(settings.memory.selector, "memory.selector", ("max_keyframes", "select")),
         recall=build_policy(settings.memory.recall, "memory.recall", ("capacity", "recall")),
@@ -276,12 +281,10 @@ def check_one_process(runtime: RuntimeSettings) -> None:
 
 def _quality(settings: GenerateSettings, runtime: RuntimeSettings) -> Any:
     """The quality filter; where experts take turns in memory, it takes one too."""
-    from hydra.utils import instantiate
-
     from storymem.scorers.on_demand import OnDemand
 
     def build() -> Any:
-        return instantiate(_on_cpu(settings.scorer.quality))
+        return build_part(_on_cpu(settings.scorer.quality), "scorer.quality")
 
     if runtime.experts == "together":
         return build()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT, StoryPath, UserPath, check_bounds
+from storymem.config import STRICT, ConfigError, StoryPath, UserPath, build_settings, check_bounds, nearest
 from storymem.story import MAX_SHOTS, Shot, Story
 from storymem.wan.combinations import check_combinations, check_reach
 from storymem.wan.settings import (
@@ -45,6 +47,25 @@ GIVEN_FRAMES: dict[Mode, int] = {"t2v": 0, "i2v": 0, "m2v": 0, "mi2v": 1, "mm2v"
 """How many frames of the previous shot a shot begins with; they are cut from its video."""
 
 
+def _checked(node: dict[str, Any]) -> dict[str, Any]:
+    target, values = str(node.get("_target_")), {key: node[key] for key in node if not key.startswith("_")}
+    try:
+        cls = resolve_name(target) if target.startswith("storymem.memory.") else None
+    except (ImportError, AttributeError):
+        cls = None  # reported with its cause where the policy is built
+    is_policy = hasattr(cls, "recall") or hasattr(cls, "select")
+    if is_policy and isinstance(cls, type) and dataclasses.is_dataclass(cls):
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [key for key in values if key not in known]:
+            raise ConfigError([f"{key}: unknown key{nearest(key, known)}" for key in unknown])
+        build_settings(cls, values)
+    return node
+
+
+#: A ``_target_`` node of a policy; the arguments of the package's own are checked with all other settings.
+PolicyNode = Annotated[dict[str, Any], AfterValidator(_checked)]
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MemorySettings:
     """The memory.
@@ -56,8 +77,8 @@ class MemorySettings:
             contain where more than a quarter would be cut, else cover with the top kept.
     """
 
-    recall: dict[str, Any]
-    selector: dict[str, Any]
+    recall: PolicyNode
+    selector: PolicyNode
     reference_fit: Literal["auto", "cover", "contain"] = "auto"
 
 
@@ -170,11 +191,22 @@ def _with_query(model: ModelSettings) -> ModelSettings:
     return model if model.adapter is None else replace(model, adapter=replace(model.adapter, query=True))
 
 
-def build_policy(node: Mapping[str, Any], key: str, needs: Sequence[str]) -> Any:
-    """The policy of a ``_target_`` node. ``ValueError`` if it lacks an attribute that its protocol ``needs``."""
+def build_part(node: Mapping[str, Any], key: str) -> Any:
+    """The object of a ``_target_`` node. ``ValueError`` names ``key`` if its class refuses an argument."""
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    policy = instantiate(node)
+    try:
+        return instantiate(node)
+    except InstantiationException as error:
+        if type(error.__cause__) not in (TypeError, ValueError):  # others name their file
+            raise
+        raise ValueError(f"{key}: {error.__cause__}") from None
+
+
+def build_policy(node: Mapping[str, Any], key: str, needs: Sequence[str]) -> Any:
+    """The policy of a ``_target_`` node. ``ValueError`` if it lacks an attribute that its protocol ``needs``."""
+    policy = build_part(node, key)
     if lacking := [name for name in needs if not hasattr(policy, name)]:
         raise ValueError(f"{key}: {node['_target_']} has no {' and no '.join(lacking)}; see docs/extending.md")
     return policy
