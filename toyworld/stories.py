@@ -1,21 +1,21 @@
 """The toy stories of ST-Bench as story files: ten stories each with one, two and three characters.
 
-python -m toyworld.stories          # writes st_bench/toy/*.yaml
-python -m toyworld.stories FOLDER
+python -m toyworld.stories                       # writes st_bench/toy/*.yaml
+python -m toyworld.stories FOLDER --described    # the same, each look described once, in the first shot that shows it
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from toyworld.words import PLACE_WORDS
+from toyworld.words import PLACE_WORDS, describe_character, describe_scenery
 from toyworld.world import HELD_OUT, ToyShot, ToyStory, story
 
 FOLDER = Path("st_bench/toy")
@@ -61,20 +61,36 @@ def overview(shots: Sequence[ToyShot]) -> str:
     return f"{_listed(cast)} {_listed(list(places))}."
 
 
-def story_text(one: ToyStory) -> str:
-    """The story as a file: prompts, cuts and who is in each shot; no looks."""
+def described_once(one: ToyStory) -> list[str]:
+    """The prompts, and after each the looks of the characters and of the place that no shot before it shows."""
+    prompts, shown = [], set[str]()
+    for shot in one.shots:
+        looks = [describe_character(character) for character in shot.cast if character.name not in shown]
+        looks += [describe_scenery(shot.place, shot.scenery)] if shot.place not in shown else []
+        shown |= {shot.place, *(character.name for character in shot.cast)}
+        prompts.append(" ".join([shot.prompt, *looks]))
+    return prompts
+
+
+def story_text(one: ToyStory, *, described: bool = False) -> str:
+    """The story as a file: prompts, cuts and who is in each shot.
+
+    Args:
+        described: whether prompts are those of `described_once`; without, none describes a look.
+    """
+    prompts = iter(described_once(one) if described else [shot.prompt for shot in one.shots])
     content = {
         "title": title(one),
         "overview": overview(one.shots),
         "characters": [{"name": character.name} for character in one.cast],
-        "scenes": [{"shots": [_entry(shot) for shot in scene]} for scene in one.scenes],
+        "scenes": [{"shots": [_entry(shot, next(prompts)) for shot in scene]} for scene in one.scenes],
     }
     written = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
     return f"# Its shots as they truly are: toyworld.world.story({one.seed})\n{written}"
 
 
-def _entry(shot: ToyShot) -> dict[str, Any]:
-    entry: dict[str, Any] = {"prompt": shot.prompt, "characters": [character.name for character in shot.cast]}
+def _entry(shot: ToyShot, prompt: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"prompt": prompt, "characters": [character.name for character in shot.cast]}
     return entry if shot.cut else {**entry, "cut": False}
 
 
@@ -87,12 +103,16 @@ def _slug(text: str) -> str:
     return "_".join(re.findall(r"\w+", text.lower()))
 
 
-def write_stories(folder: Path) -> None:
-    """Write all files."""
+def write_stories(folder: Path, *, described: bool = False) -> None:
+    """Write all files; see :func:`story_text`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, one in benchmark().items():
-        (folder / name).write_text(story_text(one), encoding="utf-8")
+        (folder / name).write_text(story_text(one, described=described), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write_stories(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
+    parser.add_argument("--described", action="store_true", help="describe each look once, where it is first shown")
+    args = parser.parse_args()
+    write_stories(args.folder, described=args.described)

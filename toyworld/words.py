@@ -96,15 +96,18 @@ def sentence(
         framing=rng.choice(FRAMING_WORDS[framing]),
     )
     text = text[0].upper() + text[1:]
-    return f"{text} {_looks(place, cast, scenery)}" if looks else text
+    return " ".join([text, *map(describe_character, cast), describe_scenery(place, scenery)]) if looks else text
 
 
-def _looks(place: str, cast: Sequence[Character], scenery: Scenery) -> str:
-    sentences = [f"{character.name} is {describe(character.look)}." for character in cast]
-    other = "right" if scenery.side == "left" else "left"
-    thing = LANDMARKS[place][0]
-    sentences.append(f"A {scenery.landmark} {thing} on the {scenery.side}, a {scenery.flag} flag on the {other}.")
-    return " ".join(sentences)
+def describe_character(character: Character) -> str:
+    """A character's look as a sentence."""
+    return f"{character.name} is {describe(character.look)}."
+
+
+def describe_scenery(place: str, scenery: Scenery) -> str:
+    """Landmark and flag of a place as a sentence."""
+    thing, other = LANDMARKS[place][0], "right" if scenery.side == "left" else "left"
+    return f"A {scenery.landmark} {thing} on the {scenery.side}, a {scenery.flag} flag on the {other}."
 
 
 @dataclass(frozen=True, kw_only=True)

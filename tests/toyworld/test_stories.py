@@ -66,6 +66,22 @@ def test_names_and_places_appear_and_looks_do_not() -> None:
         assert all(character.name in file.overview for character in file.characters)
 
 
+def test_described_stories_give_each_look_once_in_the_first_shot_that_shows_it(tmp_path: Path) -> None:
+    write_stories(tmp_path, described=True)
+    tokenizer = load_tokenizer(WEIGHTS / "tokenizer")
+    for (name, one), plain in zip(drawn().items(), written(), strict=True):
+        made, shown = load_story(tmp_path / name), set[str]()
+        for shot, before, true in zip(made.shots, plain.shots, one.shots, strict=True):
+            added = shot.prompt.removeprefix(before.prompt)
+            described = set(re.findall(r"(\w+) is a", added))
+            assert described == {c.name for c in true.cast} - shown
+            assert all(f"{c.look.shape} {c.look.colour}" in added for c in true.cast if c.name in described)
+            assert (f"{true.scenery.flag} flag" in added) == (true.place not in shown)
+            assert read_prompt(shot.prompt) == read_prompt(before.prompt)
+            assert len(tokenizer(shot.prompt)["input_ids"]) <= TEXT_TOKENS
+            shown |= {true.place, *described}
+
+
 def test_every_character_returns_after_a_cut() -> None:
     for file in written():
         seen = Counter(name for shot in file.shots if shot.cut for name in shot.characters)
