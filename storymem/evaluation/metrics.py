@@ -82,7 +82,9 @@ class ViclipScores(Metric):
         Column("consistency_overall", "Cross-shot consistency, overall", "Consist., overall", consistency=True),
         Column("consistency_top10", "Cross-shot consistency, top-10 pairs", "Consist., top-10", consistency=True),
         Column(
-            *("consistency_same_character", "Cross-shot consistency, same character", "Consist., same char."),
+            "consistency_same_character",
+            "Cross-shot consistency, same character",
+            "Consist., same char.",
             consistency=True,
         ),
     )

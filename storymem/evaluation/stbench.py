@@ -130,14 +130,15 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
     check_metrics(settings.metrics)
     systems = find_systems(settings, compose)
     where, stories = find_stories(settings, systems)
-    plan, missing = make_plan(systems, stories), missing_weights(settings.metrics)
+    there = {one.name: find_films(one.films, stories) for one in systems if one.films.exists() or one.method is None}
+    plan, missing = make_plan(systems, stories, there), missing_weights(settings.metrics)
     if settings.dry_run:
         needs = ["metrics need what is not on this machine:"] if missing else []
         print("\n".join([plan, *needs, *map(str, missing), *what_methods_lack(systems, stories)]))
         return None
     if missing:
         raise MissingWeights("\n".join([*map(str, missing), _WITHOUT_WEIGHTS]))
-    check_films(systems, stories)
+    check_films(systems, stories, there)
     check_output(Path(settings.output))
     from storymem.evaluation.controls import controls_for
     from storymem.evaluation.jobs import find_jobs, score_jobs
@@ -250,34 +251,29 @@ def _name_of(films: str) -> str:
     return path.stem if path.suffix.lower() in MAPPING_SUFFIXES else path.name
 
 
-def make_plan(systems: Sequence[System], stories: Sequence[Story]) -> str:
-    """What will be made and scored: for each system the film of each story, and missing shots.
+def _count(there: Films | None) -> int:
+    return sum(shot.path is not None for film in (there.films if there else ()) for shot in film.shots)
 
-    Raises:
-        ValueError: as `find_films`.
-    """
+
+def make_plan(systems: Sequence[System], stories: Sequence[Story], there: Mapping[str, Films]) -> str:
+    """What will be made and scored: for each system the film of each story, and missing shots."""
     shots = sum(len(story.shots) for story in stories)
     lines = [f"{len(stories)} {'story' if len(stories) == 1 else 'stories'}, {shots} shots"]
     for system in systems:
-        there = find_films(system.films, stories) if system.films.exists() or system.method is None else None
-        found = sum(shot.path is not None for film in (there.films if there else ()) for shot in film.shots)
+        found = _count(there.get(system.name))
         rest = "; the others will be made" if system.method is not None and found < shots else ""
         lines.append(f"{system.name}: {found} of {shots} shots in {system.films}{rest}")
-        if there is not None and system.method is None:
-            lines += _films_found(there, stories)
+        if system.method is None:
+            lines += _films_found(there[system.name], stories)
     return "\n".join(lines)
 
 
-def check_films(systems: Sequence[System], stories: Sequence[Story]) -> None:
+def check_films(systems: Sequence[System], stories: Sequence[Story], there: Mapping[str, Films]) -> None:
     """Raise ``ValueError`` for a folder of films without a shot of any of the stories."""
+    advice = f"a folder such as {stories[0].slug}/ is expected; dry_run=true lists what is missing"
     for system in systems:
-        if system.method is None:
-            films = find_films(system.films, stories).films
-            if not any(shot.path is not None for film in films for shot in film.shots):
-                raise ValueError(
-                    f"films={system.films} holds no film of the stories: a folder such as {stories[0].slug}/ is "
-                    "expected; dry_run=true lists what is missing"
-                )
+        if system.method is None and not _count(there[system.name]):
+            raise ValueError(f"films={system.films} holds no film of the stories: {advice}")
 
 
 def _films_found(there: Films, stories: Sequence[Story]) -> Iterator[str]:
