@@ -248,3 +248,25 @@ def test_an_unfinished_film_is_mentioned(tmp_path: Path, five: Story) -> None:
     (tmp_path / "film").mkdir()
     Film(tmp_path / "film", story=five.to_dict(), config={}).save()
     assert "film     holds 0 takes; to make: shots 1, 2, 3, 4, 5\n" in planned(five)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+scorer.clip.folder=/nowhere", r"unknown key scorer\.clip\.folder"),
+        ("scorer.clip._target_=mine.Clip", r"scorer\.clip\._target_=mine\.Clip cannot be imported: No module named"),
+        ("+scorer.clip.batch_size=0", r"scorer\.clip: batch_size=0: must be 1 or more"),
+        ("+scorer.clip.dtype=half", r"scorer\.clip: unknown dtype 'half'"),
+        ("+scorer.clip.device=cpu", r"scorer\.clip\.device=cpu: it runs where runtime\.device says"),
+        ("~scorer.clip.config", r"scorer\.clip\.config is missing"),
+        ("scorer.quality.threshold=high", r"scorer\.quality: threshold='high': write a number"),
+    ],
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_scorers_that_cannot_be_built_are_refused_before_anything_is_made(
+    five: Story, tmp_path: Path, override: str, message: str, dry_run: bool
+) -> None:
+    config = composed(f"story={tmp_path / 'story.yaml'}", "model=tiny", override, f"dry_run={dry_run}")
+    with pytest.raises(ValueError, match=message):
+        generate(config)
+    assert not Path("films").exists()

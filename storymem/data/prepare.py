@@ -75,18 +75,18 @@ def prepare(config: Mapping[str, Any]) -> LatentCache | None:
 
 def _check_weights(settings: PrepareSettings) -> None:
     """Raise ``MissingWeights`` if networks that the steps need are not on this machine."""
-    from storymem.scorers import scorer_weights
+    from storymem.scorers import check_scorers, scorer_weights
     from storymem.weights import locate
 
-    scorers = []
+    scorers = {}
     if "cache" in settings.steps:
         check_weights(settings.model, text_to_video=False, experts=())
-        scorers.append(settings.scorer.quality)
+        scorers["quality"] = settings.scorer.quality
     if not {"embed", "cache"}.isdisjoint(settings.steps):
-        scorers.append(settings.scorer.clip)
-    for scorer in scorers:
-        for weights in scorer_weights(scorer):
-            locate(weights)
+        scorers["clip"] = settings.scorer.clip
+    check_scorers(scorers)
+    for weights in scorer_weights(scorers):
+        locate(weights)
 
 
 @contextmanager

@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import field
 from functools import partial
-from inspect import Parameter, signature
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT, StoryPath, UserPath, build_settings, first_of, nearest
+from storymem.config import STRICT, StoryPath, UserPath, build_settings, first_of
 from storymem.evaluation.films import Films, find_films, only_named, stories_of, stories_of_films
 from storymem.evaluation.mapping import MAPPING, MAPPING_SUFFIXES
 from storymem.evaluation.statistics import StatisticsSettings
@@ -127,7 +125,9 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
         the results; None in a dry run and in all processes but the first.
     """
     settings = build_settings(EvaluateSettings, config)
-    check_metrics(settings.metrics)
+    from storymem.scorers import check_targets
+
+    check_targets(settings.metrics, "metrics")
     systems = find_systems(settings, compose)
     where, stories = find_stories(settings, systems)
     there = {one.name: find_films(one.films, stories) for one in systems if one.films.exists() or one.method is None}
@@ -303,19 +303,6 @@ def missing_weights(nodes: Mapping[str, Any]) -> list[MissingWeights]:
         except MissingWeights as error:
             missing.append(error)
     return missing
-
-
-def check_metrics(nodes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ``ValueError`` for a setting that a metric does not have; nothing is built."""
-    for metric, node in nodes.items():
-        try:
-            known = signature(resolve_name(str(node.get("_target_")))).parameters
-        except (ImportError, AttributeError, ValueError):
-            continue  # reported with its cause where metrics are built
-        if any(one.kind is Parameter.VAR_KEYWORD for one in known.values()):
-            continue
-        if unknown := next((key for key in node if key not in known and not key.startswith("_")), None):
-            raise ValueError(f"unknown key metrics.{metric}.{unknown}{nearest(unknown, known)}")
 
 
 def build_metrics(nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:

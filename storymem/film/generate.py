@@ -25,7 +25,7 @@ from storymem.film.settings import (
 from storymem.film.tables import film_table
 from storymem.memory.bank import read_entries
 from storymem.overrides import hydra_arguments
-from storymem.scorers import scorer_bytes, scorer_weights
+from storymem.scorers import check_scorers, scorer_bytes, scorer_weights
 from storymem.stopping import stopping_on_signals
 from storymem.story import Story, load_stories, load_story
 from storymem.wan.processes import Launch, find_grid
@@ -165,12 +165,13 @@ def _check(settings: GenerateSettings, stories: Mapping[Path, Story], launch: La
 
 
 def _check_weights(settings: GenerateSettings, stories: Mapping[Path, Story], *, reports: bool) -> None:
-    """Raise ``ValueError`` or ``OSError`` for weights that are missing or do not fit; print notes if ``reports``."""
+    """Raise ``ValueError`` or ``OSError`` for weights and scorers that cannot be used; print notes if ``reports``."""
     for folder, story in stories.items() if reports else ():
         print(f"{story.title}: {len(story.shots)} shots with {settings.model.name}, to {folder}", file=sys.stderr)
     from storymem.story.notes import notes_on  # these load transformers
     from storymem.wan.sources import check_weights
 
+    check_scorers(vars(settings.scorer))
     text_to_video = any(uses_text_to_video(story, settings) for story in stories.values())
     check_weights(settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler)
     if reports:
@@ -206,6 +207,7 @@ def _print_plans(settings: GenerateSettings, config: Mapping[str, Any], stories:
     """Print the plans. ``ValueError`` if films cannot be made as planned, or folders hold others."""
     from storymem.film.plan import make_plan
 
+    check_scorers(vars(settings.scorer))
     plans = [make_plan(story, settings, folder) for folder, story in stories.items()]
     print("\n\n".join(text for text, _ in plans), flush=True)
     if problems := dict.fromkeys(problem for _, found in plans for problem in found):

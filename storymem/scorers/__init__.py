@@ -21,11 +21,12 @@ This module loads no torch, and no scorer is imported before it is used.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from storymem.weights import Weights
+from storymem.config import nearest
+from storymem.weights import Weights, locate
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,64 @@ def scorer_weights(node: Any) -> list[Weights]:
 def scorer_bytes(*scorers: Mapping[str, Any]) -> tuple[int, ...]:
     """The size of the published weights of each scorer; those that come with the package count as nothing."""
     return tuple(int(sum(weights.size_gb for weights in scorer_weights(scorer)) * 1e9) for scorer in scorers)
+
+
+def check_targets(node: Any, key: str) -> None:
+    """Check the ``_target_`` nodes at or below ``node``, of scorers or of what has some; no weights are read.
+
+    Raises:
+        ValueError: for a class that does not exist, an argument that it does not take or that is missing, and a
+            scorer's device, dtype, batch size or threshold that cannot be used.
+        MissingWeights: for a scorer's folder that is not on this machine.
+    """
+    from storymem.scorers.scorer import Scorer, check_placement, check_threshold
+
+    if not isinstance(node, Mapping):
+        return
+    for name, below in node.items():
+        check_targets(below, f"{key}.{name}")
+    if "_target_" not in node:
+        return
+    try:
+        call = resolve_name(str(node["_target_"]))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{key}._target_={node['_target_']} cannot be imported: {error}") from None
+    owner = getattr(call, "__self__", call)
+    is_scorer = inspect.isclass(owner) and (owner.__module__.startswith(__name__) or issubclass(owner, Scorer))
+    # Our constructors pass on what they do not name to the class, and that to the class of all scorers.
+    _check_arguments(node, key, call, passed_to=(owner, Scorer) if is_scorer else ())
+    if not is_scorer:
+        return
+    if "folder" in node:
+        locate(Weights(name=f"{key}.folder", source=str(node["folder"])))
+    try:
+        check_placement(**{name: node[name] for name in ("device", "dtype", "batch_size") if name in node})
+        check_threshold(node.get("threshold", 0.0))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _check_arguments(node: Mapping[str, Any], key: str, call: Any, *, passed_to: Sequence[Any]) -> None:
+    """Raise ``ValueError`` for arguments that neither ``call`` takes, nor, where it passes them on, ``passed_to``."""
+    own = [one for one in inspect.signature(call).parameters.values() if one.kind is not one.VAR_POSITIONAL]
+    named = {one.name for one in own if one.kind is not one.VAR_KEYWORD}
+    passes_on = len(named) < len(own)
+    further = (one for each in passed_to for one in inspect.signature(each).parameters.values())
+    known = named | {one.name for one in further if passes_on and one.default is not one.empty}
+    unknown = [name for name in node if not name.startswith("_") and name not in known]
+    if unknown and (passed_to or not passes_on):
+        raise ValueError(f"unknown key {key}.{unknown[0]}{nearest(unknown[0], known)}")
+    lacking = [one.name for one in own if one.default is one.empty and one.name in named - node.keys()]
+    if lacking:
+        raise ValueError(f"{key}.{lacking[0]} is missing")
+
+
+def check_scorers(nodes: Mapping[str, Any]) -> None:
+    """As :func:`check_targets`, for the scorers of a film or a preparation, which ``runtime.device`` places."""
+    for name, node in nodes.items():
+        check_targets(node, f"scorer.{name}")
+        if (device := node.get("device", "auto")) != "auto":
+            raise ValueError(f"scorer.{name}.device={device}: it runs where runtime.device says; leave it at auto")
 
 
 def with_defaults(node: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -70,11 +70,7 @@ class Scorer(Generic[Network]):
         dtype: str | torch.dtype = "float32",
         batch_size: int = 32,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: must be 1 or more")
-        self.batch_size = batch_size
-        self.dtype = resolve_dtype(dtype)
-        self.device = resolve_device(device, "device")
+        self.device, self.dtype, self.batch_size = check_placement(device, dtype, batch_size)
         self.network = network.eval().requires_grad_(False)
         self._cast()
         self.network.to(self.device)
@@ -110,6 +106,15 @@ class Scorer(Generic[Network]):
         narrow = f"{self.dtype} may be too narrow for these weights: try dtype=float32"
         check_finite(results, f"{what} by {type(self).__name__}", "" if self.dtype == torch.float32 else narrow)
         return results
+
+
+def check_placement(
+    device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32", batch_size: int = 32
+) -> tuple[torch.device, torch.dtype, int]:
+    """Placement as a scorer uses it; ``ValueError`` as of `Scorer`."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: must be 1 or more")
+    return resolve_device(device, "device"), resolve_dtype(dtype), batch_size
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -20,7 +20,7 @@ from storymem.film.settings import GenerateSettings, build_policy
 from storymem.film.storyteller import Storyteller
 from storymem.media.images import write_image
 from storymem.media.video import probe, read_video
-from storymem.scorers import scorer_weights
+from storymem.scorers import check_scorers, scorer_weights
 from storymem.scorers.scorer import as_images
 from storymem.story import Story, load_story
 from storymem.training.experts import Experts
@@ -136,6 +136,7 @@ def check_sample_film(settings: TrainSettings) -> None:
     memory = generate_settings(settings, settings.runtime.device).memory
     build_policy(memory.recall, "memory.recall", ("capacity", "recall"))
     build_policy(memory.selector, "memory.selector", ("max_keyframes", "select"))
+    check_scorers(vars(settings.scorer))
     for weights in scorer_weights(vars(settings.scorer)):
         locate(weights)
 
