@@ -1,60 +1,74 @@
-"""What a system denoises, as data: one token sequence made of segments.
+"""What a system denoises, as data: one sequence of latent frames made of segments.
 
-Every system here runs the same network on one sequence of latent frames. Systems differ in four things only, and a
-:class:`Segment` states them for a run of frames: its temporal positions, its timestep, which keys its queries read, and
-which text it reads. A :class:`Layout` is a sequence of segments; :mod:`storymem.wan.transformer` executes it.
+Wan denoises the latent frames of one shot, and self-attention lets every token read all others. Systems for several
+shots run the same network on more frames: keyframes of earlier shots, or further shots. They differ in four things
+only, which a :class:`Segment` states for a run of frames:
 
-M memory frames, T latent frames of video, stride S, timestep t of the step. In the tables a cell is marked ``x`` where
-the queries of its row read the keys of its column.
+- ``positions``: where each frame is on the temporal axis (RoPE);
+- ``timestep``: how noisy the frames are, that of the step (t) or a fixed one (0: clean);
+- ``reads``: which keys its queries read in self-attention;
+- ``text``: what its queries read in cross-attention.
 
-``single_shot``, Wan itself::
+A :class:`Layout` is a sequence of segments; :mod:`storymem.wan.transformer` executes it. In the tables ``x`` means that
+the queries of the row read the keys of the column. M memory frames, T latent frames of video, stride S.
+
+Wan itself, ``single_shot``::
 
     segment   positions    timestep   text      reads: video
     video     0 .. T-1     t          prompt           x
 
-``memory_joint``, StoryMem as published (section 3.3). Memory frames are noise and are denoised with the video; their
-clean latents are given in condition channels. Negative positions place them before the shot: frame k of M is at
-``(k - M - 1) * S``, k = 1 .. M, that is at ``-M*S, -(M-1)*S, ..., -S``, and the video at ``0, 1, ..., T-1``::
+StoryMem as published (arXiv 2512.19539, section 3.3), ``memory_joint``. The sequence begins with memory frames. They
+are noise and are denoised with the video; their clean latents are in condition channels, and what is denoised of them
+is dropped. The video keeps the positions that Wan was trained with, and memory has negative ones, S = 5 apart: to the
+network it is frames from long before the shot::
+
+    temporal positions:  -M*S, -(M-1)*S, ..., -S,  0, 1, ..., T-1
+
+    M = 3, S = 5:        -15   -10   -5  |  0  1  2  ...  T-1
+                             memory      |       video
 
     segment   positions    timestep   text      reads: memory   video
-    memory    -MS .. -S    t          prompt           x        x
+    memory    -M*S .. -S   t          prompt           x        x
     video     0 .. T-1     t          prompt           x        x
 
-``memory_cached``, ours. Memory frames are clean, at timestep 0, and read nothing that changes between steps: their keys
-and values are computed once a shot (:attr:`Layout.constant`), and a step computes the video alone::
+StoryMem with cached memory, ours, ``memory_cached``. Memory frames are clean, at timestep 0, and read nothing that
+changes between steps. So their keys and values are the same in all steps (:attr:`Layout.constant`): they are computed
+once a shot, and a step computes the video alone::
 
     segment   positions    timestep   text      reads: memory   video
-    memory    -MS .. -S    0          none             x
+    memory    -M*S .. -S   0          none             x
     video     0 .. T-1     t          prompt           x        x
 
-``with_given``: the first n latent frames of the video are clean, as Wan2.2-TI2V-5B gets its first frame::
+A shot whose first n latent frames are given, for a base without condition channels (Wan2.2-TI2V-5B), ``with_given``::
 
     segment   positions    timestep   text      reads: given    video
     given     0 .. n-1     0          prompt           x        x
     video     n .. T-1     t          prompt           x        x
 
-``holocine``: all shots of a film at once, each with its own caption. ``full``: every shot reads all shots. ``sparse``:
-a shot reads itself and the first latent frame of every shot; its own first frame is read twice and counts twice::
+HoloCine (arXiv 2510.20822), ``holocine``: all shots of a film at once, each with its own caption. In its full variant
+every shot reads all shots. In the sparse one, below, it reads all of itself and the first latent frame of every shot,
+itself among them; that frame is read twice and counts twice::
 
-    segment   positions    timestep   text                 reads: shot 1  shot 2   first frame of 1   of 2
-    shot 1    its frames   t          global, caption 1           x                x                  x
-    shot 2    its frames   t          global, caption 2                   x        x                  x
+    segment   positions                timestep   text                reads: shot 1       shot 2
+    shot 1    0 .. T_1-1               t          global, caption 1          all, first   first
+    shot 2    T_1 .. T_1+T_2-1         t          global, caption 2          first        all, first
 
-``lct``: all shots of a film at once, each with its own text and, in training, its own timestep. LCT itself puts every
-text before its video on the temporal axis; Wan's text has no positions, so a ``gap`` G is left in its place. T_k is the
-number of frames of shot k::
+LCT (arXiv 2503.10589), ``lct``: all shots of a film at once, each with its own text and, in training, its own timestep.
+LCT itself puts every text before its video on the temporal axis; Wan's text has no positions, so a gap G is left::
 
-    segment   positions                      timestep   text             reads: shot 1   shot 2
-    shot 1    0 .. T_1-1                     t_1        scene, shot 1           x        x
-    shot 2    T_1+G .. T_1+G+T_2-1           t_2        scene, shot 2           x        x
+    segment   positions                timestep   text                reads: shot 1       shot 2
+    shot 1    0 .. T_1-1               t_1        scene, shot 1              x            x
+    shot 2    T_1+G .. T_1+G+T_2-1     t_2        scene, shot 2              x            x
 
-``memento``: an image of the subject is denoised beside the shot. Memory has two key sets, one attention for each, and
-takes the mean (marked 1 and 2): subject and video exchange information through memory alone::
+Memento (arXiv 2606.14667), ``memento``: an image of the subject is denoised beside the shot, from a caption of its own.
+Memory frames are at the time in the film that they are from, and in each step they are the clean ones with that step's
+noise. They read two key sets (1 and 2), with one attention for each, and take the mean. Subject and video do not read
+each other: memory is all that passes between them::
 
-    segment   positions    timestep   text              reads: subject  memory  video
-    subject   -512         t          subject caption          x        x
-    memory    film time    t          prompt                   1        1, 2    2
-    video     0 .. T-1     t          prompt                            x       x
+    segment   positions    timestep   text              reads: subject   memory   video
+    subject   -512         t          subject caption          x         x
+    memory    film time    t          prompt                   1         1, 2     2
+    video     0 .. T-1     t          prompt                             x        x
 """
 
 from __future__ import annotations
