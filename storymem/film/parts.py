@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from storymem.memory import Keyframe
-from storymem.wan.recall import Candidates
 from storymem.wan.settings import VideoSettings
-from storymem.wan.shots import OnStep, ShotRequest
+from storymem.wan.shots import Candidates, OnStep, ShotRequest
 from storymem.wan.spec import Expert
 
 

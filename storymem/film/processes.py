@@ -20,9 +20,8 @@ from torch import Tensor
 from storymem.film.parts import ShotGenerator
 from storymem.wan.parallel import join, leave, take_accelerator
 from storymem.wan.processes import Launch
-from storymem.wan.recall import Candidates
 from storymem.wan.settings import VideoSettings
-from storymem.wan.shots import OnStep, ShotRequest
+from storymem.wan.shots import Candidates, OnStep, ShotRequest
 from storymem.wan.spec import Expert
 
 _PATIENCE = timedelta(days=1)  # for which the others wait while the first scores frames and writes files

@@ -60,9 +60,8 @@ from storymem.scorers import QualityScorer
 from storymem.scorers.on_demand import OnDemand
 from storymem.scorers.scorer import NoQuality, as_images
 from storymem.story import Shot, Story
-from storymem.wan.recall import Candidates
 from storymem.wan.settings import MAX_SEED, Continuity
-from storymem.wan.shots import ShotRequest
+from storymem.wan.shots import Candidates, ShotRequest
 from storymem.wan.spec import Expert
 
 logger = logging.getLogger(__name__)

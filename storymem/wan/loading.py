@@ -22,7 +22,7 @@ from storymem.wan.placement import settle
 from storymem.wan.runtime import accelerate, check_machine, place
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings
-from storymem.wan.sources import Adapter, adapters_of, check_text_weights, check_weights
+from storymem.wan.sources import Adapter, adapters_of, check_weights
 from storymem.wan.spec import COMPONENTS, Expert
 from storymem.weights import locate
 
@@ -38,7 +38,7 @@ def load_pipeline(
     continuity: Continuity = "none",
     sampler: SamplerSettings | None = None,
     text_encoder: bool = True,
-    vae: bool = True,
+    vae: bool | AutoencoderKLWan = True,
     experts: bool | Collection[Expert] = True,
 ) -> WanMemoryToVideoPipeline:
     """A ready memory-to-video pipeline.
@@ -49,7 +49,8 @@ def load_pipeline(
         continuity: selects the adapter, where there is one for each kind.
         sampler: how shots will be sampled; None: as published.
         text_encoder: whether to load the text encoder; without it, pass ``prompt_embeds``.
-        vae: whether to load the VAE; without it, the pipeline can only encode texts.
+        vae: whether to load the VAE; without it, the pipeline can only encode texts. Or one that is loaded, for
+            ``model.text_model``, which has none of its own.
         experts: whether to load the transformers and their adapters, or which of the two. With none the pipeline can
             only encode, and with one of two it makes no shot.
 
@@ -65,6 +66,7 @@ def load_pipeline(
         text_to_video=False,
         continuity=continuity,
         sampler=sampler if names else None,
+        vae=isinstance(vae, bool),
         text_encoder=text_encoder,
         experts=wanted,
     )
@@ -72,25 +74,10 @@ def load_pipeline(
         runtime = _settled(model, runtime, sampler)
     elif runtime.offload == "auto":  # text encoder and VAE have room wherever experts could work
         runtime = replace(runtime, offload="none")
-    shared = dict.fromkeys(("vae", "tokenizer", "text_encoder"))
-    for name in [*(["vae"] if vae else []), *(["tokenizer", "text_encoder"] if text_encoder else [])]:
+    shared = {"vae": None if isinstance(vae, bool) else vae, "tokenizer": None, "text_encoder": None}
+    for name in [*(["vae"] if vae is True else []), *(["tokenizer", "text_encoder"] if text_encoder else [])]:
         shared[name] = _component(model, name, runtime)
     return _assembled(model, shared, names, runtime, sampler, continuity)
-
-
-def load_text_to_video(
-    model: ModelSettings,
-    *,
-    vae: AutoencoderKLWan,
-    runtime: RuntimeSettings | None = None,
-    sampler: SamplerSettings | None = None,
-) -> WanMemoryToVideoPipeline:
-    """The text-to-video pipeline of the first shot, without a text encoder; it shares ``vae``."""
-    own, sampler = model.text_model, (sampler or SamplerSettings()).text_sampler
-    runtime = _settled(own, runtime or RuntimeSettings(), sampler)
-    check_text_weights(model)
-    shared = {"tokenizer": None, "text_encoder": None, "vae": vae}
-    return _assembled(own, shared, list(COMPONENTS.values()), runtime, sampler, "none")
 
 
 def _assembled(

@@ -17,14 +17,16 @@ from storymem.io import check_finite
 from storymem.wan.conditioning import decode_video
 from storymem.wan.inputs import Inputs
 from storymem.wan.keyframe_query import KeyframeQuery, choose, embedded, film_positions, mean_scores
-from storymem.wan.loading import load_pipeline, load_text_to_video
+from storymem.wan.loading import load_pipeline
+from storymem.wan.lora import read_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.placement import settle
 from storymem.wan.preview import Preview
-from storymem.wan.recall import Candidates, load_queries
 from storymem.wan.runtime import check_machine, check_runtime, compiled_graphs, release_memory
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
+from storymem.wan.sources import adapter_weights
 from storymem.wan.spec import Expert, experts_of
+from storymem.weights import locate
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,25 @@ class ShotRequest:
     seed: int
     memory: Sequence[Tensor]
     given: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Frames of a film among which a learned recall chooses for a shot.
+
+    Args:
+        latents: normalised one-frame latents [z, 1, h, w] of each.
+        frames: place of each in the film, from 0, with all shots as they were generated end to end.
+        start: place of the shot's first frame.
+        prompt: of the shot.
+        caption: of the whole film; the prompt where there is none.
+    """
+
+    latents: Sequence[Tensor]
+    frames: Sequence[int]
+    start: int
+    prompt: str
+    caption: str
 
 
 class WanShotGenerator:
@@ -175,7 +196,7 @@ class WanShotGenerator:
             raise ValueError("a learned recall reads both experts, and with runtime.experts=in_turn one is loaded")
         experts = experts_of(pipe)
         if self._queries is None:
-            self._queries = load_queries(self.model, experts, continuity=self.continuity)
+            self._queries = self._load_queries(experts)
         device, scores = pipe._execution_device, []
         latents = torch.cat(list(candidates.latents), dim=1).to(device, torch.float32)
         positions = film_positions(candidates.frames, candidates.start)
@@ -187,6 +208,18 @@ class WanShotGenerator:
             query.to("cpu")
         by_local, by_global = torch.stack(scores).mean(dim=0)
         return sorted(choose(by_local, by_global, local=local, whole=whole).tolist())
+
+    def _load_queries(self, experts: Mapping[Expert, Any]) -> dict[Expert, KeyframeQuery]:
+        """The query of each expert from the adapter's files, which were checked; random without an adapter."""
+        if self.model.adapter is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.model.seed)
+                return {name: KeyframeQuery.of(expert) for name, expert in experts.items()}
+        adapters = read_memory_lora(experts, locate(adapter_weights(self.model.adapter, self.continuity)))
+        return {
+            expert: KeyframeQuery.from_tensors(adapter.query(), experts[expert], where=str(adapter.file.path))
+            for expert, adapter in adapters.items()
+        }
 
     @property
     def _uses_guidance(self) -> bool:
@@ -203,7 +236,13 @@ class WanShotGenerator:
         if self._text_pipe is None:
             self._free_experts()
             vae = self._load().vae
-            self._text_pipe = load_text_to_video(self.model, vae=vae, runtime=self.settled, sampler=self.sampler)
+            self._text_pipe = load_pipeline(
+                self.model.text_model,
+                runtime=self.settled,
+                sampler=self.sampler.text_sampler,
+                text_encoder=False,
+                vae=vae,
+            )
         return self._text_pipe
 
     def _free_experts(self) -> None:

@@ -53,9 +53,10 @@ class Needs(TypedDict, total=False):
     """What is made with a model, and so which of its weights are needed.
 
     Args:
-        text_to_video: whether a first shot is generated from text.
+        text_to_video: whether a first shot is generated from text, by ``model.text_model``.
         continuity: selects the adapter, where there is one for each kind; "none" by default.
         sampler: whose adapter is needed, too; None: none.
+        vae: true by default; false for a ``text_model``, which uses the VAE of the model that it belongs to.
         text_encoder: whether texts are encoded; true by default.
         experts: which of the transformers are loaded, with their adapters; all by default.
     """
@@ -63,6 +64,7 @@ class Needs(TypedDict, total=False):
     text_to_video: Required[bool]
     continuity: Continuity
     sampler: SamplerSettings | None
+    vae: bool
     text_encoder: bool
     experts: Collection[Expert]
 
@@ -89,41 +91,28 @@ def check_weights(model: ModelSettings, **needs: Unpack[Needs]) -> None:
         MissingWeights: if any are missing.
         FileError: if all are there, and some do not fit.
     """
-    _raise_for(inspect_weights(model, **needs))
-
-
-def check_text_weights(model: ModelSettings) -> None:
-    """As :func:`check_weights`, for the transformers that generate a first shot from text alone."""
-    _raise_for([_inspect(*needed) for needed in _text_inspection(model).required()])
-
-
-def _required(model: ModelSettings, **needs: Unpack[Needs]) -> Iterator[tuple[Weights, Check]]:
-    """All weights, each with its check; adapters after the networks that they are compared with."""
-    experts = [COMPONENTS[expert] for expert in model.spec.experts if expert in needs.get("experts", COMPONENTS)]
-    texts = ["text_encoder", "tokenizer"] if needs.get("text_encoder", True) else []
-    sampler, continuity = needs.get("sampler"), needs.get("continuity", "none")
-    inspections = [_Inspection(model, ["vae", *texts, *experts], "model.weights")]
-    adapters = [adapters_of(model, sampler, continuity)] if experts else []
-    if needs["text_to_video"] and model.has_text_to_video:
-        inspections.append(_text_inspection(model))
-        adapters.append(adapters_of(model.text_model, sampler and sampler.text_sampler, continuity))
-    for inspection in inspections:
-        yield from inspection.required()
-    for inspection, own in zip(inspections, adapters, strict=False):
-        yield from ((adapter.weights, partial(inspection.adapter, adapter=adapter)) for adapter in own)
-
-
-def _text_inspection(model: ModelSettings) -> _Inspection:
-    return _Inspection(model.text_model, list(COMPONENTS.values()), "model.text_to_video")
-
-
-def _raise_for(found: list[Source]) -> None:
+    found = inspect_weights(model, **needs)
     problems = list(dict.fromkeys(source.problem for source in found if source.problem))
     missing = [source.weights for source in found if source.path is None]
     if any(not weights.is_local for weights in missing):
         problems.append(_DOWNLOAD)
     if problems:
         raise (MissingWeights if missing else FileError)("\n".join(problems))
+
+
+def _required(model: ModelSettings, **needs: Unpack[Needs]) -> Iterator[tuple[Weights, Check]]:
+    """All weights, each with its check; adapters after the networks that they are compared with."""
+    sampler, vae = needs.get("sampler"), needs.get("vae", True)
+    experts = [COMPONENTS[expert] for expert in model.spec.experts if expert in needs.get("experts", COMPONENTS)]
+    texts = ["text_encoder", "tokenizer"] if needs.get("text_encoder", True) else []
+    components = [*(["vae"] if vae else []), *texts, *experts]
+    inspection = _Inspection(model, components, "model.weights" if vae else "model.text_to_video")
+    yield from inspection.required()
+    for adapter in adapters_of(model, sampler, needs.get("continuity", "none")) if experts else ():
+        yield adapter.weights, partial(inspection.adapter, adapter=adapter)
+    if needs["text_to_video"] and model.has_text_to_video:
+        own = sampler and sampler.text_sampler
+        yield from _required(model.text_model, text_to_video=False, sampler=own, vae=False, text_encoder=False)
 
 
 #: Component -> where it is in Wan's original release, as a pattern; an expert that is alone is in the folder itself.

@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerFast
 from storymem.config import build_settings
 from storymem.film.generate import generate_films as generate
 from storymem.io import NotFiniteError
-from storymem.wan.loading import load_pipeline, load_text_to_video
+from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings
 from storymem.wan.sources import check_weights, inspect_weights
 from storymem.weights import MissingWeights
 from tests.composing import composed
-from tests.wan.tiny import CPU, settings
+from tests.wan.tiny import CPU, settings, text_to_video
 
 STORY = "title: One\noverview: A walk.\nscenes:\n  - shots:\n      - {prompt: Pim walks in the meadow.}\n"
 
@@ -254,7 +254,7 @@ def test_another_layout_is_refused_with_the_right_repository(tmp_path: Path) -> 
 
 
 def test_networks_of_the_other_task(pipe: WanMemoryToVideoPipeline, base: Path, tmp_path: Path) -> None:
-    by_text = load_text_to_video(settings(), vae=pipe.vae, runtime=CPU)
+    by_text = text_to_video(settings(), pipe.vae)
     by_text.save_pretrained(tmp_path / "t2v")
     for name in ("transformer", "transformer_2"):
         shutil.copytree(tmp_path / "t2v" / name, base / name, dirs_exist_ok=True)
@@ -271,7 +271,7 @@ def test_networks_of_the_other_task(pipe: WanMemoryToVideoPipeline, base: Path, 
     with pytest.raises(
         ValueError, match=r"takes 36 input channels .*model\.text_to_video needs 16.*T2V-A14B-Diffusers"
     ):
-        load_text_to_video(model, vae=pipe.vae, runtime=CPU)
+        text_to_video(model, pipe.vae)
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.layouts import original_vae
 from storymem.wan.checkpoints import Checkpoint, load_network
-from storymem.wan.loading import load_pipeline, load_text_to_video
+from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings
 from storymem.wan.shots import ShotRequest, WanShotGenerator
 from storymem.wan.sources import check_weights, inspect_weights
 from tests import stories
 from tests.wan import layouts
-from tests.wan.tiny import CPU, generate, images, settings
+from tests.wan.tiny import CPU, generate, images, settings, text_to_video
 
 
 def deep(**changes: Any) -> ModelSettings:
@@ -63,7 +63,7 @@ def test_the_original_release_gives_the_same_shot(pipe: WanMemoryToVideoPipeline
         text_to_video={"name": "t2v", "source": str(original), "file": "transformer*/*"},
     )
     with pytest.raises(ValueError, match=r"(?s)36 input channels, as Wan2\.2-I2V-A14B.*misshapen.*\[48, 36"):
-        load_text_to_video(by_text, vae=pipe.vae, runtime=CPU)
+        text_to_video(by_text, pipe.vae)
 
 
 @pytest.mark.parametrize("fp8", [False, True])

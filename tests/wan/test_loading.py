@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import UMT5EncoderModel
 
-from storymem.wan.loading import load_pipeline, load_text_to_video
+from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import save_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import WanUniPCScheduler
 from storymem.wan.settings import ModelSettings, SamplerSettings
 from storymem.weights import MissingWeights
-from tests.wan.tiny import CPU, adapt, generate, images, settings, shot_by_text
+from tests.wan.tiny import CPU, adapt, generate, images, settings, shot_by_text, text_to_video
 
 
 def local(path: Path) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def test_a_text_encoder_is_as_transformers_loads_it(saved: Path, dtype: str) -> 
 def test_a_text_to_video_folder_gives_the_same_shots(pipe: WanMemoryToVideoPipeline, saved: Path) -> None:
     expected = shot_by_text(settings(), pipe.vae)
     folder = saved.parent / "t2v"
-    random = load_text_to_video(settings(), vae=pipe.vae, runtime=CPU)
+    random = text_to_video(settings(), pipe.vae)
     assert random.config.boundary_ratio == 0.875
     assert random.transformer.config.in_channels == 16
     random.save_pretrained(folder)

@@ -35,7 +35,7 @@ def names(model: ModelSettings, *, text_to_video: bool) -> list[str]:
 
 def test_what_a_film_needs() -> None:
     assert names(settings(), text_to_video=True) == []
-    assert names(published(), text_to_video=True) == ["i2v", "t2v", "lora (MM2V)"]
+    assert names(published(), text_to_video=True) == ["i2v", "lora (MM2V)", "t2v"]
     assert names(published(), text_to_video=False) == ["i2v", "lora (MM2V)"]
     assert names(published(has_text_to_video=False), text_to_video=True) == ["i2v", "lora (MM2V)"]
     assert names(published(adapter=None), text_to_video=False) == ["i2v"]

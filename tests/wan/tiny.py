@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from storymem.config import build_settings
-from storymem.wan.loading import load_text_to_video
+from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
-from storymem.wan.settings import ModelSettings, RuntimeSettings
+from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HEIGHT, WIDTH, FRAMES, STEPS = 32, 48, 9, 4
@@ -101,9 +101,15 @@ def counting(*modules: nn.Module) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-def shot_by_text(model: ModelSettings, vae: Any, **changes: Any) -> Tensor:
+def text_to_video(model: ModelSettings, vae: Any, sampler: SamplerSettings | None = None) -> WanMemoryToVideoPipeline:
+    """The pipeline of a first shot from text alone."""
+    sampler = (sampler or SamplerSettings()).text_sampler
+    return load_pipeline(model.text_model, vae=vae, runtime=CPU, sampler=sampler, text_encoder=False)
+
+
+def shot_by_text(model: ModelSettings, vae: Any, sampler: SamplerSettings | None = None) -> Tensor:
     """Latents of a first shot by the text-to-video networks."""
-    pipe = load_text_to_video(model, vae=vae, runtime=CPU, **changes)
+    pipe = text_to_video(model, vae, sampler)
     pipe.set_progress_bar_config(disable=True)
     return pipe(
         prompt_embeds=torch.ones(1, 16, 32),
