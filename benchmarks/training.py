@@ -211,8 +211,9 @@ def measure_steps(settings: Any, experts: Any, accelerator: Any, memory: int) ->
     """Seconds and VRAM of steps with ``memory`` keyframes; the first step is not measured."""
     from storymem.commands.benchmark import peak_gb, reset_peak
     from storymem.training.method import ExpertTraining
+    from storymem.training.objectives.flow import loss_of
     from storymem.training.objectives.memory import SamplePlan
-    from storymem.training.objectives.samples import Source
+    from storymem.training.objectives.samples import Source, samples_of
     from storymem.training.trainer import StepReport, Trainer
     from storymem.wan.estimate import forward_flops
 
@@ -221,7 +222,9 @@ def measure_steps(settings: Any, experts: Any, accelerator: Any, memory: int) ->
     size = spec.latent_size(video.height, video.width)
     text = (network.text_tokens, network.transformer["text_dim"])
     latents: Any = DrawnLatents((spec.latent_frames(video.frames), *size), text, spec)
-    samples = settings.objective.samples(Source(train=settings, latents=latents, encodings=None, count=1))  # type: ignore[arg-type]
+    samples = samples_of(settings.objective)(
+        settings.objective, Source(train=settings, latents=latents, encodings=None, count=1)
+    )  # type: ignore[arg-type]
     keyframes = tuple((1 + number // 3, number % 3) for number in range(memory))
     batch = samples.read(SamplePlan(clip=0, memory=keyframes, given=0, drop_text=False, seed=0))
 
@@ -236,7 +239,7 @@ def measure_steps(settings: Any, experts: Any, accelerator: Any, memory: int) ->
         else:
             seconds.append(report.seconds)
 
-    objective, dtype = settings.objective.loss(settings), getattr(torch, model.dtype)
+    objective, dtype = loss_of(settings.objective, model), getattr(torch, model.dtype)
     trainer = Trainer(
         ExpertTraining(experts, objective, info=None, dtype=dtype),
         batches,  # type: ignore[arg-type]

@@ -15,62 +15,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
-
-import torch
-from accelerate.utils import send_to_device
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from storymem.data.manifest import digest
+from storymem.training.objectives.samples import Batch, Samples, collate
 
 if TYPE_CHECKING:
     from storymem.data.cache import LatentCache
-    from storymem.training.objectives.samples import Samples
 
 _AHEAD = 4  # batches that each reader is ahead of the training
 _SLOW_SECONDS = 60  # after which a wait for data is reported
 _END_SECONDS = 2.0  # how long readers are waited for: a read that hangs cannot be interrupted
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Samples of one size; objectives add what they need.
-
-    Args:
-        x0: clean latents [B, z, N, h, w] of all latent frames.
-        noise: e, of the same shape.
-        u: [B] in 0..1, from which the noise levels follow.
-        condition: mask and conditioning latents [B, 20, N, h, w]; None: the base has no condition channels.
-        mask: where the subject of the video is, [B, T, h, w] in 0..1; 0 everywhere if that is not known.
-        ids: of the target clips.
-    """
-
-    x0: Tensor
-    noise: Tensor
-    u: Tensor
-    condition: Tensor | None
-    mask: Tensor
-    ids: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def to(self, device: torch.device) -> Self:
-        """The same batch on a device."""
-        moved = {name: send_to_device(value, device, non_blocking=True) for name, value in vars(self).items()}
-        return replace(self, **moved)
-
-
-def collate(samples: Sequence[Batch]) -> Batch:
-    """Batches as one: tensors and tuples are joined; everything else is the same in all of them."""
-    joined: dict[str, Any] = {}
-    for name, value in vars(samples[0]).items():
-        if isinstance(value, Tensor):
-            joined[name] = torch.cat([getattr(sample, name) for sample in samples])
-        elif isinstance(value, tuple):
-            joined[name] = tuple(entry for sample in samples for entry in getattr(sample, name))
-    return replace(samples[0], **joined)
 
 
 def training_set_digest(latents: LatentCache) -> str:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from storymem.devices import resolve_device
 from storymem.io import read_json_object
 from storymem.training.optimization import assign
-from storymem.training.settings import AdapterTrainingSettings, ParallelSettings
+from storymem.training.run_settings import AdapterTrainingSettings, ParallelSettings
 from storymem.wan.components import expert_on_meta
 from storymem.wan.keyframe_query import KeyframeQuery
 from storymem.wan.loading import load_pipeline

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from storymem.io import replacing
-from storymem.training.batches import Batch
 from storymem.training.experts import Experts, by_expert
 from storymem.training.objectives.flow import FlowLoss, Losses
+from storymem.training.objectives.samples import Batch
 from storymem.wan.lora import AdapterInfo, Layout, write_memory_lora
 from storymem.wan.spec import Expert
 

@@ -16,7 +16,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from storymem.training.settings import OptimizerSettings
+from storymem.training.run_settings import OptimizerSettings
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 from storymem.config import first_of
 from storymem.data.cache import LatentCache
 from storymem.film.tables import counted
-from storymem.training.objectives.settings import used_splits
 from storymem.training.resume import CHECKPOINTS, CONFIG, MODEL, SAMPLES
 from storymem.training.run_log import METRICS
 from storymem.training.settings import TrainSettings
@@ -26,7 +25,7 @@ def make_plan(settings: TrainSettings, latents: LatentCache, *, processes: int, 
     samples = batch.size * batch.accumulation * processes
     clips = {split: [clip for clip in latents.clips if clip.split == split] for split in ("train", "valid")}
     sizes = sorted({"x".join(map(str, clip.bucket)) for clip in clips["train"]})
-    held_out = f", {len(clips['valid'])} held out" if "valid" in used_splits(settings) else ""
+    held_out = f", {len(clips['valid'])} held out" if "valid" in settings.splits else ""
     frozen, trained = parameters(settings)
     adapter = settings.adapter
     what = "all parameters" if adapter is None else f"an adapter of rank {adapter.rank}"

@@ -11,7 +11,8 @@ from storymem.config import build_settings
 from storymem.film.differences import differences
 from storymem.io import FileError, read_yaml
 from storymem.training.checkpoints import Checkpoint, Checkpoints
-from storymem.training.settings import OptimizerSettings, TrainSettings
+from storymem.training.run_settings import OptimizerSettings
+from storymem.training.settings import TrainSettings
 from storymem.wan.processes import Launch
 
 CONFIG, CHECKPOINTS, SAMPLES, MODEL = "config.yaml", "checkpoints", "samples", "model"

@@ -16,7 +16,8 @@ from storymem.film.settings import check_lengths
 from storymem.io import check_room, folder_lock
 from storymem.story import load_story
 from storymem.training.resume import CHECKPOINTS, check_run_folder
-from storymem.training.settings import CONTINUITY, TrainSettings
+from storymem.training.run_settings import CONTINUITY
+from storymem.training.settings import TrainSettings
 from storymem.wan.processes import Launch
 
 if TYPE_CHECKING:  # it loads torch

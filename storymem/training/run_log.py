@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from storymem.io import naming_full_disk, parse_json, read_bytes, write_text
-from storymem.training.settings import LogSettings
+from storymem.training.run_settings import LogSettings
 
 METRICS = "metrics.jsonl"
 

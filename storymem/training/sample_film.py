@@ -25,7 +25,8 @@ from storymem.scorers.scorer import as_images
 from storymem.story import Story, load_story
 from storymem.training.experts import Experts
 from storymem.training.resume import SAMPLES
-from storymem.training.settings import CONTINUITY, SampleSettings, TrainSettings
+from storymem.training.run_settings import CONTINUITY, SampleSettings
+from storymem.training.settings import TrainSettings
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import RuntimeSettings
 from storymem.wan.shots import WanShotGenerator

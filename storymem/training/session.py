@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from storymem.training.checkpoints import Checkpoint, Checkpoints
 from storymem.training.experts import Experts, load_start, make_accelerator, prepare_expert, save_model
 from storymem.training.method import ExpertTraining
 from storymem.training.objectives.encodings import Encodings, encode
-from storymem.training.objectives.samples import Source
+from storymem.training.objectives.flow import loss_of
+from storymem.training.objectives.samples import Source, samples_of
 from storymem.training.plan import disk_bytes
 from storymem.training.resume import CHECKPOINTS, CONFIG, MODEL, changes_of_later_steps, check_same_run
 from storymem.training.run_log import RunLog
-from storymem.training.settings import AdapterTrainingSettings, TrainSettings
+from storymem.training.run_settings import AdapterTrainingSettings
+from storymem.training.settings import TrainSettings
 from storymem.training.trainer import Callback, Trainer
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import AdapterInfo
@@ -54,7 +57,7 @@ def open_cache(settings: TrainSettings) -> LatentCache:
             f"{settings.dataset} holds clips of {sizes} (frames x height x width), none of them of the model's "
             f"{own}: prepare the data at that size, or set model.video to one of these"
         )
-    settings.objective.check_set(settings, cache)
+    samples_of(settings.objective).check(settings.objective, settings, cache)
     return cache
 
 
@@ -88,7 +91,8 @@ class Run:
             encodings=self._encodings(latents),
             count=batch.size * batch.accumulation * world,
         )
-        samples = settings.objective.samples(source)
+        draw = partial(samples_of(settings.objective), settings.objective)
+        samples = draw(source)
         about = {
             "config": json.loads(json.dumps(config)),
             "processes": world,
@@ -107,7 +111,7 @@ class Run:
             film.generator.experts = self.method.experts
         callbacks: list[Callback] = [LogMetrics(self.log, every=settings.log.every)]
         if every := settings.validation.every:
-            held_out = settings.objective.samples(replace(source, count=1, split="valid"))
+            held_out = draw(replace(source, count=1, split="valid"))
             number = settings.validation.samples
             callbacks.append(Validation(self.method, held_out, samples=number, every=every, log=self.log))
         readers = {"workers": batch.workers, "rank": accelerator.process_index, "world": world}
@@ -153,7 +157,7 @@ class Run:
 
     def _encodings(self, latents: LatentCache) -> Encodings:
         """What the objective needs beside the training set."""
-        needs = self.settings.objective.needs(self.settings, latents)
+        needs = samples_of(self.settings.objective).needs(self.settings.objective, self.settings, latents)
         return encode(needs, self.folder, replace(self.settings.model, adapter=None), latents, self.accelerator)
 
     def _newest(self, checkpoints: Checkpoints) -> Checkpoint | None:
@@ -214,7 +218,7 @@ class Run:
         parallel, accelerator = settings.parallel, self.accelerator
         return ExpertTraining(
             Experts(transformers, trained=settings.trained, accelerator=accelerator, parallel=parallel),
-            settings.objective.loss(settings),
+            loss_of(settings.objective, model),
             info=None if adapter is None else self._adapter_info(adapter, samples_per_step),
             alternate_every=parallel.alternate_every,
             dtype=getattr(torch, model.dtype),

@@ -28,7 +28,7 @@ from storymem.training.optimization import (
     whole,
     whole_tensors,
 )
-from storymem.training.settings import OptimizerSettings
+from storymem.training.run_settings import OptimizerSettings
 
 _AVERAGE, _OPTIMIZER = "average", "optimizer.safetensors"
 

@@ -13,7 +13,7 @@ from storymem.data.cache import LatentCache
 from storymem.training.batches import train_batches
 from storymem.training.objectives.memory import MemorySamples
 from storymem.training.objectives.settings import MemoryObjectiveSettings
-from storymem.training.settings import BatchSettings
+from storymem.training.run_settings import BatchSettings
 from tests.composing import composed
 from tests.data.drawn_clips import FRAMES, HEIGHT, WIDTH
 from tests.training.tiny import source

@@ -21,7 +21,7 @@ from storymem.stopping import Stopped
 from storymem.training.checkpoints import Checkpoints
 from storymem.training.experts import make_accelerator
 from storymem.training.optimization import whole
-from storymem.training.settings import ParallelSettings
+from storymem.training.run_settings import ParallelSettings
 from storymem.training.trainer import StepReport, Trainer
 from tests.forking import fork
 from tests.training.tiny import (

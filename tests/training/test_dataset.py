@@ -13,7 +13,7 @@ import torch
 from storymem.training.batches import train_batches
 from storymem.training.objectives.memory import MemorySamples
 from storymem.training.objectives.settings import MemoryObjectiveSettings
-from storymem.training.settings import BatchSettings
+from storymem.training.run_settings import BatchSettings
 from tests.training.tiny import MemoryLatents, TinyClip, latents, source
 
 EIGHT = 8

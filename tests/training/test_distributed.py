@@ -14,7 +14,7 @@ from torch import Tensor
 
 from storymem.training.checkpoints import Checkpoint, Checkpoints
 from storymem.training.experts import make_accelerator
-from storymem.training.settings import ParallelSettings
+from storymem.training.run_settings import ParallelSettings
 from tests.training import processes
 from tests.training.tiny import BATCH, CPU, method, read_metrics, run, trainer
 

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from storymem.config import ConfigError, build_settings
-from storymem.training.batches import collate
 from storymem.training.experts import prepare_expert, trained_parameters
 from storymem.training.objectives.memento import MementoBatch, MementoObjective, MementoSamples
-from storymem.training.objectives.samples import Source
+from storymem.training.objectives.samples import Source, collate, samples_of
 from storymem.training.objectives.settings import MementoObjectiveSettings
 from storymem.training.settings import TrainSettings
 from storymem.wan.keyframe_query import KeyframeQuery
@@ -152,7 +151,9 @@ def test_the_global_queries_read_the_caption_of_the_whole_film(tmp_path: Path) -
     training.trainer.run()
     settings: Any = training.settings
     encodings = training._encodings(data)  # type: ignore[arg-type]
-    drawn = settings.objective.samples(Source(train=settings, latents=data, encodings=encodings, count=1))  # type: ignore[arg-type]
+    drawn = samples_of(settings.objective)(
+        settings.objective, Source(train=settings, latents=data, encodings=encodings, count=1)
+    )  # type: ignore[arg-type]
     first = drawn.read(drawn.plan(0)[0])
     assert first.caption.shape == first.text.shape
     assert not torch.equal(first.caption, first.text)

@@ -21,8 +21,9 @@ from storymem.training.checkpoints import Checkpoints
 from storymem.training.resume import check_run_folder
 from storymem.training.run import train
 from storymem.training.run_log import RunLog
+from storymem.training.run_settings import LogSettings
 from storymem.training.session import Run
-from storymem.training.settings import LogSettings, TrainSettings
+from storymem.training.settings import TrainSettings
 from storymem.training.trainer import StepReport, Trainer
 from tests.training.tiny import ADAPTER, BATCH, Huge, config, latents, read_metrics, run
 

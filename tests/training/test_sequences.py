@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from storymem.training.batches import collate
 from storymem.training.objectives.films import FilmSamples
 from storymem.training.objectives.flow import noise_level
 from storymem.training.objectives.pictures import PictureSamples
+from storymem.training.objectives.samples import collate
 from storymem.training.objectives.sequence import SequenceBatch, SequenceObjective
 from storymem.training.objectives.settings import (
     FilmObjectiveSettings,

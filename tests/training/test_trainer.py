@@ -27,8 +27,9 @@ from storymem.training.experts import make_accelerator, prepare_expert
 from storymem.training.optimization import MovingAverage
 from storymem.training.resume import check_run_folder
 from storymem.training.run import train
+from storymem.training.run_settings import ParallelSettings
 from storymem.training.session import open_cache
-from storymem.training.settings import ParallelSettings, TrainSettings
+from storymem.training.settings import TrainSettings
 from storymem.training.trainer import StepReport, Trainer
 from tests import stories
 from tests.training.tiny import (

@@ -22,14 +22,9 @@ from storymem.training.objectives.memory import MemoryObjective, MemorySamples
 from storymem.training.objectives.samples import Source
 from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.training.run_log import METRICS
+from storymem.training.run_settings import AdapterTrainingSettings, BatchSettings, OptimizerSettings, ParallelSettings
 from storymem.training.session import Run
-from storymem.training.settings import (
-    AdapterTrainingSettings,
-    BatchSettings,
-    OptimizerSettings,
-    ParallelSettings,
-    TrainSettings,
-)
+from storymem.training.settings import TrainSettings
 from storymem.training.trainer import Trainer
 from storymem.wan.lora import AdapterInfo
 from storymem.wan.segments import Layout

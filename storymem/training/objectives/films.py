@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from storymem.io import parse_json, read_text, text_lines
+from storymem.training.objectives.encodings import Needs
 from storymem.training.objectives.samples import Samples, Source, clips_alike, draw_noise
 from storymem.training.objectives.sequence import SequenceBatch
 from storymem.training.objectives.settings import FilmObjectiveSettings
+from storymem.training.run_settings import RunSettings
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.segments import scene_and_own_text
 
@@ -51,10 +53,22 @@ class FilmSamples(Samples):
     """
 
     def __init__(self, settings: FilmObjectiveSettings, source: Source) -> None:
-        super().__init__(source)
-        self._settings, self._scenes = settings, scene_texts(self.latents.clips, settings.scenes)
+        super().__init__(settings, source)
+        self._scenes = scene_texts(self.latents.clips, settings.scenes)
         runs = neighbours(self.latents, (settings.min_shots, settings.max_shots), self.split)
         self._runs = {length: [run for run in runs if len(run) == length] for length in sorted(set(map(len, runs)))}
+
+    @classmethod
+    def check(cls, settings: FilmObjectiveSettings, train: RunSettings, latents: LatentCache) -> None:
+        super().check(settings, train, latents)
+        scene_texts(latents.clips, settings.scenes)
+        for split in train.splits:
+            neighbours(latents, (settings.min_shots, settings.max_shots), split)
+
+    @classmethod
+    def needs(cls, settings: FilmObjectiveSettings, train: RunSettings, latents: LatentCache) -> Needs:
+        texts = scene_texts(latents.clips, settings.scenes).values()
+        return Needs(texts=dict.fromkeys(texts, train.model.network.text_tokens))
 
     def plan(self, step: int) -> tuple[RunPlan, ...]:
         """The samples of ``step`` (from 0), all of one shape."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from storymem.training.objectives.settings import ObjectiveSettings
 from storymem.wan.schedule import shifted, unshifted
 from storymem.wan.segments import DEFAULT_STRIDE, Layout
-from storymem.wan.settings import MemoryMode
+from storymem.wan.settings import MemoryMode, ModelSettings
 from storymem.wan.spec import A14B, Expert, ModelSpec
 
 TIMESTEPS = 1000
@@ -166,6 +167,17 @@ class FlowLoss(ABC, Generic[S]):
         sums |= {name: mean_of(values.detach()) for name, values in more.items()}
         sums["loss_by_level"] = bin_sums(by_level[0].detach().flatten(), by_level[1].flatten(), self.settings.bins)
         return Losses(total=losses.mean(), sums=sums)
+
+
+def loss_of(settings: ObjectiveSettings, model: ModelSettings) -> FlowLoss[Any]:
+    """The loss of a network of ``model`` on batches of an objective's samples."""
+    return resolve_name(settings.loss_class)(
+        settings=settings,
+        boundary=model.boundary,
+        rope_stride=model.rope_stride,
+        memory_attention=model.memory_attention,
+        spec=model.spec,
+    )
 
 
 def predict(

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from storymem.story.captions import global_caption
-from storymem.training.batches import Batch
+from storymem.training.objectives.encodings import Needs
 from storymem.training.objectives.flow import TIMESTEPS, FlowLoss, Losses, noised, noisy_frames, predict
-from storymem.training.objectives.samples import Samples, Source, clips_alike, draw_noise, numbered
+from storymem.training.objectives.samples import Batch, Samples, Source, clips_alike, draw_noise, numbered
 from storymem.training.objectives.settings import MementoObjectiveSettings
+from storymem.training.run_settings import RunSettings
 from storymem.wan.conditioning import condition_channels, model_input
 from storymem.wan.keyframe_query import embedded, film_positions, mean_scores, straight_through
 from storymem.wan.segments import Layout, memento, memory_positions
 from storymem.wan.spec import Expert
+
+if TYPE_CHECKING:
+    from storymem.data.cache import LatentCache
 
 Frame = tuple[int, int]
 """A keyframe of the cache: clip, keyframe."""
@@ -79,8 +83,8 @@ class MementoSamples(Samples):
     """
 
     def __init__(self, settings: MementoObjectiveSettings, source: Source) -> None:
-        super().__init__(source)
-        self._settings, self._clips = settings, self.latents.clips
+        super().__init__(settings, source)
+        self._clips = self.latents.clips
         alike = clips_alike(self.latents, self.split, same_length=True)
         # Target -> the clips before it.
         self._films = {clip: film[:place] for film in alike for place, clip in enumerate(film) if place}
@@ -92,6 +96,12 @@ class MementoSamples(Samples):
         self._available = {  # candidates of each target, by whether the clip before is alone
             alone: np.array([self._count(int(target), alone) for target in self._targets]) for alone in (False, True)
         }
+
+    @classmethod
+    def needs(cls, settings: MementoObjectiveSettings, train: RunSettings, latents: LatentCache) -> Needs:
+        splits = train.splits if settings.query else ()
+        written = {global_caption(clip.caption) for clip in latents.clips if clip.split in splits}
+        return Needs(texts=dict.fromkeys(filter(None, written), train.model.network.text_tokens))
 
     def plan(self, step: int) -> tuple[MementoPlan, ...]:
         """The samples of ``step`` (from 0), all of one size and one number of candidates."""

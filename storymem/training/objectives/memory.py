@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from storymem.training.batches import Batch
 from storymem.training.objectives.flow import TIMESTEPS, FlowLoss, Losses, noised, noisy_frames, predict, slot_weights
-from storymem.training.objectives.samples import Samples, Source, clips_alike, draw_noise, numbered
+from storymem.training.objectives.samples import Batch, Samples, Source, clips_alike, draw_noise, numbered
 from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.wan.conditioning import condition_channels, model_input
 from storymem.wan.segments import Layout, memory_cached, memory_joint, with_given
@@ -56,7 +55,7 @@ class MemorySamples(Samples):
     """
 
     def __init__(self, settings: MemoryObjectiveSettings, source: Source) -> None:
-        super().__init__(source)
+        super().__init__(settings, source)
         self._most = source.train.batch.max_memory
         alike = clips_alike(self.latents, self.split)
         self._companions = {clip: members for members in alike for clip in members}

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from storymem.story.panels import PANELS, PanelStyle, panel_prompt
+from storymem.training.objectives.encodings import Needs
 from storymem.training.objectives.films import RunPlan, draw_runs, neighbours
 from storymem.training.objectives.samples import Samples, Source, draw_noise
 from storymem.training.objectives.sequence import SequenceBatch
 from storymem.training.objectives.settings import PicturesObjectiveSettings
+from storymem.training.run_settings import RunSettings
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.segments import single_shot
 
@@ -33,9 +35,21 @@ class PictureSamples(Samples):
     """
 
     def __init__(self, settings: PicturesObjectiveSettings, source: Source) -> None:
-        super().__init__(source)
-        numbers, self._settings = numbers_of_panels(settings.panels), settings
+        super().__init__(settings, source)
+        numbers = numbers_of_panels(settings.panels)
         self._runs = {number: neighbours(self.latents, (number, number), self.split) for number in numbers}
+
+    @classmethod
+    def check(cls, settings: PicturesObjectiveSettings, train: RunSettings, latents: LatentCache) -> None:
+        super().check(settings, train, latents)
+        for split in train.splits:
+            for number in numbers_of_panels(settings.panels):
+                neighbours(latents, (number, number), split)
+
+    @classmethod
+    def needs(cls, settings: PicturesObjectiveSettings, train: RunSettings, latents: LatentCache) -> Needs:
+        captions = joint_captions(latents, settings.style, train.splits) if settings.panels else []
+        return Needs(texts=dict.fromkeys(captions, settings.text_tokens), blanks=blank_sizes(latents))
 
     def plan(self, step: int) -> tuple[RunPlan, ...]:
         """The samples of ``step`` (from 0), all of one size: the clips of their panels from top to bottom, or one."""

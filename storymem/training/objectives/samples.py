@@ -5,22 +5,64 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from storymem.io import NotFiniteError
-from storymem.training.batches import Batch
-from storymem.training.settings import GIVEN_FRAMES, TrainSettings
+from storymem.training.objectives.encodings import Encodings, Needs
+from storymem.training.objectives.settings import ObjectiveSettings
+from storymem.training.run_settings import GIVEN_FRAMES, RunSettings
 
 if TYPE_CHECKING:
     from storymem.data.cache import LatentCache, Split
-    from storymem.training.objectives.encodings import Encodings
 
 _SPLIT_NUMBERS: dict[Split, int] = {"train": 0, "valid": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Samples of one size; objectives add what they need.
+
+    Args:
+        x0: clean latents [B, z, N, h, w] of all latent frames.
+        noise: e, of the same shape.
+        u: [B] in 0..1, from which the noise levels follow.
+        condition: mask and conditioning latents [B, 20, N, h, w]; None: the base has no condition channels.
+        mask: where the subject of the video is, [B, T, h, w] in 0..1; 0 everywhere if that is not known.
+        ids: of the target clips.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    u: Tensor
+    condition: Tensor | None
+    mask: Tensor
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on a device."""
+        moved = {name: send_to_device(value, device, non_blocking=True) for name, value in vars(self).items()}
+        return replace(self, **moved)
+
+
+def collate(samples: Sequence[Batch]) -> Batch:
+    """Batches as one: tensors and tuples are joined; everything else is the same in all of them."""
+    joined: dict[str, Any] = {}
+    for name, value in vars(samples[0]).items():
+        if isinstance(value, Tensor):
+            joined[name] = torch.cat([getattr(sample, name) for sample in samples])
+        elif isinstance(value, tuple):
+            joined[name] = tuple(entry for sample in samples for entry in getattr(sample, name))
+    return replace(samples[0], **joined)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +77,7 @@ class Source:
         split: the part of the training set.
     """
 
-    train: TrainSettings
+    train: RunSettings
     latents: LatentCache
     encodings: Encodings
     count: int
@@ -51,7 +93,8 @@ class Samples(ABC):
         count: samples of a step, over all processes.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, settings: Any, source: Source) -> None:
+        self._settings = settings
         train = source.train
         self.count, self.latents, self.encodings = source.count, source.latents, source.encodings
         self.split = source.split
@@ -59,6 +102,22 @@ class Samples(ABC):
         self.text_dropout = train.batch.text_dropout if source.split == "train" else 0.0
         self._given_frames, self._given_probability = GIVEN_FRAMES[train.conditioning], train.batch.given_probability
         self._seed = [train.seed, _SPLIT_NUMBERS[source.split]]
+
+    @classmethod
+    def check(cls, settings: Any, train: RunSettings, latents: LatentCache) -> None:
+        """Raise ``ValueError`` if a training set lacks what an objective of these ``settings`` needs."""
+        latents.given(0, GIVEN_FRAMES[train.conditioning])  # raises if the cache lacks them
+        masks = any(clip.mask for clip in latents.clips if clip.split == "train")
+        if settings.mask_weight != 1 and not masks:
+            raise ValueError(
+                f"objective.mask_weight={settings.mask_weight:g}, but {train.dataset} has no masks: run prepare_data "
+                "with masks=FOLDER, or leave mask_weight at 1"
+            )
+
+    @classmethod
+    def needs(cls, settings: Any, train: RunSettings, latents: LatentCache) -> Needs:
+        """What must be encoded beside what the training set holds."""
+        return Needs()
 
     @abstractmethod
     def plan(self, step: int) -> Sequence[Any]:
@@ -114,6 +173,11 @@ class Samples(ABC):
             message = f"{what} {self.latents.clips[clip].id}: NaN or infinite values; {self.latents.cure(clip)}"
             raise NotFiniteError(message)
         return tensor
+
+
+def samples_of(settings: ObjectiveSettings) -> type[Samples]:
+    """The samples of an objective; called with its settings and a :class:`Source`."""
+    return resolve_name(settings.samples_class)
 
 
 def draw_noise(seed: int, shape: Sequence[int], *, levels: int | None = None) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from storymem.training.batches import Batch
 from storymem.training.objectives.flow import TIMESTEPS, FlowLoss, Losses, noised, predict
+from storymem.training.objectives.samples import Batch
 from storymem.training.objectives.settings import ObjectiveSettings
 from storymem.wan.conditioning import model_input
 from storymem.wan.segments import Layout

@@ -11,20 +11,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, UserPath, build_settings, check_bounds
 from storymem.story.panels import JOINT_TOKENS, PanelStyle
+from storymem.training.run_settings import RunSettings
 from storymem.wan.segments import DEFAULT_STRIDE, Layout, Text, holocine, lct
-
-if TYPE_CHECKING:
-    from storymem.data.cache import LatentCache, Split
-    from storymem.training.objectives.encodings import Needs
-    from storymem.training.objectives.flow import FlowLoss
-    from storymem.training.objectives.samples import Samples, Source
-    from storymem.training.settings import TrainSettings
 
 _ABOVE_0 = 1e-12
 
@@ -63,10 +57,10 @@ class ObjectiveSettings(ABC):
 
     @property
     def encodes(self) -> bool:
-        """Whether the text encoder or the VAE is needed, see :meth:`needs`."""
+        """Whether the text encoder or the VAE is needed, see ``Samples.needs``."""
         return False
 
-    def check(self, train: TrainSettings) -> None:
+    def check(self, train: RunSettings) -> None:
         """Raise ``ValueError`` for other settings of the run that this objective cannot use."""
         if train.samples.every and not self.sampled:
             raise ValueError(
@@ -76,55 +70,17 @@ class ObjectiveSettings(ABC):
         if train.conditioning != "m2v" and not self.conditioned:
             raise ValueError(f"conditioning={train.conditioning}: {self.system} is given no frames; write m2v")
 
-    def check_set(self, train: TrainSettings, latents: LatentCache) -> None:
-        """Raise ``ValueError`` if a training set lacks what this objective needs."""
-        from storymem.training.settings import GIVEN_FRAMES
-
-        latents.given(0, GIVEN_FRAMES[train.conditioning])  # raises if the cache lacks them
-        masks = any(clip.mask for clip in latents.clips if clip.split == "train")
-        if self.mask_weight != 1 and not masks:
-            raise ValueError(
-                f"objective.mask_weight={self.mask_weight:g}, but {train.dataset} has no masks: run prepare_data with "
-                "masks=FOLDER, or leave mask_weight at 1"
-            )
-
-    def made_for(self, train: TrainSettings) -> str:
+    def made_for(self, train: RunSettings) -> str:
         """The system whose generation a trained adapter is for, which its files record."""
         return self.system
 
     def prepare(self, transformer: Any, *, seed: int) -> None:  # noqa: B027 (most add nothing)
         """Add what is trained besides the adapter to an expert that :func:`prepare_expert` has prepared."""
 
-    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs:
-        """What must be encoded beside what the training set holds."""
-        from storymem.training.objectives.encodings import Needs
-
-        return Needs()
-
     @property
     def normal(self) -> tuple[float, float] | None:
         """Mean and deviation of the logits of the noise levels before the shift; None: the levels are uniform."""
         return None
-
-    def samples(self, source: Source) -> Samples:
-        """The samples of a training set."""
-        return resolve_name(self.samples_class)(self, source)
-
-    def loss(self, train: TrainSettings) -> FlowLoss[Any]:
-        """The loss of a network on a batch of these samples."""
-        model = train.model
-        return resolve_name(self.loss_class)(
-            settings=self,
-            boundary=model.boundary,
-            rope_stride=model.rope_stride,
-            memory_attention=model.memory_attention,
-            spec=model.spec,
-        )
-
-
-def used_splits(train: TrainSettings) -> tuple[Split, ...]:
-    """The parts of a training set that a run reads."""
-    return ("train", "valid") if train.validation.every else ("train",)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -148,7 +104,7 @@ class MemoryObjectiveSettings(ObjectiveSettings):
         super().__post_init__()
         check_bounds(self, memory_weight=(0, 1e6))
 
-    def check(self, train: TrainSettings) -> None:
+    def check(self, train: RunSettings) -> None:
         super().check(train)
         if train.model.memory_attention == "cached" and self.memory_weight:
             raise ValueError(
@@ -193,7 +149,7 @@ class MementoObjectiveSettings(ObjectiveSettings):
         check_bounds(self, subject_weight=(0, 1e6), subject_probability=(0, 1), recent_probability=(0, 1))
         check_bounds(self, local=(1, 512), whole=(1, 512), older=(0, 512), recent=(1, 512))
 
-    def check(self, train: TrainSettings) -> None:
+    def check(self, train: RunSettings) -> None:
         super().check(train)
         if not train.model.spec.condition_channels:
             raise ValueError(f"memento gives memory in condition channels, which {train.model.spec.name} lacks")
@@ -210,15 +166,7 @@ class MementoObjectiveSettings(ObjectiveSettings):
     def encodes(self) -> bool:
         return self.query
 
-    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs:
-        from storymem.story.captions import global_caption
-        from storymem.training.objectives.encodings import Needs
-
-        splits = used_splits(train) if self.query else ()
-        written = {global_caption(clip.caption) for clip in latents.clips if clip.split in splits}
-        return Needs(texts=dict.fromkeys(filter(None, written), train.model.network.text_tokens))
-
-    def made_for(self, train: TrainSettings) -> str:
+    def made_for(self, train: RunSettings) -> str:
         """StoryMem with cached memory, whose layout and positions are then trained; Memento with joint memory."""
         return "memory" if train.model.memory_attention == "cached" else self.system
 
@@ -259,25 +207,10 @@ class FilmObjectiveSettings(ObjectiveSettings):
     def encodes(self) -> bool:
         return self.scenes is not None
 
-    def check(self, train: TrainSettings) -> None:
+    def check(self, train: RunSettings) -> None:
         super().check(train)
         if self.scenes is not None and not os.path.isfile(self.scenes):
             raise ValueError(f"objective.scenes={self.scenes} is no file: write one, or leave it out")
-
-    def check_set(self, train: TrainSettings, latents: LatentCache) -> None:
-        from storymem.training.objectives.films import neighbours, scene_texts
-
-        super().check_set(train, latents)
-        scene_texts(latents.clips, self.scenes)
-        for split in used_splits(train):
-            neighbours(latents, (self.min_shots, self.max_shots), split)
-
-    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs:
-        from storymem.training.objectives.encodings import Needs
-        from storymem.training.objectives.films import scene_texts
-
-        texts = scene_texts(latents.clips, self.scenes).values()
-        return Needs(texts=dict.fromkeys(texts, train.model.network.text_tokens))
 
     @abstractmethod
     def layout(self, frames: Sequence[int], texts: Sequence[Text]) -> Layout:
@@ -354,22 +287,6 @@ class PicturesObjectiveSettings(ObjectiveSettings):
     @property
     def encodes(self) -> bool:
         return True
-
-    def check_set(self, train: TrainSettings, latents: LatentCache) -> None:
-        from storymem.training.objectives.films import neighbours
-        from storymem.training.objectives.pictures import numbers_of_panels
-
-        super().check_set(train, latents)
-        for split in used_splits(train):
-            for number in numbers_of_panels(self.panels):
-                neighbours(latents, (number, number), split)
-
-    def needs(self, train: TrainSettings, latents: LatentCache) -> Needs:
-        from storymem.training.objectives.encodings import Needs
-        from storymem.training.objectives.pictures import blank_sizes, joint_captions
-
-        captions = joint_captions(latents, self.style, used_splits(train)) if self.panels else []
-        return Needs(texts=dict.fromkeys(captions, self.text_tokens), blanks=blank_sizes(latents))
 
 
 AnyObjective = (
