@@ -32,8 +32,8 @@ from storymem.io import (
     text_lines,
     write_atomically,
 )
+from storymem.wan.places import component_path
 from storymem.wan.settings import ModelSettings
-from storymem.wan.sources import component_path
 from storymem.wan.spec import SPECS, ModelSpec
 from storymem.weights import sample_hash
 

@@ -15,8 +15,8 @@ from storymem.io import FileError
 from storymem.wan.checkpoints import Checkpoint, load_network, names_in
 from storymem.wan.folders import CLASSES, build, check_index, load_tokenizer, on_meta, read_config, weights_file
 from storymem.wan.gguf import load_gguf
+from storymem.wan.places import ORIGINAL_FILES, component_path, original_parts
 from storymem.wan.settings import ModelSettings
-from storymem.wan.sources import ORIGINAL_FILES, component_path, original_parts
 from storymem.wan.spec import COMPONENTS, SPECS, UMT5_XXL, Expert
 
 _EXPERTS = tuple(COMPONENTS.values())

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from storymem.config import closest
 from storymem.io import read_text, text_lines
+from storymem.wan.places import component_path
 from storymem.wan.settings import ModelSettings
-from storymem.wan.sources import component_path
 from storymem.weights import MissingWeights
 
 if TYPE_CHECKING:
