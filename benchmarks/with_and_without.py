@@ -66,10 +66,11 @@ def with_references(story: Path, frames: list[Frame]) -> Path:
 
 
 def made(story: Path, memory: str, overrides: list[str]) -> Film:
-    """The film of a story with one of ``configs/memory``."""
+    """The film of a story with one of ``configs/memory/recall``."""
     folder = FILMS / f"{story.stem}_{memory}"
     shutil.rmtree(folder, ignore_errors=True)  # an older film of other weights would be refused
-    (film,) = generate(composed("generate", [f"story={story}", f"output={folder}", f"memory={memory}", *overrides]))
+    arguments = [f"story={story}", f"output={folder}", f"memory/recall={memory}", *overrides]
+    (film,) = generate(composed("generate", arguments))
     return film
 
 

@@ -29,28 +29,29 @@ SETTINGS = {
     "eval_stbench": "storymem.evaluation.stbench:EvaluateSettings",
     "download": "storymem.commands.download:DownloadSettings",
 }
-#: Groups of a command whose files choose a settings class: group -> a mapping of the file's name to the class.
-NODES = {"train": {"objective": "storymem.training.objectives.settings:OBJECTIVES"}}
+#: The mapping of the choices of ``objective`` to their settings classes; there are no files of them.
+OBJECTIVES = "storymem.training.objectives.settings:OBJECTIVES"
 
 _MISSING = "???"
+_EVALUATED = ("ablation_", "stbench_")  # beginnings of the names of experiments that are not for training
 
 
 @cache
 def register_defaults(name: str) -> None:
     """Make ``settings/<name>`` available in the defaults list of ``configs/<name>.yaml``.
 
-    Also ``settings/<group>/<choice>`` of its :data:`NODES`, with ``_target_``, for ``configs/<group>/<choice>.yaml``.
+    For ``train`` also the group ``objective``, whose choices have the shift of the sampler.
     """
     from hydra.core.config_store import ConfigStore
 
     node = defaults_of(resolve_name(SETTINGS[name]))
     # No folders of Hydra's own.
     node["hydra"] = {"run": {"dir": "."}, "output_subdir": None, "job": {"name": name, "chdir": False}}
-    for group, place in NODES.get(name, {}).items():
-        del node[group]  # its keys are those of the chosen class
-        for choice, cls in resolve_name(place).items():
-            node_of_class = {"_target_": f"{cls.__module__}.{cls.__qualname__}"} | defaults_of(cls)
-            ConfigStore.instance().store(group=f"settings/{group}", name=choice, node=node_of_class)
+    if name == "train":
+        del node["objective"]  # its keys are those of the chosen class
+        for choice, cls in resolve_name(OBJECTIVES).items():
+            target, changed = {"_target_": f"{cls.__module__}.{cls.__qualname__}"}, {"shift": "${sampler.shift}"}
+            ConfigStore.instance().store(group="objective", name=choice, node=target | defaults_of(cls) | changed)
     ConfigStore.instance().store(group="settings", name=name, node=node, package="_global_")
 
 
@@ -85,10 +86,37 @@ def _default(field: dataclasses.Field[Any], annotation: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
-def reference(settings: type) -> str:
-    """Every key of a settings class with its default and its docstring, for ``--help``."""
+def groups(name: str) -> dict[str, list[str]]:
+    """The groups of ``configs/<name>.yaml``, such as ``memory/recall``: the names of what can be chosen in each."""
+    from yaml import safe_load
+
+    entries = safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    found: dict[str, list[str]] = {}
+    for group in (group for entry in entries if isinstance(entry, dict) for group in entry):
+        for path in sorted((CONFIGS / group).rglob("*.yaml"), key=lambda path: (path.parent, path)):
+            found.setdefault(path.parent.relative_to(CONFIGS).as_posix(), []).append(path.stem)
+        if group == "objective":
+            found[group] = sorted(resolve_name(OBJECTIVES))
+    if "experiment" in found:
+        found["experiment"] = [one for one in found["experiment"] if one.startswith(_EVALUATED) != (name == "train")]
+    return found
+
+
+def reference(name: str) -> str:
+    """Every group of a command, and every key with its default and its docstring, for ``--help``."""
+    settings = resolve_name(SETTINGS[name])
     lines = _described(settings, defaults_of(settings), "")
-    return "\n".join(["Keys (write key.subkey=value); the chosen files of the groups may set other defaults", *lines])
+    texts = (f"  {group}: {', '.join(choices)}" for group, choices in groups(name).items())
+    chosen = [textwrap.fill(text, width=112, subsequent_indent=" " * 6, break_on_hyphens=False) for text in texts]
+    return "\n".join(
+        [
+            *(["Groups (write group=choice)", *chosen, ""] if chosen else []),
+            "Keys (write key.subkey=value); the chosen files of the groups may set other defaults",
+            *lines,
+            "",
+            "--cfg job prints the whole configuration as it would be used.",
+        ]
+    )
 
 
 def _described(settings: type, defaults: dict[str, Any], path: str) -> Iterator[str]:

@@ -44,7 +44,8 @@ def hydra_arguments(arguments: Sequence[str], positional: str | None, settings: 
     flags, overrides, found = [], [], []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if argument.startswith("-") or before in _FLAGS_WITH_VALUE:
-            _refuse_dashes(argument, settings)
+            if before not in _FLAGS_WITH_VALUE:
+                _refuse_dashes(argument, settings)
             flags.append(argument)
         elif positional is None or _is_override(argument, settings):
             overrides.append(_with_text_quoted(argument, settings, sweep=sweep))

@@ -136,6 +136,8 @@ def test_a_script_outside_the_environment_prints_how_to_activate_it() -> None:
         ([], 0, "usage: storymem COMMAND"),
         (["generat", "a.yaml"], 2, "generat is not a command of storymem; did you mean 'generate'?"),
         (["train", "--help"], 0, "storymem train experiment=NAME dataset=FOLDER"),
+        (["train", "--help"], 0, "\n  experiment: toy_holocine, "),
+        (["evaluate", "--help"], 0, "\n  experiment: ablation_no_filter, "),
         (["benchmark", "--help"], 0, "usage: storymem benchmark"),
     ],
 )
@@ -374,7 +376,7 @@ def test_streams_take_every_character(
         (["memory.recall.top=2", "memory.recall._target_=mine.Recall"], "memory.recall", {"top": 2}),
         (["memory.selector={_target_: mine.Recall, most: 3, name: é}"], "memory.selector", {"most": 3, "name": "é"}),
         (["scorer.clip={_target_: mine.Recall, folder: 2026}"], "scorer.clip", {"folder": "2026"}),
-        (["memory=characters", "++scorer.quality={_target_: mine.Recall}"], "scorer.quality", {}),
+        (["memory/recall=characters", "++scorer.quality={_target_: mine.Recall}"], "scorer.quality", {}),
     ],
 )
 def test_a_target_chosen_on_the_command_line_replaces_the_node(

@@ -43,7 +43,6 @@ BUILT_ELSEWHERE = {
     "hydra": "tests/evaluation",
     "method": "tests/evaluation",
     "metrics": "tests/evaluation",
-    "objective": "tests/training",
 }
 
 

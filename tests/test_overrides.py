@@ -26,6 +26,7 @@ def test_the_story_becomes_an_override() -> None:
 def test_a_flags_value_is_not_the_story(flag: str) -> None:
     assert hydra_arguments([flag, "job", "a.yaml"], "story") == [flag, "job", "story='a.yaml'"]
     assert hydra_arguments(["a.yaml", flag, "job"], "story") == [flag, "job", "story='a.yaml'"]
+    assert hydra_arguments([flag, "model"], "story", GenerateSettings) == [flag, "model"]
 
 
 def test_flags_without_values() -> None:

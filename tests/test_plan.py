@@ -92,7 +92,7 @@ def test_memory_grows_to_its_capacity(five: Story) -> None:
     assert column(planned(five), 4) == ["0", "3", "6", "9", "10"]
     assert column(planned(five, "memory.recall.capacity=4"), 4) == ["0", "3", "4", "4", "4"]
     assert column(planned(five, "memory.selector.max_keyframes=1"), 4) == ["0", "1", "2", "3", "4"]
-    assert column(planned(five, "memory=none"), 4) == ["0"] * 5
+    assert column(planned(five, "memory/recall=none"), 4) == ["0"] * 5
 
 
 def test_references_are_memory_from_the_beginning(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_tokens_and_operations_are_those_of_the_denoiser(five: Story) -> None:
 def test_cached_memory_is_computed_once_and_its_size_is_reported(five: Story) -> None:
     chosen = ("model=wan2.2-a14b", "model.memory_attention=cached", "model.adapter=null", "runtime=cpu")
     plan = planned(five, *chosen)
-    without, *_, last = rows(planned(five, *chosen, "memory=none")), *rows(plan)
+    without, *_, last = rows(planned(five, *chosen, "memory/recall=none")), *rows(plan)
     assert last[4:6] == ["10", "32760"]
     assert float(last[6]) / float(without[-1][6]) == pytest.approx(1.25, abs=0.01)
     assert float(last[7]) == pytest.approx(80 * float(last[6]) + 2 * 0.507, rel=5e-3)
@@ -150,7 +150,7 @@ def test_every_second_pass_without_memory_counts_only_the_shot(five: Story, mode
     shots, plain = (
         rows(planned(five, *chosen, f"sampler.negative_sees_memory={value}")) for value in ("false", "true")
     )
-    without = rows(planned(five, *chosen, "memory=none"))
+    without = rows(planned(five, *chosen, "memory/recall=none"))
     for shot, seeing, alone in zip(shots, plain, without, strict=True):
         mean = (float(seeing[7]) + float(alone[7])) / 2  # but the memory of the cached mode is computed as before
         assert float(shot[7]) == pytest.approx(mean, rel=4e-2), shot

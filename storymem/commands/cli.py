@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
 from storymem import __version__, io
-from storymem.composition import SETTINGS, reference, register_defaults
+from storymem.composition import SETTINGS, groups, reference, register_defaults
 from storymem.config import CONFIGS, annotation_at, closest, did_you_mean, nearest
 from storymem.overrides import hydra_arguments
 
@@ -50,8 +50,7 @@ class Command(NamedTuple):
         return self.flags.get(key + sign, key + sign) + value
 
 
-#: Beginnings of the names of experiments that are not for training.
-_EVALUATED = ("ablation_", "stbench_")
+_NO_LOG_FILES = ("hydra/job_logging=none", "hydra/hydra_logging=none")
 
 COMMANDS = {
     "generate": Command(
@@ -152,13 +151,13 @@ def run_command(name: str, command: Command) -> None:
         settings = resolve_name(SETTINGS[command.config])
         actions = get_args(annotation_at(settings, ["action"]))
         arguments = [command.expanded(argument, actions) for argument in sys.argv[1:]]
-        sys.argv[1:] = hydra_arguments(arguments, command.positional, settings)
+        sys.argv[1:] = [*hydra_arguments(arguments, command.positional, settings), *_NO_LOG_FILES]
         register_defaults(command.config)
         try:
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=command.config)(task)()
         finally:
             if not {"--help", "-h"}.isdisjoint(arguments):
-                print(reference(settings))
+                print(reference(command.config))
 
 
 def never_raise_on_characters() -> None:
@@ -235,9 +234,7 @@ def _describe_composition(error: Exception, name: str, command: Command) -> str:
             )
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file:
             group = cause.missing_cfg_file.rpartition("/")[0]
-            choices = cause.options or [path.stem for path in (CONFIGS / group).glob("*.yaml")]
-            if group == "experiment":
-                choices = [choice for choice in choices if choice.startswith(_EVALUATED) != (name == "train")]
+            choices = groups(command.config or name).get(group, cause.options or [])
             hint = did_you_mean(cause.missing_cfg_file.rpartition("/")[2], choices)
             return f"Could not find {cause.missing_cfg_file!r}; choices of {group}: {', '.join(sorted(choices))}{hint}"
         if isinstance(cause, MissingMandatoryValue):
@@ -245,7 +242,7 @@ def _describe_composition(error: Exception, name: str, command: Command) -> str:
             argument = command.example if whole else f"{key}=..."
             return f"{key} is missing; write: storymem {name} {argument}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and "/" in key:
-            close = closest(key, _groups())
+            close = closest(key, groups(command.config or name))
             hint = f"; did you mean {close}=...?" if close else ""
             return f"{key}=...: no such group (--help lists them), and no such file{hint}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and key:
@@ -256,12 +253,6 @@ def _describe_composition(error: Exception, name: str, command: Command) -> str:
             return f"{key}: {str(cause.msg or cause).splitlines()[0]}"
         cause = cause.__cause__
     return str(error)
-
-
-def _groups() -> list[str]:
-    """The groups of choices: folders of configuration files, such as ``memory/recall``."""
-    folders = {path.parent.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")}
-    return sorted(name for name in folders if name not in (".", "experiment") and not name.startswith("hydra"))
 
 
 def _nearest_key(wrong: str, parent: Any) -> str:

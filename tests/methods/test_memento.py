@@ -159,7 +159,7 @@ def test_missing_published_weights_are_named(tmp_path: Path, monkeypatch: pytest
 
 def test_storymem_recalls_by_the_query_of_its_adapter(tmp_path: Path) -> None:
     loaded = story(tmp_path, FOUR)
-    learned = ["memory=learned", "memory.recall={capacity: 4, sink: 1, whole: 1}", "memory/selector=uniform"]
+    learned = ["memory/recall=learned", "memory.recall={capacity: 4, sink: 1, whole: 1}", "memory/selector=uniform"]
 
     def storymem(adapter: Path) -> Any:
         model = f"model.adapter={{weights: {{name: x, source: {adapter}}}}}"

@@ -204,10 +204,10 @@ def test_a_container_limits_ram(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_a_learned_recall_needs_both_experts() -> None:
-    learned = generate_settings("model=wan2.2-a14b", "memory=learned").model
+    learned = generate_settings("model=wan2.2-a14b", "memory/recall=learned").model
     assert not chosen(learned, machine(24, ram=40)).fits
     with pytest.raises(ConfigError, match=r"experts=in_turn loads one expert at a time, and a learned recall"):
-        generate_settings("model=wan2.2-a14b", "memory=learned", "runtime=gpu-24gb")
+        generate_settings("model=wan2.2-a14b", "memory/recall=learned", "runtime=gpu-24gb")
 
 
 # Plans for another machine

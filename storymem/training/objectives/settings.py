@@ -1,8 +1,7 @@
 """The settings of each objective; loads no torch.
 
-``objective=NAME`` chooses a file of ``configs/objective``, whose ``_target_`` is one of these classes: so no objective
-has another's keys. An objective of your own is a subclass of :class:`ObjectiveSettings`:
-``objective._target_=mine.Settings``.
+``objective=NAME`` chooses one of :data:`OBJECTIVES`: so no objective has another's keys. An objective of your own is a
+subclass of :class:`ObjectiveSettings`: ``objective._target_=mine.Settings``.
 """
 
 from __future__ import annotations
@@ -296,7 +295,7 @@ AnyObjective = (
     | LctObjectiveSettings
     | PicturesObjectiveSettings
 )
-#: The files of ``configs/objective``.
+#: The choices of ``objective=NAME``.
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {cls.system: cls for cls in get_args(AnyObjective)}
 
 
