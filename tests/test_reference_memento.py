@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 from torch import Tensor
 
+from storymem.methods.memento import FilmFrames, memento_inputs
 from storymem.wan.inputs import Inputs
 from storymem.wan.keyframe_query import (
     KeyframeQuery,
@@ -25,7 +26,6 @@ from storymem.wan.keyframe_query import (
     straight_through,
 )
 from storymem.wan.lora import load_memory_lora, read_memory_lora
-from storymem.wan.memento import FilmFrames, memento_inputs
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.schedule import wan_scheduler
 from storymem.wan.spec import COMPONENTS, experts_of

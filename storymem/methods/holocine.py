@@ -18,10 +18,9 @@ from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from storymem.config import STRICT, build_settings
-from storymem.methods.joint import JointMethod
+from storymem.methods.joint import FilmRequest, JointMethod
 from storymem.story import Story
 from storymem.story.captions import renamed
-from storymem.wan.films import FilmRequest
 from storymem.wan.segments import Text, holocine
 from storymem.wan.settings import GgufSettings, SamplerSettings, VideoSettings
 from storymem.wan.texts import TextReader

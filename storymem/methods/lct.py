@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-from storymem.methods.joint import JointMethod
+from storymem.methods.joint import FilmRequest, JointMethod
 from storymem.story import Story
-from storymem.wan.films import FilmRequest
 from storymem.wan.segments import lct
 
 

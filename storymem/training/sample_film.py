@@ -46,9 +46,9 @@ class TrainedShots(WanShotGenerator):
 
     experts: Experts
 
-    def _load(self, *, experts: bool = False, **others: bool) -> WanMemoryToVideoPipeline:
-        pipe = super()._load(**others)
-        if experts:
+    def _load(self, **parts: bool) -> WanMemoryToVideoPipeline:
+        pipe = super()._load(**{**parts, "experts": False})
+        if parts.get("experts", True):
             pipe.register_modules(**{COMPONENTS[name]: each for name, each in self.experts.transformers.items()})
         return pipe
 

@@ -31,7 +31,6 @@ from storymem.weights import locate
 logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int], None]
-StepCallback = Callable[..., dict]  # as diffusers calls it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,7 @@ class WanShotGenerator:
             return
         if self.settled.offload != "none":  # the experts of a film before are in RAM, which has no room for both
             self._free_experts()
-        pipe = self._load(text_encoder=True, vae=False)
+        pipe = self._load(vae=False, experts=False)
         for text in sorted(texts):
             embeds, _ = pipe.encode_prompt(
                 text,
@@ -228,21 +227,18 @@ class WanShotGenerator:
     def _memory_to_video(self) -> WanMemoryToVideoPipeline:
         if self._pipe is None:
             self._free_experts()
-            self._pipe = self._load(experts=True)
+            self._pipe = self._load(text_encoder=False)
+            self._pipe.set_progress_bar_config(disable=True)
             self._pipe.blank_latents = {}
         return self._pipe
 
     def _text_to_video(self) -> WanMemoryToVideoPipeline:
         if self._text_pipe is None:
             self._free_experts()
-            vae = self._load().vae
-            self._text_pipe = load_pipeline(
-                self.model.text_model,
-                runtime=self.settled,
-                sampler=self.sampler.text_sampler,
-                text_encoder=False,
-                vae=vae,
-            )
+            vae = self._load(text_encoder=False, experts=False).vae
+            model, sampler = self.model.text_model, self.sampler.text_sampler
+            self._text_pipe = load_pipeline(model, runtime=self.settled, sampler=sampler, text_encoder=False, vae=vae)
+            self._text_pipe.set_progress_bar_config(disable=True)
         return self._text_pipe
 
     def _free_experts(self) -> None:
@@ -258,15 +254,10 @@ class WanShotGenerator:
         """``runtime`` without "auto", settled once, before anything takes room."""
         return settle(self.model, self.runtime, sampler=self.sampler, scorers=self.scorers)
 
-    def _load(self, *, text_encoder: bool = False, vae: bool = True, experts: bool = False) -> WanMemoryToVideoPipeline:
+    def _load(self, **parts: bool) -> WanMemoryToVideoPipeline:
+        """The networks ``parts`` of the model, all by default; see :func:`storymem.wan.loading.load_pipeline`."""
         return load_pipeline(
-            self.model,
-            runtime=self.settled,
-            continuity=self.continuity,
-            sampler=self.sampler,
-            text_encoder=text_encoder,
-            vae=vae,
-            experts=experts,
+            self.model, runtime=self.settled, continuity=self.continuity, sampler=self.sampler, **parts
         )
 
     def _run(
@@ -277,67 +268,54 @@ class WanShotGenerator:
             pipe.take_turn("transformer")
         video, sampler, device = self.model.video, self.sampler, pipe._execution_device
         prompts, negatives = [one.prompt for one in requests], [self._negative(one) for one in requests]
-
-        def sample(stepped: StepCallback) -> Sequence[Tensor]:
-            (latents,) = pipe(
-                prompt_embeds=self._embedded(prompts).to(device),
-                negative_prompt_embeds=self._embedded(negatives).to(device) if self._uses_guidance else None,
-                height=video.height,
-                width=video.width,
-                num_frames=requests[0].frames,
-                num_inference_steps=sampler.steps,
-                guidance_scale=sampler.guidance,
-                guidance_scale_2=sampler.guidance_low,
-                # Noise from the CPU's generator is the same on every device.
-                generator=[torch.Generator().manual_seed(request.seed) for request in requests],
-                output_type="latent",
-                return_dict=False,
-                callback_on_step_end=stepped,
-                **conditions,
-            )
-            return latents.split(1)
-
-        return self._decoded(pipe, sample, requests[0].frames, on_step)
+        (latents,) = pipe(
+            prompt_embeds=self._embedded(prompts).to(device),
+            negative_prompt_embeds=self._embedded(negatives).to(device) if self._uses_guidance else None,
+            height=video.height,
+            width=video.width,
+            num_frames=requests[0].frames,
+            num_inference_steps=sampler.steps,
+            guidance_scale=sampler.guidance,
+            guidance_scale_2=sampler.guidance_low,
+            # Noise from the CPU's generator is the same on every device.
+            generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+            output_type="latent",
+            return_dict=False,
+            callback_on_step_end=self._reporting(requests[0].frames, on_step),
+            **conditions,
+        )
+        return self._decoded(pipe, latents.split(1))
 
     def _denoised(
         self,
         pipe: WanMemoryToVideoPipeline,
         noise: Tensor,
         inputs: Inputs | Mapping[str, Inputs],
-        stepped: StepCallback,
+        frames: int,
+        on_step: OnStep | None,
+        *,
         guidance: float | None = None,
     ) -> Tensor:
-        """The latents [1, z, N, h, w] of any layout; ``guidance`` None: the sampler's."""
+        """The latents [1, z, N, h, w] of any layout.
+
+        Args:
+            frames: of the last video in it, of which there are previews.
+            guidance: None: the sampler's.
+        """
         return pipe.denoise(
             noise,
             inputs,
             num_inference_steps=self.sampler.steps,
             guidance_scale=guidance or self.sampler.guidance,
             guidance_scale_2=guidance or self.sampler.guidance_low,
-            callback_on_step_end=stepped,
+            callback_on_step_end=self._reporting(frames, on_step),
         )
 
-    def _embedded(self, texts: Sequence[str]) -> Tensor:
-        return torch.cat([self._embeds[text] for text in texts])
-
-    def _negative(self, request: ShotRequest) -> str:
-        return self.sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
-
-    def _decoded(
-        self,
-        pipe: WanMemoryToVideoPipeline,
-        sample: Callable[[StepCallback], Sequence[Tensor]],
-        frames: int,
-        on_step: OnStep | None,
-    ) -> list[np.ndarray]:
-        """The frames of videos, uint8 [F, H, W, 3] each, whose latents [1, z, T, h, w] ``sample`` denoises.
-
-        Args:
-            frames: of the video of which there are previews.
-        """
+    def _reporting(self, frames: int, on_step: OnStep | None) -> Callable[..., dict]:
+        """A callback of diffusers' pipelines that reports steps, and previews of the last ``frames``."""
         new_frames = self.model.spec.latent_frames(frames)
 
-        def stepped(_pipe: Any, step: int, _timestep: Any, tensors: dict) -> dict:
+        def stepped(pipe: WanMemoryToVideoPipeline, step: int, _timestep: Any, tensors: dict) -> dict:
             if on_step is not None:
                 on_step(step + 1, self.sampler.steps)
             if self.on_preview is not None:
@@ -347,8 +325,16 @@ class WanShotGenerator:
                     self.on_preview(image)
             return {}
 
-        pipe.set_progress_bar_config(disable=True)
-        latents = sample(stepped)
+        return stepped
+
+    def _embedded(self, texts: Sequence[str]) -> Tensor:
+        return torch.cat([self._embeds[text] for text in texts])
+
+    def _negative(self, request: ShotRequest) -> str:
+        return self.sampler.negative_prompt if request.negative_prompt is None else request.negative_prompt
+
+    def _decoded(self, pipe: WanMemoryToVideoPipeline, latents: Iterable[Tensor]) -> list[np.ndarray]:
+        """The frames, uint8 [F, H, W, 3], of each of several sampled ``latents`` [1, z, T, h, w]."""
         pipe.take_turn(None)  # it would be read again for the next shot anyhow
         videos = []
         for one in latents:

@@ -30,8 +30,8 @@ from storymem.methods.holocine import (
     token_ranges,
     window_texts,
 )
+from storymem.methods.joint import FilmRequest, film_inputs
 from storymem.story import Story, load_story
-from storymem.wan.films import FilmRequest, film_inputs
 from storymem.wan.loading import load_pipeline
 from storymem.wan.segments import Keys, Layout, Text, holocine
 from storymem.weights import MissingWeights
