@@ -81,9 +81,9 @@ def operations(system: System, shots: int, model: ModelSettings) -> float:
     shape: dict[str, Any] = {"height": height, "width": width, "text_tokens": network.text_tokens}
     total = 0
     for layout in system.layouts(shots, model.spec.latent_frames(video.frames), network.text_tokens):
-        total += STEPS * PASSES * forward_flops(network.transformer, layout, cached=layout.constant, **shape).total
+        total += STEPS * PASSES * forward_flops(model.transformer, layout, cached=layout.constant, **shape).total
         if layout.constant:
-            total += EXPERTS * forward_flops(network.transformer, layout.only(layout.constant), **shape).total
+            total += EXPERTS * forward_flops(model.transformer, layout.only(layout.constant), **shape).total
     return float(total)
 
 

@@ -250,9 +250,9 @@ def measure_steps(settings: Any, experts: Any, accelerator: Any, memory: int) ->
     )
     trainer.run()
     flops = forward_flops(
-        network.transformer,
+        model.transformer,
         objective.layout(batch),
-        **{"height": size[0], "width": size[1], "text_tokens": text[0], "in_channels": spec.in_channels},
+        **{"height": size[0], "width": size[1], "text_tokens": text[0]},
     )
     # Forward and recomputed forward; backward once for frozen linears, which need no gradient of their weights, and
     # twice for attention. The adapter's own operations (about 3 %) are left out.

@@ -63,7 +63,7 @@ def test_the_defaults_are_complete() -> None:
 def test_models(name: str) -> None:
     made = generate_settings(f"model={name}")
     assert made.model.name == name
-    transformer = made.model.network.transformer
+    transformer = made.model.transformer
     flops = forward_flops(transformer, single_shot(5), height=8, width=12, text_tokens=made.model.network.text_tokens)
     assert flops.total > 0
     for node in (made.scorer.clip, made.scorer.quality, made.memory.selector, made.memory.recall):
@@ -79,9 +79,9 @@ def test_the_networks_of_a_model_can_be_built(name: str) -> None:
     model = generate_settings(f"model={name}").model
     network = model.network
     with torch.device("meta"):
-        for spec in (model.spec, model.text_model.spec):
-            transformer = WanTransformer3DModel(**network.transformer, in_channels=spec.in_channels)
-            assert transformer.config.out_channels == spec.latent_channels
+        for each in (model, model.text_model):
+            transformer = WanTransformer3DModel(**each.transformer)
+            assert transformer.config.out_channels == each.spec.latent_channels
         if network.vae:
             assert AutoencoderKLWan(**network.vae).config.z_dim == model.spec.latent_channels
         if network.text_encoder:

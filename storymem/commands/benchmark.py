@@ -164,7 +164,7 @@ def random_pipeline(model: ModelSettings, runtime: RuntimeSettings) -> Any:
 def random_expert(model: ModelSettings, device: torch.device) -> Any:
     """An expert of ``model`` with random weights, and its memory adapter if it has one."""
     with torch.device("meta"):
-        expert = WanTransformer3DModel(**model.network.transformer, in_channels=model.spec.in_channels).eval()
+        expert = WanTransformer3DModel(**model.transformer).eval()
         if model.adapter is not None:
             expert.add_adapter(memory_lora_config())
     kept, rope = set(expert._keep_in_fp32_modules), expert.rope
@@ -232,8 +232,14 @@ def _measured(pipe: Any, case: Case, memory: int, ceiling: float, repeats: int, 
     reset_peak(device)
     seconds = min(timed(forward, device) for _ in range(repeats))  # other work on the machine can only add
     height, width = model.spec.latent_size(model.video.height, model.video.width)
-    text_tokens, network = model.network.text_tokens, model.network.transformer
-    flops = forward_flops(network, layout, height=height, width=width, text_tokens=text_tokens, cached=cached)
+    flops = forward_flops(
+        model.transformer,
+        layout,
+        height=height,
+        width=width,
+        text_tokens=model.network.text_tokens,
+        cached=cached,
+    )
     stages = estimate_shot(model, runtime, sampler=PUBLISHED, memory_frames=memory).stages
     return Row(
         case=case.name,

@@ -146,12 +146,11 @@ def _flops(settings: GenerateSettings, memory: int, frames: int, *, text: bool) 
     def forward(memory: int, cached: frozenset[str] = frozenset(), only: frozenset[str] = frozenset()) -> Flops:
         layout = build(memory, slots)
         return forward_flops(
-            model.network.transformer,
+            (model.text_model if text else model).transformer,
             layout.only(only) if only else layout,
             height=height,
             width=width,
             text_tokens=model.network.text_tokens,
-            in_channels=(model.text_model if text else model).spec.in_channels,
             cached=cached,
         )
 

@@ -48,11 +48,9 @@ def make_plan(settings: TrainSettings, latents: LatentCache, *, processes: int, 
 def parameters(settings: TrainSettings) -> tuple[int, int]:
     """How many parameters an expert has, and how many train in all, without a KeyframeQuery."""
     model, adapter = settings.model, settings.adapter
-    network, channels = model.network.transformer, model.spec.in_channels
     ranks = () if adapter is None else (adapter.rank,)
     plain, adapted = (
-        expert_bytes(network, dtype="float32", in_channels=channels, ranks=each).total // SIZES["float32"]
-        for each in ((), ranks)
+        expert_bytes(model.transformer, dtype="float32", ranks=each).total // SIZES["float32"] for each in ((), ranks)
     )
     return plain, len(settings.trained) * (plain if adapter is None else adapted - plain)
 

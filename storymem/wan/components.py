@@ -25,7 +25,7 @@ _EXPERTS = tuple(COMPONENTS.values())
 def config_of(model: ModelSettings, name: str) -> dict[str, Any]:
     """The arguments of a network whose weights come without a configuration."""
     if name in _EXPERTS:
-        return {**model.network.transformer, "in_channels": model.spec.in_channels}
+        return model.transformer
     if name == "text_encoder":
         return {**UMT5_XXL, **model.network.text_encoder}
     return dict(model.network.vae)

@@ -19,7 +19,7 @@ from storymem.wan.gguf import in_8_bits, stays_in_few_bits
 from storymem.wan.processes import Grid
 from storymem.wan.segments import Layout, name_of
 from storymem.wan.settings import Dtype, ModelSettings, Precision, RuntimeSettings, SamplerSettings
-from storymem.wan.spec import UMT5_XXL
+from storymem.wan.spec import A14B, UMT5_XXL
 from storymem.weights import Weights
 
 GB = 1e9
@@ -59,13 +59,12 @@ def forward_flops(
     height: int,
     width: int,
     text_tokens: int,
-    in_channels: int = 36,
     cached: frozenset[str] = frozenset(),
 ) -> Flops:
     """Operations of a forward of ``WanTransformer3DModel`` on the segments of a layout.
 
     Args:
-        transformer: its arguments or config.
+        transformer: its arguments or config; ``ModelSettings.transformer``.
         height, width: of the latents.
         text_tokens: length of the padded prompt.
         cached: names of segments that are read from a cache and not computed.
@@ -73,6 +72,7 @@ def forward_flops(
     p_t, p_h, p_w = transformer.get("patch_size", (1, 2, 2))
     frame = (height // p_h) * (width // p_w)
     dim, ffn = _dim(transformer), transformer["ffn_dim"]
+    channels = transformer["in_channels"], transformer.get("out_channels", A14B.latent_channels)
     frames = {segment.name: segment.frames for segment in layout.segments}
     segments = [segment for segment in layout.segments if segment.name not in cached]
     tokens = sum(segment.frames for segment in segments) * frame
@@ -91,7 +91,7 @@ def forward_flops(
     texts = len({segment.text.name for segment in segments if segment.text})
     timesteps = len(segments) if any(segment.timestep is not None for segment in segments) else 1
     outside = (
-        tokens * dim * p_t * p_h * p_w * (in_channels + transformer.get("out_channels", 16))
+        tokens * dim * p_t * p_h * p_w * sum(channels)
         + texts * text_tokens * (transformer["text_dim"] * dim + dim * dim)
         + timesteps * (transformer["freq_dim"] * dim + 7 * dim * dim)
     )
@@ -124,7 +124,6 @@ def expert_bytes(
     transformer: Mapping[str, Any],
     *,
     dtype: Dtype,
-    in_channels: int = 36,
     precision: Precision = "as_is",
     ranks: Sequence[int] = (),
 ) -> ExpertBytes:
@@ -135,9 +134,7 @@ def expert_bytes(
         precision: of the linears in the blocks.
         ranks: of the LoRAs on all of these linears.
     """
-    network = on_meta(
-        "WanTransformer3DModel", {**transformer, "num_layers": 1, "in_channels": in_channels}, "model.network"
-    )
+    network = on_meta("WanTransformer3DModel", {**transformer, "num_layers": 1}, "model.network")
     size, kept = SIZES[dtype], set(network._keep_in_fp32_modules)
     block = rest = 0
     for name, module in network.named_modules():
@@ -324,10 +321,9 @@ def _text_bytes(model: ModelSettings, config: Mapping[str, Any]) -> int:
 
 
 def _expert(model: ModelSettings, precision: Precision, sampler: SamplerSettings) -> ExpertBytes:
-    network, ranks = model.network.transformer, _ranks(model, sampler)
+    network, ranks = model.transformer, _ranks(model, sampler)
     if model.gguf is None or not stays_in_few_bits(model.gguf):
-        channels, precision = model.spec.in_channels, _stored(model, precision)
-        return expert_bytes(network, dtype=model.dtype, in_channels=channels, precision=precision, ranks=ranks)
+        return expert_bytes(network, dtype=model.dtype, precision=_stored(model, precision), ranks=ranks)
     adapted, plain = (expert_bytes(network, dtype=model.dtype, ranks=each).total for each in (ranks, ()))
     layers = network["num_layers"]
     whole = max(_file_bytes(weights) for weights in model.gguf.all)

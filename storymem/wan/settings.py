@@ -195,7 +195,7 @@ class ModelSettings:
     adapters: tuple[ExtraAdapterSettings, ...] = ()
     rope_stride: int = 5
     memory_attention: MemoryMode = "joint"
-    boundary: float | None = 0.9
+    boundary: float | None = A14B.boundary
     text_to_video_boundary: float = 0.875
     dtype: Dtype = "bfloat16"
     vae_dtype: Dtype = "float32"
@@ -205,6 +205,11 @@ class ModelSettings:
     def spec(self) -> ModelSpec:
         """The base model."""
         return {"wan2.2-a14b": A14B, "wan2.2-t2v-a14b": T2V_A14B, "wan2.2-ti2v-5b": TI2V_5B}[self.base]
+
+    @property
+    def transformer(self) -> dict[str, Any]:
+        """Arguments of its ``WanTransformer3DModel``."""
+        return {**self.network.transformer, "in_channels": self.spec.in_channels}
 
     @property
     def text_model(self) -> ModelSettings:
@@ -315,8 +320,8 @@ class SamplerSettings:
     guidance: float = 3.5
     guidance_low: float | None = None
     negative_sees_memory: bool = True
-    shift: float = 4.0
-    text_to_video_shift: float = 12.0
+    shift: float = A14B.shift
+    text_to_video_shift: float = T2V_A14B.shift
     negative_prompt: str = ""
 
     @property

@@ -168,7 +168,7 @@ def test_every_key_of_an_adapter_of_true_size_fits() -> None:
     config = composed("story=story.yaml", "model=wan2.2-ti2v-5b")
     true = build_settings(ModelSettings, config["model"])
     with torch.device("meta"):
-        network = WanTransformer3DModel(**true.network.transformer, in_channels=true.spec.in_channels)
+        network = WanTransformer3DModel(**true.transformer)
         network.add_adapter(memory_lora_config(), adapter_name="memory")
     downs = [name for name, _ in network.named_parameters() if ".lora_A." in name]
     assert len(downs) == 30 * 10
