@@ -24,13 +24,15 @@ _SAMPLES = 16  # of a file, and the bytes of each
 _SAMPLE_BYTES = 1 << 16
 _LARGEST = 1e6  # of a weight: the largest in published networks are a few hundred
 _LISTED = 8  # names in an error before the rest is only counted
-_PICKLE = "a pickle (.pth, .bin): use the .safetensors file in its place"
+#: Formats, as :func:`other_format` names them.
+PICKLE = "a pickle (.pth, .bin): use the .safetensors file in its place"
+GGUF = "a GGUF file; for experts in GGUF use model.gguf"
 _FORMATS = {  # by their first bytes
     b"version https://git-lfs": "a Git LFS pointer and not the weights themselves: fetch them with git lfs pull",
     b"<": "a web page, of a broken download: fetch the file again",
-    b"GGUF": "a GGUF file; for experts in GGUF use model.gguf",
-    b"PK": _PICKLE,
-    b"\x80": _PICKLE,
+    b"GGUF": GGUF,
+    b"PK": PICKLE,
+    b"\x80": PICKLE,
 }
 
 
@@ -225,7 +227,7 @@ def read_header(path: str | Path) -> Header:
             return Header(shapes, {name: found.get_dtype() for name, found in slices.items()}, opened.metadata() or {})
     except (SafetensorError, OSError) as error:
         size = f"its {path.stat().st_size:,} bytes may be a broken download; fetch it again"
-        what = _other_format(path) or f" ({error}): {size}"
+        what = other_format(path) or f" ({error}): {size}"
         raise FileError(f"{path} is not a readable safetensors file{what}") from None
 
 
@@ -242,13 +244,14 @@ def read_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load documents none; a dozen types were seen on damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = _other_format(path, but=_PICKLE) or (
+        what = other_format(path, but=PICKLE) or (
             f": it is damaged, or contains more than tensors ({reason}). Use the .safetensors file in its place"
         )
         raise FileError(f"{path} is not a readable file of tensors{what}") from None
 
 
-def _other_format(path: Path, *, but: str = "") -> str:
+def other_format(path: Path, *, but: str = "") -> str:
+    """Which format a file has, in words; empty if it is ``but`` or not known."""
     with path.open("rb") as file:
         start = file.read(64).lstrip()
     return next((f", but {it}" for magic, it in _FORMATS.items() if start.startswith(magic) and it != but), "")

@@ -220,6 +220,7 @@ def test_main_is_given_the_composed_configuration(script: Callable[..., tuple[in
         (["a.yaml", "samplr.steps=3"], "samplr: unknown key; did you mean 'sampler'?"),
         (["a.yaml", "sampler.stepps=3"], "sampler.stepps: unknown key; did you mean 'steps'?"),
         (["a.yaml", "steps=3"], "steps: unknown key; did you mean 'sampler.steps'?"),
+        (["a.yaml", "device=cuda"], "device: unknown key; did you mean 'runtime.device'?"),
         (["a.yaml", "model=tiny", "model.weights.source=x"], "model.weights.source: unknown key"),
         (["a.yaml", "model.heigth=3"], "model.heigth: unknown key; did you mean 'model.video.height'?"),
         (["stories/x=1.yaml"], "stories/x=...: no such group (--help lists them), and no such file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -154,4 +155,19 @@ def test_a_plan_without_weights_notes_that_tokens_are_not_counted(
     loaded = story(tmp_path, TWO_PROMPTS.format("Ada waits.", "Ada turns."))
     with pytest.raises(ValueError, match="not ready"):
         generate_films(composed(f"story={loaded.source}", "model=wan2.2-a14b", "runtime=cpu", "dry_run=true"))
-    assert "prompts are not counted: the tokenizer of wan2.2-a14b is not on this machine" in capsys.readouterr().out
+    assert "prompts are not counted: no readable tokenizer of wan2.2-a14b is on this machine" in capsys.readouterr().out
+
+
+def test_a_damaged_tokenizer_is_named_by_the_plan_with_all_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "weights")
+    (tmp_path / "weights" / "tokenizer" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    loaded = story(tmp_path, TWO_PROMPTS.format("Ada waits.", "Ada turns."))
+    with pytest.raises(ValueError, match="not ready: 1 marked"):
+        generate_films(
+            composed(f"story={loaded.source}", f"model.weights.source={tmp_path / 'weights'}", "dry_run=true")
+        )
+    plan = capsys.readouterr().out
+    assert f"UNFIT: {tmp_path / 'weights' / 'tokenizer'} contains no readable" in plan
+    assert "prompts are not counted: no readable tokenizer of toy is on this machine" in plan

@@ -256,7 +256,10 @@ def _describe_composition(error: Exception, name: str, command: Command) -> str:
 
 
 def _nearest_key(wrong: str, parent: Any) -> str:
-    """The known key most like ``wrong``: one beside it, or one elsewhere if there is only one of that name."""
+    """The known key most like ``wrong``: one beside it, or one elsewhere if there is only one of that name.
+
+    Where ``wrong`` is of no node, only the outermost keys of a name count.
+    """
     from omegaconf import OmegaConf
 
     if parent is None:
@@ -265,6 +268,10 @@ def _nearest_key(wrong: str, parent: Any) -> str:
     places: dict[str, list[str]] = {}
     for key in _dotted_keys(OmegaConf.to_container(parent._get_root())):
         places.setdefault(key.rpartition(".")[2], []).append(key)
+    if "." not in wrong:
+        for one, keys in places.items():
+            least = min(key.count(".") for key in keys)
+            places[one] = [key for key in keys if key.count(".") == least]
     elsewhere = {one: keys[0] for one, keys in places.items() if len(keys) == 1}
     close = closest(name, beside | elsewhere.keys(), cutoff=0.75)
     return nearest(name, beside) if close is None or close in beside else f"; did you mean {elsewhere[close]!r}?"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from storymem.config import first_of
+from storymem.io import FileError
 from storymem.media.images import Fit, fit_note, read_image_with_notes
 from storymem.story import Story
 from storymem.story.parser import as_written
@@ -19,7 +20,10 @@ _MOST = 20  # lines of one kind, and words in a line
 
 def notes_on(stories: Sequence[Story], model: ModelSettings, sampler: SamplerSettings, fit: Fit) -> list[str]:
     """:func:`size_notes`; :func:`text_notes` and :func:`image_notes` of stories, of several each with its title."""
-    reader = TextReader.of(model)
+    try:
+        reader = TextReader.of(model)
+    except FileError:  # reported where weights are checked
+        reader = None
     if model.weights is None:  # the default negative prompt is not for random networks
         sampler = replace(sampler, negative_prompt="")
     notes = [
@@ -46,11 +50,11 @@ def size_notes(model: ModelSettings) -> list[str]:
 def text_notes(story: Story, reader: TextReader | None, sampler: SamplerSettings, *, model: str) -> list[str]:
     """A line for each text that is truncated and for words that ``model`` does not know.
 
-    ``reader`` is None if the model's tokenizer is not on this machine.
+    ``reader`` is None if the model's tokenizer is not on this machine, or damaged.
     """
     notes = list(story.notes)
     if reader is None:
-        return [*notes, f"prompts are not counted: the tokenizer of {model} is not on this machine"]
+        return [*notes, f"prompts are not counted: no readable tokenizer of {model} is on this machine"]
     readings = [(name, reader.read(text)) for name, text in _texts(story, sampler)]
     cut = [
         f"{name} has {reading.tokens} tokens, and {model} reads {reader.limit}; it does not read {_ends(reading.cut)}"

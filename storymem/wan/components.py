@@ -50,6 +50,10 @@ def check_component(path: Path, name: str, model: ModelSettings, setting: str = 
         FileNotFoundError, FileError: naming the file and the tensor.
     """
     (config, file), spec = _config_and_file(path, name, model), model.spec
+    if file.suffix == ".gguf" and name not in _EXPERTS:
+        raise FileError(
+            f"{file} is a GGUF file, from which only experts are read: use a file of another format for {name}"
+        )
     where = str(path / "config.json") if path.is_dir() else f"model.network of {name}"
     checkpoint = Checkpoint.open(file)
     network = on_meta(CLASSES[name], config, where, tensors=len(checkpoint.files))

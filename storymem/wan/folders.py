@@ -202,8 +202,11 @@ def _one_line(error: Exception) -> str:
 
 def _other_layout(folder: Path) -> str:
     """Why a place without ``model_index.json`` is refused."""
-    if folder.is_dir():
-        return f"{folder} is not a model folder: it contains no model_index.json, and is not in Wan's original layout"
-    if folder.suffix == ".safetensors":
+    if folder.is_file() and folder.suffix == ".safetensors":
         read_header(folder)  # for its errors
-    return f"{folder} is a single file: experts are named by model.gguf, others by model.vae, model.text_encoder"
+    what = "a single file"
+    if folder.is_dir():
+        what = "not a model folder: it contains no model_index.json, and is not in Wan's original layout"
+        if not any(path.suffix in (".safetensors", ".gguf") for path in folder.iterdir()):
+            return f"{folder} is {what}"
+    return f"{folder} is {what}. Files of experts are named by model.gguf, others by model.vae, model.text_encoder"

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import torch
 
 from storymem.io import FileError, check_regular
-from storymem.wan.settings import GgufSettings, RuntimeSettings
-from storymem.weights import Header, Weights, check_values, locate, read_header
+from storymem.wan.settings import GgufSettings
+from storymem.weights import GGUF, Header, Weights, check_values, locate, other_format, read_header
 
 _MOST = 1 << 22  # tensors, entries, bytes of a text, or elements of a list in a header
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # kind of a metadata value -> bytes
@@ -56,15 +56,9 @@ def in_8_bits(*files: Weights) -> bool:
     return False
 
 
-def check_gguf(files: GgufSettings, runtime: RuntimeSettings) -> None:
-    """Raise ``ValueError`` for settings that GGUF files do not support, or if their reader is not installed."""
-    if not stays_in_few_bits(files):
-        return
-    if runtime.precision != "as_is":
-        raise ValueError(
-            f"runtime.precision={runtime.precision}: the experts of model.gguf have few bits already; use as_is"
-        )
-    if importlib.util.find_spec("gguf") is None:
+def check_reader(files: GgufSettings) -> None:
+    """Raise ``ValueError`` if experts are GGUF files, and their reader is not installed."""
+    if stays_in_few_bits(files) and importlib.util.find_spec("gguf") is None:
         raise ValueError("model.gguf needs the reader of these files: pip install 'gguf>=0.10'")
 
 
@@ -141,7 +135,8 @@ def read_gguf_header(path: Path) -> Header:
             return _header(file, size)
         except (struct.error, ValueError, OverflowError, RecursionError) as error:
             reason = str(error) if type(error) is ValueError else "its header is cut off or damaged"
-            raise FileError(f"{path} is not a readable GGUF file ({reason}): fetch it again") from None
+            what = other_format(path, but=GGUF) or f" ({reason}): fetch it again"
+            raise FileError(f"{path} is not a readable GGUF file{what}") from None
 
 
 def _header(file: BinaryIO, size: int) -> Header:

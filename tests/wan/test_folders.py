@@ -249,7 +249,10 @@ def test_another_layout_is_refused_with_the_right_repository(tmp_path: Path) -> 
         with pytest.raises((ValueError, MissingWeights), match=message):
             check_weights(build_settings(ModelSettings, chosen), text_to_video=False)
     save_file({"a": torch.ones(1)}, tmp_path / "wan.safetensors")
-    with pytest.raises(ValueError, match=r"wan\.safetensors is a single file: experts are named by model\.gguf"):
+    advice = r"\. Files of experts are named by model\.gguf"
+    with pytest.raises(ValueError, match=f"not in Wan's original layout{advice}"):
+        check(tmp_path)
+    with pytest.raises(ValueError, match=rf"wan\.safetensors is a single file{advice}"):
         check(tmp_path / "wan.safetensors")
 
 

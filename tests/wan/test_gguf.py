@@ -7,7 +7,7 @@ import os
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from safetensors.torch import save_file
 from benchmarks.layouts import original_expert
 from storymem.io import NotFiniteError
 from storymem.wan.estimate import estimate_shot
-from storymem.wan.gguf import check_gguf
 from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import memory_lora_config
 from storymem.wan.runtime import check_machine
-from storymem.wan.settings import ModelSettings, RuntimeSettings
-from storymem.wan.sources import check_weights, required_weights
+from storymem.wan.settings import ModelSettings
+from storymem.wan.sources import check_weights, inspect_weights, required_weights
 from storymem.weights import MissingWeights
 from tests.wan.layouts import scaled_fp8
 from tests.wan.tiny import CPU, generate, images, settings
@@ -89,6 +88,8 @@ def test_a_shot_from_gguf_files_is_near_the_exact_one(saved: ModelSettings) -> N
     expected, found = shot(exact), shot(rounded)
     assert 0 < ((found - expected).norm() / expected.norm()).item() < 0.05
     assert not torch.equal(rounded.transformer.proj_out.weight, rounded.transformer_2.proj_out.weight)
+    in_8_bits = load_pipeline(saved, runtime=replace(CPU, precision="fp8_storage"), text_encoder=False)
+    assert torch.equal(shot(in_8_bits), found), "they keep their bits, with the preset of a small card too"
 
 
 @needs_gguf
@@ -138,9 +139,6 @@ def test_what_does_not_go_together_is_refused() -> None:
     files = {f"{name}_noise": {"name": name, "source": f"./{name}.gguf"} for name in ("high", "low")}
     with pytest.raises(ValueError, match="gguf holds the experts alone: weights must name"):
         wide(gguf=files)
-    model = wide(weights={"name": "others", "source": "."}, gguf=files, has_text_to_video=False)
-    with pytest.raises(ValueError, match=r"model\.gguf have few bits already; use as_is"):
-        check_machine(model, RuntimeSettings(precision="fp8_storage"))
 
 
 # By header alone; these files are written here, so that no reader of the format is needed.
@@ -255,6 +253,29 @@ def test_damage_is_reported_without_reading_on(
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer.*git lfs pull"),
+        (b"<!doctype html>", "a web page, of a broken download"),
+    ],
+)
+def test_other_formats_are_named(others: Path, tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.gguf is not a readable GGUF file, but {message}"):
+        check(others, tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize("name", ["vae", "text_encoder"])
+def test_only_experts_are_read_from_gguf(tmp_path: Path, name: str) -> None:
+    path = gguf_file(tmp_path / "a.gguf", {"one": torch.ones(4)}, architecture=b"t5encoder")
+    weights = {"name": "others", "source": "."}
+    model = settings(weights=weights, has_text_to_video=False, **{name: {"name": name, "source": str(path)}})
+    (found,) = (it for it in inspect_weights(model, text_to_video=False) if it.weights.name == name)
+    message = f"a GGUF file, from which only experts are read: use a file of another format for {name}"
+    assert found.problem == f"{path} is {message}"
+
+
 def nested(depth: int) -> bytes:
     return struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * depth
 
@@ -332,4 +353,4 @@ def test_nan_is_named_when_loaded(saved: ModelSettings, tmp_path: Path) -> None:
 def test_a_missing_reader_is_reported_with_its_command() -> None:
     files = {f"{noise}_noise": {"name": noise, "source": f"{noise}.gguf"} for noise in ("high", "low")}
     with pytest.raises(ValueError, match=r"model.gguf needs the reader.*pip install 'gguf>=0.10'"):
-        check_gguf(wide(gguf=files, weights={"name": "others", "source": "."}, has_text_to_video=False).gguf, CPU)
+        check_machine(wide(gguf=files, weights={"name": "others", "source": "."}, has_text_to_video=False), CPU)
