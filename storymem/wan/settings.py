@@ -38,7 +38,7 @@ WeightsFile = Annotated[
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class VideoSettings:
-    """Size and length of a shot: pixels, frames (4n + 1) and frames per second."""
+    """Size and length of a shot: pixels, frames and frames per second; the base model states which are possible."""
 
     height: int
     width: int
@@ -46,11 +46,6 @@ class VideoSettings:
     fps: int
 
     def __post_init__(self) -> None:
-        for name in ("height", "width"):
-            if getattr(self, name) < 16 or getattr(self, name) % 16:
-                raise ValueError(f"{name} must be a positive multiple of 16, not {getattr(self, name)}")
-        if self.frames < 5 or self.frames % 4 != 1:
-            raise ValueError(f"frames must be 4n + 1 and at least 5, not {self.frames}")
         check_bounds(self, height=(16, LONGEST_SIDE), width=(16, LONGEST_SIDE), frames=(5, _MOST_FRAMES), fps=(1, 240))
         if self.height * self.width * self.frames > MOST_PIXELS:
             raise ValueError(
@@ -255,6 +250,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         self.spec.latent_size(self.video.height, self.video.width)
+        self.spec.latent_frames(self.video.frames)
         check_bounds(self, rope_stride=(1, POSITIONS - 1), seed=(0, MAX_SEED))
         check_bounds(self, boundary=(0, 1), text_to_video_boundary=(0, 1))
         if self.spec.layouts and self.memory_attention not in self.spec.layouts:

@@ -9,10 +9,12 @@ from tests.composing import generate_settings
 
 BEYOND = {
     "model.video.height=100000": "height must be 8192 or less, not 100000",
-    "model.video.height=-16": "height must be a positive multiple of 16, not -16",
+    "model.video.height=-16": "height must be 16 or more, not -16",
+    "model.video.height=40": r"height must be a positive multiple of 16 for Wan2\.2-I2V-A14B, not 40",
     "model.video.width=8192 model.video.height=8192 model.video.frames=81": "pixels; a shot has at most 2,000,000,000",
     "model.video.frames=100001": "frames must be 4093 or less",
-    "model.video.frames=-3": r"frames must be 4n \+ 1 and at least 5, not -3",
+    "model.video.frames=-3": "frames must be 5 or more, not -3",
+    "model.video.frames=6": r"a shot has 4n \+ 1 frames, not 6: the nearest are 5 and 9",
     "model.video.fps=1000000": "fps must be 240 or less, not 1000000",
     "model.network.text_tokens=0": "text_tokens must be 1 or more",
     "model.network.transformer.num_layers=-1": "transformer.num_layers must be a whole number from 1 to",
