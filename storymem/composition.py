@@ -10,7 +10,7 @@ import dataclasses
 import re
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pkgutil import resolve_name
@@ -100,6 +100,15 @@ def groups(name: str) -> dict[str, list[str]]:
     if "experiment" in found:
         found["experiment"] = [one for one in found["experiment"] if one.startswith(_EVALUATED) != (name == "train")]
     return found
+
+
+def check_experiments(name: str, arguments: Iterable[str]) -> None:
+    """Raise ``ValueError`` for an experiment of another command: this one has not all of its keys and groups."""
+    known = groups(name).get("experiment", [])
+    for key, _, chosen in (argument.partition("=") for argument in arguments):
+        if key == "experiment" and chosen not in known and (CONFIGS / key / f"{chosen}.yaml").is_file():
+            choices = f"choices of experiment here: {', '.join(known)}" if known else "this one has no experiments"
+            raise ValueError(f"experiment={chosen} is of another command; {choices}")
 
 
 def reference(name: str) -> str:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
 PACKAGE = Path(__file__).resolve().parent
 #: The folder of configs/, examples/ and st_bench/: the installed package, or the root of a checkout.
@@ -145,13 +145,15 @@ def _described(cls: type, problem: Any) -> str:
     if problem["type"] == "value_error":  # raised by a __post_init__ with a complete message
         return f"{where}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
     expected = _PLAINER.get(problem["type"], problem["msg"][:1].lower() + problem["msg"][1:].split(", unable")[0])
-    wrong = f"{where}: {expected}, not {reprlib.repr(problem.get('input'))}"
-    return f"{wrong}{_advice(cls, problem['type'], path)}" if path else wrong
+    given = problem.get("input")
+    wrong = f"{where}: {expected}, not {reprlib.repr(given)}"
+    return f"{wrong}{_advice(cls, problem['type'], path, given)}" if path else wrong
 
 
-def _advice(cls: type, kind: str, path: list[str]) -> str:
+def _advice(cls: type, kind: str, path: list[str], given: object) -> str:
     if kind == "tuple_type":
-        return f"; write {path[-1]}=[...]"
+        plain = not isinstance(given, Mapping) and not _fields_at(cls, [*path, "0"])
+        return f"; write {'.'.join(path)}=[{given if plain else '...'}]"
     if kind == "dataclass_type" and (keys := _fields_at(cls, path)):
         return f"; its keys are {', '.join(keys)}"
     is_group = kind in _PLAINER and CONFIGS.joinpath(*path).is_dir()

@@ -252,6 +252,21 @@ def test_an_unknown_choice_is_reported_with_those_there_are(
     assert error.endswith("did you mean 'tiny'?") == ("ti" in choice)
 
 
+@pytest.mark.parametrize(
+    ("command", "experiment", "choices"),
+    [
+        ("train", "stbench_toy", "choices of experiment here: toy_holocine, "),
+        ("evaluate", "toy_m2v", "choices of experiment here: ablation_no_filter, "),
+        ("generate", "toy_m2v", "this one has no experiments"),
+    ],
+)
+def test_an_experiment_of_another_command_is_reported(
+    script: Callable[..., tuple[int, str]], command: str, experiment: str, choices: str
+) -> None:
+    status, error = script(f"experiment={experiment}", name=command)
+    assert (status, error.startswith(f"experiment={experiment} is of another command; {choices}")) == (2, True)
+
+
 def test_a_key_of_the_same_name_elsewhere_is_suggested_only_if_it_is_the_only_one(
     script: Callable[..., tuple[int, str]],
 ) -> None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
 from storymem import __version__, io
-from storymem.composition import SETTINGS, groups, reference, register_defaults
+from storymem.composition import SETTINGS, check_experiments, groups, reference, register_defaults
 from storymem.config import CONFIGS, annotation_at, closest, did_you_mean, nearest
 from storymem.overrides import hydra_arguments
 
@@ -151,6 +151,7 @@ def run_command(name: str, command: Command) -> None:
         settings = resolve_name(SETTINGS[command.config])
         actions = get_args(annotation_at(settings, ["action"]))
         arguments = [command.expanded(argument, actions) for argument in sys.argv[1:]]
+        check_experiments(command.config, arguments)
         sys.argv[1:] = [*hydra_arguments(arguments, command.positional, settings), *_NO_LOG_FILES]
         register_defaults(command.config)
         try:

@@ -86,8 +86,10 @@ def check_start(
                 )
         if adapter.config["rank_pattern"] or adapter.config["alpha_pattern"]:
             raise ValueError(f"{where}: modules of {adapter.file.path} have several ranks or scales; training has one")
-        if adapter.file.info is not None and (system := adapter.info.objective) != objective:
-            print(f"{where} was trained with objective={system}, now objective={objective}", file=sys.stderr)
+        wanted = {"objective": objective, "memory_attention": model.memory_attention, "rope_stride": model.rope_stride}
+        for name, now in wanted.items() if adapter.file.info is not None else ():
+            if (had := getattr(adapter.info, name)) != now:
+                print(f"{where} was trained with {name}={had}, now {name}={now}", file=sys.stderr)
         if not adapter.as_usual:
             print(f"{where}: {adapter.report}", file=sys.stderr)
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from storymem.config import STRICT, UserPath, check_bounds
+from storymem.config import STRICT, StoryPath, UserPath, check_bounds
 from storymem.film.settings import MemorySettings, ScorerSettings
 from storymem.wan.settings import MAX_SEED, Continuity, ModelSettings, SamplerSettings
 from storymem.wan.spec import Expert
@@ -163,7 +163,7 @@ class SampleSettings:
     """
 
     every: int = 0
-    story: UserPath | None = None
+    story: StoryPath | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

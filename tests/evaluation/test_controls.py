@@ -153,11 +153,15 @@ def test_rank_correlation() -> None:
     assert rank_correlation([[(1, 1), (1, 2), (1, 3)]], settings) is None
 
 
-def test_films_with_manifests_need_no_stories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_films_with_manifests_need_no_stories(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no st_bench/
     boat, cat = small.stories(tmp_path / "stories")
     small.own_film(tmp_path / "films" / "a", boat, seconds={"denoise": 2.0, "select": 0.5})
     small.own_film(tmp_path / "films" / "b", cat, seconds={"denoise": 1.0})
-    run = config(tmp_path) | {"films": str(tmp_path / "films"), "stbench": {}}
+    benchmark = composed("metrics=[tiny]", name="eval_stbench")["stbench"]
+    run = config(tmp_path) | {"films": str(tmp_path / "films"), "stbench": benchmark}
     results = evaluate(run)
     assert results is not None
     assert results.benchmark == {"folder": "those of the films", "titles": ["The Red Boat", "A Cat"]}
@@ -165,7 +169,9 @@ def test_films_with_manifests_need_no_stories(tmp_path: Path, capsys: pytest.Cap
     assert results.stories["films"][0].shots[2].characters == ("Ada", "Ben")
     assert results.costs["films"].mean == pytest.approx((3 * 2.5 + 2 * 1.0) / 2)
     assert "| Seconds per film |" in capsys.readouterr().out
-    assert evaluate(run | {"stbench": {"only": ["a_cat"]}, "films": str(tmp_path / "films" / "b")}) is not None
+    assert (
+        evaluate(run | {"stbench": benchmark | {"only": ["a_cat"]}, "films": str(tmp_path / "films" / "b")}) is not None
+    )
     small.own_film(tmp_path / "films" / "c", small.stories(tmp_path / "stories")[1], prompt="Another.")
     with pytest.raises(ValueError, match=r"films/c and another film are called 'A Cat' and have other prompts"):
         evaluate(run)

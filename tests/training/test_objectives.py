@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from storymem.config import ConfigError, build_settings
+from storymem.config import CONFIGS, ConfigError, build_settings
 from storymem.training.objectives.settings import OBJECTIVES, MemoryObjectiveSettings
 from storymem.training.settings import TrainSettings
 from storymem.wan.lora_files import AdapterInfo, LoraFile
@@ -30,6 +30,15 @@ def test_every_objective_can_be_chosen(name: str) -> None:
 
 def test_the_embedded_model_trains_without_an_experiment() -> None:
     assert settings().objective == MemoryObjectiveSettings(memory_weight=None)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("experiment/toy_*.yaml")), ids=lambda path: path.stem)
+def test_experiments_find_what_they_name_in_any_folder(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    samples = settings(f"experiment={path.stem}").samples
+    assert samples.story is None or Path(samples.story).is_file()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +100,15 @@ def test_a_run_resumes_exactly_and_encodes_its_texts_once(training_set: Path, tm
     status, printed = train(start, f"dataset={training_set}", "steps=1", f"output={tmp_path / 'm'}", folder=tmp_path)
     assert status == 0, printed
     assert "was trained with objective=lct, now objective=memory" in printed
+    assert "memory_attention=" not in printed, "which is the same"
+    status, printed = train(
+        *(start, f"dataset={training_set}", "steps=1", "dry_run=true", f"output={tmp_path / 'n'}"),
+        *("model.memory_attention=cached", "model.rope_stride=1"),
+        folder=tmp_path,
+    )
+    assert status == 0, printed
+    assert "was trained with memory_attention=joint, now memory_attention=cached" in printed
+    assert "was trained with rope_stride=5, now rope_stride=1" in printed
 
 
 def described(run: Path) -> AdapterInfo:
