@@ -398,7 +398,7 @@ def test_an_entry_that_cannot_be_used_is_reported_and_changes_nothing(made: Path
 
 def test_the_advice_for_a_damaged_memory_works(made: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = made / "film" / "memory.json"
-    before = [(k.shot, k.frame, k.sha256, k.character) for k in MemoryBank.load(made / "film")]
+    before = [(k.id, k.shot, k.frame, k.sha256, k.character) for k in MemoryBank.load(made / "film")]
     for damage in ("{", "[]"):
         path.write_text(damage)
         damaged = files(made / "film")
@@ -411,7 +411,9 @@ def test_the_advice_for_a_damaged_memory_works(made: Path, caplog: pytest.LogCap
     assert stale(film, read_entries(film.folder)) == {}
     regenerate(made, resume="auto", teller=storyteller())
     assert "memory.json is missing: it is written again from the takes" in caplog.text
-    assert [(k.shot, k.frame, k.sha256, k.character) for k in MemoryBank.load(made / "film")] == before
+    assert [(k.id, k.shot, k.frame, k.sha256, k.character) for k in MemoryBank.load(made / "film")] == before
+    film = Film.open(made / "film")
+    assert stale(film, read_entries(film.folder)) == {}, "takes recalled what is in the memory again"
 
 
 def test_tensors_in_memory_that_are_not_finite_are_reported(made: Path) -> None:

@@ -132,6 +132,7 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
     where, stories = find_stories(settings, systems)
     there = {one.name: find_films(one.films, stories) for one in systems if one.films.exists() or one.method is None}
     plan, missing = make_plan(systems, stories, there), missing_weights(settings.metrics)
+    check_output(Path(settings.output))
     if settings.dry_run:
         needs = ["metrics need what is not on this machine:"] if missing else []
         print("\n".join([plan, *needs, *map(str, missing), *what_methods_lack(systems, stories)]))
@@ -139,7 +140,6 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
     if missing:
         raise MissingWeights("\n".join([*map(str, missing), _WITHOUT_WEIGHTS]))
     check_films(systems, stories, there)
-    check_output(Path(settings.output))
     from storymem.evaluation.controls import controls_for
     from storymem.evaluation.jobs import find_jobs, score_jobs
     from storymem.evaluation.scoring import metric_settings

@@ -13,7 +13,8 @@ from storymem.film.matching import arranged
 from storymem.film.resume import Reference, Run, encoders, references
 from storymem.media.images import read_image
 from storymem.memory import EmbedFrames, Keyframe, MemoryBank, RecallPolicy, ids_on_disk, reference_id
-from storymem.memory.bank import FitImage, keyframe_files, read_entries
+from storymem.memory.bank import FitImage, holds_image, keyframe_files, read_entries
+from storymem.memory.keyframes import image_hash
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +37,15 @@ def restored_memory(run: Run, *, policy: RecallPolicy, embed: EmbedFrames, fit: 
     for id, done in saved.edited.items():
         if id not in added:  # by `storymem memory`, which has printed it
             logger.warning(f"memory: {done}; it becomes keyframe {id}")
-    taken = ids_on_disk(film.folder) | {keyframe.id for keyframe in saved}
+    used, on_disk = {keyframe.id for keyframe in saved}, ids_on_disk(film.folder)
 
     def read(path: Path, reference: Reference, shot: int | None) -> Keyframe:
         image = fit(read_image(path))
-        id = reference_id(reference.character or path.stem, taken)
-        taken.add(id)
+        # An image that an earlier memory of the film held keeps its id, by which takes name what they recalled.
+        files = {id: film.folder / keyframe_files(id)[0] for id in on_disk if id.startswith("ref_")}
+        others = {id for id in on_disk if id not in files or not holds_image(files[id], image_hash(image))}
+        id = reference_id(reference.character or path.stem, used | others)
+        used.add(id)
         origin = {"shot": shot, "source": reference.source, "character": reference.character}
         return Keyframe(id=id, image=image, embedding=embed(image[None])[0], **origin)  # type: ignore[arg-type]
 

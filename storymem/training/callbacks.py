@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -32,22 +31,18 @@ class LogMetrics:
     def __init__(self, log: RunLog | None, *, every: int) -> None:
         self._log, self._every = log, every
         self._reports: list[StepReport] = []
-        self._last: float | None = None
 
     def __call__(self, trainer: Trainer, report: StepReport) -> None:
         if not report.sums:  # of a step before the run was resumed
             return
-        self._last = self._last or time.perf_counter() - report.seconds
         self._reports.append(report)
         if report.step % self._every and report.step != trainer.steps:
             return
         means = reduced_means([report.sums for report in self._reports], trainer.accelerator)
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
         reports, self._reports = self._reports, []
         if self._log is None:
             return
-        count = len(reports)
+        count, elapsed = len(reports), sum(r.seconds for r in reports)  # without validation, films and checkpoints
         row = means | {
             "lr": report.lr,
             "grad_norm": sum(r.grad_norm for r in reports) / count,

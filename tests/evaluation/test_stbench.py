@@ -226,11 +226,12 @@ def test_scorers_report_the_origin_of_their_weights() -> None:
 # --- the output folder
 
 
-def test_a_folder_with_other_files_is_refused(folder: Path, run: Run) -> None:
+@pytest.mark.parametrize("dry_run", ["false", "true"])
+def test_a_folder_with_other_files_is_refused(dry_run: str, folder: Path, run: Run) -> None:
     (folder / "out" / "stories" / "one" / "a_cat").mkdir(parents=True)
     image = folder / "out" / "stories" / "one" / "a_cat" / "holiday.jpg"
     image.write_bytes(b"mine")
-    status, _, errors = run("metrics=[tiny]")
+    status, _, errors = run("metrics=[tiny]", f"dry_run={dry_run}")
     assert status == 2
     assert f"output={folder}/out is not empty and not a folder of results: it holds stories" in errors
     assert [path for path in (folder / "out").rglob("*") if path.is_file()] == [image]

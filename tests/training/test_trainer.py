@@ -269,6 +269,17 @@ def test_the_run_folder_holds_everything(tmp_path: Path) -> None:
     assert len(list((folder / "samples" / "step_00000002" / "shots").glob("*/take_001.mp4"))) == 4
 
 
+def test_the_seconds_of_a_step_are_those_of_training(tmp_path: Path) -> None:
+    ready, seconds = run(tmp_path, expert="high", steps=3), []
+    ready.trainer.callbacks.append(lambda trainer, report: seconds.append(report.seconds))
+    ready.trainer.run()
+    rows = [row for row in read_metrics(tmp_path) if "seconds_step" in row]
+    assert [row["seconds_step"] for row in rows] == seconds
+    assert [row["samples_per_second"] for row in rows] == [pytest.approx(2 / one) for one in seconds], (
+        "of a batch of two"
+    )
+
+
 def test_validation_is_the_same_each_time_and_moves_with_the_adapter(tmp_path: Path) -> None:
     ready = run(tmp_path, validation={"every": 5, "samples": 3}, expert="low")
     validation = ready.trainer.callbacks[1]
