@@ -113,3 +113,20 @@ def test_a_sweep_continues_after_a_case_that_fails_and_saves_as_it_goes(
     monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--json", str(path), "--minutes", "0"])
     benchmark.main()
     assert "memory_attention=cached and what follows: 0 minutes are over" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "0", "-1"], "argument --memory: must be 0 or more, not -1"),
+        (["--layers", "0"], "argument --layers: must be 1 or more, not 0"),
+    ],
+)
+def test_counts_out_of_range_are_refused_before_anything_is_measured(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    with pytest.raises(SystemExit) as error:
+        benchmark.main()
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err

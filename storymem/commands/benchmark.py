@@ -449,20 +449,31 @@ def _result(case: Case, rows: Sequence[Row | ShotRow]) -> dict[str, Any]:
     }
 
 
+def _from(least: int) -> Callable[[str], int]:
+    """A type of arguments: whole numbers from ``least`` on."""
+
+    def number(text: str) -> int:
+        if (found := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, not {found}")
+        return found
+
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="storymem benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a choice of configs/model")
     parser.add_argument("--runtime", default="auto", help="a choice of configs/runtime")
-    parser.add_argument("--memory", type=int, nargs="+", default=[0, 4, 10], help="numbers of memory frames")
-    parser.add_argument("--sweep-memory", type=int, default=4, help="memory frames of a sweep and of a whole shot")
+    parser.add_argument("--memory", type=_from(0), nargs="+", default=[0, 4, 10], help="numbers of memory frames")
+    parser.add_argument("--sweep-memory", type=_from(0), default=4, help="memory frames of a sweep and of a whole shot")
     parser.add_argument("--sweep", action="store_true", help="also with one setting changed at a time")
     parser.add_argument("--shot", action="store_true", help="also a whole shot")
-    parser.add_argument("--steps", type=int, default=8, help="of the whole shot")
-    parser.add_argument("--repeats", type=int, default=2, help="forwards measured, after one to warm up")
+    parser.add_argument("--steps", type=_from(1), default=8, help="of the whole shot")
+    parser.add_argument("--repeats", type=_from(1), default=2, help="forwards measured, after one to warm up")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which no further case of a sweep begins")
-    parser.add_argument("--layers", type=int, help="keep so many of the model's layers, for small devices")
+    parser.add_argument("--layers", type=_from(1), help="keep so many of the model's layers, for small devices")
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where to save")
     parser.add_argument("overrides", nargs="*", help="key=value, as for scripts/generate.py")
     arguments = parser.parse_args()

@@ -171,9 +171,9 @@ def _check_weights(settings: GenerateSettings, stories: Mapping[Path, Story], *,
     from storymem.story.notes import notes_on  # these load transformers
     from storymem.wan.sources import check_weights
 
-    check_scorers(vars(settings.scorer))
     text_to_video = any(uses_text_to_video(story, settings) for story in stories.values())
     check_weights(settings.model, text_to_video=text_to_video, continuity=settings.continuity, sampler=settings.sampler)
+    check_scorers(vars(settings.scorer))  # loads torch, which the report of missing weights does not
     if reports:
         for note in notes_on(list(stories.values()), settings.model, settings.sampler, settings.memory.reference_fit):
             print(note, file=sys.stderr)
