@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from storymem.film.command import described
 from storymem.film.folder import Film
 from storymem.film.generate import generate_films
 from storymem.film.manifest import FilmError, film_folder, library_versions
@@ -82,6 +83,21 @@ def test_a_folder_with_the_name_of_a_file_is_refused_before_anything_is_made(fil
     with pytest.raises(ValueError, match=f"{name} is a folder"):
         resume(film, 2)
     assert files(film) == before
+
+
+@pytest.mark.parametrize("pattern", ["keyframes/*.png", "keyframes/*.safetensors", "shots/01_01/take_001_end/*.png"])
+def test_what_is_missing_of_a_finished_film_is_reported(
+    film: Path, pattern: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    resume(film)
+    assert "missing" not in caplog.text + described(Film.open(film))
+    gone = sorted(film.glob(pattern))
+    for path in gone:
+        path.unlink()
+    resume(film)
+    for text in (caplog.text, described(Film.open(film))):
+        assert "; put them back: shots that need them cannot be made" in text
+        assert str(gone[0].relative_to(film)) in text
 
 
 @pytest.mark.parametrize("name", ["shots", "keyframes"])

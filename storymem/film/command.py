@@ -66,6 +66,8 @@ def described(film: Film) -> str:
         parts.append(memory_table(film, entries))
     if film.lacks_memory:
         parts.append(NO_MEMORY)
+    if lost := film.lost():
+        parts.append(lost)
     again = [str(number) for number, slot in enumerate(film.slots, start=1) if slot.again]
     if again:
         shots = f"shot{'' if len(again) == 1 else 's'} {', '.join(again)}"

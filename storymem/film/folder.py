@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from storymem.config import first_of
 from storymem.film.joining import join_film
 from storymem.film.manifest import (
     FOLDERS,
@@ -352,6 +353,14 @@ class Film(Manifest):
             elif take.is_replaced:
                 found[take.file] = REPLACED
         return found
+
+    def lost(self) -> str | None:
+        """The files of the memory and the last frames of shots that are missing, in a sentence; None if none is."""
+        needed = [name for take in self.shots for name in take.sha256 if name != take.file]
+        for entry in read_entries(self.folder) or ():
+            needed += [entry.image, *keyframe_files(entry.id)[1:]] if entry.sha256 else [entry.image]
+        gone = [name for name in needed if not (self.folder / name).is_file()]
+        return f"missing: {first_of(gone, 4)}; put them back: shots that need them cannot be made" if gone else None
 
     def clean(self) -> list[Take]:
         """Delete the takes that no shot shows, and what only they added to the memory; returns them.

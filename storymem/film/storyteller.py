@@ -156,6 +156,8 @@ class Storyteller:
                 elif run.changed:
                     film.commit(self._restore(run))
                 film.refresh()
+                if lost := film.lost():
+                    logger.warning(f"{film.folder}: {lost}")
         return film
 
     def mode_of(self, shot: Shot, story: Story) -> Mode:
