@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from storymem.wan.folders import on_meta
-from storymem.wan.gguf import in_8_bits, stays_in_few_bits
+from storymem.wan.gguf import are_in_8_bits, stays_in_few_bits
 from storymem.wan.processes import Grid
 from storymem.wan.segments import Layout, name_of
 from storymem.wan.settings import Dtype, ModelSettings, Precision, RuntimeSettings, SamplerSettings
@@ -315,7 +315,7 @@ def _placed(expert: ExpertBytes, count: int, runtime: RuntimeSettings, grid: Gri
 def _text_bytes(model: ModelSettings, config: Mapping[str, Any]) -> int:
     """Weights of the text encoder: of a file in 8 bits, its linears stay in them."""
     linears = config["num_layers"] * config["d_model"] * (4 * config["num_heads"] * config["d_kv"] + 3 * config["d_ff"])
-    small = model.text_encoder is not None and in_8_bits(model.text_encoder)
+    small = model.text_encoder is not None and are_in_8_bits(model.text_encoder)
     size = SIZES[model.dtype]
     return size * _parameters("UMT5EncoderModel", config) - (linears * (size - 1) if small else 0)
 
@@ -332,7 +332,7 @@ def _expert(model: ModelSettings, precision: Precision, sampler: SamplerSettings
 
 def _stored(model: ModelSettings, precision: Precision) -> Precision:
     """``runtime.precision``, or "fp8_storage" for files whose weights stay in few bits until they compute."""
-    widened = model.gguf is not None and (stays_in_few_bits(model.gguf) or in_8_bits(*model.gguf.all))
+    widened = model.gguf is not None and (stays_in_few_bits(model.gguf) or are_in_8_bits(*model.gguf.all))
     return "fp8_storage" if precision == "as_is" and widened else precision
 
 

@@ -44,7 +44,7 @@ def stays_in_few_bits(files: GgufSettings) -> bool:
     return any((weights.file or weights.source).endswith(".gguf") for weights in files.all)
 
 
-def in_8_bits(*files: Weights) -> bool:
+def are_in_8_bits(*files: Weights) -> bool:
     """Whether safetensors files have weights in fp8, by their headers; by their names if they are not here."""
     for weights in files:
         try:

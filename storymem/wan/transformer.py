@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -25,39 +25,29 @@ from torch import Tensor
 from storymem.wan.segments import Keys, Layout, Segment, Text, name_of, single_shot
 
 KeysAndValues = tuple[Tensor, Tensor]  # each [1 or B, tokens, heads, head_dim]
+T = TypeVar("T")
 
 
-class Piece(NamedTuple):
-    """Tokens [start, stop) of a forward's own sequence, or, with ``cached``, of a cached segment."""
-
-    start: int
-    stop: int
-    cached: str | None = None
-
-
-class SelfQuery(NamedTuple):
-    """Queries of tokens [start, stop) read key sets made of pieces."""
+class Run(NamedTuple, Generic[T]):
+    """Tokens [start, stop) of a forward's own sequence, or of a cached segment, and what is stated of them."""
 
     start: int
     stop: int
-    sets: tuple[tuple[Piece, ...], ...]
+    what: T
 
 
-class TextQuery(NamedTuple):
-    """Queries of tokens [start, stop) read tokens of a text, or nothing."""
-
-    start: int
-    stop: int
-    text: Text | None
+Piece = Run[str | None]  # keys: the name of the cached segment that has them, or None for the forward's own
+SelfQuery = Run[tuple[tuple[Piece, ...], ...]]  # queries: the key sets that they read
+TextQuery = Run[Text | None]  # queries: the text that they read
 
 
 class Plan(NamedTuple):
-    """A layout in tokens of this process; queries are empty where all tokens read all, as in Wan itself."""
+    """A layout in tokens of this process; without queries all tokens read all, as in Wan, and nothing is cached."""
 
     self_queries: tuple[SelfQuery, ...]
     text_queries: tuple[TextQuery, ...]
     tokens: tuple[int, ...]  # of each computed segment
-    to_cache: tuple[tuple[str, int, int], ...]  # constant segments: name, start, stop
+    to_cache: tuple[Run[str], ...]  # constant segments, by name
 
 
 class BlockCache:
@@ -86,7 +76,7 @@ class SelfReads(NamedTuple):
     sin: Tensor
     queries: tuple[SelfQuery, ...]
     cache: BlockCache
-    to_cache: tuple[tuple[str, int, int], ...]
+    to_cache: tuple[Run[str], ...]
 
 
 class TextReads(NamedTuple):
@@ -167,7 +157,7 @@ class SegmentAttnProcessor(WanAttnProcessor):
         if isinstance(encoder_hidden_states, TextReads):
             return self._read_texts(attn, hidden_states, encoder_hidden_states)
         if isinstance(rotary_emb, SelfReads):
-            if rotary_emb.queries or rotary_emb.to_cache:
+            if rotary_emb.queries:
                 return self._read_segments(attn, hidden_states, rotary_emb)
             rotary_emb = rotary_emb[:2]
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
@@ -182,10 +172,10 @@ class SegmentAttnProcessor(WanAttnProcessor):
 
     def _read_segments(self, attn: Any, hidden_states: Tensor, reads: SelfReads) -> Tensor:
         query, key, value = self.projected(attn, hidden_states, reads)
-        for name, start, stop in reads.to_cache:
+        for start, stop, name in reads.to_cache:
             reads.cache.add(name, key[:, start:stop], value[:, start:stop])
         outputs = []
-        for start, stop, sets in reads.queries or (SelfQuery(0, query.shape[1], ((Piece(0, query.shape[1]),),)),):
+        for start, stop, sets in reads.queries:
             results = [
                 dispatch_attention_fn(
                     query[:, start:stop],
@@ -315,7 +305,7 @@ def forward(
         else:
             hidden_states = block(*arguments)
     if cache is not None:
-        cache.names |= {name for name, _, _ in plan.to_cache}
+        cache.names |= {segment.what for segment in plan.to_cache}
 
     shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(-2)).unbind(dim=-2)
     if temb.ndim == 2:
@@ -367,7 +357,7 @@ def _timesteps(
 
 def _texts(embedder: Any, texts: Tensor | Mapping[str, Tensor], image: Tensor | None, plan: Plan) -> Tensor | TextReads:
     by_name = {"prompt": texts} if isinstance(texts, Tensor) else texts
-    read = {query.text.name for query in plan.text_queries if query.text} if plan.text_queries else {"prompt"}
+    read = {query.what.name for query in plan.text_queries if query.what} if plan.text_queries else {"prompt"}
     if absent := read - by_name.keys():
         raise ValueError(f"segments read the texts {sorted(absent)}, and only {sorted(by_name)} are given")
     embedded = {name: embedder.text_embedder(by_name[name]) for name in read}
@@ -408,27 +398,29 @@ def make_plan(
         begin, end = spans[name_of(keys)]
         if isinstance(keys, Keys):
             end = begin + keys.frames * frame_tokens
-        return Piece(local(begin), local(end), name_of(keys) if name_of(keys) in cached else None)
+        return Run(local(begin), local(end), name_of(keys) if name_of(keys) in cached else None)
 
     self_queries = _joined(
-        SelfQuery(*own[segment.name], tuple(tuple(_joined(map(piece, key_set))) for key_set in segment.reads))
+        Run(*own[segment.name], tuple(tuple(_joined(map(piece, key_set))) for key_set in segment.reads))
         for segment in segments
     )
-    text_queries = _joined(TextQuery(*own[segment.name], segment.text) for segment in segments)
+    text_queries = _joined(Run(*own[segment.name], segment.text) for segment in segments)
+    to_cache = tuple(Run(*own[name], name) for name in own if caching and name in layout.constant)
     total = local(start)
+    plain = not to_cache and self_queries == [(0, total, (((0, total, None),),))]
     return Plan(
-        self_queries=() if self_queries == [(0, total, ((Piece(0, total),),))] else tuple(self_queries),
-        text_queries=() if [query.text for query in text_queries] == [Text()] else tuple(text_queries),
+        self_queries=() if plain else tuple(self_queries),
+        text_queries=() if [query.what for query in text_queries] == [Text()] else tuple(text_queries),
         tokens=tuple(end - begin for begin, end in own.values()),
-        to_cache=tuple((name, *own[name]) for name in own if caching and name in layout.constant),
+        to_cache=to_cache,
     )
 
 
-def _joined(runs: Iterable[Any]) -> list[Any]:
-    """Adjacent runs (start, stop, what) of the same joined to one: keys that are adjacent already are not copied."""
-    joined: list[Any] = []
+def _joined(runs: Iterable[Run[T]]) -> list[Run[T]]:
+    """Adjacent runs of the same joined to one: keys that are adjacent already are not copied."""
+    joined: list[Run[T]] = []
     for run in runs:
-        if joined and joined[-1][1:] == (run[0], run[2]):
+        if joined and joined[-1][1:] == (run.start, run.what):
             joined[-1] = joined[-1]._replace(stop=run[1])
         else:
             joined.append(run)
