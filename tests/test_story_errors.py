@@ -78,6 +78,9 @@ scenes:
         ("{prompt: }", 'prompt is read as empty; expected text; write prompt: "..." instead'),
         ('{prompt: " \\n "}', "prompt is empty; expected text"),
         ("{prompt: a, frames: 80}", "frames is 80; expected 4n + 1, from 5; write frames: 77 or 81 instead"),
+        ("{prompt: a, seed: 1_000}", "seed is 1_000; expected a whole number from 0; write seed: 1000 instead"),
+        ("{prompt: a, seed: 12:30}", "seed is 12:30; expected a whole number from 0; write a number or leave seed out"),
+        ("{prompt: a, frames: 17.0}", "frames is 17.0; expected a whole number from 0; write frames: 17 instead"),
         ("{prompt: a, frames: 1}", "frames is 1; expected 4n + 1, from 5; write frames: 5 or more"),
         (
             '{prompt: a, frames: "81"}',

@@ -256,10 +256,10 @@ class Value:
             return None
         if self.kind == "int" and re.fullmatch(r"0|[1-9][0-9]{0,17}", self.node.value):
             return int(self.node.value)
-        digits = re.search(r"(?<![0-9-])[0-9]+", self.node.value) if isinstance(self.node, yaml.ScalarNode) else None
-        cure = (
-            f"write {self.key}: {int(digits[0][:18])} instead" if digits else f"write a number or leave {self.key} out"
-        )
+        value = self.node.value if isinstance(self.node, yaml.ScalarNode) else ""
+        one = re.fullmatch(r"[^0-9-]*([0-9][0-9_]*)(\.0*)?[^0-9]*", value)  # not 12:30, in which there are two
+        digits = one[1].replace("_", "")[:18] if one else ""
+        cure = f"write {self.key}: {int(digits)} instead" if digits else f"write a number or leave {self.key} out"
         self.note(f"{self.key} is {self.excerpt}", "a whole number from 0", cure)
         return None
 
