@@ -57,19 +57,18 @@ class Fit:
         if checkpoints_of(folder).steps():
             self._load()
 
-    def run(self, loss: Loss, minutes: float, *, until: float = float("inf"), seed: int = 0) -> None:
+    def run(self, loss: Loss, minutes: float, *, until: float = float("inf")) -> None:
         """Train until `minutes` are spent, those before a resume included, and save.
 
         Args:
             loss: draws its batch from the generator it is given, which depends on the step alone; returns the loss and
                 figures to log.
             minutes: of training in all.
-            seed: of the batches.
         """
         self.model.train()
         saved = clock = time.monotonic()
         while (progress := self.seconds / (60 * minutes)) < 1 and self.seconds < until:
-            rng = torch.Generator().manual_seed(1_000_003 * seed + self.step)
+            rng = torch.Generator().manual_seed(self.step)
             with self.accelerator.autocast():
                 value, figures = loss(rng)
             self.accelerator.backward(value)

@@ -271,21 +271,13 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.stages) - set(STAGES):
         parser.error(f"no stage {', '.join(sorted(unknown))}: write some of {', '.join(STAGES)}")
-    chosen = args.stages or list(STAGES)
+    given = vars(args)
+    chosen, minutes = given.pop("stages") or list(STAGES), given.pop("minutes")
+    given["weights"] = args.weights or args.work / "weights"
     whole = sum(STAGES[name][1] for name in chosen) or 1.0
     for name in chosen:
         stage, share = STAGES[name]
-        recipe = Recipe(
-            work=args.work,
-            minutes=args.minutes * share / whole,
-            device=args.device,
-            start=args.start,
-            weights=args.weights or args.work / "weights",
-            shards=args.shards,
-            batch_scale=args.batch_scale,
-            quick=args.quick,
-        )
-        stage(recipe)
+        stage(Recipe(minutes=minutes * share / whole, **given))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,6 @@ TEMPLATES = (
     "{framing}: {time} {place}, {deed}.",
 )
 
-SHAPE_WORDS = {"round": "round", "square": "square", "tall": "tall", "pointed": "pointed"}
 HAT_WORDS = {
     "no hat": "without a hat",
     "party hat": "in a party hat",
@@ -66,7 +65,7 @@ EYE_WORDS = {"dots": "dot eyes", "big eyes": "big eyes", "one eye": "one eye", "
 def describe(look: Look) -> str:
     """A look in words, as in "a round red creature in a top hat, with big eyes"."""
     hat, eyes = HAT_WORDS[look.hat], EYE_WORDS[look.eyes]
-    return f"a {SHAPE_WORDS[look.shape]} {look.colour} creature {hat}, with {eyes}"
+    return f"a {look.shape} {look.colour} creature {hat}, with {eyes}"
 
 
 def sentence(

@@ -79,7 +79,6 @@ class ToyStory:
     """A story: its shots in order, scene by scene, and the people in it."""
 
     seed: int
-    overview: str
     scenes: tuple[tuple[ToyShot, ...], ...]
     cast: tuple[Character, ...]
 
@@ -137,9 +136,7 @@ def story(seed: int, *, shots: int = 8, looks: bool = False, where: tuple[str, s
             before = made[-1] if len(made) > first else None
             made.append(_shot(rng, place, time, cast, len(made), sceneries[place], before, looks))
         scenes.append(tuple(made[first:]))
-    places = list(dict.fromkeys(scene[0].place for scene in scenes))
-    overview = f"{' and '.join(c.name for c in cast)}: a story in the {', the '.join(places)}."
-    return ToyStory(seed=seed, overview=overview, scenes=tuple(scenes), cast=cast)
+    return ToyStory(seed=seed, scenes=tuple(scenes), cast=cast)
 
 
 def introduced(name: str) -> int:

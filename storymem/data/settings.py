@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, UserPath, check_bounds
+from storymem.scorers import ScorerSettings
 from storymem.wan.settings import Dtype, ModelSettings, Offload, RuntimeSettings
 
 Step = Literal["split", "check", "embed", "group", "cache"]
@@ -161,14 +162,6 @@ class CacheSettings:
         check_bounds(self, shard_mb=(_ABOVE_0, _MOST))
         if len(set(self.given)) < len(self.given):
             raise ValueError(f"given names a number twice: {list(self.given)}")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ScorerSettings:
-    """The image encoder that groups clips and chooses keyframes, and the quality filter of keyframes."""
-
-    clip: dict[str, Any]
-    quality: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

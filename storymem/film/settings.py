@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, ConfigError, StoryPath, UserPath, build_settings, check_bounds, nearest
+from storymem.scorers import ScorerSettings
 from storymem.story import MAX_SHOTS, Shot, Story
 from storymem.wan.combinations import check_combinations, check_reach
 from storymem.wan.settings import (
@@ -80,14 +81,6 @@ class MemorySettings:
     recall: PolicyNode
     selector: PolicyNode
     reference_fit: Literal["auto", "cover", "contain"] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ScorerSettings:
-    """The scorers of the shot loop, as ``_target_`` nodes."""
-
-    clip: dict[str, Any]
-    quality: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -9,7 +9,7 @@ To compare another system, write a class with :meth:`Method.run` and name it by 
 
         def run(self, story: Story, folder: Path) -> None: ...  # writes folder/01_02.mp4 for scene 1, shot 2
 
-    python scripts/eval_stbench.py +method._target_=memento.Memento +method.checkpoint=... label=memento
+    storymem evaluate method._target_=memento.Memento method.checkpoint=... label=memento
 
 A file ``configs/method/memento.yaml`` with the same keys makes it ``method=memento``.
 """

@@ -25,7 +25,9 @@ from collections.abc import Mapping, Sequence
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from storymem.config import nearest
+from pydantic.dataclasses import dataclass
+
+from storymem.config import STRICT, nearest
 from storymem.weights import Weights, locate
 
 if TYPE_CHECKING:
@@ -35,6 +37,14 @@ if TYPE_CHECKING:
 _LOADS = ".from_pretrained"
 _MOVED = {"storymem.scorers.quality.NoQuality": "storymem.scorers.scorer.NoQuality"}  # in films of earlier versions
 _PLACEMENT = ("device", "batch_size", "max_batch_pixels")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScorerSettings:
+    """The embedder and the quality filter of keyframes, as ``_target_`` nodes; the embedder groups clips too."""
+
+    clip: dict[str, Any]
+    quality: dict[str, Any]
 
 
 class QualityScorer(Protocol):

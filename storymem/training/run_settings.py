@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from storymem.config import STRICT, StoryPath, UserPath, check_bounds
-from storymem.film.settings import MemorySettings, ScorerSettings
+from storymem.film.settings import MemorySettings
+from storymem.scorers import ScorerSettings
 from storymem.wan.settings import MAX_SEED, Continuity, ModelSettings, SamplerSettings
 from storymem.wan.spec import Expert
 

@@ -31,7 +31,7 @@ SELF_SUFFICIENT = {
     "appearance/tiny": Dinov2Embedder,
     "detector/tiny": GroundingDetector,
 }
-PUBLISHED = {"clip/vit-b-32", "viclip/l-14", "viclip/b-16", "quality/hpsv3", "quality/laion-v1", "quality/laion-v2"}
+PUBLISHED = {"clip/vit-b-32", "viclip/l-14", "quality/hpsv3", "quality/laion-v1", "quality/laion-v2"}
 PUBLISHED |= {"clip/vit-l-14", "appearance/dinov2-base", "detector/grounding-dino-tiny"}
 NAMES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
 
