@@ -134,7 +134,7 @@ def find_films(place: str | Path, stories: Sequence[Story]) -> Films:
     """
     path = Path(place)
     if not path.is_dir() and path.suffix.lower() not in MAPPING_SUFFIXES:
-        several = "; several are films={NAME: FOLDER, NAME: FOLDER}" if "," in str(place) else ""
+        several = "; several are 'films={NAME: FOLDER, NAME: FOLDER}'" if "," in str(place) else ""
         raise ValueError(f"films={place}: there is no such folder{several}")
     file = path / MAPPING if path.is_dir() else path
     without = path.is_dir() and not os.path.lexists(file)
