@@ -135,7 +135,10 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
     check_output(Path(settings.output))
     if settings.dry_run:
         needs = ["metrics need what is not on this machine:"] if missing else []
-        print("\n".join([plan, *needs, *map(str, missing), *what_methods_lack(systems, stories)]))
+        lacking = [*needs, *map(str, missing), *what_methods_lack(systems, stories)]
+        print("\n".join([plan, *lacking]), flush=True)
+        if lacking:
+            raise ValueError("not ready: the end of the plan says what is missing")
         return None
     if missing:
         raise MissingWeights("\n".join([*map(str, missing), _WITHOUT_WEIGHTS]))

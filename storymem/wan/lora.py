@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -370,9 +371,11 @@ def _inject(
     pipe: Any, transformer: Any, state: dict[str, Tensor], config: Mapping[str, Any], adapter_name: str, weight: float
 ) -> None:
     active = transformer.active_adapters() if getattr(transformer, "peft_config", None) else []
-    transformer.load_lora_adapter(
-        state, prefix=None, adapter_name=adapter_name, metadata=dict(config), low_cpu_mem_usage=True, _pipeline=pipe
-    )
+    with warnings.catch_warnings():  # several adapters are what is wanted
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        transformer.load_lora_adapter(
+            state, prefix=None, adapter_name=adapter_name, metadata=dict(config), low_cpu_mem_usage=True, _pipeline=pipe
+        )
     transformer.set_adapter([*active, adapter_name])
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):

@@ -101,7 +101,8 @@ def test_what_cannot_be_made_is_reported_first(
     with pytest.raises(FileNotFoundError, match="T2V-A14B"):
         evaluate(run)
     agent = compose_with_method("agent", [f"stbench.stories={tmp_path}/s", "model=wan2.2-a14b", "runtime=cpu"])
-    evaluate({**run, "dry_run": True, "method": agent["method"], "label": "agent"})
+    with pytest.raises(ValueError, match="not ready"):
+        evaluate({**run, "dry_run": True, "method": agent["method"], "label": "agent"})
     printed = capsys.readouterr().out
     for cause in ("method=agent asks a language model", ".*I2V-A14B", "Qwen-Image-Edit"):
         assert len(re.findall(f"^agent cannot make films here: {cause}", printed, re.MULTILINE)) == 1, printed
@@ -129,5 +130,6 @@ def test_methods_are_filmed_scored_and_compared(tmp_path: Path, capsys: pytest.C
     with pytest.raises(ValueError, match=other):
         evaluate(run, lambda name: compose_with_method(name, [*overrides, "seed=5"]))
     capsys.readouterr()
-    evaluate({**run, "dry_run": True}, lambda name: compose_with_method(name, [*overrides, "seed=5"]))
+    with pytest.raises(ValueError, match="not ready"):
+        evaluate({**run, "dry_run": True}, lambda name: compose_with_method(name, [*overrides, "seed=5"]))
     assert re.search(f"storymem cannot make films here: (?s:.*){other}", capsys.readouterr().out.strip())

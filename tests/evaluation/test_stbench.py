@@ -165,7 +165,8 @@ def test_a_dry_run_prints_what_is_missing(folder: Path, capsys: pytest.CaptureFi
     viclip["scorer"]["source"] = str(folder / "nowhere")
     weights = f"model.adapter={{weights: {{name: mine, source: {folder}/mine}}}}"
     run = full_config(folder, f"films={folder}/one", "method=storymem", weights) | {"metrics": {"viclip": viclip}}
-    assert evaluate(run | {"dry_run": True, "label": "storymem"}) is None
+    with pytest.raises(ValueError, match="not ready: the end of the plan says what is missing"):
+        evaluate(run | {"dry_run": True, "label": "storymem"})
     printed = capsys.readouterr().out
     for line in (
         "2 stories, 5 shots",
