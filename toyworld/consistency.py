@@ -127,13 +127,17 @@ class ToyConsistency(Metric):
             raise ValueError(f"every={every}: must be at least 1")
         self.every = every
 
+    def check(self, story: Story) -> None:
+        """``ValueError`` for prompts that are not of the toy world."""
+        for shot in story.shots:
+            _asked(shot, story)
+
     def measure_shot(self, shot: Shot, frames: np.ndarray, film: FilmInfo) -> ShotSeen:
         """What can be read of a shot.
 
         Raises:
-            ValueError: for frames or a prompt that are not of the toy world.
+            ValueError: for frames that are not of the toy world.
         """
-        _asked(shot, film.story)
         if frames.shape[1:] != (HEIGHT, WIDTH, 3):
             raise ValueError(
                 f"{film.story.title}, {shot.label}: metrics=[toy] reads films of {WIDTH}x{HEIGHT}, and this one is "

@@ -159,6 +159,9 @@ class Metric(ABC):
     def compute(self, measured: Sequence[Any | None], film: FilmInfo) -> Scores:
         """Scores of a film from what was measured of its shots, in order; None for each missing shot."""
 
+    def check(self, story: Story) -> None:  # noqa: B027 (most measure any story)
+        """Raise ``ValueError`` for a story that this metric cannot measure; called before films are made."""
+
     def finds_characters(self, story: Story) -> bool:
         """Whether :meth:`without_characters` can find those of ``story``."""
         return False

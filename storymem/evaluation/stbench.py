@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,8 @@ def evaluate(config: Mapping[str, Any], compose: Compose | None = None) -> Resul
     made = [system for system in systems if system.method is not None]
     with working_together(launch):
         metrics = build_metrics(settings.metrics)
+        for metric, story in product(metrics.values(), stories):
+            metric.check(story)
         measured = metric_settings(metrics)
         check_trained(measured, settings)
         columns = [column for metric in metrics.values() for column in metric.columns]

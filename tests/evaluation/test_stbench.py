@@ -190,6 +190,14 @@ def test_a_method_replaces_those_of_an_experiment(run: Run) -> None:
     assert re.findall("^([a-z_]+): ", plan, re.MULTILINE) == ["one", "storymem"]
 
 
+def test_stories_that_a_metric_cannot_measure_are_refused_before_films_are_made(folder: Path, run: Run) -> None:
+    status, _, errors = run("metrics=[toy]", "methods=[independent]", "model=tiny", "runtime=cpu")
+    assert status == 2
+    assert "The Red Boat, shot 1" in errors
+    assert "metrics=[toy] is for stories like those in st_bench/toy" in errors
+    assert not (folder / "out").exists()
+
+
 def test_without_weights_nothing_is_scored(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
     status, _, errors = run()

@@ -229,9 +229,7 @@ def test_attributes_are_read_from_pixels() -> None:
 def test_stories_and_films_of_another_world_are_refused(tmp_path: Path) -> None:
     boat = small.stories(tmp_path)[0]
     with pytest.raises(ValueError, match=r"The Red Boat, shot 1 \(scene 1, shot 1\): 'Ada pushes .* st_bench/toy"):
-        ToyConsistency().measure_shot(
-            boat.shots[0], np.zeros((17, 64, 96, 3), np.uint8), small.film_info(boat, [17, 17, 17])
-        )
+        ToyConsistency().check(boat)
     file, _ = toy_story(1)
     with pytest.raises(ValueError, match=f"{file.title}, shot 1 .* films of 96x64, and this one is 48x32"):
         ToyConsistency().measure_shot(
