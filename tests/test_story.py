@@ -344,6 +344,11 @@ def test_stories_with_the_same_film_folder_are_refused(tmp_path: Path) -> None:
     assert [story.title for story in load_stories(paths[1:3])] == ["Red?", f"{long}, part one"]
 
 
+def test_a_story_that_is_named_twice_is_read_once(tmp_path: Path) -> None:
+    path = write(tmp_path, story_of("      - {prompt: a}\n"), "a.yaml")
+    assert [story.title for story in load_stories([path, tmp_path, path])] == ["A"]
+
+
 def test_hidden_files_are_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "stories"
     (folder / "more").mkdir(parents=True)

@@ -38,6 +38,11 @@ def stories_of(folder: str | Path, only: Sequence[str] = ()) -> list[Story]:
         ValueError: if there is no story, two have one short name, ``only`` names an unknown one or could mean several,
             or files are faulty (it lists all faults).
     """
+    if Path(folder).is_file():
+        one = Path(folder)
+        raise ValueError(
+            f"stbench.stories={folder} is one story: write stbench.stories={one.parent} stbench.only=[{one.name}]"
+        )
     if not Path(folder).is_dir():
         raise ValueError(f"stbench.stories={folder}: there is no such folder")
     try:

@@ -208,15 +208,17 @@ def load_stories(paths: Iterable[str | os.PathLike[str]]) -> list[Story]:
     """
     stories: list[Story] = []
     faults: list[str] = []
+    files: dict[Path, Path] = {}  # each once, even if it is given by two ways
     for path in map(Path, paths):
-        files = _stories_below(path) if path.is_dir() else [path]
-        if not files:
+        found = _stories_below(path) if path.is_dir() else [path]
+        if not found:
             faults.append(f"{path}: there are no stories (*.yaml, *.json) in this folder")
-        for file in files:
-            try:
-                stories.append(load_story(file))
-            except StoryError as error:
-                faults += error.problems
+        files |= {file.resolve(): file for file in found if file.resolve() not in files}
+    for file in files.values():
+        try:
+            stories.append(load_story(file))
+        except StoryError as error:
+            faults += error.problems
     if not stories and not faults:
         faults.append("no story is given: write the path of a story file, of several, or of a folder of stories")
     if faults:

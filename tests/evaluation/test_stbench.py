@@ -143,6 +143,10 @@ def test_workers_are_those_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> N
     [
         ([], "nothing to score"),
         (["films=nowhere"], "films=nowhere: there is no such folder"),
+        (
+            ["films=one", "stbench.stories=st_bench/toy/01_cleo_on_the_beach.yaml"],
+            r"is one story: .* stbench\.only=\[01_cleo",
+        ),
         (["films='a,b'"], "films=a,b: there is no such folder; several are 'films={NAME: FOLDER, NAME: FOLDER}'"),
         (["films=docs"], r"films=docs holds no film of the stories: a folder such as \w+/ is expected"),
         (["films=one", "+stbench.storys=x"], "stbench.storys: unknown key; did you mean 'stories'"),
