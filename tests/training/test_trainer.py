@@ -384,7 +384,7 @@ def test_mistakes_in_settings_are_reported(tmp_path: Path, change: dict[str, Any
 def test_frames_that_are_not_4n_plus_1_are_refused(tmp_path: Path) -> None:
     values = config(tmp_path)
     values["model"]["video"]["frames"] = 10
-    with pytest.raises(ConfigError, match=r"model.video: frames must be 4n \+ 1"):
+    with pytest.raises(ConfigError, match=r"model: a shot has 4n \+ 1 frames, not 10: the nearest are 9 and 13"):
         build_settings(TrainSettings, values)
 
 
