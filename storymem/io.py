@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -16,10 +17,13 @@ import stat
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+logger = logging.getLogger(__name__)
 
 MAX_TEXT_BYTES = 64 << 20
 MAX_DEPTH = 64  # of nested lists and mappings in JSON
@@ -298,6 +302,13 @@ def settle_folder(path: str | Path) -> None:
     _merge(old, path)
     if partial.exists():
         shutil.rmtree(partial)
+
+
+def set_aside(path: Path) -> None:
+    """Give a file that the user changed, and that is written again, another name; a warning says which."""
+    aside = next(p for n in count(1) if not os.path.lexists(p := path.with_stem(f"{path.stem}_{n}")))
+    path.rename(aside)
+    logger.warning(f"{path} was changed since it was written: it is now {aside.name}, and {path.name} is written again")
 
 
 def _beside(path: Path) -> tuple[Path, Path]:

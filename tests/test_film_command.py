@@ -134,6 +134,33 @@ def test_an_export_deletes_nothing(film: Path, command: Command, capsys: pytest.
         assert files(film) == before
 
 
+@pytest.mark.parametrize("codec", ["h264", "prores"])
+def test_an_exported_clip_that_the_user_changed_gets_another_name(
+    film: Path, command: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture, codec: str
+) -> None:
+    output = tmp_path / "out"
+    assert command(film, "export", f"codec={codec}", f"output={output}") == 0
+    clip, *others = sorted((output / "clips").iterdir())
+    exported = clip.read_bytes()
+    clip.write_text("graded")
+    (output / "mine.txt").write_text("mine")
+    for _ in range(2):
+        assert command(film, "export", f"codec={codec}", f"output={output}") == 0
+    aside = clip.with_stem(f"{clip.stem}_1")
+    assert caplog.text.count("was changed since it was written") == 1
+    assert f"it is now {aside.name}" in caplog.text
+    assert (aside.read_text(), clip.read_bytes(), (output / "mine.txt").read_text()) == ("graded", exported, "mine")
+    assert sorted((output / "clips").iterdir()) == sorted([clip, aside, *others])
+
+
+def test_footage_is_not_taken_for_an_earlier_export(film: Path, command: Command, tmp_path: Path) -> None:
+    footage = tmp_path / "edit" / "clips" / "shot_001_take_001.mp4"
+    footage.parent.mkdir(parents=True)
+    footage.write_text("footage")
+    assert command(film, "export", f"output={tmp_path / 'edit'}") == 2
+    assert footage.read_text() == "footage"
+
+
 def test_takes_that_are_not_shown_are_deleted_after_asking(
     film: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,14 +16,14 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from storymem.film.folder import Film
 from storymem.film.manifest import FilmError, scripts
-from storymem.io import replacing, replacing_folder
+from storymem.io import hash_file, read_json_object, replacing, replacing_folder, set_aside, write_json
 from storymem.media.decoding import file_url
 from storymem.media.video import iter_frames, probe
 
 logger = logging.getLogger(__name__)
 
 Codec = Literal["h264", "prores"]
-_OURS = {"clips", "timeline.otio", "timeline.edl"}
+_RECORD = ".export.json"  # the files of all exports to a folder, and the hashes that they were written with
 _PRORES = "prores_ks"
 
 
@@ -31,7 +31,8 @@ def check_export(output: Path, codec: Codec) -> None:
     """Raise ``ValueError`` if a film cannot be exported to ``output``, or not in this codec."""
     if output.exists() and not output.is_dir():
         raise FilmError(f"{output} is a file: choose another output")
-    if output.is_dir() and (others := sorted({path.name for path in output.iterdir()} - _OURS)):
+    others = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if others and _RECORD not in others:
         raise FilmError(f"{output} is not empty and no earlier export ({', '.join(others[:3])}): choose another output")
     if codec == "prores" and _PRORES not in av.codecs_available:
         raise ValueError(f"codec=prores: this build of PyAV has no encoder {_PRORES}; write codec=h264")
@@ -42,13 +43,15 @@ def export(film: Film, output: Path, codec: Codec) -> list[str]:
 
     Args:
         film: that was checked.
-        output: a folder, replaced as a whole; see :func:`check_export`.
+        output: a folder, replaced as a whole; see :func:`check_export`. Files that only it has stay, and those of an
+            earlier export that the user changed get other names.
         codec: "h264" copies the takes; "prores" converts them to ProRes 422 HQ.
 
     Returns:
         What was left out, and why.
     """
     takes = film.shots
+    earlier = read_json_object(output / _RECORD) if (output / _RECORD).exists() else {}
     with replacing_folder(output) as folder:
         (folder / "clips").mkdir()
         clips = {}
@@ -60,7 +63,13 @@ def export(film: Film, output: Path, codec: Codec) -> list[str]:
             else:
                 shutil.copyfile(source, folder / name)
             clips[take.shot] = name
-        return [*_write_timelines(film, folder, clips)]
+        notes = [*_write_timelines(film, folder, clips)]
+        written = {str(path.relative_to(folder)): hash_file(path) for path in folder.rglob("*.*")}
+        write_json(folder / _RECORD, earlier | written)
+        for name, digest in written.items():
+            if (output / name).is_file() and hash_file(output / name) not in (digest, earlier.get(name)):
+                set_aside(output / name)
+        return notes
 
 
 def _write_timelines(film: Film, folder: Path, clips: dict[int, str]) -> Iterable[str]:

@@ -48,7 +48,7 @@ from storymem.film.matching import arranged, match
 from storymem.film.reading import read_manifest
 from storymem.film.settings import END_FRAMES, GIVEN_FRAMES, Mode
 from storymem.film.storyboard import storyboard
-from storymem.io import hash_file, naming_full_disk, remove_leftovers, write_json, write_text
+from storymem.io import hash_file, naming_full_disk, remove_leftovers, set_aside, write_json, write_text
 from storymem.media.images import read_image, write_image
 from storymem.media.video import iter_frames, read_video, write_video
 from storymem.memory import MemoryBank
@@ -422,11 +422,7 @@ class Film(Manifest):
             if old in (self.made.get(name), self.made_before.get(name)):
                 self.made_before = {**self.made_before, name: old}
             else:
-                aside = next(p for n in count(1) if not os.path.lexists(p := path.with_stem(f"{path.stem}_{n}")))
-                path.rename(aside)
-                logger.warning(
-                    f"{path} was changed since it was written: it is now {aside.name}, and {name} is written again"
-                )
+                set_aside(path)
         self.made = {**self.made, name: digest}
 
     def _has(self, name: str, digest: str | None) -> bool:
