@@ -408,9 +408,10 @@ def folder_lock(folder: str | Path, doing: str, *, name: str = ".lock", wait: fl
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=wait)
     except Timeout:  # a subclass of OSError
-        raise FileError(f"another process is {doing} {folder}: wait for it or choose another output") from None
+        raise FileError(f"another process is {doing} {folder}: wait for it or choose another folder") from None
     except (OSError, ValueError) as error:
-        raise FileError(f"{folder} cannot be written ({_reason(error)}): choose another output") from None
+        cure = _AGAIN if getattr(error, "errno", None) in _FULL else "choose another folder, or ask its owner"
+        raise FileError(f"{folder} cannot be written ({_reason(error)}): {cure}") from None
     try:
         remove_leftovers(folder)
         yield folder

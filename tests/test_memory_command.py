@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shlex
 import shutil
 import sys
@@ -157,6 +158,24 @@ def test_edits_are_recorded_as_commands_that_repeat_them(
         _, _, _, *arguments = shlex.split(line)
         memory(tmp_path / "again", *arguments)
     assert (tmp_path / "again" / "memory.json").read_bytes() == (film / "memory.json").read_bytes()
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device", "film.mp4")])
+def test_an_edit_that_was_made_before_the_end_is_not_to_be_made_again(
+    film: Path, memory: Command, monkeypatch: pytest.MonkeyPatch, end: BaseException
+) -> None:
+    def storyboard(*_arguments: object) -> str:
+        raise end
+
+    ids = [entry.id for entry in read_entries(film)]
+    with monkeypatch.context() as patch:
+        patch.setattr("storymem.film.folder.storyboard", storyboard)
+        printed = memory(film, "drop", 1)
+    assert f"the change is made, and storymem film {film} join does what is left" in printed
+    assert "the same command resumes" not in printed
+    monkeypatch.setattr(sys, "argv", ["storymem", "film", str(film), "join"])
+    main()
+    assert [entry.id for entry in read_entries(film)] == ids[1:]
 
 
 def test_each_examined_frame_has_a_verdict(tmp_path: Path, memory: Command) -> None:

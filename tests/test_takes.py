@@ -99,6 +99,12 @@ def test_following_shots_are_made_with_the_new_memory(made: Path) -> None:
     assert content(made / "film") == content(afresh / "film")
 
 
+def test_other_settings_for_the_following_shots_are_printed(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded, teller = story(made, FOUR_SHOTS), storyteller(seed=7)
+    teller.tell(loaded, made / "film", shot="4", following=True, progress=Progress())
+    assert "other settings than those of the film:\n  seed: 0 before, 7 now\n" in capsys.readouterr().err
+
+
 def test_several_takes_of_several_shots(made: Path) -> None:
     film, prompts = tell(made, shot="2,4", takes=2)
     assert len(prompts) == 4

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -48,7 +49,7 @@ from storymem.film.matching import arranged, match
 from storymem.film.reading import read_manifest
 from storymem.film.settings import END_FRAMES, GIVEN_FRAMES, Mode
 from storymem.film.storyboard import storyboard
-from storymem.io import hash_file, naming_full_disk, remove_leftovers, set_aside, write_json, write_text
+from storymem.io import FileError, hash_file, naming_full_disk, remove_leftovers, set_aside, write_json, write_text
 from storymem.media.images import read_image, write_image
 from storymem.media.video import iter_frames, read_video, write_video
 from storymem.memory import MemoryBank
@@ -473,7 +474,15 @@ def edited_film(folder: str | Path) -> Iterator[Film]:
         film = Film.open(folder)
         film.remove_unfinished()
         yield film
-        film.refresh()
+        rest = f"the change is made, and storymem film {shlex.quote(str(folder))} join does what is left"
+        try:
+            with naming_full_disk(film.folder / VIDEO):
+                film.refresh()
+        except KeyboardInterrupt as stop:
+            stop.add_note(rest)
+            raise
+        except FileError as error:  # a change that is made must not be made twice
+            raise FileError(f"{rest}: {error}") from error
 
 
 def _remove_if_empty(folder: Path) -> None:

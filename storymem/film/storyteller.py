@@ -218,7 +218,7 @@ class Storyteller:
         if work.shots is None or work.onwards is not None or not film.takes:
             film.use_config(config)
         lines = [*story_changes(film)]
-        if config != film.config:
+        if config != before:
             lines += ["other settings than those of the film:", *(f"  {line}" for line in differs)]
         for line in lines:
             progress.print(line)
