@@ -116,7 +116,7 @@ def test_links_in_the_place_of_a_films_folders_are_not_followed(film: Path, tmp_
     [
         ("a_file", r"cannot be written \(.+\): choose another output"),
         ("a_file/films/two", r"cannot be written \(.+\): choose another output"),
-        ("/proc/films", "/proc/films cannot be written"),
+        ("/proc/films", r"/proc/films cannot be written \(.+\): choose another folder, or ask its owner"),
     ],
 )
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, below: str, message: str) -> None:

@@ -115,6 +115,9 @@ def test_a_dropped_keyframe_is_not_recalled_and_its_files_stay(film: Path, memor
     take = another_take(film, "3").take_of(2)
     assert take is not None
     assert first.id not in take.memory
+    memory(film, "add", film / "keyframes" / f"{first.id}.png", "shot=2")
+    back = read_entries(film)[-1]
+    assert read_image(film / back.image).tobytes() == read_image(film / first.image).tobytes()
 
 
 def test_a_pinned_keyframe_is_always_recalled_and_first(film: Path, memory: Command) -> None:

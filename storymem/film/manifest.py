@@ -393,7 +393,8 @@ def _check_place(folder: Path, real: Path) -> None:
     if not existing.is_dir():
         raise FilmError(f"the film's folder {folder} cannot be written ({existing} is a file): choose another output")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise FilmError(f"the film's folder {folder} cannot be written (permission denied): choose another output")
+        cure = "choose another folder, or ask its owner"
+        raise FilmError(f"the film's folder {folder} cannot be written (permission denied): {cure}")
 
 
 def _check_content(folder: Path, names: list[str]) -> None:
