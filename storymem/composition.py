@@ -104,9 +104,10 @@ def groups(name: str) -> dict[str, list[str]]:
 
 def check_experiments(name: str, arguments: Iterable[str]) -> None:
     """Raise ``ValueError`` for an experiment of another command: this one has not all of its keys and groups."""
-    known = groups(name).get("experiment", [])
     for key, _, chosen in (argument.partition("=") for argument in arguments):
-        if key == "experiment" and chosen not in known and (CONFIGS / key / f"{chosen}.yaml").is_file():
+        if key != "experiment" or not (CONFIGS / key / f"{chosen}.yaml").is_file():
+            continue
+        if chosen not in (known := groups(name).get(key, [])):
             choices = f"choices of experiment here: {', '.join(known)}" if known else "this one has no experiments"
             raise ValueError(f"experiment={chosen} is of another command; {choices}")
 
