@@ -6,7 +6,7 @@ Unlike Wan, this base has seen memory: in most of its samples earlier frames of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -16,13 +16,16 @@ from storymem.training.objectives.memory import MemoryBatch, MemoryObjective
 from storymem.training.objectives.settings import MemoryObjectiveSettings
 from storymem.wan.conditioning import condition_channels
 from storymem.wan.segments import DEFAULT_STRIDE
+from storymem.wan.spec import Expert
 from toyworld.latents import KEYFRAMES, LatentStories
 from toyworld.text import TextEmbedder
 
 BOUNDARY = 0.9
 MEMORY, SINK = 6, 3  # memory frames of a sample: one a shot, the first three shots and the latest
 PEOPLE = 4.0  # how often the loss counts where characters are
-NO_MEMORY, NO_TEXT, ONE_FRAME = 0.2, 0.1, 0.5  # shares of batches, of texts, of batches of single frames
+NO_MEMORY, NO_TEXT, ONE_FRAME = 0.35, 0.1, 0.3  # shares of batches, of texts, of batches of single frames
+# Shares of texts with looks. Without memory and looks the network invents somebody, as in a film's first shot.
+LOOKS_TOLD = {"with memory": 0.15, "without": 0.4}
 # Share of samples with memory from stories of several characters, who are told apart last. Memory of fewer shots than
 # ALL_SHOWN is of stories of one: in the others it may show somebody else.
 SEVERAL, ALL_SHOWN = 0.8, 4
@@ -50,7 +53,7 @@ def build_transformer() -> WanTransformer3DModel:
     )
 
 
-#: Flow matching on the video's frames, by one network for all noise levels.
+#: Flow matching on the video's frames, at all noise levels.
 LOSS = MemoryObjective(
     settings=MemoryObjectiveSettings(shift=3.0, memory_weight=0.0, mask_weight=PEOPLE),
     boundary=None,
@@ -123,7 +126,7 @@ def draw_batch(data: LatentStories, embed: TextEmbedder, rng: torch.Generator, k
             memory = data.keyframes[shots, which].float().transpose(1, 2)
         x0 = torch.cat([memory, x0], dim=2)
         condition = torch.cat([condition_channels(memory, memory[:, :, :0], 0), condition], dim=2)
-    looks = 0.15 if kind.before else 0.75
+    looks = LOOKS_TOLD["with memory" if kind.before else "without"]
     texts = [data.described[i] if c < looks else data.prompts[i] for i, c in zip(rows.tolist(), chance[0], strict=True)]
     texts = ["" if c < NO_TEXT else text for text, c in zip(texts, chance[1], strict=True)]
     of_noise = torch.Generator(device).manual_seed(int(torch.randint(2**31, (1,), generator=rng)))
@@ -144,12 +147,18 @@ def base_loss(
     data: LatentStories,
     embed: TextEmbedder,
     rng: torch.Generator,
+    expert: Expert | None = None,
     *,
     scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch drawn at random, `scale` times as large as usual, and figures to log."""
+    """The loss of a batch drawn at random, `scale` times as large as usual, and figures to log.
+
+    Args:
+        expert: whose noise levels are drawn; None: all.
+    """
     kind = draw_kind(rng)
     batch = draw_batch(data, embed, rng, kind, max(1, round(scale * SIZES[kind.is_frame])))
-    losses = LOSS(network, "low_noise", batch)
+    loss = LOSS if expert is None else replace(LOSS, boundary=BOUNDARY)
+    losses = loss(network, expert or "low_noise", batch)
     names = ("loss_video", "loss_subject", "memory_frames")
     return losses.total, {name: losses.sums[name][0] / losses.sums[name][1] for name in names}

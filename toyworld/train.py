@@ -27,6 +27,7 @@ from transformers import UMT5EncoderModel
 from storymem.scorers.clip import VOCABULARY_FILE, ClipScorer, ClipTokenizer
 from storymem.scorers.viclip import ViclipScorer
 from storymem.wan.schedule import wan_scheduler
+from storymem.wan.spec import COMPONENTS, Expert
 from storymem.wan.transformer import enable_layouts
 from toyworld.base import BOUNDARY, base_loss, build_transformer
 from toyworld.contrast import (
@@ -108,13 +109,15 @@ class Recipe:
             model.register_to_config(**json.loads(statistics.read_text()))
         return model
 
-    def expert(self) -> WanTransformer3DModel:
-        """The network of both experts as far as it is trained."""
+    def expert(self, name: Expert = "low_noise") -> WanTransformer3DModel:
+        """An expert as far as it is trained: by its own stage, or by that of both."""
         if self.start:
-            model = WanTransformer3DModel.from_pretrained(self.start / "transformer_2", torch_dtype=torch.float32)
+            folder = self.start / COMPONENTS[name]
+            model = WanTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32)
         else:
             model = build_transformer()
-        return averaged(self.work / "base", model) if self.began("base") else model
+        stages = [stage for stage in (name, "base") if self.began(stage)]
+        return averaged(self.work / stages[0], model) if stages else model
 
 
 def text(recipe: Recipe) -> None:
@@ -164,13 +167,13 @@ def decoder(recipe: Recipe) -> None:
     fit.log(psnr_db=sum(decoded(model, shot)[1] for shot in shots) / len(shots))
 
 
-def base(recipe: Recipe) -> None:
-    """One network for all noise levels, of which both experts are made."""
-    model = recipe.expert()
+def _train_expert(recipe: Recipe, stage: str, expert: Expert | None) -> None:
+    """Train a network for the noise levels of an expert, or for all."""
+    model = recipe.expert(expert or "low_noise")
     enable_layouts(model)
-    fit = recipe.fit("base", model, rate=1e-3)
+    fit = recipe.fit(stage, model, rate=1e-3)
     on_cpu = fit.accelerator.device.type == "cpu"
-    if on_cpu and not recipe.quick:  # on a GPU the graphs of all shapes take longer to compile than they save
+    if not recipe.quick:
         torch._dynamo.config.recompile_limit = 64
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
     embed = TextEmbedder(load_tokenizer(recipe.tokenizer_folder()), recipe.text_encoder().to(fit.accelerator.device))
@@ -178,7 +181,22 @@ def base(recipe: Recipe) -> None:
     scale = 0.1 if recipe.quick else 1 if on_cpu else recipe.batch_scale
     # On CPUs the fused attention's backward pass takes ten times as long as the plain one at this size.
     with sdpa_kernel(SDPBackend.MATH if on_cpu else [*SDPBackend.__members__.values()]):
-        fit.run(lambda rng: base_loss(model, data, embed, rng, scale=scale), recipe.minutes)
+        fit.run(lambda rng: base_loss(model, data, embed, rng, expert, scale=scale), recipe.minutes)
+
+
+def base(recipe: Recipe) -> None:
+    """One network for all noise levels, from which both experts begin."""
+    _train_expert(recipe, "base", None)
+
+
+def high_noise(recipe: Recipe) -> None:
+    """The expert of noise levels from `BOUNDARY` up."""
+    _train_expert(recipe, "high_noise", "high_noise")
+
+
+def low_noise(recipe: Recipe) -> None:
+    """The expert of noise levels below `BOUNDARY`."""
+    _train_expert(recipe, "low_noise", "low_noise")
 
 
 def _tokenizer(recipe: Recipe, name: str) -> ClipTokenizer:
@@ -227,8 +245,8 @@ def save(recipe: Recipe) -> None:
         text_encoder=recipe.text_encoder(),
         vae=recipe.vae("vae", "decoder"),
         scheduler=wan_scheduler(SHIFT),
-        transformer=recipe.expert(),
-        transformer_2=recipe.expert(),
+        transformer=recipe.expert("high_noise"),
+        transformer_2=recipe.expert("low_noise"),
         boundary_ratio=BOUNDARY,
     )
     pipe.to(dtype=torch.float16)
@@ -248,7 +266,9 @@ STAGES: dict[str, tuple[Callable[[Recipe], None], float]] = {
     "text": (text, 0.04),
     "vae": (vae, 0.2),
     "latents": (latents, 0),
-    "base": (base, 0.63),
+    "base": (base, 0.43),
+    "high_noise": (high_noise, 0.1),
+    "low_noise": (low_noise, 0.1),
     "decoder": (decoder, 0.07),
     "clip": (clip, 0.03),
     "viclip": (viclip, 0.03),
