@@ -191,6 +191,8 @@ def test_every_stage_runs_and_the_result_makes_a_shot(tmp_path: Path, start: boo
         max_sequence_length=TEXT_TOKENS,
     ).frames
     assert frames.shape == (1, 17, 64, 96, 3)
+    high, low = (expert.blocks[0].ffn.net[2].weight for expert in (pipe.transformer, pipe.transformer_2))
+    assert not torch.equal(high, low), "each expert has a stage of its own"
     quality = AestheticScorer.from_folder(weights / "clip", threshold=THRESHOLD)
     assert quality.score(torch.rand(1, 3, 64, 96)).shape == (1,)
     assert ViclipScorer.from_folder(weights / "viclip").embed_texts(["Ada waits."]).shape == (1, 64)
