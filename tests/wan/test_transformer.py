@@ -407,8 +407,7 @@ def test_a_saved_pipeline_keeps_its_mode(cached: WanMemoryToVideoPipeline, tmp_p
 @pytest.mark.parametrize(
     "changes",
     [
-        {"cache": "first_block", "cache_threshold": 0.0},
-        {"cache": "taylor", "cache_threshold": 0.0},
+        {"cache": "taylor", "cache_threshold": 0},
         {"attention": "native"},
         {"memory_cache": "cpu"},
     ],
