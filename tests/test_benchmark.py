@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from storymem.commands import benchmark
-from storymem.commands.benchmark import measure, random_pipeline
+from storymem.commands.benchmark import Case, measure, random_pipeline, variations
 from storymem.wan.settings import AdapterSettings, ModelSettings, RuntimeSettings
 from storymem.weights import Weights
 from tests.wan.tiny import CPU, settings
@@ -21,13 +22,20 @@ from tests.wan.tiny import CPU, settings
 DEVICE = torch.device("cpu")
 
 
+def measured(case: Case, *memory: int) -> list[benchmark.Row]:
+    return list(measure(case, memory_sizes=memory, ceiling=0.02, repeats=1))
+
+
+def case(model: ModelSettings | None = None, **runtime: Any) -> Case:
+    return Case(name="it", model=model or settings(), runtime=replace(CPU, **runtime))
+
+
 @pytest.mark.parametrize("memory", [0, 3])
 @pytest.mark.parametrize("mode", ["joint", "cached"])
 def test_rows_are_of_the_operations_that_torch_counts(mode: str, memory: int) -> None:
     model = settings(memory_attention=mode)
-    pipe = random_pipeline(model, CPU)
-    row = measure(pipe, model, CPU, memory=memory, ceiling=0.02, repeats=1)
-    prefill, forward = benchmark.forwards(pipe, model, CPU, memory, DEVICE)
+    (row,) = measured(case(model), memory)
+    prefill, forward = benchmark.forwards(random_pipeline(model, CPU), model, CPU, memory, DEVICE)
     assert (prefill is not None) == (row.prefill > 0) == (mode == "cached" and memory > 0)
     if prefill is not None:
         prefill()
@@ -48,6 +56,21 @@ def test_random_networks_carry_an_adapter_where_the_model_does() -> None:
         assert torch.isfinite(expert.rope.freqs_cos).all()
 
 
+def test_a_case_that_cannot_be_run_is_named_with_the_reason() -> None:
+    (row,) = measured(case(attention="flash2"), 0, 2)
+    assert "attention=flash2 cannot be used here" in row.refused
+    assert f"not measured: it: {row.refused}" in benchmark.table([row], settings())
+
+
+def test_variations_change_one_thing_at_a_time() -> None:
+    runtime = RuntimeSettings()
+    cases = variations(settings(), runtime, torch.device("cuda"))
+    assert len({case.name for case in cases}) == len(cases)
+    assert (cases[0].name, cases[0].runtime) == ("plain", runtime)
+    for case in cases[1:]:
+        assert (case.runtime != runtime) != (case.model.memory_attention == "cached"), case.name
+
+
 def test_the_command_prints_a_table_and_saves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,28 +84,35 @@ def test_the_command_prints_a_table_and_saves_it(
     assert "There is no accelerator here" in printed
     saved = json.loads(path.read_text())
     assert {"device", "torch", "diffusers", "date", "commit", "results"} <= saved.keys()
-    (result,) = saved["results"]
-    assert [row["memory"] for row in result["rows"]] == [0, 2]
-    assert 0 < result["shots"][0]["outside"] < 1
-    assert result["runtime"]["offload"] == "none"
+    plain, shot = saved["results"]
+    assert [row["memory"] for row in plain["rows"]] == [0, 2]
+    assert 0 < shot["rows"][0]["outside"] < 1
+    assert plain["runtime"]["offload"] == "none"
 
 
-def test_what_cannot_be_measured_is_named_with_the_reason(
+def test_a_sweep_continues_after_a_case_that_fails_and_saves_as_it_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, forwards = tmp_path / "rows.json", benchmark.forwards
+    path, counts = tmp_path / "rows.json", []
+    build = benchmark.random_pipeline
 
-    def failing(pipe: Any, model: ModelSettings, runtime: RuntimeSettings, memory: int, device: torch.device) -> Any:
-        if memory == 2:
-            raise RuntimeError("out of memory\non this device")
-        return forwards(pipe, model, runtime, memory, device)
+    def failing(model: ModelSettings, runtime: RuntimeSettings) -> Any:
+        counts.append(len(json.loads(path.read_text())["results"]) if path.exists() else 0)
+        if runtime.precision != "as_is":
+            raise RuntimeError("no kernel image is available\nfor this device")
+        return build(model, runtime)
 
-    monkeypatch.setattr(benchmark, "forwards", failing)
-    arguments = ["--model", "tiny", "--runtime", "cpu", "--memory", "0", "2", "--repeats", "1", "--layers", "1"]
+    monkeypatch.setattr(benchmark, "random_pipeline", failing)
+    arguments = ["--model", "tiny", "--runtime", "cpu", "--memory", "0", "--repeats", "1", "--layers", "1", "--sweep"]
     monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--json", str(path)])
     benchmark.main()
-    assert "not measured: memory 2: out of memory\n" in capsys.readouterr().out
-    assert [row["memory"] for row in json.loads(path.read_text())["results"][0]["rows"]] == [0]
+    assert counts == list(range(len(counts)))
+    reasons = [row["refused"] for result in json.loads(path.read_text())["results"] for row in result["rows"]]
+    assert [reason for reason in reasons if reason] == ["no kernel image is available"]
+    assert "not measured: precision=fp8_storage: no kernel image is available" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--json", str(path), "--minutes", "0"])
+    benchmark.main()
+    assert "memory_attention=cached and what follows: 0 minutes are over" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

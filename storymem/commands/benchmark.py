@@ -1,13 +1,14 @@
 """Measure a model at true size with random weights: seconds a forward and a shot, TFLOP/s, VRAM.
 
-storymem benchmark            # what this machine can run: the large model on a GPU, a tiny one on a CPU
-storymem benchmark --shot     # a whole shot, too
+storymem benchmark                   # what this machine can run: the large model on a GPU, a tiny one on a CPU
+storymem benchmark --sweep --shot    # every attention kernel, cache and precision; a whole shot
 storymem benchmark --model wan2.2-a14b --runtime gpu-24gb --memory 0 10
 storymem benchmark runtime.attention=cudnn runtime.compile=blocks model.video.frames=41
 
-The table is saved as JSON with what it depends on. Sizes of memory that do not fit are named with the reason.
-Times do not depend on the values of weights, so nothing is downloaded; what a step cache saves does, and is measured by
-``benchmarks.acceleration``.
+Each case is saved as JSON as soon as it is measured, with what it depends on, and a table is printed at the end. A case
+that cannot be run is named with the reason; after --minutes no further one begins.
+Times do not depend on the values of weights, so nothing is downloaded. What a step cache skips does depend on them:
+caches are measured at threshold 0, where they skip nothing; ``benchmarks.acceleration`` measures what they save.
 """
 
 from __future__ import annotations
@@ -51,10 +52,20 @@ PUBLISHED = SamplerSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
+class Case:
+    """One way to run a model; ``name`` is what differs from the first case."""
+
+    name: str
+    model: ModelSettings
+    runtime: RuntimeSettings
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One size of memory.
+    """One case at one size of memory.
 
     Args:
+        case: its name.
         memory: M.
         tokens: of one forward.
         tflop: of one forward.
@@ -63,16 +74,19 @@ class Row:
         prefill: seconds to compute cached memory, once a shot and expert.
         calculated_gb: peak VRAM while denoising, as estimated.
         measured_gb: the same as torch measures it; None on the CPU.
+        refused: why there are no figures.
     """
 
+    case: str
     memory: int
-    tokens: int
-    tflop: float
-    seconds: float
-    ceiling: float
-    prefill: float
-    calculated_gb: float
-    measured_gb: float | None
+    tokens: int = 0
+    tflop: float = 0.0
+    seconds: float = 0.0
+    ceiling: float = 0.0
+    prefill: float = 0.0
+    calculated_gb: float = 0.0
+    measured_gb: float | None = None
+    refused: str = ""
 
     @property
     def floor(self) -> float:
@@ -89,6 +103,7 @@ class Row:
 class ShotRow:
     """A whole shot: seconds from noise and latents to frames, and the share outside the denoiser."""
 
+    case: str
     memory: int
     steps: int
     seconds: float
@@ -96,7 +111,23 @@ class ShotRow:
     measured_gb: float | None
 
 
-# Models
+# Models and cases
+
+
+def variations(model: ModelSettings, runtime: RuntimeSettings, device: torch.device) -> list[Case]:
+    """``runtime`` unchanged, then with one setting changed at a time."""
+    changes: list[dict[str, Any]] = [{"precision": "fp8_storage"}]
+    if device.type != "cpu":
+        changes += [{"attention": name} for name in ("native", "flash2", "flash3", "cudnn", "sage")]
+        changes += [{"cache": "taylor", "cache_threshold": 0}, {"compile": "blocks"}]
+    cases = [
+        Case(name="plain", model=model, runtime=runtime),
+        Case(name="memory_attention=cached", model=replace(model, memory_attention="cached"), runtime=runtime),
+    ]
+    for change in changes:
+        ((key, value), *_) = change.items()
+        cases.append(Case(name=f"{key}={value}", model=model, runtime=replace(runtime, **change)))
+    return cases
 
 
 def random_pipeline(model: ModelSettings, runtime: RuntimeSettings) -> Any:
@@ -172,17 +203,27 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
+def measure(case: Case, *, memory_sizes: Sequence[int], ceiling: float, repeats: int = 5) -> Iterator[Row]:
+    """A row for each size of memory; a case that cannot be run here gives one row with the reason."""
+    device = resolve_device(case.runtime.device)
+    try:
+        pipe = random_pipeline(case.model, case.runtime)
+        for memory in memory_sizes:
+            yield _measured(pipe, case, memory, ceiling, repeats, device)
+    except (ValueError, RuntimeError, ImportError, AssertionError) as error:  # kernels and compilers raise any of these
+        yield Row(case=case.name, memory=max(memory_sizes), refused=reason_of(error))
+    pipe = None
+    release_memory()
+
+
 def reason_of(error: Exception) -> str:
     """The first line of an error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @torch.no_grad()
-def measure(
-    pipe: Any, model: ModelSettings, runtime: RuntimeSettings, *, memory: int, ceiling: float, repeats: int = 5
-) -> Row:
-    """Forwards of a :func:`random_pipeline` at one size of memory."""
-    device = resolve_device(runtime.device)
+def _measured(pipe: Any, case: Case, memory: int, ceiling: float, repeats: int, device: torch.device) -> Row:
+    model, runtime = case.model, case.runtime
     layout, cached = shot_layout(model, memory, runtime)
     prefill_call, forward = forwards(pipe, model, runtime, memory, device)
     prefill = 0.0 if prefill_call is None else timed(prefill_call, device)
@@ -200,6 +241,7 @@ def measure(
     )
     stages = estimate_shot(model, runtime, sampler=PUBLISHED, memory_frames=memory).stages
     return Row(
+        case=case.name,
         memory=memory,
         tokens=flops.tokens,
         tflop=flops.total / 1e12,
@@ -239,9 +281,10 @@ def forwards(
     return prefill, partial(forward, layout, layout.frames - (memory if cached else 0), "cond")
 
 
-def measure_shot(pipe: Any, model: ModelSettings, runtime: RuntimeSettings, *, memory: int, steps: int) -> ShotRow:
+def measure_shot(case: Case, *, memory: int, steps: int) -> ShotRow:
     """A whole shot by the pipeline: condition, ``steps`` steps with guidance, decoding, frames."""
-    device, video = resolve_device(runtime.device), model.video
+    device, model, video = resolve_device(case.runtime.device), case.model, case.model.video
+    pipe = random_pipeline(model, case.runtime)
     size = model.spec.latent_size(video.height, video.width)
     embeds = torch.randn(2, 1, model.network.text_tokens, model.network.transformer["text_dim"])
 
@@ -262,8 +305,11 @@ def measure_shot(pipe: Any, model: ModelSettings, runtime: RuntimeSettings, *, m
     reset_peak(device)
     with seconds_of_forwards(pipe, device) as spent:
         seconds = timed(lambda: shot(steps), device)
+    peak = peak_gb(device)
+    pipe = None
+    release_memory()
     outside = 1 - sum(spent) / seconds
-    return ShotRow(memory=memory, steps=steps, seconds=seconds, outside=outside, measured_gb=peak_gb(device))
+    return ShotRow(case=case.name, memory=memory, steps=steps, seconds=seconds, outside=outside, measured_gb=peak)
 
 
 @contextmanager
@@ -309,14 +355,15 @@ def _synchronise(device: torch.device) -> None:
 
 def table(rows: Sequence[Row], model: ModelSettings) -> str:
     """The rows as text."""
-    cells = [("memory", "tokens", "s", "floor s", "TFLOP/s", "of ceiling", "s a shot", "GB", "calculated")]
+    cells = [("case", "memory", "tokens", "s", "floor s", "TFLOP/s", "of ceiling", "s a shot", "GB", "calculated")]
     cells += [
         (
-            *(str(row.memory), str(row.tokens), f"{row.seconds:.3g}", f"{row.floor:.3g}"),
+            *(row.case, str(row.memory), str(row.tokens), f"{row.seconds:.3g}", f"{row.floor:.3g}"),
             *(f"{row.tflop / row.seconds:.3g}", f"{row.floor / row.seconds:.0%}", f"{row.shot:.3g}"),
             *("-" if row.measured_gb is None else f"{row.measured_gb:.3g}", f"{row.calculated_gb:.3g}"),
         )
         for row in rows
+        if not row.refused
     ]
     video, layers = model.video, model.network.transformer["num_layers"]
     lines = [
@@ -325,7 +372,7 @@ def table(rows: Sequence[Row], model: ModelSettings) -> str:
         f"s: one forward. A shot is calculated: {PUBLISHED.steps} steps of two passes, without texts, encoding and "
         "decoding. Floor: the same operations at the measured ceiling of matrix products.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"not measured: {row.case}: {row.refused}" for row in rows if row.refused)])
 
 
 def save(path: Path, device: torch.device, results: Sequence[dict[str, Any]]) -> None:
@@ -346,41 +393,59 @@ def save(path: Path, device: torch.device, results: Sequence[dict[str, Any]]) ->
     write_json(path, content, indent=2)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace, add: Callable[[dict[str, Any]], None]) -> None:
+    """Measure and print the table; each result is given to ``add`` as soon as it is there.
+
+    The whole shot comes before the variations, so that it is measured even if time runs out.
+    """
     overrides = [f"model={arguments.model}", f"runtime={arguments.runtime}", "story=none", *arguments.overrides]
     settings = build_settings(GenerateSettings, composed("generate", overrides))
-    model = settings.model
+    model, runtime = settings.model, settings.runtime
     if arguments.layers:
         network = model.network.transformer | {"num_layers": arguments.layers}
         model = replace(model, network=replace(model.network, transformer=network))
-    choice = choose_runtime(model, settings.runtime, sampler=PUBLISHED)
-    runtime, device = choice.runtime, resolve_device(choice.runtime.device)
+    choice = choose_runtime(model, runtime, sampler=PUBLISHED)
+    runtime, device = choice.runtime, resolve_device(runtime.device)
     ceiling = matmul_ceiling(device, getattr(torch, model.dtype))
     print(f"\n{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {choice.reason or 'as set'}")
     print(f"ceiling: {ceiling:.3g} TFLOP/s in matrix products of {model.dtype}", flush=True)
-    pipe, rows, shots = random_pipeline(model, runtime), list[Row](), list[ShotRow]()
-    for memory in arguments.memory:
+    first, *others = variations(model, runtime, device)
+    measured = partial(measure, ceiling=ceiling, repeats=arguments.repeats)
+    rows = list(measured(first, memory_sizes=arguments.memory))
+    add(_result(first, rows))
+    if arguments.shot:
         try:
-            rows.append(measure(pipe, model, runtime, memory=memory, ceiling=ceiling, repeats=arguments.repeats))
-            if arguments.shot and memory == max(arguments.memory):
-                shots.append(measure_shot(pipe, model, runtime, memory=memory, steps=arguments.steps))
-        except (RuntimeError, AssertionError) as error:  # kernels and compilers raise any of these
-            print(f"not measured: memory {memory}: {reason_of(error)}", flush=True)
+            shot = measure_shot(first, memory=arguments.sweep_memory, steps=arguments.steps)
+            print(
+                f"a whole shot of {shot.steps} steps at memory {shot.memory}: {shot.seconds:.3g} s, of which "
+                f"{shot.outside:.0%} outside the denoiser",
+                flush=True,
+            )
+            add(_result(first, [shot]))
+        except (ValueError, RuntimeError) as error:
+            print(f"not measured: a whole shot: {reason_of(error)}", flush=True)
             release_memory()
+    for case in others if arguments.sweep else []:
+        if time.perf_counter() - arguments.began > 60 * arguments.minutes:
+            print(f"not measured: {case.name} and what follows: {arguments.minutes:g} minutes are over (--minutes)")
+            break
+        of_memory = case.model.memory_attention != first.model.memory_attention
+        sizes = arguments.memory if of_memory else [arguments.sweep_memory]
+        rows += (found := list(measured(case, memory_sizes=sizes)))
+        add(_result(case, found))
     print(table(rows, model))
-    for shot in shots:
-        took = f"{shot.seconds:.3g} s, of which {shot.outside:.0%} outside the denoiser"
-        print(f"a whole shot of {shot.steps} steps at memory {shot.memory}: {took}")
-    result = {
-        "model": model.name,
-        "video": asdict(model.video),
-        "layers": model.network.transformer["num_layers"],
-        "memory_attention": model.memory_attention,
-        "runtime": asdict(runtime),
+
+
+def _result(case: Case, rows: Sequence[Row | ShotRow]) -> dict[str, Any]:
+    """What JSON has of a case."""
+    return {
+        "model": case.model.name,
+        "video": asdict(case.model.video),
+        "layers": case.model.network.transformer["num_layers"],
+        "memory_attention": case.model.memory_attention,
+        "runtime": asdict(case.runtime),
         "rows": [asdict(row) for row in rows],
-        "shots": [asdict(shot) for shot in shots],
     }
-    save(arguments.json, device, [result])
 
 
 def _from(least: int) -> Callable[[str], int]:
@@ -401,16 +466,25 @@ def main() -> None:
     parser.add_argument("--model", help="a choice of configs/model")
     parser.add_argument("--runtime", default="auto", help="a choice of configs/runtime")
     parser.add_argument("--memory", type=_from(0), nargs="+", default=[0, 4, 10], help="numbers of memory frames")
-    parser.add_argument("--shot", action="store_true", help="also a whole shot, with the most memory frames")
+    parser.add_argument("--sweep-memory", type=_from(0), default=4, help="memory frames of a sweep and of a whole shot")
+    parser.add_argument("--sweep", action="store_true", help="also with one setting changed at a time")
+    parser.add_argument("--shot", action="store_true", help="also a whole shot")
     parser.add_argument("--steps", type=_from(1), default=8, help="of the whole shot")
     parser.add_argument("--repeats", type=_from(1), default=2, help="forwards measured, after one to warm up")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which no further case of a sweep begins")
     parser.add_argument("--layers", type=_from(1), help="keep so many of the model's layers, for small devices")
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), help="where to save")
     parser.add_argument("overrides", nargs="*", help="key=value, as for scripts/generate.py")
     arguments = parser.parse_args()
-    device = resolve_device("cpu" if arguments.runtime == "cpu" else "auto")
+    arguments.began = time.perf_counter()
+    device, results = resolve_device("cpu" if arguments.runtime == "cpu" else "auto"), []
     arguments.model = arguments.model or ("tiny" if device.type == "cpu" else "wan2.2-a14b")
-    _run(arguments)
+
+    def add(result: dict[str, Any]) -> None:
+        results.append(result)
+        save(arguments.json, device, results)
+
+    _run(arguments, add)
     if device.type == "cpu":
         print("\nThere is no accelerator here: these figures do not show how fast or how large the true model is.")
     print(f"\nsaved to {arguments.json}")

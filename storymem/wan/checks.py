@@ -89,17 +89,37 @@ def check_memory(pipe: Any, memory: Memory | None, height: int, width: int, stri
         expert.rope.check_positions(memory_positions(len(frames), stride))
 
 
-def check_sampling(pipe: Any, steps: int, scale: float, scale_low: float | None, negative_sees_memory: bool) -> None:
-    """Raise for steps or guidance out of range, and for settings of a pass of guidance that is not run."""
+def check_sampling(
+    pipe: Any,
+    steps: int,
+    scale: float,
+    scale_low: float | None,
+    negative_sees_memory: bool,
+    memory: Memory | None,
+) -> None:
+    """Raise for steps or guidance out of range, and for passes of guidance that are not run or cannot differ."""
     most = pipe.scheduler.config.num_train_timesteps
     if not 1 <= steps <= most:
         raise ValueError(f"num_inference_steps must be 1 to {most}, not {steps}")
     if not all(value is None or math.isfinite(value) for value in (scale, scale_low)):
         raise ValueError(f"guidance_scale and guidance_scale_2 must be finite numbers, not {(scale, scale_low)}")
-    if scale <= 1 and (scale_low or 0) > 1:
-        raise ValueError("guidance_scale_2 needs guidance_scale above 1: without it no negative prompt is run")
-    if scale <= 1 and not negative_sees_memory:
-        raise ValueError("negative_sees_memory=False needs guidance: guidance_scale must be above 1")
+    hidden = not negative_sees_memory
+    halves, unseen = pipe.guidance_halves is not None, "negative_sees_memory=False"
+    rules = {
+        "guidance_scale_2 needs guidance_scale above 1: without it no negative prompt is run": (
+            scale <= 1 and (scale_low or 0) > 1
+        ),
+        "with guidance_parallel both passes of guidance must run: guidance_scale must be above 1": (
+            scale <= 1 and halves
+        ),
+        f"{unseen} needs guidance: guidance_scale must be above 1": hidden and scale <= 1,
+        f"{unseen}: in joint it needs both passes in one process, not guidance_parallel": (
+            hidden and halves and pipe.config.memory_attention == "joint"
+        ),
+    }
+    for message, broken in rules.items():
+        if broken:
+            raise ValueError(message)
 
 
 def noise_shape(

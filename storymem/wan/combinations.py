@@ -98,6 +98,14 @@ def _rules_for_several(
         f"attention heads: start as many processes as divide them ({fitting}{twice}), or use ring": (
             method == "ulysses" and heads % context != 0
         ),
+        "runtime.context_parallel=ring joins parts of attention by their log-sum-exp, which torch's native attention "
+        "does not return: write runtime.attention=cudnn, flash2 or sage, or runtime.context_parallel=ulysses": (
+            method == "ring" and context > 1 and (runtime.attention == "native" or runtime.device == "cpu")
+        ),
+        "runtime.attention=flash3 is not among the kernels that diffusers runs with runtime.context_parallel: write "
+        "runtime.attention=auto, flash2, cudnn or sage": (
+            method != "none" and context > 1 and runtime.attention == "flash3"
+        ),
     }
     for name, plain in (("precision", "as_is"), ("compile", "none")):
         value = getattr(runtime, name)

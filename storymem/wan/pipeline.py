@@ -215,7 +215,7 @@ class WanMemoryToVideoPipeline(WanImageToVideoPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         check_shot(self, height, width, num_frames, first_frame, motion_frames, output_type)
         check_memory(self, memory, height, width, stride)
-        check_sampling(self, num_inference_steps, guidance_scale, guidance_scale_2, negative_sees_memory)
+        check_sampling(self, num_inference_steps, guidance_scale, guidance_scale_2, negative_sees_memory, memory)
         texts = (prompt, negative_prompt, torch.zeros(1), height, width, prompt_embeds, negative_prompt_embeds, None)
         self.check_inputs(*texts, list(callback_on_step_end_tensor_inputs), guidance_scale_2)
         prompts: Any = prompt_embeds if prompt is None else [prompt] if isinstance(prompt, str) else prompt

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
-from storymem.commands.benchmark import measure, measure_shot, random_pipeline
+from storymem.commands.benchmark import Case, measure, measure_shot
 from storymem.data.prepare import prepare
 from storymem.evaluation.stbench import evaluate
 from storymem.film.generate import generate_films as make_films
@@ -184,9 +184,11 @@ def test_the_benchmark_measures_a_shot(offload: Offload) -> None:
     runtime = RuntimeSettings(offload=offload, cache="taylor", cache_threshold=0)
     model = tiny.settings()
     model.network.transformer["num_layers"] = 2
-    pipe = random_pipeline(model, runtime)
-    assert measure(pipe, model, runtime, memory=2, ceiling=1.0, repeats=1).measured_gb
-    assert measure_shot(pipe, model, runtime, memory=2, steps=2).measured_gb
+    case = Case(name="it", model=model, runtime=runtime)
+    rows = list(measure(case, memory_sizes=[0, 2], ceiling=1.0, repeats=1))
+    assert [(row.memory, row.refused) for row in rows] == [(0, ""), (2, "")]
+    assert rows[1].measured_gb
+    assert measure_shot(case, memory=2, steps=2).measured_gb > 0
 
 
 # Scorers

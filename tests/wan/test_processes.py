@@ -116,6 +116,9 @@ def test_a_grid_is_described() -> None:
         (4, {"guidance_parallel": True}, "has work for 2 processes and 4 were started: add runtime.context_parallel"),
         (2, {"guidance_parallel": True, "device": "cuda:1"}, "write runtime.device=cuda or auto"),
         (2, {"guidance_parallel": True, "offload": "group"}, "offload=group .* runtime.shard_weights=true"),
+        (2, {"context_parallel": "ring", "attention": "native"}, "log-sum-exp.*attention=cudnn"),
+        (2, {"context_parallel": "ring", "device": "cpu"}, "log-sum-exp.*context_parallel=ulysses"),
+        (2, {"context_parallel": "ulysses", "attention": "flash3"}, "attention=flash3 is not among the kernels"),
         (2, {"context_parallel": "ulysses", "shard_weights": True, "compile": "blocks"}, "compile=blocks does not"),
     ],
 )
