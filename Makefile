@@ -31,6 +31,8 @@ lint: $(VENV)/.ready  ## check style and types
 
 bench: $(VENV)/.ready  ## measure every figure of speed in the docs
 	$(RUN) -m benchmarks.keyframes $(ARGS)
+	$(RUN) -m benchmarks.film $(ARGS)
+	$(RUN) -m benchmarks.grouping $(ARGS)
 	$(RUN) -m benchmarks.training $(ARGS)
 	$(RUN) -m benchmarks.scoring $(ARGS)
 	$(RUN) -m benchmarks.acceleration $(ARGS)

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from storymem.config import build_settings
 from storymem.film.differences import differences
 from storymem.io import FileError, read_yaml
 from storymem.training.checkpoints import Checkpoint, Checkpoints
+from storymem.training.run_settings import OptimizerSettings
 from storymem.training.settings import TrainSettings
 from storymem.wan.processes import Launch
 
@@ -118,17 +120,30 @@ def _refusal(folder: Path, changed: list[str]) -> str:
 
 def changes_of_later_steps(checkpoint: Checkpoint, about: Mapping[str, Any], settings: TrainSettings) -> list[str]:
     """A line for each permitted change that later steps depend on."""
+    from storymem.training.optimization import learning_rate
+
     before, now = checkpoint.about["config"], about["config"]
+    planned = before.get("steps", settings.steps)
 
     def reported(config: Mapping[str, Any]) -> dict[str, Any]:
         turns = (config.get("parallel") or {}).get("alternate_every")
-        found = {"optimizer": config.get("optimizer") or {}, "parallel": {"alternate_every": turns}}
-        constant = settings.optimizer.schedule == "constant_with_warmup"
-        return found if constant else found | {"steps": config.get("steps")}  # on which the learning rate depends
+        return {"optimizer": config.get("optimizer") or {}, "parallel": {"alternate_every": turns}}
 
     lines = differences(reported(before), reported(now))
     if checkpoint.about["clips"] != about["clips"]:
         lines.append("the training set is not the one of the steps before: later steps draw other samples")
     if (split := checkpoint.about["processes"]) != about["processes"]:
         lines.append(f"processes: {split} before, {about['processes']} now, with as many samples a step")
+    old = learning_rate(build_settings(OptimizerSettings, reported(before)["optimizer"]), planned)
+    new = learning_rate(settings.optimizer, settings.steps)
+    was, rate = old(checkpoint.step), new(checkpoint.step)
+    if checkpoint.step < settings.steps and abs(was - rate) > 1e-9 * max(was, rate):
+        line = f"the learning rate of step {checkpoint.step + 1} is {rate:.3g}, and would have been {was:.3g}"
+        if settings.optimizer.schedule != "constant_with_warmup":
+            line += f" (schedule={settings.optimizer.schedule}, steps: {planned} before, {settings.steps} now)"
+        if was and rate:
+            line += f"; to keep the old rate, write optimizer.lr={settings.optimizer.lr * was / rate:.3g}"
+        elif rate:
+            line += "; if that is too high, write a lower optimizer.lr"
+        lines.append(line)
     return lines

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import secrets
+import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -33,12 +35,17 @@ class RunLog:
     def begin(self, config: Mapping[str, Any], *, step: int = 0) -> None:
         """Open the log of a run with these settings that resumes after ``step`` steps.
 
-        Rows that a killed process wrote after that step are dropped, and lines that are no rows, with a warning.
+        Rows that a killed process wrote after that step are dropped. If there are lines that are no rows, the file as
+        it was stays beside the new one, with a warning of their numbers.
         """
         if self._metrics.exists():
             rows, damaged = _read(self._metrics)
             if damaged:
-                print(f"{self._metrics}: {damaged} lines are no rows and are left out", file=sys.stderr)
+                names = (self.folder / f"metrics.damaged-{number}.jsonl" for number in itertools.count(1))
+                copy = next(path for path in names if not path.exists())
+                shutil.copyfile(self._metrics, copy)
+                lines = ", ".join(map(str, damaged[:10])) + (" ..." if damaged[10:] else "")
+                print(f"{self._metrics}: lines {lines} are no rows and are left out; a copy is {copy}", file=sys.stderr)
             write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         if self._settings.wandb != "disabled":
             import wandb
@@ -85,15 +92,17 @@ class RunLog:
             self._wandb = None
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a log, and how many lines are none."""
-    lines, rows = read_bytes(path, limit=1 << 32).split(b"\n")[:-1], []
-    for line in lines:
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a log, and the numbers of lines that are none."""
+    rows, damaged = [], []
+    for number, line in enumerate(read_bytes(path, limit=1 << 32).split(b"\n")[:-1], start=1):
         with suppress(ValueError, TypeError, KeyError):  # FileError, UnicodeDecodeError
             row = parse_json(line.decode(), str(path))
             if type(row["step"]) is int and row["step"] >= 0:
                 rows.append(row)
-    return rows, len(lines) - len(rows)
+                continue
+        damaged.append(number)
+    return rows, damaged
 
 
 def _finite(value: Any) -> Any:

@@ -56,7 +56,7 @@ def check_component(path: Path, name: str, model: ModelSettings, setting: str = 
         )
     where = str(path / "config.json") if path.is_dir() else f"model.network of {name}"
     checkpoint = Checkpoint.open(file)
-    network = on_meta(CLASSES[name], config, where)
+    network = on_meta(CLASSES[name], config, where, tensors=len(checkpoint.files))
     if name in _EXPERTS and (found := network.config.in_channels) != spec.in_channels:
         known = "".join(f" (as {known.name})" for known in SPECS if known.in_channels == found)
         raise FileError(
@@ -105,6 +105,11 @@ def _check_together(folder: Path, built: Mapping[str, Any]) -> None:
             if width != taken:
                 problem = f"the {what} have {width} numbers, and the transformers take {taken}"
                 raise FileError(f"{folder}: {problem}: they are of different models")
+    if vae is not None:
+        means, deviations = vae.config.latents_mean, vae.config.latents_std
+        if not len(means) == len(deviations) == vae.config.z_dim or min(deviations) <= 0:
+            where = folder / "vae" / "config.json"
+            raise FileError(f"{where}: latents_mean and latents_std must be z_dim numbers, the latter above 0")
 
 
 def random_on_meta(model: ModelSettings, name: str) -> Any:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+import typing
 from collections.abc import Collection, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from transformers import UMT5Config, UMT5EncoderModel
 
 from storymem.config import closest, nearest
@@ -30,6 +33,11 @@ CLASSES: dict[str, str] = {
     "text_encoder": "UMT5EncoderModel",
 }
 _DIFFUSERS: dict[str, Any] = {"WanTransformer3DModel": WanTransformer3DModel, "AutoencoderKLWan": AutoencoderKLWan}
+_ENTRIES = {  # of model_index.json: library and class
+    **{name: rf"(diffusers|transformers)\.{kind}" for name, kind in CLASSES.items()},
+    "tokenizer": r"transformers\.\w*Tokenizer(Fast|sBackend)?",
+    **dict.fromkeys(("scheduler", "image_encoder", "image_processor"), r"(diffusers|transformers|storymem)\.\w+"),
+}
 _MOST = 1 << 20  # of a number in a component's configuration
 _FEWEST_WORDS = 16  # of a tokenizer
 # Raised by torch, diffusers and transformers for a configuration that describes no network.
@@ -47,7 +55,12 @@ def check_index(folder: Path, names: Collection[str], *, advice: str) -> None:
     entries = read_json_object(index)
     if not str(kind := entries.get("_class_name")).startswith("Wan"):
         raise FileError(f"{index}: _class_name is {kind}, which is not a Wan pipeline")
-    if absent := sorted(name for name in names if entries.get(name) in (None, [None, None])):
+    for name, entry in entries.items():
+        if name in names or (isinstance(entry, list) and entry != [None, None]):
+            found = ".".join(map(str, entry)) if isinstance(entry, list) else str(entry)
+            if not re.fullmatch(_ENTRIES.get(name, "$^"), found):
+                raise FileError(f"{index}: {name} is {found}, which no Wan2.2 model has: {advice}")
+    if absent := sorted(set(names) - entries.keys()):
         raise FileError(f"{index} names no {', '.join(absent)}, which a Wan2.2 model has: {advice}")
 
 
@@ -67,6 +80,8 @@ def weights_file(part: Path) -> Path:
     """The safetensors file with a network's weights, or the index of its parts; FileError if there is neither."""
     stem = "model" if part.name == "text_encoder" else "diffusion_pytorch_model"
     single, index = part / f"{stem}.safetensors", part / f"{stem}.safetensors.index.json"
+    if single.exists() and index.exists():
+        raise FileError(f"{part} contains both {single.name} and {index.name}: keep the one that belongs there")
     if single.exists() or index.exists():
         return single if single.exists() else index
     pickles = sorted(path.name for path in part.iterdir() if path.suffix in (".bin", ".pth", ".pt", ".ckpt"))
@@ -110,31 +125,52 @@ def _loaded_tokenizer(part: Path, files: tuple[tuple[str, int], ...]) -> Any:
 # Networks without weights
 
 
-def on_meta(class_name: str, config: Mapping[str, Any], where: str) -> Any:
+def on_meta(class_name: str, config: Mapping[str, Any], where: str, *, tensors: int = 1 << 16) -> Any:
     """A network on the meta device. It is shared: do not change it.
 
     Args:
         class_name: ``WanTransformer3DModel``, ``AutoencoderKLWan`` or ``UMT5EncoderModel``.
-        config: its arguments. transformers takes any key, so one of the text encoder is refused only if it resembles a
-            known key that is absent.
+        config: of any content.
         where: it is from, for the message.
+        tensors: in the file of its weights, which has at least one per layer.
 
     Raises:
         FileError: if ``config`` does not describe such a network.
     """
-    strict = class_name in _DIFFUSERS
-    known = set(inspect.signature(_DIFFUSERS[class_name].__init__).parameters if strict else UMT5Config().to_dict())
-    for key in (key for key in config.keys() - known if not key.startswith("_")):
-        if strict or closest(key, known - config.keys(), cutoff=0.8):
-            raise FileError(f"{where}: unknown key {key!r}{nearest(key, known)}")
-    for key, value in config.items():
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, int) and abs(number) > _MOST for number in numbers):
-            raise FileError(f"{where}: {key} is larger than any network's")
+    for key, value in config.items():  # before anything is built from it
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > _MOST:
+                raise FileError(f"{where}: {key} is a number of {number.bit_length()} bits, larger than any network's")
+        count = value if key in ("num_layers", "num_res_blocks") else len(value) if isinstance(value, list) else 0
+        if isinstance(count, int) and count > max(tensors, 64):
+            raise FileError(f"{where}: {key} is of {count} layers, and its weights are {tensors} tensors")
     try:
+        if class_name == "UMT5EncoderModel":
+            _check_umt5(config, where)
+        else:
+            arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+            _schema(class_name).model_validate_json(json.dumps(arguments))
         return _built(class_name, json.dumps(config, sort_keys=True))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            raise FileError(f"{where}: unknown key {key!r}{nearest(key, _schema(class_name).model_fields)}") from None
+        raise FileError(f"{where}: {key}={problem['input']!r}: {problem['msg'].lower()}") from None
+    except FileError:
+        raise
     except _UNBUILDABLE as error:
         raise FileError(f"{where} does not describe a network that can be built: {_one_line(error)}") from None
+
+
+def _check_umt5(config: Mapping[str, Any], where: str) -> None:
+    """transformers takes any key, so one is refused only if it resembles a known key that is absent."""
+    if config.get("model_type") != "umt5":
+        raise FileError(f"{where}: model_type is {config.get('model_type')!r}, and must be 'umt5'")
+    known = set(UMT5Config().to_dict())
+    for key in config.keys() - known:
+        if meant := closest(key, known - config.keys(), cutoff=0.8):
+            raise FileError(f"{where}: unknown key {key!r}; did you mean {meant!r}?")
 
 
 @lru_cache(maxsize=8)
@@ -148,6 +184,16 @@ def build(class_name: str, config: dict[str, Any]) -> Any:
     if class_name == "UMT5EncoderModel":
         return UMT5EncoderModel(UMT5Config.from_dict(config))
     return _DIFFUSERS[class_name].from_config(config)
+
+
+@cache
+def _schema(class_name: str) -> type[BaseModel]:
+    """The types of the arguments of a class of diffusers, which checks none."""
+    initializer = _DIFFUSERS[class_name].__init__
+    parameters = inspect.signature(initializer).parameters
+    hints = typing.get_type_hints(initializer)
+    fields: dict[str, Any] = {name: (hints[name], p.default) for name, p in parameters.items() if name != "self"}
+    return create_model(class_name, __config__=ConfigDict(strict=True, extra="forbid"), **fields)
 
 
 def _one_line(error: Exception) -> str:

@@ -122,9 +122,9 @@ def _match(file: LoraFile, transformer: nn.Module, component: str | None, *, str
         rank = max([1, *file.shapes[keys["A"]][:1]]) if "A" in keys else 1
         right = {"A": [rank, *inside], "B": [out, rank, *[1] * (len(inside) - 1)], "alpha": []}
         if not strict:
-            right |= {"diff": [out, *inside]} | ({"diff_b": [out]} if has_bias else {})
+            right |= {"diff": [out, *inside]} | ({"bias": [out], "diff_b": [out]} if has_bias else {})
         unused += [keys.pop(part) for part in list(keys) if part not in right or keys.keys() == {"alpha"}]
-        if strict or keys.keys() & {"A", "B"}:
+        if strict or keys.keys() & {"A", "B", "bias"}:
             missing += [f"{original_name(name)}.lora_{part}" for part in ("A", "B") if part not in keys]
         for part, key in keys.items():
             shape = list(file.shapes[key])
@@ -177,8 +177,12 @@ class ExpertAdapter:
     def differences(self) -> dict[str, Tensor]:
         """What is added to the network's own parameters: ``blocks.0.norm2.weight`` ... -> float32 tensor."""
         found: dict[str, Tensor] = {}
-        for name, part, tensor in self._read("diff", "diff_b"):
+        for name, part, tensor in self._read("diff", "diff_b", "bias"):
             value = tensor.float()
+            if part == "bias":  # of B
+                alpha = self.config["alpha_pattern"].get(name, self.config["lora_alpha"])
+                rank = self.config["rank_pattern"].get(name, self.config["r"])
+                value = value * replace(self.info, alpha=alpha).scale(rank)
             attribute = ".weight" if part == "diff" else ".bias"
             parameter = name if name.endswith("scale_shift_table") else name + attribute
             found[parameter] = found[parameter] + value if parameter in found else value

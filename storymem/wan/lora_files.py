@@ -49,7 +49,7 @@ from storymem.wan.spec import COMPONENTS, Expert
 from storymem.weights import MissingWeights, Weights
 
 Layout = Literal["storymem", "released", "diffusers", "comfyui"]
-Part = Literal["A", "B", "alpha", "diff", "diff_b"]
+Part = Literal["A", "B", "bias", "alpha", "diff", "diff_b"]
 Parts = dict[str, dict[Part, str]]  # diffusers' name of a module -> part -> key in the file
 
 #: The linears of a block that a memory adapter changes.
@@ -79,7 +79,7 @@ _KEY = re.compile(
     r"(?:lora_unet_+|lora_transformer_+|lycoris_+)?"
     r"(?P<module>.+?)\."
     r"(?:(?P<A>lora_A|lora_down|lora\.down)(?:\.(?!weight$)[^.]+)?\.weight"
-    r"|(?P<B>lora_B|lora_up|lora\.up)(?:\.(?!weight$)[^.]+)?\.weight"
+    r"|(?:lora_B|lora_up|lora\.up)(?:\.(?!weight$|bias$)[^.]+)?\.(?:(?P<B>weight)|(?P<bias>bias))"
     r"|(?P<alpha>alpha)|(?P<diff>diff)|(?P<diff_b>diff_b)|(?P<table>diff_m))"
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +22,13 @@ from storymem.wan.lora import read_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.placement import settle
 from storymem.wan.preview import Preview
-from storymem.wan.runtime import check_machine, check_runtime, release_memory
+from storymem.wan.runtime import check_machine, check_runtime, compiled_graphs, release_memory
 from storymem.wan.settings import Continuity, ModelSettings, RuntimeSettings, SamplerSettings, VideoSettings
 from storymem.wan.sources import adapter_weights
 from storymem.wan.spec import Expert, experts_of
 from storymem.weights import locate
+
+logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int], None]
 
@@ -345,10 +348,25 @@ class WanShotGenerator:
 
     def _decode(self, pipe: WanMemoryToVideoPipeline, latents: Tensor) -> Tensor:
         """The video [1, 3, F, H, W] in -1..1 of sampled latents [1, z, T, h, w]; NotFiniteError for NaN."""
-        causes = (
-            f"likely causes: a LoRA, runtime.precision, runtime.cache, model.dtype, the weights of {self.model.name}"
-        )
-        check_finite(latents, "the latents of the shot", causes)
+        if self.runtime.compile != "none":
+            logger.info("compiled graphs so far: %d", compiled_graphs())
+        check_finite(latents, "the latents of the shot", f"likely causes: {', '.join(self._likely_causes(pipe))}")
         decoded = decode_video(pipe.vae, latents)
         check_finite(decoded, "the frames of the shot", "check the VAE's weights, or use model.vae_dtype=float32")
         return decoded
+
+    def _likely_causes(self, pipe: WanMemoryToVideoPipeline) -> list[str]:
+        """What may have computed values that are not finite, the likeliest first."""
+        model, sampler, runtime = self.model, self.sampler, self.runtime
+        step_adapter = "" if sampler.adapter is None else sampler.adapter.weights.name
+        adapter = "" if model.adapter is None or pipe is not self._pipe else model.adapter.weights.name
+        causes = {
+            f"the adapter {step_adapter} (sampler.adapter)": step_adapter,
+            f"the adapter {adapter} (model.adapter)": adapter,
+            f"runtime.precision={runtime.precision}": runtime.precision != "as_is",
+            f"runtime.cache={runtime.cache}": runtime.cache != "none",
+            "model.dtype=float16, which overflows easily (bfloat16 does not)": model.dtype == "float16",
+            f"sampler.guidance={sampler.guidance:g}": self._uses_guidance,
+            f"the weights of {model.name}": True,
+        }
+        return [cause for cause, applies in causes.items() if applies]

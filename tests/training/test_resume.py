@@ -127,15 +127,16 @@ def test_damaged_settings_are_written_again(begun: Path, tmp_path: Path) -> None
         check_run_folder(folder, build_settings(TrainSettings, values), values)
 
 
-def test_damaged_rows_are_reported(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_damaged_rows_are_reported_and_copied(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = copy(begun, tmp_path)
     lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
     bad = [b"garbage", b"[]", b'{"step": "two"}', b'{"step": -1}', b'{"step": NaN}', b"\xff", b"{" * 50_000]
     damaged = b"\n".join([lines[0], *bad, *lines[1:-1], b'{"step": 6, "lo'])
     (folder / "metrics.jsonl").write_bytes(damaged)
     run(folder, **CHANGES)
-    assert "7 lines are no rows" in capsys.readouterr().err
+    assert "lines 2, 3, 4, 5, 6, 7, 8 are no rows" in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert (folder / "metrics.damaged-1.jsonl").read_bytes() == damaged
 
 
 def test_a_checkpoint_with_files_of_the_user_stays(begun: Path, tmp_path: Path) -> None:
@@ -162,8 +163,36 @@ def test_changed_optimizer_settings_are_reported(begun: Path, tmp_path: Path, ca
     assert "resuming after step 6, with changes:" in printed
     assert "optimizer.lr: 0.01 before, 0.001 now" in printed
     assert "optimizer.max_grad_norm: nothing before, 0.5 now" in printed
+    assert (
+        "the learning rate of step 7 is 0.001, and would have been 0.01; to keep the old rate, write optimizer.lr=0.01"
+        in printed
+    )
     taken.trainer.run()
     assert read_metrics(folder)[-1]["lr"] == 0.001
+
+
+def test_a_longer_schedule_is_reported_and_the_advice_keeps_the_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    optimizer = {"lr": 0.01, "warmup_steps": 0, "schedule": "cosine"}
+
+    def rate(folder: Path, **changes: Any) -> float:
+        run(folder, expert="high", steps=6, optimizer=optimizer, checkpoint={"every": 4, "keep": 2}).trainer.run()
+        shutil.rmtree(folder / "checkpoints" / "step_00000006")
+        later: dict[str, Any] = {"expert": "high", "steps": 6, "optimizer": optimizer} | changes
+        run(folder, **later).trainer.run()
+        return read_metrics(folder)[4]["lr"]
+
+    planned = rate(tmp_path / "planned")
+    assert "learning rate" not in capsys.readouterr().err
+    longer = rate(tmp_path / "longer", steps=20)
+    printed = capsys.readouterr().err
+    assert re.search(
+        r"rate of step 5 is 0.0090\d, and would have been 0.0025 \(schedule=cosine, steps: 6 before, 20 now\)", printed
+    )
+    lr = float(re.search(r"to keep the old rate, write optimizer.lr=(\S+)", printed)[1])  # type: ignore[index]
+    kept = rate(tmp_path / "kept", steps=20, optimizer=optimizer | {"lr": lr})
+    assert (kept, longer) == (pytest.approx(planned, rel=0.01), pytest.approx(0.0090, rel=0.01))
 
 
 def test_a_step_keeps_its_samples_however_they_are_cut(begun: Path, whole: Path, tmp_path: Path) -> None:

@@ -246,6 +246,18 @@ def test_linears_outside_the_blocks_and_a_convolution(tmp_path: Path) -> None:
     assert close(loaded(write(tmp_path / "x", [state, state])), outputs(expected))
 
 
+def test_a_bias_of_b_is_scaled_as_the_product_is(tmp_path: Path) -> None:
+    state = spelled(3, SPELLINGS["diffusers"])
+    bias = torch.linspace(-1, 1, 40)
+    state["transformer.blocks.0.ffn.net.0.proj.lora_B.bias"] = bias
+    folder = write(tmp_path / "x", [state, state], {"lora_alpha": "2"})
+    write_pair(tmp_path / "expected", released_state(3), released_state(3))
+    expected = merged(plain(), tmp_path / "expected", 0.5)
+    for transformer in (expected.transformer, expected.transformer_2):
+        transformer.blocks[0].ffn.net[0].proj.bias.data += 0.5 * bias
+    assert close(loaded(folder), outputs(expected))
+
+
 def test_keys_that_are_not_used_are_listed_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = spelled(3, SPELLINGS["kohya"])
     for key in ("blocks_0_cross_attn_k_img", "blocks_2_self_attn_q", "text_model_encoder_layers_0_mlp_fc1"):

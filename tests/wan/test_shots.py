@@ -15,6 +15,7 @@ from storymem.io import NotFiniteError
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.settings import ModelSettings, SamplerSettings
 from storymem.wan.shots import ShotRequest, WanShotGenerator
+from tests.wan.test_step_adapter import write_adapter
 from tests.wan.tiny import CPU, FRAMES, HEIGHT, WIDTH, generate, images, settings
 
 SAMPLER = SamplerSettings(steps=3, guidance=3.0, negative_prompt="blurred")
@@ -104,7 +105,7 @@ def broken(model: ModelSettings, part: str, weight: str, **changes: Any) -> WanS
 @pytest.mark.parametrize(
     ("part", "weight", "message"),
     [
-        ("transformer", "blocks.0.ffn.net.2.weight", r"the latents of the shot: NaN.*likely causes: a LoRA"),
+        ("transformer", "blocks.0.ffn.net.2.weight", r"the latents of the shot: NaN.*sampler\.guidance=3"),
         ("transformer_2", "proj_out.bias", r"the latents of the shot: NaN.*the weights of tiny"),
         ("vae", "post_quant_conv.bias", r"the frames of the shot: NaN.*VAE"),
     ],
@@ -115,6 +116,14 @@ def test_a_shot_of_numbers_that_are_none_is_refused(
     made = broken(tiny_model, part, weight)
     made.prepare(["a fox"], [None])
     with pytest.raises(NotFiniteError, match=message):
+        made.generate(request())
+
+
+def test_an_adapter_in_use_is_named_first(tiny_model: ModelSettings, tmp_path: Any) -> None:
+    adapter = {"weights": {"name": "my steps", "source": str(write_adapter(tiny_model, tmp_path, "storymem", seed=1))}}
+    made = broken(tiny_model, "transformer", "proj_out.bias", sampler=replace(SAMPLER, adapter=adapter))
+    made.prepare(["a fox"], [None])
+    with pytest.raises(NotFiniteError, match=r"likely causes: the adapter my steps \(sampler\.adapter\), sampler"):
         made.generate(request())
 
 
