@@ -31,7 +31,7 @@ from storymem.wan.runtime import compiled_graphs, release_memory
 from storymem.wan.settings import MemoryMode, RuntimeSettings, SamplerSettings, VideoSettings
 
 STORY = Path(__file__).parents[1] / "examples" / "ada_and_the_tent.yaml"
-CPU = RuntimeSettings(device="cpu")
+CPU = RuntimeSettings(device="cpu", threads=1)
 MEMORY_SIZES = (0, 4, 10)
 
 
@@ -122,10 +122,12 @@ def compare(
 def runtimes() -> dict[str, dict[str, Any]]:
     """Every change of ``runtime`` that is compared, by its name in the table."""
     return {
+        "cache first_block at 0.05": {"cache": "first_block", "cache_threshold": 0.05},
+        "cache first_block at 0.1": {"cache": "first_block", "cache_threshold": 0.1},
         "cache taylor, every 2nd step": {"cache": "taylor", "cache_threshold": 1},
         "cache taylor, every 3rd step": {"cache": "taylor", "cache_threshold": 2},
         "compile blocks": {"compile": "blocks"},
-        "compile blocks, taylor, every 3rd step": {"compile": "blocks", "cache": "taylor"},
+        "compile blocks, first_block at 0.05": {"compile": "blocks", "cache": "first_block", "cache_threshold": 0.05},
     }
 
 

@@ -94,7 +94,7 @@ CASES = {
     "ring_cached": Case(runtime=_RING, memory="cached"),
     "guidance": Case(runtime=_GUIDANCE),
     "guidance_sharded": Case(runtime=replace(_GUIDANCE, shard_weights=True)),
-    "guidance_taylor": Case(runtime=replace(_GUIDANCE, cache="taylor", cache_threshold=1)),
+    "guidance_first_block": Case(runtime=replace(_GUIDANCE, cache="first_block", cache_threshold=0.5)),
     "guidance_cached": Case(runtime=_GUIDANCE, memory="cached"),
     "guidance_unseen": Case(runtime=_GUIDANCE, memory="cached", negative_sees_memory=False),
     "both": Case(runtime=replace(_ULYSSES, guidance_parallel=True), world=4),

@@ -133,6 +133,7 @@ def test_samplers(name: str) -> None:
 @pytest.mark.parametrize("name", choices("runtime"))
 def test_runtimes(name: str) -> None:
     runtime = generate_settings("model=wan2.2-a14b", f"runtime={name}").runtime
+    assert runtime.threads is None
     stored = "fp8_storage" if name == "gpu-12gb" else "as_is"  # no larger card trades quality for VRAM
     assert runtime.precision == stored
 

@@ -140,7 +140,7 @@ def recorded(*overrides: str) -> dict[str, Any]:
 
 def test_where_a_film_is_computed_is_not_recorded() -> None:
     made = recorded()
-    assert made == recorded("runtime.device=cpu", "runtime.compile=blocks", "output=elsewhere")
+    assert made == recorded("runtime.device=cpu", "runtime.threads=3", "runtime.compile=blocks", "output=elsewhere")
     assert "runtime" not in made
     assert made["model"]["name"] == "toy"
 

@@ -119,7 +119,8 @@ def variations(model: ModelSettings, runtime: RuntimeSettings, device: torch.dev
     changes: list[dict[str, Any]] = [{"precision": "fp8_storage"}]
     if device.type != "cpu":
         changes += [{"attention": name} for name in ("native", "flash2", "flash3", "cudnn", "sage")]
-        changes += [{"cache": "taylor", "cache_threshold": 0}, {"compile": "blocks"}]
+        changes += [{"cache": name, "cache_threshold": 0.0} for name in ("first_block", "taylor")]
+        changes += [{"compile": "blocks"}]
     cases = [
         Case(name="plain", model=model, runtime=runtime),
         Case(name="memory_attention=cached", model=replace(model, memory_attention="cached"), runtime=runtime),

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from storymem.wan.conditioning import MOTION_FRAMES
+from storymem.wan.runtime import check_shared_states
 from storymem.wan.segments import memory_positions
 from storymem.wan.transformer import enable_layouts
 
@@ -104,6 +105,8 @@ def check_sampling(
     if not all(value is None or math.isfinite(value) for value in (scale, scale_low)):
         raise ValueError(f"guidance_scale and guidance_scale_2 must be finite numbers, not {(scale, scale_low)}")
     hidden = not negative_sees_memory
+    if scale > 1:
+        check_shared_states(pipe.experts.values(), passes_differ=hidden and memory is not None and len(memory) > 0)
     halves, unseen = pipe.guidance_halves is not None, "negative_sees_memory=False"
     rules = {
         "guidance_scale_2 needs guidance_scale above 1: without it no negative prompt is run": (

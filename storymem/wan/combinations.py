@@ -33,13 +33,20 @@ def check_combinations(
         processes: how many generate a film; None: not known yet.
         shares_attention: whether shots of a batch read each other, in other layers at each step, as in StoryDiffusion.
     """
-    halves, cache, cached = runtime.guidance_parallel, runtime.cache, model.memory_attention == "cached"
+    blocks, cached = model.network.transformer["num_layers"], model.memory_attention == "cached"
+    halves, cache = runtime.guidance_parallel, runtime.cache
     hidden = "sampler.negative_sees_memory=false hides the memory from one pass of guidance, and"
     rules = {
         f"{hidden} with memory_attention=joint that pass needs what the other predicts, which "
         "runtime.guidance_parallel computes elsewhere: set it to false": (
             halves and not sampler.negative_sees_memory and not cached
         ),
+        "runtime.cache=first_block does not combine with runtime.context_parallel: processes see different tokens and "
+        "would skip different steps; use runtime.cache=taylor": (
+            cache == "first_block" and runtime.context_parallel != "none"
+        ),
+        f"runtime.cache=first_block skips all blocks but the first, and the networks of {model.name} have only one: "
+        "use runtime.cache=none": cache == "first_block" and blocks < 2,
         f"runtime.cache={cache} skips steps that resemble the one before; the {sampler.steps} steps of a "
         "step-distilled sampler do not: use runtime.cache=none": cache != "none" and bool(sampler.adapter),
         f"runtime.memory_cache={runtime.memory_cache} is for model.memory_attention=cached: with joint nothing of the "
@@ -94,6 +101,10 @@ def _rules_for_several(
         "write runtime.offload=none runtime.shard_weights=true": runtime.offload not in ("none", "auto"),
         "runtime.experts=in_turn does not combine with several processes; where the weights do not fit write "
         "runtime.shard_weights=true": runtime.experts == "in_turn",
+        "runtime.cache=first_block skips a step in one pass and not in the other, and processes that share weights "
+        "must gather them at the same time: write runtime.cache=taylor or none": (
+            runtime.cache == "first_block" and sharded
+        ),
         f"runtime.context_parallel=ulysses gives each of {context} processes equally many of the model's {heads} "
         f"attention heads: start as many processes as divide them ({fitting}{twice}), or use ring": (
             method == "ulysses" and heads % context != 0

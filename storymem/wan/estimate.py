@@ -348,13 +348,15 @@ def _ranks(model: ModelSettings, sampler: SamplerSettings) -> list[int]:
 def _denoise_bytes(
     model: ModelSettings, runtime: RuntimeSettings, sampler: SamplerSettings, memory: int, frames: int, context: int
 ) -> int:
-    """Activations of a forward, and what is cached between forwards: the memory's keys and values."""
-    network = model.network.transformer
+    """Activations of a forward, and what is cached between forwards: the memory's keys and values, the step cache."""
+    network, size, guided = model.network.transformer, SIZES[model.dtype], sampler.guidance > 1
     tokens, cached = model.spec.latent_frames(frames) * _frame_tokens(model), 0
     if model.memory_attention == "joint" or runtime.memory_cache == "recompute":
         tokens += memory * _frame_tokens(model)
     else:  # those of one block at a time, if the others are in RAM
         cached = memory_cache_bytes(model, memory) // (1 if runtime.memory_cache == "device" else network["num_layers"])
+    if runtime.cache == "first_block":  # two residuals for each pass
+        cached += 2 * (2 if guided else 1) * tokens * _dim(network) * size
     activations = forward_bytes(
         network,
         tokens=math.ceil(tokens / context),

@@ -22,8 +22,6 @@ _SCALES: dict[str, slice | None] = {
     "Q3_K": slice(108, 110),
     "Q6_K": slice(208, 210),
 }
-
-
 def stays_in_few_bits(files: GgufSettings) -> bool:
     """Whether the experts are GGUF files; safetensors are widened when loaded."""
     return any((weights.file or weights.source).endswith(".gguf") for weights in files.all)

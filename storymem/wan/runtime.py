@@ -16,13 +16,14 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.hooks import TaylorSeerCacheConfig, apply_group_offloading
+from diffusers.hooks import FirstBlockCacheConfig, TaylorSeerCacheConfig, apply_group_offloading
+from diffusers.hooks.hooks import StateManager
 from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from torch import nn
 from torch.nn import functional as F
@@ -44,7 +45,7 @@ _BACKENDS: dict[Attention, str] = {
 }
 _EXACT: tuple[Attention, ...] = ("flash3", "cudnn", "flash2", "native")  # fastest first
 _TOLERANCE = 0.1  # of a small attention in 16 bits or, by Sage, in 8; a kernel that fails is off by about 1
-_EXTRAPOLATED = 2  # steps, where ``runtime.cache_threshold`` is None
+_THRESHOLDS = {"first_block": 0.05, "taylor": 2.0}  # where ``runtime.cache_threshold`` is None
 _COMPILER = "inductor"
 #: A story has up to 11 sizes of memory, which one pass may not see, and a first shot without adapters; further shapes
 #: run uncompiled, with a warning from torch.
@@ -122,7 +123,7 @@ def check_machine(model: ModelSettings, runtime: RuntimeSettings, *, here: bool 
     if runtime.compile == "blocks":
         parts.append("compiled blocks")
     if runtime.cache != "none":
-        parts.append(f"cache {runtime.cache} at {_extrapolated(runtime)}")
+        parts.append(f"cache {runtime.cache} at {_threshold(runtime):g}")
     return ", ".join(parts)
 
 
@@ -210,11 +211,7 @@ def accelerate(pipe: Any, model: ModelSettings, runtime: RuntimeSettings) -> Non
         if runtime.compile == "blocks":
             _compile(expert)
         if runtime.cache != "none":
-            # Its usual form keeps the outputs of all attentions, 80 times half a gigabyte at true size; the light form
-            # extrapolates the output of the whole network.
-            interval = _extrapolated(runtime) + 1
-            taylor = TaylorSeerCacheConfig(interval, use_lite_mode=True, taylor_factors_dtype=torch.float32)
-            expert.enable_cache(taylor)
+            expert.enable_cache(_cache_config(runtime))
 
 
 def compiled_graphs() -> int:
@@ -234,8 +231,19 @@ def _compile(expert: Any) -> None:
         block.forward = torch.compile(block.forward, dynamic=False, backend=_COMPILER)
 
 
-def _extrapolated(runtime: RuntimeSettings) -> int:
-    return _EXTRAPOLATED if runtime.cache_threshold is None else runtime.cache_threshold
+def _threshold(runtime: RuntimeSettings) -> float:
+    return _THRESHOLDS[runtime.cache] if runtime.cache_threshold is None else runtime.cache_threshold
+
+
+def _cache_config(runtime: RuntimeSettings) -> Any:
+    threshold = _threshold(runtime)
+    if runtime.cache == "first_block":
+        return FirstBlockCacheConfig(threshold=threshold)
+    # Its usual form keeps the outputs of all attentions, 80 times half a gigabyte at true size; the light form
+    # extrapolates the output of the whole network.
+    return TaylorSeerCacheConfig(
+        cache_interval=int(threshold) + 1, use_lite_mode=True, taylor_factors_dtype=torch.float32
+    )
 
 
 def clear_step_caches(experts: Mapping[str, Any]) -> None:
@@ -243,6 +251,30 @@ def clear_step_caches(experts: Mapping[str, Any]) -> None:
     for expert in experts.values():
         if expert.is_cache_enabled:
             expert._reset_stateful_cache()
+
+
+def check_shared_states(experts: Collection[Any], *, passes_differ: bool) -> None:
+    """Refuse (ValueError) caches of diffusers that cannot serve two passes of guidance with different memory.
+
+    PyramidAttentionBroadcast and FasterCache keep one state in a layer, for pipelines that run both passes as one
+    batch; Wan's pipelines run them one after the other. The other caches keep a state for each pass.
+    """
+    modules = [module for expert in experts for module in expert.modules() if hasattr(module, "_diffusers_hook")]
+    hooks = [hook for module in modules for hook in module._diffusers_hook.hooks.values() if hook._is_stateful]
+    names = {
+        type(hook).__name__.removesuffix("Hook")
+        for hook in hooks
+        if not any(isinstance(value, StateManager) for value in vars(hook).values())
+    }
+    if not names:
+        return
+    what = f"{' and '.join(sorted(names))} of diffusers keeps one state for both passes of guidance"
+    if passes_differ:
+        raise ValueError(
+            f"{what}, and with negative_sees_memory=False one of them sees no memory: write True, or disable the cache "
+            "by disable_cache() of both transformers"
+        )
+    logger.warning("%s: the pass with the negative prompt is given what the other computed", what)
 
 
 # Placement
@@ -260,6 +292,8 @@ def place(pipe: DiffusionPipeline, runtime: RuntimeSettings, *, device: torch.de
     assert runtime.offload != "auto", "storymem.wan.placement settles it"
     device = device or check_runtime(runtime)
     make_current(device)
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
     if runtime.vae_tiling and pipe.vae is not None:
         pipe.vae.enable_tiling()
     if runtime.offload == "none":

@@ -17,6 +17,7 @@ Continuity = Literal["none", "mi2v", "mm2v"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ContextParallel = Literal["none", "ulysses", "ring"]
 Attention = Literal["auto", "flash3", "flash2", "cudnn", "sage", "native"]
+StepCache = Literal["none", "first_block", "taylor"]
 MemoryMode = Literal["joint", "cached"]
 BaseName = Literal["wan2.2-a14b", "wan2.2-t2v-a14b", "wan2.2-ti2v-5b"]
 MemoryCache = Literal["device", "cpu", "recompute"]
@@ -357,6 +358,7 @@ class RuntimeSettings:
         experts: "together": both of a model's two are loaded. "in_turn": one at a time, read from disk again at each
             change, twice a shot; the quality filter is then loaded for each shot, too.
         vae_tiling: encode and decode in tiles: less VRAM, slower, and faint differences where tiles overlap.
+        threads: CPU threads of torch; None: torch's choice.
         context_parallel: how the tokens of a shot are shared among processes: "ulysses" exchanges attention heads,
             "ring" passes keys and values on.
         guidance_parallel: each half of the processes runs one of the two passes of guidance.
@@ -365,8 +367,10 @@ class RuntimeSettings:
             make one film.
         attention: "auto": the fastest exact kernel that works; "sage" rounds queries and keys to int8.
         compile: "blocks" compiles the block that the transformers repeat, once for each shape.
-        cache: "taylor" computes the networks in every n-th step alone, and extrapolates them in the others.
-        cache_threshold: steps extrapolated after each computed one; 0 skips nothing. None: 2.
+        cache: skips work in steps that resemble the step before: "first_block" where the first block changes little,
+            "taylor" in all but every n-th step, by extrapolation.
+        cache_threshold: 0 skips nothing. first_block: relative change of the first block's residual; taylor: steps
+            extrapolated after each computed one. None: 0.05 and 2.
         memory_cache: where ``memory_attention: cached`` keeps keys and values (12.8 GB an expert for 10 frames at
             480p): on the "device"; in RAM ("cpu"), copied back block by block; "recompute": nowhere.
     """
@@ -376,20 +380,23 @@ class RuntimeSettings:
     precision: Precision = "as_is"
     experts: Literal["together", "in_turn"] = "together"
     vae_tiling: bool = False
+    threads: int | None = None
     context_parallel: ContextParallel = "none"
     guidance_parallel: bool = False
     shard_weights: bool = False
     processes_per_film: int | None = None
     attention: Attention = "auto"
     compile: Literal["none", "blocks"] = "none"
-    cache: Literal["none", "taylor"] = "none"
-    cache_threshold: int | None = None
+    cache: StepCache = "none"
+    cache_threshold: float | None = None
     memory_cache: MemoryCache = "device"
 
     def __post_init__(self) -> None:
-        check_bounds(self, processes_per_film=(1, 65536), cache_threshold=(0, 1000))
+        check_bounds(self, threads=(1, 4096), processes_per_film=(1, 65536), cache_threshold=(0, 1000))
         if self.cache == "none" and self.cache_threshold is not None:
-            raise ValueError("cache_threshold needs a cache: taylor")
+            raise ValueError("cache_threshold needs a cache: first_block or taylor")
+        if self.cache == "taylor" and (self.cache_threshold or 0) % 1:
+            raise ValueError(f"with cache: taylor, cache_threshold is a number of steps, not {self.cache_threshold}")
 
     @property
     def spread(self) -> bool:

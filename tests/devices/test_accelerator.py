@@ -64,7 +64,7 @@ FILMS: dict[str, tuple[str, ...]] = {
     "joint": (*TINY, "continuity=mm2v"),
     "joint, hidden": (*TINY, "sampler.negative_sees_memory=false", "runtime.vae_tiling=true"),
     "joint, in turn": (*TINY, "runtime.experts=in_turn", "scorer/quality=tiny"),
-    "joint, 8 bits": (*TINY, "runtime.precision=fp8_storage", "runtime.cache=taylor"),
+    "joint, 8 bits": (*TINY, "runtime.precision=fp8_storage", "runtime.cache=first_block"),
 }
 
 
@@ -181,7 +181,7 @@ def deep() -> Any:
 
 @pytest.mark.parametrize("offload", PLACEMENTS)
 def test_the_benchmark_measures_a_shot(offload: Offload) -> None:
-    runtime = RuntimeSettings(offload=offload, cache="taylor", cache_threshold=0)
+    runtime = RuntimeSettings(offload=offload, cache="first_block", cache_threshold=0)
     model = tiny.settings()
     model.network.transformer["num_layers"] = 2
     case = Case(name="it", model=model, runtime=runtime)

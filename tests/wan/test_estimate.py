@@ -309,6 +309,8 @@ def test_settings_that_save_vram(a14b: ModelSettings) -> None:
 
 def test_settings_that_take_vram(a14b: ModelSettings) -> None:
     plain = stages(a14b, offload="model")["denoise"]
+    stream = 31 * 1560 * 5120 * 2 / GB
+    assert stages(a14b, offload="model", cache="first_block")["denoise"] == pytest.approx(plain + 4 * stream, abs=0.01)
     cached = replace(a14b, memory_attention="cached")
     kept = stages(cached, offload="model")["denoise"] - stages(cached, memory=0, offload="model")["denoise"]
     assert kept == pytest.approx(12.8, abs=0.05), "keys and values of ten frames"

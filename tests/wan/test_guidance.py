@@ -126,7 +126,8 @@ def test_memory_pulls_further(guided: WanMemoryToVideoPipeline) -> None:
 @pytest.mark.parametrize(
     "runtime",
     [
-        {"cache": "taylor", "cache_threshold": 0},
+        {"cache": "first_block", "cache_threshold": 0.0},
+        {"cache": "taylor", "cache_threshold": 0.0},
         {"memory_cache": "recompute"},
     ],
     ids=lambda runtime: next(iter(runtime.values())),

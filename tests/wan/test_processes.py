@@ -116,10 +116,12 @@ def test_a_grid_is_described() -> None:
         (4, {"guidance_parallel": True}, "has work for 2 processes and 4 were started: add runtime.context_parallel"),
         (2, {"guidance_parallel": True, "device": "cuda:1"}, "write runtime.device=cuda or auto"),
         (2, {"guidance_parallel": True, "offload": "group"}, "offload=group .* runtime.shard_weights=true"),
+        (2, {"guidance_parallel": True, "shard_weights": True, "cache": "first_block"}, "cache=first_block skips"),
         (2, {"context_parallel": "ring", "attention": "native"}, "log-sum-exp.*attention=cudnn"),
         (2, {"context_parallel": "ring", "device": "cpu"}, "log-sum-exp.*context_parallel=ulysses"),
         (2, {"context_parallel": "ulysses", "attention": "flash3"}, "attention=flash3 is not among the kernels"),
         (2, {"context_parallel": "ulysses", "shard_weights": True, "compile": "blocks"}, "compile=blocks does not"),
+        (2, {"context_parallel": "ulysses", "cache": "first_block"}, "would skip different steps"),
     ],
 )
 def test_what_processes_cannot_do_is_refused_with_what_to_write(
@@ -148,6 +150,8 @@ FEW_STEPS = SamplerSettings(adapter=StepAdapterSettings(weights=Weights(name="fe
 @pytest.mark.parametrize(
     ("of", "sampler", "runtime", "message"),
     [
+        (model(), FEW_STEPS, {"cache": "first_block"}, r"the 4 steps of a step-distilled sampler do not"),
+        (model(layers=1), GUIDED, {"cache": "first_block"}, "skips all blocks but the first.* have only one"),
         (model(), GUIDED, {"memory_cache": "cpu"}, r"memory_cache=cpu is for model\.memory_attention=cached"),
         (model(), GUIDED, {"precision": "fp8_storage", "compile": "blocks"}, "use runtime.precision=as_is or"),
         (model(), UNSEEN, {"guidance_parallel": True}, "needs what the other predicts"),
@@ -163,7 +167,8 @@ def test_settings_that_contradict_each_other(
 
 def test_settings_that_are_wrong_alone() -> None:
     for values, message in (
-        ({"cache_threshold": 1}, "needs a cache"),
+        ({"cache_threshold": 0.1}, "needs a cache"),
+        ({"cache": "taylor", "cache_threshold": 1.5}, "number of steps, not 1.5"),
         ({"attention": "flsh"}, "attention"),
     ):
         with pytest.raises(ValueError, match=message):

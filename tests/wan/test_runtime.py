@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import PyramidAttentionBroadcastConfig
 from torch import nn
 
 from storymem.config import build_settings
@@ -28,7 +29,7 @@ from storymem.wan.runtime import (
     resolve_device,
 )
 from storymem.wan.settings import ModelSettings, RuntimeSettings, SamplerSettings
-from tests.wan.tiny import CPU, adapt, generate, images, settings
+from tests.wan.tiny import CPU, adapt, counting, generate, images, settings
 
 HAS_ACCELERATOR = torch.accelerator.is_available()
 STEPS = 6  # two of the high-noise expert, four of the other
@@ -50,8 +51,8 @@ def plain() -> WanMemoryToVideoPipeline:
     return load_pipeline(deep(), runtime=CPU)
 
 
-def caching(extrapolated: int) -> WanMemoryToVideoPipeline:
-    values = {"device": "cpu", "cache": "taylor", "cache_threshold": extrapolated}
+def caching(cache: str, threshold: float) -> WanMemoryToVideoPipeline:
+    values = {"device": "cpu", "cache": cache, "cache_threshold": threshold}
     return load_pipeline(deep(), sampler=SAMPLER, runtime=build_settings(RuntimeSettings, values))
 
 
@@ -100,8 +101,13 @@ def test_a_machine_that_cannot_run_it_is_reported_before_loading(runtime: dict[s
         load_pipeline(settings(dtype="bfloat16"), runtime=RuntimeSettings(device="cpu", **runtime))
 
 
-def test_tiling_is_set() -> None:
-    pipe = load_pipeline(settings(), runtime=RuntimeSettings(device="cpu", vae_tiling=True))
+def test_threads_and_tiling_are_set() -> None:
+    before = torch.get_num_threads()
+    try:
+        pipe = load_pipeline(settings(), runtime=RuntimeSettings(device="cpu", threads=2, vae_tiling=True))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert pipe.vae.use_tiling
     assert generate(pipe, output_type="np").shape == (1, 9, 32, 48, 3)
 
@@ -206,18 +212,20 @@ def test_a_named_kernel_is_set_quietly(caplog: pytest.LogCaptureFixture) -> None
 # Step caches
 
 
-def test_a_cache_at_threshold_zero_changes_nothing(plain: WanMemoryToVideoPipeline) -> None:
-    pipe = caching(0)
+@pytest.mark.parametrize("cache", ["first_block", "taylor"])
+def test_a_cache_at_threshold_zero_changes_nothing(plain: WanMemoryToVideoPipeline, cache: str) -> None:
+    pipe = caching(cache, 0)
     with computed(pipe) as forwards:
         shot = generate(pipe, memory=images(2), **GUIDED)
     assert len(forwards) == 2 * STEPS
     torch.testing.assert_close(shot, generate(plain, memory=images(2), **GUIDED), rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_of_a_shot_reaches_the_next(plain: WanMemoryToVideoPipeline) -> None:
+@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("taylor", 2)])
+def test_nothing_of_a_shot_reaches_the_next(plain: WanMemoryToVideoPipeline, cache: str, threshold: float) -> None:
     first = {"prompt": "an owl", "memory": images(3), **GUIDED}
     second = {"memory": images(1), **GUIDED}
-    pipe = caching(2)
+    pipe = caching(cache, threshold)
     with computed(pipe) as forwards:
         alone = generate(pipe, **second)
     assert len(forwards) < 2 * STEPS, "something is skipped"
@@ -235,8 +243,9 @@ def test_nothing_of_a_shot_reaches_the_next(plain: WanMemoryToVideoPipeline) -> 
     assert torch.equal(generate(pipe, **second), alone)
 
 
-def test_each_pass_of_guidance_has_its_own_cache() -> None:
-    pipe = caching(2)
+@pytest.mark.parametrize(("cache", "threshold"), [("first_block", 9), ("taylor", 2)])
+def test_each_pass_of_guidance_has_its_own_cache(cache: str, threshold: float) -> None:
+    pipe = caching(cache, threshold)
     with computed(pipe) as one_pass:
         single = generate(pipe, num_inference_steps=STEPS, guidance_scale=1.0)
     with computed(pipe) as two_passes:
@@ -244,6 +253,42 @@ def test_each_pass_of_guidance_has_its_own_cache() -> None:
     # With the same text in both passes guidance changes nothing, unless one pass is answered from the other's cache.
     assert len(two_passes) == 2 * len(one_pass)
     torch.testing.assert_close(double, single, rtol=1e-5, atol=1e-5)
+
+
+def broadcasting(mode: str) -> WanMemoryToVideoPipeline:
+    """With PyramidAttentionBroadcast, which keeps one state for both passes, in every other forward of every block."""
+    pipe = load_pipeline(settings(memory_attention=mode), runtime=CPU)
+    for expert in pipe.experts.values():
+        expert.enable_cache(
+            PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2,
+                spatial_attention_timestep_skip_range=(-1, 1001),
+                spatial_attention_block_identifiers=("blocks",),
+                current_timestep_callback=lambda: pipe.current_timestep,
+            )
+        )
+    return pipe
+
+
+@pytest.mark.parametrize("mode", ["joint", "cached"])
+def test_a_cache_for_both_passes_is_refused_if_they_differ(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    pipe, memory = broadcasting(mode), images(2)
+    with (
+        counting(pipe.transformer, pipe.vae.encoder) as calls,
+        pytest.raises(ValueError, match="negative_sees_memory=False"),
+    ):
+        generate(pipe, memory=memory, negative_sees_memory=False, **GUIDED)
+    assert not any(calls.values()), "refused before anything is computed"
+    generate(pipe, memory=memory, **GUIDED)
+    assert "PyramidAttentionBroadcast of diffusers keeps one state for both passes" in caplog.text
+    caplog.clear()
+    generate(pipe, memory=memory, guidance_scale=1.0)
+    assert not caplog.text
+    for expert in pipe.experts.values():
+        expert.disable_cache()  # as advised
+    shot = generate(pipe, memory=memory, negative_sees_memory=False, **GUIDED)
+    unaltered = load_pipeline(settings(memory_attention=mode), runtime=CPU)
+    assert torch.equal(shot, generate(unaltered, memory=memory, negative_sees_memory=False, **GUIDED))
 
 
 # Compiled blocks
@@ -276,11 +321,11 @@ def test_a_block_is_compiled_once_for_each_size_of_memory(mode: str) -> None:
 
 @pytest.mark.usefixtures("_eager_backend")
 def test_step_caches_stay_outside_the_compiled_blocks() -> None:
-    runtime = RuntimeSettings(device="cpu", compile="blocks", cache="taylor")
+    runtime = RuntimeSettings(device="cpu", compile="blocks", cache="first_block", cache_threshold=9)
     pipe, before = load_pipeline(deep(), runtime=runtime), compiled_graphs()
     shot = generate(pipe, memory=images(2), **GUIDED)
     assert compiled_graphs() - before == 1
-    expected = generate(caching(2), memory=images(2), **GUIDED)
+    expected = generate(caching("first_block", 9), memory=images(2), **GUIDED)
     torch.testing.assert_close(shot, expected, rtol=1e-4, atol=1e-4)
 
 

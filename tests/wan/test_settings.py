@@ -28,7 +28,8 @@ BEYOND = {
     "sampler.guidance=inf": "sampler.guidance.*finite",
     "sampler.guidance_low=0.5": "guidance_low must be 1 or more",
     "sampler.shift=nan": "sampler.shift.*finite",
-    "runtime.cache=taylor runtime.cache_threshold=1.5": "runtime.cache_threshold",
+    "runtime.threads=0": "threads must be 1 or more",
+    "runtime.cache=first_block runtime.cache_threshold=nan": "runtime.cache_threshold.*finite",
     "runtime.processes_per_film=-2": "processes_per_film must be 1 or more",
     "memory.recall.capacity=1000": "memory.recall.capacity=1000.*at most",
 }

@@ -407,7 +407,8 @@ def test_a_saved_pipeline_keeps_its_mode(cached: WanMemoryToVideoPipeline, tmp_p
 @pytest.mark.parametrize(
     "changes",
     [
-        {"cache": "taylor", "cache_threshold": 0},
+        {"cache": "first_block", "cache_threshold": 0.0},
+        {"cache": "taylor", "cache_threshold": 0.0},
         {"attention": "native"},
         {"memory_cache": "cpu"},
     ],
