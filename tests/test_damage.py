@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -208,7 +207,7 @@ def make_gguf(folder: Path) -> Any:
 
 
 def use_gguf(folder: Path, _: Any) -> None:
-    """By header alone, which holds the place of each tensor."""
+    """By header alone, which holds the place of each tensor; no reader of the format is needed."""
     files = {f"{name}_noise": {"name": name, "source": str(folder / f"{name}.gguf")} for name in ("high", "low")}
     weights = {"name": "others", "source": str(folder / "others")}
     check_weights(tiny.settings(weights=weights, gguf=files, has_text_to_video=False), text_to_video=False)
@@ -318,7 +317,7 @@ DOORS = {
         cases=40,
         may_differ={".safetensors": NUMBERS, ".pth": NUMBERS, ".json": TEXT},
     ),
-    **({"GGUF": Door(make=make_gguf, use=use_gguf, files=("*.gguf",), cases=20)} if find_spec("gguf") else {}),
+    "GGUF": Door(make=make_gguf, use=use_gguf, files=("*.gguf",), cases=20),
     "data set": Door(make=make_set, use=use_set, files=("set/cache/**/*",), cases=25),
     "prepare": Door(make=make_set, use=use_prepare, files=("set/**/*",), cases=8),
     "run": Door(make=make_run, use=use_run, files=("run/**/*",), cases=15),

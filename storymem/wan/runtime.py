@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from storymem.devices import resolve_device
 from storymem.wan.eight_bits import store_in_8_bits
+from storymem.wan.gguf import check_reader
 from storymem.wan.parallel import can_share_tokens, parallelize
 from storymem.wan.settings import Attention, ContextParallel, ModelSettings, RuntimeSettings
 
@@ -111,6 +112,8 @@ def check_machine(model: ModelSettings, runtime: RuntimeSettings, *, here: bool 
         device = resolve_device(runtime.device)
         if runtime.precision == "fp8_storage" and device.type == "mps":
             raise ValueError("runtime.precision=fp8_storage: mps devices have no 8-bit floats; use precision=as_is")
+        for files in filter(None, (model.gguf, model.text_to_video_gguf)):
+            check_reader(files)
         name, reason = choose_attention(model, runtime, device)
         parts = [f"attention {name} ({reason})"]
         if runtime.compile == "blocks":
