@@ -219,6 +219,18 @@ def folded_siblings(path: Path) -> list[Path]:
     return sorted(other for other in path.parent.iterdir() if folded(other.name) == folded(path.name))
 
 
+def files_below(folder: str | Path) -> Iterator[Path]:
+    """The files in a folder and its sub-folders, also through links; hidden folders are skipped."""
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in sorted(files))
+
+
 # --- writing --------------------------------------------------------------------------------------------------------
 
 

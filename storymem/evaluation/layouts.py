@@ -6,7 +6,6 @@ This finds what StoryMem's own code, Memento and ViMax write; a film in one file
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import NamedTuple
 from storymem.config import first_of
 from storymem.film.folder import Film
 from storymem.film.manifest import MANIFEST, FilmError
-from storymem.io import hash_file
+from storymem.io import files_below, hash_file
 from storymem.story import Story
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
@@ -200,15 +199,7 @@ def is_video(path: Path) -> bool:
 
 def videos_below(folder: Path) -> Iterator[Path]:
     """The videos in a folder and its sub-folders, also through links; hidden ones are skipped."""
-    seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found = (Path(place) / name for name in sorted(files) if not name.startswith("."))
-        yield from (path for path in found if is_video(path))
+    yield from (path for path in files_below(folder) if not path.name.startswith(".") and is_video(path))
 
 
 def quoted(text: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from storymem.config import closest
-from storymem.io import find_sibling, folded
+from storymem.io import files_below, find_sibling, folded
 from storymem.story.json_schema import MAX_FRAMES, SHOT, STORY
 from storymem.story.parser import (
     STORY_SUFFIXES,
@@ -239,19 +239,10 @@ def load_stories(paths: Iterable[str | os.PathLike[str]]) -> list[Story]:
 
 def _stories_below(folder: Path) -> list[Path]:
     """Story files in a folder and its subfolders, links included, sorted by path."""
-    found: list[Path] = []
-    hidden: list[str] = []
-    seen: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(here))
-        folders[:] = [one for one in folders if os.path.realpath(os.path.join(here, one)) not in seen]
-        folders[:] = [one for one in folders if not one.startswith(".")]
-        stories = [name for name in files if Path(name).suffix.lower() in STORY_SUFFIXES]
-        found += [Path(here, name) for name in stories if not name.startswith(".")]
-        hidden += [name for name in stories if name.startswith(".")]
-    if hidden:
+    stories = sorted(path for path in files_below(folder) if path.suffix.lower() in STORY_SUFFIXES)
+    if hidden := [path.name for path in stories if path.name.startswith(".")]:
         logger.warning("%s: hidden files are not read as stories: %s", folder, listing(sorted(hidden)))
-    return sorted(found)
+    return [path for path in stories if not path.name.startswith(".")]
 
 
 class _Reader(StoryFile):
