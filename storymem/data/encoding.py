@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from hydra.utils import instantiate
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from storymem.data.steps import (
     scorer_identity,
     stamp,
 )
+from storymem.data.texts import NOT_FINITE, encode_text
 from storymem.io import check_finite, check_room
 from storymem.memory import embed_in_batches
 from storymem.scorers import with_defaults
@@ -39,8 +39,6 @@ from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.runtime import check_runtime, release_memory
 from storymem.wan.spec import ModelSpec
-
-_CAUSES = "its weights are damaged, or too large for their dtype: write model.dtype=float32 model.vae_dtype=float32"
 
 ChooseKeyframes = Callable[[np.ndarray], list[int]]
 """Frames of a clip, uint8 [F, H, W, 3] -> the indices of its candidate keyframes."""
@@ -76,19 +74,6 @@ def load_chooser(settings: PrepareSettings) -> ChooseKeyframes:
     return choose
 
 
-def encode_text(pipe: WanMemoryToVideoPipeline, text: str, length: int) -> tuple[dict[str, Tensor], int]:
-    """Prompt embeds of a text up to its last token, and how many tokens it has (those beyond ``length`` are cut).
-
-    Raises:
-        NotFiniteError: for NaN or infinity from the text encoder, naming the text.
-    """
-    embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)
-    rows = embeds[0].cpu()
-    check_finite(rows, f"the text encoder's output for the caption {text[:80]!r}", _CAUSES)
-    used = max(rows.abs().sum(dim=1).nonzero().flatten().tolist(), default=0) + 1  # padding follows
-    return {"embeds": rows[:used].clone()}, len(pipe.tokenizer(prompt_clean(text), verbose=False).input_ids)
-
-
 def encode_clip(
     pipe: WanMemoryToVideoPipeline,
     choose: ChooseKeyframes,
@@ -122,7 +107,7 @@ def encode_clip(
 
 def stored(latents: Tensor, what: str, settings: CacheSettings) -> Tensor:
     """Latents on the CPU in the dtype of the cache. ``NotFiniteError`` if that has NaN or infinity."""
-    check_finite(latents, f"{what} from the VAE", _CAUSES)
+    check_finite(latents, f"{what} from the VAE", NOT_FINITE)
     narrow = latents.cpu().to(getattr(torch, settings.dtype))
     check_finite(narrow, f"{what} in {settings.dtype}", "write cache.dtype=float32, which can represent them")
     return narrow

@@ -31,6 +31,11 @@ from storymem.training.optimization import (
 from storymem.training.run_settings import OptimizerSettings
 
 _AVERAGE, _OPTIMIZER = "average", "optimizer.safetensors"
+_ADVICE_ON_KERNELS = (
+    ". The loss is finite, so a kernel of the backward pass in 16 bits may be at fault: on CUDA devices the same "
+    "command with TORCH_CUDNN_SDPA_DEPRIORITIZED=1 in the environment resumes without cuDNN's attention; in another "
+    "output, model.dtype=float32 uses no kernel of 16 bits"
+)
 
 T = TypeVar("T")
 Sums = dict[str, Tensor]
@@ -291,6 +296,7 @@ class Trainer:
         raise NotFiniteError(
             f"step {self.step + 1}: {what}; the clips of this batch are {clips}. Nothing of this step was saved. "
             + self._advice()
+            + ("" if causes[0][0] else _ADVICE_ON_KERNELS)
         )
 
     def _advice(self) -> str:

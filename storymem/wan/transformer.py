@@ -142,6 +142,22 @@ class SegmentRope(WanRotaryPosEmbed):
         return torch.cat([time, by_frame[..., self.t_dim :]], dim=-1).flatten(1, 2)
 
 
+class ContiguousGradient(torch.autograd.Function):
+    """The identity, whose gradient is contiguous.
+
+    PyTorch builds cuDNN's attention backward for the strides of a gradient, and runs it again for all queries, keys and
+    values of the same shapes and strides, whatever the strides of their gradients are then: it would read other memory.
+    """
+
+    @staticmethod
+    def forward(_ctx: Any, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
+
+
 class SegmentAttnProcessor(WanAttnProcessor):
     """Wan's attention, in which each segment's queries read what the layout states; plain inputs give Wan's own."""
 
@@ -186,6 +202,8 @@ class SegmentAttnProcessor(WanAttnProcessor):
                 )
                 for pieces in sets
             ]
+            if torch.is_grad_enabled():
+                results = [ContiguousGradient.apply(result) for result in results]
             outputs.append(results[0] if len(results) == 1 else torch.stack(results).mean(dim=0))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         output = output.flatten(2, 3).type_as(query)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
@@ -28,7 +29,9 @@ from storymem.wan.loading import load_pipeline
 from storymem.wan.lora import load_memory_lora
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
 from storymem.wan.runtime import release_memory
+from storymem.wan.segments import memento
 from storymem.wan.settings import Offload, RuntimeSettings, SamplerSettings
+from storymem.wan.transformer import enable_layouts
 from tests.composing import composed
 from tests.data.drawn_clips import FRAMES, HEIGHT, WIDTH
 from tests.evaluation import small
@@ -37,6 +40,7 @@ from tests.training.commands import SMALL as SMALL_SET
 from tests.training.commands import TRAIN, make_set
 from tests.wan import test_ti2v, tiny
 from tests.wan.test_step_adapter import write_adapter
+from tests.wan.test_transformer import SHAPE, inputs
 
 ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
 pytestmark = pytest.mark.skipif(ACCELERATOR is None, reason="needs an accelerator")
@@ -277,6 +281,26 @@ def test_a_run_with_validation_samples_and_resume_is_the_cpus(variant: str, trai
     assert used["auto"] > 1 << 20 > used["cpu"]
     assert len(losses["auto"]) >= 6
     assert losses["auto"] == pytest.approx(losses["cpu"], rel=2e-2 if variant == "bfloat16" else 1e-3)
+
+
+@pytest.mark.parametrize("memory", [1, 2])
+def test_gradients_of_several_reads_are_the_cpus(memory: int) -> None:
+    """In 16 bits and with several samples: a fused backward pass is built once for all reads of the same form."""
+    gradients = []
+    for device in (torch.device("cpu"), ACCELERATOR):
+        network = WanTransformer3DModel(**SHAPE | {"attention_head_dim": 24})
+        values = torch.Generator().manual_seed(0)
+        for weight in network.parameters():
+            weight.data = torch.randn(weight.shape, generator=values) / max(1, weight[0].numel()) ** 0.5
+        enable_layouts(network.to(device, torch.bfloat16))
+        layout = memento(range(-memory, 0), 2)
+        given = inputs(layout.frames, batch=3)
+        texts = dict.fromkeys(("prompt", "subject"), given["encoder_hidden_states"].to(device, torch.bfloat16))
+        x, time = given["hidden_states"].to(device, torch.bfloat16), given["timestep"].to(device)
+        prediction = network(x, time, texts, layout=layout).sample
+        prediction.float().square().mean().backward()
+        gradients.append(network.blocks[0].attn1.to_q.weight.grad.float().cpu())
+    assert (gradients[1] - gradients[0]).norm() < 0.1 * gradients[0].norm()
 
 
 # Evaluation

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from storymem.training.objectives.settings import OBJECTIVES, MemoryObjectiveSet
 from storymem.training.settings import TrainSettings
 from storymem.wan.lora_files import AdapterInfo, LoraFile
 from tests.composing import composed
-from tests.training.commands import train
+from tests.training.commands import TRAIN, train
 from tests.training.tiny import config, read_metrics
 
 
@@ -82,6 +85,18 @@ def test_panels_are_trained(training_set: Path, tmp_path: Path) -> None:
     status, printed = train(*chosen, "steps=4", f"output={tmp_path / 'run'}", folder=tmp_path)
     assert status == 0, printed
     assert "encoding 2 texts" in printed, "a joint caption for each group of three clips that trains"
+    assert described(tmp_path / "run").objective == "pictures"
+
+
+def test_a_prepared_set_is_trained_on_without_a_reader_of_videos(training_set: Path, tmp_path: Path) -> None:
+    """In a process in which PyAV does not exist; texts and blank images are encoded first."""
+    code = "import sys; sys.modules['av'] = None; from storymem.commands.cli import main; main()"
+    chosen = ["objective=pictures", "objective.text_tokens=64", "objective.panels=0.5", f"dataset={training_set}"]
+    arguments = ["train", *TRAIN, *chosen, "steps=1", f"output={tmp_path / 'run'}"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert "encoding 2 texts" in ended.stderr
     assert described(tmp_path / "run").objective == "pictures"
 
 

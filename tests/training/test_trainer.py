@@ -221,6 +221,14 @@ def test_lost_numbers_stop_the_run_name_the_clips_and_are_not_saved(
     assert all(parameter.isfinite().all() for parameter in of.parameters.values())
 
 
+def test_lost_gradients_of_a_finite_loss_stop_the_run_and_kernels_are_named() -> None:
+    of = method("high_noise")
+    next(iter(of.parameters.values())).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NotFiniteError, match=r"step 1: the norm of the gradients is nan; .* model\.dtype=float32 uses"):
+        trainer(of, steps=2).run()
+    assert all(parameter.isfinite().all() for parameter in of.parameters.values())
+
+
 def test_the_moving_average_follows_and_changes_places() -> None:
     parameter = torch.nn.Parameter(torch.zeros(3))
     average = MovingAverage({"p": parameter}, decay=0.9)

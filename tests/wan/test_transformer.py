@@ -13,7 +13,8 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanRotaryPosEmbed
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from storymem.wan.loading import load_pipeline
 from storymem.wan.pipeline import WanMemoryToVideoPipeline
@@ -259,6 +260,44 @@ def test_gradients_pass_checkpoints_in_every_layout() -> None:
             gradients.append(of.blocks[0].attn1.to_q.weight.grad)
         torch.testing.assert_close(*gradients, **CLOSE)
         assert gradients[0].abs().max() > 0
+
+
+class AttentionCalls(TorchFunctionMode):
+    """What attention kernels are given: shapes and strides of queries, keys and values -> strides of gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradients: dict[tuple, set[tuple[int, ...]]] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if function is nn.functional.scaled_dot_product_attention:
+            assert kwargs is not None
+            assert kwargs["attn_mask"] is None
+            given = [kwargs[name] for name in ("query", "key", "value")]
+            assert all(tensor.numel() and tensor.stride(-1) == 1 for tensor in given)
+            strides = self.gradients.setdefault(tuple((t.shape, t.stride()) for t in given), set())
+            output.register_hook(lambda gradient: strides.add(gradient.stride()))
+        return output
+
+
+WITH_SUBJECT = {f"subject and memory of {frames}": memento(range(-frames, 0), 2) for frames in (1, 2)}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), *WITH_SUBJECT.values()], ids=[*LAYOUTS, *WITH_SUBJECT])
+def test_kernels_are_given_nothing_empty_and_gradients_of_one_layout(layout: Layout) -> None:
+    """PyTorch runs cuDNN's backward, built for the strides of one gradient, for all calls with inputs of this form.
+
+    In Memento's layout several reads have the same form: of memory and video, with as many frames of each; of subject
+    and memory, with one memory frame.
+    """
+    given = inputs(layout.frames, batch=2)
+    texts = dict.fromkeys(("prompt", "subject"), given["encoder_hidden_states"])
+    with AttentionCalls() as calls:
+        (prediction,) = network()(**given | {"encoder_hidden_states": texts}, layout=layout)
+    prediction.square().mean().backward()
+    assert len(calls.gradients) > 1
+    assert all(len(strides) == 1 for strides in calls.gradients.values())
 
 
 # The pipeline

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from storymem.data.cache import LatentCache, blank_key, text_key
+from storymem.data.texts import encode_text
 from storymem.io import FileError, hash_json, replacing
 from storymem.training.resume import ENCODINGS
 from storymem.wan.loading import load_pipeline
@@ -93,8 +94,6 @@ def _encode_share(
     blanks = [size for size in sorted(needs.blanks) if is_mine(blank_key(size))]
     if not (texts or blanks):
         return
-    from storymem.data.encoding import encode_text  # which loads PyAV: training works without it
-
     print(f"encoding {len(texts)} texts that the training set does not hold", file=sys.stderr)
     runtime = RuntimeSettings(device=str(accelerator.device))
     pipe = load_pipeline(model, runtime=runtime, text_encoder=bool(texts), experts=False)
