@@ -7,8 +7,10 @@ import errno
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -163,22 +165,49 @@ def test_edits_are_recorded_as_commands_that_repeat_them(
     assert (tmp_path / "again" / "memory.json").read_bytes() == (film / "memory.json").read_bytes()
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device", "film.mp4")])
-def test_an_edit_that_was_made_before_the_end_is_not_to_be_made_again(
-    film: Path, memory: Command, monkeypatch: pytest.MonkeyPatch, end: BaseException
+def test_an_edit_before_the_disk_is_full_is_not_to_be_made_again(
+    film: Path, memory: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def storyboard(*_arguments: object) -> str:
-        raise end
-
-    ids = [entry.id for entry in read_entries(film)]
+    ids, full = [entry.id for entry in read_entries(film)], OSError(errno.ENOSPC, "No space left on device", "film.mp4")
     with monkeypatch.context() as patch:
-        patch.setattr("storymem.film.folder.storyboard", storyboard)
+        patch.setattr("storymem.film.folder.storyboard", Mock(side_effect=full))
         printed = memory(film, "drop", 1)
     assert f"the change is made, and storymem film {film} join does what is left" in printed
-    assert "the same command resumes" not in printed
+    join(film, monkeypatch)
+    assert [entry.id for entry in read_entries(film)] == ids[1:]
+
+
+def test_what_an_interrupted_edit_says_is_true_after_every_rename(
+    film: Path, memory: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, said, rename = [entry.id for entry in read_entries(film)], [], Path.replace
+    for moment in count():
+        folder, renames = shutil.copytree(film, film.with_name(f"stopped_{moment}")), count()
+
+        def replace(source: Path, target: Path, renames: Iterator[int] = renames, last: int = moment) -> None:
+            rename(source, target)
+            if next(renames) == last:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            printed = memory(folder, "drop", 1)
+        if "stopped; " not in printed:
+            break
+        said.append("the same command resumes" in printed)
+        if said[-1]:
+            memory(folder, "drop", 1)
+        else:
+            assert f"the change is made, and storymem film {folder} join does what is left" in printed
+            join(folder, monkeypatch)
+        assert [entry.id for entry in read_entries(folder)] == ids[1:]
+    assert said == sorted(said, reverse=True)
+    assert {*said} == {True, False}
+
+
+def join(film: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["storymem", "film", str(film), "join"])
     main()
-    assert [entry.id for entry in read_entries(film)] == ids[1:]
 
 
 def test_each_examined_frame_has_a_verdict(tmp_path: Path, memory: Command) -> None:

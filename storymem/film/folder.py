@@ -465,24 +465,30 @@ class Film(Manifest):
 def edited_film(folder: str | Path) -> Iterator[Film]:
     """The film in ``folder``, which is locked until the end of the block; ``film.mp4`` and the page then follow it.
 
+    An interrupt or an error after an edit of the memory took effect says so: that edit must not be made twice.
+
     Raises:
         FilmError: if there is no film, and then nothing is locked; see :func:`read_manifest`.
         FileError: if another process has locked it.
     """
     Film.open(folder)
-    with film_folder(folder):
-        film = Film.open(folder)
-        film.remove_unfinished()
-        yield film
-        rest = f"the change is made, and storymem film {shlex.quote(str(folder))} join does what is left"
-        try:
+    edits: list[str] | None = None
+    try:
+        with film_folder(folder):
+            film = Film.open(folder)
+            film.remove_unfinished()
+            edits = list(film.edits)
+            yield film
             with naming_full_disk(film.folder / VIDEO):
                 film.refresh()
-        except KeyboardInterrupt as stop:
-            stop.add_note(rest)
+    except (KeyboardInterrupt, FileError) as end:
+        if edits is None or Film.open(folder).edits == edits:
             raise
-        except FileError as error:  # a change that is made must not be made twice
-            raise FileError(f"{rest}: {error}") from error
+        rest = f"the change is made, and storymem film {shlex.quote(str(folder))} join does what is left"
+        if isinstance(end, FileError):
+            raise FileError(f"{rest}: {end}") from end
+        end.add_note(rest)
+        raise
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -66,10 +66,10 @@ def memory_command(config: Mapping[str, Any]) -> None:
     }
     with stopping_on_signals(), edited_film(folder) as film:
         edit = actions[settings.action](film, *arguments)
-    unchanged = f"nothing changed: keyframe {arguments[0]} is {'not ' if settings.action == 'unpin' else ''}pinned"
-    print(edit.command or unchanged)
-    for shot, reason in edit.stale.items():
-        print(f"shot {shot} is not what would be made now: {reason}")
+        unchanged = f"nothing changed: keyframe {arguments[0]} is {'not ' if settings.action == 'unpin' else ''}pinned"
+        print(edit.command or unchanged)
+        for shot, reason in edit.stale.items():
+            print(f"shot {shot} is not what would be made now: {reason}")
 
 
 def listed(film: Film) -> str:
