@@ -49,11 +49,11 @@ def tell(folder: Path, text: str = FOUR_SHOTS, **how: Any) -> tuple[Film, list[s
     return film, [request.prompt for request in teller.generator.requests]
 
 
-def choose(folder: Path, shot: int, take: int) -> Film:
-    """``storymem generate story.yaml shot=... take=...``."""
-    output = f"output={folder / 'film'}"
-    (film,) = generate_films(composed(f"story={folder / 'story.yaml'}", output, f"shot={shot}", f"take={take}"))
-    return film
+def choose(folder: Path, shot: int | str, take: int, *more: str, output: str = "film") -> Film:
+    """``storymem generate story.yaml shot=... take=...``; the film as it is then."""
+    words = (f"story={folder / 'story.yaml'}", f"output={folder / output}", f"shot={shot}", f"take={take}")
+    generate_films(composed(*words, *more))
+    return Film.open(folder / output)
 
 
 def why_stale(film: Film) -> dict[int, str]:
@@ -303,12 +303,26 @@ def test_a_choice_is_checked(made: Path) -> None:
     with pytest.raises(FilmError, match=r"shot 2 has no take 5; it has 1"):
         choose(made, 2, 5)
     with pytest.raises(ValueError, match=r"take=2 is for one shot, not for shot=2-3"):
-        generate_films(composed(f"story={made / 'story.yaml'}", f"output={made / 'film'}", "shot=2-3", "take=2"))
+        choose(made, "2-3", 2)
     with pytest.raises(ValueError, match=r"take=2 chooses a take of one shot: write shot=3 take=2"):
-        generate_films(composed(f"story={made / 'story.yaml'}", f"output={made / 'film'}", "take=2"))
+        choose(made, "null", 2)
     with pytest.raises(FilmError, match="holds no film yet"):
-        generate_films(composed(f"story={made / 'story.yaml'}", f"output={made / 'no'}", "shot=2", "take=2"))
+        choose(made, 2, 2, output="no")
+    with pytest.raises(ValueError, match=r"seed=5 cannot change: leave seed out .* \(shot=2 seed=5\)"):
+        choose(made, 2, 1, "seed=5")
     assert files(made / "film") == before
+
+
+def test_a_dry_run_chooses_no_take(made: Path) -> None:
+    tell(made, shot="2")
+    before = files(made / "film")
+    assert chosen(choose(made, 2, 1, "dry_run=true")) == [1, 2, 1, 1]
+    assert files(made / "film") == before
+
+
+def test_a_choice_may_repeat_the_seed_of_a_take(made: Path) -> None:
+    storyteller(seed=7).tell(story(made, FOUR_SHOTS), made / "film", shot="2")
+    assert chosen(choose(made, 2, 1, "seed=7")) == [1, 1, 1, 1]
 
 
 def test_shots_whose_videos_are_lost_get_other_takes(made: Path) -> None:

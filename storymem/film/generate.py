@@ -16,6 +16,7 @@ from storymem.film.progress import Progress
 from storymem.film.resume import match_film, story_record
 from storymem.film.settings import (
     GenerateSettings,
+    Work,
     build_part,
     build_policy,
     check_lengths,
@@ -109,7 +110,7 @@ def _generate(
     launch = Launch.of(settings.runtime)
     _check(settings, stories, launch)
     reports = bool(progress) and launch.is_first and launch.team == 0
-    if settings.take is not None:
+    if settings.take is not None and not settings.dry_run:
         ((folder, story),) = stories.items()
         return [_choose(settings, story, folder, reports=reports)] if launch.is_first else []
     grid = find_grid(settings.runtime, launch, model=settings.model, sampler=settings.sampler)
@@ -157,6 +158,8 @@ def _check(settings: GenerateSettings, stories: Mapping[Path, Story], launch: La
         if work.words and len(stories) > 1:
             raise ValueError(f"{work.words} is for one story, not for {len(stories)}")
         check_folder(folder)
+        if settings.take is not None:
+            _check_choice(settings, work, folder)
     if launch.teams > len(stories):
         raise ValueError(
             f"runtime.processes_per_film={launch.world} makes {launch.teams} films at once, and there are "
@@ -179,13 +182,26 @@ def _check_weights(settings: GenerateSettings, stories: Mapping[Path, Story], *,
             print(note, file=sys.stderr)
 
 
-def _choose(settings: GenerateSettings, story: Story, folder: Path, *, reports: bool) -> Film:
-    """Let a shot show another of its takes (``shot=3 take=2``); nothing is generated."""
-    work = work_of(settings, len(story.shots))
-    if work.shots is None or len(work.shots) != 1 or settings.take is None:
+def _check_choice(settings: GenerateSettings, work: Work, folder: Path) -> None:
+    """Raise ``ValueError`` if no take can be chosen, or a seed is given, which a take that exists does not follow."""
+    if work.shots is None or len(work.shots) != 1:
         raise ValueError(f"take={settings.take} is for one shot, not for shot={settings.shot}")
     if not Film.exists(folder):
         raise FilmError(f"{folder} holds no film yet: leave take out to make one")
+    film = Film.open(folder)
+    used = [film.config, *film.configs.values()]  # with the seed that made a take, its command is repeated as it was
+    if settings.seed not in (GenerateSettings.seed, *(config.get("seed") for config in used)):
+        raise ValueError(
+            f"take={settings.take} shows a take that exists, whose noise seed={settings.seed} cannot change: leave "
+            f"seed out to show it, or take out to make another (shot={settings.shot} seed={settings.seed})"
+        )
+
+
+def _choose(settings: GenerateSettings, story: Story, folder: Path, *, reports: bool) -> Film:
+    """Let a shot show another of its takes (``shot=3 take=2``); nothing is generated."""
+    work = work_of(settings, len(story.shots))
+    assert work.shots is not None
+    assert settings.take is not None
     with edited_film(folder) as film:
         wanted = match(film.slots, film.takes, film.story, story_record(story))[work.shots[0]].folder
         places = [place for place, slot in enumerate(film.slots) if slot.folder == wanted]
