@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,15 @@ import pytest
 from PIL import Image, ImageCms
 
 from storymem.film.generate import generate_films as generate
-from storymem.media.images import MAX_PIXELS, fit_image, fit_note, read_image, read_image_with_notes, write_image
+from storymem.media.images import (
+    MAX_PIXELS,
+    ImageError,
+    fit_image,
+    fit_note,
+    read_image,
+    read_image_with_notes,
+    write_image,
+)
 from storymem.story import StoryError, load_story
 from tests.composing import SMALL, composed
 
@@ -99,6 +108,31 @@ def test_a_broken_profile_is_reported_and_ignored(tmp_path: Path, profile: bytes
     pixels, notes = read_image_with_notes(tmp_path / "a.png")
     assert (pixels == STORED).all()
     assert [note.startswith("has a colour profile that cannot be used") for note in notes] == [True] * bool(profile)
+
+
+def png_of(rows: int) -> bytes:
+    """A PNG whose header says 8 rows."""
+    head, pixels = struct.pack(">2I5B", 8, 8, 8, 2, 0, 0, 0), zlib.compress((b"\0" + bytes([200, 40, 60]) * 8) * rows)
+    chunks = ((b"IHDR", head), (b"IDAT", pixels), (b"IEND", b""))
+    parts = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_pixels_that_end_early_are_refused(tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    image.write_bytes(png_of(8))
+    assert (read_image(image) == STORED).all()
+    for rows in (7, 4, 1):
+        image.write_bytes(png_of(rows))
+        with pytest.raises(ImageError, match=r"a\.png cannot be read as an image: save it again .*pixels end early"):
+            read_image(image)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg", exif=bytes(100))
+    content = (tmp_path / "a.jpg").read_bytes()
+    for kept in (2000, len(content) - 2):
+        (tmp_path / "a.jpg").write_bytes(content[:kept].ljust(len(content), b"\0"))
+        with pytest.raises(ImageError, match="its pixels end early"):
+            read_image(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

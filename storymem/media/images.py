@@ -67,9 +67,10 @@ def read_image_with_notes(path: str | Path) -> tuple[np.ndarray, tuple[str, ...]
                     notes.append("is animated: its first image is used")
                 if any(";16" in str(tile) for tile in image.tile):
                     notes.append("has 16 bits per channel: cut to 8")
+                image.load()
+                _check_complete(path, image)
                 before = image.getexif().get(0x0112, 1)
                 ImageOps.exif_transpose(image, in_place=True)
-                image.load()
     except FileError:
         raise
     except Image.DecompressionBombError as error:
@@ -84,6 +85,19 @@ def read_image_with_notes(path: str | Path) -> tuple[np.ndarray, tuple[str, ...]
     if before != 1:
         notes.append("is rotated by its EXIF orientation")
     return np.array(_on_white(image, notes)), tuple(notes)
+
+
+def _check_complete(path: Path, image: Image.Image) -> None:
+    """Raise ``OSError`` for pixels that end early, of which Pillow leaves the rest black (PNG) or grey (JPEG)."""
+    with Image.open(path) as again:
+        complete = True
+        if image.format == "PNG":
+            again.im = Image.new(again.mode, again.size, 1).im  # a row that is not in the file stays as it is here
+            complete = again.tobytes() == image.tobytes()
+        elif image.format == "JPEG" and again.fp is not None:
+            complete = b"\xff\xd9" in again.fp.read()  # after the header; a file that was not saved ends in zeros
+    if not complete:
+        raise OSError("its pixels end early")
 
 
 def _check_size(path: Path, pixels: int) -> None:
