@@ -318,6 +318,24 @@ def test_an_interrupt_is_not_an_error(script: Callable[..., tuple[int, str]]) ->
     assert script("a.yaml", main=stop) == (130, "stopped; the same command resumes")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("generate", ["a.yaml", "seed=1,2", "dry_run=true"]),
+        ("evaluate", ["method=independent,storymem", "dry_run=true"]),
+        ("download", ["model=tiny,toy"]),
+    ],
+)
+def test_a_dry_run_of_several_jobs_leaves_nothing(
+    script: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[Any] = []
+    assert script("-m", *words, main=seen.append, name=name) == (0, "")
+    assert len(seen) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_fault_of_a_configuration_file_names_the_file(script: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     (tmp_path / "sampler").mkdir()
     for name, content in {"open": b"steps: [", "latin": b"# \xe9\nsteps: 3", "deep": b"[" * 5000}.items():

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pkgutil import resolve_name
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, NamedTuple, get_args
 
@@ -152,13 +153,26 @@ def run_command(name: str, command: Command) -> None:
         actions = get_args(annotation_at(settings, ["action"]))
         arguments = [command.expanded(argument, actions) for argument in sys.argv[1:]]
         check_experiments(command.config, arguments)
-        sys.argv[1:] = [*hydra_arguments(arguments, command.positional, settings), *_NO_LOG_FILES]
         register_defaults(command.config)
-        try:
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=command.config)(task)()
-        finally:
-            if not {"--help", "-h"}.isdisjoint(arguments):
-                print(reference(command.config))
+        with _folder_of_jobs(arguments, settings) as folder:
+            sys.argv[1:] = [*hydra_arguments(arguments, command.positional, settings), *_NO_LOG_FILES, *folder]
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=command.config)(task)()
+            finally:
+                if not {"--help", "-h"}.isdisjoint(arguments):
+                    print(reference(command.config))
+
+
+@contextmanager
+def _folder_of_jobs(arguments: list[str], settings: type) -> Iterator[list[str]]:
+    """An override that has Hydra's record of several jobs of a dry run in this process deleted at the end."""
+    values = dict(argument.partition("=")[::2] for argument in arguments)
+    dry_run = values.get("dry_run", str(getattr(settings, "dry_run", False))).lower() == "true"
+    if not dry_run or "hydra/launcher" in values or {"-m", "--multirun"}.isdisjoint(arguments):
+        yield []
+        return
+    with TemporaryDirectory() as folder:
+        yield [f"hydra.sweep.dir='{folder}'"]
 
 
 def never_raise_on_characters() -> None:
