@@ -12,6 +12,7 @@ import pytest
 
 from storymem.commands.cli import main
 from storymem.film.folder import Film
+from storymem.film.manifest import film_folder
 from storymem.media.video import probe, read_video, write_video
 from tests.stories import FOUR_SHOTS, content, files, plain_image, story, storyteller
 
@@ -113,6 +114,15 @@ def test_clips_and_timelines_are_exported(film: Path, command: Command, capsys: 
     assert [length["value"] for length in lengths] == [9, 8, 9, 8]
     assert "EDL has no timecode at 8 frames per second" in printed.err
     assert command(film, "export") == 0, "an earlier export is replaced"
+
+
+def test_an_export_to_another_folder_only_reads_the_film(film: Path, command: Command, tmp_path: Path) -> None:
+    (film / "film.mp4").unlink()
+    before = files(film)
+    with film_folder(film):  # no lock is to be had, as in a folder that cannot be written
+        assert command(film, "export", f"output={tmp_path / 'out'}") == 0
+    assert files(film) == before
+    assert len(list((tmp_path / "out" / "clips").iterdir())) == 4
 
 
 def test_prores_shows_the_same(film: Path, command: Command, tmp_path: Path) -> None:

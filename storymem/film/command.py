@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,10 +45,12 @@ def film_command(config: Mapping[str, Any]) -> None:
     if not isinstance(folder := config.get("folder"), str | None):
         raise ValueError(f"{folder[-1]}: write one folder, and join, export or clean, or nothing")
     settings = build_settings(FilmSettings, config)
+    film = Film.open(settings.folder)
     if settings.action == "show":
-        print(described(Film.open(settings.folder)), flush=True)
+        print(described(film), flush=True)
         return
-    with stopping_on_signals(), edited_film(settings.folder) as film:
+    only_read = settings.action == "export" and settings.output is not None  # the folder may be another user's
+    with stopping_on_signals(), nullcontext(film) if only_read else edited_film(settings.folder) as film:
         done = {"join": _join, "export": _export, "clean": _clean}[settings.action](film, settings)
     print(done, flush=True)
 
