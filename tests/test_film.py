@@ -85,17 +85,22 @@ def test_a_folder_with_the_name_of_a_file_is_refused_before_anything_is_made(fil
     assert files(film) == before
 
 
+@pytest.mark.parametrize("kept", [None, 0, 0.5])
 @pytest.mark.parametrize("pattern", ["keyframes/*.png", "keyframes/*.safetensors", "shots/01_01/take_001_end/*.png"])
-def test_what_is_missing_of_a_finished_film_is_reported(
-    film: Path, pattern: str, caplog: pytest.LogCaptureFixture
+def test_what_is_missing_or_damaged_of_a_finished_film_is_reported(
+    film: Path, pattern: str, kept: float | None, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     resume(film)
     assert "missing" not in caplog.text + described(Film.open(film))
     gone = sorted(film.glob(pattern))
     for path in gone:
+        content = path.read_bytes()
         path.unlink()
+        if kept is not None:
+            path.write_bytes(content[: int(kept * len(content))])
     resume(film)
-    for text in (caplog.text, described(Film.open(film))):
+    command(film, f"output={film}", "shot=1", "dry_run=true")
+    for text in (caplog.text, described(Film.open(film)), capsys.readouterr().out):
         assert "; put them back: shots that need them cannot be made" in text
         assert str(gone[0].relative_to(film)) in text
 

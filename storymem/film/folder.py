@@ -53,7 +53,15 @@ from storymem.io import FileError, hash_file, naming_full_disk, remove_leftovers
 from storymem.media.images import read_image, write_image
 from storymem.media.video import iter_frames, read_video, write_video
 from storymem.memory import MemoryBank
-from storymem.memory.bank import Entry, KeyframeRecord, holds_image, keyframe_files, read_entries, write_entries
+from storymem.memory.bank import (
+    Entry,
+    KeyframeRecord,
+    holds_image,
+    is_intact,
+    keyframe_files,
+    read_entries,
+    write_entries,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -356,12 +364,13 @@ class Film(Manifest):
         return found
 
     def lost(self) -> str | None:
-        """The files of the memory and the last frames of shots that are missing, in a sentence; None if none is."""
+        """The files of the memory and of shots' last frames that cannot be read, in a sentence; None if all can."""
         needed = [name for take in self.shots for name in take.sha256 if name != take.file]
         for entry in read_entries(self.folder) or ():
             needed += [entry.image, *keyframe_files(entry.id)[1:]] if entry.sha256 else [entry.image]
-        gone = [name for name in needed if not (self.folder / name).is_file()]
-        return f"missing: {first_of(gone, 4)}; put them back: shots that need them cannot be made" if gone else None
+        gone = [name for name in needed if not is_intact(self.folder / name)]
+        cure = "put them back: shots that need them cannot be made"
+        return f"missing or damaged: {first_of(gone, 4)}; {cure}" if gone else None
 
     def clean(self) -> list[Take]:
         """Delete the takes that no shot shows, and what only they added to the memory; returns them.
@@ -465,8 +474,6 @@ class Film(Manifest):
 def edited_film(folder: str | Path) -> Iterator[Film]:
     """The film in ``folder``, which is locked until the end of the block; ``film.mp4`` and the page then follow it.
 
-    An interrupt or an error after an edit of the memory took effect says so: that edit must not be made twice.
-
     Raises:
         FilmError: if there is no film, and then nothing is locked; see :func:`read_manifest`.
         FileError: if another process has locked it.
@@ -483,7 +490,7 @@ def edited_film(folder: str | Path) -> Iterator[Film]:
                 film.refresh()
     except (KeyboardInterrupt, FileError) as end:
         if edits is None or Film.open(folder).edits == edits:
-            raise
+            raise  # nothing is changed that must not be changed twice
         rest = f"the change is made, and storymem film {shlex.quote(str(folder))} join does what is left"
         if isinstance(end, FileError):
             raise FileError(f"{rest}: {end}") from end

@@ -103,6 +103,8 @@ def _existing(story: Story, settings: GenerateSettings, folder: Path) -> Iterato
     what = "shot" if len(jobs) == 1 else "shots"
     yield f"film     holds {counted(len(film.takes), 'take')}; to make: {f'{what} {making}' if jobs else 'nothing'}"
     yield from (f"film     {line}" for line in story_changes(film))
+    if lost := film.lost():
+        yield f"film     {lost}"
 
 
 def _size(settings: GenerateSettings) -> Iterator[str]:

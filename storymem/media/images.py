@@ -40,6 +40,16 @@ def read_image(path: str | Path) -> np.ndarray:
     return read_image_with_notes(path)[0]
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file is an image, by its header and a PNG's checksums; pixels are not decoded."""
+    try:
+        with Image.open(check_regular(path)) as image:
+            image.verify()
+    except (FileError, Image.DecompressionBombError, *_UNDECODABLE):
+        return False
+    return True
+
+
 def read_image_with_notes(path: str | Path) -> tuple[np.ndarray, tuple[str, ...]]:
     """Read an image of any format Pillow knows, as a viewer shows it.
 

@@ -33,7 +33,7 @@ from pydantic.dataclasses import dataclass as settings
 
 from storymem.config import STRICT, ConfigError, build_settings
 from storymem.io import FileError, naming_full_disk, read_json, write_atomically
-from storymem.media.images import encode_png, read_image
+from storymem.media.images import encode_png, is_image, read_image
 from storymem.memory.keyframes import (
     ID_PATTERN,
     EmbedFrames,
@@ -44,6 +44,7 @@ from storymem.memory.keyframes import (
     unused_id,
 )
 from storymem.memory.recall import ComingShot, RecallPolicy, SinkAndRecent
+from storymem.weights import read_header
 
 SCHEMA = 2  # in schema 1, shot and frame were counted from 0
 MANIFEST = "memory.json"
@@ -392,6 +393,14 @@ def write_entries(path: Path, entries: Iterable[Entry]) -> None:
 def _write_if_new(path: Path, content: bytes) -> None:
     if not path.exists() or path.read_bytes() != content:
         write_atomically(path, content)
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file of the bank, an image or tensors, is there and whole by its header and checksums."""
+    try:
+        return bool(read_header(path).shapes) if path.suffix == ".safetensors" else is_image(path)
+    except (FileError, FileNotFoundError):
+        return False
 
 
 def holds_image(path: Path, digest: str | None) -> bool:
