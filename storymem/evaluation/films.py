@@ -18,6 +18,7 @@ from storymem.evaluation.layouts import (
     find_shots,
     has_prompts_of,
     is_video,
+    quoted,
     videos_below,
 )
 from storymem.evaluation.mapping import MAPPING, MAPPING_SUFFIXES, FilmsMapping, mapped_films, read_mapping
@@ -135,7 +136,8 @@ def find_films(place: str | Path, stories: Sequence[Story]) -> Films:
 
     Raises:
         ValueError: if there is no such folder, the mapping file is faulty, a story could have two films or a film two
-            stories, the shots of a film cannot be identified, or a film of ours has the same title but other prompts.
+            stories (also through links), the shots of a film cannot be identified, or a film of ours has the same title
+            but other prompts.
     """
     path = Path(place)
     if not path.is_dir() and path.suffix.lower() not in MAPPING_SUFFIXES:
@@ -153,7 +155,23 @@ def find_films(place: str | Path, stories: Sequence[Story]) -> Films:
             unused += left
     except UnclearError as error:
         raise ValueError(error.advice(folder, file)) from None
+    _check_distinct(found, path)
     return Films(root=folder, films=tuple(found[story.title] for story in stories), unused=tuple(unused))
+
+
+def _check_distinct(found: Mapping[str, FilmFiles], where: Path) -> None:
+    """Raise ``ValueError`` if two shots are the same frames of one file, also through links."""
+    owners: dict[tuple[str, int], str] = {}
+    for title, film in found.items():
+        for shot in film.shots:
+            if shot.path is None:
+                continue
+            frames = (os.path.realpath(shot.path), (shot.frames or (0, 0))[0])
+            if (other := owners.setdefault(frames, title)) != title:
+                cure = f"write stbench.only=[{quoted(title)}] for one of them, or give each a film of its own"
+                raise ValueError(
+                    f"{where}: shots of {other!r} and {title!r} are the same frames of {frames[0]}: {cure}"
+                )
 
 
 def _search(root: Path, stories: Sequence[Story], taken: set[Path | None]) -> tuple[dict[str, FilmFiles], list[str]]:

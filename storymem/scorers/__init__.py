@@ -108,7 +108,7 @@ def check_targets(node: Any, key: str) -> None:
     _check_arguments(node, key, call, passed_to=(owner, Scorer) if is_scorer else ())
     if not is_scorer:
         return
-    if "folder" in node:
+    if call.__name__ == "from_folder" and "folder" in node:  # a folder of weights in no other argument of that name
         locate(Weights(name=f"{key}.folder", source=str(node["folder"])))
     try:
         check_placement(**{name: node[name] for name in ("device", "dtype", "batch_size") if name in node})

@@ -274,6 +274,18 @@ def test_links_are_followed_once(tmp_path: Path, stories: list[Story]) -> None:
     assert [shot.reason for shot in find_films(tmp_path / "films", stories)[0].shots] == [None] * 3
 
 
+@pytest.mark.parametrize("linked", ["a_cat", "a_cat/01_01.mp4"])
+def test_shots_of_two_stories_in_one_file_are_refused(tmp_path: Path, stories: list[Story], linked: str) -> None:
+    touch(tmp_path / "films" / "the_red_boat", *SHOTS[:2])
+    link, target = tmp_path / "films" / linked, tmp_path / "films" / linked.replace("a_cat", "the_red_boat")
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(target)
+    with pytest.raises(ValueError, match=r"shots of 'The Red Boat' and 'A Cat' are the same frames of .*01_01\.mp4"):
+        find_films(tmp_path / "films", stories)
+    (cat,) = find_films(tmp_path / "films", films.only_named(stories, ["A Cat"]))
+    assert paths(cat)[0] == tmp_path / "films" / "a_cat" / "01_01.mp4"
+
+
 def test_published_scene_numbers_name_the_files(tmp_path: Path) -> None:
     content = {
         "story_name": "Two Scenes",

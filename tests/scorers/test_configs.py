@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from torch.nn import ModuleList
 
-from storymem.scorers import scorer_bytes, scorer_weights
+from storymem.scorers import check_scorers, scorer_bytes, scorer_weights
 from storymem.scorers.aesthetic import AestheticScorer
 from storymem.scorers.clip import ClipScorer
 from storymem.scorers.dinov2 import Dinov2Embedder
 from storymem.scorers.grounding import GroundingDetector
-from storymem.scorers.scorer import NoQuality
+from storymem.scorers.scorer import NoQuality, Scorer
 from storymem.scorers.viclip import ViclipScorer
 from storymem.weights import MissingWeights
 from tests.composing import composed
@@ -78,6 +79,20 @@ def test_quality_filters_are_interchangeable(name: str) -> None:
     passes = scorer.score(images(2, 3, 40, 56)) >= scorer.threshold
     assert passes.shape == (2,)
     assert passes.all() == (name != "quality/toy"), "the trained filter refuses noise"
+
+
+class Logging(Scorer):
+    """A user's scorer, which writes to a folder that it makes."""
+
+    def __init__(self, *, folder: str, threshold: float = 0.0) -> None:
+        super().__init__(ModuleList())
+        self.folder, self.threshold = folder, threshold
+
+
+def test_only_the_folder_of_from_folder_is_one_of_weights() -> None:
+    check_scorers({"quality": {"_target_": f"{__name__}.Logging", "folder": "not/there"}})
+    with pytest.raises(MissingWeights, match=r"scorer\.clip\.folder"):
+        check_scorers({"clip": node("clip/toy") | {"folder": "not/there"}})
 
 
 def test_a_users_own_scorer_lists_no_weights() -> None:
