@@ -53,15 +53,7 @@ from storymem.io import FileError, hash_file, naming_full_disk, remove_leftovers
 from storymem.media.images import read_image, write_image
 from storymem.media.video import iter_frames, read_video, write_video
 from storymem.memory import MemoryBank
-from storymem.memory.bank import (
-    Entry,
-    KeyframeRecord,
-    holds_image,
-    is_intact,
-    keyframe_files,
-    read_entries,
-    write_entries,
-)
+from storymem.memory.bank import Entry, KeyframeRecord, holds_image, intact, keyframe_files, read_entries, write_entries
 
 logger = logging.getLogger(__name__)
 
@@ -368,7 +360,7 @@ class Film(Manifest):
         needed = [name for take in self.shots for name in take.sha256 if name != take.file]
         for entry in read_entries(self.folder) or ():
             needed += [entry.image, *keyframe_files(entry.id)[1:]] if entry.sha256 else [entry.image]
-        gone = [name for name in needed if not is_intact(self.folder / name)]
+        gone = [name for name in needed if not intact(self.folder / name)]
         cure = "put them back: shots that need them cannot be made"
         return f"missing or damaged: {first_of(gone, 4)}; {cure}" if gone else None
 

@@ -395,7 +395,7 @@ def _write_if_new(path: Path, content: bytes) -> None:
         write_atomically(path, content)
 
 
-def is_intact(path: Path) -> bool:
+def intact(path: Path) -> bool:
     """Whether a file of the bank, an image or tensors, is there and whole by its header and checksums."""
     try:
         return bool(read_header(path).shapes) if path.suffix == ".safetensors" else is_image(path)
