@@ -247,12 +247,12 @@ class Storyteller:
         story, film = run.story, run.film
         made: set[int] = set()
         shots = [story.shots[job.index] for job in run.jobs]
-        bank = self._restore(run)
         self.before_shots(story, film, shots, progress)
         for job in run.jobs:  # frames that cannot be read are reported before anything is made
             if job.index - 1 not in made:
                 self.given(story, story.shots[job.index], film)
             made.add(job.index)
+        bank = self._restore(run)
         texts = [text for shot in shots for text in self.texts_of(story, shot)]
         self.generator.prepare(texts, [shot.negative_prompt for shot in shots])
         for job, shot in zip(run.jobs, shots, strict=True):
