@@ -167,11 +167,11 @@ def decoder(recipe: Recipe) -> None:
     fit.log(psnr_db=sum(decoded(model, shot)[1] for shot in shots) / len(shots))
 
 
-def _train_expert(recipe: Recipe, stage: str, expert: Expert | None) -> None:
-    """Train a network for the noise levels of an expert, or for all."""
+def _train_expert(recipe: Recipe, expert: Expert | None = None) -> None:
+    """Train a network for the noise levels of an expert; None: for all."""
     model = recipe.expert(expert or "low_noise")
     enable_layouts(model)
-    fit = recipe.fit(stage, model, rate=1e-3)
+    fit = recipe.fit(expert or "base", model, rate=1e-3)
     on_cpu = fit.accelerator.device.type == "cpu"
     if on_cpu and not recipe.quick:  # an H200 took as long for a compiled step
         torch._dynamo.config.recompile_limit = 64
@@ -186,17 +186,17 @@ def _train_expert(recipe: Recipe, stage: str, expert: Expert | None) -> None:
 
 def base(recipe: Recipe) -> None:
     """One network for all noise levels, from which both experts begin."""
-    _train_expert(recipe, "base", None)
+    _train_expert(recipe)
 
 
 def high_noise(recipe: Recipe) -> None:
     """The expert of noise levels from `BOUNDARY` up."""
-    _train_expert(recipe, "high_noise", "high_noise")
+    _train_expert(recipe, "high_noise")
 
 
 def low_noise(recipe: Recipe) -> None:
     """The expert of noise levels below `BOUNDARY`."""
-    _train_expert(recipe, "low_noise", "low_noise")
+    _train_expert(recipe, "low_noise")
 
 
 def _tokenizer(recipe: Recipe, name: str) -> ClipTokenizer:
